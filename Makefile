@@ -1,0 +1,29 @@
+# Each target brings a fresh machine (Python >= 3.11 with venv, pip, a C++ compiler) to a result.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# DeepSpeed finds ninja and its own scripts through PATH.
+RUN := PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: install
+	$(RUN) $(BIN)/maskvr demo --output demo_run
+
+test: install
+	$(RUN) $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_run

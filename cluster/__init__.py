@@ -1,0 +1,1 @@
+"""Login-node tools. Need neither torch nor deepspeed."""

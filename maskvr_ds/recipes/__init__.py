@@ -1,0 +1,1 @@
+"""Named runs as YAML. A package so that wheels carry them."""
