@@ -1,0 +1,56 @@
+"""What travels from the loader to the model. Every shape is stated here, once.
+
+B sequences, L positions, K predictions a sequence at most (`maximum_predictions`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Rows:
+    """Dataclass of tensors with a common first axis B; None stands for "not needed"."""
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Consecutive pieces of `size` rows each (the last may be shorter), as views."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        rows = next(len(c) for c in columns.values() if c is not None)
+        for start in range(0, rows, size):
+            yield type(self)(**{n: c if c is None else c[start : start + size] for n, c in columns.items()})
+
+
+@dataclass(frozen=True)
+class TokenBatch(_Rows):
+    """Rows of the corpus, unmasked.
+
+    input_ids: uint16 or uint32 [B, L], as stored.
+    sample_ids: int64 [B], the rows' numbers in the corpus.
+    epochs: int64 [B], how often the corpus had been read through before.
+    attention_mask: bool [B, L], False on padding; None where no row of the batch is padded.
+    """
+
+    input_ids: "torch.Tensor"
+    sample_ids: "torch.Tensor"
+    epochs: "torch.Tensor"
+    attention_mask: "torch.Tensor | None" = None
+
+
+@dataclass(frozen=True)
+class MaskedBatch(_Rows):
+    """Rows with predictions chosen and inputs corrupted.
+
+    input_ids: int64 [B, L], after corruption.
+    positions: int64 [B, K], the positions to predict; slots that a row does not use hold any valid position.
+    labels: int64 [B, K], the ids that stood at `positions`.
+    weights: float32 [B, K], importance weights; 0 in unused slots, never 0 in used ones.
+    attention_mask: as in TokenBatch.
+    """
+
+    input_ids: "torch.Tensor"
+    positions: "torch.Tensor"
+    labels: "torch.Tensor"
+    weights: "torch.Tensor"
+    attention_mask: "torch.Tensor | None" = None

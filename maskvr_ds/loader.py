@@ -1,0 +1,141 @@
+"""Corpus + (seed, samples consumed) → this rank's rows of every global batch. L positions.
+
+Sample s of a run (s = 0, 1, 2, …) is row π_e(s mod N) of the corpus of N rows, e = s div N its epoch and π_e a
+permutation keyed by (seed, e). Step t consumes samples tB … (t+1)B − 1; rank and world size decide only who
+reads which of them. The state to resume is one integer: samples consumed.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import hashing
+from maskvr_ds.batch import TokenBatch
+
+# Four rounds make a strong pseudorandom permutation (Luby & Rackoff 1988); two more for small domains.
+_FEISTEL_ROUNDS = 6
+
+
+class KeyedPermutation:
+    """A pseudorandom permutation of [0, size) in O(1) memory.
+
+    A Feistel network on pairs of residues modulo a = ⌈√size⌉; results at or beyond `size` are sent through again
+    (cycle walking: Black & Rogaway 2002), which a² − size ≤ 2a makes rare. Equal keys give equal permutations.
+    """
+
+    def __init__(self, size: int, key: int) -> None:
+        if size < 1:
+            raise ValueError(f"a permutation of {size} elements: the size must be at least 1")
+        self.size = size
+        self._modulus = math.isqrt(size - 1) + 1
+        self._round_keys = [hashing.fold(key, r) for r in range(_FEISTEL_ROUNDS)]
+
+    def _once(self, x: NDArray[np.int64]) -> NDArray[np.int64]:
+        left, right = np.divmod(x, self._modulus)
+        for key in self._round_keys:
+            bits = (hashing.stream(key, right) >> 11) & 0x1F_FFFF_FFFF_FFFF
+            left, right = right, (left + bits) % self._modulus
+        return left * self._modulus + right
+
+    def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n] in [0, size) → int64 [n], their images."""
+        images = self._once(indices)
+        while (outside := images >= self.size).any():
+            images[outside] = self._once(images[outside])
+        return images
+
+
+def sample_rows(first: int, count: int, rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Samples first … first + count − 1 of a run → (rows int64 [count], epochs int64 [count]) of the corpus."""
+    samples = np.arange(first, first + count, dtype=np.int64)
+    epochs, index = np.divmod(samples, rows)
+    out = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        out[here] = KeyedPermutation(rows, hashing.fold(seed, int(epoch)))(index[here])
+    return out, epochs
+
+
+def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64], *, pin: bool = False) -> TokenBatch:
+    """The given rows, ascending by row number (reads then run through the shards once), in host memory.
+
+    rows, epochs: int64 [B]. Returns a TokenBatch of B rows; page-locked if `pin`.
+    """
+    order = np.argsort(rows, kind="stable")
+    rows, epochs = rows[order], epochs[order]
+    dtype = {"uint16": torch.uint16, "uint32": torch.uint32}[corpus.dtype.name]
+    input_ids = torch.empty((len(rows), corpus.sequence_length), dtype=dtype, pin_memory=pin)
+    ids = input_ids.numpy()
+    corpus.take(rows, out=ids)
+    pad = corpus.manifest.special_tokens.pad
+    attention_mask = None
+    # Padding stands at the end of a row; full rows, the common case, need no mask and the faster attention.
+    if (ids[:, -1] == pad).any():
+        attention_mask = torch.from_numpy(ids != pad)
+    return TokenBatch(input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask)
+
+
+def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """The batch on `device`; from page-locked memory the copy runs beside the computation."""
+    mask = batch.attention_mask
+    return TokenBatch(
+        batch.input_ids.to(device, non_blocking=True),
+        batch.sample_ids.to(device, non_blocking=True),
+        batch.epochs.to(device, non_blocking=True),
+        mask if mask is None else mask.to(device, non_blocking=True),
+    )
+
+
+class Loader:
+    """This rank's share of every global batch, read ahead by a thread.
+
+    Args:
+        corpus: what to read.
+        seed: keys the order, together with the epoch.
+        global_size: sequences a step over all ranks; a multiple of `world_size` (ValueError otherwise).
+        rank, world_size: who reads.
+        device: where batches are handed over.
+        prefetch: steps to read ahead.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seed: int,
+        global_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+    ) -> None:
+        if global_size % world_size:
+            raise ValueError(f"a global batch of {global_size} sequences does not divide among {world_size} ranks")
+        self.corpus = corpus
+        self.seed = seed
+        self.global_size = global_size
+        self.rank, self.share = rank, global_size // world_size
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+
+    def _read(self, samples_consumed: int) -> TokenBatch:
+        first = samples_consumed + self.rank * self.share
+        rows, epochs = sample_rows(first, self.share, self.corpus.rows, self.seed)
+        return read_rows(self.corpus, rows, epochs, pin=self.device.type == "cuda")
+
+    def batches(self, samples_consumed: int = 0) -> Iterator[TokenBatch]:
+        """Endless: the share [global_size / world_size, L] of each step after `samples_consumed` samples."""
+        starts = itertools.count(samples_consumed, self.global_size)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+            ahead = deque(pool.submit(self._read, next(starts)) for _ in range(max(1, self.prefetch)))
+            while True:
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(self._read, next(starts)))
+                yield to_device(batch, self.device)
