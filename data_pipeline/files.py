@@ -1,0 +1,105 @@
+"""Files that appear under their final name only when whole, and the pipeline's error type."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+# EFBIG: the limit of the process (ulimit -f) or of the file system; to the user it is the same trouble.
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class CorpusError(ValueError):
+    """A fault in what the user gave: input, arguments, corpus, disk. The message names the remedy."""
+
+
+class HashingFile:
+    """Write-only binary file that keeps the SHA-256 and the length of what went through it."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._sha256 = hashlib.sha256()
+        self.bytes = 0
+        self.closed = False
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._raw.write(view)
+        self._sha256.update(view)
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def close(self) -> None:
+        """pyarrow closes its sink; the file itself stays open until it is synchronised and renamed."""
+
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
+    """Write `path` so that a reader sees either the whole new file or none of it.
+
+    The bytes go to `.NAME.partial` beside it; leaving the block synchronises, renames, and synchronises the
+    folder. The temporary name is fixed, so that a build started again overwrites what a killed one left.
+    `needed` is the expected size in bytes, for the message only.
+
+    Raises CorpusError where the disk (or the quota, or the file size limit) is full.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    out: HashingFile | None = None
+    try:
+        with temporary.open("wb") as raw:
+            out = HashingFile(raw)
+            yield out
+            raw.flush()
+            os.fsync(raw.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            raise _no_space(path, error, needed, out.bytes if out else 0) from error
+        raise
+
+
+def _no_space(path: Path, error: OSError, needed: int | None, written: int) -> CorpusError:
+    free = shutil.disk_usage(path.parent).free
+    size = f"{needed:,} bytes" if needed else f"more than {written:,} bytes"
+    return CorpusError(
+        f"{path}: cannot write ({os.strerror(error.errno or 0)}): the file needs {size}, "
+        f"{free:,} bytes are free now. Free space or raise the quota, then run the same command again: it goes on where it stopped"
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (a rename alone may be lost when the machine goes down)."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """Hexadecimal SHA-256 of a file; `progress` is called with the bytes read by each step."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+            if progress:
+                progress(n)
+    return digest.hexdigest()
