@@ -8,17 +8,19 @@ mix(key + i · golden), i = 1, 2, …, which is that generator with `key` as its
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Int64 = TypeVar("Int64", "np.ndarray[Any, np.dtype[np.int64]]", "torch.Tensor")
 
 
+_ALL_BITS = (1 << 64) - 1
+
+
 def _signed(value: int) -> int:
     """The int64 with the same 64 bits as the unsigned `value`."""
-    value &= 0xFFFF_FFFF_FFFF_FFFF
+    value &= _ALL_BITS
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -30,9 +32,19 @@ _MULTIPLIER_2 = _signed(0x94D0_49BB_1331_11EB)
 def mix(x: Int64) -> Int64:
     """A bijection of 64-bit integers whose outputs look independent. Any shape, int64 in and out."""
     # int64 shifts arithmetically; the masks turn each into the logical shift that the mixer is defined with.
-    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * _MULTIPLIER_1
-    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * _MULTIPLIER_2
-    return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
+    # Updates in place: this is the hottest code of masking, and fresh memory costs more than the arithmetic.
+    y = x >> 30
+    y &= 0x3_FFFF_FFFF
+    y ^= x
+    y *= _MULTIPLIER_1
+    z = y >> 27
+    z &= 0x1F_FFFF_FFFF
+    z ^= y
+    z *= _MULTIPLIER_2
+    y = z >> 31
+    y &= 0x1_FFFF_FFFF
+    y ^= z
+    return y
 
 
 def stream(key: "Int64 | int", counter: Int64) -> Int64:
@@ -42,13 +54,21 @@ def stream(key: "Int64 | int", counter: Int64) -> Int64:
 
 def fold(seed: int, *parts: int) -> int:
     """One signed 64-bit key out of a seed and further integers; the order of the parts counts."""
-    key = _signed(seed)
+    key = seed
     for part in (0, *parts):
-        # A one-element array, since NumPy scalars warn where arrays wrap.
-        key = int(mix(np.array([_signed(key + (part + 1) * GOLDEN)], dtype=np.int64))[0])
-    return key
+        key = _mix_int(key + (part + 1) * GOLDEN)
+    return _signed(key)
+
+
+def _mix_int(x: int) -> int:
+    """`mix` of one Python integer, modulo 2^64 (NumPy scalars would warn where arrays wrap)."""
+    x &= _ALL_BITS
+    x = ((x ^ (x >> 30)) * _MULTIPLIER_1) & _ALL_BITS
+    x = ((x ^ (x >> 27)) * _MULTIPLIER_2) & _ALL_BITS
+    return x ^ (x >> 31)
 
 
 def unit_interval(bits: "torch.Tensor") -> "torch.Tensor":
-    """Hash bits (int64, any shape) → float64 uniform on the open interval (0, 1), 2^53 equidistant values."""
-    return (((bits >> 11) & 0x1F_FFFF_FFFF_FFFF).double() + 0.5) * 2.0**-53
+    """Hash bits (int64, any shape) → float64 uniform on the open interval (0, 1), 2^52 equidistant values."""
+    # The upper 52 bits, signed, in [-2^51, 2^51); every sum below is exact in float64.
+    return ((bits >> 12).double() + (2.0**51 + 0.5)) * 2.0**-52

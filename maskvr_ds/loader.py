@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from maskvr_ds.batch import TokenBatch
 
 # Four rounds make a strong pseudorandom permutation (Luby & Rackoff 1988); two more for small domains.
 _FEISTEL_ROUNDS = 6
+_ROWS_AT_ONCE = 4096
 
 
 class KeyedPermutation:
@@ -52,14 +54,17 @@ class KeyedPermutation:
         return images
 
 
-def sample_rows(first: int, count: int, rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Samples first … first + count − 1 of a run → (rows int64 [count], epochs int64 [count]) of the corpus."""
-    samples = np.arange(first, first + count, dtype=np.int64)
+# A run needs that of the present epoch and of the next; they are small.
+_permutation = lru_cache(maxsize=16)(KeyedPermutation)
+
+
+def sample_rows(samples: NDArray[np.int64], rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Samples of a run, int64 [n] ascending → (rows int64 [n], epochs int64 [n]) of a corpus of `rows` rows."""
     epochs, index = np.divmod(samples, rows)
-    out = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
+    out = np.empty_like(samples)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        out[here] = KeyedPermutation(rows, hashing.fold(seed, int(epoch)))(index[here])
+        out[here] = _permutation(rows, hashing.fold(seed, epoch))(index[here])
     return out, epochs
 
 
@@ -125,17 +130,22 @@ class Loader:
         self.device = torch.device(device)
         self.prefetch = prefetch
 
-    def _read(self, samples_consumed: int) -> TokenBatch:
-        first = samples_consumed + self.rank * self.share
-        rows, epochs = sample_rows(first, self.share, self.corpus.rows, self.seed)
-        return read_rows(self.corpus, rows, epochs, pin=self.device.type == "cuda")
+    def _read(self, samples_consumed: int) -> Iterator[TokenBatch]:
+        # Rows are found for several small steps at once: NumPy costs microseconds a call whatever the size.
+        steps = max(1, _ROWS_AT_ONCE // self.share)
+        share = self.rank * self.share + np.arange(self.share)
+        for first in itertools.count(samples_consumed, steps * self.global_size):
+            samples = first + np.arange(steps)[:, None] * self.global_size + share
+            rows, epochs = sample_rows(samples.ravel(), self.corpus.rows, self.seed)
+            for step in np.split(np.arange(len(rows)), steps):
+                yield read_rows(self.corpus, rows[step], epochs[step], pin=self.device.type == "cuda")
 
     def batches(self, samples_consumed: int = 0) -> Iterator[TokenBatch]:
         """Endless: the share [global_size / world_size, L] of each step after `samples_consumed` samples."""
-        starts = itertools.count(samples_consumed, self.global_size)
+        reader = self._read(samples_consumed)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-            ahead = deque(pool.submit(self._read, next(starts)) for _ in range(max(1, self.prefetch)))
+            ahead = deque(pool.submit(next, reader) for _ in range(max(1, self.prefetch)))
             while True:
                 batch = ahead.popleft().result()
-                ahead.append(pool.submit(self._read, next(starts)))
+                ahead.append(pool.submit(next, reader))
                 yield to_device(batch, self.device)

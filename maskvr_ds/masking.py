@@ -14,29 +14,21 @@ Nothing here waits for the device: K, the width of the result, follows from L an
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.batch import MaskedBatch, TokenBatch
 
-# Which of a token's random numbers: one stream each, so that corruption never depends on the choice of positions.
-_CHOICE, _CORRUPTION, _REPLACEMENT = 0, 1, 2
-_NEVER = torch.iinfo(torch.int64).max
-
-
-class Vocabulary(Protocol):
-    """What masking must know of the tokenizer (`data_pipeline.shards.Manifest` gives it)."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def mask_id(self) -> int: ...
-    @property
-    def special_ids(self) -> list[int]: ...
+# A row's stream is cut into blocks of 2^32 draws, one a purpose: draw number `block + position`.
+_CHOICE, _CORRUPTION = 0, 1 << 32
+# The low bits of a sampling key hold the position: no two keys of a row are equal, and the position comes for free.
+_POSITION_BITS = 12
+_POSITION_MASK = (1 << _POSITION_BITS) - 1
+_NEVER = ~_POSITION_MASK & torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -57,60 +49,92 @@ def round_half_up(x: float) -> int:
     return math.floor(x + 0.5)
 
 
-def prediction_counts(maskable: torch.Tensor, rate: float) -> torch.Tensor:
-    """k: bool [B, L] → int64 [B], round(rate · n), at least 1 where n ≥ 1, 0 where n = 0."""
-    n = maskable.sum(1)
+def prediction_counts(n: torch.Tensor, rate: float) -> torch.Tensor:
+    """k: int64 [B], numbers of maskable positions → int64 [B], round(rate · n), at least 1 where n ≥ 1."""
     return torch.floor(n.double() * rate + 0.5).long().clamp(min=1).minimum(n)
 
 
-def uniform(batch: TokenBatch, maskable: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """π_i = k/n on the maskable positions (Devlin et al. 2018): float64 [B, 1], broadcast over positions."""
-    return (counts.double() / maskable.sum(1).clamp(min=1))[:, None]
+def uniform(batch: TokenBatch, maskable: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """π_i = k/n on the maskable positions (Devlin et al. 2018): `share` itself, broadcast over positions."""
+    return share
 
 
-# strategy(batch, maskable bool [B, L], counts int64 [B]) → inclusion probabilities, float64 broadcastable to [B, L].
+# strategy(batch, maskable bool [B, L], share float64 [B, 1] = k/n) → inclusion probabilities, float64, broadcastable
+# to [B, L], with Σ over the maskable positions = k.
 Strategy = Callable[[TokenBatch, torch.Tensor, torch.Tensor], torch.Tensor]
 STRATEGIES: dict[str, Strategy] = {"uniform": uniform}
 
 
-def row_keys(seed: int, batch: TokenBatch, purpose: int) -> torch.Tensor:
-    """int64 [B]: the key of each row's stream of random numbers, from (seed, purpose, epoch, sample id)."""
-    return hashing.stream(hashing.stream(hashing.fold(seed, purpose), batch.epochs), batch.sample_ids)
+def row_keys(seed: int, batch: TokenBatch) -> torch.Tensor:
+    """int64 [B]: the key of each row's stream of random numbers, from (seed, epoch, sample id).
+
+    Distinct for all epochs below 2^23 and sample ids below 2^40.
+    """
+    return hashing.stream(hashing.fold(seed), (batch.epochs << 40) + batch.sample_ids)
 
 
 def pareto_sample(
-    inclusion: torch.Tensor, uniforms: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor, width: int
+    inclusion: torch.Tensor, bits: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fixed-size sample without replacement with (to a very good approximation) given inclusion probabilities.
 
     Args:
-        inclusion: float64, broadcastable to [B, L]; in (0, 1] on maskable positions, Σ over them = counts.
-        uniforms: float64 [B, L] in (0, 1).
+        inclusion: float64 [B, L] or [B, 1]; in (0, 1] on maskable positions, Σ over them = counts.
+        bits: int64 [B, L], independent random bits.
         maskable: bool [B, L].
         counts: int64 [B], how many positions each row gets, at most `width`.
         width: K.
 
     Returns: positions int64 [B, K], in order of their rank, and used bool [B, K]: slot j is used where j < count.
     """
-    key = (uniforms / (1 - uniforms)) * ((1 - inclusion) / inclusion)
-    # Non-negative float64 sort like their bits, and integers are the faster to select.
-    bits = torch.where(maskable, key.view(torch.int64), _NEVER)
-    positions = bits.topk(width, dim=1, largest=False).indices
+    length = bits.shape[1]
+    assert length <= 1 << _POSITION_BITS, f"sequence length {length} exceeds {1 << _POSITION_BITS}"
+    if inclusion.shape[1] == 1:
+        # Equal probabilities within a row: any increasing function of u ranks alike, so the bits themselves do.
+        keys = bits & _NEVER
+    else:
+        u = hashing.unit_interval(bits)
+        odds_ratio = (u / (1 - u)) * ((1 - inclusion) / inclusion)
+        # Non-negative float64 sort like their bits. 40 bits of the mantissa stay: far finer than any π.
+        keys = odds_ratio.view(torch.int64) & ~_POSITION_MASK
+    keys.masked_fill_(~maskable, _NEVER)
+    keys += torch.arange(length, device=bits.device)
+    lowest = _smallest(keys, width)
     used = torch.arange(width, device=counts.device) < counts[:, None]
-    return positions, used
+    return lowest & _POSITION_MASK, used
+
+
+def _smallest(keys: torch.Tensor, width: int) -> torch.Tensor:
+    """The `width` smallest of each row, ascending: int64 [B, L], all different within a row → int64 [B, width]."""
+    if keys.device.type == "cpu":
+        # Same result as topk's; NumPy partitions with vector instructions, four times as fast.
+        selected = np.partition(keys.numpy(), width - 1, axis=1)[:, :width]
+        return torch.from_numpy(np.sort(selected, axis=1))
+    return keys.topk(width, dim=1, largest=False).values
 
 
 class Masker:
     """Draws masks and corrupts inputs on the device that the batch lies on.
+
+    Args:
+        vocab_size, mask_id, special_ids: of the tokenizer; special tokens are neither masked nor put in at random.
+        sequence_length: L.
+        seed: keys the masks, together with epoch and sample id.
+        strategy: a name in STRATEGIES.
+        rate: share of the maskable positions to predict.
+        corruption: what the model sees in their place.
+        device: where batches will lie.
 
     Raises ValueError for an unknown strategy or a rate outside (0, 1).
     """
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
-        sequence_length: int,
         *,
+        vocab_size: int,
+        mask_id: int,
+        special_ids: Sequence[int],
+        sequence_length: int,
         seed: int,
         strategy: str = "uniform",
         rate: float = 0.15,
@@ -124,61 +148,59 @@ class Masker:
         self.strategy = STRATEGIES[strategy]
         self.rate = rate
         self.seed = seed
-        self.mask_id = vocabulary.mask_id
-        self.corruption = corruption or Corruption()
+        self.mask_id = mask_id
+        corruption = corruption or Corruption()
+        # Thresholds on 24 random bits.
+        self._mask_below = round(corruption.mask_probability * 2**24)
+        self._random_below = round((corruption.mask_probability + corruption.random_probability) * 2**24)
         self.maximum_predictions = maximum_predictions(sequence_length, rate)
-        special = torch.zeros(vocabulary.size, dtype=torch.bool)
-        special[vocabulary.special_ids] = True
+        special = torch.zeros(vocab_size, dtype=torch.bool)
+        special[list(special_ids)] = True
         self._maskable_ids = (~special).to(device)
         self._ordinary_ids = torch.nonzero(~special).squeeze(1).to(device)
 
     def __call__(self, batch: TokenBatch) -> MaskedBatch:
         """Choose positions, take the labels away, corrupt: see the module's text. All on batch's device."""
         input_ids = batch.input_ids.long()
-        maskable = self._maskable_ids[input_ids]
-        counts = prediction_counts(maskable, self.rate)
-        inclusion = self.strategy(batch, maskable, counts)
-        length = torch.arange(input_ids.shape[1], device=input_ids.device)
-        uniforms = hashing.unit_interval(hashing.stream(row_keys(self.seed, batch, _CHOICE)[:, None], length))
-        positions, used = pareto_sample(inclusion, uniforms, maskable, counts, self.maximum_predictions)
+        # index_select: the same as indexing with a tensor, and three times as fast on a CPU.
+        maskable = self._maskable_ids.index_select(0, input_ids.view(-1)).view_as(input_ids)
+        n = maskable.sum(1)
+        counts = prediction_counts(n, self.rate)
+        share = (counts.double() / n.clamp(min=1))[:, None]
+        inclusion = self.strategy(batch, maskable, share)
+        keys = row_keys(self.seed, batch)[:, None]
+        draws = torch.arange(_CHOICE, _CHOICE + input_ids.shape[1], device=input_ids.device)
+        positions, used = pareto_sample(inclusion, hashing.stream(keys, draws), maskable, counts, self.maximum_predictions)
         labels = input_ids.gather(1, positions)
+        replaced = self._corrupt(labels, hashing.stream(keys, positions + _CORRUPTION))
         # Horvitz–Thompson: w = (k/n)/π makes Σ w ℓ / k unbiased for the mean of ℓ over all maskable positions.
-        share = (counts.double() / maskable.sum(1).clamp(min=1))[:, None]
-        weights = (share / inclusion).expand(-1, input_ids.shape[1]).gather(1, positions)
+        weights = (share / inclusion).expand_as(input_ids).gather(1, positions)
         return MaskedBatch(
-            input_ids=self._corrupt(batch, input_ids, positions, labels, used),
+            input_ids=input_ids.scatter(1, positions, torch.where(used, replaced, labels)),
             positions=positions,
             labels=labels,
             weights=torch.where(used, weights, 0.0).float(),
             attention_mask=batch.attention_mask,
         )
 
-    def _corrupt(
-        self,
-        batch: TokenBatch,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor,
-        used: torch.Tensor,
-    ) -> torch.Tensor:
-        """input_ids int64 [B, L] with the used `positions` replaced as `Corruption` says; a new tensor."""
-        kind = hashing.unit_interval(hashing.stream(row_keys(self.seed, batch, _CORRUPTION)[:, None], positions))
-        draw = hashing.stream(row_keys(self.seed, batch, _REPLACEMENT)[:, None], positions)
-        # 53 random bits modulo a vocabulary: the bias is below 2^-37.
-        random_ids = self._ordinary_ids[((draw >> 11) & 0x1F_FFFF_FFFF_FFFF) % len(self._ordinary_ids)]
-        to_mask = kind < self.corruption.mask_probability
-        to_random = kind < self.corruption.mask_probability + self.corruption.random_probability
-        replaced = torch.where(to_mask, self.mask_id, torch.where(to_random, random_ids, labels))
-        return input_ids.scatter(1, positions, torch.where(used, replaced, labels))
+    def _corrupt(self, labels: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        """What stands in the place of `labels` (int64 [B, K]), by hash bits of the same shape and dtype."""
+        # One hash serves twice: the upper 24 bits say what happens, the lower 32 which random token, by
+        # multiplication instead of a remainder (Lemire 2019); both are even to better than 2^-12 relative.
+        kind = (bits >> 40) & 0xFF_FFFF
+        draw = ((bits & 0xFFFF_FFFF) * len(self._ordinary_ids)) >> 32
+        random_ids = self._ordinary_ids.index_select(0, draw.view(-1)).view_as(labels)
+        kept_or_random = torch.where(kind < self._random_below, random_ids, labels)
+        return kept_or_random.masked_fill_(kind < self._mask_below, self.mask_id)
 
 
 def data_digest(batch: TokenBatch) -> torch.Tensor:
     """Order-free int64 sum (wrapping) over rows of hash(epoch, sample id): scalar tensor. Sums add over ranks."""
-    return row_keys(0, batch, 0).sum()
+    return row_keys(0, batch).sum()
 
 
 def mask_digest(batch: TokenBatch, masked: MaskedBatch) -> torch.Tensor:
     """Order-free int64 sum (wrapping) over rows of hash(epoch, sample id, set of masked positions): scalar."""
-    position_hash = hashing.mix((masked.positions + 1) * hashing.GOLDEN)
+    position_hash = hashing.stream(0, masked.positions)
     chosen = torch.where(masked.weights != 0, position_hash, 0).sum(1)
-    return hashing.mix(row_keys(0, batch, 1) ^ hashing.mix(chosen)).sum()
+    return hashing.mix(row_keys(0, batch) ^ hashing.mix(chosen)).sum()
