@@ -170,7 +170,9 @@ class Masker:
         inclusion = self.strategy(batch, maskable, share)
         keys = row_keys(self.seed, batch)[:, None]
         draws = torch.arange(_CHOICE, _CHOICE + input_ids.shape[1], device=input_ids.device)
-        positions, used = pareto_sample(inclusion, hashing.stream(keys, draws), maskable, counts, self.maximum_predictions)
+        positions, used = pareto_sample(
+            inclusion, hashing.stream(keys, draws), maskable, counts, self.maximum_predictions
+        )
         labels = input_ids.gather(1, positions)
         replaced = self._corrupt(labels, hashing.stream(keys, positions + _CORRUPTION))
         # Horvitz–Thompson: w = (k/n)/π makes Σ w ℓ / k unbiased for the mean of ℓ over all maskable positions.

@@ -1,0 +1,253 @@
+"""Checkpoints that count only when whole.
+
+    RUN/checkpoints/step-00000100/
+        checkpoint.json           written last: step, samples, what the run is, size and SHA-256 of every file
+        *.pt                      DeepSpeed's: module, optimizer partitions
+        weights.safetensors       fp32 weights, for export and evaluation
+        probe.safetensors         a few rows and the engine's logits on them: what an export is held against
+        bert/                     config.json of the model, tokenizer
+
+All of it is written under `checkpoints/.saving/`, synchronised, described by checkpoint.json, and then renamed.
+Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
+
+Collectives: `distributed.agree` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import load_file, save_file
+
+from maskvr_ds import distributed
+from maskvr_ds.batch import MaskedBatch
+from maskvr_ds.engine import full_fp32_weights
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+WEIGHTS = "weights.safetensors"
+PROBE = "probe.safetensors"
+BERT = "bert"
+_FOLDER = "checkpoints"
+_SAVING = ".saving"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete, damaged, or of another run."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint says of itself beside its tensors.
+
+    step: updates done. samples: sequences consumed. world_size, zero_stage: how it was written.
+    dtype: what the model computed in. identity: what must be equal for a run to go on from it.
+    """
+
+    step: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    dtype: str
+    identity: dict[str, Any]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _synchronise(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _on_rank_0(action: Any) -> None:
+    """Run `action` on rank 0; every rank learns of its failure."""
+    error: Exception | None = None
+    if distributed.rank() == 0:
+        try:
+            action()
+        except Exception as fault:
+            error = fault
+    distributed.agree(error)
+
+
+def save(
+    run: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    state: CheckpointState,
+    *,
+    probe: MaskedBatch,
+    tokenizer: Path,
+    keep_last: int,
+) -> Path:
+    """Write a checkpoint of the run, then delete all but the newest `keep_last`. Every rank calls.
+
+    probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
+    Returns the checkpoint's folder.
+    """
+    tag = f"step-{state.step:08d}"
+    final = run / _FOLDER / tag
+    saving = run / _FOLDER / _SAVING
+    folder = saving / tag
+
+    def prepare() -> None:
+        shutil.rmtree(saving, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    _on_rank_0(prepare)
+    engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
+    weights = full_fp32_weights(engine)
+    logits = probe_logits(engine.module, probe)
+
+    def describe() -> None:
+        save_file(weights, folder / WEIGHTS)
+        tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
+        if probe.attention_mask is not None:
+            tensors["attention_mask"] = probe.attention_mask
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / PROBE)
+        engine.module.mlm.config.save_pretrained(folder / BERT)
+        for file in tokenizer.iterdir():
+            shutil.copyfile(file, folder / BERT / file.name)
+        _write_manifest(folder, state)
+        if final.exists():
+            # A run that went on from an earlier checkpoint comes by again.
+            shutil.rmtree(final)
+        folder.rename(final)
+        _synchronise(final.parent)
+        shutil.rmtree(saving)
+        for old in complete_checkpoints(run)[:-keep_last]:
+            # Hidden first: a deletion cut short must not leave half a checkpoint under its name.
+            shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
+
+    distributed.barrier()
+    _on_rank_0(describe)
+    return final
+
+
+def _write_manifest(folder: Path, state: CheckpointState) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _synchronise(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    content = {"format": FORMAT, **vars(state), "files": files}
+    temporary = folder / f".{MANIFEST}.partial"
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _synchronise(temporary)
+    temporary.rename(folder / MANIFEST)
+    _synchronise(folder)
+
+
+@torch.no_grad()
+def probe_logits(module: Any, probe: MaskedBatch) -> torch.Tensor:
+    """The module's logits [B, K, V] on the probe, dropout off."""
+    training = module.training
+    module.eval()
+    try:
+        return module.logits(probe.input_ids, probe.positions, probe.attention_mask)
+    finally:
+        module.train(training)
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Folders of the run's complete checkpoints, oldest first."""
+    return sorted(p.parent for p in (run / _FOLDER).glob(f"step-*/{MANIFEST}"))
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """What a checkpoint says of itself. Raises CheckpointError where it is not a complete checkpoint."""
+    return CheckpointState(**{k: v for k, v in _read_manifest(folder).items() if k not in ("format", "files")})
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing)")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}")
+    return content
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest. Raises CheckpointError naming the first that is not as written."""
+    for name, entry in _read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / MANIFEST}: {name!r} leaves the checkpoint's folder")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; take an earlier checkpoint")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise CheckpointError(f"{path}: {entry['bytes']} bytes expected, {size} found; take an earlier checkpoint")
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: the SHA-256 differs from {MANIFEST}; take an earlier checkpoint")
+
+
+def find(run: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from.
+
+    "auto": the run's newest complete one, None where the run has not written any yet. Otherwise the path of a
+    checkpoint or of a run's folder, which must hold a complete one. Raises CheckpointError.
+    """
+    if resume != "auto":
+        folder = Path(resume)
+        if (folder / MANIFEST).is_file():
+            return folder
+        if complete := complete_checkpoints(folder):
+            return complete[-1]
+        raise CheckpointError(f"--resume {resume}: no complete checkpoint there (nor in its {_FOLDER}/)")
+    if complete := complete_checkpoints(run):
+        return complete[-1]
+    if broken := sorted((run / _FOLDER).glob("step-*")):
+        raise CheckpointError(
+            f"{run / _FOLDER}: none of {', '.join(p.name for p in broken)} is complete; "
+            "remove the run's folder to begin anew, or give --resume another checkpoint"
+        )
+    return None
+
+
+def load(folder: Path, engine: deepspeed.DeepSpeedEngine, expected: CheckpointState) -> CheckpointState:
+    """Load a verified checkpoint into the engine. Every rank calls.
+
+    expected: the present run's identity, world size and stage; its step and samples are not looked at.
+    Raises CheckpointError where a file is damaged or the checkpoint belongs to another run.
+    """
+    _on_rank_0(lambda: verify(folder))
+    state = read_state(folder)
+    differences = [
+        f"{key} was {state.identity.get(key)!r}, is {value!r}"
+        for key, value in expected.identity.items()
+        if state.identity.get(key) != value
+    ]
+    for key in ("world_size", "zero_stage", "dtype"):
+        if (was := getattr(state, key)) != (now := getattr(expected, key)):
+            differences.append(f"{key} was {was}, is {now}")
+    if differences:
+        raise CheckpointError(
+            f"{folder}: belongs to another run: {'; '.join(differences)}. "
+            "Restore these settings to resume, or start a new run in another output_dir"
+        )
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+    return state
+
+
+def read_probe(folder: Path) -> dict[str, torch.Tensor]:
+    """input_ids int64 [B, L], positions int64 [B, K], logits float32 [B, K, V], perhaps attention_mask."""
+    return load_file(folder / PROBE)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Name → float32 weights of the BertForMaskedLM."""
+    return load_file(folder / WEIGHTS)

@@ -1,0 +1,76 @@
+"""Held-out loss: uniform masks that depend on the row alone, so that every run is measured with the same ones.
+
+Collective: one all-reduce of [Σ ℓ, predictions], float64, over the world group per evaluation.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import distributed
+from maskvr_ds.batch import TokenBatch
+from maskvr_ds.loader import KeyedPermutation, read_rows, to_device
+from maskvr_ds.masking import Masker
+from maskvr_ds.model import weighted_loss
+
+# Part of the measure: with another seed or rate figures would no longer compare.
+_SEED = 0
+_RATE = 0.15
+
+
+def held_out_masker(corpus: Corpus, device: torch.device) -> Masker:
+    """Uniform masks at 15%, 80/10/10, whatever the run trains with."""
+    special = corpus.manifest.special_tokens
+    return Masker(
+        vocab_size=corpus.manifest.vocab_size,
+        mask_id=special.mask,
+        special_ids=special.all,
+        sequence_length=corpus.sequence_length,
+        seed=_SEED,
+        rate=_RATE,
+        device=device,
+    )
+
+
+class HeldOut:
+    """The first `rows` rows of the held-out corpus in a keyed order, divided among the ranks.
+
+    Args:
+        corpus: held-out rows.
+        rows: how many to use at most.
+        micro_size: sequences a forward pass.
+        rank, world_size, device: as for the loader.
+    """
+
+    def __init__(
+        self, corpus: Corpus, *, rows: int, micro_size: int, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        rows = min(rows, corpus.rows)
+        chosen = KeyedPermutation(corpus.rows, _SEED)(np.arange(rows))
+        self._mine = chosen[rank::world_size]
+        self._corpus = corpus
+        self._micro_size = micro_size
+        self._device = device
+        self.masker = held_out_masker(corpus, device)
+
+    def _batches(self) -> Iterator[TokenBatch]:
+        for start in range(0, len(self._mine), self._micro_size):
+            rows = self._mine[start : start + self._micro_size]
+            yield to_device(read_rows(self._corpus, rows, np.zeros_like(rows)), self._device)
+
+    @torch.no_grad()
+    def loss(self, module: nn.Module) -> float:
+        """Mean cross-entropy of the masked tokens in nats, the same on every rank. Every rank calls."""
+        training = module.training
+        module.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for batch in self._batches():
+            masked = self.masker(batch)
+            total[0] += weighted_loss(module, masked)
+            total[1] += (masked.weights != 0).sum()
+        module.train(training)
+        loss, predictions = distributed.all_reduce_sum(total).tolist()
+        return loss / predictions

@@ -1,0 +1,213 @@
+"""Metrics of a run → metrics.jsonl (a line a step), DeepSpeed's monitors, a progress bar, a plot.
+
+Figures that lie on the device are copied to the host beside the computation and read one step later, so that
+logging never makes the device wait.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from maskvr_ds.config import MonitorConfig
+
+METRICS = "metrics.jsonl"
+# Seconds between the lines that stand in for the progress bar where stderr is no terminal.
+_LINE_EVERY = 30.0
+
+
+class DeferredTensor:
+    """A small tensor on its way to the host. `values()` waits for it, and for nothing queued after it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = tensor.clone()
+
+    def values(self) -> list[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+@dataclass
+class StepRecord:
+    """One step, figures on the device still pending.
+
+    counters: int64 [4], all-reduced: data_digest, mask_digest, predictions, sequences without a maskable token.
+    loss_sum: float64 [1], all-reduced: Σ w ℓ over the global batch, in nats.
+    grad_norm: global norm before clipping; float, or scalar tensor.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    lr: float
+    counters: DeferredTensor
+    loss_sum: DeferredTensor
+    grad_norm: "DeferredTensor | float"
+    extra: dict[str, Any]
+
+    def resolve(self) -> dict[str, Any]:
+        data_digest, mask_digest, predictions, skipped = self.counters.values()
+        norm = self.grad_norm.values() if isinstance(self.grad_norm, DeferredTensor) else self.grad_norm
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "loss": self.loss_sum.values()[0] / max(predictions, 1),
+            "lr": self.lr,
+            "grad_norm": norm,
+            "predictions": predictions,
+            "skipped_sequences": skipped,
+            "data_digest": f"{data_digest & (1 << 64) - 1:016x}",
+            "mask_digest": f"{mask_digest & (1 << 64) - 1:016x}",
+            **self.extra,
+        }
+
+
+class MetricsLog:
+    """Writes on rank 0; on the others every method returns at once.
+
+    Args:
+        folder: the run's.
+        resume_step: steps already done: later lines of an existing metrics.jsonl are dropped.
+        total_steps: for the progress bar.
+        monitor: which of DeepSpeed's monitors to feed.
+    """
+
+    def __init__(
+        self, folder: Path, *, rank: int, resume_step: int, total_steps: int, monitor: MonitorConfig, flops: float = 0.0
+    ) -> None:
+        self.active = rank == 0
+        self._pending: StepRecord | None = None
+        self._tokens = 0
+        self._flops = flops
+        if not self.active:
+            return
+        self.path = folder / METRICS
+        kept = [line for line in read_lines(self.path) if line["step"] <= resume_step] if resume_step else []
+        self._tokens = kept[-1]["tokens"] if kept else 0
+        _rewrite(self.path, kept)
+        # Line buffered: what was logged before a kill is on disk.
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._monitor = _monitor_master(folder, monitor)
+        self._bar = tqdm(
+            total=total_steps, initial=resume_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+        self._clock = self._last_line = time.perf_counter()
+
+    def step(self, record: StepRecord) -> None:
+        """Hand over a step; the one before it is written."""
+        if not self.active:
+            return
+        self.flush()
+        self._pending = record
+
+    def add(self, **figures: float) -> None:
+        """Add figures to the line of the present step."""
+        if self._pending is not None:
+            self._pending.extra.update(figures)
+
+    def flush(self) -> None:
+        """Write the pending step, waiting for its figures."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        line = pending.resolve()
+        seconds = time.perf_counter() - self._clock
+        self._clock += seconds
+        line["tokens_per_second"] = (line["tokens"] - self._tokens) / seconds
+        line["step_seconds"] = seconds
+        self._tokens = line["tokens"]
+        self._file.write(json.dumps(line) + "\n")
+        events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
+        self._monitor.write_events([e for e in events if e[0] not in ("train/step", "train/samples")])
+        self._show(line)
+
+    def exclude(self, seconds: float) -> None:
+        """Keep time that was not training (evaluation, saving) out of tokens_per_second."""
+        if self.active:
+            self._clock += seconds
+
+    def _show(self, line: dict[str, Any]) -> None:
+        text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        if "held_out_loss" in line:
+            text += f"  held-out {line['held_out_loss']:.4f}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._last_line > _LINE_EVERY or "held_out_loss" in line):
+            self._last_line = now
+            print(f"step {line['step']}/{self._bar.total}  {text}", flush=True)
+
+    def close(self) -> None:
+        if self.active:
+            self.flush()
+            self._bar.close()
+            self._file.close()
+
+
+def _monitor_master(folder: Path, monitor: MonitorConfig) -> Any:
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    # Given to the engine, they would log its per-rank loss too, and wait for the device at every step.
+    wandb = monitor.wandb.model_dump(exclude_none=True) if monitor.wandb else {}
+    sections = {
+        "tensorboard": {"enabled": monitor.tensorboard, "output_path": str(folder), "job_name": "tensorboard"},
+        "csv_monitor": {"enabled": monitor.csv, "output_path": str(folder), "job_name": "csv"},
+        "wandb": {"enabled": monitor.wandb is not None, **wandb},
+    }
+    return MonitorMaster(get_monitor_config(sections))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if text.endswith("\n"):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
+    """Training and held-out loss over steps → PNG. `reference`: label → loss, drawn as horizontal lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_lines(metrics)
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120)
+    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], linewidth=0.8, alpha=0.7, label="training")
+    held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
+    for label, value in (reference or {}).items():
+        axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("masked-token loss [nats]")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(output)
+    plt.close(figure)
