@@ -23,7 +23,7 @@ from maskvr_ds import lamb
 from tests.distributed.ranks import run_ranks
 from tests.reference.lamb import ReferenceLamb, clip
 
-STEPS, BATCH, LENGTH, VOCABULARY = 50, 6, 9, 61  # 6 sequences: for 1, 2, 3 ranks, with 1 or 2 micro-batches
+STEPS, BATCH, LENGTH, VOCABULARY = 50, 12, 9, 61  # 12 sequences: 1, 2, 3 ranks with 1 or 2 micro-batches
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.999), 1e-6, 0.01
 CLIP, LOUDER = 1.0, 10.0  # with clipping on the loss is multiplied: the norm is above 1 at every step
 STAGES, PRECISIONS, WORLD_SIZES = (0, 1, 2), ("fp32", "bf16"), (1, 2, 3)
@@ -100,13 +100,13 @@ def make_engine(stage: int, precision: str, maximum: float, accumulation: int, h
     return engine
 
 
-def train(engine: Any, input_ids: torch.Tensor, labels: torch.Tensor, louder: float, last: bool = True) -> None:
-    """One step on this rank's part of the batch; `last=False` leaves out the final call of `engine.step`."""
+def train(engine: Any, input_ids: torch.Tensor, labels: torch.Tensor, scale: float, last: bool) -> None:
+    """One step on this rank's part of the batch; with `last` False without its `engine.step`."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     micro = engine.train_micro_batch_size_per_gpu()
     rows = torch.arange(BATCH).view(world_size, -1)[rank].split(micro)
     for number, part in enumerate(rows):
-        engine.backward(engine(input_ids=input_ids[part], labels=labels[part]).loss * louder)
+        engine.backward(engine(input_ids=input_ids[part], labels=labels[part]).loss * scale)
         if last or number < len(rows) - 1:
             engine.step()
 
@@ -140,12 +140,12 @@ def fp32_run(stage: int, maximum: float, accumulation: int, how: str) -> dict[st
     tensors = len(list(engine.module.parameters()))
     with AllReduceCounter(2 * tensors) as counter:
         for input_ids, labels in zip(*batches(STEPS), strict=True):
-            train(engine, input_ids, labels, LOUDER if maximum else 1.0)
+            train(engine, input_ids, labels, LOUDER if maximum else 1.0, last=True)
     ratios = engine.basic_optimizer.trust_ratios
     result = {
         "weights": weights_of(engine),
         "all_reduces": counter.count,
-        "ratios": dict(zip(engine.basic_optimizer.tensor_names, ratios.tolist(), strict=True)),
+        "ratios": dict(zip(engine.basic_optimizer.tensor_names, ratios.tolist(), strict=how == "bind")),
     }
     engine.destroy()
     return result
@@ -185,7 +185,7 @@ def resumed_run(stage: int, precision: str, bind_first: bool, directory: Path) -
     for step in range(8):
         if step == 4:
             one.save_checkpoint(str(directory), tag=tag)
-        train(one, first[0][step], first[1][step], LOUDER)
+        train(one, first[0][step], first[1][step], LOUDER, last=True)
     other = make_engine(stage, precision, CLIP, 2, "bind" if bind_first else "not yet")
     for p in other.module.parameters():
         p.data.add_(1.0)  # what is not restored would show
@@ -193,7 +193,7 @@ def resumed_run(stage: int, precision: str, bind_first: bool, directory: Path) -
     if not bind_first:
         lamb.bind(other)
     for step in range(4, 8):
-        train(other, first[0][step], first[1][step], LOUDER)
+        train(other, first[0][step], first[1][step], LOUDER, last=True)
 
     def everything(engine: Any) -> list[Any]:
         optimizer = engine.basic_optimizer
@@ -215,7 +215,7 @@ def error_without_bind(stage: int, precision: str) -> str:
     (input_ids,), (labels,) = batches(1)
     before = weights_of(engine)
     try:
-        train(engine, input_ids, labels, 1.0)
+        train(engine, input_ids, labels, 1.0, last=True)
     except RuntimeError as error:
         assert all(np.array_equal(before[n], w) for n, w in weights_of(engine).items())
         return str(error)
@@ -233,7 +233,9 @@ def whole_of_one_world_size(directory: Path) -> dict[str, Any]:
         "fp32": {run: fp32_run(*run, "bind") for run in RUNS},
         "bf16": {run: bf16_run(*run) for run in RUNS},
         # Stage 0 in fp32 leaves the parameters alone: nothing to forget there.
-        "unbound": {case: error_without_bind(*case) for case in product(STAGES, PRECISIONS) if case != (0, "fp32")},
+        "unbound": {
+            case: error_without_bind(*case) for case in product(STAGES, PRECISIONS) if case != (0, "fp32")
+        },
     }
     if world_size > 1:
         results["unaware"] = fp32_run(2, 0.0, 1, "unaware")
@@ -270,7 +272,10 @@ def report(precision: str, world_size: int, differences: dict[tuple[int, float, 
 
 def test_fp32_trajectory(ranks: list[dict[str, Any]], references: dict[float, dict[str, np.ndarray]]) -> None:
     differences = {
-        run: max(difference(rank["fp32"][run]["weights"], references[run[1]]) for rank in ranks) for run in RUNS
+        (stage, maximum, n): max(
+            difference(rank["fp32"][stage, maximum, n]["weights"], references[maximum]) for rank in ranks
+        )
+        for stage, maximum, n in RUNS
     }
     report("fp32", len(ranks), differences)
     assert max(differences.values()) <= BOUND, differences
@@ -306,7 +311,11 @@ def test_trust_ratios_agree_between_ranks_and_stages(ranks: list[dict[str, Any]]
     for stage in (1, 2):
         per_rank = [rank["fp32"][stage, 0.0, 1]["ratios"] for rank in ranks]
         assert all(ratios == per_rank[0] for ratios in per_rank)
-        assert per_rank[0] == pytest.approx(stage0, rel=1e-2)
+        # The true gradient of a key bias is 0 (softmax ignores it): its update is rounding noise.
+        compared = [name for name in stage0 if not name.endswith("key.bias")]
+        assert [per_rank[0][name] for name in compared] == pytest.approx(
+            [stage0[name] for name in compared], rel=1e-3
+        )
 
 
 def test_forgotten_bind_is_an_error(ranks: list[dict[str, Any]]) -> None:
