@@ -1,0 +1,80 @@
+"""Run a function on several ranks: real processes, a real gloo process group."""
+
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def _run_rank(function: Any, rank: int, world_size: int, port: int, args: Any, answers: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        DS_ACCELERATOR="cpu",
+    )
+    torch.set_num_threads(1)  # the ranks share the machine's cores
+    try:
+        answers.put((rank, function(*args), None))
+    except BaseException:
+        answers.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call `function(*args)` in `world_size` new processes that have torchrun's environment variables set.
+
+    `function` must be importable (module level); `args` and results picklable and free of tensors, whose
+    memory would end with the rank (NumPy arrays are fine). It initialises the process group itself. Importing
+    torch and deepspeed costs seconds per process: loop over many configurations inside one call.
+
+    Returns: the results, by rank.
+    Raises:
+        RuntimeError: a rank raised (with its traceback) or died without an answer; the others are ended.
+        TimeoutError: not all ranks answered within `timeout` seconds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, args, answers))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(results) < world_size:
+            # Asked before the queue: what a rank put there before it ended is then sure to be read.
+            dead = [r for r, p in enumerate(processes) if p.exitcode is not None and r not in results]
+            try:
+                rank, result, failure = answers.get(timeout=1.0)
+            except queue.Empty:
+                if dead:
+                    codes = {r: processes[r].exitcode for r in dead}
+                    raise RuntimeError(f"ranks ended without an answer, exit codes {codes}") from None
+                if time.monotonic() > deadline:
+                    missing = sorted(set(range(world_size)) - set(results))
+                    raise TimeoutError(f"ranks {missing} did not answer within {timeout} s") from None
+                continue
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} of {world_size} failed:\n{failure}")
+            results[rank] = result
+        return [results[rank] for rank in range(world_size)]
+    finally:
+        for process in processes:
+            process.join(timeout=10.0 if len(results) == world_size else 0.0)
+            if process.is_alive():
+                process.kill()
+                process.join()

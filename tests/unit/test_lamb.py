@@ -1,0 +1,236 @@
+"""`Lamb` alone, without DeepSpeed, against the float64 reference."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from maskvr_ds.lamb import NORM_CHUNK, Lamb, bind, parameter_groups
+from tests.reference.lamb import ReferenceLamb
+
+
+def set_gradients(weights: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    for w, g in zip(weights, gradients, strict=True):
+        w.grad = g
+
+
+tensors = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple),
+        st.sampled_from(["zero", "small", "normal", "large"]),  # weights
+        st.sampled_from(["zero", "small", "normal", "large", "now and then"]),  # gradients
+        st.booleans(),  # weight decay
+    ),
+    min_size=1,
+    max_size=6,
+)
+SCALES = {"zero": 0.0, "small": 1e-4, "normal": 1.0, "large": 1e3, "now and then": 1.0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tensors=tensors,
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.8, 0.95)]),
+    eps=st.sampled_from([1e-6, 1e-3]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_reference(tensors: Any, betas: tuple[float, float], eps: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...], kind: str, step: int = 0) -> torch.Tensor:
+        scale = 0.0 if kind == "now and then" and step % 2 else SCALES[kind]
+        return torch.from_numpy(np.asarray(scale * random.standard_normal(shape), np.float32))
+
+    weights = [nn.Parameter(draw(shape, kind)) for shape, kind, _, _ in tensors]
+    decay = [0.1 if decays else 0.0 for *_, decays in tensors]
+    groups = [
+        {"params": [w for w, d in zip(weights, decay, strict=True) if d == value], "weight_decay": value}
+        for value in (0.1, 0.0)
+    ]
+    optimizer = Lamb(groups, lr=0.01, betas=betas, eps=eps)
+    reference = ReferenceLamb([w.data for w in weights], decay, 0.01, betas, eps)
+    for step in range(6):
+        gradients = [draw(shape, kind, step) for shape, _, kind, _ in tensors]
+        set_gradients(weights, [g.clone() for g in gradients])
+        optimizer.step()
+        reference.step(gradients)
+        for w, g, expected in zip(weights, gradients, reference.weights, strict=True):
+            assert w.grad is not None
+            assert torch.equal(w.grad, g), "gradients are left as they were"
+            torch.testing.assert_close(w.double(), expected, rtol=2e-5, atol=1e-7)
+    order = [i for group in groups for p in group["params"] for i, w in enumerate(weights) if w is p]
+    assert optimizer.trust_ratios is not None
+    expected_ratios = torch.tensor([reference.ratios[i] for i in order])
+    torch.testing.assert_close(optimizer.trust_ratios, expected_ratios, rtol=1e-4, atol=1e-12)
+
+
+def test_a_tensor_without_gradient_stays_and_catches_up_later() -> None:
+    a, b = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = Lamb([("a", a), ("b", b)], lr=0.1)
+    reference = ReferenceLamb([b.data], [0.01], 0.1, (0.9, 0.999), 1e-6)
+    a.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    assert torch.equal(b.data, torch.tensor([1.0, 2.0]))
+    assert optimizer.tensor_names == ["a", "b"]
+    assert optimizer.trust_ratios is not None
+    assert optimizer.trust_ratios[1] == 1
+    for gradient in (torch.tensor([0.5, 0.25]), torch.tensor([0.5, -0.25])):
+        a.grad, b.grad = torch.tensor([1.0, -1.0]), gradient
+        optimizer.step()
+        reference.step([gradient])
+    torch.testing.assert_close(b.data.double(), reference.weights[0], rtol=1e-6, atol=0)
+    assert [optimizer.state[p]["step"] for p in (a, b)] == [3, 2]
+
+
+def test_norm_of_a_large_tensor_keeps_its_digits() -> None:
+    """Plain fp32 norms on CPU are wrong in the fourth digit here; the ratio must not be."""
+    weight = nn.Parameter(torch.rand(24 * NORM_CHUNK + 7, generator=torch.Generator().manual_seed(0)) + 0.5)
+    expected = float(weight.detach().double().norm()) / weight.numel() ** 0.5
+    optimizer = Lamb([weight], lr=0.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
+    weight.grad = torch.full_like(weight, 2.0)  # u = 1 everywhere
+    optimizer.step()
+    assert optimizer.trust_ratios is not None
+    assert optimizer.trust_ratios.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_bf16_parameters_without_masters() -> None:
+    weight = nn.Parameter(torch.linspace(-1, 1, 33).bfloat16())
+    optimizer = Lamb([weight], lr=0.1)
+    reference = ReferenceLamb([weight.data], [0.01], 0.1, (0.9, 0.999), 1e-6)
+    gradient = torch.linspace(2, -1, 33).bfloat16()
+    weight.grad = gradient
+    optimizer.step()
+    reference.step([gradient])
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.double(), reference.weights[0], rtol=2e-2, atol=5e-3)
+
+
+def test_state_dict_continues_bit_equal() -> None:
+    def run(optimizer: Lamb, weight: nn.Parameter, steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.sin(torch.arange(12.0) + step)
+            optimizer.step()
+
+    one = nn.Parameter(torch.linspace(-1, 2, 12))
+    first = Lamb([one], lr=0.1)
+    run(first, one, range(3))
+    two = nn.Parameter(one.detach().clone())
+    second = Lamb([two], lr=0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(first, one, range(3, 6))
+    run(second, two, range(3, 6))
+    assert torch.equal(one, two)
+    assert set(first.state[one]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert first.state[one]["step"] == 6
+
+
+def test_a_copied_optimizer_works() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    duplicate = copy.deepcopy(Lamb([weight], lr=0.1))
+    (copied,) = duplicate.param_groups[0]["params"]
+    copied.grad = torch.ones(3)
+    duplicate.step()
+    assert torch.equal(weight.data, torch.ones(3))
+    assert not torch.equal(copied.data, torch.ones(3))
+
+
+def test_later_groups_and_closures() -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Lamb([a], lr=0.1)
+    optimizer.add_param_group({"params": [b], "lr": 0.2, "weight_decay": 0.0})
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (a * a).sum() + (b * b).sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 4.0
+    assert optimizer.tensor_names == ["0.0", "1.0"]
+    torch.testing.assert_close(a.data, torch.full((2,), 0.9))
+    torch.testing.assert_close(b.data, torch.full((2,), 0.8))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1e-6}, {"weight_decay": -1}],
+)
+def test_bad_hyperparameters(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Lamb([nn.Parameter(torch.ones(1))], **arguments)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = Lamb(embedding.parameters())
+    embedding(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+
+
+def test_replaced_parameters_are_noticed() -> None:
+    weight = nn.Parameter(torch.ones(4, 2))
+    optimizer = Lamb([weight])
+    flat = nn.Parameter(torch.ones(4))
+    flat.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"maskvr_ds\.lamb\.bind"):
+        optimizer.step()
+    assert torch.equal(flat.data, torch.ones(4))
+
+
+def engine_stub(optimizer: Any, **facts: Any) -> Any:
+    usual = {"stage": 0, "fp16": False, "offload": False, "zenflow": False, "mp": 1, "pipeline": False}
+    facts = usual | facts
+    return SimpleNamespace(
+        basic_optimizer=optimizer,
+        optimizer=optimizer,
+        zero_optimization_stage=lambda: facts["stage"],
+        fp16_enabled=lambda: facts["fp16"],
+        zero_use_cpu_optimizer=lambda: facts["offload"],
+        zenflow=facts["zenflow"],
+        mp_world_size=facts["mp"],
+        pipeline_parallelism=facts["pipeline"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({"stage": 3}, "ZeRO stage 3"),
+        ({"fp16": True}, "fp16"),
+        ({"offload": True}, "optimizer offload"),
+        ({"zenflow": True}, "ZenFlow"),
+        ({"mp": 2}, "model parallelism"),
+        ({"pipeline": True}, "pipeline parallelism"),
+    ],
+)
+def test_bind_refuses_what_it_cannot_do(facts: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}.*supported: data parallelism with ZeRO stages 0, 1, 2"):
+        bind(engine_stub(Lamb([nn.Parameter(torch.ones(1))]), **facts))
+
+
+def test_bind_refuses_another_optimizer() -> None:
+    with pytest.raises(ValueError, match="AdamW"):
+        bind(engine_stub(torch.optim.AdamW([nn.Parameter(torch.ones(1))])))
+
+
+def test_parameter_groups() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 7))
+    model[3].weight = model[0].weight  # tied
+    model[1].bias.requires_grad_(False)
+    groups = parameter_groups(model, weight_decay=0.3)
+    assert [[name for name, _ in group["params"]] for group in groups] == [
+        ["0.weight", "1.weight"],
+        ["2.weight", "2.bias", "3.bias"],
+    ]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert Lamb(groups).tensor_names == ["0.weight", "1.weight", "2.weight", "2.bias", "3.bias"]
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False))) == 1
