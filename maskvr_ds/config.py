@@ -5,6 +5,7 @@ One section a component; a component is given its own section, never the whole. 
 communication, offload.
 """
 
+import argparse
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -221,13 +222,20 @@ def recipes() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
+def recipe_text(name: str) -> str:
+    """The YAML of a recipe. Raises ConfigError where there is none of that name."""
+    if name not in recipes():
+        raise ConfigError(f"{name!r}: no such recipe; there are {', '.join(recipes())}")
+    return (resources.files("maskvr_ds.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def read_yaml(config: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, or in the recipe of that name. Raises ConfigError where there is none."""
     path = Path(config)
     if path.is_file():
         text = path.read_text(encoding="utf-8")
     elif str(config) in recipes():
-        text = (resources.files("maskvr_ds.recipes") / f"{config}.yaml").read_text(encoding="utf-8")
+        text = recipe_text(str(config))
     else:
         raise ConfigError(f"config {str(config)!r}: neither a file nor a recipe ({', '.join(recipes())})")
     try:
@@ -252,6 +260,19 @@ def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfi
     except ValidationError as error:
         faults = [_describe(fault) for fault in error.errors(include_url=False)]
         raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults)) from None
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which run: for `maskvr train` and `python -m maskvr_ds.train` alike."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="change a value"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="auto: go on from the newest complete checkpoint of output_dir, or begin; PATH: a checkpoint or a run",
+    )
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

@@ -34,11 +34,16 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
         # On CPUs DeepSpeed compiles a shared-memory all-reduce for a minute at first use. Only its inference
         # engine calls it, and a build that was killed leaves a lock that later runs wait for without end.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks share the machine's cores; without this each would start a thread per core.
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number; what the launcher said before `initialize`, 0 without a launcher."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

@@ -84,15 +84,16 @@ class MetricsLog:
         resume_step: steps already done: later lines of an existing metrics.jsonl are dropped.
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to feed.
+        token_flops: floating-point operations that one token of the global batch costs each rank.
     """
 
     def __init__(
-        self, folder: Path, *, rank: int, resume_step: int, total_steps: int, monitor: MonitorConfig, flops: float = 0.0
+        self, folder: Path, *, rank: int, resume_step: int, total_steps: int, monitor: MonitorConfig, token_flops: float
     ) -> None:
         self.active = rank == 0
         self._pending: StepRecord | None = None
         self._tokens = 0
-        self._flops = flops
+        self._token_flops = token_flops
         if not self.active:
             return
         self.path = folder / METRICS
@@ -111,6 +112,13 @@ class MetricsLog:
         """Hand over a step; the one before it is written."""
         if not self.active:
             return
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tokens, self._tokens = record.tokens - self._tokens, record.tokens
+        rate = tokens / seconds
+        record.extra.update(
+            tokens_per_second=rate, step_seconds=seconds, model_tflops_per_rank=rate * self._token_flops / 1e12
+        )
         self.flush()
         self._pending = record
 
@@ -125,18 +133,13 @@ class MetricsLog:
             return
         pending, self._pending = self._pending, None
         line = pending.resolve()
-        seconds = time.perf_counter() - self._clock
-        self._clock += seconds
-        line["tokens_per_second"] = (line["tokens"] - self._tokens) / seconds
-        line["step_seconds"] = seconds
-        self._tokens = line["tokens"]
         self._file.write(json.dumps(line) + "\n")
         events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
         self._monitor.write_events([e for e in events if e[0] not in ("train/step", "train/samples")])
         self._show(line)
 
     def exclude(self, seconds: float) -> None:
-        """Keep time that was not training (evaluation, saving) out of tokens_per_second."""
+        """Keep time that was not training (evaluation, saving) out of the next step's tokens_per_second."""
         if self.active:
             self._clock += seconds
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from data_pipeline.shards import Corpus
 from maskvr_ds import checkpoint, distributed, hashing
 from maskvr_ds.batch import MaskedBatch, TokenBatch
 from maskvr_ds.checkpoint import CheckpointState
-from maskvr_ds.config import ConfigError, DataConfig, RunConfig, deepspeed_config_path, dump_config, load_config
+from maskvr_ds.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    add_run_options,
+    deepspeed_config_path,
+    dump_config,
+    load_config,
+)
 from maskvr_ds.engine import create_engine, model_dtype, read_deepspeed_config, set_learning_rate, zero_stage
 from maskvr_ds.evaluate import HeldOut
 from maskvr_ds.loader import Loader
@@ -98,13 +107,14 @@ def train(config: RunConfig, resume: str | None = None) -> None:
             device=device,
         )
     probe = probe_batch(held_out or corpus, masker, device)
+    sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
     log = MetricsLog(
         config.output_dir,
         rank=rank,
         resume_step=state.step,
         total_steps=config.training.steps,
         monitor=config.monitor,
-        flops=flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions),
+        token_flops=sequence_flops / corpus.sequence_length / world_size,
     )
 
     engine.train()
@@ -281,29 +291,15 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def argument_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Pretrain a BERT-like encoder. What a run is stands in one YAML file, see docs in README.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="change a value"
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        help="auto: go on from the newest complete checkpoint of output_dir, or begin; PATH: a checkpoint or a run",
-    )
-    # The deepspeed launcher adds it; the rank's place is read from the environment.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank. Returns the exit status: 0 done, 1 error."""
-    arguments = argument_parser("python -m maskvr_ds.train").parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m maskvr_ds.train", description="One rank of a pretraining run.")
+    add_run_options(parser)
+    # The deepspeed launcher adds it; the rank's place is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         config = load_config(arguments.config, arguments.assignments)
         distributed.initialize()

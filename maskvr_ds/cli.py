@@ -1,0 +1,179 @@
+"""The command `maskvr`. Heavy imports wait for the command that needs them, so that --help is quick."""
+
+import argparse
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskvr_ds.config import RunConfig
+
+EXAMPLES = """examples:
+  maskvr train --config run.yaml
+  maskvr train --config demo_cpu --num-gpus 2 --set data.path=corpus --set output_dir=runs/first
+  maskvr train --config run.yaml --hostfile hosts --resume auto
+  maskvr export --checkpoint runs/first --output bert-mine
+  maskvr benchmark masking
+  maskvr demo --output demo_run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="maskvr",
+        description="Variance-reduced BERT pretraining on DeepSpeed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_train, _add_export, _add_plot, _add_recipes, _add_benchmark, _add_demo):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    from maskvr_ds.config import add_run_options
+
+    parser = commands.add_parser("train", help="pretrain, or go on with a run")
+    add_run_options(parser)
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's hostfile: one `host slots=N` a line")
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.config import ConfigError, load_config
+
+    # A wrong value is told here, once, before any rank starts.
+    config = load_config(arguments.config, arguments.assignments)
+    options = ["--config", arguments.config]
+    for assignment in arguments.assignments:
+        options += ["--set", assignment]
+    if arguments.resume:
+        options += ["--resume", arguments.resume]
+    if arguments.hostfile:
+        # DeepSpeed runs locally, as a world of one machine, where the file it is given does not exist.
+        if not Path(arguments.hostfile).is_file():
+            raise ConfigError(f"--hostfile {arguments.hostfile}: no such file; one `host slots=N` a line expected")
+        return _launch(["--hostfile", arguments.hostfile], options, config)
+    ranks = arguments.num_gpus or _visible_gpus()
+    if ranks > 1:
+        # A port of its own, so that two runs on one machine do not meet.
+        return _launch(["--num_gpus", str(ranks), "--master_port", str(_free_port())], options, config)
+    from maskvr_ds import train
+
+    return train.main(options)
+
+
+def _launch(where: list[str], options: list[str], config: "RunConfig") -> int:
+    """Run the deepspeed launcher; 0 only where the run's last checkpoint is there."""
+    from deepspeed.launcher import runner
+
+    runner.main([*where, "--log_level", "warning", "--module", "maskvr_ds.train", *options])
+    # The launcher returns without an error too where a signal ended its ranks.
+    last = config.output_dir / "checkpoints" / f"step-{config.training.steps:08d}" / "checkpoint.json"
+    if not last.is_file():
+        print(f"error: the ranks ended before step {config.training.steps}; --resume auto goes on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face model")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run (its newest one)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for model and tokenizer")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.export import export
+
+    difference = export(arguments.checkpoint, arguments.output)
+    print(f"{arguments.output}: BertForMaskedLM and tokenizer; logits within {difference:.2g} of the engine's")
+    return 0
+
+
+def _add_plot(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("plot", help="draw the loss curves of a run")
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", metavar="FILE", help="default: RUN/loss.png")
+    parser.set_defaults(run=_plot)
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.metrics import METRICS, plot_loss
+
+    run = Path(arguments.run_folder)
+    if not (run / METRICS).is_file():
+        raise ValueError(f"{run}: no {METRICS} there; a run's folder expected")
+    output = Path(arguments.output or run / "loss.png")
+    plot_loss(run / METRICS, output)
+    print(output)
+    return 0
+
+
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("recipes", help="list the recipes, or print one to start your own run.yaml from")
+    parser.add_argument("name", nargs="?", help="print this recipe")
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.config import recipe_text, recipes
+
+    print(recipe_text(arguments.name) if arguments.name else "\n".join(recipes()))
+    return 0
+
+
+def _add_benchmark(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("benchmark", help="measure the loader, masking, or training steps on this machine")
+    parser.add_argument("what", choices=["loader", "masking", "train"])
+    parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--preset", default="bert-base", help="train: model size (default: bert-base)")
+    parser.add_argument("--deepspeed", default="zero1_bf16", help="train: a DeepSpeed config (default: zero1_bf16)")
+    parser.add_argument("--micro-size", type=int, default=128, help="train: sequences a forward pass (default: 128)")
+    parser.add_argument("--steps", type=int, default=100, help="train: optimizer steps (default: 100)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="L (default: 128)")
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from maskvr_ds import benchmark
+
+    return benchmark.run(arguments)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("demo", help="text to exported model in five minutes on two cores")
+    parser.add_argument("--output", default="demo_run", metavar="DIR", help="made anew at each start")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.demo import demo
+
+    return demo(Path(arguments.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""A checkpoint → a Hugging Face folder that `transformers` loads by itself, checked before it is called done.
+
+Every checkpoint carries a few masked rows and the logits that the engine gave on them. The exported folder is loaded
+through `from_pretrained`, cast to the engine's precision, and must give the same logits through transformers' own
+forward pass; otherwise nothing is written under the output's name.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
+
+from maskvr_ds import checkpoint
+from maskvr_ds.checkpoint import BERT, CheckpointError
+
+# Largest difference of a logit, relative to the largest logit (absolute below 1). In bf16 one rounding is 2^-8.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5}
+
+
+class ExportError(ValueError):
+    """The export could not be made, or does not compute what the engine computed."""
+
+
+def export(source: str | Path, output: str | Path) -> float:
+    """Write a BertForMaskedLM (fp32, safetensors) with its tokenizer; → largest difference of a logit.
+
+    source: a checkpoint's folder, or a run's (its newest complete checkpoint). output: must not exist or be empty.
+    Raises CheckpointError for a missing or damaged checkpoint, ExportError where logits differ or output is taken.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists and is not an empty folder; name another --output")
+    folder = checkpoint.find(Path(source), str(source))
+    assert folder is not None
+    checkpoint.verify(folder)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(folder, partial)
+        difference = _compare(folder, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.replace(output)
+    return difference
+
+
+def _write(folder: Path, output: Path) -> None:
+    model = BertForMaskedLM(AutoConfig.from_pretrained(folder / BERT))
+    missing, unexpected = model.load_state_dict(checkpoint.read_weights(folder), strict=False)
+    # Tied tensors are stored once; whatever else is missing would be random.
+    untied = sorted(set(missing) - set(model._tied_weights_keys))
+    if untied or unexpected:
+        raise CheckpointError(f"{folder}: weights do not fit the model: missing {untied}, unexpected {unexpected}")
+    model.tie_weights()
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(folder / BERT).save_pretrained(output)
+
+
+@torch.no_grad()
+def _compare(folder: Path, output: Path) -> float:
+    dtype = checkpoint.read_state(folder).dtype
+    model = BertForMaskedLM.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
+    probe = checkpoint.read_probe(folder)
+    logits = model(input_ids=probe["input_ids"], attention_mask=probe.get("attention_mask")).logits.float()
+    K, V = probe["logits"].shape[1:]
+    predicted = logits.gather(1, probe["positions"][..., None].expand(-1, K, V))
+    difference = (predicted - probe["logits"]).abs().max().item()
+    allowed = TOLERANCE[dtype] * max(1.0, probe["logits"].abs().max().item())
+    # "not <=" also refuses NaN.
+    if not difference <= allowed:
+        raise ExportError(
+            f"logits of the export differ from the engine's by {difference:.3g}, more than {allowed:.3g}: not written. "
+            f"The checkpoint {folder} and the installed transformers do not compute the same model"
+        )
+    return difference

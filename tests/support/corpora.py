@@ -1,0 +1,73 @@
+"""Small synthetic corpora in the pipeline's format, with something to learn in them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from data_pipeline.files import sha256_file
+from data_pipeline.shards import Manifest, SpecialTokens, write_manifest, write_shard
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD, UNK, CLS, SEP, MASK = range(5)
+
+
+def make_tokenizer(folder: Path, words: int) -> int:
+    """A WordPiece tokenizer that knows w0 … w(words − 1); returns the vocabulary's size."""
+    folder.mkdir(parents=True)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *(f"w{i}" for i in range(words))])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = {f"{t[1:-1].lower()}_token": t for t in SPECIAL}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(vocabulary)
+
+
+def make_corpus(
+    folder: Path,
+    *,
+    rows: int = 256,
+    length: int = 32,
+    words: int = 200,
+    shard_rows: int = 100,
+    seed: int = 0,
+    padded_last_row: bool = False,
+) -> Path:
+    """Rows of arithmetic progressions over the words (so that context tells the masked word), several shards."""
+    vocab_size = make_tokenizer(folder / "tokenizer", words)
+    random = np.random.default_rng(seed)
+    start, step = random.integers(0, words, (rows, 1)), random.integers(1, 4, (rows, 1))
+    ids = ((start + step * np.arange(length)) % words + len(SPECIAL)).astype(np.uint16)
+    ids[:, 0], ids[:, -1] = CLS, SEP
+    # A document ends inside some rows.
+    ids[random.random(rows) < 0.5, length // 2] = SEP
+    if padded_last_row:
+        ids[-1, length // 2 :] = PAD
+        ids[-1, length // 2 - 1] = SEP
+    shards = [
+        write_shard(folder, f"shard-{i:05d}.arrow", ids[s : s + shard_rows], np.ones(len(ids[s : s + shard_rows]), bool))
+        for i, s in enumerate(range(0, rows, shard_rows))
+    ]
+    write_manifest(
+        folder,
+        Manifest(
+            schema_version=1,
+            tokenizer_sha256=sha256_file(folder / "tokenizer" / "tokenizer.json"),
+            vocab_size=vocab_size,
+            special_tokens=SpecialTokens(cls=CLS, sep=SEP, pad=PAD, mask=MASK, unk=UNK, all=tuple(range(5))),
+            sequence_length=length,
+            seed=0,
+            packing="full_sequences",
+            rows=rows,
+            tokens=int((ids != PAD).sum()),
+            documents=rows,
+            sources=(),
+            shards=tuple(shards),
+        ),
+    )
+    return folder
