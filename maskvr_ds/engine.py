@@ -126,6 +126,17 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
+def step_and_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
+    """engine.step() at the end of an accumulation; → the global gradient norm before clipping, L2."""
+    norm = None
+    if not hasattr(engine.optimizer, "_global_grad_norm"):
+        # ZeRO 0 in fp32: every rank holds the averaged gradients, and DeepSpeed keeps no norm of them.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    return engine.get_global_grad_norm() if norm is None else norm
+
+
 def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Name → fp32 weights on the CPU, master weights where the model computes in less; tied ones appear once.
 

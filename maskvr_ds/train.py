@@ -28,7 +28,14 @@ from maskvr_ds.config import (
     dump_config,
     load_config,
 )
-from maskvr_ds.engine import create_engine, model_dtype, read_deepspeed_config, set_learning_rate, zero_stage
+from maskvr_ds.engine import (
+    create_engine,
+    model_dtype,
+    read_deepspeed_config,
+    set_learning_rate,
+    step_and_norm,
+    zero_stage,
+)
 from maskvr_ds.evaluate import HeldOut
 from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Corruption, Masker, data_digest, mask_digest
@@ -125,7 +132,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         lr = scheduled_rate(config, step)
         set_learning_rate(engine, lr)
         torch.manual_seed(hashing.fold(config.seed, _DROPOUT, step, rank) >> 1)
-        counters, loss_sum = run_step(engine, masker, batch, config.batch.micro_size)
+        counters, loss_sum, grad_norm = run_step(engine, masker, batch, config.batch.micro_size)
         step += 1
         samples += config.batch.global_size
         log.step(
@@ -136,7 +143,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
                 lr=lr,
                 counters=DeferredTensor(counters),
                 loss_sum=DeferredTensor(loss_sum),
-                grad_norm=global_grad_norm(engine),
+                grad_norm=DeferredTensor(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm,
                 extra={},
             )
         )
@@ -161,11 +168,13 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
 
 
-def run_step(engine: Any, masker: Masker, batch: TokenBatch, micro_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def run_step(
+    engine: Any, masker: Masker, batch: TokenBatch, micro_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
     """One optimizer step on this rank's share of the global batch, waiting for the device nowhere.
 
-    Returns all-reduced counters int64 [4] (data_digest, mask_digest, predictions, skipped sequences) and Σ w ℓ,
-    float64 [1].
+    Returns all-reduced counters int64 [4] (data_digest, mask_digest, predictions, skipped sequences), all-reduced
+    Σ w ℓ float64 [1], and the gradient norm before clipping.
     """
     micro_batches = list(batch.split(micro_size))
     masked_batches = [masker(micro) for micro in micro_batches]
@@ -182,22 +191,18 @@ def run_step(engine: Any, masker: Masker, batch: TokenBatch, micro_size: int) ->
     # batch, however the predictions are spread over micro-batches and ranks.
     scale = len(micro_batches) * distributed.world_size() / counters[2].clamp(min=1).double()
     loss_sum = torch.zeros(1, dtype=torch.float64, device=counters.device)
-    for masked in masked_batches:
+    for number, masked in enumerate(masked_batches, 1):
         loss = weighted_loss(engine, masked)
         engine.backward(loss * scale.float())
-        engine.step()
         loss_sum += loss.detach()
-    return counters, distributed.all_reduce_sum(loss_sum)
+        if number < len(masked_batches):
+            engine.step()
+    grad_norm = step_and_norm(engine)
+    return counters, distributed.all_reduce_sum(loss_sum), grad_norm
 
 
 def _total(terms: Any) -> torch.Tensor:
     return torch.stack(list(terms)).sum()
-
-
-def global_grad_norm(engine: Any) -> DeferredTensor | float:
-    """The last step's gradient norm before clipping."""
-    norm = engine.get_global_grad_norm()
-    return DeferredTensor(norm.detach()) if isinstance(norm, torch.Tensor) else float(norm)
 
 
 def scheduled_rate(config: RunConfig, step: int) -> float:
