@@ -35,6 +35,7 @@ from data_pipeline.files import CorpusError, remove_partials, write_json
 from data_pipeline.packing import ShardLayout, pack_rows
 from data_pipeline.progress import ProgressBar
 from data_pipeline.shards import (
+    HELD_OUT,
     MANIFEST,
     SCHEMA_VERSION,
     TOKENIZER,
@@ -53,7 +54,6 @@ from data_pipeline.workers import Task, run_tasks
 MIN_SEQUENCE_LENGTH = 8
 _WORK = ".build"
 _ARGUMENTS = "build.json"
-HELD_OUT = "held_out"
 
 
 def build(

@@ -5,6 +5,7 @@ A corpus is a folder:
     manifest.json                what it is: tokenizer, counts, sources, and size and SHA-256 of every shard
     shard-00000.arrow ...        rows of token ids, unmasked
     tokenizer/                   the tokenizer that made the ids
+    held_out/                    a corpus of its own, where the build was asked to hold documents out
 
 A shard is an uncompressed Arrow IPC file of exactly one record batch, so that a column is one run of memory
 in the map and NumPy reads it in place. Columns, both without nulls:
@@ -60,6 +61,7 @@ __all__ = [
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+HELD_OUT = "held_out"
 
 
 def _plain_name(name: str) -> str:
