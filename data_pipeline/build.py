@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.documents import DOCUMENTS
-from data_pipeline.files import CorpusError, remove_partials, write_json
+from data_pipeline.files import CorpusError, remove_partials, sha256_file, write_json
 from data_pipeline.packing import ShardLayout, pack_rows
 from data_pipeline.progress import ProgressBar
 from data_pipeline.shards import (
@@ -47,8 +47,8 @@ from data_pipeline.shards import (
     write_shard,
 )
 from data_pipeline.sources import Piece, Progress, Source, Unit, cut_units, find_sources
-from data_pipeline.tokenizer import Encoder, copy_tokenizer, fingerprint
-from data_pipeline.units import Job, tokenize_unit
+from data_pipeline.tokenizer import copy_tokenizer, fingerprint
+from data_pipeline.units import Job, load_encoder, tokenize_unit
 from data_pipeline.workers import Task, run_tasks
 
 MIN_SEQUENCE_LENGTH = 8
@@ -105,10 +105,11 @@ def build(
             shutil.rmtree(work)
             return read_manifest(output)
         copy_tokenizer(tokenizer, output / TOKENIZER)
-        encoder = Encoder(output / TOKENIZER)
+        folder = output / TOKENIZER
+        encoder = load_encoder(str(folder), sha256_file(folder / "tokenizer.json"))
         job = Job(
             work=str(work),
-            tokenizer=str(output / TOKENIZER),
+            tokenizer=str(folder),
             tokenizer_sha256=encoder.sha256,
             vocab_size=encoder.vocab_size,
             special_tokens=encoder.special_tokens,
