@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import BinaryIO
 
 # EFBIG: the limit of the process (ulimit -f) or of the file system; to the user it is the same trouble.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PARTIAL = ".partial"
 
 
 class CorpusError(ValueError):
@@ -29,7 +32,10 @@ class HashingFile:
         self.closed = False
 
     def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if view.nbytes == 0:  # cannot be cast
+            return 0
+        view = view.cast("B")
         self._raw.write(view)
         self._sha256.update(view)
         self.bytes += view.nbytes
@@ -52,13 +58,14 @@ class HashingFile:
 def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
     """Write `path` so that a reader sees either the whole new file or none of it.
 
-    The bytes go to `.NAME.partial` beside it; leaving the block synchronises, renames, and synchronises the
-    folder. The temporary name is fixed, so that a build started again overwrites what a killed one left.
-    `needed` is the expected size in bytes, for the message only.
+    The bytes go to a hidden temporary file beside it; leaving the block synchronises, renames, and
+    synchronises the folder. What a killed process leaves goes with `remove_partials`. `needed` is the
+    expected size in bytes, for the message only.
 
     Raises CorpusError where the disk (or the quota, or the file size limit) is full.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    # A name of its own: a worker that outlives its killed parent never writes into a file of the next build.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     out: HashingFile | None = None
     try:
         with temporary.open("wb") as raw:
@@ -75,13 +82,53 @@ def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
         raise
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` (new, or an empty folder) when the block ends without
+    error.
+
+    Raises CorpusError where the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary)
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            raise _no_space(path, error, None, 0) from error
+        raise
+
+
 def _no_space(path: Path, error: OSError, needed: int | None, written: int) -> CorpusError:
     free = shutil.disk_usage(path.parent).free
     size = f"{needed:,} bytes" if needed else f"more than {written:,} bytes"
     return CorpusError(
         f"{path}: cannot write ({os.strerror(error.errno or 0)}): the file needs {size}, "
-        f"{free:,} bytes are free now. Free space or raise the quota, then run the same command again: it goes on where it stopped"
+        f"{free:,} bytes are free now. "
+        "Free space or raise the quota, then run the same command again: it goes on where it stopped"
     )
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left in `folder` (if that exists)."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, whole or not at all. Raises CorpusError where the disk is full."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ A corpus is a folder:
     manifest.json                what it is: tokenizer, counts, sources, and size and SHA-256 of every shard
     shard-00000.arrow ...        rows of token ids, unmasked
     tokenizer/                   the tokenizer that made the ids
+    held_out/                    a corpus of its own, where the build was asked to hold documents out
 
 A shard is an uncompressed Arrow IPC file of exactly one record batch, so that a column is one run of memory
 in the map and NumPy reads it in place. Columns, both without nulls:
@@ -57,9 +58,10 @@ __all__ = [
     "write_shard",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+HELD_OUT = "held_out"
 
 
 def _plain_name(name: str) -> str:
@@ -77,7 +79,8 @@ class _Frozen(BaseModel):
 
 
 class SourceEntry(_Frozen):
-    """One input file: name relative to the argument that led to it, size and SHA-256 as it lay on disk."""
+    """One input file: name relative to the folder common to all inputs, size and SHA-256 as it lay on
+    disk."""
 
     name: str
     bytes: NonNegativeInt
@@ -210,9 +213,9 @@ def write_shard(
     bits = pa.py_buffer(np.packbits(document_end, bitorder="little"))
     ends = pa.Array.from_buffers(pa.bool_(), rows, [None, bits], null_count=0)
     batch = pa.record_batch([ids, ends], schema=schema)
-    with atomic_file(Path(folder) / _plain_name(file_name), needed=batch.nbytes) as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(batch)
+    path = Path(folder) / _plain_name(file_name)
+    with atomic_file(path, needed=batch.nbytes) as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(batch)
     return ShardEntry(file=file_name, rows=rows, bytes=file.bytes, sha256=file.sha256())
 
 
@@ -289,7 +292,7 @@ def verify_shards(
     indices: Sequence[int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Check shards in full (all, or those in `indices`). Raises one CorpusError with a line for each bad one."""
+    """Check shards in full (all, or `indices`). Raises one CorpusError with a line for each bad one."""
     faults = []
     for i in range(len(manifest.shards)) if indices is None else indices:
         try:
@@ -340,8 +343,9 @@ class Corpus:
     def take(self, rows: NDArray[np.int64], out: NDArray[np.unsignedinteger]) -> None:
         """Copy rows into a buffer: out[i] = row rows[i].
 
-        rows: int64 [B], ascending (other orders are right too, but slower); out: self.dtype [B, L], C-contiguous.
-        Raises IndexError where a row is outside of [0, self.rows), ValueError where out does not fit.
+        rows: int64 [B], ascending (other orders are right too, but slower). out: self.dtype [B, L],
+        C-ordered. Raises IndexError where a row is outside of [0, self.rows), ValueError where out does not
+        fit.
         """
         if out.shape != (len(rows), self.sequence_length) or out.dtype != self.dtype:
             raise ValueError(

@@ -1,0 +1,165 @@
+"""`python -m data_pipeline`: tokenizer, build, verify, stats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+_EXAMPLES = """\
+examples:
+  python -m data_pipeline tokenizer --input texts/ --vocab-size 30522 --output tok/
+  python -m data_pipeline build --input texts/ --tokenizer tok/ --sequence-length 128 \\
+      --output corpus/ --workers 16
+  python -m data_pipeline build --input 'wiki/*.jsonl.zst' --text-field body --tokenizer tok/ \\
+      --sequence-length 512 --output corpus512/ --held-out 0.005
+  python -m data_pipeline verify corpus/
+  python -m data_pipeline stats corpus/
+
+A build that was stopped goes on with the same command.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
+"""
+_INPUT = "files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet"
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline",
+        description="Raw text to a corpus of pre-tokenised, unmasked rows for pretraining.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a BERT WordPiece tokenizer")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included"
+    )
+    tokenizer.add_argument("--cased", action="store_true", help="keep case and accents (default: lower-case)")
+
+    build = commands.add_parser(
+        "build",
+        help="tokenise and pack texts to a corpus",
+        description="Tokenise and pack texts to a corpus. Rows stay in the order of the documents;\n"
+        "the trainer shuffles when it reads. The output depends neither on --workers nor on a\n"
+        "kill and restart.",
+    )
+    build.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    build.add_argument(
+        "--sequence-length", type=int, required=True, metavar="L", help="tokens a row, at least 8"
+    )
+    build.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
+    build.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="key of the held-out choice (default 0)"
+    )
+    build.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents that goes to OUTPUT/held_out instead (default 0)",
+    )
+    build.add_argument(
+        "--shard-size", type=float, default=128.0, metavar="MB", help="MB a shard (default 128)"
+    )
+    build.add_argument(
+        "--work-size",
+        type=float,
+        default=32.0,
+        metavar="MB",
+        help="MB of text a unit of work; does not change the output (default 32)",
+    )
+    for command, output in ((tokenizer, "tokenizer folder"), (build, "corpus folder")):
+        command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=_INPUT)
+        command.add_argument(
+            "--output", required=True, metavar="DIR", help=f"{output} to write: new or empty"
+        )
+        command.add_argument(
+            "--documents",
+            choices=("blank-line", "line", "file"),
+            default="blank-line",
+            help="what a document is in .txt files: ends at a blank line (default), a line, or the file",
+        )
+        command.add_argument(
+            "--text-field",
+            default="text",
+            metavar="NAME",
+            help="field of .jsonl, column of .parquet that holds the text (default: text)",
+        )
+
+    verify = commands.add_parser("verify", help="check a corpus in full; names every bad file")
+    stats = commands.add_parser("stats", help="tokens, rows, documents, unknown rate, lengths, top tokens")
+    stats.add_argument(
+        "--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)"
+    )
+    for command in (verify, stats):
+        command.add_argument("folder", metavar="DIR", help="corpus folder")
+    for command in (tokenizer, build, verify, stats):
+        command.formatter_class = raw
+        command.add_argument(
+            "--progress",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="progress bar on stderr (default: on a terminal)",
+        )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Imported late: --help need not wait for Arrow.
+    options = vars(arguments)
+    command = options.pop("command")
+    if command == "tokenizer":
+        from data_pipeline.tokenizer import train_tokenizer
+
+        train_tokenizer(options.pop("input"), **options)
+        print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
+    elif command == "build":
+        from data_pipeline.build import build
+
+        manifest = build(options.pop("input"), **options)
+        print(
+            f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{manifest.rows:,} rows of {manifest.sequence_length}, {len(manifest.shards):,} shards"
+        )
+    else:
+        from data_pipeline.progress import ProgressBar
+        from data_pipeline.shards import read_manifest
+        from data_pipeline.stats import describe, verify
+
+        size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)
+        if command == "stats":
+            with ProgressBar(size, "stats", arguments.progress) as bar:
+                text = describe(arguments.folder, arguments.top, bar.update)
+            print(text)
+        else:
+            # Each shard is read twice: for its hash, and for its rows.
+            with ProgressBar(2 * size, "verify", arguments.progress) as bar:
+                manifests = verify(arguments.folder, bar.update)
+            shards = sum(len(manifest.shards) for manifest in manifests)
+            print(f"{arguments.folder}: good, {shards:,} shards checked")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. argparse itself exits with 2 on wrong usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        print("error: interrupted. The same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        # CorpusError is a ValueError; of others the type says more than the text.
+        from data_pipeline.files import CorpusError
+
+        if not isinstance(error, CorpusError | OSError):
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Packing `full_sequences`: documents one after the other in rows `[CLS] ... [SEP]` of exactly L ids.
+
+The corpus is one stream: the ids of the documents in order, each document closed by [SEP]. A row holds the
+next L - 2 ids of the stream between [CLS] and its final [SEP]. Where the next id of the stream is the [SEP]
+of a document that has just filled the row, the final [SEP] is that one (`document_end`) and the stream goes
+on behind it; otherwise the document goes on in the next row. Only the last row may be short: it ends with the
+last document's [SEP] and is filled up with [PAD]. Nothing is dropped, moved or repeated.
+
+One case cannot be had without a pad inside of the corpus: a document ends one place before the row does. Its
+own [SEP] takes that place and the row's final [SEP] stands behind it, so that such a row ends in two of them.
+It is a document boundary like any other: the inner [SEP] ends the document, the final one (bit not set) does
+not.
+
+Shapes: D documents, T ids of a stream, R rows, L positions; width = L - 2 ids of the stream in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 256
+
+
+def closing_documents(
+    ends: NDArray[np.int64], start: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Find the documents whose [SEP] is the final one of a row.
+
+    ends: int64 [D], ascending stream positions of the documents' [SEP]; start: stream position of the first
+    row. Returns their indices, int64 [H], and the row starts, int64 [H + 1], from which rows follow each
+    other at distance `width` until the next of these documents: `start`, then the position behind each one's
+    [SEP].
+    """
+    hits: list[int] = []
+    starts = [start]
+    i = 0
+    # After a hit everything moves by one place, so hits are found one by one; about one document in `width`
+    # is one.
+    while i < len(ends):
+        found = np.flatnonzero((ends[i : i + _BLOCK] - start) % width == 0)
+        if len(found) == 0:
+            i += _BLOCK
+            continue
+        i += int(found[0])
+        hits.append(i)
+        start = int(ends[i]) + 1
+        starts.append(start)
+        i += 1
+    return np.array(hits, np.int64), np.array(starts, np.int64)
+
+
+@dataclass
+class ShardLayout:
+    """Where in the stream each shard begins, found in one pass over the documents' ends.
+
+    `starts[k]` is the stream position of the first row of shard k; `rows` the rows laid out so far;
+    `padding`, once finished, the number of [PAD] in the last row.
+    """
+
+    width: int
+    rows_per_shard: int
+    starts: list[int] = field(default_factory=list)
+    rows: int = 0
+    padding: int = 0
+    _start: int = 0
+    _last: int = -1
+
+    def add(self, ends: NDArray[np.int64]) -> None:
+        """Lay out the next documents. ends: int64 [D], positions of their [SEP] in the whole stream."""
+        if len(ends) == 0:
+            return
+        hits, starts = closing_documents(ends, self._start, self.width)
+        for start, end in zip(starts[:-1].tolist(), ends[hits].tolist(), strict=True):
+            self._add_rows(start, (end - start) // self.width)
+        self._start, self._last = int(starts[-1]), int(ends[-1])
+
+    def finish(self) -> None:
+        """Lay out what the last documents leave: full rows, and a short one."""
+        tail = self._last - self._start
+        self._add_rows(self._start, -(-tail // self.width))
+        self.padding = -tail % self.width if tail > 0 else 0
+
+    def _add_rows(self, start: int, rows: int) -> None:
+        if rows <= 0:
+            return
+        first = -(-self.rows // self.rows_per_shard) * self.rows_per_shard
+        for row in range(first, self.rows + rows, self.rows_per_shard):
+            self.starts.append(start + (row - self.rows) * self.width)
+        self.rows += rows
+
+
+def pack_rows(
+    stream: NDArray[np.unsignedinteger],
+    ends: NDArray[np.int64],
+    length: int,
+    cls: int,
+    sep: int,
+    pad: int,
+    last: bool = True,
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
+    """Pack a part of the stream that begins where a row does.
+
+    stream: uint16 or uint32 [T]; ends: int64 [D], positions in it of the documents' [SEP]; length: L. With
+    `last` the stream's end is the corpus's end (T > 0), otherwise it must be the end of a row.
+    Returns input_ids [R, L] of the stream's dtype, and document_end, bool [R].
+    """
+    width = length - 2
+    hits, starts = closing_documents(ends, 0, width)
+    tail = len(stream) - int(starts[-1])
+    if last:
+        # The last [SEP] is the final one of its row, full or short.
+        tail = max(tail - 1, 0)
+    else:
+        assert tail % width == 0, (tail, width)
+    stops = np.append(ends[hits], starts[-1] + tail)
+    counts = -(-(stops - starts) // width)
+    rows = int(counts.sum())
+    input_ids = np.empty((rows, length), stream.dtype)
+    input_ids[:, 0] = cls
+    input_ids[:, -1] = sep
+    document_end = np.zeros(rows, np.bool_)
+    document_end[np.cumsum(counts[:-1]) - 1] = True
+    row = 0
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        full = (stop - start) // width
+        input_ids[row : row + full, 1:-1] = stream[start : start + full * width].reshape(full, width)
+        row += full
+    if rest := tail % width:
+        input_ids[row, 1 : 1 + rest] = stream[len(stream) - 1 - rest : -1]
+        input_ids[row, 1 + rest] = sep
+        input_ids[row, 2 + rest :] = pad
+        row += 1
+    if last:
+        document_end[-1] = True
+    assert row == rows, (row, rows)
+    return input_ids, document_end

@@ -1,0 +1,275 @@
+"""Which files make the corpus, how they are opened, and how they are cut into units of work.
+
+The cut depends on the inputs alone, never on the number of workers: a unit is a run of small files, one
+compressed file, a byte range of a large plain file between two documents, or a run of parquet row groups.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from data_pipeline.files import CorpusError
+
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+# Text is about this much larger than its gzip: units of compressed files shall take about as long as others.
+_EXPANSION = 4
+
+# A line of nothing but white space ends a document. As bytes and as text the same rule: the planner cuts
+# where the reader will split.
+BLANK_LINE = r"\n[ \t\r\f\v]*\n"
+_CUTS = {"blank-line": re.compile(BLANK_LINE.encode()), "line": re.compile(b"\n")}
+
+Progress = Callable[[int, int], object]
+"""Called with (bytes read from disk, tokens made) since the last call."""
+
+
+class Readable(Protocol):
+    def read(self, n: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file. `name` is relative to the folder common to all inputs; size in bytes, mtime in ns."""
+
+    path: str
+    name: str
+    bytes: int
+    mtime_ns: int
+
+    @property
+    def compression(self) -> str | None:
+        return _COMPRESSIONS.get(Path(self.path).suffix.lower())
+
+    @property
+    def format(self) -> str:
+        """One of ".txt", ".jsonl", ".parquet"."""
+        path = Path(self.path)
+        return Path(path.stem if self.compression else path.name).suffix.lower()
+
+    def check_unchanged(self) -> None:
+        """Raise CorpusError where the file is not the one that the build began with."""
+        try:
+            stat = Path(self.path).stat()
+        except FileNotFoundError:
+            raise CorpusError(f"{self.path}: vanished during the build. Put it back and run again") from None
+        if (stat.st_size, stat.st_mtime_ns) != (self.bytes, self.mtime_ns):
+            raise CorpusError(
+                f"{self.path}: changed since the build began ({self.bytes:,} bytes then, {stat.st_size:,} "
+                "now). "
+                "Restore it, or build into another folder"
+            )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a source: bytes [start, stop) of the file on disk, or its row groups [start, stop)
+    (parquet)."""
+
+    source: int
+    start: int
+    stop: int
+
+
+Unit = tuple[Piece, ...]
+
+
+def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+    """List the files that `inputs` (files, folders, globs) stand for, ordered by name.
+
+    Folders are walked; files in them that are hidden or of another kind than SUFFIXES are passed over, while
+    a file that is named itself must be of these. Raises CorpusError where an input is missing, nothing is
+    found, or one file is found twice.
+    """
+    paths: list[Path] = []
+    for item in map(str, inputs):
+        # Path.glob() takes no absolute patterns.
+        matches = [item] if Path(item).exists() else sorted(glob.glob(item, recursive=True))  # noqa: PTH207
+        if not matches:
+            raise CorpusError(f"{item}: no such file or folder, and no file matches it")
+        for match in map(Path, matches):
+            if match.is_dir():
+                paths += _walk(match)
+            elif match.name.lower().endswith(SUFFIXES):
+                paths.append(match)
+            else:
+                raise CorpusError(f"{match}: cannot be read as text. Known are {', '.join(SUFFIXES)}")
+    if not paths:
+        raise CorpusError(
+            f"{', '.join(map(str, inputs))}: the corpus is empty: no file ends in {', '.join(SUFFIXES)}"
+        )
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (other := seen.setdefault(path.resolve(), path)) is not path:
+            raise CorpusError(f"{path}: is given twice (the same file as {other}). Name every input once")
+    # Not resolved: a link is known by its own name, a store of blobs behind it by none.
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
+    common = os.path.commonpath([path.parent for path in absolute])
+    sources = []
+    for path in absolute:
+        stat = path.stat()
+        sources.append(Source(str(path), path.relative_to(common).as_posix(), stat.st_size, stat.st_mtime_ns))
+    return sorted(sources, key=lambda source: source.name)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _raise(error: OSError) -> None:
+    raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def cut_units(sources: Sequence[Source], documents: str, text_field: str, unit_bytes: int) -> list[Unit]:
+    """Cut the sources into units of about `unit_bytes` bytes of text each, in order, nothing twice or left
+    out.
+
+    documents: how text files hold documents ("blank-line", "line", "file"); text_field: the column of parquet
+    files. Raises CorpusError where a parquet file is broken or lacks the column.
+    """
+    units: list[Unit] = []
+    small: list[Piece] = []
+    weight = 0
+    for i, source in enumerate(sources):
+        for piece, size in _cut_source(i, source, documents, text_field, unit_bytes):
+            if small and weight + size > unit_bytes:
+                units.append(tuple(small))
+                small, weight = [], 0
+            small.append(piece)
+            weight += size
+    if small:
+        units.append(tuple(small))
+    return units
+
+
+def _cut_source(
+    i: int, source: Source, documents: str, text_field: str, unit_bytes: int
+) -> Iterator[tuple[Piece, int]]:
+    """Pieces of one source, each with its size in bytes of text."""
+    if source.format == ".parquet":
+        yield from _cut_parquet(i, source, text_field, unit_bytes)
+    elif source.compression:
+        yield Piece(i, 0, source.bytes), source.bytes * _EXPANSION
+    else:
+        rule = _CUTS.get("line" if source.format == ".jsonl" else documents)
+        start = 0
+        with Path(source.path).open("rb") as file:
+            while source.bytes - start > unit_bytes and rule:
+                stop = _next_cut(file, start + unit_bytes, rule, source.bytes)
+                yield Piece(i, start, stop), stop - start
+                start = stop
+        if start < source.bytes or source.bytes == 0:
+            yield Piece(i, start, source.bytes), source.bytes - start
+
+
+def _next_cut(file: Any, position: int, rule: re.Pattern[bytes], size: int) -> int:
+    """First place behind `position` where a document begins, or the end of the file."""
+    file.seek(position)
+    data, base = b"", position
+    while block := file.read(1 << 16):
+        data += block
+        if match := rule.search(data):
+            return base + match.end()
+        # What begins at the last line end may still become a blank line; nothing before it can.
+        keep = max(data.rfind(b"\n"), 0) if b"\n" in data else len(data)
+        base, data = base + keep, data[keep:]
+    return size
+
+
+def _cut_parquet(i: int, source: Source, text_field: str, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+    with open_parquet(source) as file:
+        schema = file.schema_arrow
+        if text_field not in schema.names:
+            raise CorpusError(
+                f"{source.path}: has no column {text_field!r}, only {', '.join(schema.names)}. "
+                "Name the one that holds the text with --text-field"
+            )
+        kind = schema.field(text_field).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
+        index = file.metadata.schema.to_arrow_schema().get_field_index(text_field)
+        start = size = 0
+        for group in range(file.num_row_groups):
+            size += file.metadata.row_group(group).column(index).total_uncompressed_size
+            if size >= unit_bytes or group == file.num_row_groups - 1:
+                yield Piece(i, start, group + 1), size
+                start, size = group + 1, 0
+        if file.num_row_groups == 0:
+            yield Piece(i, 0, 0), 0
+
+
+@contextmanager
+def open_parquet(source: Source) -> Iterator[Any]:
+    """A pyarrow ParquetFile. Raises CorpusError where the file is broken, also while it is being read."""
+    import pyarrow.parquet as pq
+
+    try:
+        # Buffered: of a column chunk of any size only some pages are in memory.
+        with pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{source.path}: broken parquet file ({error}). Copy or make it again") from error
+
+
+@contextmanager
+def open_bytes(source: Source, piece: Piece, progress: Progress) -> Iterator[Readable]:
+    """The (decompressed) bytes of a piece of a text or jsonl file, in order.
+
+    Raises CorpusError where compressed data are broken or end too early.
+    """
+    if source.compression is None:
+        with Path(source.path).open("rb", buffering=0) as file:
+            yield _Range(file, piece, progress)
+        return
+    if source.bytes == 0:
+        raise CorpusError(
+            f"{source.path}: broken {source.compression} file (it is empty). Copy or make it again"
+        )
+    with pa.OSFile(source.path, "rb") as raw, pa.CompressedInputStream(raw, source.compression) as stream:
+        yield _Decompressed(source, raw, stream, progress)
+
+
+class _Range:
+    def __init__(self, file: Any, piece: Piece, progress: Progress) -> None:
+        file.seek(piece.start)
+        self._file, self._left, self._progress = file, piece.stop - piece.start, progress
+
+    def read(self, n: int, /) -> bytes:
+        data = self._file.read(min(n, self._left))
+        self._left -= len(data)
+        self._progress(len(data), 0)
+        return data
+
+
+class _Decompressed:
+    def __init__(self, source: Source, raw: Any, stream: Any, progress: Progress) -> None:
+        self._source, self._raw, self._stream, self._progress = source, raw, stream, progress
+        self._position = 0
+
+    def read(self, n: int, /) -> bytes:
+        try:
+            data = self._stream.read(n)
+        except OSError as error:
+            raise CorpusError(
+                f"{self._source.path}: broken {self._source.compression} file ({error}). Copy or make it "
+                "again"
+            ) from error
+        position = self._raw.tell()
+        self._progress(position - self._position, 0)
+        self._position = position
+        return data

@@ -1,0 +1,294 @@
+"""Tokenizers: train WordPiece, load any Hugging Face tokenizer folder, encode text to arrays of ids.
+
+A folder must hold tokenizer.json (an old BERT folder with vocab.txt alone will do, if its
+tokenizer_config.json says `do_lower_case`), and declare the roles cls, sep, pad, mask, unk. Places looked at,
+in this order: tokenizer_config.json, special_tokens_map.json, and special tokens of tokenizer.json that are
+spelled as BERT's. A folder that declares no cls and sep but bos and eos gets these. Nothing else is guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.files import CorpusError, atomic_folder, sha256_file
+from data_pipeline.shards import SpecialTokens, id_dtype
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BERT_ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+_FALLBACK = {"cls": "bos", "sep": "eos"}
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class Encoder:
+    """A tokenizer folder, ready to encode.
+
+    `special_tokens`, `vocab_size` (highest id + 1), `dtype` of the ids, `sha256` of tokenizer.json.
+    Raises CorpusError where the folder is no tokenizer folder or a role is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        self.tokenizer = _load(path)
+        self.sha256 = sha256_file(path)
+        # Text that spells "[SEP]" is text: without this it would become the special id.
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = id_dtype(self.vocab_size)
+        self.special_tokens = _special_tokens(folder, self.tokenizer)
+        self._reserved = np.zeros(self.vocab_size, np.bool_)
+        self._reserved[list(self.special_tokens.all)] = True
+        self._reserved[self.special_tokens.unk] = False
+
+    def encode(self, texts: list[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+        """Encode texts, without special tokens.
+
+        Returns the ids of all texts in one array, self.dtype [T], and the number of ids of each, int64
+        [len(texts)].
+        """
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        # One pass over the ids, whatever the number of texts: an array a text is dearer for short ones.
+        ids = np.fromiter(
+            chain.from_iterable(encoding.ids for encoding in encodings), self.dtype, int(counts.sum())
+        )
+        # Some tokenizers find "<s>" as a whole word in their vocabulary, encode_special_tokens or not.
+        reserved = self._reserved[ids]
+        if reserved.any():
+            ids[reserved] = self.special_tokens.unk
+        return ids, counts
+
+
+def _load(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise CorpusError(
+            f"{path}: missing. Save the tokenizer with transformers' save_pretrained, or train one"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CorpusError(f"{path}: cannot be read as a tokenizer ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise CorpusError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CorpusError(f"{path}: a JSON object is needed")
+    return value
+
+
+def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
+    added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    spelled = {token.content for token in added.values()}
+    declared: dict[str, str] = {role: token for role, token in BERT_ROLES.items() if token in spelled}
+    for name in "special_tokens_map.json", "tokenizer_config.json":
+        for key, value in _read_json(folder / name).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                declared[key.removesuffix("_token")] = content
+    ids: dict[str, int] = {}
+    for role in BERT_ROLES:
+        token = declared.get(role) or declared.get(_FALLBACK.get(role, ""))
+        if token is None:
+            raise CorpusError(
+                f"{folder}: declares no {role}_token, and training needs cls, sep, pad, mask and unk. "
+                f'Add the token to the vocabulary and "{role}_token" to tokenizer_config.json'
+            )
+        found = tokenizer.token_to_id(token)
+        if found is None:
+            raise CorpusError(
+                f"{folder}: its {role}_token {token!r} is not in the vocabulary of tokenizer.json"
+            )
+        ids[role] = found
+    return SpecialTokens(**ids, all=tuple(sorted({*added, *ids.values()})))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a tokenizer folder that make the tokenizer, by name."""
+    if not folder.is_dir():
+        raise CorpusError(
+            f"{folder}: no such folder. --tokenizer takes the folder of a Hugging Face tokenizer"
+        )
+    return sorted(path for path in folder.iterdir() if path.name in _FILES or path.suffix == ".model")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """One SHA-256 for all files of a tokenizer folder, to know it again. Raises CorpusError where it is
+    missing."""
+    lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in _files(Path(folder)))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy a tokenizer folder's files, whole or not at all; make tokenizer.json where there is only
+    vocab.txt.
+
+    Does nothing where `target` exists. Raises CorpusError where `source` is not usable.
+    """
+    source = Path(source)
+    if target.exists():
+        return
+    with atomic_folder(target) as folder:
+        names = [shutil.copyfile(path, folder / path.name).name for path in _files(source)]
+        if "tokenizer.json" not in names and "vocab.txt" in names:
+            lower = _read_json(source / "tokenizer_config.json").get("do_lower_case")
+            if not isinstance(lower, bool):
+                raise CorpusError(
+                    f"{source}: has vocab.txt but no tokenizer.json, and nothing says whether it is "
+                    "lower-cased. "
+                    'Write {"do_lower_case": true} (or false) into its tokenizer_config.json'
+                )
+            _save_bert(_bert(_read_vocabulary(source / "vocab.txt"), lower), folder, lower)
+        Encoder(folder)
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    vocabulary = {token: i for i, token in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"))}
+    if missing := [token for token in BERT_ROLES.values() if token not in vocabulary]:
+        raise CorpusError(f"{path}: has no {', '.join(missing)}: not the vocabulary of a BERT")
+    return vocabulary
+
+
+def _bert(vocabulary: dict[str, int] | None, lower_case: bool) -> Tokenizer:
+    """BERT's normaliser, pre-tokeniser and WordPiece, without its post-processor (that needs the ids)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    model = (
+        models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    if vocabulary:
+        tokenizer.add_special_tokens(list(BERT_ROLES.values()))
+    return tokenizer
+
+
+def _save_bert(tokenizer: Tokenizer, folder: Path, lower_case: bool) -> None:
+    """Write the files that transformers reads as a BertTokenizer."""
+    from tokenizers.processors import TemplateProcessing
+
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+    )
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n")
+    roles = {f"{role}_token": token for role, token in BERT_ROLES.items()}
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": lower_case,
+        "strip_accents": None,
+        "tokenize_chinese_chars": True,
+        **roles,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(roles, indent=2) + "\n")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    (folder / "vocab.txt").write_text(
+        "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
+    )
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    vocab_size: int,
+    output: str | Path,
+    *,
+    cased: bool = False,
+    documents: str = "blank-line",
+    text_field: str = "text",
+    progress: bool | None = None,
+) -> None:
+    """Train a BERT WordPiece tokenizer of exactly `vocab_size` entries and write its folder.
+
+    [PAD] [UNK] [CLS] [SEP] [MASK] are 0 to 4. `output` must not exist or be empty; it appears only when
+    whole. The text streams by; what stays in memory is the count of each different word. progress: None shows
+    a bar on a terminal. Raises CorpusError where the text yields another number of entries, and as
+    `read_documents` does.
+    """
+    from tokenizers.trainers import WordPieceTrainer
+
+    from data_pipeline.documents import batches, read_documents
+    from data_pipeline.progress import ProgressBar
+    from data_pipeline.sources import Piece, find_sources
+
+    if not len(BERT_ROLES) < vocab_size <= 2**32:
+        raise CorpusError(
+            f"vocabulary size {vocab_size:,}: must be above {len(BERT_ROLES)} (the special tokens) and at "
+            "most "
+            f"{2**32:,} (token ids are at most 32 bits wide)"
+        )
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CorpusError(f"{output}: output folder is not empty. Choose another, or remove it first")
+    sources = find_sources(inputs)
+    tokenizer = _bert(None, lower_case=not cased)
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(BERT_ROLES.values()), show_progress=False
+    )
+    texts_seen = 0
+
+    def texts() -> Iterator[list[str]]:
+        nonlocal texts_seen
+        for i, source in enumerate(sources):
+            # The whole file; for parquet all its row groups.
+            stop = _row_groups(source, text_field) if source.format == ".parquet" else source.bytes
+            found = read_documents(source, Piece(i, 0, stop), documents, text_field, bar.update)
+            for batch, _ in batches(found, 1 << 20):
+                texts_seen += len(batch)
+                yield batch
+
+    with ProgressBar(sum(source.bytes for source in sources), "reading", progress) as bar:
+        tokenizer.train_from_iterator(texts(), trainer)
+    if texts_seen == 0:
+        raise CorpusError(
+            f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)"
+        )
+    if (found := tokenizer.get_vocab_size()) != vocab_size:
+        rule = (
+            "the text has no more different word pieces"
+            if found < vocab_size
+            else "its letters alone need more"
+        )
+        raise CorpusError(
+            f"vocabulary size {vocab_size:,} cannot be had from this text, it gives {found:,}: {rule}. "
+            f"Give --vocab-size {found} or other text"
+        )
+    with atomic_folder(output) as folder:
+        _save_bert(tokenizer, folder, lower_case=not cased)
+
+
+def _row_groups(source: Any, text_field: str) -> int:
+    from data_pipeline.sources import cut_units
+
+    (unit,) = cut_units([source], "file", text_field, 1 << 62)
+    return unit[-1].stop
