@@ -1,0 +1,193 @@
+"""`maskvr demo`: text that every machine has → shards → training, killed and resumed → exported model.
+
+The text is the docstrings of the standard library and of the installed packages. Every step is the command that a
+user would type; it is printed before it runs.
+"""
+
+import ast
+import inspect
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.checkpoint import complete_checkpoints
+from maskvr_ds.config import load_config
+from maskvr_ds.metrics import METRICS, plot_loss, read_lines
+
+_TEXT_BYTES = 8_000_000
+_SHORTEST = 80  # characters; below that docstrings are labels rather than English
+# Test suites say little in English, and take long to parse.
+_SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
+_RANKS = 2
+_SENTENCES = (
+    "return a new list of the [MASK] in the given order .",
+    "raises an [MASK] if the file does not exist .",
+    "the default value is [MASK] .",
+)
+
+
+def demo(output: Path) -> int:
+    """Make `output` anew and run the whole path in it. Returns the exit status."""
+    started = time.monotonic()
+    marker = output / ".maskvr_demo"
+    if output.exists() and any(output.iterdir()):
+        if not marker.is_file():
+            raise ValueError(f"{output} is not empty and not a demo's folder; name another --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    text, tokenizer, corpus, run = (output / n for n in ("docstrings.jsonl", "tokenizer", "corpus", "run"))
+
+    _title("1. Text: the docstrings of the installed Python packages")
+    documents = write_docstrings(text)
+    print(f"{text}: {documents:,} docstrings, {text.stat().st_size / 1e6:.1f} MB")
+
+    _title("2. Tokenizer and shards")
+    python = [sys.executable, "-m"]
+    pipeline = [*python, "data_pipeline"]
+    _run([*pipeline, "tokenizer", "--input", text, "--vocab-size", "4096", "--output", tokenizer])
+    build = [*pipeline, "build", "--input", text, "--tokenizer", tokenizer, "--output", corpus]
+    _run([*build, "--sequence-length", "64", "--held-out", "0.05", "--workers", str(_RANKS)])
+
+    _title(f"3. Training: {_RANKS} ranks, ZeRO-2, LAMB; killed once on the way")
+    settings = ["--set", f"data.path={corpus}", "--set", f"output_dir={run}"]
+    train = [*python, "maskvr_ds.cli", "train", "--config", "demo_cpu", "--num-gpus", str(_RANKS), *settings]
+    kill_when_saved(train, run)
+    print("\nkilled with SIGKILL after", ", ".join(p.name for p in complete_checkpoints(run)), "- going on from there")
+    _run([*train, "--resume", "auto"])
+
+    _title("4. Export to Hugging Face")
+    model = output / "model"
+    _run([*python, "maskvr_ds.cli", "export", "--checkpoint", run, "--output", model])
+    fill_masks(model)
+
+    lines = read_lines(run / METRICS)
+    loss = next(line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line)
+    entropy = unigram_entropy(Corpus(corpus / "held_out"))
+    plot_loss(run / METRICS, output / "loss.png", {"unigram entropy": entropy})
+    _title("Made")
+    print(f"{corpus}: corpus; {run}: metrics.jsonl, checkpoints, TensorBoard; {model}: BertForMaskedLM")
+    print(f"{output / 'loss.png'}: loss curves")
+    print(f"steps             {lines[-1]['step']}, {lines[-1]['tokens']:,} tokens")
+    print(f"held-out loss     {loss:.3f} nats a masked token")
+    print(f"unigram entropy   {entropy:.3f} nats (held-out tokens)")
+    print(f"difference        {entropy - loss:.3f} nats")
+    print(f"time              {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _title(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def _environment() -> dict[str, str]:
+    # The demo is for two CPU cores, also on a machine that has a GPU.
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _show(command: list[str]) -> None:
+    shown = ["python" if word == sys.executable else word for word in command]
+    print("$", shlex.join(shown).replace("python -m maskvr_ds.cli", "maskvr"), flush=True)
+
+
+def _run(command: list[str | Path]) -> None:
+    words = [str(word) for word in command]
+    _show(words)
+    if status := subprocess.run(words, env=_environment(), check=False).returncode:
+        raise ValueError(f"the command above ended with status {status}")
+
+
+def docstrings() -> Iterator[str]:
+    """Docstrings of the standard library, then of the installed packages, in order of path, each once."""
+    seen = set()
+    paths = sysconfig.get_paths()
+    for root in (paths["stdlib"], paths["purelib"]):
+        for path in sorted(Path(root).rglob("*.py")):
+            inside = path.relative_to(root).parts
+            if _SKIPPED.intersection(inside):
+                continue
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError, OSError):
+                continue  # templates and the like
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    text = inspect.cleandoc(ast.get_docstring(node) or "")
+                    if len(text) >= _SHORTEST and text not in seen:
+                        seen.add(text)
+                        yield text
+
+
+def write_docstrings(path: Path) -> int:
+    """JSON lines, a document each, until _TEXT_BYTES are written; → how many."""
+    written = count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for text in docstrings():
+            # Surrogates stand in some tests of Unicode; they are not text.
+            line = json.dumps({"text": text.encode("utf-8", "ignore").decode()}, ensure_ascii=False) + "\n"
+            file.write(line)
+            written += len(line.encode())
+            count += 1
+            if written >= _TEXT_BYTES:
+                break
+    return count
+
+
+def kill_when_saved(command: list[str | Path], run: Path) -> None:
+    """Start the job and kill all of its processes with SIGKILL a little after its first checkpoint."""
+    words = [str(word) for word in command]
+    _show(words)
+    process = subprocess.Popen(words, env=_environment(), start_new_session=True)
+    while process.poll() is None and not complete_checkpoints(run):
+        time.sleep(0.2)
+    if process.poll() is not None:
+        raise ValueError(f"training ended with status {process.returncode} before its first checkpoint")
+    time.sleep(3)
+    # The ranks' own processes: DeepSpeed's launcher gives each a session of its own.
+    for pid in [*_descendants(process.pid), process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def fill_masks(model: Path) -> None:
+    """Show what the exported model, loaded by transformers alone, puts in the place of [MASK]."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    fill = pipeline("fill-mask", model=str(model))
+    for sentence in _SENTENCES:
+        guesses = ", ".join(f"{g['token_str']} {g['score']:.2f}" for g in fill(sentence)[:4])
+        print(f"{sentence:55} {guesses}")
+
+
+def unigram_entropy(corpus: Corpus) -> float:
+    """Entropy in nats of the corpus' own distribution of ordinary tokens: what knowing only frequencies can reach."""
+    shards = range(len(corpus.manifest.shards))
+    counts = sum(np.bincount(corpus.input_ids(i).ravel(), minlength=corpus.manifest.vocab_size) for i in shards)
+    counts = np.asarray(counts, dtype=np.float64)
+    counts[list(corpus.manifest.special_tokens.all)] = 0
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
