@@ -258,7 +258,8 @@ def references() -> dict[float, dict[str, np.ndarray]]:
 @pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda n: f"{n}_ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of all ranks of one world size."""
-    return run_ranks(whole_of_one_world_size, request.param, tmp_path_factory.mktemp("checkpoints"), timeout=600.0)
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    return run_ranks(whole_of_one_world_size, request.param, checkpoints, timeout=600.0)
 
 
 def difference(weights: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
