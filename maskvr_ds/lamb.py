@@ -172,11 +172,11 @@ class Lamb(torch.optim.Optimizer):
 
     def _knows_parameters(self) -> bool:
         """True if `param_groups` holds what the layout describes; False for DeepSpeed's initial dry step."""
-        held = [p for group in self.param_groups for p in group["params"]]
+        held = _trained(self.param_groups)
         if all(p in self._layout.partitions for p in held):
             return True
-        trained = [t for t in self._layout.tensors if _is_trained(t)]
-        if not self.state and [p.shape for p in held] == [t.shape for t in trained]:
+        given = _trained([{"params": self._layout.tensors}])
+        if not self.state and [p.shape for p in held] == [t.shape for t in given]:
             # FP16_UnfusedOptimizer (ZeRO 0 in bf16) swaps in fp32 master weights and steps once on zero
             # gradients while `deepspeed.initialize` runs, only to allocate the state. A real step would decay
             # the weights: with g = 0, u = λw and the ratio 1/λ take away η·w. The next call needs `bind`.
@@ -268,7 +268,7 @@ class Lamb(torch.optim.Optimizer):
 
 def _squared_norms(views: list[Tensor], indices: list[int], count: int, device: torch.device) -> Tensor:
     """Σx² of each view at the index of its tensor, 0 elsewhere: fp32 [T]."""
-    squares = [torch.zeros((), device=device)] * count
+    squares = [torch.zeros((), dtype=torch.float32, device=device)] * count
     if views:
         chunks = [x.flatten().split(NORM_CHUNK) if x.numel() > NORM_CHUNK else (x,) for x in views]
         norms = torch.stack(torch._foreach_norm([c for cs in chunks for c in cs], 2, dtype=torch.float32))
@@ -278,9 +278,9 @@ def _squared_norms(views: list[Tensor], indices: list[int], count: int, device: 
     return torch.stack(squares).square()
 
 
-def _is_trained(tensor: Tensor) -> bool:
-    """DeepSpeed's own rule for what its optimizers own: trainable, with at least one element."""
-    return tensor.requires_grad and tensor.numel() > 0
+def _trained(param_groups: list[dict[str, Any]]) -> list[Tensor]:
+    """The tensors of the groups that DeepSpeed's optimizers own: trainable, with at least one element."""
+    return [p for group in param_groups for p in group["params"] if p.requires_grad and p.numel() > 0]
 
 
 def _whole_tensors(param_groups: list[dict[str, Any]]) -> _Layout:
@@ -327,11 +327,10 @@ def bind(engine: Any) -> None:
             f"Lamb does not support {', '.join(found)}; supported: data parallelism with ZeRO stages 0, 1, 2 "
             "in fp32 and bf16"
         )
-    tensors = [t for t in optimizer._layout.tensors if _is_trained(t)]
+    tensors = _trained([{"params": optimizer._layout.tensors}])
     names = [engine.param_names[t] for t in tensors]
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = _trained(optimizer.param_groups)
     if stage == 0:
-        held = [p for p in held if _is_trained(p)]
         if [p.shape for p in held] != [t.shape for t in tensors]:
             raise ValueError(f"Lamb does not support {type(engine.optimizer).__name__} at ZeRO stage 0")
         partitions = {p: [_Fragment(i, 0, 0, p.numel())] for i, p in enumerate(held)}

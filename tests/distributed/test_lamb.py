@@ -29,6 +29,7 @@ CLIP, LOUDER = 1.0, 10.0  # with clipping on the loss is multiplied: the norm is
 STAGES, PRECISIONS, WORLD_SIZES = (0, 1, 2), ("fp32", "bf16"), (1, 2, 3)
 # Runs: (stage, maximum gradient norm, accumulation).
 RUNS = [*product(STAGES, (0.0, CLIP), (1,)), *product(STAGES, (CLIP,), (2,))]
+BF16_RUNS = [*product(STAGES, (0.0,), (1,)), *product(STAGES, (CLIP,), (2,))]
 BOUND = 5e-5  # on the difference of any fp32 weight after STEPS steps
 
 
@@ -231,7 +232,7 @@ def whole_of_one_world_size(directory: Path) -> dict[str, Any]:
     world_size = torch.distributed.get_world_size()
     results: dict[str, Any] = {
         "fp32": {run: fp32_run(*run, "bind") for run in RUNS},
-        "bf16": {run: bf16_run(*run) for run in RUNS},
+        "bf16": {run: bf16_run(*run) for run in BF16_RUNS},
         # Stage 0 in fp32 leaves the parameters alone: nothing to forget there.
         "unbound": {
             case: error_without_bind(*case) for case in product(STAGES, PRECISIONS) if case != (0, "fp32")
@@ -257,7 +258,8 @@ def references() -> dict[float, dict[str, np.ndarray]]:
 @pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda n: f"{n}_ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of all ranks of one world size."""
-    return run_ranks(whole_of_one_world_size, request.param, tmp_path_factory.mktemp("checkpoints"))
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+    return run_ranks(whole_of_one_world_size, request.param, checkpoints, timeout=600.0)
 
 
 def difference(weights: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
@@ -293,7 +295,7 @@ def test_unaware_lamb_misses_the_bound(
 
 
 def test_bf16_master_weights(ranks: list[dict[str, Any]]) -> None:
-    differences = {run: max(rank["bf16"][run] for rank in ranks) for run in RUNS}
+    differences = {run: max(rank["bf16"][run] for rank in ranks) for run in BF16_RUNS}
     report("bf16", len(ranks), differences)
     assert max(differences.values()) <= 1e-3, differences
 
