@@ -91,7 +91,7 @@ def pareto_sample(
     assert length <= 1 << _POSITION_BITS, f"sequence length {length} exceeds {1 << _POSITION_BITS}"
     if inclusion.shape[1] == 1:
         # Equal probabilities within a row: any increasing function of u ranks alike, so the bits themselves do.
-        keys = bits & _NEVER
+        keys = bits & ~_POSITION_MASK
     else:
         u = hashing.unit_interval(bits)
         odds_ratio = (u / (1 - u)) * ((1 - inclusion) / inclusion)

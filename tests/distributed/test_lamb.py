@@ -234,9 +234,7 @@ def whole_of_one_world_size(directory: Path) -> dict[str, Any]:
         "fp32": {run: fp32_run(*run, "bind") for run in RUNS},
         "bf16": {run: bf16_run(*run) for run in BF16_RUNS},
         # Stage 0 in fp32 leaves the parameters alone: nothing to forget there.
-        "unbound": {
-            case: error_without_bind(*case) for case in product(STAGES, PRECISIONS) if case != (0, "fp32")
-        },
+        "unbound": {case: error_without_bind(*case) for case in product(STAGES, PRECISIONS) if case != (0, "fp32")},
     }
     if world_size > 1:
         results["unaware"] = fp32_run(2, 0.0, 1, "unaware")
@@ -315,9 +313,7 @@ def test_trust_ratios_agree_between_ranks_and_stages(ranks: list[dict[str, Any]]
         assert all(ratios == per_rank[0] for ratios in per_rank)
         # The true gradient of a key bias is 0 (softmax ignores it): its update is rounding noise.
         compared = [name for name in stage0 if not name.endswith("key.bias")]
-        assert [per_rank[0][name] for name in compared] == pytest.approx(
-            [stage0[name] for name in compared], rel=1e-3
-        )
+        assert [per_rank[0][name] for name in compared] == pytest.approx([stage0[name] for name in compared], rel=1e-3)
 
 
 def test_forgotten_bind_is_an_error(ranks: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data_pipeline.files import sha256_file
-from data_pipeline.shards import Manifest, SpecialTokens, write_manifest, write_shard
+from data_pipeline.shards import Manifest, SpecialTokens, id_dtype, write_manifest, write_shard
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -42,7 +42,7 @@ def make_corpus(
     vocab_size = make_tokenizer(folder / "tokenizer", words)
     random = np.random.default_rng(seed)
     start, step = random.integers(0, words, (rows, 1)), random.integers(1, 4, (rows, 1))
-    ids = ((start + step * np.arange(length)) % words + len(SPECIAL)).astype(np.uint16)
+    ids = ((start + step * np.arange(length)) % words + len(SPECIAL)).astype(id_dtype(vocab_size))
     ids[:, 0], ids[:, -1] = CLS, SEP
     # A document ends inside some rows.
     ids[random.random(rows) < 0.5, length // 2] = SEP
@@ -50,7 +50,9 @@ def make_corpus(
         ids[-1, length // 2 :] = PAD
         ids[-1, length // 2 - 1] = SEP
     shards = [
-        write_shard(folder, f"shard-{i:05d}.arrow", ids[s : s + shard_rows], np.ones(len(ids[s : s + shard_rows]), bool))
+        write_shard(
+            folder, f"shard-{i:05d}.arrow", ids[s : s + shard_rows], np.ones(len(ids[s : s + shard_rows]), bool)
+        )
         for i, s in enumerate(range(0, rows, shard_rows))
     ]
     write_manifest(

@@ -1,0 +1,159 @@
+"""Training on real gloo ranks: the same run whatever the ranks, killed = never killed, exported = trained."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskvr_ds import checkpoint
+from maskvr_ds.checkpoint import complete_checkpoints
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import (
+    NO_DROPOUT,
+    column,
+    configuration,
+    metrics,
+    run_and_kill,
+    run_command,
+    train_all,
+)
+from tests.support.corpora import make_corpus
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "corpus"
+    make_corpus(folder, rows=200, words=20, padded_last_row=True)
+    make_corpus(folder / "held_out", rows=60, words=20, seed=1)
+    return folder
+
+
+# Name → changes; all must see the same data and masks, and come to the same losses.
+SAME = {
+    "zero0": {"deepspeed": "zero0_fp32"},
+    "zero1": {"deepspeed": "zero1_fp32"},
+    "zero2": {"deepspeed": "zero2_fp32"},
+    "zero2-other-layout": {"deepspeed": "zero2_fp32", "batch": {"micro_size": 6}},
+}
+
+
+@pytest.fixture(scope="module")
+def same_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs of SAME on 1, 2 and 3 ranks, and two in bf16."""
+    folder = tmp_path_factory.mktemp("same")
+    runs = {}
+    for world_size in (1, 2, 3):
+        names = dict(SAME) if world_size < 3 else {"zero1": SAME["zero1"]}
+        if world_size == 2:
+            names |= {"bf16-zero1": {"deepspeed": "zero1_bf16"}, "adam": {"optimizer": {"name": "adam", "lr": 3e-3}}}
+        jobs = []
+        for name, changes in names.items():
+            run = folder / f"{name}-{world_size}"
+            values = configuration(run, corpus, steps=STEPS, model=NO_DROPOUT, deepspeed="zero1_fp32")
+            for section, change in changes.items():
+                values[section] = {**values[section], **change} if isinstance(change, dict) else change
+            jobs.append((values, None))
+            runs[run.name] = run
+        outcomes = run_ranks(train_all, world_size, jobs, timeout=400)
+        assert outcomes == [[None] * len(jobs)] * world_size
+    return runs
+
+
+def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dict[str, Path]) -> None:
+    digests = {
+        name: column(run, "step", "samples", "predictions", "lr", "data_digest", "mask_digest")
+        for name, run in same_runs.items()
+        if name != "adam-2"
+    }
+    reference = digests["zero0-1"]
+    assert len(reference) == STEPS
+    assert len({d[-1] for d in reference}) == STEPS, "every step has masks of its own"
+    assert all(found == reference for found in digests.values())
+
+
+def test_losses_do_not_depend_on_ranks_stage_or_layout(same_runs: dict[str, Path]) -> None:
+    reference = metrics(same_runs["zero0-1"])
+    for name, run in same_runs.items():
+        if name in ("bf16-zero1-2", "adam-2"):
+            continue
+        for expected, found in zip(reference, metrics(run), strict=True):
+            for figure in ("loss", "grad_norm", "held_out_loss"):
+                if figure in expected:
+                    assert found[figure] == pytest.approx(expected[figure], abs=1e-4), (name, figure, found["step"])
+
+
+def test_loss_falls_with_lamb_adam_and_in_bf16(same_runs: dict[str, Path]) -> None:
+    for name in ("zero2-2", "bf16-zero1-2", "adam-2"):
+        held_out = [line["held_out_loss"] for line in metrics(same_runs[name]) if "held_out_loss" in line]
+        assert len(held_out) == 5
+        assert held_out[-1] < held_out[0] - 0.05, name
+
+
+@pytest.mark.parametrize("name", ["zero2-2", "zero0-1", "bf16-zero1-2"])
+def test_export_computes_what_the_engine_computed(same_runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertForMaskedLM, pipeline
+
+    output = tmp_path / "model"
+    result = run_command("export", "--checkpoint", same_runs[name], "--output", output)
+    assert result.returncode == 0, result.stderr
+    (folder,) = complete_checkpoints(same_runs[name])
+    probe = checkpoint.read_probe(folder)
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+    model = BertForMaskedLM.from_pretrained(output, dtype=dtype).eval()
+    with torch.no_grad():
+        logits = model(input_ids=probe["input_ids"], attention_mask=probe.get("attention_mask")).logits.float()
+    for row, positions in enumerate(probe["positions"]):
+        assert torch.allclose(logits[row, positions], probe["logits"][row], atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.mask_token == "[MASK]"
+    guesses = pipeline("fill-mask", model=str(output))("w1 w2 [MASK] w4 w5")
+    assert len(guesses) == 5
+    assert run_command("export", "--checkpoint", same_runs[name], "--output", output).returncode == 1, "never over one"
+
+
+def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from maskvr_ds import export
+
+    run = tmp_path / "run"
+    shutil.copytree(same_runs["zero2-2"], run)
+    (folder,) = complete_checkpoints(run)
+    weights = load_file(folder / checkpoint.WEIGHTS)
+    weights["bert.encoder.layer.0.output.dense.weight"][3, 3] += 0.5
+    save_file(weights, folder / checkpoint.WEIGHTS)
+    checkpoint._write_manifest(folder, checkpoint.read_state(folder))
+    with pytest.raises(export.ExportError, match="differ from the engine's"):
+        export.export(run, tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], "nothing is left under the output's name"
+
+
+def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> None:
+    """40 steps on 2 ranks with dropout; the same with SIGKILL of the whole job after step 20. Bit for bit."""
+    values = configuration(tmp_path / "whole", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
+    values["deepspeed"] = "zero2_fp32"
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    whole = run_command("train", "--config", config, "--num-gpus", 2)
+    assert whole.returncode == 0, whole.stderr
+
+    killed = tmp_path / "killed"
+    words = ("train", "--config", config, "--num-gpus", 2, "--set", f"output_dir={killed}")
+    run_and_kill(*words, when=lambda: any(p.name == "step-00000020" for p in complete_checkpoints(killed)))
+    assert len(metrics(killed)) < 40
+    refused = run_command(*words)
+    assert refused.returncode == 1
+    assert "is not empty; add --resume auto" in refused.stderr
+    resumed = run_command(*words, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
+    assert column(killed, *figures) == column(tmp_path / "whole", *figures)
+    held_out = [[x.get("held_out_loss") for x in metrics(r)] for r in (killed, tmp_path / "whole")]
+    assert held_out[0] == held_out[1]
+    assert [p.name for p in complete_checkpoints(killed)] == ["step-00000030", "step-00000040"], "keep_last"
+    weights = [checkpoint.read_weights(complete_checkpoints(run)[-1]) for run in (killed, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

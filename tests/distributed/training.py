@@ -1,0 +1,98 @@
+"""What the training tests run on ranks and in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from maskvr_ds.metrics import METRICS, read_lines
+
+ROOT = Path(__file__).parents[2]
+SMALL: dict[str, Any] = {
+    "model": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64},
+    "batch": {"global_size": 12, "micro_size": 2},
+    "optimizer": {"lr": 0.03},
+    "schedule": {"warmup_steps": 5},
+    "evaluation": {"every_steps": 10, "rows": 50},
+    "checkpoint": {"every_steps": 0},
+    "monitor": {"tensorboard": False},
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def configuration(output: Path, corpus: Path, *, steps: int, **sections: Any) -> dict[str, Any]:
+    """A small run as nested mappings; `sections` are merged over SMALL, one level deep."""
+    values: dict[str, Any] = json.loads(json.dumps(SMALL))
+    values.update(output_dir=str(output), data={"path": str(corpus)}, training={"steps": steps})
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return values
+
+
+def train_all(runs: list[tuple[dict[str, Any], str | None]]) -> list[str | None]:
+    """On a rank: each (configuration, resume) in turn; → the error's text, or None where it trained."""
+    import logging
+
+    from maskvr_ds import distributed
+    from maskvr_ds.config import RunConfig
+    from maskvr_ds.train import train
+
+    logging.disable(logging.WARNING)
+    distributed.initialize()
+    outcomes: list[str | None] = []
+    for values, resume in runs:
+        try:
+            train(RunConfig.model_validate(values), resume)
+            outcomes.append(None)
+        except (ValueError, distributed.RemoteError) as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return read_lines(run / METRICS)
+
+
+def column(run: Path, *names: str) -> list[Any]:
+    return [tuple(line[name] for name in names) for line in metrics(run)]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "maskvr_ds.cli", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def run_command(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_and_kill(*words: object, when: Any, timeout: float = 240) -> None:
+    """Start a job; SIGKILL launcher and ranks, all at once, as soon as `when()` holds."""
+    import psutil
+
+    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + timeout
+    while not when():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(
+                f"ended or hung before it could be killed: {process.communicate()[1].decode()[-3000:]}"
+            )
+        time.sleep(0.02)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.send_signal(signal.SIGSTOP)
+    for member in family:
+        member.kill()
+    process.communicate()
+    psutil.wait_procs(family, timeout=30)
