@@ -82,6 +82,8 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     if latest is not None:
         state = checkpoint.load(latest, engine, expected=state)
         _say(f"resumed from {latest}: step {state.step}, {state.samples:,} samples")
+    if rank == 0:
+        (config.output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
     masker = Masker(
         vocab_size=manifest.vocab_size,
@@ -252,7 +254,7 @@ def _open_held_out(data: DataConfig, corpus: Corpus) -> Corpus | None:
 
 
 def open_run_folder(config: RunConfig, resume: str | None) -> Path | None:
-    """Make or re-open config.output_dir, write config.yaml; → the checkpoint to go on from, if any."""
+    """Make or re-open config.output_dir; → the checkpoint to go on from, if any."""
     run = config.output_dir
     error: Exception | None = None
     latest = None
@@ -262,7 +264,6 @@ def open_run_folder(config: RunConfig, resume: str | None) -> Path | None:
                 raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
             latest = None if resume is None else checkpoint.find(run, resume)
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         except (ValueError, OSError) as fault:
             error = fault
     distributed.agree(error)
@@ -280,7 +281,8 @@ def run_identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "masking": config.masking.model_dump(),
-        "optimizer": config.optimizer.name,
+        # DeepSpeed takes all of these but lr from the checkpoint: a change would go unheeded.
+        "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
     return json.loads(json.dumps(identity))
 

@@ -1,0 +1,177 @@
+"""What a user can get wrong when training: one clear error on every rank, and nothing lost."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskvr_ds.checkpoint import complete_checkpoints
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import NO_DROPOUT, column, configuration, run_command, train_all
+from tests.support.corpora import make_corpus
+
+# Name → (what the error says). Each is set up in `prepare`; all run on the same two ranks, one after the other.
+EXPECTED = {
+    "batch does not divide": r"ConfigError: batch.global_size 10 is not a multiple of batch.micro_size 4 × 2 ranks",
+    "output not empty": "ConfigError: output_dir .* is not empty; add --resume auto",
+    "no corpus": "CorpusError: .*manifest.json: not found",
+    "flipped byte": "CorpusError: .*shard-00001.arrow: sha256 .* expected",
+    "truncated shard": "CorpusError: .*shard-00000.arrow: .* bytes expected",
+    "missing shard": "CorpusError: .*shard-00001.arrow: shard is missing",
+    "leaving path": "CorpusError: .*'../shard-00000.arrow' is not a plain file name",
+    "other tokenizer": "CorpusError: .*made with the tokenizer",
+    "long sequences": "ConfigError: .*sequences of 32 tokens exceed model.max_position_embeddings 16",
+    "held-out of another length": "ConfigError: .*sequence_length 16 differs from the training corpus' 32",
+    "owned key": "ConfigError: .*sets gradient_clipping to 1.0",
+    "no checkpoint to resume": "CheckpointError: --resume .*no complete checkpoint there",
+    "only broken checkpoints": "CheckpointError: .*none of step-00000002 is complete",
+    "resume with another tokenizer": "CheckpointError: .*belongs to another run: tokenizer was",
+    "resume with another length": "CheckpointError: .*sequence_length was 32, is 16",
+    "resume with another model": "CheckpointError: .*model was .*'hidden_size': 32.* is .*'hidden_size': 64",
+    "resume with another seed": "CheckpointError: .*seed was 0, is 1",
+    "resume with another stage": "CheckpointError: .*zero_stage was 1, is 2",
+    "resume with a damaged checkpoint": "CheckpointError: .*weights.safetensors: the SHA-256 differs",
+}
+
+
+def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[str, Any], str | None]:
+    """The configuration and --resume of one case."""
+    corpus = good
+    if name in ("flipped byte", "truncated shard", "missing shard", "leaving path", "other tokenizer"):
+        corpus = folder / "corpus"
+        shutil.copytree(good, corpus)
+    values = configuration(
+        folder / "run", corpus, steps=4, model=NO_DROPOUT, deepspeed="zero1_fp32", schedule={"warmup_steps": 0}
+    )
+    shard, other = corpus / "shard-00000.arrow", corpus / "shard-00001.arrow"
+    resume = None
+    if name.startswith("resume"):
+        values["output_dir"] = str(folder / "run")
+        shutil.copytree(trained, folder / "run")
+        resume = "auto"
+    match name:
+        case "batch does not divide":
+            values["batch"] = {"global_size": 10, "micro_size": 4}
+        case "output not empty":
+            (folder / "run").mkdir()
+            (folder / "run" / "precious").write_text("data")
+        case "no corpus":
+            values["data"]["path"] = str(folder)
+        case "flipped byte":
+            data = bytearray(other.read_bytes())
+            data[len(data) // 2] ^= 1
+            other.write_bytes(data)
+        case "truncated shard":
+            shard.write_bytes(shard.read_bytes()[:-8])
+        case "missing shard":
+            other.unlink()
+        case "leaving path":
+            manifest = corpus / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"shard-00000.arrow"', '"../shard-00000.arrow"'))
+        case "other tokenizer":
+            path = corpus / "tokenizer" / "tokenizer.json"
+            path.write_text(path.read_text() + "\n")
+        case "long sequences":
+            values["model"]["max_position_embeddings"] = 16
+        case "held-out of another length":
+            values["data"]["held_out_path"] = str(make_corpus(folder / "short", rows=9, length=16))
+        case "owned key":
+            (folder / "ds.json").write_text('{"gradient_clipping": 1.0}')
+            values["deepspeed"] = str(folder / "ds.json")
+        case "no checkpoint to resume":
+            resume = str(folder)
+        case "only broken checkpoints":
+            (folder / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+            resume = "auto"
+        case "resume with another tokenizer":
+            values["data"]["path"] = str(make_corpus(folder / "corpus", rows=200, words=60))
+        case "resume with another length":
+            values["data"]["path"] = str(make_corpus(folder / "corpus", rows=200, length=16))
+        case "resume with another model":
+            values["model"]["hidden_size"] = 64
+        case "resume with another seed":
+            values["seed"] = 1
+        case "resume with another stage":
+            values["deepspeed"] = "zero2_fp32"
+        case "resume with a damaged checkpoint":
+            path = complete_checkpoints(folder / "run")[-1] / "weights.safetensors"
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+    return values, resume
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("good") / "corpus", rows=200)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each case has a folder."""
+    return tmp_path_factory.mktemp("cases")
+
+
+@pytest.fixture(scope="module")
+def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
+    """Case → what each of the two ranks said; "trained" is a run that is right and stays so."""
+    trained = cases / "trained"
+    values = configuration(
+        trained, good, steps=2, model=NO_DROPOUT, deepspeed="zero1_fp32", schedule={"warmup_steps": 0}
+    )
+    assert run_ranks(train_all, 2, [(values, None)]) == [[None], [None]]
+    jobs = []
+    for name in EXPECTED:
+        case = cases / name.replace(" ", "-")
+        case.mkdir()
+        jobs.append(prepare(name, case, good, trained))
+    # At last, that a resume with nothing wrong goes on.
+    jobs.append(({**values, "training": {"steps": 4}}, "auto"))
+    ranks = run_ranks(train_all, 2, jobs)
+    assert ranks[0][-1] is None
+    assert column(trained, "step") == [(1,), (2,), (3,), (4,)]
+    return {name: [rank[i] for rank in ranks] for i, name in enumerate(EXPECTED)}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_rank_ends_and_the_error_is_told(outcomes: dict[str, list[str | None]], name: str) -> None:
+    said = outcomes[name]
+    assert all(said), f"a rank went on: {said}"
+    # The rank that sees the fault says it; the others say which rank does.
+    assert any(re.search(EXPECTED[name], str(text), re.DOTALL) for text in said), said
+
+
+@pytest.mark.usefixtures("outcomes")
+def test_nothing_is_lost(cases: Path) -> None:
+    """The folder that was not empty keeps what it held; a refused resume leaves the run as it was."""
+    kept = cases / "output-not-empty" / "run"
+    assert [p.name for p in kept.iterdir()] == ["precious"]
+    assert (kept / "precious").read_text() == "data"
+    refused = cases / "resume-with-another-seed" / "run"
+    assert [p.name for p in complete_checkpoints(refused)] == ["step-00000002"]
+    assert yaml.safe_load((refused / "config.yaml").read_text())["seed"] == 0
+    assert column(refused, "step") == [(1,), (2,)]
+
+
+def test_commands_end_with_one_error_and_a_status(good: Path, tmp_path: Path) -> None:
+    """Through the real launcher, on two ranks: the status is not 0 and the error stands there once."""
+    values = configuration(tmp_path / "run", good, steps=9, batch={"global_size": 10, "micro_size": 4})
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    result = run_command("train", "--config", config, "--num-gpus", 2)
+    assert result.returncode != 0
+    assert result.stderr.count("error: batch.global_size 10 is not a multiple") == 1
+    assert not (tmp_path / "run").exists()
+
+    unknown = run_command("train", "--config", config, "--num-gpus", 2, "--set", "optimizer.lrr=1")
+    assert (unknown.returncode, unknown.stderr.count("error:")) == (1, 1)
+    assert "optimizer.lrr: unknown key" in unknown.stderr
+    hostfile = run_command("train", "--config", config, "--hostfile", tmp_path / "hosts")
+    assert (hostfile.returncode, hostfile.stderr.count("error:")) == (1, 1)
+    assert "no such file" in hostfile.stderr
+    export = run_command("export", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "model")
+    assert (export.returncode, export.stderr.count("error:")) == (1, 1)
+    assert not (tmp_path / "model").exists()
