@@ -202,7 +202,8 @@ def _cut_parquet(i: int, source: Source, text_field: str, unit_bytes: int) -> It
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
-        index = file.metadata.schema.to_arrow_schema().get_field_index(text_field)
+        leaves = range(file.metadata.num_columns)
+        index = next(j for j in leaves if file.metadata.schema.column(j).path == text_field)
         start = size = 0
         for group in range(file.num_row_groups):
             size += file.metadata.row_group(group).column(index).total_uncompressed_size
