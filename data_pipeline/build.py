@@ -49,7 +49,7 @@ from data_pipeline.shards import (
 from data_pipeline.sources import Piece, Progress, Source, Unit, cut_units, find_sources
 from data_pipeline.tokenizer import copy_tokenizer, fingerprint
 from data_pipeline.units import Job, load_encoder, tokenize_unit
-from data_pipeline.workers import Task, run_tasks
+from data_pipeline.workers import Pool, Task
 
 MIN_SEQUENCE_LENGTH = 8
 _WORK = ".build"
@@ -120,9 +120,10 @@ def build(
             seed=seed,
         )
         units = _plan(work, sources, documents, text_field, int(work_size * 1e6))
-        with ProgressBar(sum(source.bytes for source in sources), "tokenise", progress) as bar:
+        total = sum(source.bytes for source in sources)
+        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers) as pool:
             tasks = _tokenize_tasks(job, sources, units)
-            results = run_tasks(tasks, work / "results", workers, bar.update)
+            results = pool.run(tasks, work / "results", bar.update)
             _check_not_empty(job, work, sources, results)
             bar.phase(
                 "pack", job.dtype.itemsize * sum(r[side]["length"] for r in results for side in job.sides)
@@ -133,7 +134,7 @@ def build(
                 folder.mkdir(exist_ok=True)
                 layout = _lay_out(job, side, results, _rows_per_shard(job, shard_size))
                 tasks = _pack_tasks(job, side, folder, layout, [result[side]["length"] for result in results])
-                shards = run_tasks(tasks, work / "results", workers, bar.update)
+                shards = pool.run(tasks, work / "results", bar.update)
                 copy_tokenizer(output / TOKENIZER, folder / TOKENIZER)
                 manifest = Manifest(
                     schema_version=SCHEMA_VERSION,

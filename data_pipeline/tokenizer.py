@@ -233,8 +233,9 @@ def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
 def _train(texts: Callable[[], Iterator[list[str]]], vocab_size: int, lower_case: bool) -> dict[str, int]:
     """Train WordPiece in two passes over the text; returns the vocabulary, for the same text always the same.
 
-    The trainer numbers continued letters ("##a") in the order of a hash map, which differs from run to run, and
-    its ties follow these numbers. The first pass only finds out which there are; the second gets them numbered.
+    The trainer numbers continued letters ("##a") in the order of a hash map, which differs from run to run,
+    and its ties follow these numbers. The first pass only finds out which there are; the second gets them
+    in order.
     """
     from tokenizers.trainers import WordPieceTrainer
 

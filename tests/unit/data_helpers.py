@@ -17,13 +17,28 @@ from data_pipeline.shards import Corpus
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
-WORDS = (
-    "the of and to in a is that for it was on are as with they at be this from have or by one had not".split()
-)
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "is",
+    "that",
+    "for",
+    "it",
+    "was",
+    "on",
+    "are",
+    "with",
+    "they",
+    "at",
+]
 
 
 def write_tokenizer(folder: Path, extra: Sequence[str] = ()) -> Path:
-    """A BERT folder of the old kind (vocab.txt): letters, their continuations, digits, signs and some words."""
+    """A BERT folder of the old kind (vocab.txt): letters, digits, signs and some words."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     vocabulary = [
         *SPECIAL,

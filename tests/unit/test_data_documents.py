@@ -234,7 +234,7 @@ def test_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None
 def test_bad_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"title": ["x"], "size": [3]}), path)
-    with pytest.raises(CorpusError, match="has no column 'text', only title, size. Name the one"):
+    with pytest.raises(CorpusError, match=r"has no column 'text', only title, size\. Name the one"):
         read([path])
     with pytest.raises(CorpusError, match="column 'size' holds int64, text"):
         read([path], field="size")
