@@ -209,11 +209,15 @@ def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
             # they write the same bytes, each under temporary names of its own.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-        for folder in (output, output / HELD_OUT, work, results):
-            remove_partials(folder)
+        folders = (output, output / HELD_OUT, work, results)
         try:
+            for folder in folders:
+                remove_partials(folder)
             yield work
         except BaseException:
+            # Workers that were stopped had no chance to do it.
+            for folder in folders:
+                remove_partials(folder)
             if results.exists() and not any(results.iterdir()):
                 shutil.rmtree(work)
                 shutil.rmtree(output / TOKENIZER, ignore_errors=True)

@@ -40,7 +40,7 @@ def corpus(tmp_path: Path, tokenizer: Path) -> Path:
         16,
         tmp_path / "corpus",
         held_out=0.3,
-        shard_size=0.01,
+        shard_size=0.002,
         progress=False,
     )
     return tmp_path / "corpus"
@@ -259,8 +259,8 @@ def test_verify_names_every_damaged_file(corpus: Path, capsys: pytest.CaptureFix
 
 @pytest.fixture(scope="module")
 def large_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text whose corpus takes about 1 MB."""
-    return write_text(tmp_path_factory.mktemp("large") / "a.txt", make_documents(4000, longest=200))
+    """Text whose corpus takes about a megabyte."""
+    return write_text(tmp_path_factory.mktemp("large") / "a.txt", make_documents(2000, longest=200))
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_file_size_limit(large_text: Path, tokenizer: Path, tmp_path: Path) -> N
     output = tmp_path / "corpus"
     arguments = ["build", "--input", large_text, "--tokenizer", tokenizer, "--sequence-length", 128]
     arguments += ["--work-size", "0.05", "--output", output]
-    limit = 400_000
+    limit = 200_000
     found = subprocess.run(
         command(*arguments),
         cwd=ROOT,
