@@ -87,7 +87,8 @@ def build(
     """
     output = Path(output)
     _check_arguments(sequence_length, workers, seed, held_out, documents, shard_size, work_size)
-    sources = find_sources(inputs)
+    # A tokenizer's vocab.txt is no text, nor is the copy of it in an output folder among the inputs.
+    sources = find_sources(inputs, exclude=(output, Path(tokenizer)))
     arguments = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": sequence_length,
@@ -218,7 +219,8 @@ def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
             # Workers that were stopped had no chance to do it.
             for folder in folders:
                 remove_partials(folder)
-            if results.exists() and not any(results.iterdir()):
+            begun = any(results.iterdir()) if results.exists() else True
+            if not begun and not (output / MANIFEST).exists():
                 shutil.rmtree(work)
                 shutil.rmtree(output / TOKENIZER, ignore_errors=True)
                 (output / _ARGUMENTS).unlink()
@@ -230,9 +232,8 @@ def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
 def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     path = output / _ARGUMENTS
     if not path.exists():
-        # A build killed while it wrote its very first file.
-        remove_partials(output)
-        if any(output.iterdir()):
+        # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
+        if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
             raise CorpusError(
                 f"{output}: output folder is not empty, and no build began it. Choose another, or remove it "
                 "first"

@@ -105,7 +105,12 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs,), daemon=True)
-        process.start()
+        # Ctrl-C reaches the whole group, the parent decides: blocked in the child from the start.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # Closed here, so that the pipe ends when the worker does.
         theirs.close()
         self._processes[ours] = process
@@ -162,8 +167,6 @@ def _obituary(code: int | None, task: Task) -> str:
 
 
 def _worker(connection: Connection) -> None:
-    # Ctrl-C reaches the whole group: the parent alone decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()

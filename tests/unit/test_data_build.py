@@ -362,6 +362,21 @@ def test_two_builds_in_one_folder(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert tree(tmp_path / "out") == tree(folder / "whole")
 
 
+def test_tokenizer_and_output_below_the_input_folder_are_not_read(folder: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "a/a.txt", make_documents(20))
+    copy_tokenizer(folder / "tok", tmp_path / "tok")
+    for _ in range(2):
+        manifest = build([tmp_path], tmp_path / "tok", LENGTH, tmp_path / "out", progress=False)
+        assert [source.name for source in manifest.sources] == ["a.txt"]
+
+
+def test_hidden_files_of_others_stay(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".download.partial").write_text("precious")
+    with pytest.raises(CorpusError, match="output folder is not empty"):
+        build([folder / "in"], folder / "tok", LENGTH, tmp_path, progress=False)
+    assert tree(tmp_path) == {".download.partial": b"precious"}
+
+
 def die(how: str, report: Callable[[int, int], object]) -> int:
     """A task for the pool: ends its process, raises, or is good."""
     report(10, 1)
