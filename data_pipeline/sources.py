@@ -87,9 +87,9 @@ Unit = tuple[Piece, ...]
 def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> list[Source]:
     """List the files that `inputs` (files, folders, globs) stand for, ordered by name.
 
-    Folders are walked, but for those in `exclude`; files in them that are hidden or of another kind than SUFFIXES are passed over, while
-    a file that is named itself must be of these. Raises CorpusError where an input is missing, nothing is
-    found, or one file is found twice.
+    Folders are walked, but for those in `exclude`; files in them that are hidden or of another kind than
+    SUFFIXES are passed over, while a file that is named itself must be of these.
+    Raises CorpusError where an input is missing, nothing is found, or one file is found twice.
     """
     paths: list[Path] = []
     for item in map(str, inputs):
