@@ -49,7 +49,7 @@ from data_pipeline.shards import (
 from data_pipeline.sources import Piece, Progress, Source, Unit, cut_units, find_sources
 from data_pipeline.tokenizer import copy_tokenizer, fingerprint
 from data_pipeline.units import Job, load_encoder, tokenize_unit
-from data_pipeline.workers import Task, run_tasks
+from data_pipeline.workers import Pool, Task
 
 MIN_SEQUENCE_LENGTH = 8
 _WORK = ".build"
@@ -87,7 +87,8 @@ def build(
     """
     output = Path(output)
     _check_arguments(sequence_length, workers, seed, held_out, documents, shard_size, work_size)
-    sources = find_sources(inputs)
+    # A tokenizer's vocab.txt is no text, nor is the copy of it in an output folder among the inputs.
+    sources = find_sources(inputs, exclude=(output, Path(tokenizer)))
     arguments = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": sequence_length,
@@ -120,9 +121,10 @@ def build(
             seed=seed,
         )
         units = _plan(work, sources, documents, text_field, int(work_size * 1e6))
-        with ProgressBar(sum(source.bytes for source in sources), "tokenise", progress) as bar:
+        total = sum(source.bytes for source in sources)
+        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers) as pool:
             tasks = _tokenize_tasks(job, sources, units)
-            results = run_tasks(tasks, work / "results", workers, bar.update)
+            results = pool.run(tasks, work / "results", bar.update)
             _check_not_empty(job, work, sources, results)
             bar.phase(
                 "pack", job.dtype.itemsize * sum(r[side]["length"] for r in results for side in job.sides)
@@ -133,7 +135,7 @@ def build(
                 folder.mkdir(exist_ok=True)
                 layout = _lay_out(job, side, results, _rows_per_shard(job, shard_size))
                 tasks = _pack_tasks(job, side, folder, layout, [result[side]["length"] for result in results])
-                shards = run_tasks(tasks, work / "results", workers, bar.update)
+                shards = pool.run(tasks, work / "results", bar.update)
                 copy_tokenizer(output / TOKENIZER, folder / TOKENIZER)
                 manifest = Manifest(
                     schema_version=SCHEMA_VERSION,
@@ -208,12 +210,17 @@ def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
             # they write the same bytes, each under temporary names of its own.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-        for folder in (output, output / HELD_OUT, work, results):
-            remove_partials(folder)
+        folders = (output, output / HELD_OUT, work, results)
         try:
+            for folder in folders:
+                remove_partials(folder)
             yield work
         except BaseException:
-            if results.exists() and not any(results.iterdir()):
+            # Workers that were stopped had no chance to do it.
+            for folder in folders:
+                remove_partials(folder)
+            begun = any(results.iterdir()) if results.exists() else True
+            if not begun and not (output / MANIFEST).exists():
                 shutil.rmtree(work)
                 shutil.rmtree(output / TOKENIZER, ignore_errors=True)
                 (output / _ARGUMENTS).unlink()
@@ -225,9 +232,8 @@ def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
 def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     path = output / _ARGUMENTS
     if not path.exists():
-        # A build killed while it wrote its very first file.
-        remove_partials(output)
-        if any(output.iterdir()):
+        # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
+        if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
             raise CorpusError(
                 f"{output}: output folder is not empty, and no build began it. Choose another, or remove it "
                 "first"

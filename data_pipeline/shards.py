@@ -251,7 +251,7 @@ def _map_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> pa.RecordBa
             raise refuse(f"schema {expected.to_string()!r} expected", repr(reader.schema.to_string()))
         batch = reader.get_batch(0)
         batch.validate()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise refuse("Arrow IPC file expected", error) from None
     if batch.num_rows != entry.rows:
         raise refuse(f"{entry.rows:,} rows expected", f"{batch.num_rows:,}")

@@ -84,12 +84,12 @@ class Piece:
 Unit = tuple[Piece, ...]
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> list[Source]:
     """List the files that `inputs` (files, folders, globs) stand for, ordered by name.
 
-    Folders are walked; files in them that are hidden or of another kind than SUFFIXES are passed over, while
-    a file that is named itself must be of these. Raises CorpusError where an input is missing, nothing is
-    found, or one file is found twice.
+    Folders are walked, but for those in `exclude`; files in them that are hidden or of another kind than
+    SUFFIXES are passed over, while a file that is named itself must be of these.
+    Raises CorpusError where an input is missing, nothing is found, or one file is found twice.
     """
     paths: list[Path] = []
     for item in map(str, inputs):
@@ -99,7 +99,7 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
             raise CorpusError(f"{item}: no such file or folder, and no file matches it")
         for match in map(Path, matches):
             if match.is_dir():
-                paths += _walk(match)
+                paths += _walk(match, {os.path.realpath(folder) for folder in exclude})
             elif match.name.lower().endswith(SUFFIXES):
                 paths.append(match)
             else:
@@ -122,9 +122,13 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     return sorted(sources, key=lambda source: source.name)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, exclude: set[str]) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
+        ]
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(parent, name)
@@ -202,7 +206,8 @@ def _cut_parquet(i: int, source: Source, text_field: str, unit_bytes: int) -> It
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
-        index = file.metadata.schema.to_arrow_schema().get_field_index(text_field)
+        leaves = range(file.metadata.num_columns)
+        index = next(j for j in leaves if file.metadata.schema.column(j).path == text_field)
         start = size = 0
         for group in range(file.num_row_groups):
             size += file.metadata.row_group(group).column(index).total_uncompressed_size

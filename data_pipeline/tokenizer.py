@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BERT_ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+# The most frequent letters get an entry, as in BERT; words with others become [UNK].
+_ALPHABET = 1000
 _FALLBACK = {"cls": "bos", "sep": "eos"}
 _FILES = (
     "tokenizer.json",
@@ -218,6 +221,51 @@ def _save_bert(tokenizer: Tokenizer, folder: Path, lower_case: bool) -> None:
     )
 
 
+def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
+    """How often each letter stands in the normalised text, from the counts of the text's own code points."""
+    letters: Counter[str] = Counter()
+    for point in np.flatnonzero(counts).tolist():
+        for letter in normalizer.normalize_str(chr(point)):
+            letters[letter] += int(counts[point])
+    return letters
+
+
+def _train(texts: Callable[[], Iterator[list[str]]], vocab_size: int, lower_case: bool) -> dict[str, int]:
+    """Train WordPiece in two passes over the text; returns the vocabulary, for the same text always the same.
+
+    The trainer numbers continued letters ("##a") in the order of a hash map, which differs from run to run,
+    and its ties follow these numbers. The first pass only finds out which there are; the second gets them
+    in order.
+    """
+    from tokenizers.trainers import WordPieceTrainer
+
+    special = list(BERT_ROLES.values())
+    counts = np.zeros(0x110000, np.int64)
+
+    def counted() -> Iterator[list[str]]:
+        for batch in texts():
+            points = np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)
+            counts[:] += np.bincount(points, minlength=len(counts))
+            yield batch
+
+    first = _bert(None, lower_case)
+    first.train_from_iterator(counted(), WordPieceTrainer(vocab_size=1, show_progress=False))
+    found = first.get_vocab()
+    letters = _letter_counts(counts, first.normalizer)
+    ranked = sorted((token for token in found if len(token) == 1), key=lambda c: (-letters[c], c))[:_ALPHABET]
+    continued = sorted(f"##{letter}" for letter in ranked if f"##{letter}" in found)
+    second = _bert(None, lower_case)
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special, *continued],
+        initial_alphabet=ranked,
+        limit_alphabet=len(ranked),
+        show_progress=False,
+    )
+    second.train_from_iterator(texts(), trainer)
+    return second.get_vocab()
+
+
 def train_tokenizer(
     inputs: Sequence[str | Path],
     vocab_size: int,
@@ -231,60 +279,47 @@ def train_tokenizer(
     """Train a BERT WordPiece tokenizer of exactly `vocab_size` entries and write its folder.
 
     [PAD] [UNK] [CLS] [SEP] [MASK] are 0 to 4. `output` must not exist or be empty; it appears only when
-    whole. The text streams by; what stays in memory is the count of each different word. progress: None shows
-    a bar on a terminal. Raises CorpusError where the text yields another number of entries, and as
-    `read_documents` does.
+    whole. The text streams by, twice; what stays in memory is the count of each different word. The same text
+    gives the same bytes. progress: None shows a bar on a terminal.
+    Raises CorpusError where the text yields another number of entries, and as `read_documents` does.
     """
-    from tokenizers.trainers import WordPieceTrainer
-
     from data_pipeline.documents import batches, read_documents
     from data_pipeline.progress import ProgressBar
     from data_pipeline.sources import Piece, find_sources
 
     if not len(BERT_ROLES) < vocab_size <= 2**32:
         raise CorpusError(
-            f"vocabulary size {vocab_size:,}: must be above {len(BERT_ROLES)} (the special tokens) and at "
-            "most "
-            f"{2**32:,} (token ids are at most 32 bits wide)"
+            f"vocabulary size {vocab_size:,}: must be above {len(BERT_ROLES)} (the special tokens) "
+            f"and at most {2**32:,} (token ids are at most 32 bits wide)"
         )
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CorpusError(f"{output}: output folder is not empty. Choose another, or remove it first")
     sources = find_sources(inputs)
-    tokenizer = _bert(None, lower_case=not cased)
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(BERT_ROLES.values()), show_progress=False
-    )
-    texts_seen = 0
 
     def texts() -> Iterator[list[str]]:
-        nonlocal texts_seen
         for i, source in enumerate(sources):
             # The whole file; for parquet all its row groups.
             stop = _row_groups(source, text_field) if source.format == ".parquet" else source.bytes
             found = read_documents(source, Piece(i, 0, stop), documents, text_field, bar.update)
             for batch, _ in batches(found, 1 << 20):
-                texts_seen += len(batch)
                 yield batch
 
-    with ProgressBar(sum(source.bytes for source in sources), "reading", progress) as bar:
-        tokenizer.train_from_iterator(texts(), trainer)
-    if texts_seen == 0:
+    with ProgressBar(2 * sum(source.bytes for source in sources), "train tokenizer", progress) as bar:
+        vocabulary = _train(texts, vocab_size, lower_case=not cased)
+    found = len(vocabulary)
+    if found == len(BERT_ROLES):
         raise CorpusError(
             f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)"
         )
-    if (found := tokenizer.get_vocab_size()) != vocab_size:
-        rule = (
-            "the text has no more different word pieces"
-            if found < vocab_size
-            else "its letters alone need more"
-        )
+    if found != vocab_size:
+        rule = "the text has no more word pieces" if found < vocab_size else "its letters alone need more"
         raise CorpusError(
             f"vocabulary size {vocab_size:,} cannot be had from this text, it gives {found:,}: {rule}. "
             f"Give --vocab-size {found} or other text"
         )
     with atomic_folder(output) as folder:
-        _save_bert(tokenizer, folder, lower_case=not cased)
+        _save_bert(_bert(vocabulary, lower_case=not cased), folder, lower_case=not cased)
 
 
 def _row_groups(source: Any, text_field: str) -> int:

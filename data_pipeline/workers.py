@@ -13,10 +13,11 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +38,98 @@ class Task:
     size: int = 0
 
 
-def run_tasks(tasks: Sequence[Task], folder: Path, workers: int, report: Report) -> list[Any]:
-    """Run the tasks that have no result yet on `workers` processes; return all results in the order of the
-    tasks.
+class Pool:
+    """Up to `workers` processes, started with the first tasks and kept until the block ends.
 
-    With one worker they run in this process. `report` is called with (bytes read, tokens made).
-    Raises the first error of a task, and CorpusError naming the task where a worker dies; the others are
-    stopped.
+    With one worker the tasks run in this process. Leaving the block ends the processes, at once.
     """
-    pending = []
-    for task in tasks:
-        if (folder / f"{task.name}.json").exists():
-            report(task.size, 0)
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._processes: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.join()
+
+    def run(self, tasks: Sequence[Task], folder: Path, report: Report) -> list[Any]:
+        """Run the tasks that have no result in `folder` yet; return all results in the order of the tasks.
+
+        `report` is called with (bytes read, tokens made). Raises the first error of a task, and CorpusError
+        naming the task where a worker dies.
+        """
+        pending = []
+        for task in tasks:
+            if (folder / f"{task.name}.json").exists():
+                report(task.size, 0)
+            else:
+                pending.append(task)
+        if self._workers > 1 and len(pending) > 1:
+            self._run_in_processes(pending, folder, report)
         else:
-            pending.append(task)
-    workers = min(workers, len(pending))
-    if workers > 1:
-        _run_in_processes(pending, folder, workers, report)
-    else:
-        with _one_thread():
-            for task in pending:
-                _perform(task, folder, report)
-    return [json.loads((folder / f"{task.name}.json").read_bytes()) for task in tasks]
+            with _one_thread():
+                for task in pending:
+                    _perform(task, folder, report)
+        return [json.loads((folder / f"{task.name}.json").read_bytes()) for task in tasks]
+
+    def _run_in_processes(self, tasks: list[Task], folder: Path, report: Report) -> None:
+        while len(self._processes) < min(self._workers, len(tasks)):
+            self._start()
+        waiting = iter(tasks)
+        busy: dict[Connection, Task] = {}
+        for connection in self._processes:
+            self._hand_out(connection, folder, waiting, busy)
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                try:
+                    kind, value = ready.recv()
+                except (EOFError, ConnectionResetError):
+                    raise self._death(ready, busy[ready]) from None
+                if kind == "progress":
+                    report(*value)
+                elif kind == "error":
+                    raise CorpusError(value)
+                elif kind == "crash":
+                    raise RuntimeError(f"{busy[ready].what}: {value}")
+                else:
+                    self._hand_out(ready, folder, waiting, busy)
+
+    def _start(self) -> None:
+        # spawn: forking a process that has threads (Arrow's, the caller's) can hang.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs,), daemon=True)
+        # Ctrl-C reaches the whole group, the parent decides: blocked in the child from the start.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Closed here, so that the pipe ends when the worker does.
+        theirs.close()
+        self._processes[ours] = process
+
+    def _hand_out(
+        self, connection: Connection, folder: Path, waiting: Iterator[Task], busy: dict[Connection, Task]
+    ) -> None:
+        busy.pop(connection, None)
+        if task := next(waiting, None):
+            busy[connection] = task
+            try:
+                connection.send((task, folder))
+            except (BrokenPipeError, ConnectionResetError):
+                raise self._death(connection, task) from None
+
+    def _death(self, connection: Connection, task: Task) -> CorpusError:
+        process = self._processes[connection]
+        process.join()
+        return CorpusError(_obituary(process.exitcode, task))
 
 
 def _perform(task: Task, folder: Path, report: Report) -> None:
@@ -66,7 +137,7 @@ def _perform(task: Task, folder: Path, report: Report) -> None:
 
 
 @contextmanager
-def _one_thread(environment: Mapping[str, str] | None = None) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """A worker is one thread: `tokenizers` reads this variable at each call."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -77,58 +148,6 @@ def _one_thread(environment: Mapping[str, str] | None = None) -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _run_in_processes(tasks: list[Task], folder: Path, workers: int, report: Report) -> None:
-    # spawn: forking a process that has threads (Arrow's, the caller's) can hang.
-    context = multiprocessing.get_context("spawn")
-    processes: list[Any] = []
-    busy: dict[Connection, tuple[Any, Task]] = {}
-    waiting = iter(tasks)
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs, folder), daemon=True)
-            process.start()
-            # Closed here, so that the pipe ends when the worker does.
-            theirs.close()
-            processes.append(process)
-            _hand_out(ours, process, waiting, busy)
-        while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                process, task = busy[connection]
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    process.join()
-                    raise CorpusError(_obituary(process.exitcode, task)) from None
-                if kind == "progress":
-                    report(*value)
-                elif kind == "error":
-                    raise CorpusError(value)
-                elif kind == "crash":
-                    raise RuntimeError(f"{task.what}: {value}")
-                else:
-                    _hand_out(connection, process, waiting, busy)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def _hand_out(
-    connection: Connection, process: Any, waiting: Iterator[Task], busy: dict[Connection, tuple[Any, Task]]
-) -> None:
-    busy.pop(connection, None)
-    if task := next(waiting, None):
-        busy[connection] = process, task
-        try:
-            connection.send(task)
-        except (BrokenPipeError, ConnectionResetError):
-            process.join()
-            raise CorpusError(_obituary(process.exitcode, task)) from None
 
 
 def _obituary(code: int | None, task: Task) -> str:
@@ -147,16 +166,14 @@ def _obituary(code: int | None, task: Task) -> str:
     )
 
 
-def _worker(connection: Connection, folder: Path) -> None:
-    # Ctrl-C reaches the whole group: the parent alone decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _worker(connection: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     while True:
         try:
-            task = connection.recv()
+            task, folder = connection.recv()
         except EOFError:
             return
         try:
