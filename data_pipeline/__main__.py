@@ -46,13 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         "kill and restart.",
     )
     build.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    build.add_argument(
-        "--sequence-length", type=int, required=True, metavar="L", help="tokens a row, at least 8"
-    )
+    build.add_argument("--sequence-length", type=int, required=True, metavar="L", help="tokens a row, at least 8")
     build.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
-    build.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="key of the held-out choice (default 0)"
-    )
+    build.add_argument("--seed", type=int, default=0, metavar="S", help="key of the held-out choice (default 0)")
     build.add_argument(
         "--held-out",
         type=float,
@@ -60,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of the documents that goes to OUTPUT/held_out instead (default 0)",
     )
-    build.add_argument(
-        "--shard-size", type=float, default=128.0, metavar="MB", help="MB a shard (default 128)"
-    )
+    build.add_argument("--shard-size", type=float, default=128.0, metavar="MB", help="MB a shard (default 128)")
     build.add_argument(
         "--work-size",
         type=float,
@@ -72,9 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command, output in ((tokenizer, "tokenizer folder"), (build, "corpus folder")):
         command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=_INPUT)
-        command.add_argument(
-            "--output", required=True, metavar="DIR", help=f"{output} to write: new or empty"
-        )
+        command.add_argument("--output", required=True, metavar="DIR", help=f"{output} to write: new or empty")
         command.add_argument(
             "--documents",
             choices=("blank-line", "line", "file"),
@@ -90,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check a corpus in full; names every bad file")
     stats = commands.add_parser("stats", help="tokens, rows, documents, unknown rate, lengths, top tokens")
-    stats.add_argument(
-        "--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)"
-    )
+    stats.add_argument("--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)")
     for command in (verify, stats):
         command.add_argument("folder", metavar="DIR", help="corpus folder")
     for command in (tokenizer, build, verify, stats):

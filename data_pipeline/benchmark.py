@@ -52,9 +52,7 @@ def _encode(inputs: Sequence[str], tokenizer: str, length: int, folder: Path) ->
     encoder = Encoder(tokenizer)
     texts = [batch for batch, _ in batches(_documents(inputs), 1 << 20)]
     begin = time.process_time()
-    tokens = sum(
-        sum(map(len, encoder.tokenizer.encode_batch_fast(b, add_special_tokens=False))) for b in texts
-    )
+    tokens = sum(sum(map(len, encoder.tokenizer.encode_batch_fast(b, add_special_tokens=False))) for b in texts)
     return {"cpu": time.process_time() - begin, "tokens": tokens}
 
 
@@ -103,12 +101,8 @@ def _measure(way: str, inputs: Sequence[str], tokenizer: str, length: int, folde
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.benchmark", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="text files, documents separated by blank lines"
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--input", nargs="+", required=True, help="text files, documents separated by blank lines")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer folder")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

@@ -126,9 +126,7 @@ def build(
             tasks = _tokenize_tasks(job, sources, units)
             results = pool.run(tasks, work / "results", bar.update)
             _check_not_empty(job, work, sources, results)
-            bar.phase(
-                "pack", job.dtype.itemsize * sum(r[side]["length"] for r in results for side in job.sides)
-            )
+            bar.phase("pack", job.dtype.itemsize * sum(r[side]["length"] for r in results for side in job.sides))
             # The corpus itself comes last: its manifest says that all of this is complete.
             for side in reversed(job.sides):
                 folder = output if side == "train" else output / HELD_OUT
@@ -202,9 +200,7 @@ def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CorpusError(
-                f"{output}: another build is at work in this folder. Wait for it or stop it"
-            ) from None
+            raise CorpusError(f"{output}: another build is at work in this folder. Wait for it or stop it") from None
         except OSError as error:
             # Some network file systems have no locks. Two builds at once then waste work, but do no harm:
             # they write the same bytes, each under temporary names of its own.
@@ -235,8 +231,7 @@ def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
         # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
         if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
             raise CorpusError(
-                f"{output}: output folder is not empty, and no build began it. Choose another, or remove it "
-                "first"
+                f"{output}: output folder is not empty, and no build began it. Choose another, or remove it first"
             )
         write_json(path, arguments)
         return
@@ -249,18 +244,14 @@ def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
             continue
         then, now = before.get(key), arguments[key]
         if key == "sources":
-            then, now = (
-                [s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then))
-            )
+            then, now = ([s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then)))
         raise CorpusError(
             f"{output}: output folder holds a build of another command: {key} {then} then, {now} now. "
             "Give the same arguments and inputs to go on, choose another folder, or remove this one first"
         )
 
 
-def _plan(
-    work: Path, sources: Sequence[Source], documents: str, text_field: str, unit_bytes: int
-) -> list[Unit]:
+def _plan(work: Path, sources: Sequence[Source], documents: str, text_field: str, unit_bytes: int) -> list[Unit]:
     """The units of work, and the state of the inputs when the build began: kept in a file, so that they
     stay."""
     path = work / "plan.json"
@@ -299,12 +290,9 @@ def _check_not_empty(job: Job, work: Path, sources: Sequence[Source], results: S
         shutil.rmtree(work / "results")
         (work / "results").mkdir()
         if job.held_out == 0:
-            raise CorpusError(
-                f"the corpus is empty: no text in {', '.join(s.path for s in sources[:3])}. Add text"
-            )
+            raise CorpusError(f"the corpus is empty: no text in {', '.join(s.path for s in sources[:3])}. Add text")
         raise CorpusError(
-            f"held-out share {job.held_out}: no document falls on the side {side}. Give another share, or "
-            "more text"
+            f"held-out share {job.held_out}: no document falls on the side {side}. Give another share, or more text"
         )
 
 

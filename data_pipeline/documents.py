@@ -27,9 +27,7 @@ Text = tuple[str, bool]
 """A document or a piece of it, and whether the document ends with it."""
 
 
-def read_documents(
-    source: Source, piece: Piece, documents: str, text_field: str, progress: Progress
-) -> Iterator[Text]:
+def read_documents(source: Source, piece: Piece, documents: str, text_field: str, progress: Progress) -> Iterator[Text]:
     """Yield the documents of a piece of a source, in order.
 
     documents: one of DOCUMENTS, for text files; text_field: JSON field or parquet column.
@@ -72,9 +70,7 @@ def _decode(source: Source, start: int, stream: Readable) -> Iterator[str]:
         try:
             text, used = codecs.utf_8_decode(data, "strict", final)
         except UnicodeDecodeError as error:
-            where = (
-                f"byte {offset + error.start:,}{' of the decompressed text' if source.compression else ''}"
-            )
+            where = f"byte {offset + error.start:,}{' of the decompressed text' if source.compression else ''}"
             raise CorpusError(
                 f"{source.path}: not UTF-8 at {where} (0x{data[error.start]:02x}: {error.reason}). "
                 "Convert the file to UTF-8, for instance with iconv"

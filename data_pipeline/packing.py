@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 _BLOCK = 256
 
 
-def closing_documents(
-    ends: NDArray[np.int64], start: int, width: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def closing_documents(ends: NDArray[np.int64], start: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the documents whose [SEP] is the final one of a row.
 
     ends: int64 [D], ascending stream positions of the documents' [SEP]; start: stream position of the first

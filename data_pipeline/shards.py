@@ -169,15 +169,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise CorpusError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}. "
-            "Build the corpus again"
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}. Build the corpus again"
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}"
-            for e in error.errors(include_url=False)
+            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors(include_url=False)
         )
         raise CorpusError(f"{path}: {faults}") from None
 
@@ -225,9 +223,7 @@ def _shard_path(folder: Path, entry: ShardEntry) -> Path:
     if not path.is_file():
         raise CorpusError(f"{path}: shard is missing. Copy it again or build the corpus again")
     if path.resolve().parent != folder.resolve():
-        raise CorpusError(
-            f"{path}: is a link that leaves the corpus folder (to {path.resolve()}). Copy the file in"
-        )
+        raise CorpusError(f"{path}: is a link that leaves the corpus folder (to {path.resolve()}). Copy the file in")
     if (size := path.stat().st_size) != entry.bytes:
         raise CorpusError(
             f"{path}: {entry.bytes:,} bytes expected, {size:,} found. Copy it again or build the corpus again"
@@ -378,9 +374,7 @@ class Corpus:
         """Whether the final [SEP] of each row of shard i ends a document: bool [R], a copy."""
         return self._batches[i].column(1).to_numpy(zero_copy_only=False)
 
-    def verify(
-        self, indices: Sequence[int] | None = None, progress: Callable[[int], object] | None = None
-    ) -> None:
+    def verify(self, indices: Sequence[int] | None = None, progress: Callable[[int], object] | None = None) -> None:
         """Read shards in full and compare their SHA-256 (all, or those in `indices`).
 
         `progress` is called with the bytes read by each step. Raises one CorpusError naming every bad shard.

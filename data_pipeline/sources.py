@@ -105,9 +105,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> 
             else:
                 raise CorpusError(f"{match}: cannot be read as text. Known are {', '.join(SUFFIXES)}")
     if not paths:
-        raise CorpusError(
-            f"{', '.join(map(str, inputs))}: the corpus is empty: no file ends in {', '.join(SUFFIXES)}"
-        )
+        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no file ends in {', '.join(SUFFIXES)}")
     seen: dict[Path, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.resolve(), path)) is not path:
@@ -125,9 +123,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> 
 def _walk(folder: Path, exclude: set[str]) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
+            name for name in folders if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
         ]
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -242,9 +238,7 @@ def open_bytes(source: Source, piece: Piece, progress: Progress) -> Iterator[Rea
             yield _Range(file, piece, progress)
         return
     if source.bytes == 0:
-        raise CorpusError(
-            f"{source.path}: broken {source.compression} file (it is empty). Copy or make it again"
-        )
+        raise CorpusError(f"{source.path}: broken {source.compression} file (it is empty). Copy or make it again")
     with pa.OSFile(source.path, "rb") as raw, pa.CompressedInputStream(raw, source.compression) as stream:
         yield _Decompressed(source, raw, stream, progress)
 
@@ -271,8 +265,7 @@ class _Decompressed:
             data = self._stream.read(n)
         except OSError as error:
             raise CorpusError(
-                f"{self._source.path}: broken {self._source.compression} file ({error}). Copy or make it "
-                "again"
+                f"{self._source.path}: broken {self._source.compression} file ({error}). Copy or make it again"
             ) from error
         position = self._raw.tell()
         self._progress(position - self._position, 0)

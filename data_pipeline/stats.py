@@ -187,10 +187,6 @@ def describe(folder: str | Path, top: int = 20, progress: Callable[[int], object
             *(f"  {quantile:>6.0%}  {length:>12,}" for quantile, length in quantiles),
             "",
             "most frequent tokens",
-            *(
-                f"  {words.id_to_token(i):20} {text[i]:>14,}  {text[i] / total:.3%}"
-                for i in order.tolist()
-                if text[i]
-            ),
+            *(f"  {words.id_to_token(i):20} {text[i]:>14,}  {text[i] / total:.3%}" for i in order.tolist() if text[i]),
         ]
     )

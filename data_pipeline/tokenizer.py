@@ -73,9 +73,7 @@ class Encoder:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
         # One pass over the ids, whatever the number of texts: an array a text is dearer for short ones.
-        ids = np.fromiter(
-            chain.from_iterable(encoding.ids for encoding in encodings), self.dtype, int(counts.sum())
-        )
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), self.dtype, int(counts.sum()))
         # Some tokenizers find "<s>" as a whole word in their vocabulary, encode_special_tokens or not.
         reserved = self._reserved[ids]
         if reserved.any():
@@ -87,9 +85,7 @@ def _load(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if not path.is_file():
-        raise CorpusError(
-            f"{path}: missing. Save the tokenizer with transformers' save_pretrained, or train one"
-        )
+        raise CorpusError(f"{path}: missing. Save the tokenizer with transformers' save_pretrained, or train one")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -125,9 +121,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
             )
         found = tokenizer.token_to_id(token)
         if found is None:
-            raise CorpusError(
-                f"{folder}: its {role}_token {token!r} is not in the vocabulary of tokenizer.json"
-            )
+            raise CorpusError(f"{folder}: its {role}_token {token!r} is not in the vocabulary of tokenizer.json")
         ids[role] = found
     return SpecialTokens(**ids, all=tuple(sorted({*added, *ids.values()})))
 
@@ -135,9 +129,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
 def _files(folder: Path) -> list[Path]:
     """The files of a tokenizer folder that make the tokenizer, by name."""
     if not folder.is_dir():
-        raise CorpusError(
-            f"{folder}: no such folder. --tokenizer takes the folder of a Hugging Face tokenizer"
-        )
+        raise CorpusError(f"{folder}: no such folder. --tokenizer takes the folder of a Hugging Face tokenizer")
     return sorted(path for path in folder.iterdir() if path.name in _FILES or path.suffix == ".model")
 
 
@@ -182,9 +174,7 @@ def _bert(vocabulary: dict[str, int] | None, lower_case: bool) -> Tokenizer:
     """BERT's normaliser, pre-tokeniser and WordPiece, without its post-processor (that needs the ids)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    model = (
-        models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
-    )
+    model = models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -216,9 +206,7 @@ def _save_bert(tokenizer: Tokenizer, folder: Path, lower_case: bool) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(roles, indent=2) + "\n")
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    (folder / "vocab.txt").write_text(
-        "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
-    )
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)))
 
 
 def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
@@ -309,9 +297,7 @@ def train_tokenizer(
         vocabulary = _train(texts, vocab_size, lower_case=not cased)
     found = len(vocabulary)
     if found == len(BERT_ROLES):
-        raise CorpusError(
-            f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)"
-        )
+        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)")
     if found != vocab_size:
         rule = "the text has no more word pieces" if found < vocab_size else "its letters alone need more"
         raise CorpusError(

@@ -76,9 +76,7 @@ class _StreamWriter:
         self._begun = 0  # tokens of the document that goes on in the next batch
         self.length = self.documents = self.empty = 0
 
-    def add(
-        self, ids: NDArray[np.unsignedinteger], counts: NDArray[np.int64], ended: NDArray[np.bool_]
-    ) -> None:
+    def add(self, ids: NDArray[np.unsignedinteger], counts: NDArray[np.int64], ended: NDArray[np.bool_]) -> None:
         """ids: [T] of n texts; counts: int64 [n], ids of each; ended: bool [n], whether a document ends with
         it."""
         stops = np.cumsum(counts)
@@ -97,9 +95,7 @@ class _StreamWriter:
         self.empty += len(tokens) - len(at)
 
 
-def tokenize_unit(
-    job: Job, unit: int, pieces: Sequence[tuple[Source, Piece]], progress: Progress
-) -> dict[str, Any]:
+def tokenize_unit(job: Job, unit: int, pieces: Sequence[tuple[Source, Piece]], progress: Progress) -> dict[str, Any]:
     """Write the token files of one unit.
 
     Returns {side: {"documents", "length" (ids of the stream), "empty"}, "sha256": {source name: hex}}; a
@@ -121,9 +117,7 @@ def tokenize_unit(
             if piece.start == 0:
                 result["sha256"][source.name] = sha256_file(Path(source.path))
             begun: bool | None = None
-            for texts, ends in batches(
-                read_documents(source, piece, job.documents, job.text_field, progress), _BATCH
-            ):
+            for texts, ends in batches(read_documents(source, piece, job.documents, job.text_field, progress), _BATCH):
                 ids, counts = encoder.encode(texts)
                 ended = np.array(ends)
                 progress(0, len(ids))

@@ -152,17 +152,10 @@ def _one_thread() -> Iterator[None]:
 
 def _obituary(code: int | None, task: Task) -> str:
     how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    memory = (
-        " (SIGKILL often means that memory ran out: use fewer workers)" if code == -signal.SIGKILL else ""
-    )
-    guard = (
-        ""
-        if code is not None and code < 0
-        else ' (in a script, call build() under `if __name__ == "__main__":`)'
-    )
+    memory = " (SIGKILL often means that memory ran out: use fewer workers)" if code == -signal.SIGKILL else ""
+    guard = "" if code is not None and code < 0 else ' (in a script, call build() under `if __name__ == "__main__":`)'
     return (
-        f"{task.what}: the worker died, {how}{memory}{guard}. "
-        "Run the same command again: it goes on where it stopped"
+        f"{task.what}: the worker died, {how}{memory}{guard}. Run the same command again: it goes on where it stopped"
     )
 
 

@@ -66,8 +66,9 @@ def _train(arguments: argparse.Namespace) -> int:
         return _launch(["--hostfile", arguments.hostfile], options, config)
     ranks = arguments.num_gpus or _visible_gpus()
     if ranks > 1:
-        # A port of its own, so that two runs on one machine do not meet.
-        return _launch(["--num_gpus", str(ranks), "--master_port", str(_free_port())], options, config)
+        # A port of its own, so that two runs on one machine do not meet; no word about the missing hostfile.
+        here = ["--num_gpus", str(ranks), "--master_port", str(_free_port()), "--log_level", "error"]
+        return _launch(here, options, config)
     from maskvr_ds import train
 
     return train.main(options)
@@ -77,7 +78,7 @@ def _launch(where: list[str], options: list[str], config: "RunConfig") -> int:
     """Run the deepspeed launcher; 0 only where the run's last checkpoint is there."""
     from deepspeed.launcher import runner
 
-    runner.main([*where, "--log_level", "warning", "--module", "maskvr_ds.train", *options])
+    runner.main([*where, "--module", "maskvr_ds.train", *options])
     # The launcher returns without an error too where a signal ended its ranks.
     last = config.output_dir / "checkpoints" / f"step-{config.training.steps:08d}" / "checkpoint.json"
     if not last.is_file():

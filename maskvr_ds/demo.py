@@ -16,14 +16,13 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.checkpoint import complete_checkpoints
-from maskvr_ds.config import load_config
 from maskvr_ds.metrics import METRICS, plot_loss, read_lines
 
 _TEXT_BYTES = 8_000_000
@@ -58,7 +57,7 @@ def demo(output: Path) -> int:
     python = [sys.executable, "-m"]
     pipeline = [*python, "data_pipeline"]
     _run([*pipeline, "tokenizer", "--input", text, "--vocab-size", "4096", "--output", tokenizer])
-    build = [*pipeline, "build", "--input", text, "--tokenizer", tokenizer, "--output", corpus]
+    build: list[str | Path] = [*pipeline, "build", "--input", text, "--tokenizer", tokenizer, "--output", corpus]
     _run([*build, "--sequence-length", "64", "--held-out", "0.05", "--workers", str(_RANKS)])
 
     _title(f"3. Training: {_RANKS} ranks, ZeRO-2, LAMB; killed once on the way")
@@ -102,7 +101,7 @@ def _show(command: list[str]) -> None:
     print("$", shlex.join(shown).replace("python -m maskvr_ds.cli", "maskvr"), flush=True)
 
 
-def _run(command: list[str | Path]) -> None:
+def _run(command: Sequence[str | Path]) -> None:
     words = [str(word) for word in command]
     _show(words)
     if status := subprocess.run(words, env=_environment(), check=False).returncode:
@@ -146,7 +145,7 @@ def write_docstrings(path: Path) -> int:
     return count
 
 
-def kill_when_saved(command: list[str | Path], run: Path) -> None:
+def kill_when_saved(command: Sequence[str | Path], run: Path) -> None:
     """Start the job and kill all of its processes with SIGKILL a little after its first checkpoint."""
     words = [str(word) for word in command]
     _show(words)

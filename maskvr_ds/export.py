@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
+from transformers.utils import logging
 
 from maskvr_ds import checkpoint
 from maskvr_ds.checkpoint import BERT, CheckpointError
@@ -28,6 +29,7 @@ def export(source: str | Path, output: str | Path) -> float:
     source: a checkpoint's folder, or a run's (its newest complete checkpoint). output: must not exist or be empty.
     Raises CheckpointError for a missing or damaged checkpoint, ExportError where logits differ or output is taken.
     """
+    logging.disable_progress_bar()
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output} exists and is not an empty folder; name another --output")

@@ -60,9 +60,7 @@ def make_documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     rng = random.Random(seed)
     pieces = [*WORDS, "Zürich", "naïve", "42", "[SEP]", "[MASK]", "x.", "漢字", "quux,"]
     return [
-        "".join(
-            rng.choice(pieces) + rng.choice([" ", " ", " ", "\n"]) for _ in range(rng.randint(1, longest))
-        ).strip()
+        "".join(rng.choice(pieces) + rng.choice([" ", " ", " ", "\n"]) for _ in range(rng.randint(1, longest))).strip()
         for _ in range(count)
     ]
 
@@ -75,11 +73,7 @@ def write_text(path: Path, documents: Sequence[str]) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def command(*arguments: object) -> list[str]:

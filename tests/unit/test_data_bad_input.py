@@ -114,14 +114,10 @@ def test_bad_input(
         assert not output.exists()
 
 
-def test_parquet_without_the_column(
-    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     options = ["--tokenizer", tokenizer, "--sequence-length", 16, "--output", tmp_path / "out"]
-    message = (
-        r"a\.parquet: has no column 'text', only body\. Name the one that holds the text with --text-field"
-    )
+    message = r"a\.parquet: has no column 'text', only body\. Name the one that holds the text with --text-field"
     fails(capsys, ["build", "--input", tmp_path, *options], message)
     assert not (tmp_path / "out").exists()
     assert main([str(x) for x in ["build", "--input", tmp_path, *options, "--text-field", "body"]]) == 0
@@ -153,9 +149,7 @@ def test_wrong_usage_has_exit_code_2(tmp_path: Path) -> None:
         found = run_command(*arguments)
         assert found.returncode == 2
         assert "usage: python -m data_pipeline" in found.stderr
-    found = run_command(
-        "build", "--input", "x", "--tokenizer", tmp_path, "--sequence-length", 16, "--output", "y"
-    )
+    found = run_command("build", "--input", "x", "--tokenizer", tmp_path, "--sequence-length", 16, "--output", "y")
     assert (found.returncode, found.stderr) == (
         1,
         "error: x: no such file or folder, and no file matches it\n",
@@ -322,9 +316,7 @@ def test_file_size_limit(large_text: Path, tokenizer: Path, tmp_path: Path) -> N
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert found.returncode == 1, found
-    assert re.search(
-        r"shard-00000\.arrow: cannot write \(File too large\): the file needs [\d,]+ bytes", found.stderr
-    )
+    assert re.search(r"shard-00000\.arrow: cannot write \(File too large\): the file needs [\d,]+ bytes", found.stderr)
     assert len(found.stderr.splitlines()) == 1
     assert not list(output.rglob("*.partial"))
     assert not list(output.rglob("*.arrow"))

@@ -116,9 +116,7 @@ def test_held_out_documents_are_on_one_side_only(folder: Path, tmp_path: Path) -
     assert other[: len(other) // 2] != held
 
 
-def test_long_document_goes_through_in_pieces(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_document_goes_through_in_pieces(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [
         "\n".join(make_documents(40, seed=9)),
         "short",
@@ -131,9 +129,7 @@ def test_long_document_goes_through_in_pieces(
     monkeypatch.setattr("data_pipeline.units._BATCH", 700)
     build([tmp_path / "a.txt"], folder / "tok", LENGTH, tmp_path / "out", progress=False)
     assert corpus_documents(tmp_path / "out") == expected
-    build(
-        [tmp_path / "a.txt"], folder / "tok", LENGTH, tmp_path / "half", held_out=0.5, seed=3, progress=False
-    )
+    build([tmp_path / "a.txt"], folder / "tok", LENGTH, tmp_path / "half", held_out=0.5, seed=3, progress=False)
     train, held = corpus_documents(tmp_path / "half"), corpus_documents(tmp_path / "half/held_out")
     assert sorted(train + held) == sorted(expected)
 
@@ -150,9 +146,7 @@ def test_any_unicode_document_keeps_its_tokens(
         with pytest.raises(CorpusError, match="the corpus is empty"):
             build([path / "a.jsonl"], folder / "tok", length, path / "out", progress=False)
         return
-    manifest = build(
-        [path / "a.jsonl"], folder / "tok", length, path / "out", shard_size=0.0002, progress=False
-    )
+    manifest = build([path / "a.jsonl"], folder / "tok", length, path / "out", shard_size=0.0002, progress=False)
     assert corpus_documents(path / "out") == expected
     assert manifest.documents == len(expected)
 
@@ -285,9 +279,9 @@ def test_finished_build_is_not_done_again(folder: Path, tmp_path: Path) -> None:
     first = build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", workers=2, **SIZES) == first
-    assert {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path in times
-    } == times | {path: path.stat().st_mtime_ns for path in ()}
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path in times} == times | {
+        path: path.stat().st_mtime_ns for path in ()
+    }
     assert tree(tmp_path / "out") == tree(folder / "whole")
 
 
@@ -415,12 +409,8 @@ def test_worker_that_fails_is_named(tmp_path: Path, how: str, kind: type[Excepti
 
 def test_importing_and_help_load_nothing_heavy() -> None:
     script = "import sys, data_pipeline.__main__ as m; m._parser(); print(sorted(sys.modules))"
-    found = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"numpy", "pyarrow", "tokenizers", "torch", "tqdm"} & set(eval(found.stdout))
     script = "import sys, data_pipeline.build, data_pipeline.stats; print(sorted(sys.modules))"
-    found = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "deepspeed", "transformers", "maskvr_ds", "tokenizers"} & set(eval(found.stdout))

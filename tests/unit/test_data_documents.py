@@ -34,9 +34,7 @@ def read(
         for piece in unit:
             begun: list[str] = []
             source = sources[piece.source]
-            for text, end in documents_module.read_documents(
-                source, piece, documents, field, lambda *_: None
-            ):
+            for text, end in documents_module.read_documents(source, piece, documents, field, lambda *_: None):
                 begun.append(text)
                 if end:
                     found.append("".join(begun))
@@ -53,9 +51,7 @@ def write_all_formats(folder: Path, documents: list[str]) -> list[Path]:
     files |= {"a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.jsonl.zst": zstandard.compress(lines)}
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    pq.write_table(
-        pa.table({"id": range(len(documents)), "body": documents}), folder / "a.parquet", row_group_size=7
-    )
+    pq.write_table(pa.table({"id": range(len(documents)), "body": documents}), folder / "a.parquet", row_group_size=7)
     return sorted(folder.iterdir())
 
 
@@ -186,9 +182,7 @@ def test_bad_utf8_is_named_with_its_place(tmp_path: Path, suffix: str, compressi
     path = tmp_path / f"a{suffix}{compression}"
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[compression]
     path.write_bytes(compress(data))
-    with pytest.raises(
-        CorpusError, match=rf"a{suffix}{compression}: not UTF-8 at byte {len(before):,} .*iconv"
-    ):
+    with pytest.raises(CorpusError, match=rf"a{suffix}{compression}: not UTF-8 at byte {len(before):,} .*iconv"):
         read([path], "line")
     if not compression:
         with pytest.raises(CorpusError, match=rf"not UTF-8 at byte {len(before):,} "):

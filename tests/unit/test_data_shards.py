@@ -37,8 +37,7 @@ def make_corpus(folder: Path, shard_rows: tuple[int, ...] = (5, 1, 7), vocab_siz
     rows = rng.integers(5, vocab_size, (sum(shard_rows), LENGTH)).astype(id_dtype(vocab_size))
     parts = np.split(rows, np.cumsum(shard_rows)[:-1])
     shards = [
-        write_shard(folder, f"shard-{i:05}.arrow", part, np.arange(len(part)) % 3 == 0)
-        for i, part in enumerate(parts)
+        write_shard(folder, f"shard-{i:05}.arrow", part, np.arange(len(part)) % 3 == 0) for i, part in enumerate(parts)
     ]
     write_manifest(folder, make_manifest(shards, vocab_size))
     return rows
@@ -187,9 +186,7 @@ def test_missing_and_truncated_shard(tmp_path: Path) -> None:
     shard = tmp_path / "shard-00001.arrow"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(
-        CorpusError, match=rf"shard-00001\.arrow: {size:,} bytes expected, {size - 1:,} found"
-    ):
+    with pytest.raises(CorpusError, match=rf"shard-00001\.arrow: {size:,} bytes expected, {size - 1:,} found"):
         Corpus(tmp_path)
     shard.unlink()
     with pytest.raises(CorpusError, match=r"shard-00001\.arrow: shard is missing"):
@@ -227,9 +224,7 @@ def test_verify_names_every_bad_shard(tmp_path: Path) -> None:
     corpus.verify([1])
 
 
-def replace_shard(
-    folder: Path, table: pa.Table, compression: str | None = None, rows_per_batch: int = 5
-) -> None:
+def replace_shard(folder: Path, table: pa.Table, compression: str | None = None, rows_per_batch: int = 5) -> None:
     """Put another Arrow file in the place of the only shard, with a manifest that agrees about its bytes."""
     path = folder / "shard-00000.arrow"
     options = pa.ipc.IpcWriteOptions(compression=compression)
@@ -240,14 +235,10 @@ def replace_shard(
     write_manifest(folder, make_manifest([entry]))
 
 
-def make_table(
-    dtype: pa.DataType, nullable: bool = False, length: int = LENGTH, with_null: bool = False
-) -> pa.Table:
+def make_table(dtype: pa.DataType, nullable: bool = False, length: int = LENGTH, with_null: bool = False) -> pa.Table:
     kind = pa.list_(pa.field("item", dtype, nullable=False), length)
     rows = [list(range(length))] * 4 + [None if with_null else list(range(length))]
-    schema = pa.schema(
-        [pa.field("input_ids", kind, nullable), pa.field("document_end", pa.bool_(), nullable=False)]
-    )
+    schema = pa.schema([pa.field("input_ids", kind, nullable), pa.field("document_end", pa.bool_(), nullable=False)])
     return pa.Table.from_arrays([pa.array(rows, kind), pa.array([True] * 5)], schema=schema)
 
 

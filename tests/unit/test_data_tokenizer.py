@@ -108,9 +108,7 @@ def test_folder_with_vocab_txt_alone(tmp_path: Path) -> None:
 
 
 def make_folder(path: Path, specials: list[str], config: dict[str, object]) -> Path:
-    tokenizer = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate([*specials, "the"])}, specials[0])
-    )
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*specials, "the"])}, specials[0]))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(specials)
@@ -175,9 +173,7 @@ def test_faulty_folders(tmp_path: Path) -> None:
         (20, r"20 cannot be had from this text, it gives \d+: its letters alone need more"),
     ],
 )
-def test_vocabulary_size_that_cannot_be_had(
-    text: Path, tmp_path: Path, vocab_size: int, message: str
-) -> None:
+def test_vocabulary_size_that_cannot_be_had(text: Path, tmp_path: Path, vocab_size: int, message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         train_tokenizer([text], vocab_size, tmp_path / "tok", progress=False)
     assert list(tmp_path.iterdir()) == []

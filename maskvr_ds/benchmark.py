@@ -1,0 +1,242 @@
+"""`maskvr benchmark`: what loader, masking and training steps reach on this machine. Synthetic rows, real code.
+
+Loader and masking are counted in rows per CPU-second of one thread; a training step in tokens per second, in model
+FLOPs, and in the share of what this machine's matrix products reach.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.shards import Corpus, Manifest, SpecialTokens, write_manifest, write_shard
+from maskvr_ds import distributed, train
+from maskvr_ds.batch import TokenBatch
+from maskvr_ds.config import RunConfig
+from maskvr_ds.loader import Loader
+from maskvr_ds.masking import Masker
+from maskvr_ds.metrics import METRICS, read_lines
+
+VOCABULARY = 30_522
+SPECIAL = SpecialTokens(pad=0, unk=100, cls=101, sep=102, mask=103, all=(0, 100, 101, 102, 103))
+_FIRST_ORDINARY = 104
+_ROUNDS = 5
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command: measure, print, perhaps write JSON."""
+    length = arguments.sequence_length
+    if arguments.what == "loader":
+        figures = loader_speed(sequence_length=length)
+    elif arguments.what == "masking":
+        figures = masking_speed(sequence_length=length)
+    else:
+        figures = training_speed(
+            preset=arguments.preset,
+            deepspeed=arguments.deepspeed,
+            micro_size=arguments.micro_size,
+            steps=arguments.steps,
+            sequence_length=length,
+        )
+    for name, value in figures.items():
+        print(f"{name:32} {value:,.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def make_corpus(folder: Path, *, rows: int, sequence_length: int) -> Path:
+    """Rows that count up through the vocabulary from a random start, so that there is something to learn."""
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    random = np.random.default_rng(0)
+    ordinary = 2_000
+    ids = (random.integers(0, ordinary, (rows, 1)) + np.arange(sequence_length)) % ordinary + _FIRST_ORDINARY
+    ids = ids.astype(np.uint16)
+    ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
+    shards = tuple(
+        write_shard(folder, f"shard-{i:05d}.arrow", part, np.ones(len(part), dtype=bool))
+        for i, part in enumerate(np.array_split(ids, 4))
+    )
+    manifest = Manifest(
+        schema_version=1,
+        tokenizer_sha256=sha256(b"{}").hexdigest(),
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        sequence_length=sequence_length,
+        seed=0,
+        packing="full_sequences",
+        rows=rows,
+        tokens=ids.size,
+        documents=rows,
+        sources=(),
+        shards=shards,
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows_per_cpu_second(round_: Callable[[], int]) -> dict[str, float]:
+    """`round_` handles and returns a number of rows; CPU time is the process', all threads."""
+    round_()
+    rates = []
+    for _ in range(_ROUNDS):
+        start = time.process_time()
+        rows = round_()
+        rates.append(rows / (time.process_time() - start))
+    return {
+        "rows_per_cpu_second_min": min(rates),
+        "rows_per_cpu_second_median": statistics.median(rates),
+        "rows_per_cpu_second_max": max(rates),
+    }
+
+
+def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
+    """Shuffled rows out of a memory-mapped corpus into batches on the host."""
+    with tempfile.TemporaryDirectory() as folder, _one_thread():
+        corpus = Corpus(make_corpus(Path(folder) / "corpus", rows=rows, sequence_length=sequence_length))
+        batches = Loader(corpus, seed=0, global_size=batch_size).batches()
+
+        def round_() -> int:
+            for _ in range(2000):
+                next(batches)
+            return 2000 * batch_size
+
+        figures = _rows_per_cpu_second(round_)
+    return {"what": f"loader, L = {sequence_length}, batches of {batch_size}, {rows:,} rows", **figures}
+
+
+def masking_speed(*, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
+    """Uniform masks at 15%, corruption 80/10/10, other rows each time."""
+    masker = Masker(
+        vocab_size=VOCABULARY,
+        mask_id=SPECIAL.mask,
+        special_ids=SPECIAL.all,
+        sequence_length=sequence_length,
+        seed=0,
+    )
+    ids = np.random.default_rng(0).integers(_FIRST_ORDINARY, VOCABULARY, (batch_size, sequence_length))
+    ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
+    input_ids = torch.from_numpy(ids.astype(np.uint16))
+    samples = torch.arange(batch_size)
+    epochs = torch.zeros(batch_size, dtype=torch.int64)
+
+    def round_() -> int:
+        nonlocal samples
+        for _ in range(300):
+            samples = samples + batch_size
+            masker(TokenBatch(input_ids, samples, epochs))
+        return 300 * batch_size
+
+    with _one_thread():
+        figures = _rows_per_cpu_second(round_)
+    return {"what": f"masking and corruption, L = {sequence_length}, batches of {batch_size}", **figures}
+
+
+def matrix_product_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """Best of 10 of a large square product: 2n³ operations."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        _wait(device)
+        best = min(best, (time.perf_counter() - start) / 5)
+    return 2 * n**3 / best / 1e12
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _host_device_synchronisations(device: torch.device) -> Iterator[Counter[str]]:
+    """Counts, by file and line, the operations at which the host waits for the GPU."""
+    sites: Counter[str] = Counter()
+    if device.type != "cuda":
+        yield sites
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield sites
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    sites.update(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+
+
+def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, sequence_length: int) -> dict[str, Any]:
+    """The training command itself on synthetic rows, one micro-batch a rank and step; 10 warm-up steps not counted."""
+    distributed.initialize()
+    device, world_size = distributed.device(), distributed.world_size()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(distributed.broadcast_object(scratch))
+        if distributed.rank() == 0:
+            make_corpus(folder / "corpus", rows=50_000, sequence_length=sequence_length)
+        distributed.barrier()
+        values = {
+            "output_dir": folder / "run",
+            "deepspeed": deepspeed,
+            "data": {"path": folder / "corpus"},
+            "model": {"preset": preset, "max_position_embeddings": max(512, sequence_length)},
+            "batch": {"global_size": micro_size * world_size, "micro_size": micro_size},
+            "optimizer": {"name": "lamb", "lr": 4e-3},
+            "schedule": {"warmup_steps": min(10, steps)},
+            "training": {"steps": steps},
+            "evaluation": {"every_steps": 0},
+            "checkpoint": {"every_steps": 0},
+            "monitor": {"tensorboard": False},
+        }
+        with _host_device_synchronisations(device) as sites:
+            train.train(RunConfig.model_validate(values))
+        lines = read_lines(folder / "run" / METRICS)
+        distributed.barrier()
+    timed = lines[min(10, steps // 2) :]
+    peak = matrix_product_tflops(torch.bfloat16 if "bf16" in deepspeed else torch.float32, device)
+    tflops = statistics.median(line["model_tflops_per_rank"] for line in timed)
+    figures = {
+        "what": f"{preset}, L = {sequence_length}, {deepspeed}, {world_size} ranks × {micro_size} sequences",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": f"torch {torch.__version__}",
+        "tokens_per_second_median": statistics.median(line["tokens_per_second"] for line in timed),
+        "tokens_per_second_min": min(line["tokens_per_second"] for line in timed),
+        "tokens_per_second_max": max(line["tokens_per_second"] for line in timed),
+        "model_tflops_per_rank": tflops,
+        "matrix_product_tflops": peak,
+        "share_of_matrix_product_rate": tflops / peak,
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+    }
+    if device.type == "cuda":
+        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        # What happens once a step or oftener; the rest is start-up and the checkpoint at the end.
+        each_step = {site: count for site, count in sites.items() if count >= steps - 1}
+        figures["synchronisations_in_each_step"] = ", ".join(each_step) or "none"
+    return figures
