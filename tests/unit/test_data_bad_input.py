@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from data_helpers import ROOT, command, make_documents, run_command, tree, write_text, write_tokenizer
 
 from data_pipeline.__main__ import main
 from data_pipeline.build import build
 from data_pipeline.files import CorpusError
 from data_pipeline.tokenizer import copy_tokenizer
+from tests.support.documents import ROOT, command, make_documents, run_command, tree, write_text, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.build import build
+from data_pipeline.files import CorpusError
+from data_pipeline.shards import Corpus
+from data_pipeline.stats import describe, scan, verify
+from data_pipeline.tokenizer import Encoder, copy_tokenizer
+from tests.support.documents import (
     ROOT,
     command,
     corpus_documents,
@@ -26,15 +33,6 @@ from data_helpers import (
     write_text,
     write_tokenizer,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from data_pipeline.build import build
-from data_pipeline.files import CorpusError
-from data_pipeline.shards import Corpus
-from data_pipeline.stats import describe, scan, verify
-from data_pipeline.tokenizer import Encoder, copy_tokenizer
-from data_pipeline.workers import Pool, Task
 
 LENGTH = 16
 
@@ -369,42 +367,6 @@ def test_hidden_files_of_others_stay(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="output folder is not empty"):
         build([folder / "in"], folder / "tok", LENGTH, tmp_path, progress=False)
     assert tree(tmp_path) == {".download.partial": b"precious"}
-
-
-def die(how: str, report: Callable[[int, int], object]) -> int:
-    """A task for the pool: ends its process, raises, or is good."""
-    report(10, 1)
-    if how == "signal":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if how == "exit":
-        os._exit(3)
-    if how == "error":
-        raise CorpusError("a.txt: bad")
-    if how == "bug":
-        raise ZeroDivisionError
-    return 7
-
-
-@pytest.mark.parametrize(
-    ("how", "kind", "message"),
-    [
-        ("signal", CorpusError, "unit 1 .a.txt.: the worker died, killed by SIGKILL .*memory ran out"),
-        ("exit", CorpusError, "unit 1 .a.txt.: the worker died, exit code 3"),
-        ("error", CorpusError, "^a.txt: bad$"),
-        ("bug", RuntimeError, "(?s)unit 1 .a.txt.: .*ZeroDivisionError"),
-    ],
-)
-def test_worker_that_fails_is_named(tmp_path: Path, how: str, kind: type[Exception], message: str) -> None:
-    tasks = [Task(f"unit-{i}", f"unit {i} (a.txt)", die, (how if i == 1 else "good",)) for i in range(4)]
-    with Pool(2) as pool, pytest.raises(kind, match=message):
-        pool.run(tasks, tmp_path, lambda *_: None)
-    assert not (tmp_path / "unit-1.json").exists()
-    reports: list[tuple[int, int]] = []
-    good = [Task(f"unit-{i}", "", die, ("good",)) for i in range(4)]
-    done = len(list(tmp_path.glob("unit-*.json")))
-    with Pool(2) as pool:
-        assert pool.run(good, tmp_path, lambda *numbers: reports.append(numbers)) == [7] * 4
-    assert reports.count((10, 1)) == 4 - done
 
 
 def test_importing_and_help_load_nothing_heavy() -> None:

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from data_helpers import make_documents, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline import documents as documents_module
 from data_pipeline.files import CorpusError
 from data_pipeline.sources import Unit, cut_units, find_sources
+from tests.support.documents import make_documents, write_text
 
 
 def read(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data_helpers import CLS, PAD, SEP, reference_pack, unpack
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.packing import ShardLayout, pack_rows
+from tests.support.documents import CLS, PAD, SEP, reference_pack, unpack
 
 Lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 

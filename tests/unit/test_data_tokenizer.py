@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import SPECIAL, make_documents, tree, write_text, write_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data_pipeline.files import CorpusError
 from data_pipeline.tokenizer import Encoder, copy_tokenizer, train_tokenizer
+from tests.support.documents import SPECIAL, make_documents, tree, write_text, write_tokenizer
 
 TEXTS = [
     "The Naïve café of Zürich, isn't it?",
