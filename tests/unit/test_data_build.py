@@ -23,6 +23,7 @@ from data_pipeline.files import CorpusError
 from data_pipeline.shards import Corpus
 from data_pipeline.stats import describe, scan, verify
 from data_pipeline.tokenizer import Encoder, copy_tokenizer
+from data_pipeline.workers import Pool
 from tests.support.documents import (
     ROOT,
     command,
