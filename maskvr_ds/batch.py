@@ -3,7 +3,7 @@
 B sequences, L positions, K predictions a sequence at most (`maximum_predictions`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
@@ -14,9 +14,16 @@ if TYPE_CHECKING:
 class _Rows:
     """Dataclass of tensors with a common first axis B; None stands for "not needed"."""
 
+    def _columns(self) -> "dict[str, torch.Tensor | None]":
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def map(self, function: "Callable[[torch.Tensor], torch.Tensor]") -> Self:
+        """The same batch with every tensor replaced by `function` of it."""
+        return type(self)(**{n: c if c is None else function(c) for n, c in self._columns().items()})
+
     def split(self, size: int) -> Iterator[Self]:
         """Consecutive pieces of `size` rows each (the last may be shorter), as views."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        columns = self._columns()
         rows = next(len(c) for c in columns.values() if c is not None)
         for start in range(0, rows, size):
             yield type(self)(**{n: c if c is None else c[start : start + size] for n, c in columns.items()})

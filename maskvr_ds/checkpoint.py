@@ -36,6 +36,7 @@ PROBE = "probe.safetensors"
 BERT = "bert"
 _FOLDER = "checkpoints"
 _SAVING = ".saving"
+_DELETING = ".deleting-"
 
 
 class CheckpointError(ValueError):
@@ -103,6 +104,11 @@ def save(
 
     def prepare() -> None:
         shutil.rmtree(saving, ignore_errors=True)
+        for rest in (run / _FOLDER).glob(f"{_DELETING}*"):
+            shutil.rmtree(rest)
+        if final.exists():
+            # An incomplete one: a resume passed it over and has come by again.
+            _delete(final)
         folder.mkdir(parents=True)
 
     _on_rank_0(prepare)
@@ -111,6 +117,12 @@ def save(
     logits = probe_logits(engine.module, probe)
 
     def describe() -> None:
+        partitions = len(list(folder.glob("*_optim_states.pt")))
+        if state.zero_stage > 0 and partitions != state.world_size:
+            raise CheckpointError(
+                f"{folder}: {partitions} optimizer partitions of {state.world_size} ranks arrived; "
+                "output_dir must lie on a file system that all nodes share"
+            )
         save_file(weights, folder / WEIGHTS)
         tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
         if probe.attention_mask is not None:
@@ -120,19 +132,20 @@ def save(
         for file in tokenizer.iterdir():
             shutil.copyfile(file, folder / BERT / file.name)
         _write_manifest(folder, state)
-        if final.exists():
-            # A run that went on from an earlier checkpoint comes by again.
-            shutil.rmtree(final)
         folder.rename(final)
         _synchronise(final.parent)
         shutil.rmtree(saving)
         for old in complete_checkpoints(run)[:-keep_last]:
-            # Hidden first: a deletion cut short must not leave half a checkpoint under its name.
-            shutil.rmtree(old.rename(old.with_name(f".deleting-{old.name}")))
+            _delete(old)
 
     distributed.barrier()
     _on_rank_0(describe)
     return final
+
+
+def _delete(folder: Path) -> None:
+    # Hidden first: a deletion cut short must not leave half a checkpoint under its name.
+    shutil.rmtree(folder.rename(folder.with_name(_DELETING + folder.name)))
 
 
 def _write_manifest(folder: Path, state: CheckpointState) -> None:
@@ -197,23 +210,37 @@ def find(run: Path, resume: str) -> Path | None:
     """The checkpoint to go on from.
 
     "auto": the run's newest complete one, None where the run has not written any yet. Otherwise the path of a
-    checkpoint or of a run's folder, which must hold a complete one. Raises CheckpointError.
+    checkpoint or of a run's folder, which must hold a complete one; it must be this run's newest, or this run's
+    folder must be empty: else older and newer states of two histories would stand side by side.
+    Raises CheckpointError.
     """
+    own = complete_checkpoints(run)
     if resume != "auto":
-        folder = Path(resume)
-        if (folder / MANIFEST).is_file():
-            return folder
-        if complete := complete_checkpoints(folder):
-            return complete[-1]
-        raise CheckpointError(f"--resume {resume}: no complete checkpoint there (nor in its {_FOLDER}/)")
-    if complete := complete_checkpoints(run):
-        return complete[-1]
+        found = newest(Path(resume))
+        is_newest = bool(own) and found.resolve() == own[-1].resolve()
+        if not is_newest and run.exists() and any(run.iterdir()):
+            raise CheckpointError(
+                f"--resume {resume}: output_dir {run} is not empty, and this is not its newest checkpoint; "
+                "name another output_dir"
+            )
+        return found
+    if own:
+        return own[-1]
     if broken := sorted((run / _FOLDER).glob("step-*")):
         raise CheckpointError(
             f"{run / _FOLDER}: none of {', '.join(p.name for p in broken)} is complete; "
             "remove the run's folder to begin anew, or give --resume another checkpoint"
         )
     return None
+
+
+def newest(folder: Path) -> Path:
+    """A checkpoint's own folder, or the newest complete one of a run. Raises CheckpointError where there is none."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    if complete := complete_checkpoints(folder):
+        return complete[-1]
+    raise CheckpointError(f"{folder}: no complete checkpoint there (nor in its {_FOLDER}/)")
 
 
 def load(folder: Path, engine: deepspeed.DeepSpeedEngine, expected: CheckpointState) -> CheckpointState:

@@ -38,6 +38,9 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
             # Ranks share the machine's cores; without this each would start a thread per core.
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    else:
+        # Before any collective: NCCL takes the current device, which is the first one for every rank until set.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 

@@ -33,8 +33,7 @@ def export(source: str | Path, output: str | Path) -> float:
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output} exists and is not an empty folder; name another --output")
-    folder = checkpoint.find(Path(source), str(source))
-    assert folder is not None
+    folder = checkpoint.newest(Path(source))
     checkpoint.verify(folder)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

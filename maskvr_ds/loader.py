@@ -84,18 +84,14 @@ def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64]
     # Padding stands at the end of a row; full rows, the common case, need no mask and the faster attention.
     if (ids[:, -1] == pad).any():
         attention_mask = torch.from_numpy(ids != pad)
-    return TokenBatch(input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask)
+    batch = TokenBatch(input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask)
+    # Copies from pageable memory make the host wait, however small; input_ids already lies in page-locked memory.
+    return batch.map(torch.Tensor.pin_memory) if pin else batch
 
 
 def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
     """The batch on `device`; from page-locked memory the copy runs beside the computation."""
-    mask = batch.attention_mask
-    return TokenBatch(
-        batch.input_ids.to(device, non_blocking=True),
-        batch.sample_ids.to(device, non_blocking=True),
-        batch.epochs.to(device, non_blocking=True),
-        mask if mask is None else mask.to(device, non_blocking=True),
-    )
+    return batch.map(lambda column: column.to(device, non_blocking=True))
 
 
 class Loader:

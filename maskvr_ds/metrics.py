@@ -81,24 +81,31 @@ class MetricsLog:
 
     Args:
         folder: the run's.
-        resume_step: steps already done: later lines of an existing metrics.jsonl are dropped.
+        resume_step, resume_tokens: what is already done: later lines of an existing metrics.jsonl are dropped.
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to feed.
         token_flops: floating-point operations that one token of the global batch costs each rank.
     """
 
     def __init__(
-        self, folder: Path, *, rank: int, resume_step: int, total_steps: int, monitor: MonitorConfig, token_flops: float
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        resume_step: int,
+        resume_tokens: int,
+        total_steps: int,
+        monitor: MonitorConfig,
+        token_flops: float,
     ) -> None:
         self.active = rank == 0
         self._pending: StepRecord | None = None
-        self._tokens = 0
+        self._tokens = resume_tokens
         self._token_flops = token_flops
         if not self.active:
             return
         self.path = folder / METRICS
         kept = [line for line in read_lines(self.path) if line["step"] <= resume_step] if resume_step else []
-        self._tokens = kept[-1]["tokens"] if kept else 0
         _rewrite(self.path, kept)
         # Line buffered: what was logged before a kill is on disk.
         self._file = self.path.open("a", buffering=1, encoding="utf-8")

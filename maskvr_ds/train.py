@@ -121,6 +121,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         config.output_dir,
         rank=rank,
         resume_step=state.step,
+        resume_tokens=state.samples * corpus.sequence_length,
         total_steps=config.training.steps,
         monitor=config.monitor,
         token_flops=sequence_flops / corpus.sequence_length / world_size,
@@ -267,6 +268,8 @@ def open_run_folder(config: RunConfig, resume: str | None) -> Path | None:
         except (ValueError, OSError) as fault:
             error = fault
     distributed.agree(error)
+    unshared = None if run.is_dir() else ConfigError(f"output_dir {run}: not on a file system that all nodes share")
+    distributed.agree(unshared)
     return distributed.broadcast_object(latest)
 
 

@@ -74,6 +74,10 @@ def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
     assert find(tmp_path / "new", str(folder)) == folder
     assert find(tmp_path / "new", str(tmp_path / "old")) == folder
     (tmp_path / "empty").mkdir()
+    later = write(tmp_path / "old", 20)
+    with pytest.raises(CheckpointError, match="is not empty, and this is not its newest checkpoint"):
+        find(tmp_path / "old", str(folder))
+    assert find(tmp_path / "old", str(later)) == later
     with pytest.raises(CheckpointError, match="no complete checkpoint there"):
         find(tmp_path / "new", str(tmp_path / "empty"))
 

@@ -16,6 +16,7 @@ def log(folder: Path, resume_step: int = 0) -> MetricsLog:
         folder,
         rank=0,
         resume_step=resume_step,
+        resume_tokens=resume_step * 80,
         total_steps=10,
         monitor=MonitorConfig(tensorboard=False, csv=False),
         token_flops=1e6,
