@@ -123,6 +123,13 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
         if found is None:
             raise CorpusError(f"{folder}: its {role}_token {token!r} is not in the vocabulary of tokenizer.json")
         ids[role] = found
+    for role in "pad", "mask":
+        # The trainer tells padding and [MASK] by their ids alone.
+        if shared := [other for other in ids if other != role and ids[other] == ids[role]]:
+            raise CorpusError(
+                f"{folder}: {role}_token and {shared[0]}_token are both {declared.get(role)!r} (id {ids[role]}). "
+                f"Give {role}_token a token of its own in tokenizer_config.json"
+            )
     return SpecialTokens(**ids, all=tuple(sorted({*added, *ids.values()})))
 
 

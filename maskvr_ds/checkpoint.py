@@ -10,14 +10,14 @@
 All of it is written under `checkpoints/.saving/`, synchronised, described by checkpoint.json, and then renamed.
 Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
 
-Collectives: `distributed.agree` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
+Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class CheckpointState:
     """What a checkpoint says of itself beside its tensors.
 
     step: updates done. samples: sequences consumed. world_size, zero_stage: how it was written.
-    dtype: what the model computed in. identity: what must be equal for a run to go on from it.
+    dtype: what the model computed in. identity: what must be equal for a run to go on from it. settings: the rest of
+    the configuration that bears on training, flat; it may change, and a change is told.
     """
 
     step: int
@@ -57,6 +58,7 @@ class CheckpointState:
     zero_stage: int
     dtype: str
     identity: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def _sha256(path: Path) -> str:
@@ -70,17 +72,6 @@ def _synchronise(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _on_rank_0(action: Any) -> None:
-    """Run `action` on rank 0; every rank learns of its failure."""
-    error: Exception | None = None
-    if distributed.rank() == 0:
-        try:
-            action()
-        except Exception as fault:
-            error = fault
-    distributed.agree(error)
 
 
 def save(
@@ -111,7 +102,7 @@ def save(
             _delete(final)
         folder.mkdir(parents=True)
 
-    _on_rank_0(prepare)
+    distributed.agreed(prepare, on=0)
     engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
     weights = full_fp32_weights(engine)
     logits = probe_logits(engine.module, probe)
@@ -123,6 +114,12 @@ def save(
                 f"{folder}: {partitions} optimizer partitions of {state.world_size} ranks arrived; "
                 "output_dir must lie on a file system that all nodes share"
             )
+        for name, parameter in engine.module.mlm.named_parameters():
+            # What an export shall be worth: the master weights are those that the model computes with.
+            if not torch.equal(weights[name].to(parameter.dtype), parameter.detach().cpu()):
+                raise CheckpointError(
+                    f"{name}: the engine's {parameter.dtype} weights are not its rounded fp32 weights"
+                )
         save_file(weights, folder / WEIGHTS)
         tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
         if probe.attention_mask is not None:
@@ -139,7 +136,7 @@ def save(
             _delete(old)
 
     distributed.barrier()
-    _on_rank_0(describe)
+    distributed.agreed(describe, on=0)
     return final
 
 
@@ -249,8 +246,8 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine, expected: CheckpointSt
     expected: the present run's identity, world size and stage; its step and samples are not looked at.
     Raises CheckpointError where a file is damaged or the checkpoint belongs to another run.
     """
-    _on_rank_0(lambda: verify(folder))
-    state = read_state(folder)
+    distributed.agreed(lambda: verify(folder), on=0)
+    state = distributed.agreed(lambda: read_state(folder))
     differences = [
         f"{key} was {state.identity.get(key)!r}, is {value!r}"
         for key, value in expected.identity.items()

@@ -65,7 +65,7 @@ class ModelConfig(Section):
     num_attention_heads: PositiveInt = 12
     # None: 4 × hidden_size.
     intermediate_size: PositiveInt | None = None
-    hidden_act: str = "gelu"
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
     max_position_embeddings: PositiveInt = 512
@@ -146,6 +146,7 @@ class EvaluationConfig(Section):
     """Loss on held-out rows under uniform masks that never change; also after the last step. 0 steps: never."""
 
     every_steps: NonNegativeInt = 500
+    # At most; the whole held-out corpus where it is smaller.
     rows: PositiveInt = 1024
 
 

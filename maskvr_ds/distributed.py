@@ -1,16 +1,20 @@
 """Rank, world size and the few reductions of a training step.
 
 Collectives here, all over the world group: `all_reduce_sum` (int64 or float64, as the caller says),
-`agree` (object all-gather, at start-up and around checkpoints only), `barrier`.
+`agreed` (object all-gather, at start-up and around checkpoints only), `barrier`.
 """
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RemoteError(RuntimeError):
@@ -20,9 +24,14 @@ class RemoteError(RuntimeError):
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
-    Started without a launcher, the process is a world of one.
+    Started without a launcher, the process is a world of one. Raises ValueError where only a part of it is set.
     """
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        if missing := [name for name in _LAUNCHER if name not in os.environ]:
+            raise ValueError(
+                f"RANK is set, but not {', '.join(missing)}; use a launcher that sets {', '.join(_LAUNCHER)}"
+            )
+    else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -75,28 +84,47 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The value of rank `source`, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=source)
     return box[0]
 
 
-def agree(error: Exception | None) -> None:
-    """Raise on every rank if any rank has an error: its own where it has one, else RemoteError naming the rank.
+def wait_for_device() -> None:
+    """Until everything queued on this rank's device is done. For clocks, at pauses of the training; never in a step."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
-    Every rank calls this at the same place; without it the others would wait for the failed one.
+
+def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
+    """Run `action` on every rank (or on rank `on` alone) and raise on every rank if it failed on any.
+
+    The first failing rank raises its own error, so that it is told once; the others raise RemoteError with its words.
+    Without this they would wait for it in the next collective. Every rank calls. Returns what `action` returned;
+    with `on`, that rank's result on every rank.
     """
+    error: Exception | None = None
+    result: Any = None
+    try:
+        if on in (None, rank()):
+            result = action()
+    except (ValueError, OSError, RuntimeError) as fault:
+        error = fault
     messages: list[str | None] = [None] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(messages, None if error is None else f"{error}")
-    if error is not None:
-        raise error
-    for other, message in enumerate(messages):
-        if message is not None:
-            raise RemoteError(f"rank {other}: {message}")
+        dist.all_gather_object(messages, None if error is None else str(error))
+    else:
+        messages = [None if error is None else str(error)]
+    for failed, message in enumerate(messages):
+        if message is None:
+            continue
+        if failed == rank() and error is not None:
+            raise error
+        raise RemoteError(f"rank {failed}: {message}")
+    return result if on is None else broadcast_object(result, source=on)
 
 
 def shut_down() -> None:

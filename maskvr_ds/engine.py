@@ -142,8 +142,15 @@ def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tens
 
     One all-reduce a parameter over the data-parallel group under ZeRO: every rank must call.
     """
+    # ZeRO 0 in bf16 (FP16_UnfusedOptimizer) keeps whole masters in lists beside the parameters.
+    optimizer = engine.optimizer
+    low, high = getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])
+    beside = {p: master for ps, masters in zip(low, high, strict=True) for p, master in zip(ps, masters, strict=True)}
     weights = {}
     for name, parameter in engine.module.mlm.named_parameters():
         master = safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter if master is None else master).detach().float().cpu().contiguous()
+        if master is None:
+            master = beside.get(parameter, parameter)
+        assert master.dtype == torch.float32, f"{name}: no fp32 master weights in {type(optimizer).__name__}"
+        weights[name] = master.detach().cpu().contiguous()
     return weights

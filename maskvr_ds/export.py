@@ -5,10 +5,12 @@ through `from_pretrained`, cast to the engine's precision, and must give the sam
 forward pass; otherwise nothing is written under the output's name.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
 from transformers.utils import logging
 
@@ -16,6 +18,8 @@ from maskvr_ds import checkpoint
 from maskvr_ds.checkpoint import BERT, CheckpointError
 
 # Largest difference of a logit, relative to the largest logit (absolute below 1). In bf16 one rounding is 2^-8.
+# Case, accents, punctuation, another script, a special token spelled out.
+_SAMPLES = ("Hello World, naïve CAFÉ!", "tokens: don't, e-mail, 3.14\n\ttab", "Ünïcode 東京 привет", "a [MASK] b")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5}
 
 
@@ -57,7 +61,31 @@ def _write(folder: Path, output: Path) -> None:
         raise CheckpointError(f"{folder}: weights do not fit the model: missing {untied}, unexpected {unexpected}")
     model.tie_weights()
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(folder / BERT).save_pretrained(output)
+    _write_tokenizer(folder / BERT, output)
+
+
+def _write_tokenizer(source: Path, output: Path) -> None:
+    """Copy the tokenizer's files; make sure that transformers reads them as the tokenizer that made the ids.
+
+    Raises ExportError where it does not: beside a BERT's config.json, AutoTokenizer may rebuild a lower-casing
+    BertTokenizer out of the vocabulary, whatever tokenizer.json says.
+    """
+    for file in source.iterdir():
+        if file.name != "config.json":
+            shutil.copyfile(file, output / file.name)
+    exact = Tokenizer.from_file(str(source / "tokenizer.json"))
+    expected = [exact.encode(text).ids for text in _SAMPLES]
+    if [AutoTokenizer.from_pretrained(output)(text)["input_ids"] for text in _SAMPLES] == expected:
+        return
+    config = output / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if [AutoTokenizer.from_pretrained(output)(text)["input_ids"] for text in _SAMPLES] != expected:
+        raise ExportError(
+            f"{source}: transformers does not read this tokenizer as tokenizer.json says; "
+            "make tokenizer_config.json agree with it, in the corpus, and train from there"
+        )
 
 
 @torch.no_grad()

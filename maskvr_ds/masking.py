@@ -88,7 +88,6 @@ def pareto_sample(
     Returns: positions int64 [B, K], in order of their rank, and used bool [B, K]: slot j is used where j < count.
     """
     length = bits.shape[1]
-    assert length <= 1 << _POSITION_BITS, f"sequence length {length} exceeds {1 << _POSITION_BITS}"
     if inclusion.shape[1] == 1:
         # Equal probabilities within a row: any increasing function of u ranks alike, so the bits themselves do.
         keys = bits & ~_POSITION_MASK
@@ -125,7 +124,7 @@ class Masker:
         corruption: what the model sees in their place.
         device: where batches will lie.
 
-    Raises ValueError for an unknown strategy or a rate outside (0, 1).
+    Raises ValueError for an unknown strategy, a rate outside (0, 1), or L above 4,096.
     """
 
     def __init__(
@@ -145,6 +144,10 @@ class Masker:
             raise ValueError(f"masking.strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
         if not 0 < rate < 1:
             raise ValueError(f"masking.rate is {rate}; it must lie between 0 and 1, both excluded")
+        if sequence_length > 1 << _POSITION_BITS:
+            raise ValueError(
+                f"sequences of {sequence_length} tokens; masks are drawn for at most {1 << _POSITION_BITS}"
+            )
         self.strategy = STRATEGIES[strategy]
         self.rate = rate
         self.seed = seed

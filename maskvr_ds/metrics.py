@@ -5,6 +5,8 @@ logging never makes the device wait.
 """
 
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -140,10 +142,18 @@ class MetricsLog:
             return
         pending, self._pending = self._pending, None
         line = pending.resolve()
-        self._file.write(json.dumps(line) + "\n")
+        # JSON knows no NaN; null says that there was no finite figure.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
         events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
         self._monitor.write_events([e for e in events if e[0] not in ("train/step", "train/samples")])
         self._show(line)
+
+    def synchronise(self) -> None:
+        """Have everything so far on disk, to survive what a checkpoint survives."""
+        if self.active:
+            self.flush()
+            os.fsync(self._file.fileno())
 
     def exclude(self, seconds: float) -> None:
         """Keep time that was not training (evaluation, saving) out of the next step's tokens_per_second."""
@@ -208,7 +218,8 @@ def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = 
 
     lines = read_lines(metrics)
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120)
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], linewidth=0.8, alpha=0.7, label="training")
+    losses = [math.nan if x["loss"] is None else x["loss"] for x in lines]
+    axes.plot([x["step"] for x in lines], losses, linewidth=0.8, alpha=0.7, label="training")
     held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")

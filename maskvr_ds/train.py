@@ -5,12 +5,12 @@ backward pass, one of float64 [1] (loss) after the last; DeepSpeed's gradient re
 """
 
 import argparse
-import json
+import math
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +20,9 @@ from maskvr_ds import checkpoint, distributed, hashing
 from maskvr_ds.batch import MaskedBatch, TokenBatch
 from maskvr_ds.checkpoint import CheckpointState
 from maskvr_ds.config import (
-    ConfigError,
-    DataConfig,
     RunConfig,
     add_run_options,
     deepspeed_config_path,
-    dump_config,
     load_config,
 )
 from maskvr_ds.engine import (
@@ -41,6 +38,7 @@ from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Corruption, Masker, data_digest, mask_digest
 from maskvr_ds.metrics import METRICS, DeferredTensor, MetricsLog, StepRecord, plot_loss
 from maskvr_ds.model import bert_config, flops_per_sequence, weighted_loss
+from maskvr_ds.run import open_corpora, open_run_folder, run_identity, run_settings, write_config
 from maskvr_ds.schedule import learning_rate
 
 # What a key is for, so that no two uses share random numbers.
@@ -52,12 +50,13 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     """Run or go on with a run. Every rank calls, after `distributed.initialize`.
 
     resume: None (the folder must be empty), "auto" or a path: see `checkpoint.find`.
-    Raises ValueError (ConfigError, CorpusError, CheckpointError) for what the user can mend.
+    Raises ValueError (ConfigError, CorpusError, CheckpointError) for what the user can mend, RemoteError where another
+    rank did, FloatingPointError where the run diverged.
     """
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
-    accumulation = config.accumulation_steps(world_size)
-    deepspeed_config = read_deepspeed_config(deepspeed_config_path(config.deepspeed))
-    corpus, held_out = open_corpora(config, rank, world_size)
+    accumulation = distributed.agreed(lambda: config.accumulation_steps(world_size))
+    deepspeed_config = distributed.agreed(lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed)))
+    corpus, held_out = distributed.agreed(lambda: open_corpora(config, rank, world_size))
     latest = open_run_folder(config, resume)
 
     manifest, special = corpus.manifest, corpus.manifest.special_tokens
@@ -78,12 +77,16 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         zero_stage=zero_stage(deepspeed_config),
         dtype=str(model_dtype(deepspeed_config)).removeprefix("torch."),
         identity=run_identity(config, corpus),
+        settings=run_settings(config),
     )
     if latest is not None:
-        state = checkpoint.load(latest, engine, expected=state)
-        _say(f"resumed from {latest}: step {state.step}, {state.samples:,} samples")
-    if rank == 0:
-        (config.output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        loaded = checkpoint.load(latest, engine, expected=state)
+        _say(f"resumed from {latest}: step {loaded.step}, {loaded.samples:,} samples")
+        for name, value in state.settings.items():
+            if (was := loaded.settings.get(name)) != value:
+                _say(f"  changed since: {name} {was!r} -> {value!r}")
+        state = replace(state, step=loaded.step, samples=loaded.samples)
+    distributed.agreed(lambda: write_config(config), on=0)
 
     masker = Masker(
         vocab_size=manifest.vocab_size,
@@ -106,7 +109,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         prefetch=config.data.prefetch,
     )
     evaluation = None
-    if held_out is not None and config.evaluation.every_steps:
+    if held_out is not None:
         evaluation = HeldOut(
             held_out,
             rows=config.evaluation.rows,
@@ -138,29 +141,34 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         counters, loss_sum, grad_norm = run_step(engine, masker, batch, config.batch.micro_size)
         step += 1
         samples += config.batch.global_size
-        log.step(
-            StepRecord(
-                step=step,
-                samples=samples,
-                tokens=samples * corpus.sequence_length,
-                lr=lr,
-                counters=DeferredTensor(counters),
-                loss_sum=DeferredTensor(loss_sum),
-                grad_norm=DeferredTensor(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm,
-                extra={},
-            )
+        record = StepRecord(
+            step=step,
+            samples=samples,
+            tokens=samples * corpus.sequence_length,
+            lr=lr,
+            counters=DeferredTensor(counters),
+            loss_sum=DeferredTensor(loss_sum),
+            grad_norm=DeferredTensor(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm,
+            # Updates that DeepSpeed left out because gradients were not finite.
+            extra={"skipped_updates": engine.skipped_steps},
         )
-        last = step == config.training.steps
+        log.step(record)
+        evaluate = evaluation is not None and is_due(step, config.evaluation.every_steps, config.training.steps)
+        save = is_due(step, config.checkpoint.every_steps, config.training.steps)
+        if not evaluate and not save:
+            continue
+        distributed.wait_for_device()
         pause = time.perf_counter()
-        if evaluation and (last or step % config.evaluation.every_steps == 0):
+        if evaluation is not None and evaluate:
             log.add(held_out_loss=evaluation.loss(engine.module))
-        if last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+        if save:
+            check_finite(record)
             # The figures of the steps that a checkpoint contains must not be lost with the process.
-            log.flush()
+            log.synchronise()
             checkpoint.save(
                 config.output_dir,
                 engine,
-                CheckpointState(**{**vars(state), "step": step, "samples": samples}),
+                replace(state, step=step, samples=samples),
                 probe=probe,
                 tokenizer=corpus.tokenizer_folder,
                 keep_last=config.checkpoint.keep_last,
@@ -174,7 +182,9 @@ def train(config: RunConfig, resume: str | None = None) -> None:
 def run_step(
     engine: Any, masker: Masker, batch: TokenBatch, micro_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """One optimizer step on this rank's share of the global batch, waiting for the device nowhere.
+    """One optimizer step on this rank's share of the global batch.
+
+    Nothing here makes the host wait for the device; DeepSpeed's own step may, for its overflow check.
 
     Returns all-reduced counters int64 [4] (data_digest, mask_digest, predictions, skipped sequences), all-reduced
     Σ w ℓ float64 [1], and the gradient norm before clipping.
@@ -204,6 +214,25 @@ def run_step(
     return counters, distributed.all_reduce_sum(loss_sum), grad_norm
 
 
+def is_due(step: int, every_steps: int, last_step: int) -> bool:
+    """Whether something that happens after every n-th step (0: never) and after the last is to happen now."""
+    return step == last_step or (every_steps > 0 and step % every_steps == 0)
+
+
+def check_finite(record: StepRecord) -> None:
+    """Raise FloatingPointError, on every rank alike, where the step's loss or gradient norm is not finite.
+
+    Called before saving: a checkpoint of a diverged model must not push a good one out.
+    """
+    line = record.resolve()
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(line[name]):
+            raise FloatingPointError(
+                f"step {record.step}: {name} is {line[name]}; not saved. Resume from the last checkpoint with a lower "
+                "optimizer.lr or more schedule.warmup_steps"
+            )
+
+
 def _total(terms: Any) -> torch.Tensor:
     return torch.stack(list(terms)).sum()
 
@@ -218,76 +247,6 @@ def scheduled_rate(config: RunConfig, step: int) -> float:
         power=config.schedule.power,
         final=config.schedule.final_lr,
     )
-
-
-def open_corpora(config: RunConfig, rank: int, world_size: int) -> tuple[Corpus, Corpus | None]:
-    """Training and held-out corpus, their shards verified (the work divided among the ranks)."""
-    error: Exception | None = None
-    try:
-        corpus = Corpus(config.data.path)
-        if corpus.sequence_length > config.model.max_position_embeddings:
-            raise ConfigError(
-                f"{config.data.path}: sequences of {corpus.sequence_length} tokens exceed "
-                f"model.max_position_embeddings {config.model.max_position_embeddings}"
-            )
-        held_out = _open_held_out(config.data, corpus)
-        if config.data.verify == "full":
-            for opened in (corpus, held_out):
-                if opened is not None:
-                    opened.verify(range(rank, len(opened.manifest.shards), world_size))
-    except (ValueError, OSError) as fault:
-        error = fault
-    distributed.agree(error)
-    return corpus, held_out
-
-
-def _open_held_out(data: DataConfig, corpus: Corpus) -> Corpus | None:
-    path = data.held_out_path
-    if path is None:
-        path = data.path / "held_out"
-        if not path.exists():
-            return None
-    held_out = Corpus(path)
-    for key in ("tokenizer_sha256", "sequence_length"):
-        if (theirs := getattr(held_out.manifest, key)) != (ours := getattr(corpus.manifest, key)):
-            raise ConfigError(f"{path}: {key} {theirs} differs from the training corpus' {ours}")
-    return held_out
-
-
-def open_run_folder(config: RunConfig, resume: str | None) -> Path | None:
-    """Make or re-open config.output_dir; → the checkpoint to go on from, if any."""
-    run = config.output_dir
-    error: Exception | None = None
-    latest = None
-    if distributed.rank() == 0:
-        try:
-            if resume is None and run.exists() and any(run.iterdir()):
-                raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
-            latest = None if resume is None else checkpoint.find(run, resume)
-            run.mkdir(parents=True, exist_ok=True)
-        except (ValueError, OSError) as fault:
-            error = fault
-    distributed.agree(error)
-    unshared = None if run.is_dir() else ConfigError(f"output_dir {run}: not on a file system that all nodes share")
-    distributed.agree(unshared)
-    return distributed.broadcast_object(latest)
-
-
-def run_identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """What must not change within a run, in JSON types."""
-    manifest = corpus.manifest
-    identity = {
-        "tokenizer": manifest.tokenizer_sha256,
-        "sequence_length": manifest.sequence_length,
-        "shards": hashing.fold(0, *(int(shard.sha256, 16) for shard in manifest.shards)),
-        "model": config.model.model_dump(exclude={"preset", "activation_checkpointing"}),
-        "seed": config.seed,
-        "batch.global_size": config.batch.global_size,
-        "masking": config.masking.model_dump(),
-        # DeepSpeed takes all of these but lr from the checkpoint: a change would go unheeded.
-        "optimizer": config.optimizer.model_dump(exclude={"lr"}),
-    }
-    return json.loads(json.dumps(identity))
 
 
 def probe_batch(corpus: Corpus, masker: Masker, device: torch.device) -> MaskedBatch:
@@ -311,15 +270,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
-        config = load_config(arguments.config, arguments.assignments)
         distributed.initialize()
+        config = distributed.agreed(lambda: load_config(arguments.config, arguments.assignments))
         train(config, arguments.resume)
-    except (ValueError, OSError, distributed.RemoteError) as error:
-        # A fault that all ranks see is told once; one that a single rank sees reaches rank 0 by `agree`.
+    except distributed.RemoteError:
+        return 1  # the rank that failed tells it
+    except FloatingPointError as error:
+        # All ranks come to the same figures.
         if distributed.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    distributed.shut_down()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        distributed.shut_down()
     return 0
 
 

@@ -13,7 +13,13 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, run_command, train_all
 from tests.support.corpora import make_corpus
 
-# Name → (what the error says). Each is set up in `prepare`; all run on the same two ranks, one after the other.
+PLAIN: dict[str, Any] = {
+    "model": NO_DROPOUT,
+    "deepspeed": "zero1_fp32",
+    "schedule": {"warmup_steps": 0},
+    "evaluation": {"every_steps": 0},
+}
+# Name → what the error says. Each is set up in `prepare`; all run on the same two ranks, one after the other.
 EXPECTED = {
     "batch does not divide": r"ConfigError: batch.global_size 10 is not a multiple of batch.micro_size 4 × 2 ranks",
     "output not empty": "ConfigError: output_dir .* is not empty; add --resume auto",
@@ -24,9 +30,11 @@ EXPECTED = {
     "leaving path": "CorpusError: .*'../shard-00000.arrow' is not a plain file name",
     "other tokenizer": "CorpusError: .*made with the tokenizer",
     "long sequences": "ConfigError: .*sequences of 32 tokens exceed model.max_position_embeddings 16",
+    "no held-out corpus": "ConfigError: .*no held-out corpus; build with --held-out",
+    "auto in a folder of something else": "ConfigError: .*not empty and not a run's folder",
     "held-out of another length": "ConfigError: .*sequence_length 16 differs from the training corpus' 32",
     "owned key": "ConfigError: .*sets gradient_clipping to 1.0",
-    "no checkpoint to resume": "CheckpointError: --resume .*no complete checkpoint there",
+    "no checkpoint to resume": "CheckpointError: .*no complete checkpoint there",
     "only broken checkpoints": "CheckpointError: .*none of step-00000002 is complete",
     "resume with another tokenizer": "CheckpointError: .*belongs to another run: tokenizer was",
     "resume with another length": "CheckpointError: .*sequence_length was 32, is 16",
@@ -43,9 +51,7 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
     if name in ("flipped byte", "truncated shard", "missing shard", "leaving path", "other tokenizer"):
         corpus = folder / "corpus"
         shutil.copytree(good, corpus)
-    values = configuration(
-        folder / "run", corpus, steps=4, model=NO_DROPOUT, deepspeed="zero1_fp32", schedule={"warmup_steps": 0}
-    )
+    values = configuration(folder / "run", corpus, steps=4, **PLAIN)
     shard, other = corpus / "shard-00000.arrow", corpus / "shard-00001.arrow"
     resume = None
     if name.startswith("resume"):
@@ -76,7 +82,14 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
             path.write_text(path.read_text() + "\n")
         case "long sequences":
             values["model"]["max_position_embeddings"] = 16
+        case "no held-out corpus":
+            values["evaluation"]["every_steps"] = 1
+        case "auto in a folder of something else":
+            (folder / "run").mkdir()
+            (folder / "run" / "precious").write_text("data")
+            resume = "auto"
         case "held-out of another length":
+            values["evaluation"]["every_steps"] = 1
             values["data"]["held_out_path"] = str(make_corpus(folder / "short", rows=9, length=16))
         case "owned key":
             (folder / "ds.json").write_text('{"gradient_clipping": 1.0}')
@@ -119,9 +132,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
     """Case → what each of the two ranks said; "trained" is a run that is right and stays so."""
     trained = cases / "trained"
-    values = configuration(
-        trained, good, steps=2, model=NO_DROPOUT, deepspeed="zero1_fp32", schedule={"warmup_steps": 0}
-    )
+    values = configuration(trained, good, steps=2, **PLAIN)
     assert run_ranks(train_all, 2, [(values, None)]) == [[None], [None]]
     jobs = []
     for name in EXPECTED:

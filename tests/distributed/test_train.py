@@ -43,13 +43,14 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def same_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs of SAME on 1, 2 and 3 ranks, and two in bf16."""
+    """The runs of SAME on 1, 2 and 3 ranks, and more on 2: bf16, Adam."""
     folder = tmp_path_factory.mktemp("same")
     runs = {}
     for world_size in (1, 2, 3):
         names = dict(SAME) if world_size < 3 else {"zero1": SAME["zero1"]}
         if world_size == 2:
-            names |= {"bf16-zero1": {"deepspeed": "zero1_bf16"}, "adam": {"optimizer": {"name": "adam", "lr": 3e-3}}}
+            names |= {f"bf16-zero{stage}": {"deepspeed": f"zero{stage}_bf16"} for stage in (0, 1, 2)}
+            names |= {"adam": {"optimizer": {"name": "adam", "lr": 3e-3}}}
         jobs = []
         for name, changes in names.items():
             run = folder / f"{name}-{world_size}"
@@ -78,7 +79,7 @@ def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dic
 def test_losses_do_not_depend_on_ranks_stage_or_layout(same_runs: dict[str, Path]) -> None:
     reference = metrics(same_runs["zero0-1"])
     for name, run in same_runs.items():
-        if name in ("bf16-zero1-2", "adam-2"):
+        if name.startswith(("bf16", "adam")):
             continue
         for expected, found in zip(reference, metrics(run), strict=True):
             for figure in ("loss", "grad_norm", "held_out_loss"):
@@ -87,7 +88,7 @@ def test_losses_do_not_depend_on_ranks_stage_or_layout(same_runs: dict[str, Path
 
 
 def test_loss_falls_with_lamb_adam_and_in_bf16(same_runs: dict[str, Path]) -> None:
-    for name in ("zero2-2", "bf16-zero1-2", "adam-2"):
+    for name in ("zero2-2", "bf16-zero0-2", "bf16-zero1-2", "bf16-zero2-2", "adam-2"):
         held_out = [line["held_out_loss"] for line in metrics(same_runs[name]) if "held_out_loss" in line]
         assert len(held_out) == 5
         assert held_out[-1] < held_out[0] - 0.05, name
@@ -113,6 +114,13 @@ def test_export_computes_what_the_engine_computed(same_runs: dict[str, Path], na
     guesses = pipeline("fill-mask", model=str(output))("w1 w2 [MASK] w4 w5")
     assert len(guesses) == 5
     assert run_command("export", "--checkpoint", same_runs[name], "--output", output).returncode == 1, "never over one"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_bf16_checkpoints_hold_master_weights(same_runs: dict[str, Path], stage: int) -> None:
+    (folder,) = complete_checkpoints(same_runs[f"bf16-zero{stage}-2"])
+    for name, weight in checkpoint.read_weights(folder).items():
+        assert not torch.equal(weight, weight.bfloat16().float()), f"{name}: only bf16 values"
 
 
 def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path: Path) -> None:

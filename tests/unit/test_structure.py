@@ -13,7 +13,7 @@ LEVELS = [
     {"distributed", "masking", "schedule", "model"},
     {"lamb", "loader", "metrics"},
     {"engine", "checkpoint"},
-    {"evaluate"},
+    {"evaluate", "run"},
     {"train", "export", "benchmark", "demo"},
     {"cli"},
 ]

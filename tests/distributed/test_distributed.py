@@ -1,0 +1,64 @@
+"""What keeps ranks together when one of them fails."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from maskvr_ds.metrics import DeferredTensor, StepRecord
+from maskvr_ds.train import check_finite, is_due
+from tests.distributed.ranks import run_ranks
+
+
+def fail_on(failing: list[int]) -> list[Any]:
+    """On a rank: what `agreed` says when the ranks `failing` fail, then that collectives still match."""
+    from maskvr_ds import distributed
+
+    distributed.initialize()
+
+    def action() -> int:
+        if distributed.rank() in failing:
+            raise ValueError(f"disk of rank {distributed.rank()} is gone")
+        return distributed.rank() * 10
+
+    try:
+        outcome: Any = distributed.agreed(action)
+    except (ValueError, distributed.RemoteError) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    return [
+        outcome,
+        distributed.agreed(lambda: "from " + str(distributed.rank()), on=1),
+        distributed.all_reduce_sum(torch.ones(1, dtype=torch.int64)).item(),
+    ]
+
+
+def test_an_error_is_told_once_and_known_to_all() -> None:
+    remote = "RemoteError: rank 1: disk of rank 1 is gone"
+    expected = [remote, "ValueError: disk of rank 1 is gone", remote]
+    for failing in ([1], [1, 2]):
+        assert run_ranks(fail_on, 3, failing) == [[outcome, "from 1", 3] for outcome in expected]
+
+
+def test_without_errors_every_rank_has_its_own_result() -> None:
+    assert run_ranks(fail_on, 2, []) == [[0, "from 1", 2], [10, "from 1", 2]]
+
+
+@pytest.mark.parametrize(("loss", "norm", "named"), [(float("nan"), 1.0, "loss"), (1.0, float("inf"), "grad_norm")])
+def test_a_diverged_step_is_not_saved(loss: float, norm: float, named: str) -> None:
+    record = StepRecord(
+        step=7,
+        samples=8,
+        tokens=80,
+        lr=0.1,
+        counters=DeferredTensor(torch.tensor([1, 1, 1, 0])),
+        loss_sum=DeferredTensor(torch.tensor([loss], dtype=torch.float64)),
+        grad_norm=norm,
+        extra={},
+    )
+    with pytest.raises(FloatingPointError, match=f"step 7: {named} is (nan|inf); not saved"):
+        check_finite(record)
+
+
+def test_is_due() -> None:
+    assert [s for s in range(1, 11) if is_due(s, 4, 10)] == [4, 8, 10]
+    assert [s for s in range(1, 11) if is_due(s, 0, 10)] == [10]
