@@ -23,16 +23,7 @@ _RATE = 0.15
 
 def held_out_masker(corpus: Corpus, device: torch.device) -> Masker:
     """Uniform masks at 15%, 80/10/10, whatever the run trains with."""
-    special = corpus.manifest.special_tokens
-    return Masker(
-        vocab_size=corpus.manifest.vocab_size,
-        mask_id=special.mask,
-        special_ids=special.all,
-        sequence_length=corpus.sequence_length,
-        seed=_SEED,
-        rate=_RATE,
-        device=device,
-    )
+    return Masker.for_corpus(corpus.manifest, seed=_SEED, rate=_RATE, device=device)
 
 
 class HeldOut:

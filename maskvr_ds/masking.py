@@ -16,10 +16,12 @@ Nothing here waits for the device: K, the width of the result, follows from L an
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 
+from data_pipeline.shards import Manifest
 from maskvr_ds import hashing
 from maskvr_ds.batch import MaskedBatch, TokenBatch
 
@@ -161,6 +163,18 @@ class Masker:
         special[list(special_ids)] = True
         self._maskable_ids = (~special).to(device)
         self._ordinary_ids = torch.nonzero(~special).squeeze(1).to(device)
+
+    @classmethod
+    def for_corpus(cls, manifest: Manifest, **options: Any) -> Self:
+        """A masker for the corpus' vocabulary and length. options: seed, device, strategy, rate, corruption."""
+        special = manifest.special_tokens
+        return cls(
+            vocab_size=manifest.vocab_size,
+            mask_id=special.mask,
+            special_ids=special.all,
+            sequence_length=manifest.sequence_length,
+            **options,
+        )
 
     def __call__(self, batch: TokenBatch) -> MaskedBatch:
         """Choose positions, take the labels away, corrupt: see the module's text. All on batch's device."""

@@ -59,8 +59,8 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     corpus, held_out = distributed.agreed(lambda: open_corpora(config, rank, world_size))
     latest = open_run_folder(config, resume)
 
-    manifest, special = corpus.manifest, corpus.manifest.special_tokens
-    bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=special.pad)
+    manifest = corpus.manifest
+    bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
     engine = create_engine(
         bert,
         deepspeed_config,
@@ -88,11 +88,8 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         state = replace(state, step=loaded.step, samples=loaded.samples)
     distributed.agreed(lambda: write_config(config), on=0)
 
-    masker = Masker(
-        vocab_size=manifest.vocab_size,
-        mask_id=special.mask,
-        special_ids=special.all,
-        sequence_length=corpus.sequence_length,
+    masker = Masker.for_corpus(
+        manifest,
         seed=hashing.fold(config.seed, _MASKS),
         strategy=config.masking.strategy,
         rate=config.masking.rate,
@@ -153,18 +150,18 @@ def train(config: RunConfig, resume: str | None = None) -> None:
             extra={"skipped_updates": engine.skipped_steps},
         )
         log.step(record)
-        evaluate = evaluation is not None and is_due(step, config.evaluation.every_steps, config.training.steps)
-        save = is_due(step, config.checkpoint.every_steps, config.training.steps)
-        if not evaluate and not save:
+        to_evaluate = evaluation if is_due(step, config.evaluation.every_steps, config.training.steps) else None
+        to_save = is_due(step, config.checkpoint.every_steps, config.training.steps)
+        if to_evaluate is None and not to_save:
             continue
         distributed.wait_for_device()
         pause = time.perf_counter()
-        if evaluation is not None and evaluate:
-            log.add(held_out_loss=evaluation.loss(engine.module))
-        if save:
-            check_finite(record)
+        if to_evaluate is not None:
+            log.add(held_out_loss=to_evaluate.loss(engine.module))
+        if to_save:
             # The figures of the steps that a checkpoint contains must not be lost with the process.
             log.synchronise()
+            check_finite(record)
             checkpoint.save(
                 config.output_dir,
                 engine,

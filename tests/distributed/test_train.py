@@ -17,6 +17,7 @@ from tests.distributed.training import (
     metrics,
     run_and_kill,
     run_command,
+    run_deepspeed,
     train_all,
 )
 from tests.support.corpora import make_corpus
@@ -143,12 +144,15 @@ def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path:
 
 
 def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> None:
-    """40 steps on 2 ranks with dropout; the same with SIGKILL of the whole job after step 20. Bit for bit."""
+    """40 steps on 2 ranks with dropout; the same with SIGKILL of the whole job after step 20. Bit for bit.
+
+    The undisturbed run goes through `deepspeed --module`, the others through `maskvr train`: they do the same.
+    """
     values = configuration(tmp_path / "whole", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
     values["deepspeed"] = "zero2_fp32"
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
-    whole = run_command("train", "--config", config, "--num-gpus", 2)
+    whole = run_deepspeed("--config", config)
     assert whole.returncode == 0, whole.stderr
 
     killed = tmp_path / "killed"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,9 +72,20 @@ def environment() -> dict[str, str]:
 
 
 def run_command(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return _run(command(*words), timeout)
+
+
+def run_deepspeed(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_gpus 2 --module maskvr_ds.train …`, as a user types it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    return _run([*launcher, "--module", "maskvr_ds.train", *map(str, words)], timeout)
+
+
+def _run(words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def run_and_kill(*words: object, when: Any, timeout: float = 240) -> None:
