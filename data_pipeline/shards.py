@@ -204,9 +204,10 @@ def write_shard(
     assert document_end.shape == (rows,), document_end.shape
     assert rows > 0
     schema = _schema(length, input_ids.dtype)
-    ids = pa.FixedSizeListArray.from_arrays(
-        pa.array(np.ascontiguousarray(input_ids).reshape(-1)), type=schema.field("input_ids").type
-    )
+    # From buffers, here and in the reader: Arrow's own conversions from and to NumPy import pandas, a quarter second.
+    item, data = pa.from_numpy_dtype(input_ids.dtype), pa.py_buffer(np.ascontiguousarray(input_ids))
+    flat = pa.Array.from_buffers(item, input_ids.size, [None, data], null_count=0)
+    ids = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("input_ids").type)
     # packbits zeroes the bits behind the last row: equal corpora must be equal bytes.
     bits = pa.py_buffer(np.packbits(document_end, bitorder="little"))
     ends = pa.Array.from_buffers(pa.bool_(), rows, [None, bits], null_count=0)
@@ -330,8 +331,10 @@ class Corpus:
         shards = self.manifest.shards
         self._batches = [_map_shard(_shard_path(self.folder, s), s, self.manifest) for s in shards]
         self._views = [
-            batch.column(0).values.to_numpy(zero_copy_only=True).reshape(-1, self.sequence_length)
-            for batch in self._batches
+            np.frombuffer(batch.column(0).values.buffers()[1], self.dtype, shard.rows * self.sequence_length).reshape(
+                shard.rows, self.sequence_length
+            )
+            for batch, shard in zip(self._batches, shards, strict=True)
         ]
         # Row i lies in the shard s with bounds[s] <= i < bounds[s + 1]; int64 [S + 1].
         self._bounds = np.concatenate([[0], np.cumsum([s.rows for s in shards])]).astype(np.int64)
@@ -372,7 +375,8 @@ class Corpus:
 
     def document_end(self, i: int) -> NDArray[np.bool_]:
         """Whether the final [SEP] of each row of shard i ends a document: bool [R], a copy."""
-        return self._batches[i].column(1).to_numpy(zero_copy_only=False)
+        bits = np.frombuffer(self._batches[i].column(1).buffers()[1], np.uint8)
+        return np.unpackbits(bits, count=self.manifest.shards[i].rows, bitorder="little").astype(bool)
 
     def verify(self, indices: Sequence[int] | None = None, progress: Callable[[int], object] | None = None) -> None:
         """Read shards in full and compare their SHA-256 (all, or those in `indices`).

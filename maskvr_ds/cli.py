@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "deepspeed", "transformers", "safetensors", "matplotlib", "psutil"):
+            raise
+        print(f"error: {error.name} is not installed; pip install 'maskvr_ds[train]'", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

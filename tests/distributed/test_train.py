@@ -149,11 +149,14 @@ def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> Non
     The undisturbed run goes through `deepspeed --module`, the others through `maskvr train`: they do the same.
     """
     values = configuration(tmp_path / "whole", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
-    values["deepspeed"] = "zero2_fp32"
+    values |= {"deepspeed": "zero2_fp32", "monitor": {"tensorboard": True, "csv": True}}
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
     whole = run_deepspeed("--config", config)
     assert whole.returncode == 0, whole.stderr
+    assert list((tmp_path / "whole" / "tensorboard").glob("events.out.tfevents.*")), "TensorBoard"
+    assert len((tmp_path / "whole" / "csv" / "train_loss.csv").read_text().splitlines()) == 41, "CSV: header and steps"
+    assert (tmp_path / "whole" / "loss.png").is_file()
 
     killed = tmp_path / "killed"
     words = ("train", "--config", config, "--num-gpus", 2, "--set", f"output_dir={killed}")

@@ -28,5 +28,6 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
         "configs = [c.load_config(r) for r in c.recipes()]; assert len(configs) >= 3;"
         "[c.deepspeed_config_path(x.deepspeed).read_text() for x in configs]"
     )
+    code += "; from maskvr_ds.cli import main; assert main(['recipes', 'demo_cpu']) == 0"
     # -I: neither the checkout nor PYTHONPATH.
     subprocess.run([sys.executable, "-I", "-c", code, str(site)], check=True, cwd=tmp_path)
