@@ -1,8 +1,8 @@
-# Each target brings a fresh machine (Python >= 3.11 with venv, pip, a C++ compiler) to a result.
+# Each target brings a fresh machine (Python >= 3.11 with venv and pip) to a result.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# DeepSpeed finds ninja and its own scripts through PATH.
+# The deepspeed command and its helpers are found through PATH.
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: demo test lint install clean

@@ -136,10 +136,15 @@ class Loader:
             for step in np.split(np.arange(len(rows)), steps):
                 yield read_rows(self.corpus, rows[step], epochs[step], pin=self.device.type == "cuda")
 
+    def _on_own_device(self) -> None:
+        # A thread begins on the first GPU, and page-locking memory there would cost every rank a context on it.
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def batches(self, samples_consumed: int = 0) -> Iterator[TokenBatch]:
         """Endless: the share [global_size / world_size, L] of each step after `samples_consumed` samples."""
         reader = self._read(samples_consumed)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=self._on_own_device) as pool:
             ahead = deque(pool.submit(next, reader) for _ in range(max(1, self.prefetch)))
             while True:
                 batch = ahead.popleft().result()

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import ds_configs
-from maskvr_ds import lamb
+from maskvr_ds import distributed, lamb
 from tests.distributed.ranks import run_ranks
 from tests.reference.lamb import ReferenceLamb, clip
 
@@ -226,9 +226,8 @@ def error_without_bind(stage: int, precision: str) -> str:
 
 
 def whole_of_one_world_size(directory: Path) -> dict[str, Any]:
-    import deepspeed
 
-    deepspeed.init_distributed("gloo")
+    distributed.initialize()
     world_size = torch.distributed.get_world_size()
     results: dict[str, Any] = {
         "fp32": {run: fp32_run(*run, "bind") for run in RUNS},
