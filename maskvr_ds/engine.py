@@ -138,7 +138,8 @@ def step_and_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
 
 
 def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Name → fp32 weights on the CPU, master weights where the model computes in less; tied ones appear once.
+    """Name → fp32 weights on the CPU, master weights where the model computes in less; tied ones appear once. On rank
+    0; empty on the others.
 
     One all-reduce a parameter over the data-parallel group under ZeRO: every rank must call.
     """
@@ -152,5 +153,7 @@ def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tens
         if master is None:
             master = beside.get(parameter, parameter)
         assert master.dtype == torch.float32, f"{name}: no fp32 master weights in {type(optimizer).__name__}"
-        weights[name] = master.detach().cpu().contiguous()
+        if distributed.rank() == 0:
+            # A copy: safetensors refuses tensors that share storage, as DeepSpeed's flattened ones do.
+            weights[name] = master.detach().to("cpu", copy=True)
     return weights
