@@ -164,19 +164,24 @@ def _worker(connection: Connection) -> None:
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    while True:
-        try:
-            task, folder = connection.recv()
-        except EOFError:
-            return
-        try:
-            _perform(task, folder, lambda *numbers: connection.send(("progress", numbers)))
-        except CorpusError as error:
-            connection.send(("error", str(error)))
-        except Exception:
-            connection.send(("crash", traceback.format_exc()))
-        else:
-            connection.send(("done", None))
+    try:
+        while True:
+            _serve(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent has closed its end: it is done, or stopped
+
+
+def _serve(connection: Connection) -> None:
+    """One task: receive, perform, answer. Raises EOFError or a pipe's error where the parent is gone."""
+    task, folder = connection.recv()
+    try:
+        _perform(task, folder, lambda *numbers: connection.send(("progress", numbers)))
+    except CorpusError as error:
+        connection.send(("error", str(error)))
+    except Exception:
+        connection.send(("crash", traceback.format_exc()))
+    else:
+        connection.send(("done", None))
 
 
 def _die_with(parent: Any) -> None:
