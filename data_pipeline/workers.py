@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -105,7 +106,9 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs,), daemon=True)
-        # Ctrl-C reaches the whole group, the parent decides: blocked in the child from the start.
+        # Ctrl-C reaches the whole group, the parent decides: blocked in the child from the start. The tracker must
+        # run by then: where start() has to start it, it lifts the block again.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
