@@ -247,7 +247,16 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine, expected: CheckpointSt
     Raises CheckpointError where a file is damaged or the checkpoint belongs to another run.
     """
     distributed.agreed(lambda: verify(folder), on=0)
-    state = distributed.agreed(lambda: read_state(folder))
+    state = distributed.agreed(lambda: _read_compatible(folder, expected))
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+    return state
+
+
+def _read_compatible(folder: Path, expected: CheckpointState) -> CheckpointState:
+    """The checkpoint's state. Raises CheckpointError naming every difference from the present run."""
+    state = read_state(folder)
     differences = [
         f"{key} was {state.identity.get(key)!r}, is {value!r}"
         for key, value in expected.identity.items()
@@ -261,9 +270,6 @@ def load(folder: Path, engine: deepspeed.DeepSpeedEngine, expected: CheckpointSt
             f"{folder}: belongs to another run: {'; '.join(differences)}. "
             "Restore these settings to resume, or start a new run in another output_dir"
         )
-    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-    if path is None:
-        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
     return state
 
 

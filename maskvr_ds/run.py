@@ -47,7 +47,8 @@ def open_run_folder(config: RunConfig, resume: str | None) -> Path | None:
     run = config.output_dir
 
     def find() -> Path | None:
-        used = run.exists() and any(run.iterdir())
+        # A kill while config.yaml is written leaves a partial file alone.
+        used = run.exists() and any(not p.name.endswith(".partial") for p in run.iterdir())
         if used and resume is None:
             raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
         latest = None if resume is None else checkpoint.find(run, resume)

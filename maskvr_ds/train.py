@@ -88,13 +88,16 @@ def train(config: RunConfig, resume: str | None = None) -> None:
         state = replace(state, step=loaded.step, samples=loaded.samples)
     distributed.agreed(lambda: write_config(config), on=0)
 
-    masker = Masker.for_corpus(
-        manifest,
-        seed=hashing.fold(config.seed, _MASKS),
-        strategy=config.masking.strategy,
-        rate=config.masking.rate,
-        corruption=Corruption(config.masking.mask_probability, config.masking.random_probability),
-        device=device,
+    corruption = Corruption(config.masking.mask_probability, config.masking.random_probability)
+    masker = distributed.agreed(
+        lambda: Masker.for_corpus(
+            manifest,
+            seed=hashing.fold(config.seed, _MASKS),
+            strategy=config.masking.strategy,
+            rate=config.masking.rate,
+            corruption=corruption,
+            device=device,
+        )
     )
     loader = Loader(
         corpus,

@@ -151,7 +151,8 @@ def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
 def test_every_rank_ends_and_the_error_is_told(outcomes: dict[str, list[str | None]], name: str) -> None:
     said = outcomes[name]
     assert all(said), f"a rank went on: {said}"
-    # The rank that sees the fault says it; the others say which rank does.
+    # A rank that sees the fault says it, once for the whole job; the others say which rank does.
+    assert sum(not str(text).startswith("RemoteError: rank ") for text in said) == 1, said
     assert any(re.search(EXPECTED[name], str(text), re.DOTALL) for text in said), said
 
 
