@@ -24,6 +24,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy docs/experiments
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_run

@@ -35,7 +35,7 @@ class TokenBatch(_Rows):
 
     input_ids: uint16 or uint32 [B, L], as stored.
     sample_ids: int64 [B], the rows' numbers in the corpus.
-    epochs: int64 [B], how often the corpus had been read through before.
+    epochs: int64 [B], how often the row had been read before.
     attention_mask: bool [B, L], False on padding; None where no row of the batch is padded.
     """
 

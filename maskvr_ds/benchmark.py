@@ -1,7 +1,7 @@
 """`maskvr benchmark`: what loader, masking and training steps reach on this machine. Synthetic rows, real code.
 
 Loader and masking are counted in rows per CPU-second of one thread; a training step in tokens per second, in model
-FLOPs, and in the share of what this machine's matrix products reach.
+FLOPs, and in the share of what this machine's matrix products reach. The optimizer's step: benchmark_lamb.py.
 """
 
 import argparse
@@ -25,10 +25,13 @@ import torch
 from data_pipeline.shards import Corpus, Manifest, SpecialTokens, write_manifest, write_shard
 from maskvr_ds import distributed, train
 from maskvr_ds.batch import TokenBatch
-from maskvr_ds.config import RunConfig
+from maskvr_ds.benchmark_lamb import lamb_cost
+from maskvr_ds.config import RunConfig, deepspeed_config_path
+from maskvr_ds.engine import model_dtype, read_deepspeed_config
 from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Masker
 from maskvr_ds.metrics import METRICS, read_lines
+from maskvr_ds.strategies import Parameters, span_thresholds
 
 VOCABULARY = 30_522
 SPECIAL = SpecialTokens(pad=0, unk=100, cls=101, sep=102, mask=103, all=(0, 100, 101, 102, 103))
@@ -42,7 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.what == "loader":
         figures = loader_speed(sequence_length=length)
     elif arguments.what == "masking":
-        figures = masking_speed(sequence_length=length)
+        figures = masking_speed(strategy=arguments.strategy, sequence_length=length)
+    elif arguments.what == "lamb":
+        figures = lamb_cost(
+            preset=arguments.preset,
+            deepspeed=arguments.deepspeed,
+            against=arguments.against,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+        )
     else:
         figures = training_speed(
             preset=arguments.preset,
@@ -51,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             steps=arguments.steps,
             sequence_length=length,
         )
+    if distributed.rank() != 0:
+        return 0
     for name, value in figures.items():
         print(f"{name:32} {value:,.4g}" if isinstance(value, float) else f"{name:32} {value}")
     if arguments.output:
@@ -130,14 +143,23 @@ def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length:
     return {"what": f"loader, L = {sequence_length}, batches of {batch_size}, {rows:,} rows", **figures}
 
 
-def masking_speed(*, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
-    """Uniform masks at 15%, corruption 80/10/10, other rows each time."""
+def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
+    """Masks at 15%, corruption 80/10/10, other rows each time. Words of one and a half tokens, counts by Zipf's law."""
+    order = torch.arange(VOCABULARY)
+    parameters = Parameters(
+        token_scores=(order + 1.0).double().sqrt(),
+        floor=0.3,
+        word_starts=order % 3 < 2,
+        span_thresholds=span_thresholds(0.2, 10),
+    )
     masker = Masker(
         vocab_size=VOCABULARY,
         mask_id=SPECIAL.mask,
         special_ids=SPECIAL.all,
         sequence_length=sequence_length,
         seed=0,
+        strategy=strategy,
+        parameters=parameters,
     )
     ids = np.random.default_rng(0).integers(_FIRST_ORDINARY, VOCABULARY, (batch_size, sequence_length))
     ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
@@ -154,7 +176,8 @@ def masking_speed(*, batch_size: int = 256, sequence_length: int = 128) -> dict[
 
     with _one_thread():
         figures = _rows_per_cpu_second(round_)
-    return {"what": f"masking and corruption, L = {sequence_length}, batches of {batch_size}", **figures}
+    what = f"masking ({strategy}) and corruption, L = {sequence_length}, batches of {batch_size}"
+    return {"what": what, **figures}
 
 
 def matrix_product_tflops(dtype: torch.dtype, device: torch.device) -> float:
@@ -239,7 +262,8 @@ def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, 
         lines = read_lines(folder / "run" / METRICS)
         distributed.barrier()
     timed = lines[min(10, steps // 2) :]
-    peak = matrix_product_tflops(torch.bfloat16 if "bf16" in deepspeed else torch.float32, device)
+    dtype = model_dtype(read_deepspeed_config(deepspeed_config_path(deepspeed)))
+    peak = matrix_product_tflops(dtype, device)
     tflops = statistics.median(line["model_tflops_per_rank"] for line in timed)
     figures = {
         "what": f"{preset}, L = {sequence_length}, {deepspeed}, {world_size} ranks × {micro_size} sequences",

@@ -4,6 +4,7 @@
         checkpoint.json           written last: step, samples, what the run is, size and SHA-256 of every file
         *.pt                      DeepSpeed's: module, optimizer partitions
         weights.safetensors       fp32 weights, for export and evaluation
+        mapnet.safetensors        the mask proposal network, its optimizer and gate (where there is one)
         probe.safetensors         a few rows and the engine's logits on them: what an export is held against
         bert/                     config.json of the model, tokenizer
 
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,9 @@ from safetensors.torch import load_file, save_file
 
 from maskvr_ds import distributed
 from maskvr_ds.batch import MaskedBatch
-from maskvr_ds.engine import full_fp32_weights
+from maskvr_ds.engine import full_fp32_weights, not_rounded
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 PROBE = "probe.safetensors"
@@ -47,9 +49,11 @@ class CheckpointError(ValueError):
 class CheckpointState:
     """What a checkpoint says of itself beside its tensors.
 
-    step: updates done. samples: sequences consumed. world_size, zero_stage: how it was written.
+    step: updates done. samples: sequences consumed. world_size, zero_stage, partitions: how it was written
+    (engine.partition_sizes).
     dtype: what the model computed in. identity: what must be equal for a run to go on from it. settings: the rest of
-    the configuration that bears on training, flat; it may change, and a change is told.
+    the configuration that bears on training, flat; it may change, and a change is told. phases: what has been trained,
+    a mapping a phase (phases.done), the last one perhaps in part.
     """
 
     step: int
@@ -57,8 +61,10 @@ class CheckpointState:
     world_size: int
     zero_stage: int
     dtype: str
+    partitions: list[int]
     identity: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _sha256(path: Path) -> str:
@@ -82,10 +88,12 @@ def save(
     probe: MaskedBatch,
     tokenizer: Path,
     keep_last: int,
+    beside: Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]] | None = None,
 ) -> Path:
     """Write a checkpoint of the run, then delete all but the newest `keep_last`. Every rank calls.
 
     probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
+    beside: file name → (tensors on the CPU, metadata): further safetensors files, those of rank 0.
     Returns the checkpoint's folder.
     """
     tag = f"step-{state.step:08d}"
@@ -105,26 +113,28 @@ def save(
     distributed.agreed(prepare, on=0)
     engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
     weights = full_fp32_weights(engine)
+    differing = not_rounded(engine, weights)
     logits = probe_logits(engine.module, probe)
 
     def describe() -> None:
-        partitions = len(list(folder.glob("*_optim_states.pt")))
-        if state.zero_stage > 0 and partitions != state.world_size:
-            raise CheckpointError(
-                f"{folder}: {partitions} optimizer partitions of {state.world_size} ranks arrived; "
-                "output_dir must lie on a file system that all nodes share"
-            )
-        for name, parameter in engine.module.mlm.named_parameters():
-            # What an export shall be worth: the master weights are those that the model computes with.
-            if not torch.equal(weights[name].to(parameter.dtype), parameter.detach().cpu()):
+        # A file a rank: optimizer partitions, and at stage 3 the model's.
+        patterns = {0: [], 3: ["*_optim_states.pt", "zero_pp_rank_*_model_states.pt"]}
+        for pattern in patterns.get(state.zero_stage, ["*_optim_states.pt"]):
+            if (partitions := len(list(folder.glob(pattern)))) != state.world_size:
                 raise CheckpointError(
-                    f"{name}: the engine's {parameter.dtype} weights are not its rounded fp32 weights"
+                    f"{folder}: {partitions} of {state.world_size} ranks' {pattern} arrived; "
+                    "output_dir must lie on a file system that all nodes share"
                 )
+        if differing:
+            # What an export shall be worth: the master weights are those that the model computes with.
+            raise CheckpointError(f"{', '.join(differing)}: the engine's weights are not its rounded fp32 weights")
         save_file(weights, folder / WEIGHTS)
         tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
         if probe.attention_mask is not None:
             tensors["attention_mask"] = probe.attention_mask
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / PROBE)
+        for name, (content, metadata) in (beside or {}).items():
+            save_file(content, folder / name, metadata)
         engine.module.mlm.config.save_pretrained(folder / BERT)
         for file in tokenizer.iterdir():
             shutil.copyfile(file, folder / BERT / file.name)
@@ -164,7 +174,7 @@ def probe_logits(module: Any, probe: MaskedBatch) -> torch.Tensor:
     training = module.training
     module.eval()
     try:
-        return module.logits(probe.input_ids, probe.positions, probe.attention_mask)
+        return module(probe.input_ids, probe.positions, attention_mask=probe.attention_mask)
     finally:
         module.train(training)
 
@@ -265,6 +275,11 @@ def _read_compatible(folder: Path, expected: CheckpointState) -> CheckpointState
     for key in ("world_size", "zero_stage", "dtype"):
         if (was := getattr(state, key)) != (now := getattr(expected, key)):
             differences.append(f"{key} was {was}, is {now}")
+    if not differences and state.partitions != expected.partitions:
+        raise CheckpointError(
+            f"{folder}: was written in partitions of {state.partitions} elements, this engine's are of "
+            f"{expected.partitions}; resume with the zero_optimization section that the run began with"
+        )
     if differences:
         raise CheckpointError(
             f"{folder}: belongs to another run: {'; '.join(differences)}. "
@@ -276,6 +291,11 @@ def _read_compatible(folder: Path, expected: CheckpointState) -> CheckpointState
 def read_probe(folder: Path) -> dict[str, torch.Tensor]:
     """input_ids int64 [B, L], positions int64 [B, K], logits float32 [B, K, V], perhaps attention_mask."""
     return load_file(folder / PROBE)
+
+
+def read_beside(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
+    """Tensors of a further safetensors file, as `save` was given them; None where the checkpoint has none."""
+    return load_file(folder / name) if (folder / name).is_file() else None
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

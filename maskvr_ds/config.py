@@ -1,20 +1,19 @@
 """RunConfig: everything a run is, checked before anything is spent. Loads no torch.
 
 One section a component; a component is given its own section, never the whole. YAML gives the values,
-`--set section.field=value` changes single ones. ds_configs/*.json own what is not here: ZeRO stage, precision,
-communication, offload.
+`--set section.field=value` changes single ones (config_file.py). ds_configs/*.json own what is not here: ZeRO stage,
+precision, communication, offload.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -22,15 +21,22 @@ from pydantic import (
     model_validator,
 )
 
+from maskvr_ds.config_file import ConfigError, Section, assign, describe, read_yaml, recipe_text, recipes
+from maskvr_ds.config_masking import MaskingConfig
+from maskvr_ds.config_phases import Phase, check_phases, resolve, take_from_phases
+from maskvr_ds.variants import VARIANTS, Variant
+
+__all__ = [
+    "ConfigError",
+    "MaskingConfig",
+    "RunConfig",
+    "deepspeed_config_path",
+    "load_config",
+    "recipe_text",
+    "recipes",
+]
+
 Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class ConfigError(ValueError):
-    """A fault in the configuration, in words for its author."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataConfig(Section):
@@ -92,19 +98,25 @@ class ModelConfig(Section):
         return self
 
 
-class MaskingConfig(Section):
-    strategy: Literal["uniform"] = "uniform"
-    # Share of the maskable positions to predict.
-    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    # Of the positions to predict, how many show [MASK], how many a random token; the rest stay as they are.
-    mask_probability: Probability = 0.8
-    random_probability: Probability = 0.1
+class MapNetConfig(Section):
+    """The mask proposal network (mapnet.py), where masking.strategy is mapnet."""
 
-    @model_validator(mode="after")
-    def _probabilities(self) -> Self:
-        if (total := self.mask_probability + self.random_probability) > 1:
-            raise ValueError(f"mask_probability + random_probability is {total:g}, more than 1")
-        return self
+    layers: PositiveInt = 2
+    # A multiple of the attention heads' size, 32.
+    hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 96
+    # Of its own AdamW, constant.
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    # λ: the uniform part of the proposal; importance weights are at most 1/λ.
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
+    # variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm.
+    objective: Literal["variance", "regression"] = "regression"
+    # Masks by the proposal: always; never (it learns and is measured all the same); auto: while it pays for its time.
+    gate: Literal["always", "never", "auto"] = "always"
+    # auto: time that MAPNet adds, relative to the rest of a step. None: measured; a run is then not reproducible to
+    # the bit, since the clock decides.
+    cost: Annotated[float, Field(ge=0)] | None = None
+    # Steps between comparisons of the ranks' networks, for which the host waits.
+    check_every: PositiveInt = 100
 
 
 class BatchConfig(Section):
@@ -122,18 +134,75 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-6
+    # lamb: whose LAMB, a row of the table in variants.py.
+    variant: Literal["paper", "nvidia", "deepspeed"] = "paper"
+    # In place of what the variant has; None: the variant's. The ratios bound the trust ratio.
+    bias_correction: Literal["moments", "rate", "none"] | None = None
+    min_ratio: Annotated[float, Field(ge=0)] | None = None
+    max_ratio: Annotated[float, Field(gt=0)] | None = None
     # Not applied to biases and LayerNorm.
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     # Largest global gradient norm; 0 turns clipping off.
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
 
+    @model_validator(mode="after")
+    def _of_lamb(self) -> Self:
+        given = (self.variant != "paper", self.bias_correction, self.min_ratio, self.max_ratio)
+        if self.name != "lamb" and given != (False, None, None, None):
+            raise ValueError(
+                f"variant, bias_correction, min_ratio and max_ratio are LAMB's; optimizer.name is {self.name}"
+            )
+        if (norm := self.lamb_variant().max_grad_norm) and self.gradient_clipping != norm:
+            raise ValueError(
+                f"variant {self.variant} scales gradients to a norm of at most {norm:g}, gradient_clipping is "
+                f"{self.gradient_clipping:g}; set it to {norm:g}"
+            )
+        return self
+
+    def lamb_variant(self) -> Variant:
+        """The named variant with the switches that are set by themselves."""
+        switches = self.model_dump(include={"bias_correction", "min_ratio", "max_ratio"}, exclude_none=True)
+        return replace(VARIANTS[self.variant], **switches)
+
 
 class ScheduleConfig(Section):
-    """Linear warm-up to optimizer.lr, then final + (lr − final)(1 − t)^power."""
+    """Warm-up from initial_lr to optimizer.lr, then decay towards final_lr; the formulas stand in schedule.py."""
 
+    # The warm-up's length: in steps, or as a share of the schedule's steps (rounded); one of the two.
     warmup_steps: NonNegativeInt = 0
-    power: Annotated[float, Field(gt=0)] = 1.0
+    warmup_share: Probability = 0.0
+    # 1: linear; 2: bing_bert's.
+    warmup_power: Annotated[float, Field(gt=0)] = 1.0
+    initial_lr: Annotated[float, Field(ge=0)] = 0.0
     final_lr: Annotated[float, Field(ge=0)] = 0.0
+    decay: Literal["polynomial", "exponential"] = "polynomial"
+    # polynomial: (1 − t)^power, where t is 0 at the end of the warm-up, or at the schedule's start (as NVIDIA has it).
+    power: Annotated[float, Field(gt=0)] = 1.0
+    decay_from: Literal["warmup", "start"] = "warmup"
+    # exponential: times decay_rate every decay_steps steps.
+    decay_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    decay_steps: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Self:
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and warmup_share {self.warmup_share:g} both say how long the "
+                "warm-up is; give one of them"
+            )
+        exponential = (self.decay_rate, self.decay_steps)
+        if self.decay == "exponential":
+            if None in exponential:
+                raise ValueError("decay exponential needs decay_rate and decay_steps")
+            if (self.power, self.decay_from) != (1.0, "warmup"):
+                raise ValueError("power and decay_from belong to decay polynomial; leave them out")
+        elif exponential != (None, None):
+            raise ValueError("decay_rate and decay_steps belong to decay exponential; leave them out, or set decay")
+        return self
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up in a schedule of `total_steps`."""
+        return self.warmup_steps or round(self.warmup_share * total_steps)
 
 
 class TrainingConfig(Section):
@@ -169,6 +238,9 @@ class MonitorConfig(Section):
     tensorboard: bool = True
     csv: bool = False
     wandb: WandbConfig | None = None
+    # Steps between histograms of LAMB's trust ratios (TensorBoard, Weights & Biases) and lines of trust_ratios.jsonl,
+    # which has them tensor by tensor; 0: never.
+    histogram_every: NonNegativeInt = 100
 
 
 class RunConfig(Section):
@@ -178,9 +250,11 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     # A name from ds_configs/ or the path of a JSON file.
     deepspeed: str = "zero1_fp32"
+    # With phases, data.path and training are theirs: here stand the first one's path and the sum of their steps.
     data: DataConfig
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
+    mapnet: MapNetConfig = MapNetConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -188,17 +262,49 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    # One after the other, each with what it changes in the sections above. None: the run is one phase.
+    phases: tuple[Phase, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_from_phases(cls, values: Any) -> Any:
+        return take_from_phases(values)
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
-        end = self.schedule_steps
+    def _fits(self) -> Self:
+        if self.phases:
+            check_phases(self.phases)
+            for index in range(len(self.phases)):
+                self.phase(index)
+            return self
+        end, rate = self.schedule_steps, self.optimizer.lr
         if self.training.steps > end:
             raise ValueError(f"training.steps {self.training.steps} exceeds training.schedule_steps {end}")
         if self.schedule.warmup_steps > end:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds the schedule's {end} steps")
-        if self.schedule.final_lr > self.optimizer.lr:
-            raise ValueError(f"schedule.final_lr {self.schedule.final_lr} exceeds optimizer.lr {self.optimizer.lr}")
+        for name in ("initial_lr", "final_lr"):
+            if (bound := getattr(self.schedule, name)) > rate:
+                raise ValueError(f"schedule.{name} {bound} exceeds optimizer.lr {rate}")
+        if (copies := self.masking.segments_per_sequence) and self.batch.global_size % copies:
+            raise ValueError(
+                f"batch.global_size {self.batch.global_size} is not a multiple of masking.segments_per_sequence "
+                f"{copies}: the segments of a sequence share a global batch"
+            )
         return self
+
+    def phase(self, index: int) -> "RunConfig":
+        """A phase as a run of its own, without phases; of a run without, the run itself.
+
+        Where schedules continue, training.schedule_steps is their joint length. Raises ValueError naming the phase.
+        """
+        if not self.phases:
+            return self
+        values = resolve(self.model_dump(exclude={"phases"}), self.phases, index)
+        try:
+            return RunConfig.model_validate(values)
+        except ValidationError as error:
+            faults = "; ".join(describe(fault, RunConfig) for fault in error.errors(include_url=False))
+            raise ValueError(f"phases.{self.phases[index].name}: {faults}") from None
 
     @property
     def schedule_steps(self) -> int:
@@ -217,37 +323,6 @@ class RunConfig(Section):
         return size // (micro * world_size)
 
 
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    files = resources.files("maskvr_ds.recipes").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
-
-
-def recipe_text(name: str) -> str:
-    """The YAML of a recipe. Raises ConfigError where there is none of that name."""
-    if name not in recipes():
-        raise ConfigError(f"{name!r}: no such recipe; there are {', '.join(recipes())}")
-    return (resources.files("maskvr_ds.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def read_yaml(config: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the recipe of that name. Raises ConfigError where there is none."""
-    path = Path(config)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif str(config) in recipes():
-        text = recipe_text(str(config))
-    else:
-        raise ConfigError(f"config {str(config)!r}: neither a file nor a recipe ({', '.join(recipes())})")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {config}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
-    return values
-
-
 def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
     """YAML file or recipe, then `section.field=value` assignments (values in YAML), checked.
 
@@ -255,11 +330,11 @@ def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfi
     """
     values = read_yaml(config)
     for assignment in assignments:
-        _assign(values, assignment)
+        assign(values, assignment)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
         raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults)) from None
 
 
@@ -276,45 +351,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _assign(values: dict[str, Any], assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {assignment}: section.field=value expected")
-    *sections, field = key.strip().split(".")
-    for section in sections:
-        nested = values.setdefault(section, {})
-        if not isinstance(nested, dict):
-            raise ConfigError(f"--set {assignment}: {section} is a value, not a section")
-        values = nested
-    try:
-        values[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment}: the value is not YAML: {error}") from None
-
-
-def _describe(fault: Any) -> str:
-    where = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; known here: {', '.join(_known_keys(fault['loc'][:-1]))}"
-    if fault["type"] == "missing":
-        return f"{where}: required, but not given"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = "" if fault["type"] == "value_error" else f" (given: {fault['input']!r})"
-    return f"{where}: {message}{given}" if where else message
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
-
-
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back to the same RunConfig."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    if config.phases:  # theirs, and taken from them when it is read
+        del values["training"], values["data"]["path"], values["data"]["held_out_path"]
+        values["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in config.phases]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def deepspeed_config_path(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Rank, world size and the few reductions of a training step.
 
-Collectives here, all over the world group: `all_reduce_sum` (int64 or float64, as the caller says),
+Collectives here, all over the world group: `all_reduce_sum` (dtype and frequency: the caller's),
 `agreed` (object all-gather, at start-up and around checkpoints only), `barrier`.
 """
 

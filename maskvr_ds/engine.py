@@ -4,6 +4,7 @@ ds_configs/*.json own ZeRO stage, precision, communication and offload; RunConfi
 stands as "auto" in the JSON or not at all.
 """
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger, safe_get_full_fp32_param
+from torch._utils import _unflatten_dense_tensors
 from transformers import BertConfig
 
 from maskvr_ds import distributed, hashing, lamb
@@ -32,7 +40,7 @@ OWNED = {
     "wandb": "monitor.wandb",
 }
 # The stages that maskvr_ds.lamb and the checkpoints are proven for.
-SUPPORTED_STAGES = (0, 1, 2)
+SUPPORTED_STAGES = (0, 1, 2, 3)
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
@@ -49,12 +57,52 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
                 f"{path}: sets {key} to {config[key]!r}, which belongs to the run's config; "
                 f'remove the key (or write "auto") and set {owner} there'
             )
+    if unproven := _unproven(config):
+        raise ConfigError(f"{path}: {unproven}")
+    return config
+
+
+def _unproven(config: dict[str, Any]) -> str | None:
+    """What of a DeepSpeed configuration is not supported, or contradicts itself; None if all is well."""
+    zero = config.get("zero_optimization", {})
     stage = zero_stage(config)
     if stage not in SUPPORTED_STAGES:
-        raise ConfigError(f"{path}: ZeRO stage {stage}; supported are {', '.join(map(str, SUPPORTED_STAGES))}")
-    if config.get("fp16", {}).get("enabled"):
-        raise ConfigError(f"{path}: fp16 is enabled; supported are fp32 and bf16")
-    return config
+        return f"ZeRO stage {stage}; supported are {', '.join(map(str, SUPPORTED_STAGES))}"
+    if enabled(config, "fp16") and enabled(config, "bf16"):
+        return "both fp16 and bf16 are enabled; choose one"
+    if enabled(config, "fp16") and stage == 0:
+        # Its engine.backward scales the loss for ZeRO's optimizers only; the others divide by the scale all the same.
+        return "fp16 at ZeRO stage 0, where DeepSpeed 0.19 does not scale the loss; use stage 1, 2 or 3"
+    gradients = config.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 0 and enabled(config, "bf16") and gradients not in (None, "bf16", "bfloat16"):
+        return f"data_types.grad_accum_dtype {gradients!r} with bf16 needs ZeRO stage 1, 2 or 3, found stage 0"
+    if config.get("fp16", {}).get("auto_cast"):
+        return "fp16.auto_cast is set; token ids are not to be cast: remove it"
+    if zero.get("round_robin_gradients") and stage in (1, 2):
+        # safe_get_full_fp32_param then gives parameters the master weights of others.
+        return "round_robin_gradients, with which DeepSpeed 0.19 cannot tell whose master weights are whose; remove it"
+    if zero.get("offload_param"):
+        return "offload_param is not supported; offload_optimizer is"
+    offload = zero.get("offload_optimizer") or {}
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu"):
+        return f"offload_optimizer.device {device!r}; supported are 'none' and 'cpu'"
+    if device == "cpu" and stage == 0:
+        # DeepSpeed would keep the optimizer on the device without a word.
+        return "offload_optimizer needs ZeRO stage 1, 2 or 3, found stage 0"
+    if device == "cpu" and (offload.get("ratio", 1.0) != 1.0 or offload.get("super_offload")):
+        return "offload_optimizer.ratio below 1 and super_offload work with DeepSpeedCPUAdam only; remove them"
+    return None
+
+
+def enabled(config: dict[str, Any], precision: str) -> bool:
+    """Whether a DeepSpeed configuration turns "fp16" or "bf16" on."""
+    return bool(config.get(precision, {}).get("enabled"))
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration keeps master weights and optimizer state on the CPU."""
+    return (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -64,7 +112,19 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 def model_dtype(config: dict[str, Any]) -> torch.dtype:
     """What the model computes in."""
-    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    if enabled(config, "fp16"):
+        return torch.float16
+    return torch.bfloat16 if enabled(config, "bf16") else torch.float32
+
+
+def check_device(config: dict[str, Any]) -> None:
+    """Raise ConfigError where DeepSpeed refuses the precision on this machine, by the question that it asks itself."""
+    if enabled(config, "fp16") and not get_accelerator().is_fp16_supported():
+        name = get_accelerator().device_name()
+        raise ConfigError(
+            f"fp16 is enabled, and DeepSpeed says of this machine's {name!r}: Type fp16 is not supported on your "
+            "device. Set deepspeed to a configuration in bf16 or fp32"
+        )
 
 
 def complete_deepspeed_config(
@@ -88,6 +148,8 @@ def complete_deepspeed_config(
         config["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": on_cpu}}
     else:
         config["zero_allow_untested_optimizer"] = True
+        # Offloaded, DeepSpeed would take no optimizer but its own.
+        config["zero_force_ds_cpu_optimizer"] = False
     return config
 
 
@@ -101,7 +163,11 @@ def create_engine(
     accumulation: int,
     seed: int,
 ) -> deepspeed.DeepSpeedEngine:
-    """Model with initial weights from `seed`, optimizer and engine. `deepspeed_config` as read from the JSON."""
+    """Model with initial weights from `seed`, optimizer and engine. `deepspeed_config` as read from the JSON.
+
+    Raises ConfigError, on every rank alike, where this machine cannot compute in the precision.
+    """
+    distributed.agreed(lambda: check_device(deepspeed_config))
     # Its warnings here are that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
@@ -109,7 +175,9 @@ def create_engine(
     groups = lamb.parameter_groups(module, optimizer.weight_decay)
     client = None
     if optimizer.name == "lamb":
-        client = lamb.Lamb(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+        client = lamb.Lamb(
+            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, variant=optimizer.lamb_variant()
+        )
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=groups,
@@ -117,8 +185,36 @@ def create_engine(
         config=complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation),
     )
     if client is not None:
-        lamb.bind(engine)
+        distributed.agreed(lambda: lamb.bind(engine))
+    if loss_scale(engine) is not None:
+        _hold_loss_scale(engine.optimizer)
     return engine
+
+
+def free_memory() -> None:
+    """After an engine was destroyed and forgotten: its parts refer to each other, and only this lets go of them.
+
+    At stage 3 DeepSpeed 0.19 also keeps a module in a list of its own, and the parameters' coordinator in the cache of
+    one of its methods.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in method.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    gc.collect()
+    if distributed.device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def partition_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
+    """Elements of the flat partitions that ZeRO cut on this rank; none at stage 0. Equal on all ranks."""
+    if engine.zero_optimization_stage() == 0:
+        return []
+    groups = [group["params"] for group in engine.basic_optimizer.param_groups]
+    if engine.zero_optimization_stage() == 3:
+        groups = [engine.optimizer.fp32_partitioned_groups_flat]
+    return [flat.numel() for flats in groups for flat in flats]
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
@@ -126,34 +222,89 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """What the loss is multiplied by before the next backward pass in fp16; None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def _hold_loss_scale(optimizer: Any) -> None:
+    """Keep the loss scale as it is during optimizer.step(); `step_and_norm` updates it afterwards.
+
+    DeepSpeed 0.19 updates the scale first and divides the gradients by it then: in a step in which it grows, they come
+    out half as large as they are, and clipping sees half their norm.
+    """
+    optimizer._update_scale = lambda overflow: None
+
+
 def step_and_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
-    """engine.step() at the end of an accumulation; → the global gradient norm before clipping, L2."""
+    """engine.step() at the end of an accumulation; → the global gradient norm before clipping, L2.
+
+    In fp16 the norm is that of the gradients without loss scale. Where they overflow, the norm is inf, DeepSpeed leaves
+    the update out and the loss scale is halved. Raises FloatingPointError, on every rank alike, where it cannot be.
+    """
     norm = None
-    if not hasattr(engine.optimizer, "_global_grad_norm"):
+    if engine.optimizer is engine.basic_optimizer:
         # ZeRO 0 in fp32: every rank holds the averaged gradients, and DeepSpeed keeps no norm of them.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+    scale = loss_scale(engine)
     engine.step()
-    return engine.get_global_grad_norm() if norm is None else norm
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    if scale is None:
+        return norm
+    overflow = bool(engine.optimizer.overflow)
+    smallest = engine._config.float16_config.min_loss_scale if engine.dynamic_loss_scale() else scale
+    if overflow and scale <= smallest:
+        raise FloatingPointError(
+            f"gradients overflow at the loss scale {scale:g}, which cannot fall further (fp16.loss_scale, "
+            "fp16.min_loss_scale); resume from the last checkpoint with a lower optimizer.lr, or in bf16"
+        )
+    type(engine.optimizer)._update_scale(engine.optimizer, overflow)
+    return norm
 
 
 def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Name → fp32 weights on the CPU, master weights where the model computes in less; tied ones appear once. On rank
     0; empty on the others.
 
-    One all-reduce a parameter over the data-parallel group under ZeRO: every rank must call.
+    One collective a parameter over the data-parallel group under ZeRO: every rank must call.
     """
-    # ZeRO 0 in bf16 (FP16_UnfusedOptimizer) keeps whole masters in lists beside the parameters.
-    optimizer = engine.optimizer
-    low, high = getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])
-    beside = {p: master for ps, masters in zip(low, high, strict=True) for p, master in zip(ps, masters, strict=True)}
+    beside = _masters_beside(engine.optimizer)
     weights = {}
     for name, parameter in engine.module.mlm.named_parameters():
         master = safe_get_full_fp32_param(parameter)
         if master is None:
             master = beside.get(parameter, parameter)
-        assert master.dtype == torch.float32, f"{name}: no fp32 master weights in {type(optimizer).__name__}"
+        assert master.dtype == torch.float32, f"{name}: no fp32 master weights in {type(engine.optimizer).__name__}"
         if distributed.rank() == 0:
             # A copy: safetensors refuses tensors that share storage, as DeepSpeed's flattened ones do.
             weights[name] = master.detach().to("cpu", copy=True)
     return weights
+
+
+def _masters_beside(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
+    """Parameter → whole fp32 master, where ZeRO 0 in bf16 keeps them in lists beside the parameters."""
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        masters = optimizer.fp32_groups
+    elif isinstance(optimizer, FP16_Optimizer):
+        flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        masters = [_unflatten_dense_tensors(group_flat, group) for group_flat, group in flat]
+    else:
+        return {}
+    groups = zip(optimizer.fp16_groups, masters, strict=True)
+    return {p: master for group, of_group in groups for p, master in zip(group, of_group, strict=True)}
+
+
+def not_rounded(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the parameters that are not their fp32 weights, as `full_fp32_weights` gave them, rounded.
+
+    On rank 0; empty on the others. Under ZeRO 3 one all-gather a parameter: every rank must call.
+    """
+    differing: list[str] = []
+    for name, parameter in engine.module.mlm.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, enabled=is_zero_param(parameter)):
+            # Compared on the rank that has them; the others only lend their parts.
+            if name in weights and not torch.equal(weights[name].to(parameter.dtype), parameter.detach().cpu()):
+                differing.append(name)
+    return differing

@@ -17,10 +17,11 @@ from transformers.utils import logging
 from maskvr_ds import checkpoint
 from maskvr_ds.checkpoint import BERT, CheckpointError
 
-# Largest difference of a logit, relative to the largest logit (absolute below 1). In bf16 one rounding is 2^-8.
 # Case, accents, punctuation, another script, a special token spelled out.
 _SAMPLES = ("Hello World, naïve CAFÉ!", "tokens: don't, e-mail, 3.14\n\ttab", "Ünïcode 東京 привет", "a [MASK] b")
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5}
+# Largest difference of a logit, relative to the largest logit (absolute below 1). One rounding: 2^-8 in bf16, 2^-11
+# in fp16.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 
 
 class ExportError(ValueError):

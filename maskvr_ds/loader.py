@@ -3,12 +3,15 @@
 Sample s of a run (s = 0, 1, 2, …) is row π_e(s mod N) of the corpus of N rows, e = s div N its epoch and π_e a
 permutation keyed by (seed, e). Step t consumes samples tB … (t+1)B − 1; rank and world size decide only who
 reads which of them. The state to resume is one integer: samples consumed.
+
+With J copies every row comes J times running: s div J takes the place of s, and copy j = s mod J of the row's epoch e
+bears the epoch number eJ + j, so that it has a mask, and a share in digests, of its own.
 """
 
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -58,14 +61,20 @@ class KeyedPermutation:
 _permutation = lru_cache(maxsize=16)(KeyedPermutation)
 
 
-def sample_rows(samples: NDArray[np.int64], rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Samples of a run, int64 [n] ascending → (rows int64 [n], epochs int64 [n]) of a corpus of `rows` rows."""
+def sample_rows(
+    samples: NDArray[np.int64], rows: int, seed: int, copies: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Samples of a run, int64 [n] ascending → (rows int64 [n], epochs int64 [n]) of a corpus of `rows` rows.
+
+    copies: J; epochs then count the times that the row was read before, J an epoch.
+    """
+    samples, copy = np.divmod(samples, copies)
     epochs, index = np.divmod(samples, rows)
     out = np.empty_like(samples)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
         out[here] = _permutation(rows, hashing.fold(seed, epoch))(index[here])
-    return out, epochs
+    return out, epochs * copies + copy
 
 
 def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64], *, pin: bool = False) -> TokenBatch:
@@ -100,7 +109,8 @@ class Loader:
     Args:
         corpus: what to read.
         seed: keys the order, together with the epoch.
-        global_size: sequences a step over all ranks; a multiple of `world_size` (ValueError otherwise).
+        global_size: sequences a step over all ranks; a multiple of `world_size` and of `copies` (ValueError otherwise).
+        copies: J, how often each row comes in a global batch.
         rank, world_size: who reads.
         device: where batches are handed over.
         prefetch: steps to read ahead.
@@ -116,11 +126,17 @@ class Loader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         prefetch: int = 2,
+        copies: int = 1,
     ) -> None:
         if global_size % world_size:
             raise ValueError(f"a global batch of {global_size} sequences does not divide among {world_size} ranks")
+        if global_size % copies:
+            raise ValueError(
+                f"a global batch of {global_size} sequences does not divide by {copies} copies of each row"
+            )
         self.corpus = corpus
         self.seed = seed
+        self.copies = copies
         self.global_size = global_size
         self.rank, self.share = rank, global_size // world_size
         self.device = torch.device(device)
@@ -132,7 +148,7 @@ class Loader:
         share = self.rank * self.share + np.arange(self.share)
         for first in itertools.count(samples_consumed, steps * self.global_size):
             samples = first + np.arange(steps)[:, None] * self.global_size + share
-            rows, epochs = sample_rows(samples.ravel(), self.corpus.rows, self.seed)
+            rows, epochs = sample_rows(samples.ravel(), self.corpus.rows, self.seed, self.copies)
             for step in np.split(np.arange(len(rows)), steps):
                 yield read_rows(self.corpus, rows[step], epochs[step], pin=self.device.type == "cuda")
 
@@ -141,7 +157,7 @@ class Loader:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def batches(self, samples_consumed: int = 0) -> Iterator[TokenBatch]:
+    def batches(self, samples_consumed: int = 0) -> Generator[TokenBatch, None, None]:
         """Endless: the share [global_size / world_size, L] of each step after `samples_consumed` samples."""
         reader = self._read(samples_consumed)
         with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=self._on_own_device) as pool:

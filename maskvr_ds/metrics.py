@@ -1,4 +1,5 @@
-"""Metrics of a run → metrics.jsonl (a line a step), DeepSpeed's monitors, a progress bar, a plot.
+"""Metrics of a run → metrics.jsonl (a line a step), trust_ratios.jsonl (a line now and then), DeepSpeed's monitors, a
+progress bar, a plot. T tensors being trained.
 
 Figures that lie on the device are copied to the host beside the computation and read one step later, so that
 logging never makes the device wait.
@@ -9,16 +10,22 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from maskvr_ds.config import MonitorConfig
 
 METRICS = "metrics.jsonl"
+TRUST_RATIOS = "trust_ratios.jsonl"
+_TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
+_HISTOGRAM = "train/trust_ratio_log10"
 # Seconds between the lines that stand in for the progress bar where stderr is no terminal.
 _LINE_EVERY = 30.0
 
@@ -42,6 +49,17 @@ class DeferredTensor:
         return self._host.tolist()
 
 
+class DeferredFigures:
+    """Names and their values, a float tensor [len(names)], on its way to the host."""
+
+    def __init__(self, names: Sequence[str], tensor: torch.Tensor) -> None:
+        self._names = names
+        self._tensor = DeferredTensor(tensor)
+
+    def values(self) -> dict[str, float]:
+        return dict(zip(self._names, self._tensor.values(), strict=True))
+
+
 @dataclass
 class StepRecord:
     """One step, figures on the device still pending.
@@ -49,6 +67,8 @@ class StepRecord:
     counters: int64 [4], all-reduced: data_digest, mask_digest, predictions, sequences without a maskable token.
     loss_sum: float64 [1], all-reduced: Σ w ℓ over the global batch, in nats.
     grad_norm: global norm before clipping; float, or scalar tensor.
+    trust_ratios: fp32 [T], of the optimizers that have them.
+    proposal: of the mask proposal, where there is one.
     """
 
     step: int
@@ -59,10 +79,13 @@ class StepRecord:
     loss_sum: DeferredTensor
     grad_norm: "DeferredTensor | float"
     extra: dict[str, Any]
+    trust_ratios: DeferredTensor | None = None
+    proposal: DeferredFigures | None = None
 
     def resolve(self) -> dict[str, Any]:
         data_digest, mask_digest, predictions, skipped = self.counters.values()
         norm = self.grad_norm.values() if isinstance(self.grad_norm, DeferredTensor) else self.grad_norm
+        ratios = {} if self.trust_ratios is None else trust_ratio_figures(self.trust_ratios.values())
         return {
             "step": self.step,
             "samples": self.samples,
@@ -74,8 +97,23 @@ class StepRecord:
             "skipped_sequences": skipped,
             "data_digest": f"{data_digest & (1 << 64) - 1:016x}",
             "mask_digest": f"{mask_digest & (1 << 64) - 1:016x}",
+            **ratios,
+            **({} if self.proposal is None else self.proposal.values()),
             **self.extra,
         }
+
+
+def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
+    """Least, median and greatest trust ratio of the tensors that were adapted; NaN if one of them is.
+
+    A ratio of exactly 1 says that the tensor was not adapted: a norm was 0 or, in the variants that leave biases and
+    LayerNorms alone, it never is. Those are more than half of BERT's tensors, and the median would always be 1. Where
+    no tensor was adapted all figures are 1.
+    """
+    values = np.asarray(ratios)
+    adapted = values[values != 1] if (values != 1).any() else values
+    figures = (adapted.min(), np.median(adapted), adapted.max())
+    return {key: float(value) for key, value in zip(_TRUST_RATIO_FIGURES, figures, strict=True)}
 
 
 class MetricsLog:
@@ -87,6 +125,7 @@ class MetricsLog:
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to feed.
         token_flops: floating-point operations that one token of the global batch costs each rank.
+        tensor_names: T names, what the trust ratios are of.
     """
 
     def __init__(
@@ -99,16 +138,21 @@ class MetricsLog:
         total_steps: int,
         monitor: MonitorConfig,
         token_flops: float,
+        tensor_names: Sequence[str] = (),
     ) -> None:
         self.active = rank == 0
         self._pending: StepRecord | None = None
         self._tokens = resume_tokens
         self._token_flops = token_flops
+        self._tensor_names = tensor_names
+        self._histogram_every = monitor.histogram_every
         if not self.active:
             return
         self.path = folder / METRICS
-        kept = [line for line in read_lines(self.path) if line["step"] <= resume_step] if resume_step else []
-        _rewrite(self.path, kept)
+        self._ratios_path = folder / TRUST_RATIOS
+        _keep_until(resume_step, self.path)
+        if self._ratios_path.exists():
+            _keep_until(resume_step, self._ratios_path)
         # Line buffered: what was logged before a kill is on disk.
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._monitor = _monitor_master(folder, monitor)
@@ -146,8 +190,27 @@ class MetricsLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._file.write(json.dumps(finite) + "\n")
         events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
+        if pending.trust_ratios is not None and self._histogram_every and pending.step % self._histogram_every == 0:
+            self._write_trust_ratios(line, pending.trust_ratios.values())
         self._monitor.write_events([e for e in events if e[0] not in ("train/step", "train/samples")])
         self._show(line)
+
+    def _write_trust_ratios(self, line: dict[str, Any], ratios: list[float]) -> None:
+        """All ratios by name, and their histogram to the monitors that show histograms (the CSV one does not)."""
+        finite = [ratio if math.isfinite(ratio) else None for ratio in ratios]
+        by_name = dict(zip(self._tensor_names, finite, strict=True))
+        with self._ratios_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}) + "\n")
+        # They spread over decades. MonitorMaster.write_events takes scalars only, hence past it.
+        logarithms = np.log10([ratio for ratio in finite if ratio is not None and ratio > 0])
+        if not len(logarithms):
+            return
+        if self._monitor.tb_monitor is not None:
+            self._monitor.tb_monitor.summary_writer.add_histogram(_HISTOGRAM, logarithms, line["samples"])
+        if self._monitor.wandb_monitor is not None:
+            import wandb
+
+            self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["samples"])
 
     def synchronise(self) -> None:
         """Have everything so far on disk, to survive what a checkpoint survives."""
@@ -176,6 +239,8 @@ class MetricsLog:
             self.flush()
             self._bar.close()
             self._file.close()
+            if self._monitor.tb_monitor is not None:
+                self._monitor.tb_monitor.summary_writer.close()
 
 
 def _monitor_master(folder: Path, monitor: MonitorConfig) -> Any:
@@ -203,32 +268,59 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+def _keep_until(step: int, path: Path) -> None:
+    """Drop the lines of later steps; all of them where `step` is 0. The file is there afterwards."""
+    lines = [line for line in read_lines(path) if line["step"] <= step] if step else []
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     temporary.replace(path)
 
 
 def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
-    """Training and held-out loss over steps → PNG. `reference`: label → loss, drawn as horizontal lines."""
+    """Training and held-out loss over steps → PNG; below it the trust ratios, where there are any.
+
+    reference: label → loss, drawn as horizontal lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     lines = read_lines(metrics)
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120)
-    losses = [math.nan if x["loss"] is None else x["loss"] for x in lines]
-    axes.plot([x["step"] for x in lines], losses, linewidth=0.8, alpha=0.7, label="training")
+    with_ratios = any(_TRUST_RATIO_FIGURES[0] in x for x in lines)
+    figure, panels = plt.subplots(
+        1 + with_ratios, figsize=(7, 6.4 if with_ratios else 4.2), dpi=120, sharex=True, squeeze=False
+    )
+    axes = panels[0, 0]
+    axes.plot([x["step"] for x in lines], _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
     held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
+    for before, after in pairwise(lines):
+        if after.get("phase") != before.get("phase"):
+            axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
+            top = axes.get_xaxis_transform()  # y from 0 to 1 whatever the losses
+            axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
     for label, value in (reference or {}).items():
         axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
-    axes.set_xlabel("step")
     axes.set_ylabel("masked-token loss [nats]")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    if with_ratios:
+        axes = panels[1, 0]
+        lowest, median, highest = (_column(lines, key) for key in _TRUST_RATIO_FIGURES)
+        steps = [x["step"] for x in lines]
+        axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="least to greatest tensor")
+        axes.plot(steps, median, linewidth=0.8, label="median tensor")
+        axes.set_yscale("log")
+        axes.set_ylabel("LAMB's trust ratio")
+    axes.set_xlabel("step")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     figure.savefig(output)
     plt.close(figure)
+
+
+def _column(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """A figure of every line; NaN where it is null or missing."""
+    return [math.nan if x.get(key) is None else x[key] for x in lines]

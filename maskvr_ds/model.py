@@ -4,6 +4,8 @@ B sequences, L positions, K predictions a sequence, D hidden, V vocabulary. Of L
 predicted: the head's [B, K, V] logits, not [B, L, V], is what makes large vocabularies affordable.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,7 +36,13 @@ def bert_config(model: ModelConfig, *, vocab_size: int, pad_id: int) -> BertConf
 
 
 class MaskedLanguageModel(nn.Module):
-    """BertForMaskedLM whose forward takes a mask's positions and returns each prediction's loss."""
+    """BertForMaskedLM whose forward takes a mask's positions and returns each prediction's loss.
+
+    observer: called in every training forward pass with h [B, K, D], the hidden states that enter the prediction head,
+    and the losses [B, K], for hooks on both (gradient_norm.py); None: nobody looks.
+    """
+
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
     def __init__(self, config: BertConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -42,24 +50,35 @@ class MaskedLanguageModel(nn.Module):
         if activation_checkpointing:
             self.mlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def logits(
+    def hidden(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """input_ids int64 [B, L], positions int64 [B, K], attention_mask bool [B, L] or None → [B, K, V]."""
+        """h: input_ids int64 [B, L], positions int64 [B, K], attention_mask bool [B, L] or None → [B, K, D]."""
         hidden = self.mlm.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        predicted = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.mlm.cls(predicted)
+        return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy of every prediction in nats: labels int64 [B, K] → float32 [B, K]."""
-        logits = self.logits(input_ids, positions, attention_mask)
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        """Cross-entropy of every prediction in nats: labels int64 [B, K] → float32 [B, K].
+
+        Without labels: logits [B, K, V].
+
+        Under ZeRO 3 everything that computes goes through here: the hooks that gather a module's parameters follow the
+        order of a whole forward pass.
+        """
+        hidden = self.hidden(input_ids, positions, attention_mask)
+        logits = self.mlm.cls(hidden)
+        if labels is None:
+            return logits
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        if self.observer is not None and losses.requires_grad:
+            self.observer(hidden, losses)
+        return losses
 
 
 def weighted_loss(model: nn.Module, masked: MaskedBatch) -> torch.Tensor:

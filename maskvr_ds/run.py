@@ -1,30 +1,131 @@
 """What a run stands on: its corpora, its folder, and what of it must not change."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipeline.shards import Corpus
 from maskvr_ds import checkpoint, distributed, hashing
-from maskvr_ds.config import ConfigError, RunConfig, dump_config
+from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
+from maskvr_ds.masking import Corruption, Masker
+from maskvr_ds.phases import RunPhase
+from maskvr_ds.strategies import Parameters, Proposal, segments, span_thresholds
+from maskvr_ds.vocabulary import frequency_scores, token_counts, word_starts
 
 CONFIG = "config.yaml"
 
 
-def open_corpora(config: RunConfig, rank: int, world_size: int) -> tuple[Corpus, Corpus | None]:
-    """Training and held-out corpus, their shards verified (the work divided among the ranks)."""
+def open_corpora(config: RunConfig) -> tuple[Corpus, Corpus | None]:
+    """Training and held-out corpus; opening reads no token data."""
     corpus = Corpus(config.data.path)
     if corpus.sequence_length > config.model.max_position_embeddings:
         raise ConfigError(
             f"{config.data.path}: sequences of {corpus.sequence_length} tokens exceed "
             f"model.max_position_embeddings {config.model.max_position_embeddings}"
         )
-    held_out = _open_held_out(config, corpus)
+    check_masking(config, corpus)
+    return corpus, _open_held_out(config, corpus)
+
+
+def check_masking(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError for what sequence length and vocabulary do not allow."""
+    masking, longest = config.masking, corpus.sequence_length - 2
+    if masking.strategy == "fully_explored":
+        if masking.final_rate is not None:
+            for n in range(1, longest + 1):
+                if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
+                    raise ConfigError(
+                        f"masking.final_rate {masking.final_rate:g}: with strategy fully_explored the rate must not "
+                        f"change the number of segments within a round, and rows of {n} tokens would go from {before} "
+                        f"to {after}; leave final_rate out, or change the rate from phase to phase"
+                    )
+        if (copies := sequence_copies(masking, corpus)) > (most := segments(longest, masking.rate)):
+            raise ConfigError(
+                f"masking.segments_per_sequence {copies}: a sequence of {corpus.sequence_length} tokens has {most} "
+                f"segments at rate {masking.rate:g}; that is the most"
+            )
+        if config.batch.global_size % copies:
+            below = config.batch.global_size // copies * copies
+            sizes = [size for size in (below, below + copies) if size]
+            raise ConfigError(
+                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the segments of a "
+                f"sequence that share a global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
+                "masking.segments_per_sequence to a divisor of it"
+            )
+    if masking.strategy in ("whole_word", "span"):
+        word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
+
+
+def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
+    """J: how often a row comes in a global batch. All segments of a full row, where their number is not given."""
+    if masking.placement != "same_batch":
+        return 1
+    return masking.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
+
+
+def create_masker(
+    masking: MaskingConfig, corpus: Corpus, *, seed: int, device: torch.device, proposal: Proposal | None = None
+) -> Masker:
+    """The run's masks. Every rank calls. proposal: of strategy mapnet.
+
+    Collectives (strategy frequency): one all-reduce of int64 [V], the tokens that each rank counted in its share of the
+    shards; one broadcast of the scores, which a power on other hardware may round otherwise.
+    """
+    parameters = Parameters(floor=masking.floor, proposal=proposal)
+    vocab_size = corpus.manifest.vocab_size
+    if masking.strategy in ("whole_word", "span"):
+        starts = torch.from_numpy(word_starts(corpus.tokenizer_folder, vocab_size))
+        thresholds = span_thresholds(masking.span_probability, masking.span_maximum)
+        parameters = replace(parameters, word_starts=starts, span_thresholds=thresholds)
+    if masking.strategy == "frequency":
+        mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
+        counted = distributed.agreed(lambda: token_counts(corpus, mine))
+        counts = distributed.all_reduce_sum(torch.from_numpy(counted).to(device)).cpu().numpy()
+        scores = distributed.broadcast_object(frequency_scores(counts, masking.frequency_power))
+        parameters = replace(parameters, token_scores=torch.from_numpy(scores))
+    return distributed.agreed(
+        lambda: Masker.for_corpus(
+            corpus.manifest,
+            seed=seed,
+            strategy=masking.strategy,
+            parameters=parameters,
+            rate=masking.rate,
+            final_rate=masking.final_rate,
+            corruption=Corruption(masking.mask_probability, masking.random_probability),
+            device=device,
+        )
+    )
+
+
+def open_and_verify(config: RunConfig, rank: int, world_size: int) -> tuple[Corpus, Corpus | None]:
+    """As `open_corpora`, the shards verified as data.verify says (the work divided among the ranks)."""
+    corpus, held_out = open_corpora(config)
     if config.data.verify == "full":
         for opened in (corpus, held_out):
             if opened is not None:
                 opened.verify(range(rank, len(opened.manifest.shards), world_size))
     return corpus, held_out
+
+
+def check_corpora(phases: Sequence[RunPhase]) -> None:
+    """Open what every phase will need, so that no fault waits for the end of the phase before it.
+
+    Raises ValueError naming the phase, also where its tokenizer is not that of the first of them.
+    """
+    first: Corpus | None = None
+    for phase in phases:
+        corpus, _ = phase.naming(partial(open_corpora, phase.config))
+        first = first or corpus
+        if (theirs := corpus.manifest.tokenizer_sha256) != (ours := first.manifest.tokenizer_sha256):
+            raise ConfigError(
+                f"phase {phase.name!r}: {corpus.folder}: tokenizer {theirs[:12]} differs from {ours[:12]} of "
+                f"{first.folder}; build the corpora of all phases with one tokenizer"
+            )
 
 
 def _open_held_out(config: RunConfig, corpus: Corpus) -> Corpus | None:
@@ -42,28 +143,28 @@ def _open_held_out(config: RunConfig, corpus: Corpus) -> Corpus | None:
     return held_out
 
 
-def open_run_folder(config: RunConfig, resume: str | None) -> Path | None:
-    """Make or re-open config.output_dir; → the checkpoint to go on from, if any."""
+def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, if any. Raises ValueError where output_dir holds what must not be written over."""
     run = config.output_dir
+    # A kill while config.yaml is written leaves a partial file alone.
+    used = run.exists() and any(not p.name.endswith(".partial") for p in run.iterdir())
+    if used and resume is None:
+        raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
+    latest = None if resume is None else checkpoint.find(run, resume)
+    if used and latest is None and not (run / CONFIG).is_file():
+        raise ConfigError(f"output_dir {run} is not empty and not a run's folder ({CONFIG} is missing)")
+    return latest
 
-    def find() -> Path | None:
-        # A kill while config.yaml is written leaves a partial file alone.
-        used = run.exists() and any(not p.name.endswith(".partial") for p in run.iterdir())
-        if used and resume is None:
-            raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
-        latest = None if resume is None else checkpoint.find(run, resume)
-        if used and latest is None and not (run / CONFIG).is_file():
-            raise ConfigError(f"output_dir {run} is not empty and not a run's folder ({CONFIG} is missing)")
-        run.mkdir(parents=True, exist_ok=True)
-        return latest
+
+def make_run_folder(run: Path) -> None:
+    """Every rank calls."""
 
     def look() -> None:
         if not run.is_dir():
             raise ConfigError(f"output_dir {run}: not on a file system that all nodes share")
 
-    latest = distributed.agreed(find, on=0)
+    distributed.agreed(lambda: run.mkdir(parents=True, exist_ok=True), on=0)
     distributed.agreed(look)
-    return latest
 
 
 def write_config(config: RunConfig) -> None:
@@ -81,9 +182,9 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     return {"deepspeed": config.deepspeed, **nested}
 
 
-def run_identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """What must not change within a run, in JSON types."""
-    manifest = corpus.manifest
+def run_identity(phase: RunPhase, corpus: Corpus) -> dict[str, Any]:
+    """What must not change within a phase, in JSON types."""
+    config, manifest = phase.config, corpus.manifest
     identity = {
         "tokenizer": manifest.tokenizer_sha256,
         "sequence_length": manifest.sequence_length,
@@ -92,7 +193,12 @@ def run_identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "masking": config.masking.model_dump(),
-        # DeepSpeed takes all of these but lr from the checkpoint: a change would go unheeded.
+        # Moments, decay and clipping come from the checkpoint: a change would go unheeded, or be another optimizer.
         "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
+    if config.masking.strategy == "mapnet":
+        identity["mapnet"] = config.mapnet.model_dump(exclude={"lr", "check_every"})
+    if phase.start is not None:
+        # What was zeroed stays zeroed: a change would go unheeded.
+        identity["start"] = phase.start.model_dump(include={"moments", "step_counter"})
     return json.loads(json.dumps(identity))

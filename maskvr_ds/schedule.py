@@ -1,18 +1,54 @@
-"""Learning rate as a function of the step: linear warm-up, then polynomial decay (Devlin et al. 2018; You et al.
-2019, arXiv 1904.00962, §4). A function of the step alone, so a resumed run needs no scheduler state."""
+"""Learning rate as a function of the step alone, so that a resumed run needs no scheduler state.
+
+η(s) is the rate of update s = 0, 1, 2, … of a schedule of T steps, with W warm-up steps, peak η* = optimizer.lr:
+
+    warm-up, s < W       η = η₀ + (η* − η₀) · ((s + 1) / W)^q          η₀ initial_lr, q warmup_power
+    polynomial           η = η₁ + (η* − η₁) · (1 − t)^p                η₁ final_lr, p power
+        t = (s − W) / (T − W), or s / T where decay_from is "start"; η₁ from s = T on
+    exponential          η = η₁ + (η* − η₁) · r^((s − W) / D)          r decay_rate, D decay_steps
+
+Linear warm-up and polynomial decay: Devlin et al. 2018; You et al. 2019, arXiv 1904.00962, §4.
+
+Differences from NVIDIA's (NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT/schedulers.py,
+PolyWarmUpScheduler), which is polynomial with q = 1, p = 0.5 and decay_from "start": it counts updates from 1,
+x = (s + 1) / T. The warm-up, η* x / share while x < share, is ours but for the rounding of W = share · T: 1 update in
+7,038. The decay is (1 − x)^p: ours gives update s what theirs gives update s − 1, and their last one has rate 0 and
+changes nothing. At the end of the warm-up both fall from η* to (1 − share)^p η* at once.
+
+Differences from bing_bert's "EE" (deepspeedai/DeepSpeedExamples, training/bing_bert/deepspeed_train.py,
+update_learning_rate: warmup_exp_decay_exp + lr_offset), which is exponential with q = 2: its warm-up is (s / W)^q, so
+its first update has rate η₀; ours is one update ahead. The decay is the same. Its lr_offset o is added to all of it:
+initial_lr = final_lr = o, and optimizer.lr = its learning rate + o.
+"""
+
+from maskvr_ds.config import ScheduleConfig
 
 
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, total_steps: int, power: float = 1.0, final: float = 0.0
-) -> float:
-    """The rate of update number `step` (0-based).
+def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float, total_steps: int) -> float:
+    """η of update number `step` (0-based) of a schedule of `total_steps` steps that rises to `peak`.
 
-    Step s of the warm-up uses peak · (s + 1) / warmup_steps, so that no update is wasted on a rate of 0; then
-    final + (peak − final) · (1 − t)^power with t the share of the remaining steps already done; `final` from
-    total_steps on.
+    The first update of a warm-up from 0 has rate peak / W^q, so that no update is wasted on a rate of 0.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if step >= total_steps:
-        return final
-    return final + (peak - final) * (1 - (step - warmup_steps) / (total_steps - warmup_steps)) ** power
+    warmup = schedule.warmup(total_steps)
+    if step < warmup:
+        risen = ((step + 1) / warmup) ** schedule.warmup_power
+        return schedule.initial_lr + (peak - schedule.initial_lr) * risen
+    if schedule.decay == "exponential":
+        assert schedule.decay_rate is not None
+        assert schedule.decay_steps is not None
+        left = schedule.decay_rate ** ((step - warmup) / schedule.decay_steps)
+    elif step >= total_steps:
+        left = 0.0
+    else:
+        begin = warmup if schedule.decay_from == "warmup" else 0
+        left = (1 - (step - begin) / (total_steps - begin)) ** schedule.power
+    return schedule.final_lr + (peak - schedule.final_lr) * left
+
+
+def masking_rate(step: int, rate: float, final_rate: float | None, *, total_steps: int) -> float:
+    """Linear from `rate` at step 0 to `final_rate` (None: `rate`) at the last, total_steps − 1, and constant behind."""
+    if final_rate is None:
+        return rate
+    t = min(1.0, step / max(1, total_steps - 1))
+    # Rounding must not leave the interval: masks have room for the greater rate's predictions and no more.
+    return min(max((1 - t) * rate + t * final_rate, min(rate, final_rate)), max(rate, final_rate))

@@ -43,9 +43,8 @@ def test_without_errors_every_rank_has_its_own_result() -> None:
     assert run_ranks(fail_on, 2, []) == [[0, "from 1", 2], [10, "from 1", 2]]
 
 
-@pytest.mark.parametrize(("loss", "norm", "named"), [(float("nan"), 1.0, "loss"), (1.0, float("inf"), "grad_norm")])
-def test_a_diverged_step_is_not_saved(loss: float, norm: float, named: str) -> None:
-    record = StepRecord(
+def record_of(loss: float, norm: float, **extra: float) -> StepRecord:
+    return StepRecord(
         step=7,
         samples=8,
         tokens=80,
@@ -53,10 +52,22 @@ def test_a_diverged_step_is_not_saved(loss: float, norm: float, named: str) -> N
         counters=DeferredTensor(torch.tensor([1, 1, 1, 0])),
         loss_sum=DeferredTensor(torch.tensor([loss], dtype=torch.float64)),
         grad_norm=norm,
-        extra={},
+        extra=dict(extra),
     )
+
+
+@pytest.mark.parametrize(("loss", "norm", "named"), [(float("nan"), 1.0, "loss"), (1.0, float("inf"), "grad_norm")])
+def test_a_diverged_step_is_not_saved(loss: float, norm: float, named: str) -> None:
     with pytest.raises(FloatingPointError, match=f"step 7: {named} is (nan|inf); not saved"):
-        check_finite(record)
+        check_finite(record_of(loss, norm))
+
+
+def test_an_overflow_of_fp16_is_no_divergence() -> None:
+    check_finite(record_of(1.0, float("inf"), loss_scale=65536.0))
+    with pytest.raises(FloatingPointError, match="grad_norm is nan"):
+        check_finite(record_of(1.0, float("nan"), loss_scale=65536.0))
+    with pytest.raises(FloatingPointError, match="loss is inf"):
+        check_finite(record_of(float("inf"), float("inf"), loss_scale=65536.0))
 
 
 def test_is_due() -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from maskvr_ds import checkpoint
 from maskvr_ds.checkpoint import complete_checkpoints
+from maskvr_ds.metrics import TRUST_RATIOS, read_lines
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
     NO_DROPOUT,
@@ -149,7 +150,7 @@ def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> Non
     The undisturbed run goes through `deepspeed --module`, the others through `maskvr train`: they do the same.
     """
     values = configuration(tmp_path / "whole", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
-    values |= {"deepspeed": "zero2_fp32", "monitor": {"tensorboard": True, "csv": True}}
+    values |= {"deepspeed": "zero2_fp32", "monitor": {"tensorboard": True, "csv": True, "histogram_every": 10}}
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
     whole = run_deepspeed("--config", config)
@@ -167,8 +168,11 @@ def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> Non
     assert "is not empty; add --resume auto" in refused.stderr
     resumed = run_command(*words, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
-    figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
+    figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest", "trust_ratio_median")
     assert column(killed, *figures) == column(tmp_path / "whole", *figures)
+    ratios = [read_lines(run / TRUST_RATIOS) for run in (killed, tmp_path / "whole")]
+    assert ratios[0] == ratios[1]
+    assert [line["step"] for line in ratios[0]] == [10, 20, 30, 40]
     held_out = [[x.get("held_out_loss") for x in metrics(r)] for r in (killed, tmp_path / "whole")]
     assert held_out[0] == held_out[1]
     assert [p.name for p in complete_checkpoints(killed)] == ["step-00000030", "step-00000040"], "keep_last"

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,21 @@ def configuration(output: Path, corpus: Path, *, steps: int, **sections: Any) ->
     return values
 
 
-def train_all(runs: list[tuple[dict[str, Any], str | None]]) -> list[str | None]:
-    """On a rank: each (configuration, resume) in turn; → the error's text, or None where it trained."""
+def allow_fp16() -> None:
+    """On a rank: have DeepSpeed train in fp16 on this CPU, slowly, with torch's own kernels.
+
+    It asks whether oneDNN has fp16 matrix products, which few CPUs do; loss scaling does not depend on them.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False) -> list[str | None]:
+    """On a rank: each (configuration, resume) in turn; → the error's text, or None where it trained.
+
+    fp16: `allow_fp16` first.
+    """
     import logging
 
     from maskvr_ds import distributed
@@ -44,14 +61,88 @@ def train_all(runs: list[tuple[dict[str, Any], str | None]]) -> list[str | None]
 
     logging.disable(logging.WARNING)
     distributed.initialize()
+    if fp16:
+        allow_fp16()
     outcomes: list[str | None] = []
     for values, resume in runs:
         try:
             train(RunConfig.model_validate(values), resume)
             outcomes.append(None)
-        except (ValueError, distributed.RemoteError) as error:
+        except (ValueError, FloatingPointError, distributed.RemoteError) as error:
             outcomes.append(f"{type(error).__name__}: {error}")
     return outcomes
+
+
+@dataclass
+class Life:
+    """What one process a rank does before it ends: `jobs` as for `train_all`.
+
+    kill: ("step", n): SIGKILL when update n (0-based) is about to be made; ("saved", n): when the checkpoint of step n
+    is written. delete: a folder that goes before it begins.
+    """
+
+    jobs: list[tuple[dict[str, Any], str | None]]
+    kill: tuple[str, int] | None = None
+    delete: Path | None = None
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
+    """On a rank: the lives one after the other; → for each what `train_all` returned, or "killed".
+
+    Each is a fork of this process, which has imported everything and computed nothing: seconds cheaper than a launch.
+    """
+    import maskvr_ds.train  # noqa: F401
+
+    answers: list[list[str | None] | str] = []
+    for life, port in zip(lives, ports, strict=True):
+        if life.delete is not None:
+            shutil.rmtree(life.delete, ignore_errors=True)
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.environ["MASTER_PORT"] = str(port)
+            try:
+                _prepare_to_die(life.kill)
+                answer: Any = train_all(life.jobs)
+            except BaseException:
+                answer = [traceback.format_exc()]
+            os.write(write, json.dumps(answer).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            text = pipe.read()
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        answers.append("killed" if killed else json.loads(text))
+    return answers
+
+
+def _prepare_to_die(kill: tuple[str, int] | None) -> None:
+    from maskvr_ds import checkpoint
+    from maskvr_ds.phases import RunPhase
+
+    if kill is None:
+        return
+    place, at = kill
+    owner, name = (RunPhase, "learning_rate") if place == "step" else (checkpoint, "save")
+    original = getattr(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if (args[1] if place == "step" else args[2].step) == at:
+            # One after the other: no rank may see the death of another before its own.
+            time.sleep(0.3 * int(os.environ["RANK"]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapper)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,10 @@
-"""LAMB straight from the formula (arXiv:1904.00962, Algorithm 2): float64, one process, tensor by tensor."""
+"""LAMB, its variants and LARS straight from the formulas: float64, one process, tensor by tensor.
+
+Each class writes its own formula out; only the bookkeeping is shared.
+"""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -15,14 +19,24 @@ def clip(gradients: list[Tensor], maximum: float) -> float:
     return norm
 
 
-class ReferenceLamb:
-    """Holds its own float64 weights, in the order of `weights`; `decay` is λ for each of them."""
+def norm_of(tensor: Tensor) -> float:
+    return float(torch.linalg.norm(tensor))
+
+
+class ReferenceOptimizer(ABC):
+    """Holds its own float64 weights, in the order of `weights`; `decay` is λ of each, `lr` η of each or of all."""
 
     def __init__(
-        self, weights: list[Tensor], decay: list[float], lr: float, betas: tuple[float, float], eps: float
+        self,
+        weights: list[Tensor],
+        decay: list[float],
+        lr: float | list[float],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
     ) -> None:
         self.weights = [w.detach().double().clone() for w in weights]
-        self.decay, self.lr, self.betas, self.eps = decay, lr, betas, eps
+        self.decay, self.betas, self.eps = decay, betas, eps
+        self.lr = lr if isinstance(lr, list) else [lr] * len(weights)
         self.first = [torch.zeros_like(w) for w in self.weights]
         self.second = [torch.zeros_like(w) for w in self.weights]
         self.ratios = [1.0] * len(self.weights)
@@ -30,14 +44,90 @@ class ReferenceLamb:
 
     def step(self, gradients: list[Tensor]) -> None:
         self.t += 1
+        for i, gradient in enumerate(self.prepare([g.double() for g in gradients])):
+            self.update(i, gradient)
+
+    def prepare(self, gradients: list[Tensor]) -> list[Tensor]:
+        return gradients
+
+    def moments(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
         beta1, beta2 = self.betas
-        for i, gradient in enumerate(gradients):
-            g = gradient.double()
-            self.first[i] = beta1 * self.first[i] + (1 - beta1) * g
-            self.second[i] = beta2 * self.second[i] + (1 - beta2) * g * g
-            m_hat = self.first[i] / (1 - beta1**self.t)
-            v_hat = self.second[i] / (1 - beta2**self.t)
-            u = m_hat / (torch.sqrt(v_hat) + self.eps) + self.decay[i] * self.weights[i]
-            w_norm, u_norm = float(torch.linalg.norm(self.weights[i])), float(torch.linalg.norm(u))
-            self.ratios[i] = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
-            self.weights[i] = self.weights[i] - self.lr * self.ratios[i] * u
+        self.first[i] = beta1 * self.first[i] + (1 - beta1) * g
+        self.second[i] = beta2 * self.second[i] + (1 - beta2) * g * g
+        return self.first[i], self.second[i]
+
+    @abstractmethod
+    def update(self, i: int, g: Tensor) -> None: ...
+
+
+class ReferenceLamb(ReferenceOptimizer):
+    """arXiv:1904.00962, Algorithm 2, with φ(z) = z."""
+
+    def update(self, i: int, g: Tensor) -> None:
+        m, v = self.moments(i, g)
+        m_hat = m / (1 - self.betas[0] ** self.t)
+        v_hat = v / (1 - self.betas[1] ** self.t)
+        r = m_hat / (torch.sqrt(v_hat) + self.eps)
+        u = r + self.decay[i] * self.weights[i]
+        w_norm, u_norm = norm_of(self.weights[i]), norm_of(u)
+        self.ratios[i] = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
+        self.weights[i] = self.weights[i] - self.lr[i] * self.ratios[i] * u
+
+
+class ReferenceNvidiaLamb(ReferenceOptimizer):
+    """multi_tensor_lamb.cu: the global norm is brought down to 1 first; tensors without decay take Adam's step."""
+
+    def prepare(self, gradients: list[Tensor]) -> list[Tensor]:
+        global_norm = math.sqrt(sum(norm_of(g) ** 2 for g in gradients))
+        divisor = global_norm / 1.0 if global_norm > 1.0 else 1.0
+        return [g / divisor for g in gradients]
+
+    def update(self, i: int, g: Tensor) -> None:
+        m, v = self.moments(i, g)
+        unbiased_m, unbiased_v = m / (1 - self.betas[0] ** self.t), v / (1 - self.betas[1] ** self.t)
+        update = unbiased_m / (unbiased_v.sqrt() + self.eps) + self.decay[i] * self.weights[i]
+        rate = self.lr[i]
+        self.ratios[i] = 1.0
+        if self.decay[i] != 0:
+            w_norm, update_norm = norm_of(self.weights[i]), norm_of(update)
+            if w_norm != 0 and update_norm != 0:
+                self.ratios[i] = w_norm / update_norm
+                rate = self.lr[i] * (w_norm / update_norm)
+        self.weights[i] = self.weights[i] - rate * update
+
+
+class ReferenceDeepSpeedLamb(ReferenceOptimizer):
+    """fused_lamb_cuda_kernel.cu: uncorrected moments in the update, the correction in the step size, clamped ratio."""
+
+    bias_correction, min_coeff, max_coeff = True, 0.01, 10.0
+
+    def update(self, i: int, g: Tensor) -> None:
+        m, v = self.moments(i, g)
+        update = m / (v.sqrt() + self.eps) + self.decay[i] * self.weights[i]
+        step_size = self.lr[i]
+        if self.bias_correction:
+            step_size = self.lr[i] * math.sqrt(1 - self.betas[1] ** self.t) / (1 - self.betas[0] ** self.t)
+        w_norm, u_norm = norm_of(self.weights[i]), norm_of(update)
+        coeff = 1.0
+        if w_norm != 0 and u_norm != 0:
+            coeff = max(self.min_coeff, min(self.max_coeff, w_norm / u_norm))
+        self.ratios[i] = coeff
+        self.weights[i] = self.weights[i] - step_size * coeff * update
+
+
+class ReferenceBingBertLamb(ReferenceDeepSpeedLamb):
+    """With the settings of bing_bert: no bias correction, max_coeff 0.3."""
+
+    bias_correction, max_coeff = False, 0.3
+
+
+class ReferenceLars(ReferenceOptimizer):
+    """arXiv:1904.00962, Algorithm 1, with φ(z) = z; `betas[0]` is the momentum."""
+
+    def update(self, i: int, g: Tensor) -> None:
+        beta = self.betas[0]
+        m = beta * self.first[i] + (1 - beta) * (g + self.decay[i] * self.weights[i])
+        self.first[i] = m
+        w_norm, m_norm = norm_of(self.weights[i]), norm_of(m)
+        self.ratios[i] = w_norm / m_norm if w_norm > 0 and m_norm > 0 else 1.0
+        self.weights[i] = self.weights[i] - self.lr[i] * self.ratios[i] * m

@@ -8,7 +8,9 @@ import pytest
 from maskvr_ds import checkpoint
 from maskvr_ds.checkpoint import CheckpointError, CheckpointState, complete_checkpoints, find, read_state, verify
 
-STATE = CheckpointState(step=20, samples=640, world_size=2, zero_stage=2, dtype="float32", identity={"seed": 0})
+STATE = CheckpointState(
+    step=20, samples=640, world_size=2, zero_stage=2, dtype="float32", partitions=[100, 8], identity={"seed": 0}
+)
 
 
 def write(run: Path, step: int, *, complete: bool = True) -> Path:
@@ -86,5 +88,5 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
     content = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         read_state(folder)

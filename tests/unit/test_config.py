@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import ds_configs
 from maskvr_ds.config import (
     ConfigError,
     RunConfig,
@@ -57,9 +58,27 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("optimiser.lr=1", "optimiser: unknown key; known here: output_dir"),
         ("monitor.wandb={project: p, teem: x}", "monitor.wandb.teem: unknown key; known here: project, group, team"),
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0 .given: 0."),
+        ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: 0 ≤ min ≤ max expected"),
+        ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
+        ("optimizer={variant: nvidia, gradient_clipping: 0}", "norm of at most 1, gradient_clipping is 0; set it to 1"),
+        ("optimizer={name: adam, variant: nvidia}", "are LAMB's; optimizer.name is adam"),
         ("masking.rate=1", "masking.rate: Input should be less than 1 .given: 1."),
         ("masking.rate=0", "masking.rate: Input should be greater than 0"),
         ("masking.random_probability=0.3", "more than 1"),
+        ("masking.final_rate=0", "masking.final_rate: Input should be greater than 0"),
+        ("masking={strategy: frequency, floor: 0}", "masking.floor: Input should be greater than 0"),
+        ("masking={strategy: frequency, floor: 1.1}", "masking.floor: Input should be less than or equal to 1"),
+        ("masking.floor=0.2", "masking: floor belongs to strategy frequency; strategy is uniform"),
+        ("masking={strategy: span, placement: same_batch}", "placement belongs to strategy fully_explored; .* is span"),
+        (
+            "masking={strategy: fully_explored, segments_per_sequence: 2}",
+            "belongs to placement same_batch; leave it out",
+        ),
+        (
+            "masking={strategy: fully_explored, placement: same_batch, segments_per_sequence: 7}",
+            "batch.global_size 256 is not a multiple of masking.segments_per_sequence 7",
+        ),
+        ("masking.strategy=spam", "masking.strategy: Input should be 'uniform', 'whole_word', 'span'"),
         ("model.num_attention_heads=7", "hidden_size 768 is not a multiple of num_attention_heads 7"),
         ("model.preset=bert-huge", "model.preset: Input should be 'bert-tiny'"),
         ("schedule.warmup_steps=101", "schedule.warmup_steps 101 exceeds the schedule's 100 steps"),
@@ -107,12 +126,19 @@ def test_deepspeed_config_must_exist() -> None:
 
 
 def test_shipped_deepspeed_configs_leave_to_run_config_what_it_owns() -> None:
-    from maskvr_ds.engine import read_deepspeed_config
+    from maskvr_ds.engine import model_dtype, offloads, read_deepspeed_config, zero_stage
 
-    for name in ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero0_bf16", "zero1_bf16", "zero2_bf16"):
+    files = sorted(Path(ds_configs.__file__).parent.glob("*.json"))
+    assert len(files) == 13
+    for name in (file.stem for file in files):
         config = read_deepspeed_config(deepspeed_config_path(name))
-        assert f"zero{config['zero_optimization']['stage']}" == name.split("_")[0]
-        assert config.get("bf16", {}).get("enabled", False) == name.endswith("bf16")
+        stage, precision, *offload = name.split("_")
+        assert stage == f"zero{zero_stage(config)}"
+        assert (
+            str(model_dtype(config))
+            == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+        )
+        assert offloads(config) == (offload == ["offload"])
 
 
 @pytest.mark.parametrize(
@@ -122,8 +148,19 @@ def test_shipped_deepspeed_configs_leave_to_run_config_what_it_owns() -> None:
         ({"train_batch_size": 8}, "sets train_batch_size to 8.*set batch.global_size there"),
         ({"optimizer": {"type": "Adam"}}, "sets optimizer to"),
         ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler to"),
-        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3; supported are 0, 1, 2"),
-        ({"fp16": {"enabled": True}}, "fp16 is enabled"),
+        ({"zero_optimization": {"stage": 4}}, "ZeRO stage 4; supported are 0, 1, 2, 3"),
+        ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0.*use stage 1, 2 or 3"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both fp16 and bf16 are enabled"),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast is set"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "cannot tell whose master weights are whose",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param is not supported"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "'nvme'; supported are .* 'cpu'",
+        ),
         ([1], "a JSON object expected"),
     ],
 )

@@ -1,7 +1,6 @@
 """`Lamb` alone, without DeepSpeed, against the float64 reference."""
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskvr_ds.lamb import NORM_CHUNK, Lamb, bind, parameter_groups
+from maskvr_ds.lamb import VARIANTS, Lamb, Lars, Variant, parameter_groups
+from maskvr_ds.layerwise import NORM_CHUNK
+from tests.reference import lamb as reference_of
 from tests.reference.lamb import ReferenceLamb
 
 
@@ -34,14 +35,25 @@ tensors = st.lists(
 SCALES = {"zero": 0.0, "small": 1e-4, "normal": 1.0, "large": 1e3, "now and then": 1.0}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+BING_BERT = Variant(bias_correction="none", min_ratio=0.01, max_ratio=0.3)
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "paper": (lambda *args: Lamb(*args), reference_of.ReferenceLamb),
+    "nvidia": (lambda *args: Lamb(*args, variant="nvidia"), reference_of.ReferenceNvidiaLamb),
+    "deepspeed": (lambda *args: Lamb(*args, variant="deepspeed"), reference_of.ReferenceDeepSpeedLamb),
+    "bing_bert": (lambda *args: Lamb(*args, variant=BING_BERT), reference_of.ReferenceBingBertLamb),
+    "lars": (lambda groups, lr, betas, _: Lars(groups, lr, betas[0]), reference_of.ReferenceLars),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     tensors=tensors,
     betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.8, 0.95)]),
     eps=st.sampled_from([1e-6, 1e-3]),
     seed=st.integers(0, 2**31),
 )
-def test_equals_the_reference(tensors: Any, betas: tuple[float, float], eps: float, seed: int) -> None:
+def test_equals_the_reference(name: str, tensors: Any, betas: tuple[float, float], eps: float, seed: int) -> None:
     random = np.random.default_rng(seed)
 
     def draw(shape: tuple[int, ...], kind: str, step: int = 0) -> torch.Tensor:
@@ -54,8 +66,9 @@ def test_equals_the_reference(tensors: Any, betas: tuple[float, float], eps: flo
         {"params": [w for w, d in zip(weights, decay, strict=True) if d == value], "weight_decay": value}
         for value in (0.1, 0.0)
     ]
-    optimizer = Lamb(groups, lr=0.01, betas=betas, eps=eps)
-    reference = ReferenceLamb([w.data for w in weights], decay, 0.01, betas, eps)
+    make, reference_class = OPTIMIZERS[name]
+    optimizer = make(groups, 0.01, betas, eps)
+    reference = reference_class([w.data for w in weights], decay, 0.01, betas, eps)
     for step in range(6):
         gradients = [draw(shape, kind, step) for shape, _, kind, _ in tensors]
         set_gradients(weights, [g.clone() for g in gradients])
@@ -71,6 +84,28 @@ def test_equals_the_reference(tensors: Any, betas: tuple[float, float], eps: flo
     assert optimizer.trust_ratios is not None
     expected_ratios = torch.tensor([reference.ratios[i] for i in order])  # loose: m may cancel
     torch.testing.assert_close(optimizer.trust_ratios, expected_ratios, rtol=1e-2, atol=1e-12)
+
+
+def test_variants_differ_where_they_say() -> None:
+    """One step from the same place, each switch told apart by the ratios: no two variants are the same by accident."""
+    ratios = {}
+    for name in OPTIMIZERS:
+        matrix, bias = nn.Parameter(torch.full((4, 4), 2.0)), nn.Parameter(torch.full((4,), 3.0))
+        optimizer = OPTIMIZERS[name][0](
+            [{"params": [matrix], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}],
+            0.01,
+            (0.9, 0.999),
+            1e-6,
+        )
+        set_gradients([matrix, bias], [torch.full((4, 4), 5.0), torch.full((4,), 1.0)])
+        optimizer.step()
+        ratios[name] = tuple(round(x, 4) for x in optimizer.trust_ratios.tolist())
+    assert ratios["paper"] == (1.6667, 3.0)  # u = 1 + 0.1 · 2 and 1
+    assert ratios["nvidia"] == (1.6667, 1.0)  # Adam ignores the gradients' scale; no decay, no adaptation
+    assert ratios["deepspeed"] == (0.5948, 0.9487)  # u = 0.1 / √0.001 + 0.2 = 3.3623 and 3.1623
+    assert ratios["bing_bert"] == (0.3, 0.3)  # the same, cut
+    assert ratios["lars"] == (3.8462, 30.0)  # m = 0.1 (5 + 0.2) and 0.1
+    assert set(VARIANTS) == {"paper", "nvidia", "deepspeed"}
 
 
 def test_a_tensor_without_gradient_stays_and_catches_up_later() -> None:
@@ -136,7 +171,8 @@ def test_state_dict_continues_bit_equal() -> None:
 def test_a_copied_optimizer_works() -> None:
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
-    duplicate = copy.deepcopy(Lamb([weight], lr=0.1))
+    duplicate = copy.deepcopy(Lamb([weight], lr=0.1, variant="nvidia"))
+    assert duplicate.variant == VARIANTS["nvidia"]
     (copied,) = duplicate.param_groups[0]["params"]
     copied.grad = torch.ones(3)
     duplicate.step()
@@ -163,11 +199,37 @@ def test_later_groups_and_closures() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1e-6}, {"weight_decay": -1}],
+    [
+        {"lr": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"eps": -1e-6},
+        {"weight_decay": -1},
+        {"variant": "apex"},
+    ],
 )
 def test_bad_hyperparameters(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Lamb([nn.Parameter(torch.ones(1))], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("switches", "rule"),
+    [
+        ({"min_ratio": 2.0, "max_ratio": 1.0}, "min_ratio 2, max_ratio 1"),
+        ({"min_ratio": -1.0}, "min_ratio -1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm -1"),
+    ],
+)
+def test_bad_variants(switches: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        Variant(**switches)
+
+
+@pytest.mark.parametrize("arguments", [{"lr": -1.0}, {"momentum": 1.0}, {"weight_decay": -1}])
+def test_bad_hyperparameters_of_lars(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Lars([nn.Parameter(torch.ones(1))], **arguments)
 
 
 class RecordOperators(TorchDispatchMode):
@@ -212,54 +274,53 @@ def test_replaced_parameters_are_noticed() -> None:
     assert torch.equal(flat.data, torch.ones(4))
 
 
-def engine_stub(optimizer: Any, **facts: Any) -> Any:
-    usual = {"stage": 0, "fp16": False, "offload": False, "zenflow": False, "mp": 1, "pipeline": False}
-    facts = usual | facts
-    return SimpleNamespace(
-        basic_optimizer=optimizer,
-        optimizer=optimizer,
-        zero_optimization_stage=lambda: facts["stage"],
-        fp16_enabled=lambda: facts["fp16"],
-        zero_use_cpu_optimizer=lambda: facts["offload"],
-        zenflow=facts["zenflow"],
-        mp_world_size=facts["mp"],
-        pipeline_parallelism=facts["pipeline"],
-    )
+def test_what_takes_partitions_for_tensors_is_refused_after_zero() -> None:
+    optimizer = Lamb([nn.Parameter(torch.ones(4, 2))])
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4))]
+    with pytest.raises(RuntimeError, match="cannot get another parameter group any more"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    with pytest.raises(RuntimeError, match="cannot be copied or pickled any more"):
+        copy.deepcopy(optimizer)
 
 
-@pytest.mark.parametrize(
-    ("facts", "named"),
-    [
-        ({"stage": 3}, "ZeRO stage 3"),
-        ({"fp16": True}, "fp16"),
-        ({"offload": True}, "optimizer offload"),
-        ({"zenflow": True}, "ZenFlow"),
-        ({"mp": 2}, "model parallelism"),
-        ({"pipeline": True}, "pipeline parallelism"),
-    ],
-)
-def test_bind_refuses_what_it_cannot_do(facts: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named}.*supported: data parallelism with ZeRO stages 0, 1, 2"):
-        bind(engine_stub(Lamb([nn.Parameter(torch.ones(1))]), **facts))
+def two_groups() -> tuple[Lamb, list[nn.Parameter]]:
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    set_gradients(weights, [torch.ones(2), torch.ones(2)])
+    groups = [{"params": [weights[0]], "weight_decay": 0.5}, {"params": [weights[1]], "weight_decay": 0.0, "lr": 0.2}]
+    return Lamb(groups, lr=0.1), weights
 
 
-def test_bind_without_zero_leaves_frozen_tensors_out() -> None:
-    frozen, trained = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
-    optimizer = Lamb([frozen, trained], lr=0.1)
-    engine = engine_stub(optimizer)
-    engine.param_names = {frozen: "frozen", trained: "trained"}
-    bind(engine)
-    bind(engine)  # once more changes nothing
-    trained.grad = torch.ones(3)
+@pytest.mark.parametrize(("set_afterwards", "rates"), [(None, [0.05, 0.1]), ([0.3, 0.7], [0.3, 0.7])])
+def test_groups_that_lost_their_settings_get_them_back(set_afterwards: Any, rates: list[float]) -> None:
+    """What DeepSpeed does at stage 3 on loading a universal checkpoint: all groups get the first one's settings."""
+    optimizer, _ = two_groups()
+    told = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 0.05}
+    for number, group in enumerate(optimizer.param_groups):
+        group.update(told)
+        if set_afterwards:
+            group["lr"] = set_afterwards[number]
+    with pytest.warns(UserWarning, match="restored as constructed"):
+        optimizer.step()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
+
+
+def test_a_state_from_another_optimizer_loads() -> None:
+    optimizer, weights = two_groups()
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["group_index"]
+    optimizer.load_state_dict(state)
     optimizer.step()
-    assert optimizer.tensor_names == ["trained"]
-    torch.testing.assert_close(trained.data, torch.full((3,), 0.9))
-    assert torch.equal(frozen.data, torch.ones(2))
+    assert not torch.equal(weights[1].data, torch.ones(2))
 
 
-def test_bind_refuses_another_optimizer() -> None:
-    with pytest.raises(ValueError, match="AdamW"):
-        bind(engine_stub(torch.optim.AdamW([nn.Parameter(torch.ones(1))])))
+def test_divergence_shows_in_the_trust_ratios() -> None:
+    optimizer, weights = two_groups()
+    weights[0].grad = torch.tensor([1.0, float("nan")])
+    optimizer.step()
+    assert optimizer.trust_ratios is not None
+    assert optimizer.trust_ratios.isnan().tolist() == [True, False]
 
 
 def test_parameter_groups() -> None:

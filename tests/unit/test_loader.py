@@ -121,3 +121,31 @@ def test_wide_ids(tmp_path: Path) -> None:
     assert batch.input_ids.dtype == torch.uint32
     assert np.array_equal(batch.input_ids.numpy(), corpus.input_ids(0)[batch.sample_ids.numpy()])
     assert batch.input_ids.long().max() > 65_535
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_copies_come_together_and_count_as_readings(corpus: Corpus, copies: int) -> None:
+    """J copies of a row share a global batch, numbered on over the epochs; without them the order is the same."""
+    size, steps = 20, 3 * ROWS * copies // 20
+    batches = list(islice(Loader(corpus, seed=2, global_size=size, copies=copies).batches(), steps))
+    plain, epochs = sample_rows(np.arange(steps * size // copies), ROWS, seed=2)
+    for step, batch in enumerate(batches):
+        here = slice(step * size // copies, (step + 1) * size // copies)
+        expected = [
+            (epoch * copies + copy, row)
+            for epoch, row in zip(epochs[here].tolist(), plain[here].tolist(), strict=True)
+            for copy in range(copies)
+        ]
+        assert identities(batch) == sorted(expected)
+    parts = [
+        list(islice(Loader(corpus, seed=2, global_size=size, copies=copies, rank=r, world_size=4).batches(size * 7), 5))
+        for r in range(4)
+    ]
+    for step in range(5):
+        together = sorted(pair for part in parts for pair in identities(part[step]))
+        assert together == identities(batches[7 + step])
+
+
+def test_a_batch_that_does_not_hold_whole_groups_of_copies_is_refused(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="10 sequences does not divide by 4 copies"):
+        Loader(corpus, seed=0, global_size=10, copies=4)

@@ -178,29 +178,6 @@ def test_unknown_strategy() -> None:
         Masker(vocab_size=9, mask_id=4, special_ids=SPECIAL, sequence_length=8, seed=0, strategy="spam", rate=0.15)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_pareto_inclusion_probabilities(seed: int) -> None:
-    """Empirical inclusion within 1% of π or 5 standard errors, exactly K positions, over 200,000 draws."""
-    n, k, draws = 64, 10, 200_000
-    generator = torch.Generator().manual_seed(seed)
-    inclusion = torch.rand(n, generator=generator, dtype=torch.float64) + 0.05
-    inclusion *= k / inclusion.sum()
-    assert inclusion.max() <= 1
-    counts = torch.zeros(n)
-    per_block = 20_000
-    maskable = torch.ones(per_block, n, dtype=torch.bool)
-    for block in range(draws // per_block):
-        bits = hashing.stream(torch.arange(per_block)[:, None] + block * per_block, torch.arange(n))
-        positions, used = pareto_sample(inclusion.expand(per_block, n), bits, maskable, torch.full((per_block,), k), k)
-        assert used.all()
-        hits = torch.zeros(per_block, n).scatter_(1, positions, 1.0)
-        assert (hits.sum(1) == k).all(), "k different positions"
-        counts += hits.sum(0)
-    error = (counts / draws - inclusion).abs()
-    allowed = torch.maximum(0.01 * inclusion, 5 * (inclusion * (1 - inclusion) / draws).sqrt())
-    assert (error <= allowed).all()
-
-
 def test_certain_and_varying_counts_in_one_batch() -> None:
     inclusion = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5], [0.5, 0.25, 0.25, 0.5, 0.5]], dtype=torch.float64)
     maskable = torch.tensor([[True] * 5, [False, True, True, True, False]])

@@ -1,0 +1,101 @@
+"""A run's YAML: recipes and files → mappings, `--set` assignments, and faults in words. Loads no torch."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigError(ValueError):
+    """A fault in the configuration, in words for its author."""
+
+
+class Section(BaseModel):
+    """A component's settings: unknown keys are refused, values stay as they were checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("maskvr_ds.recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a recipe. Raises ConfigError where there is none of that name."""
+    if name not in recipes():
+        raise ConfigError(f"{name!r}: no such recipe; there are {', '.join(recipes())}")
+    return (resources.files("maskvr_ds.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def read_yaml(config: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the recipe of that name. Raises ConfigError where there is none."""
+    path = Path(config)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(config) in recipes():
+        text = recipe_text(str(config))
+    else:
+        raise ConfigError(f"config {str(config)!r}: neither a file nor a recipe ({', '.join(recipes())})")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {config}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
+    return values
+
+
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Put `section.field=value` (the value in YAML) into the nested mapping. An entry of a list (a phase) goes by its
+    `name` or its number: phases.long.optimizer.lr=4e-3. Raises ConfigError where that is not possible."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {assignment}: section.field=value expected")
+    *sections, field = key.strip().split(".")
+    place: Any = values
+    for section in sections:
+        place = _entry(place, section, assignment) if isinstance(place, list) else place.setdefault(section, {})
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"--set {assignment}: {section} is a value, not a section")
+    if isinstance(place, list):
+        raise ConfigError(f"--set {assignment}: {sections[-1]} is a list; name the field of one entry")
+    try:
+        place[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is not YAML: {error}") from None
+
+
+def _entry(entries: list[Any], name: str, assignment: str) -> Any:
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    if name in names:
+        return entries[names.index(name)]
+    if name.isdigit() and int(name) < len(entries):
+        return entries[int(name)]
+    raise ConfigError(f"--set {assignment}: no {name!r} there; there are {', '.join(map(str, names))}")
+
+
+def describe(fault: Any, model: type[BaseModel]) -> str:
+    """One of pydantic's faults, found when validating `model`, in a line: where, which rule, the value."""
+    where = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key; known here: {', '.join(_known_keys(model, fault['loc'][:-1]))}"
+    if fault["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = "" if fault["type"] == "value_error" else f" (given: {fault['input']!r})"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _known_keys(model: Any, location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):  # an entry of a list: its type is the list's argument, found already
+            continue
+        annotation = model.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,57 @@
+"""The section `masking`: which tokens are predicted. Loads no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from maskvr_ds.config_file import Section
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+# What only one strategy heeds.
+STRATEGY_SETTINGS = {
+    "fully_explored": ("placement", "segments_per_sequence"),
+    "frequency": ("frequency_power", "floor"),
+    "span": ("span_probability", "span_maximum"),
+}
+
+
+class MaskingConfig(Section):
+    """What is predicted: strategies.py has the formulas. mapnet: see the section of that name."""
+
+    strategy: Literal["uniform", "whole_word", "span", "fully_explored", "frequency", "mapnet"] = "uniform"
+    # Share of the maskable positions to predict.
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    # The rate changes linearly to this one, which the schedule's last step has. None: it is constant.
+    final_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # Of the positions to predict, how many show [MASK], how many a random token; the rest stay as they are.
+    # 1 and 0: all show [MASK].
+    mask_probability: Probability = 0.8
+    random_probability: Probability = 0.1
+    # fully_explored: a row's segments an epoch apart, or segments_per_sequence of them (None: all) in a global batch,
+    # which then has so many times fewer different rows.
+    placement: Literal["across_epochs", "same_batch"] = "across_epochs"
+    segments_per_sequence: PositiveInt | None = None
+    # frequency: π ∝ (count of the token + 1)^-frequency_power, mixed with a share `floor` of uniform, which bounds the
+    # weights by 1/floor.
+    frequency_power: Annotated[float, Field(ge=0, le=2)] = 0.5
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
+    # span: lengths in words, P(g) ∝ p (1 - p)^(g-1) for g ≤ span_maximum, p = span_probability.
+    span_probability: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    span_maximum: Annotated[int, Field(ge=1, le=512)] = 10
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> Self:
+        if (total := self.mask_probability + self.random_probability) > 1:
+            raise ValueError(f"mask_probability + random_probability is {total:g}, more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_strategy(self) -> Self:
+        for strategy, names in STRATEGY_SETTINGS.items():
+            for name in names:
+                if strategy != self.strategy and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to strategy {strategy}; strategy is {self.strategy}")
+        if self.segments_per_sequence is not None and self.placement != "same_batch":
+            raise ValueError("segments_per_sequence belongs to placement same_batch; leave it out, or set placement")
+        return self

@@ -1,0 +1,78 @@
+"""What strategies know of a vocabulary: which tokens begin words, how often each occurs. V entries; on the host."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards import Corpus
+
+# How byte-level tokenizers spell space, line feed, tab and carriage return.
+_BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")
+# Rows of a shard counted at once.
+_BLOCK = 1 << 16
+
+
+def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
+    """bool [V]: whether a token begins a word, read from the folder's tokenizer.json.
+
+    WordPiece (and BPE with a continuation prefix): tokens without the prefix. Byte-level BPE: tokens that begin with a
+    space. Metaspace (Unigram, SentencePiece BPE): tokens that begin with its sign. WordLevel: all. A token behind a
+    special one begins a word whatever its spelling; masking sees to that.
+    Raises ValueError where the file tells words apart in another way.
+    """
+    path = tokenizer / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content.get("model") or {}
+    vocabulary = model.get("vocab") or {}
+    if isinstance(vocabulary, list):  # Unigram: [piece, score], in the order of ids
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    steps = {step["type"]: step for step in _steps(content.get("pre_tokenizer"))}
+    prefix = model.get("continuing_subword_prefix")
+    starts = np.ones(vocab_size, np.bool_)
+    if model.get("type") == "WordLevel":
+        return starts
+    signs: tuple[str, ...]
+    if prefix:
+        signs, begins_with_sign = (prefix,), False
+    elif "ByteLevel" in steps:
+        signs, begins_with_sign = _BYTE_LEVEL_SPACES, True
+    elif "Metaspace" in steps:
+        signs, begins_with_sign = (steps["Metaspace"].get("replacement", "▁"),), True
+    else:
+        raise ValueError(
+            f"{path}: a {model.get('type')} model with neither a continuation prefix nor byte-level or Metaspace "
+            "pre-tokenisation: where words begin is not known; choose a masking.strategy that needs no words"
+        )
+    for token, index in vocabulary.items():
+        starts[index] = token.startswith(signs) == begins_with_sign
+    return starts
+
+
+def _steps(step: Any) -> Iterable[dict[str, Any]]:
+    """A pre-tokenizer's steps, sequences opened."""
+    if not step:
+        return
+    if step.get("type") == "Sequence":
+        for part in step.get("pretokenizers", ()):
+            yield from _steps(part)
+    else:
+        yield step
+
+
+def token_counts(corpus: Corpus, shards: Iterable[int]) -> NDArray[np.int64]:
+    """int64 [V]: how often each token stands in the given shards. Reads them once, in blocks."""
+    counts = np.zeros(corpus.manifest.vocab_size, np.int64)
+    for shard in shards:
+        ids = corpus.input_ids(shard)
+        for start in range(0, len(ids), _BLOCK):
+            counts += np.bincount(ids[start : start + _BLOCK].ravel(), minlength=len(counts))
+    return counts
+
+
+def frequency_scores(counts: NDArray[np.int64], power: float) -> NDArray[np.float64]:
+    """(count + 1)^(−power): float64 [V]."""
+    return np.power(counts + 1.0, -power).astype(np.float64)

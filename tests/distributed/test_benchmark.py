@@ -1,0 +1,26 @@
+"""`maskvr benchmark lamb` on a real ZeRO engine: what it reports, and that Lamb's memory stays within its promise."""
+
+import json
+from pathlib import Path
+
+from tests.distributed.training import run_command
+
+
+def test_lamb_takes_one_partition_of_extra_memory(tmp_path: Path) -> None:
+    output = tmp_path / "cost.json"
+    words = ("benchmark", "lamb", "--preset", "bert-tiny", "--rounds", 2, "--threads", 1, "--output", output)
+    result = run_command(*words, "--deepspeed", "zero2_fp32")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(output.read_text())
+    # Bits of it are scalars and norms: 0.1% of four million elements.
+    assert figures["lamb_extra_partitions"] < 1.001
+    assert figures["adamw_foreach_extra_partitions"] > 0.5, "the measure sees something"
+    for name in ("lamb_milliseconds", "lamb_over_adamw_foreach", "lamb_over_adamw_foreach_cpu_time"):
+        assert 0 < figures[f"{name}_min"] <= figures[f"{name}_median"] <= figures[f"{name}_max"]
+
+
+def test_a_peer_that_needs_a_gpu_is_refused_without_one() -> None:
+    result = run_command("benchmark", "lamb", "--preset", "bert-tiny", "--against", "adamw_foreach", "fused_lamb")
+    assert result.returncode == 1
+    assert "--against fused_lamb" in result.stderr
+    assert "no GPU" in result.stderr

@@ -1,0 +1,303 @@
+"""A small BERT trained by a DeepSpeed engine with `Lamb` or `Lars`, step for step beside a float64 reference.
+
+fp32: the reference trains a float64 model on the full batch by itself: forward, backward, clipping, update. So
+it also covers DeepSpeed's averaging over ranks and over accumulation, and its clipping.
+bf16, fp16: a free-running reference would measure chaos (a master weight off by 1e-7 now and then rounds to another
+16-bit value). The reference is therefore fed, step by step, the averaged gradients that the engine computed; it
+unscales and clips them itself, and its float64 weights are compared with the engine's fp32 master weights.
+"""
+
+import json
+from dataclasses import astuple, dataclass, field
+from itertools import combinations, groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ds_configs
+from maskvr_ds import lamb
+from maskvr_ds.lamb import Lamb, Lars, Variant
+from maskvr_ds.partitions import whole_tensors
+from tests.distributed.training import allow_fp16
+from tests.reference import lamb as reference
+
+STEPS, BATCH, LENGTH, VOCABULARY = 50, 24, 9, 61  # 24 sequences: 1, 2, 3 ranks with 1 or 4 micro-batches
+LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.999), 1e-6, 0.01
+CLIP, LOUDER = 1.0, 10.0  # with clipping on the loss is multiplied: the norm is above 1 at every step
+
+BING_BERT = Variant(bias_correction="none", min_ratio=0.01, max_ratio=0.3)
+# Optimizer under test → how it is made, and its reference.
+OPTIMIZERS: dict[str, tuple[Any, type[reference.ReferenceOptimizer]]] = {
+    "paper": (lambda groups: Lamb(groups, LR, BETAS, EPS), reference.ReferenceLamb),
+    "nvidia": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant="nvidia"), reference.ReferenceNvidiaLamb),
+    "deepspeed": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant="deepspeed"), reference.ReferenceDeepSpeedLamb),
+    "bing_bert": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant=BING_BERT), reference.ReferenceBingBertLamb),
+    "lars": (lambda groups: Lars(groups, LR, BETAS[0]), reference.ReferenceLars),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting of the engine."""
+
+    stage: int
+    precision: str
+    clip: float = 0.0
+    accumulation: int = 1
+    offload: bool = False
+    optimizer: str = "paper"
+    model: str = "whole"  # "frozen": in part; "zero_init": partitioned before there is an engine
+    zero: dict[str, Any] = field(default_factory=dict, hash=False)  # more keys of zero_optimization
+    more: dict[str, Any] = field(default_factory=dict, hash=False)  # and of the configuration itself
+
+    def __str__(self) -> str:
+        more = "".join(f", {key} {value}" for key, value in {**self.zero, **self.more}.items())
+        return (
+            f"stage {self.stage}, {self.precision}, clip {self.clip}, accumulation {self.accumulation}, "
+            f"offload {'cpu' if self.offload else 'off'}, {self.optimizer}, {self.model} model{more}"
+        )
+
+
+def tiny_bert() -> torch.nn.Module:
+    """Tied embeddings, biases, LayerNorms, no dropout; odd sizes, so that partitions cut tensors anywhere."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=45,
+            max_position_embeddings=LENGTH,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def made_model(kind: str, config: dict[str, Any]) -> torch.nn.Module:
+    import deepspeed
+
+    model = tiny_bert()
+    freeze(model, kind)
+    if kind == "zero_init":
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    return model
+
+
+def freeze(model: torch.nn.Module, kind: str) -> None:
+    if kind == "frozen":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layer.0" not in name)
+
+
+def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Three groups: with decay, without, and LayerNorms, without and at half the rate."""
+    decaying, others = lamb.parameter_groups(model, DECAY)
+    norms = [(name, p) for name, p in others["params"] if "LayerNorm" in name]
+    others["params"] = [(name, p) for name, p in others["params"] if "LayerNorm" not in name]
+    return [decaying, others, {"params": norms, "weight_decay": 0.0, "lr": LR / 2}]
+
+
+def batches(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids, labels: int64 [steps, BATCH, LENGTH]; 3 labels in each sequence: means of means agree."""
+    random = np.random.default_rng(0)
+    input_ids = random.integers(0, VOCABULARY, (steps, BATCH, LENGTH))
+    labels = np.full_like(input_ids, -100)
+    labels[..., 2:5] = random.integers(0, VOCABULARY // 4, labels[..., 2:5].shape)
+    return torch.from_numpy(input_ids), torch.from_numpy(labels)
+
+
+def reference_for(model: torch.nn.Module, optimizer: str) -> reference.ReferenceOptimizer:
+    """Of the parameters that are trained."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [DECAY if p.ndim > 1 else 0.0 for _, p in named]
+    rates = [LR / 2 if "LayerNorm" in name else LR for name, _ in named]
+    return OPTIMIZERS[optimizer][1]([p for _, p in named], decay, rates, BETAS, EPS)
+
+
+def reference_run(optimizer: str, maximum: float, kind: str = "whole") -> tuple[dict[str, np.ndarray], float]:
+    """Final weights by name of float64 training on full batches, and the smallest gradient norm seen."""
+    model = tiny_bert().double()
+    freeze(model, kind)
+    under_way = reference_for(model, optimizer)
+    smallest = float("inf")
+    for input_ids, labels in zip(*batches(STEPS), strict=True):
+        model.zero_grad()
+        (model(input_ids=input_ids, labels=labels).loss * (LOUDER if maximum else 1.0)).backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = [p.grad for p in trained]
+        smallest = min(smallest, reference.clip(gradients, maximum))
+        under_way.step(gradients)
+        for p, w in zip(trained, under_way.weights, strict=True):
+            p.data.copy_(w)
+    return {name: p.detach().numpy() for name, p in model.named_parameters()}, smallest
+
+
+def all_runs() -> list[tuple[int, Run]]:
+    """(ranks, run): the whole matrix, but for offload and fp16 without ZeRO, which `bind` refuses."""
+    axes = (1, 2, 3), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), (0.0, CLIP), (1, 4), (False, True)
+    runs = [(ranks, Run(*rest)) for ranks, *rest in product(*axes)]
+    return [(ranks, run) for ranks, run in runs if run.stage or not (run.offload or run.precision == "fp16")]
+
+
+def chosen_runs() -> list[tuple[int, Run]]:
+    """A part of the matrix in which every (ranks, stage, precision) occurs, and every pair of any two settings."""
+
+    def pairs(entry: tuple[int, Run]) -> set[Any]:
+        ranks, run = entry
+        return set(combinations(enumerate((ranks, *astuple(run)[:5])), 2))
+
+    chosen: list[tuple[int, Run]] = []
+    seen: set[Any] = set()
+    for _, entries in groupby(all_runs(), key=lambda entry: (entry[0], entry[1].stage, entry[1].precision)):
+        best = max(entries, key=lambda entry: len(pairs(entry) - seen))
+        seen |= pairs(best)
+        chosen.append(best)
+    assert seen == set().union(*map(pairs, all_runs()))
+    return chosen
+
+
+def engine_config(run: Run) -> dict[str, Any]:
+    precision = "fp32" if run.precision == "fp16" else run.precision
+    # The JSON of the package where it has one: what users run is what is tested.
+    file = Path(ds_configs.__file__).parent / f"zero{min(run.stage, 2)}_{precision}.json"
+    config = json.loads(file.read_text())
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = run.stage
+    if run.stage == 3:
+        # Nothing is left whole: everything goes through gathering, and every pad exists.
+        zero.update(stage3_param_persistence_threshold=0)
+    if run.precision == "fp16":
+        # The scale begins too high: the first steps overflow. It never grows: DeepSpeed divides the gradients of a step
+        # in which it grows by the new scale.
+        config["fp16"] = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 1000, "hysteresis": 1}
+    if run.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        config["zero_force_ds_cpu_optimizer"] = False
+    zero.update(run.zero)
+    config.update(run.more)
+    config["train_batch_size"] = BATCH
+    config["train_micro_batch_size_per_gpu"] = BATCH // torch.distributed.get_world_size() // run.accumulation
+    config["gradient_accumulation_steps"] = run.accumulation
+    config["gradient_clipping"] = run.clip
+    return config
+
+
+def make_engine(run: Run, how: str = "bind") -> Any:
+    import deepspeed
+
+    if run.precision == "fp16":
+        allow_fp16()
+    config = engine_config(run)
+    model = made_model(run.model, config)
+    optimizer = OPTIMIZERS[run.optimizer][0](groups_of(model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if how == "bind":
+        lamb.bind(engine)
+    elif how == "unaware":  # what every LAMB does that takes a flat partition for a tensor
+        optimizer._layout = whole_tensors(optimizer.param_groups)
+    return engine
+
+
+def train(engine: Any, input_ids: torch.Tensor, labels: torch.Tensor, scale: float, last: bool = True) -> None:
+    """One step on this rank's part of the batch; with `last` False without its `engine.step`."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    micro = engine.train_micro_batch_size_per_gpu()
+    rows = torch.arange(BATCH).view(world_size, -1)[rank].split(micro)
+    for number, part in enumerate(rows):
+        engine.backward(engine(input_ids=input_ids[part], labels=labels[part]).loss * scale)
+        if last or number < len(rows) - 1:
+            engine.step()
+
+
+class AllReduceCounter:
+    """Counts fp32 sums of exactly 2 × tensors values, the size that nothing else has here."""
+
+    def __init__(self, numel: int) -> None:
+        self.numel, self.count = numel, 0
+
+    def __enter__(self) -> "AllReduceCounter":
+        self.original = torch.distributed.all_reduce
+
+        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.count += tensor.numel() == self.numel and tensor.dtype == torch.float32
+            return self.original(tensor, *args, **kwargs)
+
+        torch.distributed.all_reduce = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.distributed.all_reduce = self.original
+
+
+def masters_of(engine: Any) -> dict[str, np.ndarray]:
+    """Whole fp32 weights by name, masters where the model computes in less. Every rank must call."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    beside: dict[torch.Tensor, torch.Tensor] = {}
+    if not engine.zero_optimization_stage() and hasattr(engine.optimizer, "fp32_groups"):
+        low, high = engine.optimizer.fp16_groups, engine.optimizer.fp32_groups
+        beside = {p: m for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)}
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:  # there is no master
+            with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_tensor")):
+                weights[name] = parameter.detach().float().numpy().copy()
+            continue
+        master: torch.Tensor | None = parameter
+        # With round_robin_gradients DeepSpeed's accessor gives one the weights of another.
+        if parameter.dtype != torch.float32 or hasattr(parameter, "ds_tensor"):
+            master = safe_get_full_fp32_param(parameter)
+        if master is None:
+            master = beside.get(parameter, parameter)
+        weights[name] = master.detach().float().numpy().copy()
+    return weights
+
+
+def fp32_run(run: Run, how: str = "bind") -> dict[str, Any]:
+    engine = make_engine(run, how)
+    tensors = sum(p.requires_grad for p in engine.module.parameters())
+    with AllReduceCounter(2 * tensors) as counter:
+        for input_ids, labels in zip(*batches(STEPS), strict=True):
+            train(engine, input_ids, labels, LOUDER if run.clip else 1.0)
+    ratios = engine.basic_optimizer.trust_ratios
+    result = {
+        "weights": masters_of(engine),
+        "all_reduces": counter.count,
+        "ratios": dict(zip(engine.basic_optimizer.tensor_names, ratios.tolist(), strict=how == "bind")),
+    }
+    engine.destroy()
+    return result
+
+
+def low_precision_run(run: Run) -> tuple[float, int]:
+    """Largest ‖engine − reference‖ / ‖reference‖ of a master weight tensor after 50 steps; how many were skipped."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = make_engine(run)
+    parameters = list(engine.module.parameters())
+    under_way = reference_for(
+        tiny_bert().to(torch.bfloat16 if run.precision == "bf16" else torch.float16), run.optimizer
+    )
+    for input_ids, labels in zip(*batches(STEPS), strict=True):
+        train(engine, input_ids, labels, LOUDER if run.clip else 1.0, last=False)
+        gradients = [(safe_get_full_grad(p) if run.stage else p.grad).double() for p in parameters]
+        scale, skipped = float(engine.optimizer.loss_scale if run.precision == "fp16" else 1.0), engine.skipped_steps
+        engine.step()
+        if engine.skipped_steps == skipped:
+            for gradient in gradients:
+                gradient /= scale
+            reference.clip(gradients, run.clip)
+            under_way.step(gradients)
+    masters = masters_of(engine)
+    skipped = engine.skipped_steps
+    engine.destroy()
+    pairs = zip(masters.values(), under_way.weights, strict=True)
+    # The gradient of a key bias is 0 (softmax ignores it): in fp16 it never leaves its 0.
+    return max(float((torch.from_numpy(m).double() - w).norm() / (w.norm() or 1.0)) for m, w in pairs), skipped

@@ -1,0 +1,82 @@
+"""`bind` on stand-ins for an engine: what it refuses. What it does is shown on real engines, in tests/distributed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from maskvr_ds.lamb import Lamb, bind
+
+
+def engine_stub(optimizer: Any, **facts: Any) -> Any:
+    offload = {"device": "none", "ratio": 1.0, "super_offload": False} | facts.pop("offload", {})
+    usual = {"stage": 0, "fp16": False, "zenflow": False, "mp": 1, "pipeline": False, "clipping": 0.0, "moe": False}
+    facts = usual | {"scaler": None, "offload_param": None, "zero": {}} | facts
+    zero = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False} | facts["zero"]
+    return SimpleNamespace(
+        _config=SimpleNamespace(zero_config=SimpleNamespace(**zero)),
+        has_moe_layers=facts["moe"],
+        torch_autocast_z0_gradscaler=facts["scaler"],
+        zero_offload_param=lambda: facts["offload_param"],
+        basic_optimizer=optimizer,
+        optimizer=optimizer,
+        zero_optimization_stage=lambda: facts["stage"],
+        zero_offload_optimizer=lambda: SimpleNamespace(**offload),
+        fp16_enabled=lambda: facts["fp16"],
+        gradient_clipping=lambda: facts["clipping"],
+        zenflow=facts["zenflow"],
+        mp_world_size=facts["mp"],
+        pipeline_parallelism=facts["pipeline"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({"stage": 4}, "ZeRO stage 4"),
+        ({"fp16": True}, "fp16 without ZeRO"),
+        ({"offload": {"device": "cpu"}}, "optimizer offload without ZeRO"),
+        ({"stage": 3, "offload": {"device": "nvme"}}, "optimizer offload to nvme"),
+        ({"stage": 3, "offload": {"device": "cpu", "ratio": 0.5}}, r"partial optimizer offload \(ratio 0.5\)"),
+        ({"stage": 3, "offload": {"device": "cpu", "super_offload": True}}, "SuperOffload"),
+        ({"stage": 3, "offload_param": SimpleNamespace(device="nvme")}, "parameter offload"),
+        ({"scaler": object()}, "torch_autocast in fp16"),
+        ({"stage": 3, "zero": {"zero_hpz_partition_size": 8}}, "hpZ"),
+        ({"stage": 3, "zero": {"zero_quantized_weights": True}}, "quantized weights"),
+        ({"moe": True}, "mixture of experts"),
+        ({"zenflow": True}, "ZenFlow"),
+        ({"mp": 2}, "model parallelism"),
+        ({"pipeline": True}, "pipeline parallelism"),
+    ],
+)
+def test_bind_refuses_what_it_cannot_do(facts: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}.*supported: data parallelism"):
+        bind(engine_stub(Lamb([nn.Parameter(torch.ones(1))]), **facts))
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.5])
+def test_bind_insists_on_the_clipping_that_the_variant_is_made_of(clipping: float) -> None:
+    optimizer = Lamb([nn.Parameter(torch.ones(1))], variant="nvidia")
+    with pytest.raises(ValueError, match=f"gradient_clipping = {clipping}.*at most 1.0"):
+        bind(engine_stub(optimizer, clipping=clipping))
+
+
+def test_bind_without_zero_leaves_frozen_tensors_out() -> None:
+    frozen, trained = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
+    optimizer = Lamb([frozen, trained], lr=0.1)
+    engine = engine_stub(optimizer)
+    engine.param_names = {frozen: "frozen", trained: "trained"}
+    bind(engine)
+    bind(engine)  # once more changes nothing
+    trained.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.tensor_names == ["trained"]
+    torch.testing.assert_close(trained.data, torch.full((3,), 0.9))
+    assert torch.equal(frozen.data, torch.ones(2))
+
+
+def test_bind_refuses_another_optimizer() -> None:
+    with pytest.raises(ValueError, match="AdamW"):
+        bind(engine_stub(torch.optim.AdamW([nn.Parameter(torch.ones(1))])))
