@@ -54,6 +54,9 @@ class MaskedBatch(_Rows):
     labels: int64 [B, K], the ids that stood at `positions`.
     weights: float32 [B, K], importance weights; 0 in unused slots, never 0 in used ones.
     attention_mask: as in TokenBatch.
+    sampling_weights: float32 [B, K], (k/n)/π_i, 0 in unused slots: with them a sum over the predictions is unbiased for
+        k/n times that over all maskable positions. `weights` may be those of another estimator. None where the
+        strategy has no π of its own.
     """
 
     input_ids: "torch.Tensor"
@@ -61,3 +64,4 @@ class MaskedBatch(_Rows):
     labels: "torch.Tensor"
     weights: "torch.Tensor"
     attention_mask: "torch.Tensor | None" = None
+    sampling_weights: "torch.Tensor | None" = None

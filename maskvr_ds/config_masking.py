@@ -8,11 +8,17 @@ from maskvr_ds.config_file import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
-# What only one strategy heeds.
+# Settings that only some strategies heed.
 STRATEGY_SETTINGS = {
-    "fully_explored": ("placement", "segments_per_sequence"),
-    "frequency": ("frequency_power", "floor"),
-    "span": ("span_probability", "span_maximum"),
+    "placement": ("fully_explored",),
+    "segments_per_sequence": ("fully_explored",),
+    "frequency_power": ("frequency",),
+    "document_frequency_power": ("frequency",),
+    "floor": ("frequency",),
+    "span_probability": ("span",),
+    "span_maximum": ("span",),
+    "sampler": ("frequency", "mapnet"),
+    "estimator": ("frequency", "mapnet"),
 }
 
 
@@ -32,13 +38,19 @@ class MaskingConfig(Section):
     # which then has so many times fewer different rows.
     placement: Literal["across_epochs", "same_batch"] = "across_epochs"
     segments_per_sequence: PositiveInt | None = None
-    # frequency: π ∝ (count of the token + 1)^-frequency_power, mixed with a share `floor` of uniform, which bounds the
-    # weights by 1/floor.
-    frequency_power: Annotated[float, Field(ge=0, le=2)] = 0.5
+    # frequency: π ∝ (tokens + 1)^-frequency_power · (passages + 1)^-document_frequency_power: how often the token
+    # occurs, in how many passages (pieces of documents within a row). Mixed with a share `floor` of uniform, which
+    # bounds the weights by 1/floor. Powers of opposite signs favour what occurs often where it occurs at all.
+    frequency_power: Annotated[float, Field(ge=-2, le=2)] = 0.5
+    document_frequency_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
     floor: Annotated[float, Field(gt=0, le=1)] = 0.3
     # span: lengths in words, P(g) ∝ p (1 - p)^(g-1) for g ≤ span_maximum, p = span_probability.
     span_probability: Annotated[float, Field(gt=0, lt=1)] = 0.2
     span_maximum: Annotated[int, Field(ge=1, le=512)] = 10
+    # frequency, mapnet: how a mask of given π is drawn (pareto.py; conditional_poisson.py, exact and slower), and what
+    # the losses of its predictions are multiplied with (estimators.py says what each is unbiased for).
+    sampler: Literal["pareto", "conditional_poisson"] = "pareto"
+    estimator: Literal["horvitz_thompson", "hajek", "whole_mask"] = "horvitz_thompson"
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:
@@ -48,10 +60,14 @@ class MaskingConfig(Section):
 
     @model_validator(mode="after")
     def _of_the_strategy(self) -> Self:
-        for strategy, names in STRATEGY_SETTINGS.items():
-            for name in names:
-                if strategy != self.strategy and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} belongs to strategy {strategy}; strategy is {self.strategy}")
+        for name, strategies in STRATEGY_SETTINGS.items():
+            if self.strategy not in strategies and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to strategy {' or '.join(strategies)}; strategy is {self.strategy}")
+        if self.estimator == "whole_mask" and self.sampler != "conditional_poisson":
+            raise ValueError(
+                f"estimator whole_mask needs the probability of a mask, which sampler {self.sampler} does not know; "
+                "set sampler to conditional_poisson"
+            )
         if self.segments_per_sequence is not None and self.placement != "same_batch":
             raise ValueError("segments_per_sequence belongs to placement same_batch; leave it out, or set placement")
         return self

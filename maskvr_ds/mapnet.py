@@ -5,8 +5,9 @@ of a row.
 
     π_prop ∝ exp(ŝ), capped at 1, Σ π_prop = k;    π = (1 − λ) π_prop + λ k/n;    u = (k/n) / π ≤ 1/λ
 
-ŝ_i is the network's score, a log-norm. With masks drawn by π (proposer.py), Horvitz–Thompson weights are w = u; under
-uniform masks w = 1. s_i = ‖∂ℓ_i/∂h_i‖ is the target (gradient_norm.py), s̄ its mean over the cluster's global batch.
+ŝ_i is the network's score, a log-norm. w are the Horvitz–Thompson weights of the masks that were drawn, whatever
+estimator the training loss has: u for masks drawn by π (proposer.py), 1 for uniform ones. s_i = ‖∂ℓ_i/∂h_i‖ is the
+target (gradient_norm.py), s̄ its mean over the cluster's global batch.
 
 Differences from the paper: it trains the proposal through a bound on the variance of the whole mask's gradient; here
 the second moment of the single prediction's gradient norm is the objective itself (the norm: Katharopoulos & Fleuret
@@ -79,6 +80,9 @@ def inclusion_from_scores(
 
     Capping the m largest leaves k − m for the others in proportion; m is the least for which none of these exceeds 1,
     found for all rows at once by one sort. In logarithms: no score over- or underflows.
+
+    `pareto.proposal_to_inclusion` is the same map for fixed scores, counted in integers: there no bit depends on the
+    batch's layout, and nothing has a gradient.
 
     Args:
         scores: ŝ, float [B, L], finite on maskable positions.

@@ -140,15 +140,18 @@ class Masker:
             keys=row_keys(self.seed, batch)[:, None],
             width=self.maximum_predictions,
         )
-        positions, used, weights = self.strategy(rows, self.parameters)
+        choice = self.strategy(rows, self.parameters)
+        positions, used = choice.positions, choice.used
         labels = input_ids.gather(1, positions)
         replaced = self._corrupt(labels, hashing.stream(rows.keys, positions + CORRUPTION))
+        sampling = choice.sampling_weights
         return MaskedBatch(
             input_ids=input_ids.scatter(1, positions, torch.where(used, replaced, labels)),
             positions=positions,
             labels=labels,
-            weights=torch.where(used, weights, 0.0).float(),
+            weights=torch.where(used, choice.weights, 0.0).float(),
             attention_mask=batch.attention_mask,
+            sampling_weights=None if sampling is None else sampling.float(),
         )
 
     def _corrupt(self, labels: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ from maskvr_ds.config import MonitorConfig
 METRICS = "metrics.jsonl"
 TRUST_RATIOS = "trust_ratios.jsonl"
 _TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
+# Of MAPNet's telemetry, what is 1 for uniform masks (proposer.py).
+_PROPOSAL_FIGURES = ("variance_ratio", "effective_sample_size", "proposal_entropy")
 _HISTOGRAM = "train/trust_ratio_log10"
 # Seconds between the lines that stand in for the progress bar where stderr is no terminal.
 _LINE_EVERY = 30.0
@@ -277,7 +279,8 @@ def _keep_until(step: int, path: Path) -> None:
 
 
 def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
-    """Training and held-out loss over steps → PNG; below it the trust ratios, where there are any.
+    """Training and held-out loss over steps → PNG; below it LAMB's trust ratios and MAPNet's telemetry, where there are
+    any.
 
     reference: label → loss, drawn as horizontal lines.
     """
@@ -287,12 +290,13 @@ def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = 
     from matplotlib import pyplot as plt
 
     lines = read_lines(metrics)
+    steps = [x["step"] for x in lines]
     with_ratios = any(_TRUST_RATIO_FIGURES[0] in x for x in lines)
-    figure, panels = plt.subplots(
-        1 + with_ratios, figsize=(7, 6.4 if with_ratios else 4.2), dpi=120, sharex=True, squeeze=False
-    )
+    with_proposal = any(_PROPOSAL_FIGURES[0] in x for x in lines)
+    rows = 1 + with_ratios + with_proposal
+    figure, panels = plt.subplots(rows, figsize=(7, 2 + 2.2 * rows), dpi=120, sharex=True, squeeze=False)
     axes = panels[0, 0]
-    axes.plot([x["step"] for x in lines], _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
+    axes.plot(steps, _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
     held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
@@ -307,11 +311,15 @@ def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = 
     if with_ratios:
         axes = panels[1, 0]
         lowest, median, highest = (_column(lines, key) for key in _TRUST_RATIO_FIGURES)
-        steps = [x["step"] for x in lines]
         axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="least to greatest tensor")
         axes.plot(steps, median, linewidth=0.8, label="median tensor")
         axes.set_yscale("log")
         axes.set_ylabel("LAMB's trust ratio")
+    if with_proposal:
+        axes = panels[-1, 0]
+        for key in _PROPOSAL_FIGURES:
+            axes.plot(steps, _column(lines, key), linewidth=0.8, alpha=0.8, label=key.replace("_", " "))
+        axes.set_ylabel("MAPNet, uniform masks = 1")
     axes.set_xlabel("step")
     for axes in panels.flat:
         axes.grid(alpha=0.3)

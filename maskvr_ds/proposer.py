@@ -38,8 +38,8 @@ _NAMES = (
     "proposal_used",
     "proposal_cost",
 )
-# Σ over the global batch: w s, w s², w u s², loss, w, w², entropies, rows, predictions; over ranks: seconds of MAPNet,
-# of the whole step.
+# Σ over the global batch: w s, w s², w u s², loss, weights of the losses, their squares, entropies, rows, predictions;
+# over ranks: seconds of MAPNet, of the whole step.
 _SUMS = 11
 # What a step leaves of the gate's moving averages.
 _DECAY = 0.99
@@ -154,7 +154,8 @@ class Proposer:
             scores, inclusion = self._inclusion(batch, maskable, counts)
             u = (share / inclusion).gather(1, masked.positions)
             used = predicted & norms.isfinite()
-            w = torch.where(self._open(), u.detach(), 1.0) * used
+            assert masked.sampling_weights is not None
+            w = torch.where(used, masked.sampling_weights, 0.0).double()
             s = torch.where(used, norms, 0.0).double()
             loss = self._objective.loss(scores.gather(1, masked.positions), w, u, s, self._mean)
             loss.backward()
@@ -163,9 +164,11 @@ class Proposer:
                 # 1 for uniform; a row of one position has no choice.
                 entropy = torch.where(n > 1, -(p * p.log()).sum(1) / n.clamp(min=2).log(), 1.0) * (n > 0)
                 ws2 = w * s.square()
-                terms = (w * s, ws2, u * ws2, loss, w, w.square(), entropy, n > 0, used)
+                # What the losses were multiplied with, which w is only under Horvitz–Thompson.
+                weights = torch.where(used, masked.weights, 0.0).double()
+                terms = (w * s, ws2, u * ws2, loss, weights, weights.square(), entropy, n > 0, used)
                 self._sums[: len(terms)] += torch.stack([term.sum().double() for term in terms])
-                self._largest = torch.maximum(self._largest, w.max())
+                self._largest = torch.maximum(self._largest, weights.max())
 
     @torch.no_grad()
     def step(self) -> DeferredFigures:
@@ -208,7 +211,7 @@ class Proposer:
                 # Under the network's proposal, whether used or not, relative to uniform masks: both are Σ over drawn
                 # predictions that estimate, unbiased, Σ_i s_i² (k/n)²/π_i(φ) and Σ_i s_i² k/n over all positions.
                 wus2 / ws2,
-                # Of the drawn predictions, (Σw)² / Σw², relative to their number: 1 with equal weights.
+                # Of the losses' weights v, (Σv)² / Σv², relative to their number: 1 with equal weights.
                 w.square() / (w2 * predictions),
                 head[_SUMS : _SUMS + world_size].max().double(),
                 entropy / rows,

@@ -73,10 +73,12 @@ def create_masker(
 ) -> Masker:
     """The run's masks. Every rank calls. proposal: of strategy mapnet.
 
-    Collectives (strategy frequency): one all-reduce of int64 [V], the tokens that each rank counted in its share of the
+    Collectives (strategy frequency): one all-reduce of int64 [2, V], what each rank counted in its share of the
     shards; one broadcast of the scores, which a power on other hardware may round otherwise.
     """
-    parameters = Parameters(floor=masking.floor, proposal=proposal)
+    parameters = Parameters(
+        sampler=masking.sampler, estimator=masking.estimator, floor=masking.floor, proposal=proposal
+    )
     vocab_size = corpus.manifest.vocab_size
     if masking.strategy in ("whole_word", "span"):
         starts = torch.from_numpy(word_starts(corpus.tokenizer_folder, vocab_size))
@@ -84,9 +86,11 @@ def create_masker(
         parameters = replace(parameters, word_starts=starts, span_thresholds=thresholds)
     if masking.strategy == "frequency":
         mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
-        counted = distributed.agreed(lambda: token_counts(corpus, mine))
+        of_passages = masking.document_frequency_power != 0
+        counted = distributed.agreed(lambda: token_counts(corpus, mine, of_passages=of_passages))
         counts = distributed.all_reduce_sum(torch.from_numpy(counted).to(device)).cpu().numpy()
-        scores = distributed.broadcast_object(frequency_scores(counts, masking.frequency_power))
+        powers = masking.frequency_power, masking.document_frequency_power
+        scores = distributed.broadcast_object(frequency_scores(counts, *powers))
         parameters = replace(parameters, token_scores=torch.from_numpy(scores))
     return distributed.agreed(
         lambda: Masker.for_corpus(

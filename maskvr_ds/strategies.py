@@ -20,6 +20,8 @@ import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.batch import TokenBatch
+from maskvr_ds.conditional_poisson import ConditionalPoisson, odds_of
+from maskvr_ds.estimators import ESTIMATORS, Draw, horvitz_thompson
 from maskvr_ds.pareto import NEVER, POSITION_BITS, POSITION_MASK, ascending, pareto_sample, proposal_to_inclusion
 
 # A row's stream is cut into blocks of 2^32 draws, one a purpose: draw number `block + position`.
@@ -98,11 +100,14 @@ Proposal = Callable[[TokenBatch, torch.Tensor, torch.Tensor], torch.Tensor]
 class Parameters:
     """What strategies need beside the rows, on their device; None where no strategy in use needs it.
 
+    sampler, estimator: names in SAMPLERS and ESTIMATORS, for the strategies that have inclusion probabilities.
     token_scores: float64 [V], positive (frequency). floor: λ (frequency). proposal: Proposer.propose (mapnet).
     word_starts: bool [V], whether a token begins a word (whole_word; span: None means that every token is one).
     span_thresholds: int64 [longest − 1], of `span_thresholds`.
     """
 
+    sampler: str = "pareto"
+    estimator: str = "horvitz_thompson"
     token_scores: torch.Tensor | None = None
     floor: float = 1.0
     word_starts: torch.Tensor | None = None
@@ -116,42 +121,62 @@ class Parameters:
 
 class Choice(NamedTuple):
     """positions int64 [B, K], all different, those of unused slots too; used bool [B, K], the first so many slots of a
-    row; weights float64 [B, K], with a meaning where used."""
+    row; weights float64 [B, K], with a meaning where used; sampling_weights as in MaskedBatch, float64 [B, K]."""
 
     positions: torch.Tensor
     used: torch.Tensor
     weights: torch.Tensor
+    sampling_weights: torch.Tensor | None = None
 
 
-def uniform(rows: Rows, _: Parameters) -> Choice:
+def uniform(rows: Rows, parameters: Parameters) -> Choice:
     """π_i = k/n (Devlin et al. 2018, arXiv 1810.04805). Weights 1: Σ ℓ / k is unbiased for the mean of ℓ."""
-    return _by_inclusion(rows, rows.share)
+    return _by_inclusion(rows, rows.share, parameters)
 
 
 def frequency(rows: Rows, parameters: Parameters) -> Choice:
     """π = (1 − λ) min(1, c · score(token)) + λ k/n: fixed scores by token, rare tokens having greater ones.
 
-    Weights (k/n)/π_i (Horvitz–Thompson): Σ w ℓ / k is unbiased for the mean of ℓ over all maskable positions, where ℓ_i
-    depends on i alone, as far as the sampler has the π that it was given (pareto_sample says how far); contexts around
-    a prediction are those of this π, not of uniform masks.
+    Weights by default (k/n)/π_i (Horvitz–Thompson): Σ w ℓ / k is unbiased for the mean of ℓ over all maskable
+    positions, where ℓ_i depends on i alone; contexts around a prediction are those of this π, not of uniform masks.
+    Pareto sampling has π approximately (pareto_sample says how far), conditional Poisson sampling weighs by its own.
     """
     assert parameters.token_scores is not None
     scores = rows.look_up(parameters.token_scores)
-    return _by_inclusion(rows, proposal_to_inclusion(scores, rows.maskable, rows.counts, rows.width, parameters.floor))
+    inclusion = proposal_to_inclusion(scores, rows.maskable, rows.counts, rows.width, parameters.floor)
+    return _by_inclusion(rows, inclusion, parameters)
 
 
 def mapnet(rows: Rows, parameters: Parameters) -> Choice:
     """π of the mask proposal network (arXiv 2008.05333; mapnet.py). Weights as in `frequency`."""
     assert parameters.proposal is not None
-    return _by_inclusion(rows, parameters.proposal(rows.batch, rows.maskable, rows.share))
+    return _by_inclusion(rows, parameters.proposal(rows.batch, rows.maskable, rows.share), parameters)
 
 
-def _by_inclusion(rows: Rows, inclusion: torch.Tensor) -> Choice:
-    """inclusion: float64 [B, L] or [B, 1] → a Pareto sample with Horvitz–Thompson weights."""
+def _by_inclusion(rows: Rows, inclusion: torch.Tensor, parameters: Parameters) -> Choice:
+    """inclusion: float64 [B, L] or [B, 1] → a sample, weighted as the estimator says."""
     bits = hashing.stream(rows.keys, rows.places + CHOICE)
+    draw = SAMPLERS[parameters.sampler](rows, inclusion, bits)
+    weights = ESTIMATORS[parameters.estimator](draw)
+    sampling_weights = weights if parameters.estimator == "horvitz_thompson" else horvitz_thompson(draw)
+    return Choice(draw.positions, draw.used, weights, sampling_weights)
+
+
+def _pareto(rows: Rows, inclusion: torch.Tensor, bits: torch.Tensor) -> Draw:
     positions, used = pareto_sample(inclusion, bits, rows.maskable, rows.counts, rows.width)
-    weights = (rows.share / inclusion).expand_as(rows.input_ids).gather(1, positions)
-    return Choice(positions, used, weights)
+    return Draw(positions, used, rows.n, rows.counts, inclusion)
+
+
+def _conditional_poisson(rows: Rows, inclusion: torch.Tensor, bits: torch.Tensor) -> Draw:
+    """Its π is near the given one, to O(1/Σ π(1 − π)); weights need the exact π, not the given one."""
+    design = ConditionalPoisson(odds_of(inclusion, rows.maskable), rows.counts, rows.width)
+    positions, used = design.sample(bits)
+    return Draw(positions, used, rows.n, rows.counts, design.inclusion(), design.log_probability(positions, used))
+
+
+# sampler(rows, π float64 [B, L] or [B, 1], random bits int64 [B, L]) → the draw with its π and, where known, its q(M).
+Sampler = Callable[[Rows, torch.Tensor, torch.Tensor], Draw]
+SAMPLERS: dict[str, Sampler] = {"pareto": _pareto, "conditional_poisson": _conditional_poisson}
 
 
 def fully_explored(rows: Rows, _: Parameters) -> Choice:

@@ -13,7 +13,7 @@ from data_pipeline.shards import Corpus
 # How byte-level tokenizers spell space, line feed, tab and carriage return.
 _BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")
 # Rows of a shard counted at once.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 14
 
 
 def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
@@ -63,16 +63,34 @@ def _steps(step: Any) -> Iterable[dict[str, Any]]:
         yield step
 
 
-def token_counts(corpus: Corpus, shards: Iterable[int]) -> NDArray[np.int64]:
-    """int64 [V]: how often each token stands in the given shards. Reads them once, in blocks."""
-    counts = np.zeros(corpus.manifest.vocab_size, np.int64)
+def token_counts(corpus: Corpus, shards: Iterable[int], *, of_passages: bool) -> NDArray[np.int64]:
+    """int64 [2, V]: how often each token stands in the given shards, and in how many passages. Reads them in blocks.
+
+    A passage is what stands between special tokens in a row: a document, or the piece of it that the row holds.
+    of_passages: whether to count the latter, which takes a sort; else 0.
+    """
+    vocab_size, special = corpus.manifest.vocab_size, np.zeros(corpus.manifest.vocab_size, np.bool_)
+    special[list(corpus.manifest.special_tokens.all)] = True
+    counts = np.zeros((2, vocab_size), np.int64)
     for shard in shards:
         ids = corpus.input_ids(shard)
         for start in range(0, len(ids), _BLOCK):
-            counts += np.bincount(ids[start : start + _BLOCK].ravel(), minlength=len(counts))
+            block = ids[start : start + _BLOCK]
+            counts[0] += np.bincount(block.ravel(), minlength=vocab_size)
+            if of_passages:
+                # Rows begin with a special token: the running number of these tells passages apart, rows too.
+                edges = special[block]
+                edges[:, 0] = True
+                once = np.unique(np.cumsum(edges.ravel()) * vocab_size + block.ravel())
+                counts[1] += np.bincount(once % vocab_size, minlength=vocab_size)
     return counts
 
 
-def frequency_scores(counts: NDArray[np.int64], power: float) -> NDArray[np.float64]:
-    """(count + 1)^(−power): float64 [V]."""
-    return np.power(counts + 1.0, -power).astype(np.float64)
+def frequency_scores(counts: NDArray[np.int64], power: float, document_power: float = 0.0) -> NDArray[np.float64]:
+    """(count + 1)^(−power) · (passages + 1)^(−document_power): int64 [2, V] → float64 [V].
+
+    The second is the passage's inverse document frequency to a power. power = −document_power: the mean count in
+    the passages that hold the token, which tells content words from function words (Church & Gale 1995).
+    """
+    tokens, passages = counts + 1.0
+    return np.power(tokens, -power) * np.power(passages, -document_power)

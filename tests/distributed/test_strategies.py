@@ -1,4 +1,8 @@
-"""Strategies in training on real gloo ranks: the same masks whatever the ranks, resumed = undisturbed."""
+"""Strategies in training on real gloo ranks: the same masks whatever ranks and layout, resumed = undisturbed.
+
+`--whole-matrix` runs every strategy on 1, 2 and 3 ranks with accumulation 1 and 4; without it some of them, each number
+of ranks once.
+"""
 
 import re
 from pathlib import Path
@@ -10,12 +14,25 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, metrics, train_all
 from tests.support.corpora import make_corpus
 
-STEPS = 12
-# Rows of 32 tokens at 0.2: k = 6, 5 segments; 60 sequences a step are 12 rows of 5 segments.
+STEPS, SIZE = 12, 120
+# Rows of 32 tokens at 0.2: k = 6, 5 segments; 120 sequences a step are 24 rows of 5 segments.
 STRATEGIES: dict[str, dict[str, Any]] = {
+    "span": {"strategy": "span"},
     "same_batch": {"strategy": "fully_explored", "placement": "same_batch"},
     "frequency": {"strategy": "frequency", "final_rate": 0.1},
+    "documents": {"strategy": "frequency", "document_frequency_power": 0.5, "estimator": "hajek"},
+    "whole_mask": {"strategy": "frequency", "sampler": "conditional_poisson", "estimator": "whole_mask"},
 }
+# uniform and across_epochs: test_train.py trains with them too.
+OTHERS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "whole_word": {"strategy": "whole_word"},
+    "across_epochs": {"strategy": "fully_explored"},
+    "exact": {"strategy": "frequency", "sampler": "conditional_poisson"},
+}
+# Ranks, accumulation.
+LAYOUTS = [(1, 1), (2, 4), (3, 1)]
+ALL_LAYOUTS = [(ranks, accumulation) for ranks in (1, 2, 3) for accumulation in (1, 4)]
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "changed rate": (
         {"strategy": "fully_explored", "final_rate": 0.1},
@@ -29,6 +46,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"strategy": "fully_explored", "placement": "same_batch", "rate": 0.13},
         r"batch.global_size 60 is not a multiple of 8, .* set it to 56 or 64, or masking.segments_per_sequence",
     ),
+    "no probability": (
+        {"strategy": "frequency", "estimator": "whole_mask"},
+        "estimator whole_mask needs the probability of a mask, which sampler pareto does not know",
+    ),
+    "not its own": (
+        {"estimator": "hajek"},
+        "estimator belongs to strategy frequency or mapnet; strategy is uniform",
+    ),
 }
 
 
@@ -40,30 +65,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def values(folder: Path, run: str, masking: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    sections = {"batch": {"global_size": 60, "micro_size": 10}, **sections}
+def values(folder: Path, run: str, masking: dict[str, Any], micro: int = 10, **sections: Any) -> dict[str, Any]:
+    sections = {"batch": {"global_size": SIZE, "micro_size": micro}, "evaluation": {"every_steps": 4}, **sections}
     return configuration(
         folder / run, folder / "corpus", steps=STEPS, model=NO_DROPOUT, masking={"rate": 0.2, **masking}, **sections
     )
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Path:
-    """Strategies on 1 and 2 ranks; on 2 also in two parts."""
-    for world_size, micro in ((1, 30), (2, 10)):
-        layout = {"global_size": 60, "micro_size": micro}
-        jobs: list[tuple[dict[str, Any], str | None]] = [
-            (values(folder, f"{name}-{world_size}", masking, batch=layout), None)
-            for name, masking in STRATEGIES.items()
-        ]
-        if world_size == 2:
-            for name, masking in STRATEGIES.items():
-                whole = values(folder, f"{name}-parts", masking, batch=layout)
+def layouts(request: pytest.FixtureRequest) -> list[tuple[int, int]]:
+    return ALL_LAYOUTS if request.config.getoption("--whole-matrix") else LAYOUTS
+
+
+@pytest.fixture(scope="module")
+def strategies(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    return {**STRATEGIES, **OTHERS} if request.config.getoption("--whole-matrix") else STRATEGIES
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, layouts: list[tuple[int, int]], strategies: dict[str, dict[str, Any]]) -> Path:
+    """Strategies in layouts; on 2 ranks also in two parts."""
+    for ranks in (1, 2, 3):
+        jobs: list[tuple[dict[str, Any], str | None]] = []
+        for name, masking in strategies.items():
+            for _, accumulation in (layout for layout in layouts if layout[0] == ranks):
+                micro = SIZE // ranks // accumulation
+                jobs.append((values(folder, f"{name}-{ranks}-{accumulation}", masking, micro), None))
+            if ranks == 2:
+                whole = values(folder, f"{name}-parts", masking, SIZE // 8)
                 part = {"steps": STEPS // 2, "schedule_steps": STEPS}
                 jobs += [({**whole, "training": part}, None), (whole, "auto")]
-        assert run_ranks(train_all, world_size, jobs, timeout=400) == [[None] * len(jobs)] * world_size
+        assert run_ranks(train_all, ranks, jobs, timeout=900) == [[None] * len(jobs)] * ranks
     other = values(folder, "frequency-parts", {"strategy": "whole_word"})
-    faulty = [(values(folder, name, masking), None) for name, (masking, _) in FAULTS.items()]
+    half = {"global_size": 60, "micro_size": 20}
+    faulty = [(values(folder, name, masking, batch=half), None) for name, (masking, _) in FAULTS.items()]
     ((*said, refused),) = run_ranks(train_all, 1, [*faulty, (other, "auto")])
     for text, (_, expected) in zip(said, FAULTS.values(), strict=True):
         assert re.search(expected, str(text)), text
@@ -71,27 +106,29 @@ def runs(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_masks_do_not_depend_on_ranks_or_layout(runs: Path, name: str) -> None:
+def test_masks_do_not_depend_on_ranks_or_layout(
+    runs: Path, layouts: list[tuple[int, int]], strategies: dict[str, dict[str, Any]]
+) -> None:
     figures = ("step", "samples", "predictions", "data_digest", "mask_digest")
-    one = column(runs / f"{name}-1", *figures)
-    assert column(runs / f"{name}-2", *figures) == one
-    assert len({line[-1] for line in one}) == STEPS
-    losses = [column(runs / f"{name}-{world_size}", "loss") for world_size in (1, 2)]
-    for (a,), (b,) in zip(*losses, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+    for name in strategies:
+        first, *others = (runs / f"{name}-{ranks}-{accumulation}" for ranks, accumulation in layouts)
+        assert len({line[-1] for line in column(first, *figures)}) == STEPS
+        for other in others:
+            assert column(other, *figures) == column(first, *figures), other
+            losses = zip(column(first, "loss"), column(other, "loss"), strict=True)
+            assert all(a == pytest.approx(b, abs=1e-4) for (a,), (b,) in losses), other
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_resumed_is_undisturbed_and_loss_falls(runs: Path, name: str) -> None:
+def test_resumed_is_undisturbed_and_loss_falls(runs: Path, strategies: dict[str, dict[str, Any]]) -> None:
     figures = ("step", "loss", "grad_norm", "data_digest", "mask_digest")
-    assert column(runs / f"{name}-parts", *figures) == column(runs / f"{name}-2", *figures)
-    held_out = [line["held_out_loss"] for line in metrics(runs / f"{name}-2") if "held_out_loss" in line]
-    assert held_out[-1] < held_out[0]
+    for name in strategies:
+        assert column(runs / f"{name}-parts", *figures) == column(runs / f"{name}-2-4", *figures)
+        held_out = [line["held_out_loss"] for line in metrics(runs / f"{name}-2-4") if "held_out_loss" in line]
+        assert held_out[-1] < held_out[0], name
 
 
 def test_a_rate_by_schedule_ends_at_the_final_one(runs: Path) -> None:
-    predictions = [p for (p,) in column(runs / "frequency-1", "predictions")]
+    predictions = [p for (p,) in column(runs / "frequency-1-1", "predictions")]
     assert predictions[0] > predictions[6] > predictions[-1]
     assert predictions[0] == pytest.approx(2 * predictions[-1], rel=0.02)
 

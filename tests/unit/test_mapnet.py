@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from maskvr_ds.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
+from maskvr_ds.pareto import proposal_to_inclusion
+from maskvr_ds.strategies import prediction_counts
 
 
 def capped(scores: list[float], k: int) -> list[float]:
@@ -45,6 +47,17 @@ def test_inclusion_is_that_of_a_plain_loop(spread: float, floor: float) -> None:
         assert pi[b][maskable[b]].sum().item() == pytest.approx(int(counts[b]), abs=1e-9)
     pi.square().sum().backward()
     assert bool(scores.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_inclusion_is_that_of_fixed_scores(spread: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = spread * torch.randn(60, 40, generator=generator, dtype=torch.float64)
+    maskable = torch.rand(60, 40, generator=generator) < torch.rand(60, 1, generator=generator)
+    counts = prediction_counts(maskable.sum(1), 0.3)
+    fixed = proposal_to_inclusion(scores.exp(), maskable, counts, 12, 0.2)
+    learnt = inclusion_from_scores(scores, maskable, counts, 0.2)
+    torch.testing.assert_close(torch.where(maskable, learnt, 0.0), fixed, rtol=1e-6, atol=1e-9)
 
 
 def test_inclusion_has_the_gradient_of_its_differences() -> None:

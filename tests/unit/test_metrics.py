@@ -182,15 +182,16 @@ def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mo
     assert logged == [({"train/trust_ratio_log10": pytest.approx([-2, 1, 0])}, 16)]
 
 
-def test_plot_has_a_panel_for_trust_ratios(tmp_path: Path) -> None:
+def test_plot_has_panels_for_trust_ratios_and_the_proposal(tmp_path: Path) -> None:
     ratios = {"trust_ratio_min": 0.1, "trust_ratio_median": None, "trust_ratio_max": 2.0}
+    proposal = {"variance_ratio": 0.97, "effective_sample_size": 0.9, "proposal_entropy": None}
     heights = []
-    for extra in ({}, ratios):
+    for extra in ({}, ratios, proposal, {**ratios, **proposal}):
         lines = [{"step": s, "loss": None if s == 3 else 5.0, **(extra if s > 1 else {})} for s in range(1, 9)]
         (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines))
         plot_loss(tmp_path / METRICS, tmp_path / "loss.png")
         heights.append(struct.unpack(">I", (tmp_path / "loss.png").read_bytes()[20:24])[0])
-    assert heights[1] > heights[0]
+    assert heights[0] < heights[1] == heights[2] < heights[3]
 
 
 def test_plot_is_a_png_of_some_size(tmp_path: Path) -> None:

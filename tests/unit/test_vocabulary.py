@@ -57,12 +57,28 @@ def test_unknown_ways_are_refused(tmp_path: Path) -> None:
 def test_token_counts_add_over_shards(tmp_path: Path) -> None:
     corpus = Corpus(make_corpus(tmp_path / "corpus", rows=250, padded_last_row=True))
     shards = range(len(corpus.manifest.shards))
-    every = np.concatenate([corpus.input_ids(i).ravel() for i in shards])
-    expected = np.bincount(every, minlength=corpus.manifest.vocab_size)
-    assert np.array_equal(token_counts(corpus, shards), expected)
-    assert np.array_equal(token_counts(corpus, [0, 2]) + token_counts(corpus, [1]), expected)
-    assert (token_counts(corpus, []) == 0).all()
+    expected = np.zeros((2, corpus.manifest.vocab_size), np.int64)
+    for row in np.concatenate([corpus.input_ids(i) for i in shards]):
+        passage: set[int] = set()
+        for token in map(int, row):
+            expected[0, token] += 1
+            if token in corpus.manifest.special_tokens.all:
+                passage = {token}
+                expected[1, token] += 1
+            elif token not in passage:
+                passage.add(token)
+                expected[1, token] += 1
+    assert np.array_equal(token_counts(corpus, shards, of_passages=True), expected)
+    parts = [token_counts(corpus, part, of_passages=True) for part in ([0, 2], [1], [])]
+    assert np.array_equal(sum(parts), expected)
+    assert not parts[2].any()
+    alone = token_counts(corpus, shards, of_passages=False)
+    assert np.array_equal(alone[0], expected[0])
+    assert not alone[1].any()
 
 
 def test_frequency_scores() -> None:
-    assert np.allclose(frequency_scores(np.array([0, 3, 99]), 0.5), [1, 0.5, 0.1])
+    counts = np.array([[0, 3, 99], [0, 3, 8]])
+    assert np.allclose(frequency_scores(counts, 0.5), [1, 0.5, 0.1])
+    assert np.allclose(frequency_scores(counts, 0.5, 0.5), [1, 0.25, 0.1 / 3])
+    assert np.allclose(frequency_scores(counts, -1.0, 1.0), [1, 1, 100 / 9]), "the mean count in its passages"
