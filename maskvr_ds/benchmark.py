@@ -1,7 +1,8 @@
 """`maskvr benchmark`: what loader, masking and training steps reach on this machine. Synthetic rows, real code.
 
-Loader and masking are counted in rows per CPU-second of one thread; a training step in tokens per second, in model
-FLOPs, and in the share of what this machine's matrix products reach. The optimizer's step: benchmark_lamb.py.
+The loader is counted in rows per CPU-second of one thread; a training step in tokens per second, in model FLOPs, and in
+the share of what this machine's matrix products reach. Masks: benchmark_masks.py. The optimizer's step:
+benchmark_lamb.py.
 """
 
 import argparse
@@ -14,29 +15,21 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 
-from data_pipeline.shards import Corpus, Manifest, SpecialTokens, write_manifest, write_shard
+from data_pipeline.shards import Corpus
 from maskvr_ds import distributed, train
-from maskvr_ds.batch import TokenBatch
+from maskvr_ds.benchmark_corpus import make_corpus, one_thread, rows_per_cpu_second
 from maskvr_ds.benchmark_lamb import lamb_cost
+from maskvr_ds.benchmark_masks import masking_speed, strategy_cost
 from maskvr_ds.config import RunConfig, deepspeed_config_path
 from maskvr_ds.engine import model_dtype, read_deepspeed_config
 from maskvr_ds.loader import Loader
-from maskvr_ds.masking import Masker
 from maskvr_ds.metrics import METRICS, read_lines
-from maskvr_ds.strategies import Parameters, span_thresholds
-
-VOCABULARY = 30_522
-SPECIAL = SpecialTokens(pad=0, unk=100, cls=101, sep=102, mask=103, all=(0, 100, 101, 102, 103))
-_FIRST_ORDINARY = 104
-_ROUNDS = 5
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,6 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
         figures = loader_speed(sequence_length=length)
     elif arguments.what == "masking":
         figures = masking_speed(strategy=arguments.strategy, sequence_length=length)
+    elif arguments.what == "masks":
+        figures = strategy_cost(
+            preset=arguments.preset,
+            deepspeed=arguments.deepspeed,
+            micro_size=arguments.micro_size,
+            rounds=arguments.rounds,
+            sequence_length=length,
+            threads=arguments.threads,
+        )
     elif arguments.what == "lamb":
         figures = lamb_cost(
             preset=arguments.preset,
@@ -71,66 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_corpus(folder: Path, *, rows: int, sequence_length: int) -> Path:
-    """Rows that count up through the vocabulary from a random start, so that there is something to learn."""
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir(parents=True)
-    (tokenizer / "tokenizer.json").write_text("{}")
-    random = np.random.default_rng(0)
-    ordinary = 2_000
-    ids = (random.integers(0, ordinary, (rows, 1)) + np.arange(sequence_length)) % ordinary + _FIRST_ORDINARY
-    ids = ids.astype(np.uint16)
-    ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
-    shards = tuple(
-        write_shard(folder, f"shard-{i:05d}.arrow", part, np.ones(len(part), dtype=bool))
-        for i, part in enumerate(np.array_split(ids, 4))
-    )
-    manifest = Manifest(
-        schema_version=1,
-        tokenizer_sha256=sha256(b"{}").hexdigest(),
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
-        sequence_length=sequence_length,
-        seed=0,
-        packing="full_sequences",
-        rows=rows,
-        tokens=ids.size,
-        documents=rows,
-        sources=(),
-        shards=shards,
-    )
-    write_manifest(folder, manifest)
-    return folder
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _rows_per_cpu_second(round_: Callable[[], int]) -> dict[str, float]:
-    """`round_` handles and returns a number of rows; CPU time is the process', all threads."""
-    round_()
-    rates = []
-    for _ in range(_ROUNDS):
-        start = time.process_time()
-        rows = round_()
-        rates.append(rows / (time.process_time() - start))
-    return {
-        "rows_per_cpu_second_min": min(rates),
-        "rows_per_cpu_second_median": statistics.median(rates),
-        "rows_per_cpu_second_max": max(rates),
-    }
-
-
 def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
     """Shuffled rows out of a memory-mapped corpus into batches on the host."""
-    with tempfile.TemporaryDirectory() as folder, _one_thread():
+    with tempfile.TemporaryDirectory() as folder, one_thread():
         corpus = Corpus(make_corpus(Path(folder) / "corpus", rows=rows, sequence_length=sequence_length))
         batches = Loader(corpus, seed=0, global_size=batch_size).batches()
 
@@ -139,45 +84,8 @@ def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length:
                 next(batches)
             return 2000 * batch_size
 
-        figures = _rows_per_cpu_second(round_)
+        figures = rows_per_cpu_second(round_)
     return {"what": f"loader, L = {sequence_length}, batches of {batch_size}, {rows:,} rows", **figures}
-
-
-def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
-    """Masks at 15%, corruption 80/10/10, other rows each time. Words of one and a half tokens, counts by Zipf's law."""
-    order = torch.arange(VOCABULARY)
-    parameters = Parameters(
-        token_scores=(order + 1.0).double().sqrt(),
-        floor=0.3,
-        word_starts=order % 3 < 2,
-        span_thresholds=span_thresholds(0.2, 10),
-    )
-    masker = Masker(
-        vocab_size=VOCABULARY,
-        mask_id=SPECIAL.mask,
-        special_ids=SPECIAL.all,
-        sequence_length=sequence_length,
-        seed=0,
-        strategy=strategy,
-        parameters=parameters,
-    )
-    ids = np.random.default_rng(0).integers(_FIRST_ORDINARY, VOCABULARY, (batch_size, sequence_length))
-    ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
-    input_ids = torch.from_numpy(ids.astype(np.uint16))
-    samples = torch.arange(batch_size)
-    epochs = torch.zeros(batch_size, dtype=torch.int64)
-
-    def round_() -> int:
-        nonlocal samples
-        for _ in range(300):
-            samples = samples + batch_size
-            masker(TokenBatch(input_ids, samples, epochs))
-        return 300 * batch_size
-
-    with _one_thread():
-        figures = _rows_per_cpu_second(round_)
-    what = f"masking ({strategy}) and corruption, L = {sequence_length}, batches of {batch_size}"
-    return {"what": what, **figures}
 
 
 def matrix_product_tflops(dtype: torch.dtype, device: torch.device) -> float:

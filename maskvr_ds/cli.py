@@ -152,21 +152,21 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "benchmark", help="measure loader, masking, optimizer or training steps on this machine"
-    )
-    parser.add_argument("what", choices=["loader", "masking", "lamb", "train"])
+    parser = commands.add_parser("benchmark", help="measure loader, masks, optimizer or training steps on this machine")
+    parser.add_argument("what", choices=["loader", "masking", "masks", "lamb", "train"])
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--preset", default="bert-base", help="train, lamb: model size (default: bert-base)")
+    parser.add_argument("--preset", default="bert-base", help="train, lamb, masks: model size (default: bert-base)")
     parser.add_argument(
-        "--deepspeed", default="zero1_bf16", help="train, lamb: a DeepSpeed config (default: zero1_bf16)"
+        "--deepspeed", default="zero1_bf16", help="train, lamb, masks: a DeepSpeed config (default: zero1_bf16)"
     )
-    parser.add_argument("--micro-size", type=int, default=128, help="train: sequences a forward pass (default: 128)")
+    parser.add_argument(
+        "--micro-size", type=int, default=128, help="train, masks: sequences a forward pass (default: 128)"
+    )
     parser.add_argument("--steps", type=int, default=100, help="train: optimizer steps (default: 100)")
     parser.add_argument("--sequence-length", type=int, default=128, help="L (default: 128)")
     parser.add_argument("--strategy", default="uniform", help="masking: a masking.strategy (default: uniform)")
-    parser.add_argument("--rounds", type=int, default=15, help="lamb: timed steps of each optimizer (default: 15)")
-    parser.add_argument("--threads", type=int, help="lamb: CPU threads a rank (default: the cores over the ranks)")
+    parser.add_argument("--rounds", type=int, default=15, help="lamb, masks: timed steps of each (default: 15)")
+    parser.add_argument("--threads", type=int, help="lamb, masks: CPU threads a rank (default: all there are)")
     parser.add_argument(
         "--against",
         nargs="+",

@@ -32,8 +32,35 @@ def recipe_text(name: str) -> str:
     return (resources.files("maskvr_ds.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read_yaml(config: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the recipe of that name. Raises ConfigError where there is none."""
+def read_yaml(config: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the recipe of that name, laid over its `base` where it names one.
+
+    base: a recipe or a file (from the folder of the file that names it); its sections are merged field by field,
+    lists are replaced. above: the files that led here. Raises ConfigError where there is none, or a base leads back.
+    """
+    values = _read_mapping(config)
+    if (base := values.pop("base", None)) is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"config {config}: base is {base!r}; the name of a recipe or a file expected")
+    beside = Path(config).parent / base
+    named = str(beside) if beside.is_file() else base
+    above = (*above, str(config))
+    if named in above:
+        raise ConfigError(f"config {config}: base {base} leads back to itself ({' -> '.join((*above, named))})")
+    return _merged(read_yaml(named, above), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections field by field; `above` has its way."""
+    merged = dict(below)
+    for key, value in above.items():
+        before = merged.get(key)
+        merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_mapping(config: str | Path) -> dict[str, Any]:
     path = Path(config)
     if path.is_file():
         text = path.read_text(encoding="utf-8")

@@ -18,16 +18,16 @@ STEPS, SIZE = 12, 120
 # Rows of 32 tokens at 0.2: k = 6, 5 segments; 120 sequences a step are 24 rows of 5 segments.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "span": {"strategy": "span"},
+    "across_epochs": {"strategy": "fully_explored"},
     "same_batch": {"strategy": "fully_explored", "placement": "same_batch"},
     "frequency": {"strategy": "frequency", "final_rate": 0.1},
     "documents": {"strategy": "frequency", "document_frequency_power": 0.5, "estimator": "hajek"},
     "whole_mask": {"strategy": "frequency", "sampler": "conditional_poisson", "estimator": "whole_mask"},
 }
-# uniform and across_epochs: test_train.py trains with them too.
+# test_train.py trains with uniform masks too.
 OTHERS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "whole_word": {"strategy": "whole_word"},
-    "across_epochs": {"strategy": "fully_explored"},
     "exact": {"strategy": "frequency", "sampler": "conditional_poisson"},
 }
 # Ranks, accumulation.

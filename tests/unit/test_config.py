@@ -33,6 +33,30 @@ def test_recipes_are_valid(name: str) -> None:
     assert yaml.safe_load(recipe_text(name))["output_dir"]
 
 
+def test_a_base_is_laid_under_the_file(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("base: demo_cpu\nseed: 7\nbatch: {micro_size: 8}\n")
+    (tmp_path / "run.yaml").write_text("base: below.yaml\nbatch: {global_size: 128}\nmasking: {strategy: span}\n")
+    config, demo = load_config(tmp_path / "run.yaml", ["optimizer.lr=0.02"]), load_config("demo_cpu")
+    assert (config.seed, config.batch.micro_size, config.batch.global_size) == (7, 8, 128)
+    assert (config.masking.strategy, config.optimizer.lr) == ("span", 0.02)
+    same = {"data", "model", "schedule", "training", "evaluation", "checkpoint"}
+    assert config.model_dump(include=same) == demo.model_dump(include=same)
+
+
+def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("base: two.yaml\n")
+    two.write_text("base: one.yaml\n")
+    with pytest.raises(ConfigError, match=r"base one\.yaml leads back to itself \(.*one\.yaml -> .*two\."):
+        load_config(one)
+    two.write_text("base: nowhere\n")
+    with pytest.raises(ConfigError, match="config 'nowhere': neither a file nor a recipe"):
+        load_config(one)
+    two.write_text("base: [demo_cpu]\n")
+    with pytest.raises(ConfigError, match="the name of a recipe or a file expected"):
+        load_config(one)
+
+
 def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, optimizer={"betas": [0.8, 0.9], "lr": 1e-5}, monitor={"wandb": {"project": "p"}})

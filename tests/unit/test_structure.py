@@ -18,7 +18,7 @@ LEVELS = [
     {"engine", "checkpoint", "proposer"},
     {"evaluate", "phases"},
     {"run"},
-    {"train", "export", "benchmark", "benchmark_lamb", "demo"},
+    {"train", "export", "benchmark", "benchmark_corpus", "benchmark_lamb", "benchmark_masks", "demo"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
@@ -27,7 +27,11 @@ SIDEWAYS = {
     ("checkpoint", "engine"),
     ("distributed", "config"),
     ("benchmark", "train"),
+    ("benchmark", "benchmark_corpus"),
     ("benchmark", "benchmark_lamb"),
+    ("benchmark", "benchmark_masks"),
+    ("benchmark_masks", "benchmark_corpus"),
+    ("benchmark_masks", "train"),
     ("lamb", "layerwise"),
     ("lamb", "partitions"),
     ("layerwise", "partitions"),

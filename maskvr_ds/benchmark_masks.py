@@ -1,0 +1,168 @@
+"""`maskvr benchmark masking` and `masks`: what drawing costs by itself, and what a strategy adds to a training step."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import distributed
+from maskvr_ds.batch import TokenBatch
+from maskvr_ds.benchmark_corpus import (
+    FIRST_ORDINARY,
+    SPECIAL,
+    VOCABULARY,
+    make_corpus,
+    one_thread,
+    rows_per_cpu_second,
+)
+from maskvr_ds.config import BatchConfig, MapNetConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+from maskvr_ds.engine import create_engine, read_deepspeed_config
+from maskvr_ds.loader import Loader
+from maskvr_ds.masking import Masker
+from maskvr_ds.model import bert_config
+from maskvr_ds.proposer import Proposer
+from maskvr_ds.strategies import Parameters, span_thresholds
+from maskvr_ds.train import run_step
+
+# Name → strategy, sampler, estimator. uniform is what the others are compared with.
+_CASES = {
+    "uniform": ("uniform", "pareto", "horvitz_thompson"),
+    "fully_explored": ("fully_explored", "pareto", "horvitz_thompson"),
+    "whole_word": ("whole_word", "pareto", "horvitz_thompson"),
+    "span": ("span", "pareto", "horvitz_thompson"),
+    "frequency": ("frequency", "pareto", "horvitz_thompson"),
+    "frequency_exact": ("frequency", "conditional_poisson", "hajek"),
+    "mapnet": ("mapnet", "pareto", "horvitz_thompson"),
+}
+
+
+def _parameters(**options: Any) -> Parameters:
+    """Words of one and a half tokens, scores by Zipf's law."""
+    order = torch.arange(VOCABULARY)
+    return Parameters(
+        token_scores=(order + 1.0).double().sqrt(),
+        floor=0.3,
+        word_starts=order % 3 < 2,
+        span_thresholds=span_thresholds(0.2, 10),
+        **options,
+    )
+
+
+def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
+    """Masks at 15%, corruption 80/10/10, other rows each time."""
+    masker = Masker(
+        vocab_size=VOCABULARY,
+        mask_id=SPECIAL.mask,
+        special_ids=SPECIAL.all,
+        sequence_length=sequence_length,
+        seed=0,
+        strategy=strategy,
+        parameters=_parameters(),
+    )
+    ids = np.random.default_rng(0).integers(FIRST_ORDINARY, VOCABULARY, (batch_size, sequence_length))
+    ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
+    input_ids = torch.from_numpy(ids.astype(np.uint16))
+    samples = torch.arange(batch_size)
+    epochs = torch.zeros(batch_size, dtype=torch.int64)
+
+    def round_() -> int:
+        nonlocal samples
+        for _ in range(300):
+            samples = samples + batch_size
+            masker(TokenBatch(input_ids, samples, epochs))
+        return 300 * batch_size
+
+    with one_thread():
+        figures = rows_per_cpu_second(round_)
+    what = f"masking ({strategy}) and corruption, L = {sequence_length}, batches of {batch_size}"
+    return {"what": what, **figures}
+
+
+def strategy_cost(
+    *, preset: str, deepspeed: str, micro_size: int, rounds: int, sequence_length: int, threads: int | None
+) -> dict[str, Any]:
+    """Optimizer steps of one engine, one micro-batch a rank, with each strategy in turn; a first round does not count.
+
+    Figures: how much longer a step took than the one with uniform masks of its own round, elapsed and CPU time.
+    """
+    distributed.initialize()
+    device, world_size = distributed.device(), distributed.world_size()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = ModelConfig.model_validate({"preset": preset, "max_position_embeddings": max(512, sequence_length)})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(distributed.broadcast_object(scratch))
+        if distributed.rank() == 0:
+            make_corpus(folder / "corpus", rows=4_096, sequence_length=sequence_length)
+        distributed.barrier()
+        corpus = Corpus(folder / "corpus")
+        engine = create_engine(
+            bert_config(model, vocab_size=VOCABULARY, pad_id=SPECIAL.pad),
+            read_deepspeed_config(deepspeed_config_path(deepspeed)),
+            model=model,
+            batch=BatchConfig(global_size=micro_size * world_size, micro_size=micro_size),
+            optimizer=OptimizerConfig(),
+            accumulation=1,
+            seed=0,
+        )
+        engine.train()
+        proposer = Proposer(
+            MapNetConfig(), vocab_size=VOCABULARY, max_length=model.max_position_embeddings, seed=0, device=device
+        )
+        maskers = {
+            name: Masker.for_corpus(
+                corpus.manifest,
+                seed=0,
+                strategy=strategy,
+                parameters=_parameters(sampler=sampler, estimator=estimator, proposal=proposer.propose),
+                device=device,
+            )
+            for name, (strategy, sampler, estimator) in _CASES.items()
+        }
+        loader = Loader(
+            corpus,
+            seed=0,
+            global_size=micro_size * world_size,
+            rank=distributed.rank(),
+            world_size=world_size,
+            device=device,
+        )
+        batches = loader.batches()
+        elapsed: dict[str, list[float]] = {name: [] for name in maskers}
+        cpu_time: dict[str, list[float]] = {name: [] for name in maskers}
+        for round_ in range(rounds + 1):
+            for name, masker in maskers.items():
+                batch = next(batches)
+                engine.module.observer = None
+                if name == "mapnet":
+                    proposer.attach(engine.module)
+                distributed.barrier()
+                distributed.wait_for_device()
+                start, cpu_start = time.perf_counter(), time.process_time()
+                run_step(engine, masker, batch, micro_size, proposer if name == "mapnet" else None)
+                if name == "mapnet":
+                    proposer.step()
+                distributed.wait_for_device()
+                if round_:
+                    elapsed[name].append(time.perf_counter() - start)
+                    cpu_time[name].append(time.process_time() - cpu_start)
+        batches.close()
+    threads_used = f"cpu, {torch.get_num_threads()} threads"
+    figures: dict[str, Any] = {
+        "what": f"step of {preset}, L = {sequence_length}, {deepspeed}, {world_size} ranks × {micro_size} sequences",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads_used,
+        "versions": f"torch {torch.__version__}",
+        "rounds": rounds,
+        "uniform_seconds_median": statistics.median(elapsed["uniform"]),
+    }
+    for name in list(maskers)[1:]:
+        for kind, seconds in (("", elapsed), ("_cpu_time", cpu_time)):
+            ratios = [own / uniform - 1 for own, uniform in zip(seconds[name], seconds["uniform"], strict=True)]
+            for statistic in (min, statistics.median, max):
+                figures[f"{name}_adds{kind}_{statistic.__name__}"] = statistic(ratios)
+    return figures
