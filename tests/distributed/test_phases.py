@@ -78,8 +78,13 @@ class Runs:
         self.passing = make_corpus(folder / "passing", rows=90, words=20)
         other = make_corpus(folder / "other", rows=90, words=30, length=64)
 
-        self.whole = two_phases(folder / "whole", self.short, self.long, deepspeed="zero2_fp32")
-        killed = two_phases(folder / "killed", self.passing, self.long, deepspeed="zero2_fp32")
+        proposing = {
+            "masking": {"strategy": "mapnet"},
+            "mapnet": {"hidden": 32, "layers": 1},
+            "deepspeed": "zero2_fp32",
+        }
+        self.whole = two_phases(folder / "whole", self.short, self.long, **proposing)
+        killed = two_phases(folder / "killed", self.passing, self.long, **proposing)
         killed["data"] = {"verify": "size"}
         # The corpus of phase one goes with its held-out part, and what it was must not matter any more.
         make_corpus(self.passing / "held_out", rows=30, words=20, seed=1)
@@ -97,6 +102,8 @@ class Runs:
             two_phases(folder / name, self.short, self.long, steps=(2, 2), deepspeed=name, **brief, optimizer=optimizer)
             for name, optimizer in (("zero0_bf16", {}), ("zero1_fp32", adam))
         ]
+        # The second phase alone has a mask proposal.
+        self.others[1] = changed(self.others[1], 1, masking={"strategy": "mapnet"})
         new = two_phases(folder / "new", self.short, self.long)
         finished = {
             "changed steps": changed(self.whole, 0, training={"steps": 7}),
@@ -146,12 +153,38 @@ def test_killed_anywhere_is_never_killed(runs: Runs) -> None:
     assert not runs.passing.exists()
     assert runs.answers["to the end"] == [[None], [None]]
     whole, killed = runs.folder / "whole", runs.folder / "killed"
-    figures = ("step", "phase", "samples", "tokens", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
+    figures = (
+        "step",
+        "phase",
+        "samples",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "data_digest",
+        "mask_digest",
+        "mapnet_loss",
+    )
     assert column(killed, *figures) == column(whole, *figures)
     held_out = [[line.get("held_out_loss") for line in metrics(run)] for run in (killed, whole)]
     assert held_out[0] == held_out[1]
     weights = [checkpoint.read_weights(complete_checkpoints(run)[-1]) for run in (killed, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_mapnet_goes_on_over_the_boundary(runs: Runs) -> None:
+    steps = {}
+    for run in (runs.folder / "whole", runs.folder / "zero1_fp32"):
+        for saved in complete_checkpoints(run):
+            tensors = checkpoint.read_beside(saved, "mapnet.safetensors")
+            steps[run.name, checkpoint.read_state(saved).step] = tensors and tensors["step"].item()
+    assert steps == {
+        ("whole", SHORT): SHORT,
+        ("whole", SHORT + 4): SHORT + 4,
+        ("whole", SHORT + LONG): SHORT + LONG,
+        ("zero1_fp32", 2): None,
+        ("zero1_fp32", 4): 2,
+    }
 
 
 def test_counts_go_on_over_the_boundary(runs: Runs) -> None:
