@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   maskvr train --config demo_cpu --num-gpus 2 --set data.path=corpus --set output_dir=runs/first
   maskvr train --config run.yaml --hostfile hosts --resume auto
   maskvr export --checkpoint runs/first --output bert-mine
+  maskvr variance --checkpoint runs/first --corpus corpus --strategies whole_word span --output variance
   maskvr benchmark masking
   maskvr demo --output demo_run
 """
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_export, _add_plot, _add_recipes, _add_benchmark, _add_demo):
+    for add in (_add_train, _add_export, _add_plot, _add_recipes, _add_variance, _add_benchmark, _add_demo):
         add(commands)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -148,6 +149,54 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import recipe_text, recipes
 
     print(recipe_text(arguments.name) if arguments.name else "\n".join(recipes()))
+    return 0
+
+
+_VARIANCE_EXAMPLES = """examples:
+  maskvr variance --checkpoint runs/first --corpus corpus --output variance \\
+      --strategies frequency fully_explored:placement=same_batch,segments_per_sequence=3 whole_word
+  maskvr variance --checkpoint runs/mapnet/checkpoints/step-00004000 --corpus corpus --output variance --num-gpus 8 \\
+      --strategies mapnet mapnet:floor=0.1 oracle_gradient:floor=0.1 oracle_head oracle_mask --hamming-rounds 8
+"""
+
+
+def _add_variance(commands: argparse._SubParsersAction) -> None:
+    from maskvr_ds.strategy_spec import add_variance_options
+
+    parser = commands.add_parser(
+        "variance",
+        help="measure the gradient's variance from data and from masks, strategy by strategy",
+        epilog=_VARIANCE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_variance_options(parser)
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.set_defaults(run=_variance)
+
+
+def _variance(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.strategy_spec import parse_strategies
+
+    parse_strategies(arguments.strategies)
+    options = []
+    for name, value in vars(arguments).items():
+        if name not in ("run", "num_gpus"):
+            options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    ranks = arguments.num_gpus or _visible_gpus()
+    if ranks <= 1:
+        from maskvr_ds import variance
+
+        return variance.main(options)
+    from deepspeed.launcher import runner
+
+    here = ["--num_gpus", str(ranks), "--master_port", str(_free_port()), "--log_level", "error"]
+    result = Path(arguments.output) / "variance.json"
+    result.unlink(missing_ok=True)
+    runner.main([*here, "--module", "maskvr_ds.variance", *options])
+    # The launcher returns without an error too where a signal ended its ranks.
+    if not result.is_file():
+        print("error: the ranks ended before they had a result", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEVELS = [
     {"__init__", "config_file", "hashing", "variants"},
-    {"config_masking", "config_phases", "pareto", "vocabulary"},
+    {"config_masking", "config_phases", "pareto", "vocabulary", "random_effects"},
     {"config", "batch"},
-    {"strategies", "conditional_poisson", "estimators"},
+    {"strategies", "conditional_poisson", "estimators", "strategy_spec", "variance_report"},
     {"distributed", "masking", "schedule", "model"},
-    {"partitions", "layerwise", "lamb", "loader", "metrics", "mapnet", "gradient_norm"},
-    {"engine", "checkpoint", "proposer"},
-    {"evaluate", "phases"},
+    {"partitions", "layerwise", "lamb", "loader", "metrics", "mapnet", "gradient_norm", "mask_covariance"},
+    {"engine", "checkpoint", "proposer", "sketch"},
+    {"evaluate", "phases", "oracles", "moments"},
     {"run"},
-    {"train", "export", "benchmark", "benchmark_lamb", "demo"},
+    {"train", "export", "benchmark", "benchmark_lamb", "demo", "variance"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
@@ -28,6 +28,7 @@ SIDEWAYS = {
     ("distributed", "config"),
     ("benchmark", "train"),
     ("benchmark", "benchmark_lamb"),
+    ("variance", "export"),
     ("lamb", "layerwise"),
     ("lamb", "partitions"),
     ("layerwise", "partitions"),
