@@ -18,7 +18,7 @@ LEVELS = [
     {"engine", "checkpoint", "proposer", "sketch"},
     {"evaluate", "phases", "oracles", "moments"},
     {"run"},
-    {"train", "export", "benchmark", "benchmark_lamb", "demo", "variance"},
+    {"train", "export", "benchmark", "benchmark_lamb", "demo", "variance", "compare"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
