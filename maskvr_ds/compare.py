@@ -1,14 +1,14 @@
 """`maskvr compare`: strategies × seeds, each run a `maskvr train`; who reaches the baseline's held-out loss, and when.
 
-Runs of one seed begin with the same weights and read the same rows in the same order (J segments of a row in one batch:
-J times fewer rows), and all are measured on the same held-out rows under the same uniform masks. The target of a seed is
-the baseline's last held-out loss with that seed, unless one is given. Steps to it are interpolated between evaluations;
-seconds are those of training steps, without evaluation and saving, as metrics.jsonl has them.
+Runs of one seed begin with the same weights and read the same rows in the same order (J segments of a row in one
+batch: J times fewer rows), and all are measured on the same held-out rows under the same uniform masks. The target of a
+seed is the baseline's last held-out loss with that seed, unless one is given. Steps to it are interpolated between
+evaluations; seconds are those of training steps, without evaluation and saving, as metrics.jsonl has them.
 
     OUTPUT/runs/STRATEGY/seed-0/     a run's folder each
     OUTPUT/compare.json, compare.png after every run
 
-A run that has its last checkpoint is not repeated; one that was cut short goes on. No collectives: ranks belong to runs.
+A run that has its last checkpoint is not repeated; one that was cut short goes on. No collectives here.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from maskvr_ds.run import CONFIG, open_corpora
 from maskvr_ds.strategy_spec import ORACLES, StrategySpec, parse_strategies
 
 RESULT, PLOT = "compare.json", "compare.png"
+_SPREAD = ("final", "difference", "fewer_steps", "less_time")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
         raise ConfigError(f"--seeds {' '.join(map(str, arguments.seeds))}: one is named twice")
     if oracles := [spec.text for spec in specs if spec.strategy in ORACLES]:
         raise ConfigError(f"{', '.join(oracles)}: cannot be trained with; `maskvr variance` measures it")
+    if len({spec.folder for spec in specs}) < len(specs):
+        raise ConfigError(f"--strategies {' '.join(arguments.strategies)}: two have the same name but for punctuation")
     jobs = []
     for seed in arguments.seeds:
         for spec in specs:
@@ -133,30 +136,37 @@ def reached(points: Sequence[tuple[int, float, float]], target: float) -> tuple[
 def compare(jobs: Sequence[Job], target: float | None) -> dict[str, Any]:
     """Results of the runs that are done. The first strategy is the baseline.
 
-    strategies: name → runs (a mapping a seed) and, over seeds for which the baseline is done too, mean, least and greatest
-    of `final` held-out loss, `difference` from the baseline's, `fewer_steps` and `less_time`: the baseline's steps
-    (seconds) to the target divided by the strategy's, of the seeds that reached it; `reached` of `seeds`.
+    strategies: name → runs (a mapping a seed) and, over seeds for which the baseline is done too, mean, least and
+    greatest of `final` held-out loss, `difference` from the baseline's, `fewer_steps` and `less_time`: the baseline's
+    steps (seconds) to the target divided by the strategy's, of the seeds that reached it; `reached` of `seeds`.
     """
     baseline = jobs[0].spec.text
     curves = {(job.spec.text, job.seed): curve(job.folder) for job in jobs if job.is_done()}
     strategies: dict[str, Any] = {}
     for name in dict.fromkeys(job.spec.text for job in jobs):
-        runs = []
+        runs: list[dict[str, Any]] = []
         for seed in dict.fromkeys(job.seed for job in jobs):
             points, reference = curves.get((name, seed)), curves.get((baseline, seed))
             if points is None or reference is None:
                 continue
             aim = reference[-1][2] if target is None else target
             mine, theirs = reached(points, aim), reached(reference, aim)
-            run = {"seed": seed, "target": aim, "final": points[-1][2], "difference": points[-1][2] - reference[-1][2]}
-            run["steps_to_target"], run["seconds_to_target"] = mine or (None, None)
-            both = mine is not None and theirs is not None
-            run["fewer_steps"] = theirs[0] / mine[0] if both else None  # type: ignore[index]
-            run["less_time"] = theirs[1] / mine[1] if both else None  # type: ignore[index]
-            runs.append({**run, "curve": points})
-        spread = {
-            key: _spread([run[key] for run in runs]) for key in ("final", "difference", "fewer_steps", "less_time")
-        }
+            steps, seconds = mine or (None, None)
+            ratios = [a / b for a, b in zip(theirs, mine, strict=True)] if theirs and mine else [None, None]
+            runs.append(
+                {
+                    "seed": seed,
+                    "target": aim,
+                    "final": points[-1][2],
+                    "difference": points[-1][2] - reference[-1][2],
+                    "steps_to_target": steps,
+                    "seconds_to_target": seconds,
+                    "fewer_steps": ratios[0],
+                    "less_time": ratios[1],
+                    "curve": points,
+                }
+            )
+        spread = {key: _spread([run[key] for run in runs]) for key in _SPREAD}
         hits = sum(run["steps_to_target"] is not None for run in runs)
         strategies[name] = {"reached": hits, "seeds": len(runs), **spread, "runs": runs}
     return {"baseline": baseline, "strategies": strategies}
