@@ -194,10 +194,10 @@ def _variance(arguments: argparse.Namespace) -> int:
 
     here = ["--num_gpus", str(ranks), "--master_port", str(_free_port()), "--log_level", "error"]
     result = Path(arguments.output) / "variance.json"
-    result.unlink(missing_ok=True)
+    before = result.stat().st_mtime_ns if result.is_file() else None
     runner.main([*here, "--module", "maskvr_ds.variance", *options])
     # The launcher returns without an error too where a signal ended its ranks.
-    if not result.is_file():
+    if not result.is_file() or result.stat().st_mtime_ns == before:
         print("error: the ranks ended before they had a result", file=sys.stderr)
         return 1
     return 0

@@ -99,7 +99,8 @@ class Measurement:
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
         mlm = distributed.agreed(lambda: load_model(self.folder))
-        self.model = MaskedLanguageModel(mlm.config)
+        with torch.device("meta"):  # no second set of weights
+            self.model = MaskedLanguageModel(mlm.config)
         self.model.mlm = mlm
         self.sketcher = Sketcher(self.model.to(device), size=arguments.sketch_size, seed=self._key(_SKETCH))
         # Masks are of the kind that the run trains with: rate, share of [MASK].

@@ -33,6 +33,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def _folded(name: str) -> str:
+    return name.replace(":", ":\n").replace(",", ",\n")
+
+
 def plot(report: dict[str, Any], output: Path) -> None:
     """Data and mask part by strategy, ratios by layer, and the masks' covariance where it was measured → PNG."""
     import matplotlib
@@ -58,16 +62,20 @@ def plot(report: dict[str, Any], output: Path) -> None:
     for place, w in zip(places, whole, strict=True):
         axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.2)
     axes.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_yticks(places, names, fontsize=8)
+    axes.set_yticks(places, [_folded(name) for name in names], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"gradient variance at equal compute ÷ that of uniform masks (step {report['step']})")
+    axes.set_xlabel(f"total variance ÷ uniform at equal compute, step {report['step']}")
     axes.legend(fontsize=8)
     axes = all_axes[1]
     for name in names[1:]:
         layers = {k: v for k, v in strategies[name]["layers"].items() if k != "whole"}
         if layers:
             axes.plot(
-                list(layers), [v["total_ratio"][0] for v in layers.values()], marker="o", markersize=3, label=name
+                list(layers),
+                [v["total_ratio"][0] for v in layers.values()],
+                marker="o",
+                markersize=3,
+                label=_folded(name),
             )
     first = {k: v["mask_over_data"][0] for k, v in strategies[names[0]]["layers"].items() if k != "whole"}
     axes.axhline(1, color="grey", linestyle="--", linewidth=0.8)
@@ -75,7 +83,7 @@ def plot(report: dict[str, Any], output: Path) -> None:
     axes.set_xlabel("layer, and V_m / V_d of uniform masks there")
     axes.set_ylabel("total ÷ uniform")
     if len(names) > 1:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
     if "hamming" in report:
         axes = all_axes[2]
         distance = [x["distance"] for x in report["hamming"]]
