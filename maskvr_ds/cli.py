@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   maskvr train --config demo_cpu --num-gpus 2 --set data.path=corpus --set output_dir=runs/first
   maskvr train --config run.yaml --hostfile hosts --resume auto
   maskvr export --checkpoint runs/first --output bert-mine
+  maskvr variance --checkpoint runs/first --corpus corpus --strategies whole_word span --output variance
+  maskvr compare --config run.yaml --strategies uniform span --seeds 0 1 2 --output comparison
   maskvr benchmark masking
   maskvr demo --output demo_run
 """
@@ -28,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_export, _add_plot, _add_recipes, _add_benchmark, _add_demo):
+    for add in (_add_train, _add_export, _add_plot, _add_recipes):
+        add(commands)
+    for add in (_add_variance, _add_compare, _add_benchmark, _add_demo):
         add(commands)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
@@ -149,6 +153,93 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
     print(recipe_text(arguments.name) if arguments.name else "\n".join(recipes()))
     return 0
+
+
+_VARIANCE_EXAMPLES = """examples:
+  maskvr variance --checkpoint runs/first --corpus corpus --output variance \\
+      --strategies frequency fully_explored:placement=same_batch,segments_per_sequence=3 whole_word
+  maskvr variance --checkpoint runs/mapnet/checkpoints/step-00004000 --corpus corpus --output variance --num-gpus 8 \\
+      --strategies mapnet mapnet:floor=0.1 oracle_gradient:floor=0.1 oracle_head oracle_mask --hamming-rounds 8
+"""
+
+
+def _add_variance(commands: argparse._SubParsersAction) -> None:
+    from maskvr_ds.strategy_spec import add_variance_options
+
+    parser = commands.add_parser(
+        "variance",
+        help="measure the gradient's variance from data and from masks, strategy by strategy",
+        epilog=_VARIANCE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_variance_options(parser)
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.set_defaults(run=_variance)
+
+
+def _variance(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.strategy_spec import parse_strategies
+
+    parse_strategies(arguments.strategies)
+    options = []
+    for name, value in vars(arguments).items():
+        if name not in ("run", "num_gpus"):
+            options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    ranks = arguments.num_gpus or _visible_gpus()
+    if ranks <= 1:
+        from maskvr_ds import variance
+
+        return variance.main(options)
+    from deepspeed.launcher import runner
+
+    here = ["--num_gpus", str(ranks), "--master_port", str(_free_port()), "--log_level", "error"]
+    result = Path(arguments.output) / "variance.json"
+    before = result.stat().st_mtime_ns if result.is_file() else None
+    runner.main([*here, "--module", "maskvr_ds.variance", *options])
+    # The launcher returns without an error too where a signal ended its ranks.
+    if not result.is_file() or result.stat().st_mtime_ns == before:
+        print("error: the ranks ended before they had a result", file=sys.stderr)
+        return 1
+    return 0
+
+
+_COMPARE_EXAMPLES = """examples:
+  maskvr compare --config run.yaml --set data.path=corpus --seeds 0 1 2 --output comparison \\
+      --strategies uniform mapnet:gate=auto fully_explored fully_explored:placement=same_batch
+  maskvr compare --config run.yaml --strategies uniform uniform:optimizer.lr=0.02 --target 2.5 --output rates
+"""
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="train strategies × seeds; steps and seconds to the first one's held-out loss",
+        epilog=_COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="for all runs"
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        required=True,
+        metavar="STRATEGY",
+        help="name, or name:setting=value,setting=value (of masking, of mapnet for it, or section.field); the first "
+        "is the baseline",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    parser.add_argument("--output", required=True, metavar="DIR", help="runs there that are done are not repeated")
+    parser.add_argument("--target", type=float, metavar="LOSS", help="default: the baseline's last one, seed by seed")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks of each run; default: as `maskvr train`")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from maskvr_ds import compare
+
+    return compare.run(arguments)
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:

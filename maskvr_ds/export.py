@@ -53,7 +53,8 @@ def export(source: str | Path, output: str | Path) -> float:
     return difference
 
 
-def _write(folder: Path, output: Path) -> None:
+def load_model(folder: Path) -> BertForMaskedLM:
+    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError where weights do not fit."""
     model = BertForMaskedLM(AutoConfig.from_pretrained(folder / BERT))
     missing, unexpected = model.load_state_dict(checkpoint.read_weights(folder), strict=False)
     # Tied tensors are stored once; whatever else is missing would be random.
@@ -61,7 +62,11 @@ def _write(folder: Path, output: Path) -> None:
     if untied or unexpected:
         raise CheckpointError(f"{folder}: weights do not fit the model: missing {untied}, unexpected {unexpected}")
     model.tie_weights()
-    model.save_pretrained(output)
+    return model
+
+
+def _write(folder: Path, output: Path) -> None:
+    load_model(folder).save_pretrained(output)
     _write_tokenizer(folder / BERT, output)
 
 

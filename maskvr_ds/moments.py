@@ -1,0 +1,108 @@
+"""Moments of single rows' gradients under a strategy's masks, the rows divided over the ranks.
+
+N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
+world group: `measure` all-reduces float32 [N, G, s], float64 [N, G + 1] and int64 [1], `measure_covariance` float64
+[N, 2 W], once a call.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import distributed
+from maskvr_ds.batch import TokenBatch
+from maskvr_ds.loader import read_rows, to_device
+from maskvr_ds.mask_covariance import WINDOWS, covariances, shifts, windows
+from maskvr_ds.masking import Masker
+from maskvr_ds.random_effects import Counts, Floats, Moments, Resampling
+from maskvr_ds.sketch import Sketcher
+from maskvr_ds.strategies import prediction_counts
+
+# Draws of a row are this many epochs apart (times J): each is of a round of fully_explored of its own, and the segments
+# that it begins with take turns, as they do in training.
+APART = 1021
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What all strategies are measured on. rows: int64 [N], of the corpus. seed: of everything."""
+
+    corpus: Corpus
+    rows: np.ndarray
+    seed: int
+    micro_size: int
+    device: torch.device
+
+    def mine(self) -> range:
+        """This rank's share of 0 … N − 1."""
+        return range(distributed.rank(), len(self.rows), distributed.world_size())
+
+    def repeated(self, number: int, epochs: np.ndarray) -> TokenBatch:
+        """Row `number` as often as there are epochs, int64 [·], each in its own."""
+        rows = np.full_like(epochs, self.rows[number])
+        return to_device(read_rows(self.corpus, rows, epochs), self.device)
+
+    def sketches(self, sketcher: Sketcher, masker: Masker, number: int, epochs: np.ndarray) -> tuple[torch.Tensor, int]:
+        """Gradients of a row's masks, float32 [len(epochs), G, s], and how many predictions they are of."""
+        masked = masker(self.repeated(number, epochs))
+        found = torch.cat([sketcher(part) for part in masked.split(self.micro_size)])
+        return found, int((masked.weights != 0).sum())
+
+
+def measure(sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int) -> tuple[Moments, float]:
+    """Moments of the gradients per prediction, and predictions a mask; the same on every rank. Every rank calls."""
+    N, G = len(sample.rows), len(sketcher.layers)
+    means = torch.zeros((N, G, sketcher.size), device=sample.device)
+    spread = torch.zeros((N, G + 1), dtype=torch.float64, device=sample.device)
+    predictions = torch.zeros(1, dtype=torch.int64, device=sample.device)
+    epochs = (np.arange(draws)[:, None] * APART * copies + np.arange(copies)).ravel()
+    for number in sample.mine():
+        found, count = sample.sketches(sketcher, masker, number, epochs)
+        found = found.view(draws, copies, G, -1).mean(1)
+        means[number] = found.mean(0)
+        deviation = (found - means[number]).double().square().sum((0, 2)) / (draws - 1)
+        spread[number, :G] = deviation
+        spread[number, G] = found.double().square().sum((1, 2)).sqrt().var()
+        predictions += count
+    for total in (means, spread, predictions):
+        distributed.all_reduce_sum(total)
+    a_mask = predictions.item() / (N * draws * copies)
+    if not a_mask:
+        raise ValueError("no row of the sample has a maskable token; measure on more --sequences")
+    of_layers = means.cpu().double().transpose(0, 1) / a_mask
+    numbers = spread.cpu().numpy() / a_mask**2
+    moments = Moments(
+        within=numbers[:, :G],
+        gram=torch.stack([layer @ layer.T for layer in of_layers]).numpy(),
+        norm_variance=numbers[:, G],
+        draws=draws,
+        segments=copies,
+    )
+    return moments, a_mask
+
+
+def measure_covariance(
+    sample: Sample, sketcher: Sketcher, masker: Masker, rounds: int, resampling: Resampling
+) -> list[dict[str, Any]]:
+    """Correlation of two masks' gradients of a row against their Hamming distance. Every rank calls."""
+    masker.strategy = windows
+    found = torch.zeros((len(sample.rows), 2 * WINDOWS), dtype=torch.float64, device=sample.device)
+    number_of_window = torch.arange(WINDOWS, device=sample.device)
+    for number in sample.mine():
+        sketches, _ = sample.sketches(sketcher, masker, number, np.arange(rounds * WINDOWS))
+        found[number, :WINDOWS] = covariances(sketches.view(rounds, WINDOWS, len(sketcher.layers), -1))
+        n = masker.maskable(sample.repeated(number, np.zeros(1, dtype=np.int64))).sum(1)
+        found[number, WINDOWS:] = 2 * shifts(n, prediction_counts(n, masker.rate), number_of_window)
+    values = distributed.all_reduce_sum(found).cpu().numpy()
+
+    def correlation(ways: Counts) -> Floats:
+        covariance = ways.counts @ values[:, :WINDOWS]
+        return covariance[:, 1:] / covariance[:, :1]
+
+    return [
+        {"distance": float(distance), "correlation": list(interval)}
+        for distance, interval in zip(values[:, WINDOWS + 1 :].mean(0), resampling.interval(correlation), strict=True)
+    ]

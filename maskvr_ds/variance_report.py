@@ -1,0 +1,100 @@
+"""What `maskvr variance` found, as a table and as a picture. Both are made from variance.json's content alone."""
+
+from pathlib import Path
+from typing import Any
+
+_HEAD = ("strategy", "J", "data", "mask", "mask/data", "mask ÷ uniform", "total ÷ uniform at equal compute")
+
+
+def _interval(value: list[float | None]) -> str:
+    return f"{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]"
+
+
+def _number(x: float | None) -> str:
+    return "–" if x is None else f"{x:.3g}"
+
+
+def table(report: dict[str, Any]) -> str:
+    """Of the whole gradient, a line a strategy."""
+    lines = [_HEAD]
+    for name, found in report["strategies"].items():
+        whole = found["layers"]["whole"]
+        cells = [_interval(whole[key]) for key in ("data", "mask", "mask_over_data", "mask_ratio", "total_ratio")]
+        lines.append((name, str(found.get("segments", 1)), *cells))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    passes = sum(found.get("passes", 0) + found.get("oracle_passes", 0) for found in report["strategies"].values())
+    passes += report.get("hamming_rounds", 0) * report["sequences"] * 8
+    text.append(
+        f"step {report['step']}, {report['sequences']} rows × {report['masks']} draws, {report['confidence']:.0%} "
+        f"intervals over rows; {passes:,} forward and backward passes of a row, "
+        f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB at most on a rank"
+    )
+    return "\n".join(text)
+
+
+def _folded(name: str) -> str:
+    return name.replace(":", ":\n").replace(",", ",\n")
+
+
+def plot(report: dict[str, Any], output: Path) -> None:
+    """Data and mask part by strategy, ratios by layer, and the masks' covariance where it was measured → PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    strategies = report["strategies"]
+    names = list(strategies)
+    panels = 2 + ("hamming" in report)
+    height = 1.6 + 0.32 * len(names)
+    figure, all_axes = plt.subplots(
+        panels, figsize=(8, height + 3.4 * (panels - 1)), dpi=120, height_ratios=[height] + [3.4] * (panels - 1)
+    )
+    axes = all_axes[0]
+    whole = [strategies[name]["layers"]["whole"] for name in names]
+    unit = whole[0]["total"][0]
+    data = [found.get("segments", 1) * w["data"][0] / unit for found, w in zip(strategies.values(), whole, strict=True)]
+    mask = [w["mask"][0] / unit for w in whole]
+    places = range(len(names))
+    axes.barh(places, data, label="data, J · V_d")
+    axes.barh(places, mask, left=data, label="mask, V_m(J)")
+    for place, w in zip(places, whole, strict=True):
+        axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.2)
+    axes.axvline(1, color="grey", linestyle="--", linewidth=0.8)
+    axes.set_yticks(places, [_folded(name) for name in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"total variance ÷ uniform at equal compute, step {report['step']}")
+    axes.legend(fontsize=8)
+    axes = all_axes[1]
+    for name in names[1:]:
+        layers = {k: v for k, v in strategies[name]["layers"].items() if k != "whole"}
+        if layers:
+            axes.plot(
+                list(layers),
+                [v["total_ratio"][0] for v in layers.values()],
+                marker="o",
+                markersize=3,
+                label=_folded(name),
+            )
+    first = {k: v["mask_over_data"][0] for k, v in strategies[names[0]]["layers"].items() if k != "whole"}
+    axes.axhline(1, color="grey", linestyle="--", linewidth=0.8)
+    axes.set_xticks(range(len(first)), [f"{k}\n{_number(v)}" for k, v in first.items()], fontsize=7)
+    axes.set_xlabel("layer, and V_m / V_d of uniform masks there")
+    axes.set_ylabel("total ÷ uniform")
+    if len(names) > 1:
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
+    if "hamming" in report:
+        axes = all_axes[2]
+        distance = [x["distance"] for x in report["hamming"]]
+        middle, low, high = zip(*(x["correlation"] for x in report["hamming"]), strict=True)
+        axes.plot(distance, middle, marker="o", markersize=3)
+        axes.fill_between(distance, low, high, alpha=0.25, linewidth=0)
+        axes.axhline(0, color="grey", linestyle="--", linewidth=0.8)
+        axes.set_xlabel("Hamming distance of two masks of a row")
+        axes.set_ylabel("correlation of\ntheir gradients")
+    for axes in all_axes:
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(output)
+    plt.close(figure)
