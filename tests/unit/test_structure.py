@@ -9,22 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = [
-    {"__init__", "config_file", "hashing", "variants"},
-    {"config_masking", "config_phases", "pareto", "vocabulary"},
+    {"__init__", "config_file", "hashing", "manifest", "variants"},
+    {"config_masking", "config_phases", "config_survival", "launch", "pareto", "vocabulary"},
     {"config", "batch"},
     {"strategies", "conditional_poisson", "estimators"},
     {"distributed", "masking", "schedule", "model"},
     {"partitions", "layerwise", "lamb", "loader", "metrics", "mapnet", "gradient_norm"},
-    {"engine", "checkpoint", "proposer"},
+    {"divergence", "elastic", "engine", "proposer", "signals", "watchdog"},
+    {"checkpoint", "step"},
     {"evaluate", "phases"},
-    {"run"},
-    {"train", "export", "benchmark", "benchmark_lamb", "demo"},
+    {"restore", "run"},
+    {"checkpoint_cli", "train", "export", "benchmark", "benchmark_lamb", "demo"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # Within a level a module may import those that are listed for it.
 SIDEWAYS = {
-    ("checkpoint", "engine"),
     ("distributed", "config"),
     ("benchmark", "train"),
     ("benchmark", "benchmark_lamb"),
