@@ -26,8 +26,8 @@ from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Masker
 from maskvr_ds.model import bert_config
 from maskvr_ds.proposer import Proposer
+from maskvr_ds.step import run_step
 from maskvr_ds.strategies import Parameters, span_thresholds
-from maskvr_ds.train import run_step
 
 # Name → strategy, sampler, estimator. uniform is what the others are compared with.
 _CASES = {

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskvr_ds import checkpoint_cli
+
 if TYPE_CHECKING:
     from maskvr_ds.config import RunConfig
 
@@ -14,6 +16,7 @@ EXAMPLES = """examples:
   maskvr train --config run.yaml
   maskvr train --config demo_cpu --num-gpus 2 --set data.path=corpus --set output_dir=runs/first
   maskvr train --config run.yaml --hostfile hosts --resume auto
+  maskvr checkpoint verify runs/first
   maskvr export --checkpoint runs/first --output bert-mine
   maskvr variance --checkpoint runs/first --corpus corpus --strategies whole_word span --output variance
   maskvr compare --config run.yaml --strategies uniform span --seeds 0 1 2 --output comparison
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_export, _add_plot, _add_recipes):
+    for add in (_add_train, checkpoint_cli.add_parser, _add_export, _add_plot, _add_recipes):
         add(commands)
     for add in (_add_variance, _add_compare, _add_benchmark, _add_demo):
         add(commands)
@@ -84,16 +87,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _launch(where: list[str], options: list[str], config: "RunConfig") -> int:
-    """Run the deepspeed launcher; 0 only where the run's last checkpoint is there."""
-    from deepspeed.launcher import runner
+    """Run the deepspeed launcher; 0 only where the run's last checkpoint is there, 75 where it stopped and saved."""
+    from maskvr_ds import launch
 
-    runner.main([*where, "--module", "maskvr_ds.train", *options])
-    # The launcher returns without an error too where a signal ended its ranks.
-    last = config.output_dir / "checkpoints" / f"step-{config.training.steps:08d}" / "checkpoint.json"
-    if not last.is_file():
-        print(f"error: the ranks ended before step {config.training.steps}; --resume auto goes on", file=sys.stderr)
-        return 1
-    return 0
+    words = [*where, "--module", "maskvr_ds.train", *options]
+    return launch.launch(words, config.output_dir, config.training.steps)
 
 
 def _free_port() -> int:

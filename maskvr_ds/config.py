@@ -24,9 +24,11 @@ from pydantic import (
 from maskvr_ds.config_file import ConfigError, Section, assign, describe, read_yaml, recipe_text, recipes
 from maskvr_ds.config_masking import MaskingConfig
 from maskvr_ds.config_phases import Phase, check_phases, resolve, take_from_phases
+from maskvr_ds.config_survival import CheckpointConfig, DivergenceConfig, HangsConfig
 from maskvr_ds.variants import VARIANTS, Variant
 
 __all__ = [
+    "CheckpointConfig",
     "ConfigError",
     "MaskingConfig",
     "RunConfig",
@@ -219,13 +221,6 @@ class EvaluationConfig(Section):
     rows: PositiveInt = 1024
 
 
-class CheckpointConfig(Section):
-    """After every n-th step and after the last; 0: only after the last."""
-
-    every_steps: NonNegativeInt = 1000
-    keep_last: PositiveInt = 3
-
-
 class WandbConfig(Section):
     project: str
     group: str | None = None
@@ -261,6 +256,8 @@ class RunConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
+    hangs: HangsConfig = HangsConfig()
     monitor: MonitorConfig = MonitorConfig()
     # One after the other, each with what it changes in the sections above. None: the run is one phase.
     phases: tuple[Phase, ...] = ()

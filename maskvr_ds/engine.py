@@ -236,17 +236,21 @@ def _hold_loss_scale(optimizer: Any) -> None:
     optimizer._update_scale = lambda overflow: None
 
 
-def step_and_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
+def whole_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
+    """Global gradient norm at ZeRO 0 in fp32, where every rank holds the averaged gradients and DeepSpeed keeps no norm
+    of them; None elsewhere."""
+    if engine.optimizer is not engine.basic_optimizer:
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def step_and_norm(engine: deepspeed.DeepSpeedEngine, norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
     """engine.step() at the end of an accumulation; → the global gradient norm before clipping, L2.
 
-    In fp16 the norm is that of the gradients without loss scale. Where they overflow, the norm is inf, DeepSpeed leaves
-    the update out and the loss scale is halved. Raises FloatingPointError, on every rank alike, where it cannot be.
+    norm: what `whole_norm` gave. In fp16 the norm is that of the gradients without loss scale. Where they overflow, the
+    norm is inf, DeepSpeed leaves the update out and the loss scale is halved. Raises FloatingPointError, on every rank
+    alike, where it cannot be.
     """
-    norm = None
-    if engine.optimizer is engine.basic_optimizer:
-        # ZeRO 0 in fp32: every rank holds the averaged gradients, and DeepSpeed keeps no norm of them.
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
     scale = loss_scale(engine)
     engine.step()
     if norm is None:

@@ -128,6 +128,7 @@ class MetricsLog:
         monitor: which of DeepSpeed's monitors to feed.
         token_flops: floating-point operations that one token of the global batch costs each rank.
         tensor_names: T names, what the trust ratios are of.
+        rollbacks: events "rollback" of the run so far: they stand in metrics.jsonl behind the step gone back to.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class MetricsLog:
         monitor: MonitorConfig,
         token_flops: float,
         tensor_names: Sequence[str] = (),
+        rollbacks: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.active = rank == 0
         self._pending: StepRecord | None = None
@@ -152,7 +154,7 @@ class MetricsLog:
             return
         self.path = folder / METRICS
         self._ratios_path = folder / TRUST_RATIOS
-        _keep_until(resume_step, self.path)
+        _keep_until(resume_step, self.path, rollbacks)
         if self._ratios_path.exists():
             _keep_until(resume_step, self._ratios_path)
         # Line buffered: what was logged before a kill is on disk.
@@ -177,7 +179,13 @@ class MetricsLog:
         self.flush()
         self._pending = record
 
-    def add(self, **figures: float) -> None:
+    def event(self, **content: Any) -> None:
+        """A line that is not of a step: `event` says what of."""
+        if self.active:
+            self.flush()
+            self._file.write(json.dumps(content) + "\n")
+
+    def add(self, **figures: float | str) -> None:
         """Add figures to the line of the present step."""
         if self._pending is not None:
             self._pending.extra.update(figures)
@@ -260,19 +268,39 @@ def _monitor_master(folder: Path, monitor: MonitorConfig) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The lines of the steps, in a metrics.jsonl or trust_ratios.jsonl."""
+    return [line for line in _read(path) if "event" not in line]
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The other lines of a metrics.jsonl: checkpoints written, roll-backs, divergence."""
+    return [line for line in _read(path) if "event" in line]
+
+
+def append_event(path: Path, content: dict[str, Any]) -> None:
+    """`MetricsLog.event` where no log is open."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; a last line cut off by a kill is left out."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if text.endswith("\n"):
-            lines.append(json.loads(text))
-    return lines
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(text) for text in texts if text.endswith("\n")]
 
 
-def _keep_until(step: int, path: Path) -> None:
-    """Drop the lines of later steps; all of them where `step` is 0. The file is there afterwards."""
-    lines = [line for line in read_lines(path) if line["step"] <= step] if step else []
+def _keep_until(step: int, path: Path, rollbacks: Sequence[dict[str, Any]] = ()) -> None:
+    """Drop the lines of later steps; all of them where `step` is 0. The file is there afterwards.
+
+    rollbacks: exactly these stand in it then, each behind the lines of the step that it went back to.
+    """
+    lines = [line for line in _read(path) if line["step"] <= step and line.get("event") != "rollback"] if step else []
+    for rollback in reversed(rollbacks):
+        behind = sum(line["step"] <= rollback["to_step"] for line in lines)
+        if behind < len(lines) or rollback["to_step"] <= step:
+            lines.insert(behind, dict(rollback))
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     temporary.replace(path)

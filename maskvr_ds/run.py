@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import checkpoint, distributed, hashing
+from maskvr_ds import checkpoint, distributed, hashing, manifest, signals
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.phases import RunPhase
@@ -150,8 +150,7 @@ def _open_held_out(config: RunConfig, corpus: Corpus) -> Corpus | None:
 def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
     """The checkpoint to go on from, if any. Raises ValueError where output_dir holds what must not be written over."""
     run = config.output_dir
-    # A kill while config.yaml is written leaves a partial file alone.
-    used = run.exists() and any(not p.name.endswith(".partial") for p in run.iterdir())
+    used = manifest.begun(run)
     if used and resume is None:
         raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
     latest = None if resume is None else checkpoint.find(run, resume)
@@ -169,6 +168,12 @@ def make_run_folder(run: Path) -> None:
 
     distributed.agreed(lambda: run.mkdir(parents=True, exist_ok=True), on=0)
     distributed.agreed(look)
+
+
+def begin(config: RunConfig) -> None:
+    """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped."""
+    write_config(config)
+    signals.clear(config.output_dir)
 
 
 def write_config(config: RunConfig) -> None:

@@ -1,8 +1,6 @@
 """Pretraining: `maskvr train --config run.yaml`, `deepspeed --module maskvr_ds.train --config run.yaml`.
 
-Collectives of a step, over the world group: one all-reduce of int64 [4] (digests, predictions) before the first
-backward pass, one of float64 [1] (loss) after the last; DeepSpeed's gradient reduction; LAMB's norms; MAPNet's, where
-it proposes the masks (proposer.py).
+Collectives: those of a step are told in step.py, those around checkpoints in checkpoint.py.
 """
 
 import argparse
@@ -10,17 +8,18 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import checkpoint, distributed, hashing
-from maskvr_ds.batch import MaskedBatch, TokenBatch
+from maskvr_ds import checkpoint, distributed, hashing, signals
+from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.checkpoint import CheckpointState
 from maskvr_ds.config import (
     RunConfig,
@@ -28,6 +27,7 @@ from maskvr_ds.config import (
     deepspeed_config_path,
     load_config,
 )
+from maskvr_ds.divergence import DivergedError, Guard, batches, read_rollbacks, windows_of
 from maskvr_ds.engine import (
     create_engine,
     free_memory,
@@ -36,18 +36,19 @@ from maskvr_ds.engine import (
     partition_sizes,
     read_deepspeed_config,
     set_learning_rate,
-    step_and_norm,
     zero_stage,
 )
 from maskvr_ds.evaluate import HeldOut
+from maskvr_ds.launch import EXIT_STOPPED
 from maskvr_ds.loader import Loader
-from maskvr_ds.masking import Masker, data_digest, mask_digest
+from maskvr_ds.masking import Masker
 from maskvr_ds.metrics import METRICS, DeferredTensor, MetricsLog, StepRecord, plot_loss
-from maskvr_ds.model import bert_config, flops_per_sequence, weighted_loss
-from maskvr_ds.phases import RunPhase, apply_start, done, next_phase, plan, run_wide, tokens_done
+from maskvr_ds.model import bert_config, flops_per_sequence
+from maskvr_ds.phases import RunPhase, done, next_phase, plan, tokens_done
 from maskvr_ds.proposer import STATE as MAPNET_STATE
-from maskvr_ds.proposer import Proposer
+from maskvr_ds.restore import go_back, make_proposer, resume_from, say
 from maskvr_ds.run import (
+    begin,
     check_corpora,
     create_masker,
     find_checkpoint,
@@ -56,23 +57,22 @@ from maskvr_ds.run import (
     run_identity,
     run_settings,
     sequence_copies,
-    write_config,
 )
-
-if TYPE_CHECKING:
-    import deepspeed
+from maskvr_ds.signals import StoppedError, StopRequest
+from maskvr_ds.step import run_step
+from maskvr_ds.watchdog import Watchdog
 
 # What a key is for, so that no two uses share random numbers.
 _WEIGHTS, _ORDER, _MASKS, _DROPOUT, _MAPNET = range(5)
 _PROBE_ROWS = 2
 
 
-def train(config: RunConfig, resume: str | None = None) -> None:
+def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None = None) -> None:
     """Run or go on with a run, phase by phase. Every rank calls, after `distributed.initialize`.
 
-    resume: None (the folder must be empty), "auto" or a path: see `checkpoint.find`.
+    resume: None (the folder must be empty), "auto" or a path: see `checkpoint.find`. stop: signals that end the run.
     Raises ValueError (ConfigError, CorpusError, CheckpointError) for what the user can mend, RemoteError where another
-    rank did, FloatingPointError where the run diverged.
+    rank did, FloatingPointError where the run diverged, StoppedError where it was asked to stop and has saved.
     """
     phases = plan(config)
     world_size = distributed.world_size()
@@ -88,18 +88,28 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     if len(left) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
         distributed.agreed(lambda: check_corpora(left))
-    for phase in left:
-        latest = train_phase(config, phase, deepspeed_config, latest)
+    while left:
+        try:
+            latest = train_phase(config, left[0], deepspeed_config, latest, stop)
+            left = left[1:]
+        except DivergedError as error:
+            latest = go_back(left[0].config, left[0], error, latest)
         free_memory()
     if distributed.rank() == 0:
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
 
 
-def train_phase(run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], latest: Path | None) -> Path | None:
+def train_phase(
+    run: RunConfig,
+    phase: RunPhase,
+    deepspeed_config: dict[str, Any],
+    latest: Path | None,
+    stop: StopRequest | None = None,
+) -> Path | None:
     """Train what is left of one phase; → its last checkpoint. Every rank calls.
 
     latest: the checkpoint to go on from, of this phase or the last one of the phase before: crossing the boundary is
-    a resume, whether the process was killed there or not.
+    a resume, whether the process was killed there or not. Raises DivergedError where it shall be called again.
     """
     config = phase.config
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
@@ -128,9 +138,9 @@ def train_phase(run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any
         settings=run_settings(config),
     )
     if latest is not None:
-        state = resume_from(latest, engine, phase, state)
-    proposer = make_proposer(config, manifest.vocab_size, engine, latest)
-    distributed.agreed(lambda: write_config(run), on=0)
+        state = resume_from(run.output_dir, latest, engine, phase, state)
+    proposer = make_proposer(config, manifest.vocab_size, engine, latest, hashing.fold(config.seed, _MAPNET))
+    distributed.agreed(lambda: begin(run), on=0)
     before = state.phases[: phase.index]
     tokens_before = tokens_done(before)
 
@@ -164,6 +174,7 @@ def train_phase(run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any
     probe = probe_batch(held_out or corpus, masker, device)
     sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
     step, samples = state.step, state.samples
+    rollbacks = distributed.agreed(lambda: read_rollbacks(run.output_dir, state.guard), on=0)
     log = MetricsLog(
         config.output_dir,
         rank=rank,
@@ -173,149 +184,102 @@ def train_phase(run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any
         monitor=config.monitor,
         token_flops=sequence_flops / corpus.sequence_length / world_size,
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
+        rollbacks=rollbacks,
     )
+    guard = Guard(config.divergence, state.guard if len(state.phases) > phase.index else {})
+    if any(entry["to_step"] == step for entry in rollbacks):
+        guard.forget()
+    guard.attach(engine)
 
     engine.train()
-    batches = loader.batches(samples - phase.first_sample)
-    while step < phase.last_step:
-        batch = next(batches)
-        lr = phase.learning_rate(step)
-        set_learning_rate(engine, lr)
-        masker.set_rate(phase.masking_rate(step))
-        torch.manual_seed(hashing.fold(config.seed, _DROPOUT, step, rank) >> 1)
-        scale, skipped = loss_scale(engine), engine.skipped_steps
-        counters, loss_sum, grad_norm = run_step(engine, masker, batch, config.batch.micro_size, proposer)
-        step += 1
-        samples += config.batch.global_size
-        # A step that was left out has none: those of the last update are still there.
-        ratios = getattr(engine.basic_optimizer, "trust_ratios", None) if engine.skipped_steps == skipped else None
-        record = StepRecord(
-            step=step,
-            samples=samples,
-            tokens=tokens_before + (samples - phase.first_sample) * corpus.sequence_length,
-            lr=lr,
-            counters=DeferredTensor(counters),
-            loss_sum=DeferredTensor(loss_sum),
-            grad_norm=DeferredTensor(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm,
-            trust_ratios=None if ratios is None else DeferredTensor(ratios),
-            proposal=None if proposer is None else proposer.step(),
-            # Updates that DeepSpeed left out because gradients were not finite; the scale that this step's loss had.
-            extra={"skipped_updates": engine.skipped_steps}
-            | ({} if scale is None else {"loss_scale": scale})
-            | ({"phase": phase.name} if phase.name else {}),
-        )
-        log.step(record)
-        to_evaluate = evaluation if is_due(step, config.evaluation.every_steps, phase.last_step) else None
-        to_save = is_due(step, config.checkpoint.every_steps, phase.last_step)
-        if to_evaluate is None and not to_save:
-            continue
-        distributed.wait_for_device()
-        pause = time.perf_counter()
-        if to_evaluate is not None:
-            log.add(held_out_loss=to_evaluate.loss(engine.module))
-        if to_save:
-            # The figures of the steps that a checkpoint contains must not be lost with the process.
-            log.synchronise()
-            check_finite(record)
-            if proposer is not None:
-                proposer.check()
-            history = [*before, done(phase, step - phase.first_step, corpus.sequence_length)]
-            latest = checkpoint.save(
-                config.output_dir,
-                engine,
-                replace(state, step=step, samples=samples, phases=history),
-                probe=probe,
-                tokenizer=corpus.tokenizer_folder,
-                keep_last=config.checkpoint.keep_last,
-                beside=None if proposer is None else {MAPNET_STATE: (proposer.state(), proposer.metadata())},
+    reader = batches(loader, step - phase.first_step, windows_of(rollbacks, phase.index))
+    with Watchdog(run.output_dir, run.hangs.timeout) as watchdog, _closing(log, reader, engine):
+        while step < phase.last_step:
+            watchdog.mark(step, "data")
+            number, batch = next(reader)
+            watchdog.mark(step, "step")
+            lr = phase.learning_rate(step)
+            set_learning_rate(engine, lr)
+            masker.set_rate(phase.masking_rate(step))
+            torch.manual_seed(hashing.fold(config.seed, _DROPOUT, step, rank) >> 1)
+            scale, skipped = loss_scale(engine), engine.skipped_steps
+            asked = stop is not None and stop.heard(run.output_dir if rank == 0 else None)
+            counters, loss_sum, grad_norm = run_step(
+                engine, masker, batch, config.batch.micro_size, proposer, guard=guard, stop=asked
             )
-        log.exclude(time.perf_counter() - pause)
-    log.close()
-    batches.close()
-    engine.destroy()
+            step += 1
+            samples += config.batch.global_size
+            # A step that was left out has none: those of the last update are still there.
+            updated = engine.skipped_steps == skipped and not guard.held
+            ratios = getattr(engine.basic_optimizer, "trust_ratios", None) if updated else None
+            record = StepRecord(
+                step=step,
+                samples=samples,
+                tokens=tokens_before + (samples - phase.first_sample) * corpus.sequence_length,
+                lr=lr,
+                counters=DeferredTensor(counters[:4]),
+                loss_sum=DeferredTensor(loss_sum),
+                grad_norm=DeferredTensor(grad_norm) if isinstance(grad_norm, torch.Tensor) else grad_norm,
+                trust_ratios=None if ratios is None else DeferredTensor(ratios),
+                proposal=None if proposer is None else proposer.step(),
+                # Updates that DeepSpeed left out as gradients were not finite; the scale that this step's loss had.
+                extra={"skipped_updates": engine.skipped_steps}
+                | ({} if scale is None else {"loss_scale": scale})
+                | ({"phase": phase.name} if phase.name else {}),
+            )
+            log.step(record)
+            log.add(**guard.after_update(step, number, grad_norm, loss_scale=scale))
+            guard.check(step)
+            stopping = stop is not None and stop.agreed(DeferredTensor(counters[4:]))
+            to_evaluate = evaluation if is_due(step, config.evaluation.every_steps, phase.last_step) else None
+            to_save = stopping or is_due(step, config.checkpoint.every_steps, phase.last_step)
+            if to_evaluate is None and not to_save:
+                continue
+            distributed.wait_for_device()
+            pause = time.perf_counter()
+            watchdog.mark(step, "pause")
+            if to_evaluate is not None:
+                log.add(held_out_loss=to_evaluate.loss(engine.module))
+            if to_save:
+                saving = time.perf_counter()
+                # The figures of the steps that a checkpoint contains must not be lost with the process.
+                log.synchronise()
+                if not guard.held:
+                    check_finite(record)
+                if proposer is not None:
+                    proposer.check()
+                history = [*before, done(phase, step - phase.first_step, corpus.sequence_length)]
+                guarded = {**guard.state(), "rollbacks": rollbacks}
+                latest = checkpoint.save(
+                    config.output_dir,
+                    engine,
+                    replace(state, step=step, samples=samples, phases=history, guard=guarded),
+                    probe=probe,
+                    tokenizer=corpus.tokenizer_folder,
+                    keep=config.checkpoint,
+                    beside=None if proposer is None else {MAPNET_STATE: (proposer.state(), proposer.metadata())},
+                )
+                log.event(event="checkpoint", step=step, seconds=time.perf_counter() - saving)
+                if stopping and step < phase.run_steps:
+                    distributed.agreed(partial(signals.write_stopped, run.output_dir, step), on=0)
+                    raise StoppedError(f"stopped at step {step} as a signal asked, saved in {latest}")
+            log.exclude(time.perf_counter() - pause)
     return latest
 
 
-def make_proposer(
-    config: RunConfig, vocab_size: int, engine: "deepspeed.DeepSpeedEngine", latest: Path | None
-) -> Proposer | None:
-    """The mask proposal, as the checkpoint left it, or new where it has none (a phase before went without)."""
-    if config.masking.strategy != "mapnet":
-        return None
-    proposer = Proposer(
-        config.mapnet,
-        vocab_size=vocab_size,
-        max_length=config.model.max_position_embeddings,
-        seed=hashing.fold(config.seed, _MAPNET),
-        device=distributed.device(),
-    )
-    proposer.attach(engine.module)
-    if latest is not None:
-        proposer.run_step = checkpoint.read_state(latest).step
-        if (tensors := checkpoint.read_beside(latest, MAPNET_STATE)) is not None:
-            distributed.agreed(lambda: proposer.load(tensors))
-    return proposer
-
-
-def resume_from(
-    latest: Path, engine: "deepspeed.DeepSpeedEngine", phase: RunPhase, state: CheckpointState
-) -> CheckpointState:
-    """Load a checkpoint; → the state of this phase with its step, samples and history. Every rank calls.
-
-    At the start of a phase, with the last checkpoint of the one before, the phase's policy is applied. Until this
-    phase has saved, every resume comes by here again, with that same checkpoint: it is applied once.
-    """
-    begins = len(distributed.agreed(lambda: checkpoint.read_state(latest), on=0).phases) == phase.index > 0
-    expected = replace(state, identity=run_wide(state.identity)) if begins else state
-    loaded = checkpoint.load(latest, engine, expected=expected)
-    _say(f"resumed from {latest}: step {loaded.step}, {loaded.samples:,} samples")
-    if begins:
-        assert phase.start is not None
-        apply_start(engine.basic_optimizer, phase.start)
-        start = ", ".join(f"{what} {do}" for what, do in phase.start)
-        _say(f"phase {phase.name} begins: {start}")
-    else:
-        for name, value in state.settings.items():
-            if (was := loaded.settings.get(name)) != value:
-                _say(f"  changed since: {name} {was!r} -> {value!r}")
-    return replace(state, step=loaded.step, samples=loaded.samples, phases=loaded.phases)
-
-
-def run_step(
-    engine: Any, masker: Masker, batch: TokenBatch, micro_size: int, proposer: Proposer | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """One optimizer step on this rank's share of the global batch.
-
-    Nothing here makes the host wait for the device; DeepSpeed's own step may, for its overflow check.
-
-    Returns all-reduced counters int64 [4] (data_digest, mask_digest, predictions, skipped sequences), all-reduced
-    Σ w ℓ float64 [1], and the gradient norm before clipping.
-    """
-    micro_batches = list(batch.split(micro_size))
-    masked_batches = [masker(micro) for micro in micro_batches]
-    counters = torch.stack(
-        [
-            data_digest(batch),
-            _total(mask_digest(micro, masked) for micro, masked in zip(micro_batches, masked_batches, strict=True)),
-            _total((masked.weights != 0).sum() for masked in masked_batches),
-            _total((masked.weights == 0).all(1).sum() for masked in masked_batches),
-        ]
-    )
-    distributed.all_reduce_sum(counters)
-    # DeepSpeed averages over micro-batches and ranks; this turns its mean of sums into Σ w ℓ / Σ k over the global
-    # batch, however the predictions are spread over micro-batches and ranks.
-    scale = len(micro_batches) * distributed.world_size() / counters[2].clamp(min=1).double()
-    loss_sum = torch.zeros(1, dtype=torch.float64, device=counters.device)
-    for number, (micro, masked) in enumerate(zip(micro_batches, masked_batches, strict=True), 1):
-        loss = weighted_loss(engine, masked)
-        engine.backward(loss * scale.float())
-        loss_sum += loss.detach()
-        if proposer is not None:
-            proposer.observe(micro, masker.maskable(micro), masked)
-        if number < len(masked_batches):
-            engine.step()
-    grad_norm = step_and_norm(engine)
-    return counters, distributed.all_reduce_sum(loss_sum), grad_norm
+@contextmanager
+def _closing(log: MetricsLog, reader: Any, engine: Any) -> Iterator[None]:
+    """Close them at the end, and where a phase is left on purpose; other errors leave everything as it is."""
+    try:
+        yield
+    except (DivergedError, StoppedError):
+        log.close()
+        reader.close()
+        engine.destroy()
+        raise
+    log.close()
+    reader.close()
+    engine.destroy()
 
 
 def is_due(step: int, every_steps: int, last_step: int) -> bool:
@@ -340,36 +304,32 @@ def check_finite(record: StepRecord) -> None:
             )
 
 
-def _total(terms: Any) -> torch.Tensor:
-    return torch.stack(list(terms)).sum()
-
-
 def probe_batch(corpus: Corpus, masker: Masker, device: torch.device) -> MaskedBatch:
     """A few fixed rows, masked: what an export's logits are compared on."""
     probe = Loader(corpus, seed=0, global_size=min(_PROBE_ROWS, corpus.rows), device=device)
     return masker(next(probe.batches()))
 
 
-def _say(text: str) -> None:
-    if distributed.rank() == 0:
-        print(text, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of every rank. Returns the exit status: 0 done, 1 error."""
+    """Entry point of every rank. Returns the exit status: 0 done, 1 error, 75 (EXIT_STOPPED) stopped by a signal, with
+    a checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m maskvr_ds.train", description="One rank of a pretraining run.")
     add_run_options(parser)
     # The deepspeed launcher adds it; the rank's place is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    stop = StopRequest()
     # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         distributed.initialize()
         config = distributed.agreed(lambda: load_config(arguments.config, arguments.assignments))
-        train(config, arguments.resume)
+        train(config, arguments.resume, stop)
     except distributed.RemoteError:
         return 1  # the rank that failed tells it
+    except StoppedError as stopped:
+        say(f"{stopped}; go on with --resume auto")
+        return EXIT_STOPPED
     except ArithmeticError as error:  # FloatingPointError, ReplicaError
         # All ranks come to the same figures.
         if distributed.rank() == 0:

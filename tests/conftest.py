@@ -7,3 +7,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="LAMB: every combination of stage, ranks, precision, clipping, offload and accumulation (an hour)",
     )
+    parser.addoption(
+        "--whole-survival",
+        action="store_true",
+        help="faults: 20 random kills, every file of a checkpoint damaged, every crossing of stages (half an hour)",
+    )

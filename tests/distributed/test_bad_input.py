@@ -35,12 +35,12 @@ EXPECTED = {
     "held-out of another length": "ConfigError: .*sequence_length 16 differs from the training corpus' 32",
     "owned key": "ConfigError: .*sets gradient_clipping to 1.0",
     "no checkpoint to resume": "CheckpointError: .*no complete checkpoint there",
-    "only broken checkpoints": "CheckpointError: .*none of step-00000002 is complete",
+    "only broken checkpoints": "CheckpointError: .*none of step-00000002 is whole",
     "resume with another tokenizer": "CheckpointError: .*belongs to another run: tokenizer was",
     "resume with another length": "CheckpointError: .*sequence_length was 32, is 16",
     "resume with another model": "CheckpointError: .*model was .*'hidden_size': 32.* is .*'hidden_size': 64",
     "resume with another seed": "CheckpointError: .*seed was 0, is 1",
-    "resume with another stage": "CheckpointError: .*zero_stage was 1, is 2",
+    "resume with another precision": "CheckpointError: .*dtype was float32, is bfloat16",
     "resume with a damaged checkpoint": "CheckpointError: .*weights.safetensors: the SHA-256 differs",
 }
 
@@ -107,8 +107,8 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
             values["model"]["hidden_size"] = 64
         case "resume with another seed":
             values["seed"] = 1
-        case "resume with another stage":
-            values["deepspeed"] = "zero2_fp32"
+        case "resume with another precision":
+            values["deepspeed"] = "zero1_bf16"
         case "resume with a damaged checkpoint":
             path = complete_checkpoints(folder / "run")[-1] / "weights.safetensors"
             data = bytearray(path.read_bytes())

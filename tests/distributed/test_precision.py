@@ -109,10 +109,10 @@ def train_and_die(values: dict[str, Any]) -> None:
 
     run_step = train.run_step
 
-    def deadly(*args: Any) -> Any:
+    def deadly(*args: Any, **options: Any) -> Any:
         if complete_checkpoints(Path(values["output_dir"])):
             os.kill(os.getpid(), signal.SIGKILL)
-        return run_step(*args)
+        return run_step(*args, **options)
 
     train.run_step = deadly
     train_all([(values, None)], fp16=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from maskvr_ds import checkpoint
+from maskvr_ds import checkpoint, manifest
 from maskvr_ds.checkpoint import complete_checkpoints
 from maskvr_ds.metrics import TRUST_RATIOS, read_lines
 from tests.distributed.ranks import run_ranks
@@ -138,7 +138,7 @@ def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path:
     save_file(weights, folder / checkpoint.WEIGHTS)
     state = checkpoint.read_state(folder)
     (folder / checkpoint.MANIFEST).unlink()
-    checkpoint._write_manifest(folder, state)
+    manifest.write_manifest(folder, vars(state))
     with pytest.raises(export.ExportError, match="differ from the engine's"):
         export.export(run, tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], "nothing is left under the output's name"

@@ -78,7 +78,8 @@ class Life:
     """What one process a rank does before it ends: `jobs` as for `train_all`.
 
     kill: ("step", n): SIGKILL when update n (0-based) is about to be made; ("saved", n): when the checkpoint of step n
-    is written. delete: a folder that goes before it begins.
+    is written; ("converted", 0): when a converted checkpoint is all there, but not renamed.
+    delete: a folder that goes before it begins.
     """
 
     jobs: list[tuple[dict[str, Any], str | None]]
@@ -125,12 +126,21 @@ def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
 
 
 def _prepare_to_die(kill: tuple[str, int] | None) -> None:
-    from maskvr_ds import checkpoint
+    from maskvr_ds import checkpoint, elastic
     from maskvr_ds.phases import RunPhase
 
     if kill is None:
         return
     place, at = kill
+    if place == "converted":
+        write = elastic.save_file
+
+        def deadly(*args: Any) -> None:
+            write(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        elastic.save_file = deadly
+        return
     owner, name = (RunPhase, "learning_rate") if place == "step" else (checkpoint, "save")
     original = getattr(owner, name)
 

@@ -1,12 +1,26 @@
 """Which checkpoints count, and how damage is told. The folders here are made by hand; test_train.py makes real ones."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from maskvr_ds import checkpoint
-from maskvr_ds.checkpoint import CheckpointError, CheckpointState, complete_checkpoints, find, read_state, verify
+from maskvr_ds.manifest import (
+    CheckpointError,
+    CheckpointState,
+    complete_checkpoints,
+    faults,
+    find,
+    point_latest,
+    read_state,
+    remove_from,
+    remove_old,
+    verify,
+    write_manifest,
+)
 
 STATE = CheckpointState(
     step=20, samples=640, world_size=2, zero_stage=2, dtype="float32", partitions=[100, 8], identity={"seed": 0}
@@ -19,8 +33,18 @@ def write(run: Path, step: int, *, complete: bool = True) -> Path:
     (folder / "optimizer.pt").write_bytes(b"moments" * 100)
     (folder / "bert" / "config.json").write_text("{}")
     if complete:
-        checkpoint._write_manifest(folder, STATE)
+        write_manifest(folder, vars(STATE))
     return folder
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest as one who can compute a SHA-256 could."""
+    path = folder / "checkpoint.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    rest = json.dumps(content).removeprefix("{")
+    path.write_text(f'{{"sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}')
 
 
 def test_what_was_written_is_read_and_verified(tmp_path: Path) -> None:
@@ -48,9 +72,7 @@ def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
-    content = json.loads((folder / "checkpoint.json").read_text())
-    content["files"]["../../../secret"] = {"bytes": 1, "sha256": "0"}
-    (folder / "checkpoint.json").write_text(json.dumps(content))
+    rewrite(folder, lambda content: content["files"].update({"../../../secret": {"bytes": 1, "sha256": "0"}}))
     with pytest.raises(CheckpointError, match="leaves the checkpoint's folder"):
         verify(folder)
 
@@ -67,7 +89,7 @@ def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
 
 def test_auto_never_begins_anew_over_broken_checkpoints(tmp_path: Path) -> None:
     write(tmp_path / "run", 15, complete=False)
-    with pytest.raises(CheckpointError, match="none of step-00000015 is complete; remove"):
+    with pytest.raises(CheckpointError, match=r"none of step-00000015 is whole .*checkpoint.json is missing.*; remove"):
         find(tmp_path / "run", "auto")
 
 
@@ -86,7 +108,91 @@ def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
-    content = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
+    rewrite(folder, lambda content: content.update(format=99))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 3"):
         read_state(folder)
+
+
+def test_any_damaged_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    path = folder / "checkpoint.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert str(path) in faults(folder)[0], position
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert str(path) in faults(folder)[0], length
+    path.write_bytes(whole)
+    assert faults(folder) == []
+
+
+def test_every_fault_is_named_and_files_of_others_too(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    (folder / "optimizer.pt").unlink()
+    (folder / "bert" / "config.json").write_text("[]")
+    # DeepSpeed would open it by its pattern.
+    (folder / "mp_rank_01_model_states.pt").write_bytes(b"cos\nsystem")
+    found = faults(folder)
+    assert len(found) == 3
+    for name in ("bert/config.json", "optimizer.pt", "mp_rank_01_model_states.pt"):
+        assert any(text.startswith(f"{folder / name}: ") for text in found), name
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states.pt: not in checkpoint.json|missing|SHA-256"):
+        verify(folder)
+
+
+def test_a_damaged_one_is_told_and_the_newest_whole_one_taken(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step, complete=step != 20)
+    (tmp_path / "checkpoints" / "step-00000015" / "optimizer.pt").write_bytes(b"moments")
+    told: list[str] = []
+    found = find(tmp_path, "auto", told.append)
+    assert found == tmp_path / "checkpoints" / "step-00000010"
+    assert len(told) == 2
+    assert "step-00000020: not a complete checkpoint" in told[0]
+    assert "step-00000015/optimizer.pt: 700 bytes expected, 7 found" in told[1]
+
+
+def test_retention_by_count_and_by_every_n_steps(tmp_path: Path) -> None:
+    for step in range(5, 45, 5):
+        write(tmp_path, step)
+    remove_old(tmp_path, keep_last=2, keep_every_steps=15)
+    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["15", "30", "35", "40"]
+    remove_old(tmp_path, keep_last=1, keep_every_steps=0)
+    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["40"]
+
+
+def test_a_save_removes_what_kills_and_abandoned_histories_left(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    for name in (".saving", ".deleting-step-00000001"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    remove_from(tmp_path, 10)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_latest_names_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10):
+        point_latest(write(tmp_path, step))
+        assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{step:08d}\n"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from maskvr_ds.cli import main
+
+    folder = write(tmp_path, 10)
+    write(tmp_path, 20)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "step-00000010: whole\nstep-00000020: whole\n"
+    assert main(["checkpoint", "inspect", str(folder)]) == 0
+    assert "optimizer.pt" in capsys.readouterr().out
+    (folder / "optimizer.pt").unlink()
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "step-00000010: damaged\nstep-00000020: whole\n"
+    assert "step-00000010/optimizer.pt: missing" in captured.err
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["checkpoint", "list", str(tmp_path / "nothing")]) == 1
+    assert "no such folder" in capsys.readouterr().err

@@ -1,0 +1,255 @@
+"""Checkpoint folders and what they say of themselves: which are complete, whole, newest, to be kept. Loads no torch.
+
+RUN/checkpoints/
+    step-00000100/            complete once it has its checkpoint.json, which is written last
+        checkpoint.json       state, size and SHA-256 of all other files; in line one the SHA-256 of the rest
+    latest                    the newest one's name: for people and scripts; a resume looks at the folders
+    .saving, .deleting-*      on the way; a kill may leave them, the next save removes them
+    .universal, .converting   elastic.py
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 3
+MANIFEST = "checkpoint.json"
+FOLDER = "checkpoints"
+LATEST = "latest"
+SAVING = ".saving"
+DELETING = ".deleting-"
+# What is hashed at once: hashlib lets other threads run.
+_THREADS = 8
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete, damaged, or of another run."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint says of itself beside its tensors.
+
+    step: updates done. samples: sequences consumed. world_size, zero_stage, partitions: how it was written
+    (engine.partition_sizes).
+    dtype: what the model computed in. identity: what must be equal for a run to go on from it. settings: the rest of
+    the configuration that bears on training, flat; it may change, and a change is told. phases: what has been trained,
+    a mapping a phase (phases.done), the last one perhaps in part. guard: divergence.Guard.state.
+    """
+
+    step: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    dtype: str
+    partitions: list[int]
+    identity: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def synchronise(path: Path) -> None:
+    """Have a file, or a folder's list of names, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint. Hidden first: a deletion cut short must not leave half of it under its name."""
+    shutil.rmtree(folder.rename(folder.with_name(DELETING + folder.name)))
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Hash every file of the folder and write checkpoint.json with `content`, all of it synchronised."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in paths:
+        synchronise(path)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = list(pool.map(sha256, paths))
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes, strict=True)
+    }
+    rest = json.dumps({"format": FORMAT, **content, "files": files}, indent=1).removeprefix("{") + "\n"
+    own = hashlib.sha256(rest.encode()).hexdigest()
+    temporary = folder / f".{MANIFEST}.partial"
+    temporary.write_text(f'{{"sha256": "{own}",{rest}', encoding="utf-8")
+    synchronise(temporary)
+    temporary.rename(folder / MANIFEST)
+    synchronise(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of checkpoint.json. Raises CheckpointError where it is missing, damaged, or of another version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing)")
+    text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        written = content.pop("sha256", None)
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{path}: damaged, not JSON any more; take an earlier checkpoint") from None
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}")
+    head = f'{{"sha256": "{written}",'.encode()
+    if not text.startswith(head) or hashlib.sha256(text[len(head) :]).hexdigest() != written:
+        raise CheckpointError(f"{path}: damaged, it differs from the SHA-256 in its first line; take an earlier one")
+    return content
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """What a checkpoint says of itself. Raises CheckpointError where it is not a complete checkpoint."""
+    return CheckpointState(**{k: v for k, v in read_manifest(folder).items() if k not in ("format", "files")})
+
+
+def faults(folder: Path) -> list[str]:
+    """Everything about a checkpoint's files that is not as written, a sentence each; none where it is whole."""
+    try:
+        listed = read_manifest(folder)["files"]
+    except CheckpointError as error:
+        return [str(error)]
+    found = []
+    to_hash = []
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            found.append(f"{folder / MANIFEST}: {name!r} leaves the checkpoint's folder")
+        elif not path.is_file():
+            found.append(f"{path}: missing; take an earlier checkpoint")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            found.append(f"{path}: {entry['bytes']} bytes expected, {size} found; take an earlier checkpoint")
+        else:
+            to_hash.append((path, entry["sha256"]))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for (path, expected), actual in zip(to_hash, pool.map(sha256, [p for p, _ in to_hash]), strict=True):
+            if actual != expected:
+                found.append(f"{path}: the SHA-256 differs from {MANIFEST}; take an earlier checkpoint")
+    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
+        # DeepSpeed opens by pattern, and unpickles what it opens.
+        if (name := path.relative_to(folder).as_posix()) not in listed and name != MANIFEST:
+            found.append(f"{path}: not in {MANIFEST}; remove it, or take an earlier checkpoint")
+    return found
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest. Raises CheckpointError naming the first that is not as written."""
+    if found := faults(folder):
+        raise CheckpointError(found[0])
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Folders of the run's complete checkpoints, oldest first."""
+    return sorted(p.parent for p in (run / FOLDER).glob(f"step-*/{MANIFEST}"))
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint to go on from, verified.
+
+    "auto": the run's newest whole one, the others told; None where the run has not written any yet. Otherwise the path
+    of a checkpoint or of a run's folder, which must hold a complete one; it must be this run's newest, or this run's
+    folder must be empty: else older and newer states of two histories would stand side by side.
+    Raises CheckpointError.
+    """
+    if resume != "auto":
+        own = complete_checkpoints(run)
+        found = newest(Path(resume))
+        is_newest = bool(own) and found.resolve() == own[-1].resolve()
+        if not is_newest and begun(run):
+            raise CheckpointError(
+                f"--resume {resume}: output_dir {run} is not empty, and this is not its newest checkpoint; "
+                "name another output_dir"
+            )
+        verify(found)
+        return found
+    broken = []
+    for folder in sorted((run / FOLDER).glob("step-*"), reverse=True):
+        if not (wrong := faults(folder)):
+            return folder
+        broken.append((folder, wrong[0]))
+        tell(f"passed over: {wrong[0]}")
+    if broken:
+        names = ", ".join(folder.name for folder, _ in reversed(broken))
+        raise CheckpointError(
+            f"{run / FOLDER}: none of {names} is whole ({broken[0][1]}); "
+            "remove the run's folder to begin anew, or give --resume another checkpoint"
+        )
+    return None
+
+
+def begun(run: Path) -> bool:
+    """Whether a run's folder holds more than a kill during a conversion, or while config.yaml is written, leaves."""
+    if not run.exists():
+        return False
+    if any(not p.name.endswith(".partial") and p.name != FOLDER for p in run.iterdir()):
+        return True
+    return (run / FOLDER).exists() and any(not p.name.startswith(".") for p in (run / FOLDER).iterdir())
+
+
+def newest(folder: Path) -> Path:
+    """A checkpoint's own folder, or the newest complete one of a run. Raises CheckpointError where there is none."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    if complete := complete_checkpoints(folder):
+        return complete[-1]
+    raise CheckpointError(f"{folder}: no complete checkpoint there (nor in its {FOLDER}/)")
+
+
+def remove_old(run: Path, *, keep_last: int, keep_every_steps: int) -> None:
+    """Delete all complete checkpoints but the newest `keep_last` and those of every n-th step (0: none)."""
+    for folder in complete_checkpoints(run)[:-keep_last]:
+        if not keep_every_steps or step_of(folder) % keep_every_steps:
+            remove(folder)
+
+
+def remove_from(run: Path, step: int) -> None:
+    """Delete what is left of saves that were cut short, and checkpoints of `step` and later.
+
+    Such are there where a resume has passed them over; their history is not the one that goes on.
+    """
+    shutil.rmtree(run / FOLDER / SAVING, ignore_errors=True)
+    for rest in (run / FOLDER).glob(f"{DELETING}*"):
+        shutil.rmtree(rest)
+    for folder in (run / FOLDER).glob("step-*"):
+        if step_of(folder) >= step:
+            remove(folder)
+
+
+def point_latest(folder: Path) -> None:
+    """Have the file `latest` beside a checkpoint's folder name it, whole at every moment."""
+    temporary = folder.with_name(f".{LATEST}.partial")
+    temporary.write_text(folder.name + "\n", encoding="utf-8")
+    synchronise(temporary)
+    temporary.replace(folder.with_name(LATEST))
+
+
+def size(folder: Path) -> int:
+    """Bytes of a complete checkpoint, by its manifest."""
+    return (folder / MANIFEST).stat().st_size + sum(e["bytes"] for e in read_manifest(folder)["files"].values())
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise CheckpointError where the folder's file system has less than `needed` bytes free."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise CheckpointError(
+            f"{folder}: {what} takes about {needed:,} bytes, {free:,} are free; make space and go on with --resume auto"
+        )

@@ -1,0 +1,119 @@
+"""What a phase goes on from: the checkpoint's tensors, the mask proposal; and going back after a divergence."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskvr_ds import checkpoint, distributed
+from maskvr_ds.checkpoint import CheckpointState
+from maskvr_ds.config import RunConfig
+from maskvr_ds.divergence import (
+    DivergedError,
+    merge,
+    position,
+    read_rollbacks,
+    windows_of,
+    write_rollbacks,
+)
+from maskvr_ds.metrics import METRICS, append_event
+from maskvr_ds.phases import RunPhase, apply_start, run_wide
+from maskvr_ds.proposer import STATE as MAPNET_STATE
+from maskvr_ds.proposer import Proposer
+
+if TYPE_CHECKING:
+    import deepspeed
+
+
+def resume_from(
+    run: Path, latest: Path, engine: "deepspeed.DeepSpeedEngine", phase: RunPhase, state: CheckpointState
+) -> CheckpointState:
+    """Load a verified checkpoint; → the state of this phase with its step, samples, history and guard. Every rank
+    calls.
+
+    At the start of a phase, with the last checkpoint of the one before, the phase's policy is applied. Until this
+    phase has saved, every resume comes by here again, with that same checkpoint: it is applied once.
+    """
+    begins = len(distributed.agreed(lambda: checkpoint.read_state(latest), on=0).phases) == phase.index > 0
+    expected = replace(state, identity=run_wide(state.identity)) if begins else state
+    loaded = checkpoint.load(run, latest, engine, expected)
+    say(f"resumed from {latest}: step {loaded.step}, {loaded.samples:,} samples")
+    if begins:
+        assert phase.start is not None
+        apply_start(engine.basic_optimizer, phase.start)
+        start = ", ".join(f"{what} {do}" for what, do in phase.start)
+        say(f"phase {phase.name} begins: {start}")
+    else:
+        for name, value in state.settings.items():
+            if (was := loaded.settings.get(name)) != value:
+                say(f"  changed since: {name} {was!r} -> {value!r}")
+    return replace(state, step=loaded.step, samples=loaded.samples, phases=loaded.phases, guard=loaded.guard)
+
+
+def make_proposer(
+    config: RunConfig, vocab_size: int, engine: "deepspeed.DeepSpeedEngine", latest: Path | None, seed: int
+) -> Proposer | None:
+    """The mask proposal, as the checkpoint left it, or new where it has none (a phase before went without)."""
+    if config.masking.strategy != "mapnet":
+        return None
+    proposer = Proposer(
+        config.mapnet,
+        vocab_size=vocab_size,
+        max_length=config.model.max_position_embeddings,
+        seed=seed,
+        device=distributed.device(),
+    )
+    proposer.attach(engine.module)
+    if latest is not None:
+        proposer.run_step = checkpoint.read_state(latest).step
+        if (tensors := checkpoint.read_beside(latest, MAPNET_STATE)) is not None:
+            distributed.agreed(lambda: proposer.load(tensors))
+    return proposer
+
+
+def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None) -> Path | None:
+    """After a divergence → the checkpoint to go on from (None: the run's beginning), the roll-back on record. Every
+    rank calls.
+
+    latest: what the phase had gone on from. Raises FloatingPointError, on every rank alike, where the run has gone back
+    to that checkpoint as often as it may.
+    """
+    run = config.output_dir
+
+    def decide() -> tuple[Path | None, dict[str, Any], bool]:
+        back_to = checkpoint.find(run, "auto") or latest
+        state = None if back_to is None else checkpoint.read_state(back_to)
+        rollbacks = read_rollbacks(run, {} if state is None else state.guard)
+        to_step = 0 if state is None else state.step
+        begin = position(to_step - phase.first_step, windows_of(rollbacks, phase.index))
+        entry = {
+            "event": "rollback",
+            "phase": phase.index,
+            "step": error.step,
+            "to_step": to_step,
+            "reason": error.reason,
+            # What was trained before that checkpoint stays trained.
+            "passed_over": [(max(first, begin), end) for first, end in merge(error.windows) if end > begin],
+        }
+        so_far = sum(before["to_step"] == to_step for before in rollbacks)
+        allowed = so_far < config.divergence.max_rollbacks
+        if allowed:
+            write_rollbacks(run, [*rollbacks, entry])
+        else:
+            append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": so_far, "passed_over": []})
+        return back_to, entry, allowed
+
+    back_to, entry, allowed = distributed.agreed(decide, on=0)
+    if not allowed:
+        raise FloatingPointError(
+            f"step {error.step}: {error.reason}, and the run has gone back to step {entry['to_step']} "
+            f"{config.divergence.max_rollbacks} times (divergence.max_rollbacks); other data did not help. Resume from "
+            "that checkpoint with a lower optimizer.lr or more schedule.warmup_steps"
+        )
+    passed_over = ", ".join(f"{first} to {end - 1}" for first, end in entry["passed_over"]) or "none"
+    say(f"step {error.step}: {error.reason}; back to step {entry['to_step']}, batches passed over: {passed_over}")
+    return back_to
+
+
+def say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)

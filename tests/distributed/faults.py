@@ -1,0 +1,142 @@
+"""Lives of a job with something going wrong in them, on ranks that are forks of processes which have imported all."""
+
+import json
+import os
+import signal
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Act:
+    """One job on all ranks, and what happens to it.
+
+    signal: (rank, update, number): that rank hears it when it is about to make that update (0-based).
+    nan_row: a row of the corpus whose loss is not a number, whenever it comes; nan_step: the update at which one is so.
+    kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "save" in the n-th writing of one
+    of DeepSpeed's files. fill: a file that takes all the room of its file system, once the disk was found to have
+    enough; before it all begins, `empty` is removed.
+    """
+
+    values: dict[str, Any]
+    resume: str | None = None
+    signal: tuple[int, int, int] | None = None
+    nan_row: int | None = None
+    nan_step: int | None = None
+    kill: tuple[int | None, str, int] | None = None
+    fill: Path | None = None
+    empty: Path | None = None
+
+
+def play(acts: list[Act], ports: list[int]) -> list[str]:
+    """On a rank: the acts one after the other; → for each "done", "stopped: …", "killed", or the error's text."""
+    import maskvr_ds.train  # noqa: F401
+
+    answers = []
+    for act, port in zip(acts, ports, strict=True):
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(read)
+            os.environ["MASTER_PORT"] = str(port)
+            try:
+                answer = _live(act)
+            except BaseException:
+                answer = traceback.format_exc()
+            os.write(write, json.dumps(answer[-4000:]).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            text = pipe.read()
+        _, status = os.waitpid(child, 0)
+        answers.append(json.loads(text) if not os.WIFSIGNALED(status) else "killed")
+    return answers
+
+
+def _live(act: Act) -> str:
+    import logging
+
+    from maskvr_ds import distributed
+    from maskvr_ds.config import RunConfig
+    from maskvr_ds.signals import StoppedError, StopRequest
+    from maskvr_ds.train import train
+
+    logging.disable(logging.WARNING)
+    if act.empty is not None and os.environ["RANK"] == "0":
+        act.empty.unlink(missing_ok=True)
+    distributed.initialize()
+    distributed.barrier()
+    prepare(act)
+    try:
+        train(RunConfig.model_validate(act.values), act.resume, StopRequest())
+    except StoppedError as stopped:
+        return f"stopped: {stopped}"
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if act.kill is not None:
+            return "bereft"  # of a rank that was killed
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def prepare(act: Act) -> None:
+    """Put the faults of an act in the way of this rank."""
+    from maskvr_ds import manifest, train
+    from maskvr_ds.masking import Masker
+    from maskvr_ds.phases import RunPhase
+
+    rank = int(os.environ["RANK"])
+    learning_rate, mask, check_space = RunPhase.learning_rate, Masker.__call__, manifest.check_space
+    now = [0]
+
+    def at_step(phase: Any, step: int) -> float:
+        now[0] = step
+        if act.signal is not None and act.signal[:2] == (rank, step):
+            os.kill(os.getpid(), act.signal[2])
+        if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1:] == ("step", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return learning_rate(phase, step)
+
+    def masked(masker: Any, batch: Any) -> Any:
+        result = mask(masker, batch)
+        if act.nan_row is not None:
+            result.weights[batch.sample_ids == act.nan_row] *= float("nan")
+        if act.nan_step == now[0] and rank == 1:
+            result.weights[0] *= float("nan")
+        return result
+
+    def full(folder: Path, needed: int, what: str) -> None:
+        check_space(folder, needed, what)
+        assert act.fill is not None
+        if any(manifest.complete_checkpoints(folder.parents[2])):
+            fill(act.fill, leave=20_000)
+
+    train.plot_loss = lambda *_: None  # seconds each
+    RunPhase.learning_rate, Masker.__call__ = at_step, masked
+    if act.fill is not None:
+        manifest.check_space = full
+    if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "save":
+        _kill_in_save(act.kill[2])
+
+
+def _kill_in_save(number: int) -> None:
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    save, calls = TorchCheckpointEngine.save, [0]
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(*args, **kwargs)
+
+    TorchCheckpointEngine.save = deadly
+
+
+def fill(path: Path, *, leave: int) -> None:
+    """Write a file until only `leave` bytes of its file system are free."""
+    import shutil
+
+    free = shutil.disk_usage(path.parent).free
+    with path.open("wb") as file:
+        file.write(b"x" * max(0, free - leave))

@@ -1,0 +1,217 @@
+"""Signals, kills, full disks, damage and divergence, each against the run that had none of it."""
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskvr_ds.checkpoint import complete_checkpoints, read_weights
+from maskvr_ds.launch import STOPPED
+from maskvr_ds.loader import sample_rows
+from maskvr_ds.manifest import faults, read_state
+from maskvr_ds.metrics import METRICS, read_events
+from tests.distributed.faults import Act, play
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import column, configuration, free_ports, metrics
+from tests.support.corpora import make_corpus
+
+STEPS, EVERY, BAD = 16, 4, 9
+FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
+NO_EVALUATION: dict[str, Any] = {"evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": EVERY}}
+AT_ONCE = {"divergence": {"skip_updates": 0, "margin": 0}}
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A tmpfs of 8 MB; None where this process may not mount one."""
+    folder = tmp_path_factory.mktemp("disk")
+    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder]
+    mounted = shutil.which("mount") and not subprocess.run(words, check=False, capture_output=True).returncode
+    yield folder if mounted else None
+    if mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+class Play:
+    def __init__(self, folder: Path, disk: Path | None) -> None:
+        self.folder, self.disk = folder, disk
+        self.corpus = make_corpus(folder / "corpus", rows=200, words=20)
+        acts: dict[str, Act] = {}
+        # A row that comes in the step after BAD.
+        self.row = int(self.rows_of_step(BAD)[5])
+
+        def values(name: str, where: Path = folder, **sections: Any) -> dict[str, Any]:
+            more = {**NO_EVALUATION, "deepspeed": "zero2_fp32", **sections}
+            return configuration(where / name, self.corpus, steps=STEPS, **more)
+
+        acts["whole"] = Act(values("whole"))
+        for number, name in ((signal.SIGUSR1, "usr1"), (signal.SIGTERM, "term")):
+            acts[name] = Act(values(name), signal=(1, 5, number))
+            acts[f"{name} resumed"] = Act(values(name), "auto")
+        acts["kill one"] = Act(values("kill one"), kill=(1, "step", 6))
+        acts["kill one resumed"] = Act(values("kill one"), "auto", kill=(None, "save", 2))
+        acts["kill one in save resumed"] = Act(values("kill one"), "auto")
+        acts["bad row"] = Act(values("bad row", **AT_ONCE), nan_row=self.row)
+        acts["bad row killed"] = Act(
+            values("bad row killed", **AT_ONCE), nan_row=self.row, kill=(None, "step", BAD + 2)
+        )
+        acts["bad row resumed"] = Act(values("bad row killed", **AT_ONCE), "auto", nan_row=self.row)
+        acts["bad row left out"] = Act(values("bad row left out"), nan_row=self.row)
+        for stage in (0, 1, 3):
+            acts[f"left out {stage}"] = Act(
+                values(f"left out {stage}", deepspeed=f"zero{stage}_fp32"), nan_row=self.row
+            )
+        acts["always"] = Act(values("always", divergence={"skip_updates": 0, "max_rollbacks": 2}), nan_step=BAD)
+        if disk is not None:
+            filler = disk / "filler"
+            acts["full"] = Act(values("run", disk), fill=filler)
+            acts["no room"] = Act(values("run", disk), "auto")
+            acts["room"] = Act(values("run", disk), "auto", empty=filler)
+        ranks = run_ranks(play, 2, list(acts.values()), free_ports(len(acts)), timeout=900)
+        self.said = {name: [rank[i] for rank in ranks] for i, name in enumerate(acts)}
+
+    def rows_of_step(self, step: int) -> Any:
+        import numpy as np
+
+        from maskvr_ds.config import RunConfig
+        from maskvr_ds.phases import plan
+        from maskvr_ds.train import _ORDER
+
+        config = RunConfig.model_validate(configuration(self.folder, self.corpus, steps=STEPS, **NO_EVALUATION))
+        key = plan(config)[0].key(_ORDER)
+        return sample_rows(np.arange(step * 12, (step + 1) * 12), 200, key)[0]
+
+    def __call__(self, name: str) -> Path:
+        return self.folder / name
+
+    def same_as_whole(self, run: Path) -> None:
+        assert column(run, *FIGURES) == column(self("whole"), *FIGURES)
+        ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (run, self("whole")))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory, small_disk: Path | None) -> Play:
+    return Play(tmp_path_factory.mktemp("survival"), small_disk)
+
+
+@pytest.mark.parametrize("name", ["usr1", "term"])
+def test_a_signal_to_one_rank_stops_all_within_two_steps_with_a_checkpoint(played: Play, name: str) -> None:
+    first, second = played.said[name]
+    assert first == second
+    assert first.startswith("stopped: stopped at step ")
+    step = int(first.removeprefix("stopped: stopped at step ").split()[0])
+    assert 6 <= step <= 8, "it came in step 6"
+    assert played.said[f"{name} resumed"] == ["done", "done"]
+    assert not (played(name) / STOPPED).exists()
+    played.same_as_whole(played(name))
+
+
+def test_ranks_killed_in_a_step_and_while_saving(played: Play) -> None:
+    assert played.said["kill one"][1] == "killed"
+    # A rank may see the other's death before its own comes.
+    assert "done" not in played.said["kill one resumed"]
+    assert played.said["kill one in save resumed"] == ["done", "done"]
+    played.same_as_whole(played("kill one"))
+    assert not list((played("kill one") / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_say_how_long_training_stood_still(played: Play) -> None:
+    events = [event for event in read_events(played("whole") / METRICS) if event["event"] == "checkpoint"]
+    assert [event["step"] for event in events] == [4, 8, 12, 16]
+    assert all(event["seconds"] > 0 for event in events)
+    assert (played("whole") / "checkpoints" / "latest").read_text() == "step-00000016\n"
+
+
+def test_a_bad_row_is_rolled_back_and_passed_over(played: Play) -> None:
+    assert played.said["bad row"] == ["done", "done"]
+    run = played("bad row")
+    (event,) = [event for event in read_events(run / METRICS) if event["event"] == "rollback"]
+    assert (event["step"], event["to_step"], event["passed_over"]) == (BAD + 1, 8, [[BAD, BAD + 1]])
+    assert event["reason"] == "loss is nan"
+    digests = column(run, "data_digest")
+    assert digests[:BAD] == column(played("whole"), "data_digest")[:BAD]
+    assert digests[BAD : STEPS - 1] == column(played("whole"), "data_digest")[BAD + 1 :], "one batch on"
+    assert all(line["loss"] is not None and line["grad_norm"] is not None for line in metrics(run))
+    assert read_state(complete_checkpoints(run)[-1]).samples == STEPS * 12
+
+
+def test_a_run_killed_after_a_roll_back_is_the_one_that_was_not(played: Play) -> None:
+    assert "done" not in played.said["bad row killed"]
+    assert played.said["bad row resumed"] == ["done", "done"]
+    runs = (played("bad row"), played("bad row killed"))
+    assert column(runs[0], *FIGURES) == column(runs[1], *FIGURES)
+    events = [[e for e in read_events(run / METRICS) if e["event"] == "rollback"] for run in runs]
+    assert events[0] == events[1]
+
+
+def test_a_single_bad_step_updates_nothing(played: Play) -> None:
+    for name in ("bad row left out", "left out 0", "left out 1", "left out 3"):
+        assert played.said[name] == ["done", "done"], name
+        lines = metrics(played(name))
+        assert [line["step"] for line in lines if "update_left_out" in line] == [BAD + 1]
+        assert lines[BAD]["update_left_out"] == "loss is nan"
+        assert lines[BAD]["loss"] is None
+        assert column(played(name), "data_digest") == column(played("whole"), "data_digest")
+        for line, of_stage_2 in zip(lines, metrics(played("bad row left out")), strict=True):
+            if line["step"] != BAD + 1:
+                assert line["loss"] == pytest.approx(of_stage_2["loss"], abs=1e-4), (name, line["step"])
+
+
+def test_the_same_fault_every_time_stops_the_run_with_an_explanation(played: Play) -> None:
+    assert any("the run has gone back to step 8 2 times (divergence.max_rollbacks)" in s for s in played.said["always"])
+    events = [e for e in read_events(played("always") / METRICS) if e["event"] != "checkpoint"]
+    assert [e["event"] for e in events] == ["rollback", "rollback", "diverged"]
+    assert all(e["step"] == BAD + 1 for e in events)
+    assert [p.name[-2:] for p in complete_checkpoints(played("always"))] == ["04", "08"]
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(played: Play) -> None:
+    if played.disk is None:
+        pytest.skip("no right to mount a tmpfs")
+    run = played.disk / "run"
+    assert any("could not be written, nothing of it is kept" in said for said in played.said["full"]), played.said
+    assert any("checkpoint step-00000008 takes about" in said for said in played.said["no room"]), played.said
+    assert played.said["room"] == ["done", "done"]
+    played.same_as_whole(run)
+
+
+def test_every_damage_is_named_and_the_checkpoint_before_taken(
+    played: Play, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    damages = [(name, how) for name in _files(played("whole")) for how in ("truncated", "flipped", "deleted")]
+    trained = damages if request.config.getoption("--whole-survival") else [damages[0], damages[-2]]
+    acts = []
+    for number, (name, how) in enumerate(damages):
+        run = tmp_path / str(number)
+        shutil.copytree(played("whole"), run)
+        path = complete_checkpoints(run)[-1] / name
+        content = path.read_bytes()
+        if how == "deleted":
+            path.unlink()
+        else:
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            path.write_bytes(content[: middle or None] if how == "truncated" else flipped)
+        named = faults(run / "checkpoints" / f"step-{STEPS:08d}")
+        assert any(path.name in text for text in named), (name, how, named)
+        if (name, how) in trained:
+            sections = {**NO_EVALUATION, "deepspeed": "zero2_fp32"}
+            acts.append(Act(configuration(run, played.corpus, steps=STEPS, **sections), "auto"))
+        else:
+            shutil.rmtree(run)
+    for said in run_ranks(play, 2, acts, free_ports(len(acts)), timeout=1800):
+        assert said == ["done"] * len(acts)
+    for act in acts:
+        played.same_as_whole(Path(act.values["output_dir"]))
+        assert not faults(complete_checkpoints(Path(act.values["output_dir"]))[-1])
+
+
+def _files(run: Path) -> list[str]:
+    newest = complete_checkpoints(run)[-1]
+    return sorted(path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file())
