@@ -15,7 +15,7 @@ Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpee
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,14 +183,20 @@ def probe_logits(module: Any, probe: MaskedBatch) -> torch.Tensor:
         module.train(training)
 
 
-def load(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine, expected: CheckpointState) -> CheckpointState:
+def load(
+    run: Path,
+    folder: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    expected: CheckpointState,
+    may_differ: Collection[str] = (),
+) -> CheckpointState:
     """Load a verified checkpoint into the engine. Every rank calls.
 
     run: where a conversion goes, if one is needed. expected: the present run's identity, world size and stage; its step
-    and samples are not looked at.
+    and samples are not looked at. may_differ: keys of the identity that need not agree.
     Raises CheckpointError where the checkpoint belongs to another run.
     """
-    state = distributed.agreed(lambda: _read_compatible(folder, expected))
+    state = distributed.agreed(lambda: _read_compatible(folder, expected, may_differ))
     if elastic.same_layout(state, expected):
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if path is None:
@@ -201,20 +207,22 @@ def load(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine, expected: C
     return state
 
 
-def _read_compatible(folder: Path, expected: CheckpointState) -> CheckpointState:
+def _read_compatible(folder: Path, expected: CheckpointState, may_differ: Collection[str]) -> CheckpointState:
     """The checkpoint's state. Raises CheckpointError naming every difference from the present run."""
     state = read_state(folder)
     differences = [
         f"{key} was {state.identity.get(key)!r}, is {value!r}"
         for key, value in expected.identity.items()
-        if state.identity.get(key) != value
+        if key not in may_differ and state.identity.get(key) != value
     ]
     if state.dtype != expected.dtype:
         differences.append(f"dtype was {state.dtype}, is {expected.dtype}")
     if differences:
+        of_masks = any(difference.startswith(("masking ", "mapnet ")) for difference in differences)
         raise CheckpointError(
             f"{folder}: belongs to another run: {'; '.join(differences)}. "
             "Restore these settings to resume, or start a new run in another output_dir"
+            + ("; masking.change_at_resume=true lets masks differ" if of_masks else "")
         )
     return state
 

@@ -52,6 +52,9 @@ class MaskingConfig(Section):
     sampler: Literal["pareto", "conditional_poisson"] = "pareto"
     estimator: Literal["horvitz_thompson", "hajek", "whole_mask"] = "horvitz_thompson"
 
+    # Go on from a checkpoint whose run had other settings here or in the section mapnet, instead of refusing it.
+    change_at_resume: bool = False
+
     @model_validator(mode="after")
     def _probabilities(self) -> Self:
         if (total := self.mask_probability + self.random_probability) > 1:

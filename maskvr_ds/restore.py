@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskvr_ds import checkpoint, distributed
-from maskvr_ds.checkpoint import CheckpointState
+from maskvr_ds.checkpoint import CheckpointError, CheckpointState
 from maskvr_ds.config import RunConfig
 from maskvr_ds.divergence import (
     DivergedError,
@@ -35,7 +35,11 @@ def resume_from(
     """
     begins = len(distributed.agreed(lambda: checkpoint.read_state(latest), on=0).phases) == phase.index > 0
     expected = replace(state, identity=run_wide(state.identity)) if begins else state
-    loaded = checkpoint.load(run, latest, engine, expected)
+    masking = phase.config.masking
+    may_differ = ("masking", "mapnet") if masking.change_at_resume and not begins else ()
+    loaded = checkpoint.load(run, latest, engine, expected, may_differ)
+    if may_differ:
+        distributed.agreed(lambda: _check_order(latest, loaded.identity["masking"], state.identity["masking"]))
     say(f"resumed from {latest}: step {loaded.step}, {loaded.samples:,} samples")
     if begins:
         assert phase.start is not None
@@ -46,7 +50,25 @@ def resume_from(
         for name, value in state.settings.items():
             if (was := loaded.settings.get(name)) != value:
                 say(f"  changed since: {name} {was!r} -> {value!r}")
+        for section in may_differ:
+            before = loaded.identity.get(section) or {}
+            for name, value in state.identity.get(section, {}).items():
+                if (was := before.get(name)) != value:
+                    say(f"  changed since: {section}.{name} {was!r} -> {value!r}")
     return replace(state, step=loaded.step, samples=loaded.samples, phases=loaded.phases, guard=loaded.guard)
+
+
+def _check_order(latest: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError where rows would come in another order: samples so far say which are next."""
+    copies = [
+        (m["segments_per_sequence"] or f"all at rate {m['rate']:g}") if m["placement"] == "same_batch" else 1
+        for m in (was, now)
+    ]
+    if copies[0] != copies[1]:
+        raise CheckpointError(
+            f"{latest}: the segments of a row in a global batch were {copies[0]}, are {copies[1]}: the data would not "
+            "go on where they stopped. Keep masking.placement and segments_per_sequence, or start a new run"
+        )
 
 
 def make_proposer(

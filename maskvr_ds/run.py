@@ -18,6 +18,7 @@ from maskvr_ds.strategies import Parameters, Proposal, segments, span_thresholds
 from maskvr_ds.vocabulary import frequency_scores, token_counts, word_starts
 
 CONFIG = "config.yaml"
+_MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
 
 def open_corpora(config: RunConfig) -> tuple[Corpus, Corpus | None]:
@@ -187,6 +188,8 @@ def write_config(config: RunConfig) -> None:
 def run_settings(config: RunConfig) -> dict[str, Any]:
     """What may change between the parts of a run and bears on training, flat: name → value."""
     dump = config.model_dump(mode="json", include={"optimizer", "schedule", "training", "batch", "deepspeed"})
+    if config.masking.strategy == "mapnet":
+        dump["mapnet"] = config.mapnet.model_dump(include=_MAPNET_MAY_CHANGE)
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
     return {"deepspeed": config.deepspeed, **nested}
 
@@ -201,12 +204,12 @@ def run_identity(phase: RunPhase, corpus: Corpus) -> dict[str, Any]:
         "model": config.model.model_dump(exclude={"preset", "activation_checkpointing"}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
-        "masking": config.masking.model_dump(),
+        "masking": config.masking.model_dump(exclude={"change_at_resume"}),
         # Moments, decay and clipping come from the checkpoint: a change would go unheeded, or be another optimizer.
         "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
     if config.masking.strategy == "mapnet":
-        identity["mapnet"] = config.mapnet.model_dump(exclude={"lr", "check_every"})
+        identity["mapnet"] = config.mapnet.model_dump(exclude=_MAPNET_MAY_CHANGE)
     if phase.start is not None:
         # What was zeroed stays zeroed: a change would go unheeded.
         identity["start"] = phase.start.model_dump(include={"moments", "step_counter"})

@@ -96,13 +96,21 @@ def runs(folder: Path, layouts: list[tuple[int, int]], strategies: dict[str, dic
                 part = {"steps": STEPS // 2, "schedule_steps": STEPS}
                 jobs += [({**whole, "training": part}, None), (whole, "auto")]
         assert run_ranks(train_all, ranks, jobs, timeout=900) == [[None] * len(jobs)] * ranks
-    other = values(folder, "frequency-parts", {"strategy": "whole_word"})
+    more = {"training": {"steps": STEPS + 2}}
+    other = values(folder, "frequency-parts", {"strategy": "whole_word"}, **more)
+    allowed = values(folder, "frequency-parts", {"strategy": "whole_word", "change_at_resume": True}, **more)
+    same_batch = {**STRATEGIES["same_batch"], "change_at_resume": True}
+    reordered = values(folder, "frequency-parts", same_batch, **more)
     half = {"global_size": 60, "micro_size": 20}
     faulty = [(values(folder, name, masking, batch=half), None) for name, (masking, _) in FAULTS.items()]
-    ((*said, refused),) = run_ranks(train_all, 1, [*faulty, (other, "auto")])
+    jobs = [*faulty, (other, "auto"), (reordered, "auto"), (allowed, "auto")]
+    ((*said, refused, refused_too, accepted),) = run_ranks(train_all, 1, jobs)
     for text, (_, expected) in zip(said, FAULTS.values(), strict=True):
         assert re.search(expected, str(text)), text
     assert re.search("belongs to another run: .*masking was .*'frequency'.* is .*'whole_word'", str(refused)), refused
+    assert "masking.change_at_resume=true lets masks differ" in str(refused)
+    assert "segments of a row in a global batch were 1, are all at rate 0.2" in str(refused_too)
+    assert accepted is None
     return folder
 
 
@@ -122,7 +130,7 @@ def test_masks_do_not_depend_on_ranks_or_layout(
 def test_resumed_is_undisturbed_and_loss_falls(runs: Path, strategies: dict[str, dict[str, Any]]) -> None:
     figures = ("step", "loss", "grad_norm", "data_digest", "mask_digest")
     for name in strategies:
-        assert column(runs / f"{name}-parts", *figures) == column(runs / f"{name}-2-4", *figures)
+        assert column(runs / f"{name}-parts", *figures)[:STEPS] == column(runs / f"{name}-2-4", *figures)
         held_out = [line["held_out_loss"] for line in metrics(runs / f"{name}-2-4") if "held_out_loss" in line]
         assert held_out[-1] < held_out[0], name
 
@@ -136,3 +144,10 @@ def test_a_rate_by_schedule_ends_at_the_final_one(runs: Path) -> None:
 def test_faults_and_another_strategy_at_resume_are_refused(runs: Path) -> None:
     """The texts are compared in `runs`."""
     assert not any((runs / name).exists() for name in FAULTS)
+
+
+def test_another_strategy_goes_on_where_asked_for(runs: Path) -> None:
+    """With the next rows, on another number of ranks too."""
+    lines = column(runs / "frequency-parts", "step", "samples", "data_digest")
+    assert [step for step, _, _ in lines] == list(range(1, STEPS + 3))
+    assert lines[-1][1] == (STEPS + 2) * SIZE
