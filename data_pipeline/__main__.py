@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipeline.mpi import Team
 
 _EXAMPLES = """\
 examples:
@@ -18,6 +22,8 @@ examples:
   python -m data_pipeline tokenize --description corpus.yaml --tokenizer tok/ --output tokens/ --workers 16
   python -m data_pipeline pack tokens/ --sequence-length 128 --output corpus128/
   python -m data_pipeline pack tokens/ --sequence-length 512 --output corpus512/ --weight wiki=2
+  mpirun -n 64 python -m data_pipeline build --description corpus.yaml --tokenizer tok/ \\
+      --sequence-length 128 --output corpus/ --workers 8
   python -m data_pipeline verify corpus/
   python -m data_pipeline stats corpus/
 
@@ -168,33 +174,35 @@ def _run(arguments: argparse.Namespace) -> None:
     # Imported late: --help need not wait for Arrow.
     options = vars(arguments)
     command = options.pop("command")
-    if command == "tokenizer":
+    if command in ("build", "tokenize", "pack"):
+        from data_pipeline.mpi import join_team
+        from data_pipeline.workers import Pool
+
+        team = join_team()
+        if team and team.rank:
+            team.serve(Pool(arguments.workers))
+            return
+        try:
+            _make(command, options, team)
+        finally:
+            if team:
+                team.stop()
+    elif command == "tokenizer":
         from data_pipeline.tokenizer import train_tokenizer
 
         train_tokenizer(options.pop("input"), **options)
         print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
-    elif command == "tokenize":
-        from data_pipeline.build import tokenize
-
-        tokens = tokenize(options.pop("input"), **options)
-        ids = sum(shard.sides[side].length for shard in tokens.shards for side in tokens.sides)
-        print(f"{arguments.output}: {ids:,} ids in {len(tokens.shards):,} token shards{_dropped(tokens.dropped)}")
-    elif command in ("build", "pack"):
-        from data_pipeline.build import build, pack
-
-        if command == "build":
-            manifest = build(options.pop("input"), **options)
-        else:
-            manifest = pack(options.pop("tokens"), weights=dict(options.pop("weight")), **options)
-        print(
-            f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-            f"{manifest.rows:,} rows of {manifest.sequence_length}, {len(manifest.shards):,} shards{_dropped(manifest.dropped)}"
-        )
     else:
         from data_pipeline.progress import ProgressBar
         from data_pipeline.shards import read_manifest
         from data_pipeline.stats import describe, verify
+        from data_pipeline.tokens import is_tokens, read_tokens, verify_tokens
 
+        if command == "verify" and is_tokens(arguments.folder):
+            tokens = read_tokens(arguments.folder)
+            verify_tokens(arguments.folder, tokens)
+            print(f"{arguments.folder}: good, {len(tokens.shards):,} token shards checked")
+            return
         size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)
         if command == "stats":
             with ProgressBar(size, "stats", arguments.progress) as bar:
@@ -206,6 +214,29 @@ def _run(arguments: argparse.Namespace) -> None:
                 manifests = verify(arguments.folder, bar.update)
             shards = sum(len(manifest.shards) for manifest in manifests)
             print(f"{arguments.folder}: good, {shards:,} shards checked")
+
+
+def _make(command: str, options: dict[str, Any], team: Team | None) -> None:
+    """The commands that make something on many processes."""
+    output = options["output"]
+    if command == "tokenize":
+        from data_pipeline.build import tokenize
+
+        tokens = tokenize(options.pop("input"), team=team, **options)
+        ids = sum(shard.sides[side].length for shard in tokens.shards for side in tokens.sides)
+        print(f"{output}: {ids:,} ids in {len(tokens.shards):,} token shards{_dropped(tokens.dropped)}")
+    else:
+        from data_pipeline.build import build, pack
+
+        if command == "build":
+            manifest = build(options.pop("input"), team=team, **options)
+        else:
+            manifest = pack(options.pop("tokens"), weights=dict(options.pop("weight")), team=team, **options)
+        print(
+            f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{manifest.rows:,} rows of {manifest.sequence_length}, {len(manifest.shards):,} shards"
+            f"{_dropped(manifest.dropped)}"
+        )
 
 
 def _dropped(counts: dict[str, int]) -> str:

@@ -32,6 +32,7 @@ from data_pipeline.description import MAX_WEIGHT, Description, SourceSection, de
 from data_pipeline.documents import DOCUMENTS
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
 from data_pipeline.manifest import HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
+from data_pipeline.mpi import Team
 from data_pipeline.pack import PackOptions, pack_side
 from data_pipeline.progress import ProgressBar
 from data_pipeline.rules import DocumentRules
@@ -64,6 +65,7 @@ def build(
     shard_size: float = 128.0,
     work_size: float = 32.0,
     progress: bool | None = None,
+    team: Team | None = None,
 ) -> Manifest:
     """Build a corpus of rows of `sequence_length` token ids, and return its manifest.
 
@@ -76,6 +78,8 @@ def build(
     pair_probability); columns: "word_start", "sentence_start" to store. shard_size: MB a shard; work_size: MB of text
     a unit of work (it does not change the output). progress: True or False shows or hides the bar, None shows it on a
     terminal.
+
+    team: the ranks of an mpirun, of which this is rank 0 (`mpi`).
 
     `output` must be new, empty, or hold an unfinished (or finished) build of the same arguments and inputs.
     With `workers` > 1 call it from under `if __name__ == "__main__":`, as always with multiprocessing.
@@ -111,7 +115,7 @@ def build(
             return read_manifest(output)
         copy_tokenizer(tokenizer, output / TOKENIZER)
         total = sum(source.bytes for files in groups for source in files)
-        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers) as pool:
+        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
             tokens = tokenize_stage(
                 work,
                 work,
@@ -146,6 +150,7 @@ def tokenize(
     text_field: str = "text",
     work_size: float = 32.0,
     progress: bool | None = None,
+    team: Team | None = None,
 ) -> TokenManifest:
     """Write token shards of all documents into `output`, for `pack`. Arguments, resuming and errors as `build`.
 
@@ -172,7 +177,7 @@ def tokenize(
             return read_tokens(output)
         copy_tokenizer(tokenizer, output / TOKENIZER)
         total = sum(source.bytes for files in groups for source in files)
-        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers) as pool:
+        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
             if named:
                 _save_description(output, about)
             manifest = tokenize_stage(
@@ -206,6 +211,7 @@ def pack(
     weights: dict[str, float] | None = None,
     shard_size: float = 128.0,
     progress: bool | None = None,
+    team: Team | None = None,
 ) -> Manifest:
     """Pack a folder of token shards to a corpus, and return its manifest; what was held out goes to output/held_out.
 
@@ -240,7 +246,7 @@ def pack(
         if (tokens / DESCRIPTION).exists() and not (output / DESCRIPTION).exists():
             with atomic_file(output / DESCRIPTION) as file:
                 file.write((tokens / DESCRIPTION).read_bytes())
-        with ProgressBar(0, "pack", progress) as bar, Pool(workers) as pool:
+        with ProgressBar(0, "pack", progress) as bar, Pool(workers, team) as pool:
             result = _pack_sides(tokens, manifest, output, tokens / TOKENIZER, work, options, pool, bar)
         shutil.rmtree(work)
     return result

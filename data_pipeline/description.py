@@ -159,7 +159,7 @@ def _dataset_files(folder: Path, split: str | None) -> list[Path]:
         if split is None or split not in splits:
             found = f"split {split!r} is not among them" if split else "say which"
             raise CorpusError(f"{folder}: holds the splits {', '.join(splits)}: {found} (split: NAME)")
-        folder = folder / (split or "")
+        folder = folder / split
     elif split is not None:
         raise CorpusError(f"{folder}: holds one dataset without splits: leave split {split!r} out")
     state = _read_json(folder / "state.json")
@@ -172,7 +172,7 @@ def _dataset_files(folder: Path, split: str | None) -> list[Path]:
     names = [item.get("filename") for item in files if isinstance(item, dict)] if isinstance(files, list) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CorpusError(f"{folder}/state.json: names no data files in this folder. Save the dataset again")
-    return [folder / name for name in names]
+    return [folder / str(name) for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

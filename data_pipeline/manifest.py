@@ -159,6 +159,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: not JSON ({error}). Build the corpus again") from None
+    if isinstance(raw, dict) and raw.get("kind") == "tokens":
+        raise CorpusError(f"{path}: these are token shards, not a corpus yet. Make one with the command pack")
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version not in (SCHEMA_VERSION, LATEST_VERSION):
         raise CorpusError(

@@ -61,25 +61,22 @@ def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
     return out ^ (out >> np.uint64(31))
 
 
-def task_ngrams(paths: Sequence[str | Path], n: int) -> tuple[NDArray[np.uint64], int]:
-    """Hashes of all n-grams of all texts of task files, uint64 [N] ascending, and how many texts are too short.
+def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
+    """Hashes of all n-grams of all texts of task files: uint64 [N] ascending. Texts shorter than n words have none.
 
     Files: .txt (a text a line), .tsv and .csv (each cell), .json, .jsonl (each string in it, at any depth), .parquet
     (each column of strings). Raises CorpusError where a file is missing, of another kind, broken, or holds no n-gram.
     """
     hashes = WordHashes()
     found: list[NDArray[np.uint64]] = []
-    short = 0
     for path in map(Path, paths):
         grams = []
         for text in _texts(path):
-            words = hashes(text)
-            short += 0 < len(words) < n
-            grams.append(ngram_hashes(words, n))
+            grams.append(ngram_hashes(hashes(text), n))
         found.append(np.unique(np.concatenate([np.empty(0, np.uint64), *grams])))
         if len(found[-1]) == 0:
             raise CorpusError(f"{path}: no text in it has {n} words. Give a smaller decontaminate_words or other files")
-    return np.unique(np.concatenate(found)), short
+    return np.unique(np.concatenate(found))
 
 
 def _texts(path: Path) -> Iterator[str]:

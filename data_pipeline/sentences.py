@@ -11,7 +11,9 @@ import re
 
 MODES = ("punctuation", "line")
 _CLOSING = "[\"'”’»」』）)\\]]*"
-_ENDS = re.compile(f"[.!?…।؟۔։።]{_CLOSING}\\s+(?=\\S)|[。！？｡]{_CLOSING}\\s*(?=\\S)|\\n[ \\t]*\\n\\s*(?=\\S)")
+_ENDS = re.compile(
+    f"[.!?…।؟۔։።]{_CLOSING}\\s+(?=\\S)|[。！？｡][。！？｡.!?…]*{_CLOSING}\\s*(?=\\S)|\\n[ \\t]*\\n\\s*(?=\\S)"
+)
 _ABBREVIATING = ".!?…"
 _LINE = re.compile(r"\n\s*(?=\S)")
 # What a piece must know of the one before it.

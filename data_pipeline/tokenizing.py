@@ -74,7 +74,7 @@ def tokenize_stage(
     encoder = load_encoder(str(tokenizer), sha256_file(tokenizer / "tokenizer.json"))
     ngrams = work / "ngrams.npy"
     if rules.decontaminate and not ngrams.exists():
-        found, _ = task_ngrams(rules.decontaminate, rules.decontaminate_words)
+        found = task_ngrams(rules.decontaminate, rules.decontaminate_words)
         with atomic_file(ngrams) as file:
             np.lib.format.write_array(file, found, allow_pickle=False)
     job = Job(
@@ -100,7 +100,7 @@ def tokenize_stage(
     dropped = sum((Counter(result["dropped"]) for result in results), Counter())
     lost = dict.fromkeys(job.sides, 0)
     if "late" in job.of_documents or rules.duplicates != "keep":
-        counts = [[entry[side].documents for entry in shards] for side in job.sides]
+        counts = [[entry[side].documents for side in job.sides] for entry in shards]
         bar.phase("duplicates", 0)
         task = Task("drops", "the search for duplicates", find_drops, (job, counts))
         (found,) = pool.run([task], work / "results", bar.update)

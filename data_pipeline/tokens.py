@@ -96,6 +96,15 @@ def token_path(folder: str | Path, shard: int, side: str, suffix: str) -> Path:
     return Path(folder) / f"tokens-{shard:05}.{side}.{suffix}"
 
 
+def is_tokens(folder: str | Path) -> bool:
+    """Whether a folder's manifest is one of token shards."""
+    try:
+        raw = json.loads((Path(folder) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("kind") == "tokens"
+
+
 def read_tokens(folder: str | Path) -> TokenManifest:
     """Read `folder/manifest.json` and check the files' sizes. Raises CorpusError where something is not right."""
     path = Path(folder) / MANIFEST
