@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ examples:
   mpirun -n 64 python -m data_pipeline build --description corpus.yaml --tokenizer tok/ \\
       --sequence-length 128 --output corpus/ --workers 8
   python -m data_pipeline verify corpus/
-  python -m data_pipeline stats corpus/
+  python -m data_pipeline stats corpus/ --png corpus.png
+  python -m data_pipeline inspect corpus/ --first 1000
 
 A build that was stopped goes on with the same command.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
@@ -152,7 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a corpus in full; names every bad file")
     stats = commands.add_parser("stats", help="tokens, rows, documents, unknown rate, lengths, top tokens")
     stats.add_argument("--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)")
-    for command in (verify, stats):
+    stats.add_argument("--png", metavar="FILE", help="draw lengths, top tokens and sources into this file")
+    inspect = commands.add_parser("inspect", help="print rows as tokens")
+    inspect.add_argument("--rows", type=int, default=5, metavar="N", help="how many (default 5)")
+    inspect.add_argument("--first", type=int, default=0, metavar="ROW", help="from which on (default 0)")
+    for command in (verify, stats, inspect):
         command.add_argument("folder", metavar="DIR", help="corpus folder")
     for command in (tokenizer, build, tokenize, pack, verify, stats):
         command.formatter_class = raw
@@ -192,6 +198,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
         train_tokenizer(options.pop("input"), **options)
         print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
+    elif command == "inspect":
+        from data_pipeline.inspection import decoded_rows
+
+        print(decoded_rows(arguments.folder, arguments.first, arguments.rows))
     else:
         from data_pipeline.progress import ProgressBar
         from data_pipeline.shards import read_manifest
@@ -206,7 +216,7 @@ def _run(arguments: argparse.Namespace) -> None:
         size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)
         if command == "stats":
             with ProgressBar(size, "stats", arguments.progress) as bar:
-                text = describe(arguments.folder, arguments.top, bar.update)
+                text = describe(arguments.folder, arguments.top, bar.update, arguments.png and Path(arguments.png))
             print(text)
         else:
             # Each shard is read twice: for its hash, and for its rows.

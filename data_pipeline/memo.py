@@ -10,6 +10,9 @@ other. `why_not_word_wise` decides this from tokenizer.json alone, and knows the
 - the first pre-tokeniser step splits at white space and drops it, the others split further;
 - the model has no chance in it (BPE dropout).
 
+BERT's pre-tokeniser makes every sign of ASCII punctuation a word: there the ids of an ASCII word are those of its
+runs of letters and digits and of its signs, and "word," needs no look-up of its own.
+
 Anything else is encoded as a whole. White space here is what Python's `str.split` and Unicode's White_Space agree on:
 texts with one of the eight signs of which they differ, or which BERT removes as control characters, are split at
 plain spaces, tabs and line ends only.
@@ -35,6 +38,7 @@ _SPLITTERS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 _OTHERS = {"Punctuation", "Digits"}
 _MODELS = {"WordPiece", "WordLevel", "BPE"}
 _DOUBTFUL = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
+_RUNS = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9]")
 _PLAIN = re.compile("[ \t\r\n]+")
 # Entries and characters at which everything is forgotten: about 100 MB.
 _ENTRIES = 400_000
@@ -93,6 +97,8 @@ class WordMemo:
         self._ids: dict[str, bytes] = {}
         self._starts: dict[str, bytes] = {}
         self._characters = 0
+        first = next(iter(_steps(json.loads(tokenizer.to_str()).get("pre_tokenizer"), "pretokenizers")))
+        self._isolates = first["type"] == "BertPreTokenizer"
 
     def encode(
         self, texts: list[str], with_starts: bool
@@ -114,6 +120,10 @@ class WordMemo:
         return ids, counts, starts
 
     def _learn(self, words: set[str], with_starts: bool) -> None:
+        compounds: dict[str, list[str]] = {}
+        if self._isolates:
+            compounds = {w: _RUNS.findall(w) for w in words if w.isascii() and w.isprintable() and not w.isalnum()}
+            words = words.difference(compounds).union(*compounds.values()).difference(self._ids)
         new = sorted(words)
         # The fast call knows nothing of words.
         encode = self._tokenizer.encode_batch if with_starts else self._tokenizer.encode_batch_fast
@@ -122,3 +132,8 @@ class WordMemo:
             self._characters += len(word)
             if with_starts:
                 self._starts[word] = bytes(word_starts(encoding.word_ids))
+        for word, runs in compounds.items():
+            self._ids[word] = b"".join(map(self._ids.__getitem__, runs))
+            self._characters += len(word)
+            if with_starts:
+                self._starts[word] = b"".join(map(self._starts.__getitem__, runs))

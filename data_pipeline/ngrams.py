@@ -10,6 +10,7 @@ Shapes: W words, N n-grams.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import re
@@ -65,7 +66,8 @@ def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
     """Hashes of all n-grams of all texts of task files: uint64 [N] ascending. Texts shorter than n words have none.
 
     Files: .txt (a text a line), .tsv and .csv (each cell), .json, .jsonl (each string in it, at any depth), .parquet
-    (each column of strings). Raises CorpusError where a file is missing, of another kind, broken, or holds no n-gram.
+    (each column of strings); each but the last also .gz. Raises CorpusError where a file is missing, of another kind,
+    broken, or holds no n-gram.
     """
     hashes = WordHashes()
     found: list[NDArray[np.uint64]] = []
@@ -80,11 +82,12 @@ def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    suffix = path.suffix.lower()
+    packed = path.suffix.lower() == ".gz"
+    suffix = Path(path.stem if packed else path.name).suffix.lower()
     if suffix not in SUFFIXES or not path.is_file():
         raise CorpusError(f"{path}: must be a file of {', '.join(SUFFIXES)} to decontaminate against")
     try:
-        if suffix == ".parquet":
+        if suffix == ".parquet" and not packed:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
@@ -93,7 +96,7 @@ def _texts(path: Path) -> Iterator[str]:
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     yield from (text for text in column.to_pylist() if text)
             return
-        with path.open(encoding="utf-8", newline="") as file:
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8", newline="") as file:
             if suffix == ".json":
                 yield from _strings(json.load(file))
             elif suffix == ".jsonl":
@@ -106,7 +109,7 @@ def _texts(path: Path) -> Iterator[str]:
             else:
                 for line in file:
                     yield from line.split("\t") if suffix == ".tsv" else (line,)
-    except (ValueError, OSError, csv.Error) as error:
+    except (ValueError, OSError, EOFError, csv.Error) as error:
         raise CorpusError(f"{path}: cannot be read ({error}). Correct the file or leave it out") from error
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 
 MODES = ("punctuation", "line")
-_CLOSING = "[\"'”’»」』）)\\]]*"
+_CLOSING = "[\"'”’»」』）)\\]]*+"
 _ENDS = re.compile(
-    f"[.!?…।؟۔։።]{_CLOSING}\\s+(?=\\S)|[。！？｡][。！？｡.!?…]*{_CLOSING}\\s*(?=\\S)|\\n[ \\t]*\\n\\s*(?=\\S)"
+    f"[.!?…।؟۔։።]{_CLOSING}\\s+(?=\\S)|[。！？｡][。！？｡.!?…]*+{_CLOSING}\\s*(?=\\S)|\\n[ \\t]*\\n\\s*(?=\\S)"
 )
 _ABBREVIATING = ".!?…"
 _LINE = re.compile(r"\n\s*(?=\S)")

@@ -156,13 +156,20 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
     return manifest
 
 
-def describe(folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None) -> str:
-    """The table that `stats` prints: counts, unknown rate, lengths of documents, most frequent tokens."""
+def describe(
+    folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None, png: Path | None = None
+) -> str:
+    """The table that `stats` prints: counts, unknown rate, what was dropped, sources, lengths of documents, most
+    frequent tokens; png: where to draw the last three."""
     corpus = Corpus(folder)
     manifest = corpus.manifest
     found = scan(corpus, progress)
     if found.faults:
         raise CorpusError("\n".join(found.faults))
+    if png is not None:
+        from data_pipeline.inspection import draw
+
+        draw(folder, found, top, png)
     special = manifest.special_tokens
     # [CLS] and [SEP] are the packing's, not the text's.
     text = found.counts.copy()

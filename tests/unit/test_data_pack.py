@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.sentences import sentence_starts
@@ -341,3 +342,24 @@ def test_counts_of_tokens_are_kept(folder: Path, tmp_path: Path) -> None:
     for packing in ("full_sequences", "documents"):
         pack(folder / "tokens", 16, tmp_path / packing, packing=packing, progress=False)
         assert Counter(t for d in corpus_documents(tmp_path / packing) for t in d) == expected
+
+
+def test_inspect_and_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(tmp_path / "a.txt", ["the of quux. And to", "that is", "on it"])
+    options = ["--tokenizer", folder / "tok", "--sequence-length", 32, "--packing", "documents"]
+    options += ["--columns", "word_start", "sentence_start", "--output", tmp_path / "out"]
+    assert main([str(x) for x in ["build", "--input", tmp_path / "a.txt", *options]]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--rows", "1"]) == 0
+    facts, tokens = capsys.readouterr().out.splitlines()
+    assert facts == "row 0, 11 of 32 tokens, ends a document"
+    assert tokens.strip() == ("[CLS] ¶·the ·of ·q ##u ##u ##x ·. ¶·and ·to [SEP]")
+    assert main(["inspect", str(tmp_path / "out"), "--first", "99"]) == 1
+    assert "rows 99 to 103" in capsys.readouterr().err
+    picture = tmp_path / "stats.png"
+    assert main(["stats", str(tmp_path / "out"), "--png", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["verify", str(folder / "tokens")]) == 0
+    assert "token shards checked" in capsys.readouterr().out
+    assert main(["stats", str(folder / "tokens")]) == 1
+    assert "these are token shards, not a corpus yet" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import unicodedata
@@ -104,7 +105,7 @@ def test_words_of_scripts_without_spaces_are_signs() -> None:
 def test_decontamination_reads_every_kind_of_task_file(tmp_path: Path) -> None:
     texts = [f"{name} one two three four five" for name in ("txt", "tsv", "csv", "json", "jsonl", "parquet")]
     (tmp_path / "a.txt").write_text(texts[0] + "\nshort one\n")
-    (tmp_path / "a.tsv").write_text(f"id\t{texts[1]}\tlabel\n")
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(f"id\t{texts[1]}\tlabel\n".encode()))
     (tmp_path / "a.csv").write_text(f'1,"{texts[2]}",x\n')
     (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": texts[3]}]}]}))
     (tmp_path / "a.jsonl").write_text(json.dumps({"sentence1": texts[4], "label": 1}) + "\n")
