@@ -22,6 +22,7 @@ The order of the sources does not matter: they are taken in the order of their n
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +117,9 @@ def read_description(path: str | Path) -> Description:
         source.model_copy(update={"inputs": tuple(str(base / item) for item in source.inputs)})
         for source in found.sources
     )
-    tasks = tuple(str(base / item) for item in found.documents.decontaminate)
+    patterns = [str(base / item) for item in found.documents.decontaminate]
+    # A pattern that matches nothing stays, and is then refused as a missing file.
+    tasks = tuple(path for item in patterns for path in sorted(glob.glob(item)) or [item])  # noqa: PTH207
     documents = found.documents.model_copy(update={"decontaminate": tasks})
     return found.model_copy(update={"sources": sources, "documents": documents}).sorted()
 

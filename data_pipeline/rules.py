@@ -66,7 +66,7 @@ class DocumentRules(BaseModel):
     )
     shingle: int = Field(default=5, ge=1, le=64, description="words of a shingle, of which similarity is counted")
     decontaminate: tuple[str, ...] = Field(
-        default=(), description="task files: documents that share an n-gram are dropped"
+        default=(), description="task files, or globs: documents that share an n-gram are dropped"
     )
     decontaminate_words: PositiveInt = Field(default=13, le=64, description="words of such an n-gram")
 

@@ -149,7 +149,7 @@ def messy_corpus(folder: Path) -> tuple[Path, list[str]]:
     write_text(folder / "task.tsv", [f"1\t{task}\t0"])
     rules = {
         "bad_bytes": "skip", "normalize": "nfc", "min_characters": 10, "max_digits": 0.5, "duplicates": "near",
-        "decontaminate": ["task.tsv"], "decontaminate_words": 8,
+        "decontaminate": ["task*.tsv"], "decontaminate_words": 8,
     }  # fmt: skip
     return describe_in(folder, [{"name": "in", "inputs": ["in"]}], documents=rules), good
 
