@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from data_pipeline.files import CorpusError
 from data_pipeline.shards import read_manifest
 from data_pipeline.stats import describe, verify
 from data_pipeline.tokenizer import Encoder, copy_tokenizer
-from tests.support.documents import corpus_documents, make_documents, tree, write_text, write_tokenizer
+from tests.support.documents import ROOT, corpus_documents, make_documents, tree, write_text, write_tokenizer
 
 SIZES: dict[str, Any] = {"work_size": 0.003, "shard_size": 0.003, "progress": False}
 
@@ -292,3 +294,48 @@ def test_source_that_vanishes(folder: Path, tmp_path: Path, monkeypatch: pytest.
 def test_paths_of_a_description_are_relative_to_it(tmp_path: Path) -> None:
     found = read_description(describe_in(tmp_path, [{"name": "a", "inputs": ["x/*.txt", "/data/y"]}]))
     assert found.sources[0].inputs == (str(tmp_path / "x/*.txt"), "/data/y")
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from data_pipeline.build import pack, tokenize
+
+description, tokenizer, folder = sys.argv[1:]
+
+def run(crash_at):
+    # A process of its own: kill -9 runs no clean-up.
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left, rename = crash_at, Path.rename
+    def crash_or_rename(path, target):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return rename(path, target)
+    Path.rename = crash_or_rename
+    tokenize(None, tokenizer, f"{folder}/tokens", description=description, held_out=0.3, work_size=0.02, progress=False)
+    pack(f"{folder}/tokens", 64, f"{folder}/pairs", packing="sop", shard_size=0.02, progress=False)
+    os._exit(0)
+
+# What a unit of work has not finished is done again, so every run must get further than the last.
+kills = 0
+while (code := run(5 * kills)) == -9:
+    kills += 1
+assert code == 0, code
+print(kills)
+"""
+
+
+def test_killed_at_every_few_renames(folder: Path, tmp_path: Path) -> None:
+    """tokenize with a search for duplicates, and pack in pairs, killed before renames: the same bytes."""
+    description, _ = messy_corpus(tmp_path)
+    script = [sys.executable, "-c", CRASH, str(description), str(folder / "tok"), str(tmp_path / "killed")]
+    (tmp_path / "killed").mkdir()
+    found = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(found.stdout) > 5
+    sizes: dict[str, Any] = {"work_size": 0.02, "progress": False}
+    tokenize(None, folder / "tok", tmp_path / "whole/tokens", description=description, held_out=0.3, **sizes)
+    pack(tmp_path / "whole/tokens", 64, tmp_path / "whole/pairs", packing="sop", shard_size=0.02, progress=False)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
