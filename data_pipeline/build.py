@@ -1,15 +1,17 @@
 """Raw text to a corpus, in two stages, each on any number of processes and each resumable.
 
-1. tokenise: every unit of work (a part of the inputs, see `sources`) becomes token files (`units`);
-2. pack: the layout of all rows is found from the documents' lengths, then every shard is written by itself.
+1. `tokenizing`: every unit of work (a part of the inputs, see `sources`) becomes a token shard (`tokens`);
+2. `pack`: token shards become rows.
 
-Rows are in the order of the documents on disk; the trainer reads them in the order of a keyed permutation.
+`build` does both, `tokenize` and `pack` one each: tokenise once, pack many. Rows are in the order of the documents on
+disk; the trainer reads them in the order of a keyed permutation.
 
 While it works, an output folder also holds
 
-    build.json      the arguments and the inputs (names, sizes): another command on this folder is refused. It
-    stays. .build/         token files, and a result file for every finished task: what a killed build goes on
-    from
+    build.json         the arguments and the inputs (names, sizes): another command on this folder is refused. It stays.
+    description.yaml   what the corpus is made of, where that was given. It stays.
+    .build/            token shards (`build`), rows, and a result file for every finished task: what a killed build goes
+                       on from
 
 The same command again goes on where a killed one stopped and ends with the same bytes. The manifest comes
 last. An input is known by name, size and modification time during the build; its SHA-256 goes into the
@@ -18,67 +20,66 @@ manifest.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
+import itertools
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from data_pipeline.claims import claim
+from data_pipeline.description import MAX_WEIGHT, Description, SourceSection, description_yaml, read_description
 from data_pipeline.documents import DOCUMENTS
-from data_pipeline.files import CorpusError, remove_partials, sha256_file, write_json
-from data_pipeline.packing import ShardLayout, pack_rows
+from data_pipeline.files import CorpusError, atomic_file, sha256_file
+from data_pipeline.manifest import HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
+from data_pipeline.mpi import Team
+from data_pipeline.pack import PackOptions, pack_side
 from data_pipeline.progress import ProgressBar
-from data_pipeline.shards import (
-    HELD_OUT,
-    MANIFEST,
-    SCHEMA_VERSION,
-    TOKENIZER,
-    Manifest,
-    ShardEntry,
-    SourceEntry,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
-from data_pipeline.sources import Piece, Progress, Source, Unit, cut_units, find_sources
+from data_pipeline.rules import DocumentRules
+from data_pipeline.shards import Manifest, read_manifest
 from data_pipeline.tokenizer import copy_tokenizer, fingerprint
-from data_pipeline.units import Job, load_encoder, tokenize_unit
-from data_pipeline.workers import Pool, Task
+from data_pipeline.tokenizing import find_groups, tokenize_stage
+from data_pipeline.tokens import PLANES, TOKENS_VERSION, TokenManifest, read_tokens
+from data_pipeline.workers import Pool
 
 MIN_SEQUENCE_LENGTH = 8
-_WORK = ".build"
-_ARGUMENTS = "build.json"
+DESCRIPTION = "description.yaml"
 
 
 def build(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path] | None,
     tokenizer: str | Path,
     sequence_length: int,
     output: str | Path,
     *,
+    description: str | Path | None = None,
     workers: int = 1,
     seed: int = 0,
     held_out: float = 0.0,
     documents: str = "blank-line",
     text_field: str = "text",
+    packing: str = "full_sequences",
+    bins: Sequence[int] = (),
+    pair_probability: float = 0.5,
+    columns: Sequence[str] = (),
     shard_size: float = 128.0,
     work_size: float = 32.0,
     progress: bool | None = None,
+    team: Team | None = None,
 ) -> Manifest:
     """Build a corpus of rows of `sequence_length` token ids, and return its manifest.
 
     inputs: files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet, taken in the order of
-    their names; tokenizer: a Hugging Face tokenizer folder, copied to output/tokenizer; documents: how .txt
+    their names, or None where `description` names a YAML file (`description`); tokenizer: a Hugging Face tokenizer
+    folder, copied to output/tokenizer; documents: how .txt
     files hold them ("blank-line", "line", "file"); text_field: JSON field or parquet column; workers:
     processes. held_out: this share of the documents, chosen by a hash of `seed` and the text, goes to a
-    corpus of its own in output/held_out. shard_size: MB a shard; work_size: MB of text a unit of work (it
-    does not change the output). progress: True or False shows or hides the bar, None shows it on a terminal.
+    corpus of its own in output/held_out. packing: "full_sequences", "documents" (with length bins), "nsp", "sop" (with
+    pair_probability); columns: "word_start", "sentence_start" to store. shard_size: MB a shard; work_size: MB of text
+    a unit of work (it does not change the output). progress: True or False shows or hides the bar, None shows it on a
+    terminal.
+
+    team: the ranks of an mpirun, of which this is rank 0 (`mpi`).
 
     `output` must be new, empty, or hold an unfinished (or finished) build of the same arguments and inputs.
     With `workers` > 1 call it from under `if __name__ == "__main__":`, as always with multiprocessing.
@@ -86,9 +87,16 @@ def build(
     the next run, and nothing half-written stands under a final name.
     """
     output = Path(output)
-    _check_arguments(sequence_length, workers, seed, held_out, documents, shard_size, work_size)
+    _check_source_arguments(workers, seed, held_out, documents, work_size)
+    options = _pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
+    about, named = _describe(inputs, description, documents, text_field)
+    if "word_start" in columns:
+        about = about.model_copy(update={"word_starts": True})
+    if about.sentences is None and ("sentence_start" in columns or packing in ("nsp", "sop")):
+        about = about.model_copy(update={"sentences": "punctuation"})
     # A tokenizer's vocab.txt is no text, nor is the copy of it in an output folder among the inputs.
-    sources = find_sources(inputs, exclude=(output, Path(tokenizer)))
+    groups = find_groups(about, (output, Path(tokenizer)), named)
+    options = _with_weights(options, tuple(section.weight for section in about.sources))
     arguments = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": sequence_length,
@@ -99,280 +107,254 @@ def build(
         "shard_size": shard_size,
         "work_size": work_size,
         "tokenizer": fingerprint(tokenizer),
-        "sources": [[source.name, source.bytes] for source in sources],
-    }
-    with _claim(output, arguments) as work:
+        "sources": [[source.name, source.bytes] for files in groups for source in files],
+    } | _new_arguments(options, about, named)
+    with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
             return read_manifest(output)
         copy_tokenizer(tokenizer, output / TOKENIZER)
-        folder = output / TOKENIZER
-        encoder = load_encoder(str(folder), sha256_file(folder / "tokenizer.json"))
-        job = Job(
-            work=str(work),
-            tokenizer=str(folder),
-            tokenizer_sha256=encoder.sha256,
-            vocab_size=encoder.vocab_size,
-            special_tokens=encoder.special_tokens,
-            sequence_length=sequence_length,
-            documents=documents,
-            text_field=text_field,
-            held_out=held_out,
-            seed=seed,
-        )
-        units = _plan(work, sources, documents, text_field, int(work_size * 1e6))
-        total = sum(source.bytes for source in sources)
-        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers) as pool:
-            tasks = _tokenize_tasks(job, sources, units)
-            results = pool.run(tasks, work / "results", bar.update)
-            _check_not_empty(job, work, sources, results)
-            bar.phase("pack", job.dtype.itemsize * sum(r[side]["length"] for r in results for side in job.sides))
-            # The corpus itself comes last: its manifest says that all of this is complete.
-            for side in reversed(job.sides):
-                folder = output if side == "train" else output / HELD_OUT
-                folder.mkdir(exist_ok=True)
-                layout = _lay_out(job, side, results, _rows_per_shard(job, shard_size))
-                tasks = _pack_tasks(job, side, folder, layout, [result[side]["length"] for result in results])
-                shards = pool.run(tasks, work / "results", bar.update)
-                copy_tokenizer(output / TOKENIZER, folder / TOKENIZER)
-                manifest = Manifest(
-                    schema_version=SCHEMA_VERSION,
-                    tokenizer_sha256=encoder.sha256,
-                    vocab_size=encoder.vocab_size,
-                    special_tokens=encoder.special_tokens,
-                    sequence_length=sequence_length,
-                    seed=seed,
-                    packing="full_sequences",
-                    rows=layout.rows,
-                    tokens=layout.rows * sequence_length - layout.padding,
-                    documents=sum(result[side]["documents"] for result in results),
-                    sources=_source_entries(sources, results),
-                    shards=tuple(ShardEntry(**shard) for shard in shards),
-                )
-                write_manifest(folder, manifest)
+        total = sum(source.bytes for files in groups for source in files)
+        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
+            tokens = tokenize_stage(
+                work,
+                work,
+                output / TOKENIZER,
+                about,
+                groups,
+                named=named,
+                keys=any(weight % 1 for weight in options.weights),
+                held_out=held_out,
+                seed=seed,
+                work_size=work_size,
+                pool=pool,
+                bar=bar,
+            )
+            if named:
+                _save_description(output, about)
+            manifest = _pack_sides(work, tokens, output, output / TOKENIZER, work, options, pool, bar)
         shutil.rmtree(work)
     return manifest
 
 
-def _check_arguments(
+def tokenize(
+    inputs: Sequence[str | Path] | None,
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    description: str | Path | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    held_out: float = 0.0,
+    documents: str = "blank-line",
+    text_field: str = "text",
+    work_size: float = 32.0,
+    progress: bool | None = None,
+    team: Team | None = None,
+) -> TokenManifest:
+    """Write token shards of all documents into `output`, for `pack`. Arguments, resuming and errors as `build`.
+
+    Word starts are stored, and sentences as the description says ("punctuation" where it does not). `work_size`: MB
+    of text a token shard; corpora packed of them do not depend on it.
+    """
+    output = Path(output)
+    _check_source_arguments(workers, seed, held_out, documents, work_size)
+    about, named = _describe(inputs, description, documents, text_field)
+    about = about.model_copy(update={"word_starts": True, "sentences": about.sentences or "punctuation"})
+    groups = find_groups(about, (output, Path(tokenizer)), named)
+    arguments = {
+        "tokens_version": TOKENS_VERSION,
+        "seed": seed,
+        "held_out": held_out,
+        "work_size": work_size,
+        "description": about.model_dump(mode="json", exclude={"sources": {"__all__": {"inputs"}}}),
+        "tokenizer": fingerprint(tokenizer),
+        "sources": [[source.name, source.bytes] for files in groups for source in files],
+    }
+    with claim(output, arguments) as work:
+        if (output / MANIFEST).exists():
+            shutil.rmtree(work)
+            return read_tokens(output)
+        copy_tokenizer(tokenizer, output / TOKENIZER)
+        total = sum(source.bytes for files in groups for source in files)
+        with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
+            if named:
+                _save_description(output, about)
+            manifest = tokenize_stage(
+                output,
+                work,
+                output / TOKENIZER,
+                about,
+                groups,
+                named=named,
+                keys=True,
+                held_out=held_out,
+                seed=seed,
+                work_size=work_size,
+                pool=pool,
+                bar=bar,
+            )
+        shutil.rmtree(work)
+    return manifest
+
+
+def pack(
+    tokens: str | Path,
     sequence_length: int,
-    workers: int,
-    seed: int,
-    held_out: float,
-    documents: str,
-    shard_size: float,
-    work_size: float,
-) -> None:
-    rules = (
-        (
-            sequence_length >= MIN_SEQUENCE_LENGTH,
-            "sequence length",
-            sequence_length,
-            f"at least {MIN_SEQUENCE_LENGTH}",
-        ),
-        (workers >= 1, "workers", workers, "at least 1"),
-        (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
-        (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
-        (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
-        (shard_size > 0, "shard size", shard_size, "above 0 (MB)"),
-        (work_size > 0, "work size", work_size, "above 0 (MB)"),
+    output: str | Path,
+    *,
+    workers: int = 1,
+    packing: str = "full_sequences",
+    bins: Sequence[int] = (),
+    pair_probability: float = 0.5,
+    columns: Sequence[str] = (),
+    weights: dict[str, float] | None = None,
+    shard_size: float = 128.0,
+    progress: bool | None = None,
+    team: Team | None = None,
+) -> Manifest:
+    """Pack a folder of token shards to a corpus, and return its manifest; what was held out goes to output/held_out.
+
+    weights: of sources, by name, instead of the description's. Other arguments, resuming and errors as `build`, and
+    CorpusError where the token shards are not whole or lack what the packing needs.
+    """
+    tokens, output = Path(tokens), Path(output)
+    _check_rules(((workers >= 1, "workers", workers, "at least 1"),))
+    manifest = read_tokens(tokens)
+    options = _pack_options(sequence_length, packing, bins, pair_probability, columns, manifest.seed, shard_size)
+    needed = {*columns, *(("sentence_start",) if packing in ("nsp", "sop") else ())}
+    if missing := sorted(needed - set(manifest.planes)):
+        raise CorpusError(f"{tokens}: has no {missing[0]}. Tokenise with the command tokenize, or pack without it")
+    for name, weight in (weights or {}).items():
+        if name not in manifest.names:
+            raise CorpusError(f"weight of {name!r}: {tokens} has the sources {', '.join(manifest.names)}")
+        _check_rules(((0 < weight <= MAX_WEIGHT, f"weight of {name!r}", weight, f"above 0 and at most {MAX_WEIGHT}"),))
+    given = zip(manifest.names, manifest.weights, strict=True)
+    options = _with_weights(options, tuple((weights or {}).get(name, weight) for name, weight in given))
+    arguments = {
+        "schema_version": SCHEMA_VERSION,
+        "sequence_length": sequence_length,
+        "shard_size": shard_size,
+        "weights": list(options.weights),
+        "tokens": sha256_file(tokens / MANIFEST),
+    } | _new_arguments(options, None, False)
+    with claim(output, arguments) as work:
+        if (output / MANIFEST).exists():
+            shutil.rmtree(work)
+            return read_manifest(output)
+        copy_tokenizer(tokens / TOKENIZER, output / TOKENIZER)
+        if (tokens / DESCRIPTION).exists() and not (output / DESCRIPTION).exists():
+            with atomic_file(output / DESCRIPTION) as file:
+                file.write((tokens / DESCRIPTION).read_bytes())
+        with ProgressBar(0, "pack", progress) as bar, Pool(workers, team) as pool:
+            result = _pack_sides(tokens, manifest, output, tokens / TOKENIZER, work, options, pool, bar)
+        shutil.rmtree(work)
+    return result
+
+
+def _pack_sides(
+    tokens: Path,
+    manifest: TokenManifest,
+    output: Path,
+    tokenizer: Path,
+    work: Path,
+    options: PackOptions,
+    pool: Pool,
+    bar: ProgressBar,
+) -> Manifest:
+    total = sum(shard.sides[side].length for shard in manifest.shards for side in manifest.sides)
+    bar.phase("pack", manifest.dtype.itemsize * total)
+    # The corpus itself comes last: its manifest says that all of this is complete.
+    for side in reversed(manifest.sides):
+        folder = output if side == "train" else output / HELD_OUT
+        result = pack_side(tokens, manifest, side, folder, work, tokenizer, options, pool, bar)
+    return result
+
+
+def _describe(
+    inputs: Sequence[str | Path] | None, description: str | Path | None, documents: str, text_field: str
+) -> tuple[Description, bool]:
+    """The description, and whether it was given (its sources then have names)."""
+    if (inputs is None) == (description is None):
+        raise CorpusError("give either inputs or a description")
+    if description is not None:
+        return read_description(description), True
+    section = SourceSection.model_construct(
+        name="input",
+        inputs=tuple(map(str, inputs or ())),
+        format="auto",
+        documents=documents,
+        text_field=text_field,
+        split=None,
+        weight=1.0,
     )
+    return Description.model_construct(
+        sources=(section,), documents=DocumentRules(), sentences=None, word_starts=False
+    ), False
+
+
+def _save_description(output: Path, about: Description) -> None:
+    with atomic_file(output / DESCRIPTION) as file:
+        file.write(description_yaml(about).encode())
+
+
+def _new_arguments(options: PackOptions, about: Description | None, named: bool) -> dict[str, Any]:
+    """What a plain build does not have, left out of its build.json."""
+    found: dict[str, Any] = {"packing": options.packing, "columns": list(options.columns)}
+    found["bins"] = list(options.bins[:-1])
+    if options.packing in ("nsp", "sop"):
+        found["pair_probability"] = options.probability
+    if about is not None and named:
+        # Where the files lie may change between two runs, which they are may not.
+        found["description"] = about.model_dump(mode="json", exclude={"sources": {"__all__": {"inputs"}}})
+    return found
+
+
+def _with_weights(options: PackOptions, weights: tuple[float, ...]) -> PackOptions:
+    return replace(options, weights=weights)
+
+
+def _pack_options(
+    sequence_length: int,
+    packing: str,
+    bins: Sequence[int],
+    probability: float,
+    columns: Sequence[str],
+    seed: int,
+    shard_size: float,
+) -> PackOptions:
+    least, pairs = MIN_SEQUENCE_LENGTH, packing in ("nsp", "sop")
+    bins = (*bins, sequence_length)
+    rises = all(a < b for a, b in itertools.pairwise(bins))
+    _check_rules(
+        (
+            (sequence_length >= least, "sequence length", sequence_length, f"at least {least}"),
+            (sequence_length < 2**16 or not pairs, "sequence length", sequence_length, "below 65,536 for pairs"),
+            (packing in PACKINGS, "packing", packing, f"one of {', '.join(PACKINGS)}"),
+            (len(bins) == 1 or packing == "documents", "bins", bins[:-1], "left out: only packing documents has them"),
+            (rises and bins[0] >= least, "bins", bins[:-1], f"ascending, from {least} to below the sequence length"),
+            (0 < probability < 1, "pair probability", probability, "above 0 and below 1"),
+            (set(columns) <= set(PLANES), "columns", ", ".join(columns), f"of {', '.join(PLANES)}"),
+            (shard_size > 0, "shard size", shard_size, "above 0 (MB)"),
+        )
+    )
+    ordered = tuple(plane for plane in PLANES if plane in columns)
+    return PackOptions(sequence_length, packing, bins, probability, ordered, (), seed, shard_size)
+
+
+def _check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float) -> None:
+    _check_rules(
+        (
+            (workers >= 1, "workers", workers, "at least 1"),
+            (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
+            (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
+            (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
+            (work_size > 0, "work size", work_size, "above 0 (MB)"),
+        )
+    )
+
+
+def _check_rules(rules: Sequence[tuple[bool, str, Any, str]]) -> None:
     for holds, name, value, rule in rules:
         if not holds:
             raise CorpusError(f"{name} {value!r}: must be {rule}")
-
-
-@contextmanager
-def _claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
-    """Make sure that the output folder is this build's alone, and yield its work folder.
-
-    Where the build fails before any task is finished, what it made here goes again.
-    """
-    if output.exists() and not output.is_dir():
-        raise CorpusError(f"{output}: is a file, the output must be a folder")
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    _claim_arguments(output, arguments)
-    work = output / _WORK
-    results = work / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CorpusError(f"{output}: another build is at work in this folder. Wait for it or stop it") from None
-        except OSError as error:
-            # Some network file systems have no locks. Two builds at once then waste work, but do no harm:
-            # they write the same bytes, each under temporary names of its own.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        folders = (output, output / HELD_OUT, work, results)
-        try:
-            for folder in folders:
-                remove_partials(folder)
-            yield work
-        except BaseException:
-            # Workers that were stopped had no chance to do it.
-            for folder in folders:
-                remove_partials(folder)
-            begun = any(results.iterdir()) if results.exists() else True
-            if not begun and not (output / MANIFEST).exists():
-                shutil.rmtree(work)
-                shutil.rmtree(output / TOKENIZER, ignore_errors=True)
-                (output / _ARGUMENTS).unlink()
-                if new:
-                    output.rmdir()
-            raise
-
-
-def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
-    path = output / _ARGUMENTS
-    if not path.exists():
-        # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
-        if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
-            raise CorpusError(
-                f"{output}: output folder is not empty, and no build began it. Choose another, or remove it first"
-            )
-        write_json(path, arguments)
-        return
-    try:
-        before = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorpusError(f"{path}: not JSON ({error}). Choose another output folder, or remove it") from None
-    for key in arguments:
-        if before.get(key) == arguments[key]:
-            continue
-        then, now = before.get(key), arguments[key]
-        if key == "sources":
-            then, now = ([s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then)))
-        raise CorpusError(
-            f"{output}: output folder holds a build of another command: {key} {then} then, {now} now. "
-            "Give the same arguments and inputs to go on, choose another folder, or remove this one first"
-        )
-
-
-def _plan(work: Path, sources: Sequence[Source], documents: str, text_field: str, unit_bytes: int) -> list[Unit]:
-    """The units of work, and the state of the inputs when the build began: kept in a file, so that they
-    stay."""
-    path = work / "plan.json"
-    if not path.exists():
-        units = cut_units(sources, documents, text_field, max(unit_bytes, 1))
-        mtimes = [source.mtime_ns for source in sources]
-        pieces = [[[piece.source, piece.start, piece.stop] for piece in unit] for unit in units]
-        write_json(path, {"mtime_ns": mtimes, "units": pieces})
-    plan = json.loads(path.read_bytes())
-    for source, mtime in zip(sources, plan["mtime_ns"], strict=True):
-        if source.mtime_ns != mtime:
-            raise CorpusError(
-                f"{source.path}: was written to since the build began. Choose another output folder, or "
-                "remove "
-                f"{work.parent} first"
-            )
-    return [tuple(Piece(*piece) for piece in unit) for unit in plan["units"]]
-
-
-def _tokenize_tasks(job: Job, sources: Sequence[Source], units: Sequence[Unit]) -> list[Task]:
-    tasks = []
-    for i, unit in enumerate(units):
-        pieces = [(sources[piece.source], piece) for piece in unit]
-        first, last = pieces[0], pieces[-1]
-        what = f"unit {i} ({first[0].path} from {first[1].start:,} to {last[0].path} {last[1].stop:,})"
-        size = sum(piece.stop - piece.start for source, piece in pieces if source.format != ".parquet")
-        tasks.append(Task(f"unit-{i:05}", what, tokenize_unit, (job, i, pieces), size))
-    return tasks
-
-
-def _check_not_empty(job: Job, work: Path, sources: Sequence[Source], results: Sequence[Any]) -> None:
-    for side in job.sides:
-        if any(result[side]["documents"] for result in results):
-            continue
-        # Nothing to go on from: the folder shall be free for the next try.
-        shutil.rmtree(work / "results")
-        (work / "results").mkdir()
-        if job.held_out == 0:
-            raise CorpusError(f"the corpus is empty: no text in {', '.join(s.path for s in sources[:3])}. Add text")
-        raise CorpusError(
-            f"held-out share {job.held_out}: no document falls on the side {side}. Give another share, or more text"
-        )
-
-
-def _rows_per_shard(job: Job, shard_size: float) -> int:
-    bits = 8 * job.sequence_length * job.dtype.itemsize + 1
-    return max(int(shard_size * 1e6) * 8 // bits, 1)
-
-
-def _lay_out(job: Job, side: str, results: Sequence[Any], rows_per_shard: int) -> ShardLayout:
-    """Find the stream position of every shard's first row; of the documents' ends, a block is in memory."""
-    layout = ShardLayout(job.sequence_length - 2, rows_per_shard)
-    offset = 0
-    for unit, result in enumerate(results):
-        if result[side]["documents"]:
-            ends = np.memmap(job.ends_path(unit, side), np.int64, mode="r")
-            for i in range(0, len(ends), 1 << 20):
-                layout.add(ends[i : i + (1 << 20)] + offset)
-        offset += result[side]["length"]
-    layout.finish()
-    return layout
-
-
-def _pack_tasks(job: Job, side: str, folder: Path, layout: ShardLayout, lengths: Sequence[int]) -> list[Task]:
-    """A task a shard, with the parts of the units' streams that it is made of: (unit, start, stop)."""
-    offsets = [0, *accumulate(lengths)]
-    stops = [*layout.starts[1:], offsets[-1]]
-    tasks = []
-    unit = 0
-    for k, (start, stop) in enumerate(zip(layout.starts, stops, strict=True)):
-        while offsets[unit + 1] <= start:
-            unit += 1
-        parts = []
-        last = unit
-        while last < len(lengths) and offsets[last] < stop:
-            begin, end = max(start, offsets[last]), min(stop, offsets[last + 1])
-            parts.append((last, begin - offsets[last], end - offsets[last]))
-            last += 1
-        name = f"shard-{k:05}"
-        arguments = (job, side, str(folder), f"{name}.arrow", parts, k == len(stops) - 1)
-        size = (stop - start) * job.dtype.itemsize
-        tasks.append(Task(f"{side}.{name}", f"{folder / name}.arrow", pack_shard, arguments, size))
-    return tasks
-
-
-def pack_shard(
-    job: Job,
-    side: str,
-    folder: str,
-    file_name: str,
-    parts: Sequence[tuple[int, int, int]],
-    last: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write one shard from its parts of the units' token files; returns its manifest entry as a dict."""
-    stream, ends = [], []
-    position = 0
-    for unit, start, stop in parts:
-        path = job.stream_path(unit, side)
-        stream.append(np.fromfile(path, job.dtype, stop - start, offset=start * job.dtype.itemsize))
-        if job.ends_path(unit, side).stat().st_size:
-            # Searched in the map: the file of a large unit is longer than what a shard needs.
-            found = np.memmap(job.ends_path(unit, side), np.int64, mode="r")
-            first, behind = np.searchsorted(found, (start, stop))
-            ends.append(found[first:behind] + (position - start))
-        position += stop - start
-    tokens = job.special_tokens
-    input_ids, document_end = pack_rows(
-        np.concatenate(stream),
-        np.concatenate([np.empty(0, np.int64), *ends]),
-        job.sequence_length,
-        cls=tokens.cls,
-        sep=tokens.sep,
-        pad=tokens.pad,
-        last=last,
-    )
-    entry = write_shard(folder, file_name, input_ids, document_end)
-    progress(position * job.dtype.itemsize, 0)
-    return entry.model_dump()
-
-
-def _source_entries(sources: Sequence[Source], results: Sequence[Any]) -> tuple[SourceEntry, ...]:
-    sha256 = {name: digest for result in results for name, digest in result["sha256"].items()}
-    return tuple(SourceEntry(name=s.name, bytes=s.bytes, sha256=sha256[s.name]) for s in sources)

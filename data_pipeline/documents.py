@@ -1,4 +1,5 @@
-"""Bytes to documents: text files, JSON lines and parquet columns, streamed in bounded memory.
+"""Bytes to documents: text files, WikiExtractor's files, JSON lines, columns of parquet and Arrow, and what a builder
+of `datasets` reads, streamed in bounded memory.
 
 White space around a document does not count, and a document of nothing else is none. A document longer than
 PIECE characters is handed on in pieces, cut before a line end where there is one (else before a space, else
@@ -15,34 +16,79 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data_pipeline.files import CorpusError
-from data_pipeline.sources import BLANK_LINE, Piece, Progress, Readable, Source, open_bytes, open_parquet
+from data_pipeline.sources import (
+    BLANK_LINE,
+    BUILDER,
+    WIKI_END,
+    Piece,
+    Progress,
+    Readable,
+    Source,
+    open_arrow,
+    open_builder,
+    open_bytes,
+    open_parquet,
+)
 
 PIECE = 1 << 20
 _BLOCK = 1 << 20
 _SEPARATORS = {"blank-line": re.compile(BLANK_LINE), "line": re.compile("\n"), "file": None}
 DOCUMENTS = tuple(_SEPARATORS)
+_WIKI = re.compile(WIKI_END)
+_WIKI_HEAD = re.compile(r"\s*<doc [^\n]*>[ \t]*(?:\n|$)")
 
 Text = tuple[str, bool]
 """A document or a piece of it, and whether the document ends with it."""
 
 
-def read_documents(source: Source, piece: Piece, documents: str, text_field: str, progress: Progress) -> Iterator[Text]:
+def read_documents(
+    source: Source, piece: Piece, documents: str, text_field: str, progress: Progress, lenient: bool = False
+) -> Iterator[Text]:
     """Yield the documents of a piece of a source, in order.
 
-    documents: one of DOCUMENTS, for text files; text_field: JSON field or parquet column.
+    documents: one of DOCUMENTS, for text files; text_field: JSON field or column. With `lenient`, bytes that are not
+    UTF-8 come as lone surrogates (Python's "surrogateescape") instead of an error.
     Raises CorpusError naming the file and the place: bytes that are not UTF-8, broken compression, a line
     that is not JSON, a record without the field.
     """
     if source.format == ".parquet":
-        yield from _parquet(source, piece, text_field, progress)
-        return
-    with open_bytes(source, piece, progress) as stream:
-        blocks = _decode(source, piece.start, stream)
-        if source.format == ".jsonl":
-            yield from _json_lines(source, piece.start, blocks, text_field)
-        else:
-            yield from _text(blocks, _SEPARATORS[documents])
+        yield from _parquet(source, piece, text_field, progress, lenient)
+    elif source.format == ".arrow":
+        yield from _arrow(source, piece, text_field, progress, lenient)
+    elif source.format.startswith(BUILDER):
+        with open_builder(source, text_field) as texts:
+            for text in texts:
+                yield from _pieces(text)
+        progress(source.bytes, 0)
+    else:
+        with open_bytes(source, piece, progress) as stream:
+            blocks = _decode(source, piece.start, stream, lenient)
+            if source.format == ".jsonl":
+                yield from _json_lines(source, piece.start, blocks, text_field, lenient)
+            elif source.format == ".wiki":
+                yield from _wiki(source, _text(blocks, _WIKI))
+            else:
+                yield from _text(blocks, _SEPARATORS[documents])
+
+
+def _wiki(source: Source, texts: Iterator[Text]) -> Iterator[Text]:
+    """Cut the line `<doc id=… url=… title=…>` off the articles; the title below it stays."""
+    begun = False
+    for text, end in texts:
+        if not begun:
+            head = _WIKI_HEAD.match(text)
+            if head is None:
+                raise CorpusError(
+                    f"{source.path}: an article begins with {text[:40]!r}, not with <doc …>. "
+                    "WikiExtractor did not write this: give the source another format (text, jsonl)"
+                )
+            text = text[head.end() :].lstrip()
+        if text or not end or begun:
+            yield text, end
+        begun = not end
 
 
 def batches(texts: Iterator[Text], size: int) -> Iterator[tuple[list[str], list[bool]]]:
@@ -61,14 +107,14 @@ def batches(texts: Iterator[Text], size: int) -> Iterator[tuple[list[str], list[
         yield batch, ends
 
 
-def _decode(source: Source, start: int, stream: Readable) -> Iterator[str]:
+def _decode(source: Source, start: int, stream: Readable, lenient: bool = False) -> Iterator[str]:
     tail, offset, final = b"", start, False
     while not final:
         block = stream.read(_BLOCK)
         final = not block
         data = tail + block
         try:
-            text, used = codecs.utf_8_decode(data, "strict", final)
+            text, used = codecs.utf_8_decode(data, "surrogateescape" if lenient else "strict", final)
         except UnicodeDecodeError as error:
             where = f"byte {offset + error.start:,}{' of the decompressed text' if source.compression else ''}"
             raise CorpusError(
@@ -122,7 +168,7 @@ def _cut(text: str, start: int) -> int:
     return start + PIECE
 
 
-def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str) -> Iterator[Text]:
+def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, lenient: bool) -> Iterator[Text]:
     number = 0
     for line in _lines(blocks):
         number += 1
@@ -137,7 +183,7 @@ def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str) -
         if not isinstance(record, dict) or not isinstance(text := record.get(field), str):
             raise CorpusError(f"{_line(source, start, number)}: {_why_no_text(record, field)}")
         try:
-            text.encode()
+            text.encode("utf-8", "surrogatepass" if lenient else "strict")
         except UnicodeEncodeError as error:
             raise CorpusError(
                 f"{_line(source, start, number)}: field {field!r} is not Unicode text ({error.reason} at "
@@ -175,28 +221,48 @@ def _line(source: Source, start: int, number: int) -> str:
     return f"{source.path}:{number}"
 
 
-def _parquet(source: Source, piece: Piece, column: str, progress: Progress) -> Iterator[Text]:
+def _parquet(source: Source, piece: Piece, column: str, progress: Progress, lenient: bool) -> Iterator[Text]:
     with open_parquet(source) as file:
         for group in range(piece.start, piece.stop):
             row = 0
             for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-                values = batch.column(0)
-                if values.null_count:
-                    row += values.is_null().index(True).as_py()
-                    raise CorpusError(
-                        f"{source.path}: row {row:,} of row group {group} has no {column!r} (null). "
-                        "Remove such rows or fill them with empty text"
-                    )
-                try:
-                    values.validate(full=True)
-                except ValueError as error:
-                    raise CorpusError(
-                        f"{source.path}: rows {row:,} to {row + len(values) - 1:,} of row group {group}: "
-                        f"{column!r} is not UTF-8 ({error}). Write the file again with valid text"
-                    ) from None
-                row += len(values)
-                for text in values.to_pylist():
-                    yield from _pieces(text)
+                yield from _column(source, batch.column(0), column, row, f"row group {group}", lenient)
+                row += batch.num_rows
             # A file's bytes, shared out over its row groups: good enough for a progress bar.
             groups = file.num_row_groups
             progress(source.bytes * (group + 1) // groups - source.bytes * group // groups, 0)
+
+
+def _arrow(source: Source, piece: Piece, column: str, progress: Progress, lenient: bool) -> Iterator[Text]:
+    with open_arrow(source) as batches_:
+        for i, batch in enumerate(batches_):
+            if i >= piece.stop:
+                break
+            if i >= piece.start:
+                yield from _column(source, batch.column(column), column, 0, f"record batch {i}", lenient)
+                progress(batch.nbytes, 0)
+
+
+def _column(source: Source, values: Any, column: str, first: int, where: str, lenient: bool) -> Iterator[Text]:
+    """The documents of an Arrow array of strings, which begins at row `first` of `where`."""
+    if values.null_count:
+        row = first + values.is_null().index(True).as_py()
+        raise CorpusError(
+            f"{source.path}: row {row:,} of {where} has no {column!r} (null). "
+            "Remove such rows or fill them with empty text"
+        )
+    try:
+        values.validate(full=True)
+    except ValueError as error:
+        if not lenient:
+            raise CorpusError(
+                f"{source.path}: rows {first:,} to {first + len(values) - 1:,} of {where}: "
+                f"{column!r} is not UTF-8 ({error}). Write the file again with valid text"
+            ) from None
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        values = values.view(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
+        for data in values.to_pylist():
+            yield from _pieces(data.decode("utf-8", "surrogateescape"))
+        return
+    for text in values.to_pylist():
+        yield from _pieces(text)

@@ -10,42 +10,62 @@ A corpus is a folder:
 A shard is an uncompressed Arrow IPC file of exactly one record batch, so that a column is one run of memory
 in the map and NumPy reads it in place. Columns, both without nulls:
 
-    input_ids      FixedSizeList<uint16>[L] (uint32 where the vocabulary exceeds 65,536)
-    document_end   bool, one bit a row: the final [SEP] of the row ends a document
+    input_ids       FixedSizeList<uint16>[L] (uint32 where the vocabulary exceeds 65,536)
+    document_end    bool, one bit a row: the final [SEP] of the row ends a document
 
-Every [SEP] inside a row ends a document, text never yields a [SEP], so ids and bits record all boundaries.
+and, where the manifest's `columns` name them:
+
+    word_start      FixedSizeList<bool>[L], a bit a position: the token begins a word of the pre-tokeniser
+    sentence_start  FixedSizeList<bool>[L]: the token begins a sentence
+    segment_start   uint16: position of the first token of the second segment of a pair
+    pair_label      bool: the second segment is a random one (nsp), or the two are swapped (sop)
+
+In full sequences every [SEP] inside a row ends a document, text never yields a [SEP], so ids and bits record all
+boundaries. In the packing `documents` a row holds one document, or one part of a long one. Length bins: a shard's
+rows may be stored shorter than L; `Corpus.take` pads them.
 
 Shapes: R rows of a shard, B rows of a batch, L positions of a row.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
 
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
+from data_pipeline.manifest import (
+    HELD_OUT,
+    MANIFEST,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    Manifest,
+    MixtureEntry,
+    Sha256,
+    ShardEntry,
+    SourceEntry,
+    SpecialTokens,
+    id_dtype,
+    plain_name,
+    read_manifest,
+    write_manifest,
+)
 
 __all__ = [
+    "HELD_OUT",
+    "MANIFEST",
     "SCHEMA_VERSION",
+    "TOKENIZER",
     "Corpus",
     "CorpusError",
     "Manifest",
+    "MixtureEntry",
+    "Sha256",
     "ShardEntry",
     "SourceEntry",
     "SpecialTokens",
@@ -58,133 +78,16 @@ __all__ = [
     "write_shard",
 ]
 
-SCHEMA_VERSION: Literal[1] = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer"
-HELD_OUT = "held_out"
 
+def _schema(length: int, dtype: np.dtype, columns: Sequence[str]) -> pa.Schema:
+    def field(name: str, kind: pa.DataType) -> pa.Field:
+        return pa.field(name, kind, nullable=False)
 
-def _plain_name(name: str) -> str:
-    """A manifest may come from anywhere: what it names must lie in its own folder."""
-    if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-        raise ValueError(f"{name!r} is not a plain file name: a corpus only has shards in its own folder")
-    return name
-
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SourceEntry(_Frozen):
-    """One input file: name relative to the folder common to all inputs, size and SHA-256 as it lay on
-    disk."""
-
-    name: str
-    bytes: NonNegativeInt
-    sha256: Sha256
-
-
-class ShardEntry(_Frozen):
-    """One shard: plain file name, rows, file size in bytes, SHA-256 of the file."""
-
-    file: Annotated[str, AfterValidator(_plain_name)]
-    rows: PositiveInt
-    bytes: PositiveInt
-    sha256: Sha256
-
-
-class SpecialTokens(_Frozen):
-    """Ids of the five roles, and `all`: every special id of the tokenizer, ascending."""
-
-    cls: NonNegativeInt
-    sep: NonNegativeInt
-    pad: NonNegativeInt
-    mask: NonNegativeInt
-    unk: NonNegativeInt
-    all: tuple[NonNegativeInt, ...]
-
-
-class Manifest(_Frozen):
-    """What a corpus is. `tokens` counts all ids that are not [PAD], so with [CLS] and [SEP]."""
-
-    schema_version: Literal[1]
-    tokenizer_sha256: Sha256
-    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
-    special_tokens: SpecialTokens
-    sequence_length: PositiveInt
-    seed: NonNegativeInt
-    packing: Literal["full_sequences"]
-    rows: PositiveInt
-    tokens: PositiveInt
-    documents: PositiveInt
-    sources: tuple[SourceEntry, ...]
-    shards: tuple[ShardEntry, ...]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Manifest:
-        if (found := sum(shard.rows for shard in self.shards)) != self.rows:
-            raise ValueError(f"rows is {self.rows}, but the shards' rows add up to {found}")
-        if len({shard.file for shard in self.shards}) != len(self.shards):
-            raise ValueError("a shard is listed twice")
-        if not self.tokens <= self.rows * self.sequence_length:
-            raise ValueError(f"tokens is {self.tokens}, more than rows x sequence_length")
-        roles = self.special_tokens
-        if max(roles.cls, roles.sep, roles.pad, roles.mask, roles.unk, *roles.all) >= self.vocab_size:
-            raise ValueError(f"a special token's id is not below vocab_size {self.vocab_size}")
-        return self
-
-
-def id_dtype(vocab_size: int) -> np.dtype:
-    """Smallest of uint16 and uint32 that holds ids below `vocab_size`. Raises CorpusError where none does."""
-    if vocab_size > 2**32:
-        raise CorpusError(f"vocabulary of {vocab_size:,} entries: token ids are at most 32 bits wide")
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def _schema(sequence_length: int, dtype: np.dtype) -> pa.Schema:
-    item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
-    return pa.schema(
-        [
-            pa.field("input_ids", pa.list_(item, sequence_length), nullable=False),
-            pa.field("document_end", pa.bool_(), nullable=False),
-        ]
-    )
-
-
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read and validate `folder/manifest.json`. Raises CorpusError where it is missing or not valid."""
-    path = Path(folder) / MANIFEST
-    try:
-        raw = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise CorpusError(
-            f"{path}: not found. Either this is no corpus, or its build has not finished: "
-            "run the same build command again"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: not JSON ({error}). Build the corpus again") from None
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        raise CorpusError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}. Build the corpus again"
-        )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors(include_url=False)
-        )
-        raise CorpusError(f"{path}: {faults}") from None
-
-
-def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json`, whole or not at all. Its presence says that the corpus is complete."""
-    data = (manifest.model_dump_json(indent=2) + "\n").encode()
-    with atomic_file(Path(folder) / MANIFEST, len(data)) as file:
-        file.write(data)
+    bits = pa.list_(pa.field("item", pa.bool_(), nullable=False), length)
+    kinds = {"word_start": bits, "sentence_start": bits, "segment_start": pa.uint16(), "pair_label": pa.bool_()}
+    ids = pa.list_(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False), length)
+    fields = [field("input_ids", ids), field("document_end", pa.bool_())]
+    return pa.schema(fields + [field(name, kinds[name]) for name in columns])
 
 
 def write_shard(
@@ -192,30 +95,43 @@ def write_shard(
     file_name: str,
     input_ids: NDArray[np.unsignedinteger],
     document_end: NDArray[np.bool_],
+    columns: Mapping[str, NDArray[Any]] | None = None,
+    binned: bool = False,
 ) -> ShardEntry:
     """Write one shard, whole or not at all, and return its manifest entry.
 
-    input_ids: uint16 or uint32 [R, L]; document_end: bool [R]. R must be at least 1.
+    input_ids: uint16 or uint32 [R, L]; document_end: bool [R]; columns: those of manifest.COLUMNS to store, in this
+    order: word_start and sentence_start bool [R, L], segment_start uint16 [R], pair_label bool [R]. R must be at
+    least 1. With `binned`, L is the shard's own and goes into its entry.
     Raises CorpusError where the disk is full.
     """
     rows, length = input_ids.shape
+    columns = columns or {}
     assert input_ids.dtype in (np.uint16, np.uint32), input_ids.dtype
     assert document_end.dtype == np.bool_, document_end.dtype
     assert document_end.shape == (rows,), document_end.shape
     assert rows > 0
-    schema = _schema(length, input_ids.dtype)
+    schema = _schema(length, input_ids.dtype, tuple(columns))
     # From buffers, here and in the reader: Arrow's own conversions from and to NumPy import pandas, a quarter second.
-    item, data = pa.from_numpy_dtype(input_ids.dtype), pa.py_buffer(np.ascontiguousarray(input_ids))
-    flat = pa.Array.from_buffers(item, input_ids.size, [None, data], null_count=0)
-    ids = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("input_ids").type)
-    # packbits zeroes the bits behind the last row: equal corpora must be equal bytes.
-    bits = pa.py_buffer(np.packbits(document_end, bitorder="little"))
-    ends = pa.Array.from_buffers(pa.bool_(), rows, [None, bits], null_count=0)
-    batch = pa.record_batch([ids, ends], schema=schema)
-    path = Path(folder) / _plain_name(file_name)
+    arrays = [_array(input_ids, schema.field(0).type), _array(document_end, pa.bool_())]
+    arrays += [_array(values, schema.field(name).type) for name, values in columns.items()]
+    batch = pa.record_batch(arrays, schema=schema)
+    path = Path(folder) / plain_name(file_name)
     with atomic_file(path, needed=batch.nbytes) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(batch)
-    return ShardEntry(file=file_name, rows=rows, bytes=file.bytes, sha256=file.sha256())
+    entry = ShardEntry(file=file_name, rows=rows, bytes=file.bytes, sha256=file.sha256())
+    return entry.model_copy(update={"length": length}) if binned else entry
+
+
+def _array(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    item = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
+    if pa.types.is_boolean(item):
+        # packbits zeroes the bits behind the last: equal corpora must be equal bytes.
+        data = pa.py_buffer(np.packbits(values.reshape(-1), bitorder="little"))
+    else:
+        data = pa.py_buffer(np.ascontiguousarray(values))
+    flat = pa.Array.from_buffers(item, values.size, [None, data], null_count=0)
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind) if kind is not item else flat
 
 
 def _shard_path(folder: Path, entry: ShardEntry) -> Path:
@@ -234,7 +150,8 @@ def _shard_path(folder: Path, entry: ShardEntry) -> Path:
 
 def _map_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> pa.RecordBatch:
     """Map a shard's record batch, reading no data. Raises CorpusError where it is not as in the manifest."""
-    expected = _schema(manifest.sequence_length, id_dtype(manifest.vocab_size))
+    length = entry.length or manifest.sequence_length
+    expected = _schema(length, id_dtype(manifest.vocab_size), manifest.columns)
 
     def refuse(rule: str, found: object) -> CorpusError:
         return CorpusError(f"{path}: {rule}, found {found}. Copy the shard again or build the corpus again")
@@ -253,7 +170,7 @@ def _map_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> pa.RecordBa
     if batch.num_rows != entry.rows:
         raise refuse(f"{entry.rows:,} rows expected", f"{batch.num_rows:,}")
     ids = batch.column(0).values
-    if any(column.null_count for column in (batch.column(0), batch.column(1), ids)):
+    if any(column.null_count for column in (*batch.columns, ids)):
         raise refuse("no nulls expected", "some")
     # A compressed batch is decompressed into fresh memory: it would fill the machine instead of the map.
     if not memory.address <= ids.buffers()[1].address < memory.address + memory.size:
@@ -331,10 +248,11 @@ class Corpus:
         shards = self.manifest.shards
         self._batches = [_map_shard(_shard_path(self.folder, s), s, self.manifest) for s in shards]
         self._views = [
-            np.frombuffer(batch.column(0).values.buffers()[1], self.dtype, shard.rows * self.sequence_length).reshape(
-                shard.rows, self.sequence_length
+            np.frombuffer(batch.column(0).values.buffers()[1], self.dtype, shard.rows * length).reshape(
+                shard.rows, length
             )
             for batch, shard in zip(self._batches, shards, strict=True)
+            for length in [shard.length or self.sequence_length]
         ]
         # Row i lies in the shard s with bounds[s] <= i < bounds[s + 1]; int64 [S + 1].
         self._bounds = np.concatenate([[0], np.cumsum([s.rows for s in shards])]).astype(np.int64)
@@ -354,23 +272,68 @@ class Corpus:
             return
         if rows.min() < 0 or rows.max() >= self.rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a corpus of {self.rows} rows")
+        for shard, start, stop in self._runs(rows):
+            view = self._views[shard]
+            here = rows[start:stop] - self._bounds[shard]
+            if view.shape[1] == self.sequence_length:
+                # "clip" writes straight into out, the default "raise" through a buffer. Checked above.
+                np.take(view, here, axis=0, out=out[start:stop], mode="clip")
+            else:
+                out[start:stop, : view.shape[1]] = view[here]
+                out[start:stop, view.shape[1] :] = self.manifest.special_tokens.pad
+
+    def _runs(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """(shard, start, stop): rows[start:stop] lie in this shard."""
         shard_of = self._bounds.searchsorted(rows, side="right") - 1
         cuts = np.flatnonzero(shard_of[1:] != shard_of[:-1]) + 1
         start = 0
         for stop in [*cuts.tolist(), len(rows)]:
-            shard = shard_of[start]
-            # "clip" writes straight into out, the default "raise" through a buffer. Checked above.
-            np.take(
-                self._views[shard],
-                rows[start:stop] - self._bounds[shard],
-                axis=0,
-                out=out[start:stop],
-                mode="clip",
-            )
+            yield int(shard_of[start]), start, stop
             start = stop
 
+    def take_column(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """A column of some rows, int64 [B]: bool [B, L] of word_start and sentence_start, uint16 [B] of segment_start,
+        bool [B] of pair_label and document_end. Raises ValueError where the corpus has no such column, IndexError
+        where a row is outside of [0, self.rows).
+        """
+        names = ("document_end", *self.manifest.columns)
+        if name not in names:
+            raise ValueError(f"{self.folder}: has no column {name!r}, only {', '.join(names)}. Pack the corpus with it")
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.rows):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a corpus of {self.rows} rows")
+        by_position = name in ("word_start", "sentence_start")
+        shape = (len(rows), self.sequence_length) if by_position else (len(rows),)
+        out: NDArray[Any] = np.zeros(shape, np.uint16 if name == "segment_start" else np.bool_)
+        for shard, start, stop in self._runs(rows) if len(rows) else ():
+            here = rows[start:stop] - self._bounds[shard]
+            column = self._batches[shard].column(name)
+            if name == "segment_start":
+                out[start:stop] = np.frombuffer(column.buffers()[1], np.uint16, len(column))[here]
+                continue
+            width = self._views[shard].shape[1] if by_position else 1
+            data = np.frombuffer((column.values if by_position else column).buffers()[1], np.uint8)
+            bits = here[:, None] * width + np.arange(width)
+            found = (data[bits >> 3] >> (bits & 7).astype(np.uint8) & 1).astype(np.bool_)
+            if by_position:
+                out[start:stop, :width] = found
+            else:
+                out[start:stop] = found[:, 0]
+        return out
+
+    @property
+    def bins(self) -> list[tuple[int, int, int]]:
+        """(length, first row, row behind the last) of each run of shards with rows of one stored length."""
+        found: list[tuple[int, int, int]] = []
+        for shard, (start, stop) in zip(self._views, itertools.pairwise(self._bounds.tolist()), strict=True):
+            if found and found[-1][0] == shard.shape[1]:
+                found[-1] = (found[-1][0], found[-1][1], stop)
+            else:
+                found.append((shard.shape[1], start, stop))
+        return found
+
     def input_ids(self, i: int) -> NDArray[np.unsignedinteger]:
-        """Ids of shard i: self.dtype [R, L], a read-only view of the memory map."""
+        """Ids of shard i: self.dtype [R, L] (fewer positions where the shard is of a length bin), a read-only view of
+        the memory map."""
         return self._views[i]
 
     def document_end(self, i: int) -> NDArray[np.bool_]:

@@ -28,7 +28,11 @@ _EXPANSION = 4
 # A line of nothing but white space ends a document. As bytes and as text the same rule: the planner cuts
 # where the reader will split.
 BLANK_LINE = r"\n[ \t\r\f\v]*\n"
+# How WikiExtractor ends an article; no line of text looks like it (it escapes "<").
+WIKI_END = r"</doc>[ \t\r]*(?:\n|$)"
+BUILDER = "builder:"
 _CUTS = {"blank-line": re.compile(BLANK_LINE.encode()), "line": re.compile(b"\n")}
+_WIKI_CUT = re.compile(rb"</doc>[ \t\r]*\n")
 
 Progress = Callable[[int, int], object]
 """Called with (bytes read from disk, tokens made) since the last call."""
@@ -40,20 +44,24 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """An input file. `name` is relative to the folder common to all inputs; size in bytes, mtime in ns."""
+    """An input file. `name` is relative to the folder common to all inputs; size in bytes, mtime in ns. `kind`: its
+    format, where the suffix of the name does not say it."""
 
     path: str
     name: str
     bytes: int
     mtime_ns: int
+    kind: str = ""
 
     @property
     def compression(self) -> str | None:
-        return _COMPRESSIONS.get(Path(self.path).suffix.lower())
+        return None if self.kind.startswith(BUILDER) else _COMPRESSIONS.get(Path(self.path).suffix.lower())
 
     @property
     def format(self) -> str:
-        """One of ".txt", ".jsonl", ".parquet"."""
+        """One of ".txt", ".jsonl", ".parquet", ".wiki", ".arrow", "builder:NAME"."""
+        if self.kind:
+            return self.kind
         path = Path(self.path)
         return Path(path.stem if self.compression else path.name).suffix.lower()
 
@@ -84,11 +92,12 @@ class Piece:
 Unit = tuple[Piece, ...]
 
 
-def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kind: str = "") -> list[Source]:
     """List the files that `inputs` (files, folders, globs) stand for, ordered by name.
 
     Folders are walked, but for those in `exclude`; files in them that are hidden or of another kind than
-    SUFFIXES are passed over, while a file that is named itself must be of these.
+    SUFFIXES are passed over, while a file that is named itself must be of these. With `kind`, all files but hidden ones
+    are of this format, whatever their names.
     Raises CorpusError where an input is missing, nothing is found, or one file is found twice.
     """
     paths: list[Path] = []
@@ -99,13 +108,14 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> 
             raise CorpusError(f"{item}: no such file or folder, and no file matches it")
         for match in map(Path, matches):
             if match.is_dir():
-                paths += _walk(match, {os.path.realpath(folder) for folder in exclude})
-            elif match.name.lower().endswith(SUFFIXES):
+                paths += _walk(match, {os.path.realpath(folder) for folder in exclude}, "" if kind else SUFFIXES)
+            elif kind or match.name.lower().endswith(SUFFIXES):
                 paths.append(match)
             else:
                 raise CorpusError(f"{match}: cannot be read as text. Known are {', '.join(SUFFIXES)}")
     if not paths:
-        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no file ends in {', '.join(SUFFIXES)}")
+        rule = "no file in it" if kind else f"no file ends in {', '.join(SUFFIXES)}"
+        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: {rule}")
     seen: dict[Path, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.resolve(), path)) is not path:
@@ -116,17 +126,17 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = ()) -> 
     sources = []
     for path in absolute:
         stat = path.stat()
-        sources.append(Source(str(path), path.relative_to(common).as_posix(), stat.st_size, stat.st_mtime_ns))
+        sources.append(Source(str(path), path.relative_to(common).as_posix(), stat.st_size, stat.st_mtime_ns, kind))
     return sorted(sources, key=lambda source: source.name)
 
 
-def _walk(folder: Path, exclude: set[str]) -> Iterator[Path]:
+def _walk(folder: Path, exclude: set[str], suffixes: str | tuple[str, ...]) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [
             name for name in folders if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
         ]
         for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
                 yield Path(parent, name)
 
 
@@ -162,10 +172,14 @@ def _cut_source(
     """Pieces of one source, each with its size in bytes of text."""
     if source.format == ".parquet":
         yield from _cut_parquet(i, source, text_field, unit_bytes)
+    elif source.format == ".arrow":
+        yield from _cut_arrow(i, source, text_field, unit_bytes)
+    elif source.format.startswith(BUILDER):
+        yield Piece(i, 0, source.bytes), source.bytes
     elif source.compression:
         yield Piece(i, 0, source.bytes), source.bytes * _EXPANSION
     else:
-        rule = _CUTS.get("line" if source.format == ".jsonl" else documents)
+        rule = _WIKI_CUT if source.format == ".wiki" else _CUTS.get("line" if source.format == ".jsonl" else documents)
         start = 0
         with Path(source.path).open("rb") as file:
             while source.bytes - start > unit_bytes and rule:
@@ -192,16 +206,7 @@ def _next_cut(file: Any, position: int, rule: re.Pattern[bytes], size: int) -> i
 
 def _cut_parquet(i: int, source: Source, text_field: str, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
     with open_parquet(source) as file:
-        schema = file.schema_arrow
-        if text_field not in schema.names:
-            raise CorpusError(
-                f"{source.path}: has no column {text_field!r}, only {', '.join(schema.names)}. "
-                "Name the one that holds the text with --text-field"
-            )
-        kind = schema.field(text_field).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
+        _check_column(source, file.schema_arrow, text_field)
         leaves = range(file.metadata.num_columns)
         index = next(j for j in leaves if file.metadata.schema.column(j).path == text_field)
         start = size = 0
@@ -212,6 +217,77 @@ def _cut_parquet(i: int, source: Source, text_field: str, unit_bytes: int) -> It
                 start, size = group + 1, 0
         if file.num_row_groups == 0:
             yield Piece(i, 0, 0), 0
+
+
+def _check_column(source: Source, schema: pa.Schema, text_field: str) -> None:
+    if text_field not in schema.names:
+        raise CorpusError(
+            f"{source.path}: has no column {text_field!r}, only {', '.join(schema.names)}. "
+            "Name the one that holds the text with --text-field"
+        )
+    kind = schema.field(text_field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
+
+
+def _cut_arrow(i: int, source: Source, text_field: str, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
+    start = size = stop = 0
+    with open_arrow(source) as batches:
+        _check_column(source, batches.schema, text_field)
+        for batch in batches:
+            size += batch.column(text_field).nbytes
+            stop += 1
+            if size >= unit_bytes:
+                yield Piece(i, start, stop), size
+                start, size = stop, 0
+    if stop > start or stop == 0:
+        yield Piece(i, start, stop), size
+
+
+@contextmanager
+def open_arrow(source: Source) -> Iterator[Any]:
+    """The record batches of an Arrow stream file, as `datasets` saves it, read in the memory map.
+
+    Raises CorpusError where the file is broken, also while it is being read.
+    """
+    try:
+        with pa.memory_map(source.path) as file, pa.ipc.open_stream(file) as reader:
+            yield reader
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{source.path}: broken Arrow file ({error}). Save the dataset again") from error
+
+
+@contextmanager
+def open_builder(source: Source, text_field: str) -> Iterator[Iterator[str]]:
+    """The texts that a builder of `datasets` reads from one local file, in order, streamed.
+
+    Raises CorpusError where the library is missing, the builder fails, or a record has no such text.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(f"{source.path}: format {source.format} needs the package datasets. Install it") from None
+    name = source.format.removeprefix(BUILDER)
+    place = f"{source.path} (builder {name})"
+
+    def texts() -> Iterator[str]:
+        data = datasets.load_dataset(name, data_files=[glob.escape(source.path)], split="train", streaming=True)
+        for row, record in enumerate(data):
+            text = record.get(text_field)
+            if not isinstance(text, str):
+                found = f"only {', '.join(map(str, record))}" if text_field not in record else type(text).__name__
+                raise CorpusError(
+                    f"{place}: record {row:,} has no text in {text_field!r}, {found}. Name its text_field"
+                )
+            yield text
+
+    try:
+        yield texts()
+    except CorpusError:
+        raise
+    except Exception as error:  # a builder raises whatever its parser does
+        raise CorpusError(f"{place}: cannot be read ({type(error).__name__}: {error}). Correct the file") from error
 
 
 @contextmanager

@@ -52,6 +52,8 @@ def scan(corpus: Corpus, progress: Callable[[int], object] | None = None) -> Sca
     manifest = corpus.manifest
     special = manifest.special_tokens
     result = Scan(np.zeros(manifest.vocab_size, np.int64))
+    # A pair's [SEP] end no documents: these cannot be counted.
+    pairs = manifest.packing in ("nsp", "sop")
     begun = 0  # tokens of the document that goes on in the next block
     for i, shard in enumerate(manifest.shards):
         ids, ends = corpus.input_ids(i), corpus.document_end(i)
@@ -71,7 +73,8 @@ def scan(corpus: Corpus, progress: Callable[[int], object] | None = None) -> Sca
                     "Build the corpus again"
                 )
             result.counts += np.bincount(block.reshape(-1), minlength=manifest.vocab_size)
-            begun = _count_lengths(result.lengths, block[:, 1:], ends[first : first + _ROWS], special, begun)
+            if not pairs:
+                begun = _count_lengths(result.lengths, block[:, 1:], ends[first : first + _ROWS], special, begun)
             if progress:
                 progress(block.nbytes)
     return result
@@ -142,7 +145,8 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
             ("tokens", manifest.tokens, tokens),
             ("documents", manifest.documents, found.documents),
         ):
-            if said != counted and not found.faults:
+            counts = name != "documents" or manifest.packing not in ("nsp", "sop")
+            if counts and said != counted and not found.faults:
                 faults.append(
                     f"{folder / MANIFEST}: {said:,} {name} stated, {counted:,} found in the shards. "
                     "Restore the manifest or build the corpus again"
@@ -152,13 +156,20 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
     return manifest
 
 
-def describe(folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None) -> str:
-    """The table that `stats` prints: counts, unknown rate, lengths of documents, most frequent tokens."""
+def describe(
+    folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None, png: Path | None = None
+) -> str:
+    """The table that `stats` prints: counts, unknown rate, what was dropped, sources, lengths of documents, most
+    frequent tokens; png: where to draw the last three."""
     corpus = Corpus(folder)
     manifest = corpus.manifest
     found = scan(corpus, progress)
     if found.faults:
         raise CorpusError("\n".join(found.faults))
+    if png is not None:
+        from data_pipeline.inspection import draw
+
+        draw(folder, found, top, png)
     special = manifest.special_tokens
     # [CLS] and [SEP] are the packing's, not the text's.
     text = found.counts.copy()
@@ -176,14 +187,24 @@ def describe(folder: str | Path, top: int = 20, progress: Callable[[int], object
         "bytes a token": f"{size / manifest.tokens:.4f} ({size:,} in all)",
         "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
     }
-    quantiles = zip(QUANTILES, found.length_quantiles(), strict=True)
+    facts |= {f"dropped, {reason}": f"{count:,}" for reason, count in manifest.dropped.items()}
+    if manifest.replaced:
+        facts["replaced bytes"] = f"{manifest.replaced:,} documents"
+    if manifest.pair_probability:
+        facts["labelled pairs"] = f"{manifest.labelled:,} ({manifest.labelled / manifest.rows:.2%})"
+        facts["unused tokens"] = f"{manifest.unused:,}"
+    used = sum(entry.tokens for entry in manifest.mixture)
+    for entry in manifest.mixture:
+        share = f"{entry.tokens:,} tokens ({entry.tokens / used:.2%}) of {entry.documents:,} documents"
+        facts[f"source {entry.name}"] = f"{share}, weight {entry.weight:g}"
+    quantiles = zip(QUANTILES, found.length_quantiles(), strict=True) if found.lengths else ()
+    width = max(16, *map(len, facts))
     order = np.argsort(-text, kind="stable")[:top]
     words = Encoder(corpus.tokenizer_folder).tokenizer
     return "\n".join(
         [
-            *(f"{name:16} {value}" for name, value in facts.items()),
-            "",
-            "tokens a document",
+            *(f"{name:{width}} {value}" for name, value in facts.items()),
+            *(["", "tokens a document"] if found.lengths else []),
             *(f"  {quantile:>6.0%}  {length:>12,}" for quantile, length in quantiles),
             "",
             "most frequent tokens",

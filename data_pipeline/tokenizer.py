@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError, atomic_folder, sha256_file
+from data_pipeline.memo import WordMemo, why_not_word_wise, word_starts
 from data_pipeline.shards import SpecialTokens, id_dtype
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ _FILES = (
 class Encoder:
     """A tokenizer folder, ready to encode.
 
-    `special_tokens`, `vocab_size` (highest id + 1), `dtype` of the ids, `sha256` of tokenizer.json.
+    `special_tokens`, `vocab_size` (highest id + 1), `dtype` of the ids, `sha256` of tokenizer.json; `memo` of words, or
+    None and `why_no_memo`.
     Raises CorpusError where the folder is no tokenizer folder or a role is missing.
     """
 
@@ -63,6 +65,8 @@ class Encoder:
         self._reserved = np.zeros(self.vocab_size, np.bool_)
         self._reserved[list(self.special_tokens.all)] = True
         self._reserved[self.special_tokens.unk] = False
+        self.why_no_memo = why_not_word_wise(self.tokenizer)
+        self.memo = None if self.why_no_memo else WordMemo(self.tokenizer, self.dtype)
 
     def encode(self, texts: list[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
         """Encode texts, without special tokens.
@@ -70,15 +74,87 @@ class Encoder:
         Returns the ids of all texts in one array, self.dtype [T], and the number of ids of each, int64
         [len(texts)].
         """
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids, counts, _ = self._encode(texts, words=False)
+        return ids, counts
+
+    def encode_planes(
+        self, texts: list[str], sentences: list[list[int]] | None, words: bool
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], dict[str, NDArray[np.bool_]]]:
+        """As `encode`, and bool [T] each: `word_start` if `words`, `sentence_start` if `sentences` are given.
+
+        sentences: for each text the characters at which one begins, ascending. A sentence without a token has no bit.
+        """
+        if sentences is None:
+            ids, counts, starts = self._encode(texts, words)
+            return ids, counts, {} if starts is None else {"word_start": starts}
+        # A word-wise tokenizer may be given the sentences one by one where white space parts them.
+        if self.memo and all(
+            text[at - 1].isspace() for text, cuts in zip(texts, sentences, strict=True) for at in cuts if at
+        ):
+            pieces, owner, begins = [], [], []
+            for i, (text, cuts) in enumerate(zip(texts, sentences, strict=True)):
+                inner = [at for at in cuts if at]
+                pieces += [text[a:b] for a, b in zip([0, *inner], [*inner, len(text)], strict=True)]
+                owner += [i] * (len(inner) + 1)
+                begins += [bool(cuts) and cuts[0] == 0, *[True] * len(inner)]
+            ids, lengths, starts = self._encode(pieces, words)
+            at = (np.cumsum(lengths) - lengths)[np.array(begins, np.bool_) & (lengths > 0)]
+            counts = np.bincount(np.array(owner, np.int64), lengths, len(texts)).astype(np.int64)
+        else:
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ids, counts, starts = self._collect(encodings, words)
+            firsts = np.cumsum(counts) - counts
+            at = np.array(
+                [
+                    first + token
+                    for first, encoding, cuts in zip(firsts.tolist(), encodings, sentences, strict=True)
+                    for token in _first_tokens(encoding.offsets, cuts)
+                ],
+                np.int64,
+            )
+        plane = np.zeros(len(ids), np.bool_)
+        plane[at] = True
+        return ids, counts, {"sentence_start": plane} | ({} if starts is None else {"word_start": starts})
+
+    def _encode(
+        self, texts: list[str], words: bool
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.bool_] | None]:
+        if self.memo:
+            ids, counts, starts = self.memo.encode(texts, words)
+            return self._without_special(ids), counts, starts
+        call = self.tokenizer.encode_batch if words else self.tokenizer.encode_batch_fast
+        return self._collect(call(texts, add_special_tokens=False), words)
+
+    def _collect(
+        self, encodings: list[Any], words: bool
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.bool_] | None]:
         counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
         # One pass over the ids, whatever the number of texts: an array a text is dearer for short ones.
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), self.dtype, int(counts.sum()))
+        starts = None
+        if words:
+            flags = chain.from_iterable(word_starts(encoding.word_ids) for encoding in encodings)
+            starts = np.fromiter(flags, np.bool_, len(ids))
+        return self._without_special(ids), counts, starts
+
+    def _without_special(self, ids: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
         # Some tokenizers find "<s>" as a whole word in their vocabulary, encode_special_tokens or not.
         reserved = self._reserved[ids]
         if reserved.any():
             ids[reserved] = self.special_tokens.unk
-        return ids, counts
+        return ids
+
+
+def _first_tokens(offsets: list[tuple[int, int]], cuts: list[int]) -> list[int]:
+    """First token that begins at or behind each cut and before the next one; cuts without one have none."""
+    found = []
+    token = 0
+    for cut, following in zip(cuts, [*cuts[1:], 1 << 62], strict=True):
+        while token < len(offsets) and offsets[token][0] < cut:
+            token += 1
+        if token < len(offsets) and offsets[token][0] < following:
+            found.append(token)
+    return found
 
 
 def _load(path: Path) -> Tokenizer:

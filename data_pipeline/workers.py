@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.files import CorpusError, write_json
+
+if TYPE_CHECKING:
+    from data_pipeline.mpi import Team
 
 Report = Callable[[int, int], object]
 
@@ -40,13 +44,14 @@ class Task:
 
 
 class Pool:
-    """Up to `workers` processes, started with the first tasks and kept until the block ends.
+    """Up to `workers` processes on each rank of a team, started with the first tasks and kept until the block ends.
 
-    With one worker the tasks run in this process. Leaving the block ends the processes, at once.
+    With one worker and no team the tasks run in this process. Leaving the block ends the processes, at once.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, team: Team | None = None) -> None:
         self._workers = workers
+        self._team = team
         self._processes: dict[Connection, BaseProcess] = {}
 
     def __enter__(self) -> Pool:
@@ -70,17 +75,19 @@ class Pool:
                 report(task.size, 0)
             else:
                 pending.append(task)
-        if self._workers > 1 and len(pending) > 1:
+        if self._team and len(pending) > 1:
+            self._run_in_team(self._team, pending, folder, report)
+        elif self._workers > 1 and len(pending) > 1:
             self._run_in_processes(pending, folder, report)
         else:
             with _one_thread():
                 for task in pending:
                     _perform(task, folder, report)
-        return [json.loads((folder / f"{task.name}.json").read_bytes()) for task in tasks]
+        return [_read_result(folder / f"{task.name}.json", self._team is not None) for task in tasks]
 
     def _run_in_processes(self, tasks: list[Task], folder: Path, report: Report) -> None:
         while len(self._processes) < min(self._workers, len(tasks)):
-            self._start()
+            self.start()
         waiting = iter(tasks)
         busy: dict[Connection, Task] = {}
         for connection in self._processes:
@@ -91,17 +98,43 @@ class Pool:
                 try:
                     kind, value = ready.recv()
                 except (EOFError, ConnectionResetError):
-                    raise self._death(ready, busy[ready]) from None
-                if kind == "progress":
-                    report(*value)
-                elif kind == "error":
-                    raise CorpusError(value)
-                elif kind == "crash":
-                    raise RuntimeError(f"{busy[ready].what}: {value}")
-                else:
+                    raise self.death(ready, busy[ready]) from None
+                if _is_done(kind, value, busy[ready], report):
                     self._hand_out(ready, folder, waiting, busy)
 
-    def _start(self) -> None:
+    def _run_in_team(self, team: Team, tasks: list[Task], folder: Path, report: Report) -> None:
+        """As `_run_in_processes`, the processes of the other ranks included: a slot is (rank, number)."""
+        waiting = iter(tasks)
+        remote = {(rank, slot): next(waiting, None) for slot in range(self._workers) for rank in range(1, team.size)}
+        for (rank, slot), task in remote.items():
+            if task:
+                team.send_task(rank, slot, task, folder)
+        busy: dict[Connection, Task] = {}
+        while len(self._processes) < self._workers:
+            self.start()
+        for connection in self._processes:
+            self._hand_out(connection, folder, waiting, busy)
+        while busy or any(remote.values()):
+            for ready in wait(list(busy), 0.005):
+                assert isinstance(ready, Connection)
+                try:
+                    kind, value = ready.recv()
+                except (EOFError, ConnectionResetError):
+                    raise CorpusError(f"rank 0: {self.death(ready, busy[ready])}") from None
+                if _is_done(kind, value, busy[ready], report):
+                    self._hand_out(ready, folder, waiting, busy)
+            if not busy:
+                time.sleep(0.005)
+            for rank, slot, kind, value in team.messages():
+                at_work = remote[rank, slot]
+                assert at_work is not None
+                if _is_done(kind, value, at_work, report):
+                    remote[rank, slot] = task = next(waiting, None)
+                    if task:
+                        team.send_task(rank, slot, task, folder)
+
+    def start(self) -> Connection:
+        """Start one more process; returns the connection to it."""
         # spawn: forking a process that has threads (Arrow's, the caller's) can hang.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -117,6 +150,7 @@ class Pool:
         # Closed here, so that the pipe ends when the worker does.
         theirs.close()
         self._processes[ours] = process
+        return ours
 
     def _hand_out(
         self, connection: Connection, folder: Path, waiting: Iterator[Task], busy: dict[Connection, Task]
@@ -127,12 +161,34 @@ class Pool:
             try:
                 connection.send((task, folder))
             except (BrokenPipeError, ConnectionResetError):
-                raise self._death(connection, task) from None
+                raise self.death(connection, task) from None
 
-    def _death(self, connection: Connection, task: Task) -> CorpusError:
+    def death(self, connection: Connection, task: Task) -> CorpusError:
+        """What to say of a process that died at a task."""
         process = self._processes[connection]
         process.join()
         return CorpusError(_obituary(process.exitcode, task))
+
+
+def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:
+    """Take a message of a worker; raises what it reports."""
+    if kind == "progress":
+        report(*value)
+        return False
+    if kind in ("error", "died"):
+        raise CorpusError(value)
+    if kind == "crash":
+        raise RuntimeError(f"{task.what}: {value}")
+    return True
+
+
+def _read_result(path: Path, shared: bool) -> Any:
+    # A network file system may remember for a minute that the file was not there.
+    for _ in range(1200 if shared else 0):
+        if path.exists():
+            break
+        time.sleep(0.1)
+    return json.loads(path.read_bytes())
 
 
 def _perform(task: Task, folder: Path, report: Report) -> None:

@@ -330,7 +330,7 @@ def test_input_written_to_between_two_runs_is_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.build._lay_out", fail)
+        patch.setattr("data_pipeline.pack.lay_out", fail)
         with pytest.raises(KeyboardInterrupt):
             build([source], folder / "tok", LENGTH, tmp_path / "out", progress=False)
     source.write_text(source.read_text().replace("some", "same"))

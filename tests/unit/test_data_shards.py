@@ -137,7 +137,7 @@ Change = Callable[[dict], object]
         (lambda m: m["shards"][0].update(file="a\\b"), "not a plain file name"),
         (lambda m: m["shards"][0].update(rows=4), "add up to 12"),
         (lambda m: m["shards"][1].update(m["shards"][0], rows=1), "listed twice"),
-        (lambda m: m.update(schema_version=2), "schema_version is 2, this version reads 1"),
+        (lambda m: m.update(schema_version=3), "schema_version is 3, this version reads 1 and 2"),
         (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
         (lambda m: m.pop("seed"), "seed: Field required"),
         (lambda m: m.update(tokens=10**9), "more than rows x sequence_length"),

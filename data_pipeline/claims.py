@@ -1,0 +1,87 @@
+"""An output folder belongs to one command at a time, and to one set of arguments."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import CorpusError, remove_partials, write_json
+from data_pipeline.manifest import HELD_OUT, MANIFEST, TOKENIZER
+
+_WORK = ".build"
+_ARGUMENTS = "build.json"
+
+
+@contextmanager
+def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
+    """Make sure that the output folder is this build's alone, and yield its work folder.
+
+    Where the build fails before any task is finished, what it made here goes again.
+    """
+    if output.exists() and not output.is_dir():
+        raise CorpusError(f"{output}: is a file, the output must be a folder")
+    new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    _claim_arguments(output, arguments)
+    work = output / _WORK
+    results = work / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CorpusError(f"{output}: another build is at work in this folder. Wait for it or stop it") from None
+        except OSError as error:
+            # Some network file systems have no locks. Two builds at once then waste work, but do no harm:
+            # they write the same bytes, each under temporary names of its own.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        folders = (output, output / HELD_OUT, work, results)
+        try:
+            for folder in folders:
+                remove_partials(folder)
+            yield work
+        except BaseException:
+            # Workers that were stopped had no chance to do it.
+            for folder in folders:
+                remove_partials(folder)
+            begun = any(results.iterdir()) if results.exists() else True
+            if not begun and not (output / MANIFEST).exists():
+                shutil.rmtree(work)
+                shutil.rmtree(output / TOKENIZER, ignore_errors=True)
+                (output / _ARGUMENTS).unlink()
+                if new:
+                    output.rmdir()
+            raise
+
+
+def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
+    path = output / _ARGUMENTS
+    if not path.exists():
+        # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
+        if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
+            raise CorpusError(
+                f"{output}: output folder is not empty, and no build began it. Choose another, or remove it first"
+            )
+        write_json(path, arguments)
+        return
+    try:
+        before = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorpusError(f"{path}: not JSON ({error}). Choose another output folder, or remove it") from None
+    for key in arguments:
+        if before.get(key) == arguments[key]:
+            continue
+        then, now = before.get(key), arguments[key]
+        if key == "sources":
+            then, now = ([s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then)))
+        raise CorpusError(
+            f"{output}: output folder holds a build of another command: {key} {then} then, {now} now. "
+            "Give the same arguments and inputs to go on, choose another folder, or remove this one first"
+        )

@@ -1,0 +1,186 @@
+"""What a corpus is: its manifest, and how it is read and written. Training sees it through `shards`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from data_pipeline.files import CorpusError, atomic_file
+
+# Version 1 has none of the fields below `shards`. What needs none of them is still written as version 1.
+SCHEMA_VERSION: Literal[1] = 1
+LATEST_VERSION: Literal[2] = 2
+PACKINGS = ("full_sequences", "documents", "nsp", "sop")
+# Columns besides input_ids and document_end, in the order in which shards have them.
+COLUMNS = ("word_start", "sentence_start", "segment_start", "pair_label")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+HELD_OUT = "held_out"
+
+
+def plain_name(name: str) -> str:
+    """A manifest may come from anywhere: what it names must lie in its own folder."""
+    if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"{name!r} is not a plain file name: a corpus only has shards in its own folder")
+    return name
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceEntry(_Frozen):
+    """One input file: name relative to the folder common to all inputs, size and SHA-256 as it lay on
+    disk."""
+
+    name: str
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class ShardEntry(_Frozen):
+    """One shard: plain file name, rows, file size in bytes, SHA-256 of the file. length: positions of its rows, where
+    they are fewer than the corpus's sequence length (length bins)."""
+
+    file: Annotated[str, AfterValidator(plain_name)]
+    rows: PositiveInt
+    bytes: PositiveInt
+    sha256: Sha256
+    length: PositiveInt | None = None
+
+
+class MixtureEntry(_Frozen):
+    """One source of the mixture: its weight; documents and tokens (without special ones) of it in the corpus, copies
+    counted."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0)]
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+
+
+class SpecialTokens(_Frozen):
+    """Ids of the five roles, and `all`: every special id of the tokenizer, ascending."""
+
+    cls: NonNegativeInt
+    sep: NonNegativeInt
+    pad: NonNegativeInt
+    mask: NonNegativeInt
+    unk: NonNegativeInt
+    all: tuple[NonNegativeInt, ...]
+
+
+class Manifest(_Frozen):
+    """What a corpus is. `tokens` counts all ids that are not [PAD], so with [CLS] and [SEP].
+
+    Since version 2: columns, those of COLUMNS that the shards have; dropped, documents left out, by reason; replaced,
+    documents with replaced bytes; unused, tokens that a packing in pairs left over; labelled, rows whose pair_label
+    is set, and pair_probability, the share that was asked for.
+    """
+
+    schema_version: Literal[1, 2]
+    tokenizer_sha256: Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+    special_tokens: SpecialTokens
+    sequence_length: PositiveInt
+    seed: NonNegativeInt
+    packing: Literal["full_sequences", "documents", "nsp", "sop"]
+    rows: PositiveInt
+    tokens: PositiveInt
+    documents: PositiveInt
+    sources: tuple[SourceEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    columns: tuple[Literal["word_start", "sentence_start", "segment_start", "pair_label"], ...] = ()
+    mixture: tuple[MixtureEntry, ...] = ()
+    dropped: dict[str, NonNegativeInt] = {}
+    replaced: NonNegativeInt = 0
+    unused: NonNegativeInt = 0
+    labelled: NonNegativeInt = 0
+    pair_probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if (found := sum(shard.rows for shard in self.shards)) != self.rows:
+            raise ValueError(f"rows is {self.rows}, but the shards' rows add up to {found}")
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+        if not self.tokens <= self.rows * self.sequence_length:
+            raise ValueError(f"tokens is {self.tokens}, more than rows x sequence_length")
+        if self.schema_version == 1 and self.needs_version_2:
+            raise ValueError("schema_version 1 has full sequences in two columns, and no more; this is version 2")
+        if self.columns != tuple(column for column in COLUMNS if column in self.columns):
+            raise ValueError(f"columns must be in the order {', '.join(COLUMNS)}, each once")
+        if any(shard.length and shard.length > self.sequence_length for shard in self.shards):
+            raise ValueError(f"a shard's rows are longer than sequence_length {self.sequence_length}")
+        roles = self.special_tokens
+        if max(roles.cls, roles.sep, roles.pad, roles.mask, roles.unk, *roles.all) >= self.vocab_size:
+            raise ValueError(f"a special token's id is not below vocab_size {self.vocab_size}")
+        return self
+
+    @property
+    def needs_version_2(self) -> bool:
+        return self.packing != "full_sequences" or bool(
+            self.columns or self.mixture or self.dropped or self.replaced or any(s.length for s in self.shards)
+        )
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Smallest of uint16 and uint32 that holds ids below `vocab_size`. Raises CorpusError where none does."""
+    if vocab_size > 2**32:
+        raise CorpusError(f"vocabulary of {vocab_size:,} entries: token ids are at most 32 bits wide")
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and validate `folder/manifest.json`. Raises CorpusError where it is missing or not valid."""
+    path = Path(folder) / MANIFEST
+    try:
+        raw = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(
+            f"{path}: not found. Either this is no corpus, or its build has not finished: "
+            "run the same build command again"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: not JSON ({error}). Build the corpus again") from None
+    if isinstance(raw, dict) and raw.get("kind") == "tokens":
+        raise CorpusError(f"{path}: these are token shards, not a corpus yet. Make one with the command pack")
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version not in (SCHEMA_VERSION, LATEST_VERSION):
+        raise CorpusError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION} and {LATEST_VERSION}. "
+            "Build the corpus again"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors(include_url=False)
+        )
+        raise CorpusError(f"{path}: {faults}") from None
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Write `folder/manifest.json`, whole or not at all. Its presence says that the corpus is complete."""
+    later = ("columns", "mixture", "dropped", "replaced", "unused", "labelled", "pair_probability")
+    exclude: Any = dict.fromkeys(later, True) | {"shards": {"__all__": {"length"}}}
+    exclude = exclude if manifest.schema_version == 1 else None
+    data = (manifest.model_dump_json(indent=2, exclude=exclude) + "\n").encode()
+    with atomic_file(Path(folder) / MANIFEST, len(data)) as file:
+        file.write(data)

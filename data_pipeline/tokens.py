@@ -1,0 +1,301 @@
+"""Token shards: what tokenising leaves and packing reads. Tokenise once, pack many.
+
+A folder of token shards:
+
+    manifest.json                  what it is: tokenizer, counts, sources, the shards and their files' sizes and SHA-256
+    tokens-00000.train.ids         ids of the shard's documents in order, each document closed by [SEP]: uint16 or
+                                   uint32
+    tokens-00000.train.ends        int64: places of these [SEP]
+    tokens-00000.train.word_start, .sentence_start    a bit a place (little-endian in the byte), where asked for
+    tokens-00000.train.keys        uint64 a document: a hash of its text, by which shares of documents are chosen
+    tokens-00000.train.drop        uint8 a document: 0, or why it is left out (1 + index in DROPS); absent where all
+                                   stay
+    tokens-00000.held_out.…        the same of the documents held out
+    tokenizer/, description.yaml
+
+Numbers are little-endian. A shard holds documents of one source; shards are in the order of the documents.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from data_pipeline.files import CorpusError, HashingFile, atomic_file, write_json
+from data_pipeline.shards import MANIFEST, Sha256, SourceEntry, SpecialTokens, id_dtype, sha256_file
+
+TOKENS_VERSION: Literal[1] = 1
+SIDES = ("train", "held_out")
+PLANES = ("word_start", "sentence_start")
+# Reasons that are known only when a document has been written, or all of them.
+DROPS = ("bad_bytes", "contaminated", "duplicate", "near_duplicate")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenFile(_Frozen):
+    """Size and SHA-256 of one file of a token shard."""
+
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class TokenSide(_Frozen):
+    """One side of a token shard. length: ids, each document's [SEP] included; documents: all, dropped ones too; files
+    by suffix."""
+
+    documents: NonNegativeInt
+    length: NonNegativeInt
+    files: dict[Annotated[str, Field(pattern="^[a-z_]+$")], TokenFile]
+
+
+class TokenShard(_Frozen):
+    """source: index in the manifest's `names`."""
+
+    source: NonNegativeInt
+    sides: dict[str, TokenSide]
+
+
+class TokenManifest(_Frozen):
+    """What a folder of token shards is. weights: of the sources in `names`, as in the description; dropped: documents
+    left out, by reason; replaced: documents with replaced bytes."""
+
+    kind: Literal["tokens"]
+    version: Literal[1]
+    tokenizer_sha256: Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+    special_tokens: SpecialTokens
+    seed: NonNegativeInt
+    held_out: Annotated[float, Field(ge=0, lt=1)]
+    planes: tuple[Annotated[str, Field(pattern="^(word_start|sentence_start)$")], ...]
+    names: tuple[str, ...]
+    weights: tuple[Annotated[float, Field(gt=0)], ...]
+    dropped: dict[str, NonNegativeInt]
+    replaced: NonNegativeInt
+    sources: tuple[SourceEntry, ...]
+    shards: tuple[TokenShard, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return id_dtype(self.vocab_size)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return SIDES if self.held_out else SIDES[:1]
+
+
+def token_path(folder: str | Path, shard: int, side: str, suffix: str) -> Path:
+    return Path(folder) / f"tokens-{shard:05}.{side}.{suffix}"
+
+
+def is_tokens(folder: str | Path) -> bool:
+    """Whether a folder's manifest is one of token shards."""
+    try:
+        raw = json.loads((Path(folder) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("kind") == "tokens"
+
+
+def read_tokens(folder: str | Path) -> TokenManifest:
+    """Read `folder/manifest.json` and check the files' sizes. Raises CorpusError where something is not right."""
+    path = Path(folder) / MANIFEST
+    try:
+        raw = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(f"{path}: not found. Make token shards with the command tokenize, or let it finish") from None
+    except ValueError as error:
+        raise CorpusError(f"{path}: not JSON ({error}). Tokenise again") from None
+    if not isinstance(raw, dict) or raw.get("kind") != "tokens":
+        raise CorpusError(f"{path}: no manifest of token shards. pack reads what the command tokenize wrote")
+    try:
+        manifest = TokenManifest.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        raise CorpusError(f"{path}: {faults}. Tokenise again") from None
+    for i, shard in enumerate(manifest.shards):
+        for side, entry in shard.sides.items():
+            for suffix, file in entry.files.items():
+                part = token_path(folder, i, side, suffix)
+                size = part.stat().st_size if part.is_file() else None
+                if size != file.bytes:
+                    found = "it is missing" if size is None else f"{size:,} found"
+                    raise CorpusError(
+                        f"{part}: {file.bytes:,} bytes expected, {found}. Copy it again or tokenise again"
+                    )
+    return manifest
+
+
+def verify_tokens(folder: str | Path, manifest: TokenManifest) -> None:
+    """Compare every file with its SHA-256. Raises one CorpusError with a line for each bad one."""
+    faults = []
+    for i, shard in enumerate(manifest.shards):
+        for side, entry in shard.sides.items():
+            for suffix, file in entry.files.items():
+                path = token_path(folder, i, side, suffix)
+                if (found := sha256_file(path)) != file.sha256:
+                    faults.append(
+                        f"{path}: sha256 {file.sha256} expected, {found} found. Copy it again or tokenise again"
+                    )
+    if faults:
+        raise CorpusError("\n".join(faults))
+
+
+def write_tokens(folder: str | Path, manifest: TokenManifest) -> None:
+    """Write `folder/manifest.json`, whole or not at all. Its presence says that the token shards are complete."""
+    write_json(Path(folder) / MANIFEST, manifest.model_dump(mode="json"))
+
+
+class _Bits:
+    """Appends bits to a file; what does not fill a byte waits."""
+
+    def __init__(self, file: HashingFile) -> None:
+        self._file = file
+        self._rest = np.empty(0, np.bool_)
+
+    def add(self, bits: NDArray[np.bool_], last: bool = False) -> None:
+        bits = np.concatenate([self._rest, bits])
+        whole = len(bits) if last else len(bits) // 8 * 8
+        self._file.write(np.packbits(bits[:whole], bitorder="little").data)
+        self._rest = bits[whole:]
+
+
+class SideWriter:
+    """Appends documents to the files of one side of a token shard; they appear when the stack closes without error."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        folder: str,
+        shard: int,
+        side: str,
+        sep: int,
+        *,
+        planes: tuple[str, ...],
+        documents: tuple[str, ...],
+    ) -> None:
+        suffixes = ("ids", "ends", *planes, *documents)
+        self.files = {s: stack.enter_context(atomic_file(token_path(folder, shard, side, s))) for s in suffixes}
+        self._planes = {plane: _Bits(self.files[plane]) for plane in planes}
+        self._sep = sep
+        self._begun = 0  # tokens of the document that goes on in the next batch
+        self.length = self.documents = self.empty = 0
+
+    def add(
+        self,
+        ids: NDArray[np.unsignedinteger],
+        counts: NDArray[np.int64],
+        ended: NDArray[np.bool_],
+        planes: dict[str, NDArray[np.bool_]],
+        of_documents: dict[str, NDArray[Any]],
+    ) -> None:
+        """ids, planes: [T] of n texts; counts: int64 [n], ids of each; ended: bool [n], whether a document ends with
+        it; of_documents: arrays of as many rows as texts that end one. Documents without a token are left out.
+        """
+        stops = np.cumsum(counts)
+        tokens = np.diff(stops[ended], prepend=0)
+        if len(tokens):
+            tokens[0] += self._begun
+            self._begun = len(ids) - int(stops[ended][-1])
+        else:
+            self._begun += len(ids)
+        full = tokens > 0
+        at = stops[ended][full]
+        self.files["ids"].write(np.insert(ids, at, self._sep).data)
+        self.files["ends"].write((self.length + at + np.arange(len(at))).data)
+        for name, plane in planes.items():
+            self._planes[name].add(np.insert(plane, at, False))
+        for name, values in of_documents.items():
+            self.files[name].write(np.ascontiguousarray(values[full]).data)
+        self.length += len(ids) + len(at)
+        self.documents += len(at)
+        self.empty += len(tokens) - len(at)
+
+    def finish(self) -> None:
+        for bits in self._planes.values():
+            bits.add(np.empty(0, np.bool_), last=True)
+
+    def entry(self) -> TokenSide:
+        """Once the stack is closed."""
+        files = {name: TokenFile(bytes=file.bytes, sha256=file.sha256()) for name, file in self.files.items()}
+        return TokenSide(documents=self.documents, length=self.length, files=files)
+
+
+class SideReader:
+    """One side of a token shard, as memory maps. Documents that are dropped, or that `keep` (bool [D]) leaves out, are
+    not there; `ends` int64 [D'] and `length` are those of the stream of the others."""
+
+    def __init__(
+        self, folder: str | Path, manifest: TokenManifest, shard: int, side: str, keep: NDArray[np.bool_] | None = None
+    ) -> None:
+        self._folder, self._shard, self._side, self._dtype = folder, shard, side, manifest.dtype
+        entry = manifest.shards[shard].sides[side]
+        ends = self._map("ends", np.dtype(np.int64), entry.documents)
+        if "drop" in entry.files:
+            stays = self._map("drop", np.dtype(np.uint8), entry.documents) == 0
+            keep = stays if keep is None else keep & stays
+        self._length, self._documents = entry.length, entry.documents
+        if keep is None or keep.all():
+            self.ends: NDArray[np.int64] = ends
+            self._firsts = None
+            self.length = entry.length
+        else:
+            firsts = np.concatenate([[0], ends[:-1] + 1])[keep]
+            self._firsts, self._stops = firsts, ends[keep] + 1
+            self.ends = np.cumsum(self._stops - firsts) - 1
+            self.length = int(self.ends[-1]) + 1 if len(self.ends) else 0
+
+    def _map(self, suffix: str, dtype: np.dtype, size: int) -> NDArray[Any]:
+        if size == 0:
+            return np.empty(0, dtype)
+        return np.memmap(token_path(self._folder, self._shard, self._side, suffix), dtype, mode="r", shape=(size,))
+
+    @property
+    def documents(self) -> int:
+        return len(self.ends)
+
+    def keys(self) -> NDArray[np.uint64]:
+        """uint64 [D]: hashes of all documents of the file, dropped ones too."""
+        return self._map("keys", np.dtype(np.uint64), self._documents)
+
+    def _ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Runs of the file that make [start, stop) of the stream."""
+        if start >= stop:
+            return []
+        if self._firsts is None:
+            return [(start, stop)]
+        first = int(np.searchsorted(self.ends, start))
+        last = int(np.searchsorted(self.ends, stop - 1))
+        ranges: list[tuple[int, int]] = []
+        for i in range(first, last + 1):
+            begin = int(self.ends[i - 1]) + 1 if i else 0
+            offset = int(self._firsts[i]) - begin
+            a, b = max(start, begin) + offset, min(stop, int(self.ends[i]) + 1) + offset
+            if ranges and ranges[-1][1] == a:
+                ranges[-1] = (ranges[-1][0], b)
+            else:
+                ranges.append((a, b))
+        return ranges
+
+    def ids(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
+        """Ids [start, stop) of the stream: a copy."""
+        file = self._map("ids", self._dtype, self._length)
+        parts = [file[a:b] for a, b in self._ranges(start, stop)]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def plane(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
+        """Bits [start, stop) of a plane of the stream."""
+        file = self._map(name, np.dtype(np.uint8), -(-self._length // 8))
+        parts = [np.empty(0, np.bool_)]
+        for a, b in self._ranges(start, stop):
+            bits = np.unpackbits(file[a // 8 : -(-b // 8)], bitorder="little")
+            parts.append(bits[a % 8 : a % 8 + b - a].astype(np.bool_))
+        return np.concatenate(parts)

@@ -1,0 +1,341 @@
+"""Corpora described in YAML: every kind of source, mixtures, rules with counts, the same bytes however it is built."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from data_pipeline.__main__ import main
+from data_pipeline.build import build, pack, tokenize
+from data_pipeline.description import read_description
+from data_pipeline.files import CorpusError
+from data_pipeline.shards import read_manifest
+from data_pipeline.stats import describe, verify
+from data_pipeline.tokenizer import Encoder, copy_tokenizer
+from tests.support.documents import ROOT, corpus_documents, make_documents, tree, write_text, write_tokenizer
+
+SIZES: dict[str, Any] = {"work_size": 0.003, "shard_size": 0.003, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("description")
+    copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
+    return folder
+
+
+def describe_in(folder: Path, sources: list[dict[str, Any]], **others: object) -> Path:
+    path = folder / "corpus.yaml"
+    path.write_text(yaml.safe_dump({"sources": sources, **others}))
+    return path
+
+
+def encoded(folder: Path, documents: list[str]) -> list[list[int]]:
+    words = Encoder(folder / "tok").tokenizer
+    return [words.encode(document, add_special_tokens=False).ids for document in documents]
+
+
+def write_wiki(path: Path, documents: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    articles = [
+        f'<doc id="{i}" url="https://example.org/?curid={i}" title="T{i}">\nT{i}\n\n{text}\n\n</doc>\n'
+        for i, text in enumerate(documents)
+    ]
+    path.write_text("".join(articles))
+    return path
+
+
+@pytest.mark.parametrize("work_size", [0.0004, 1])
+def test_every_kind_of_source(folder: Path, tmp_path: Path, work_size: float) -> None:
+    texts = {name: make_documents(30, seed=i) for i, name in enumerate(("arrow", "csv", "split", "text", "wiki"))}
+    data = datasets.Dataset.from_dict({"id": list(range(30)), "body": texts["arrow"]})
+    data.save_to_disk(tmp_path / "arrow", num_shards=3)
+    two = {"train": datasets.Dataset.from_dict({"text": texts["split"]}), "test": data}
+    datasets.DatasetDict(two).save_to_disk(tmp_path / "split")
+    datasets.Dataset.from_dict({"text": texts["csv"]}).to_csv(tmp_path / "a.csv")
+    write_text(tmp_path / "notes.md", texts["text"])
+    write_wiki(tmp_path / "wiki/AA/wiki_00", texts["wiki"][:20])
+    write_wiki(tmp_path / "wiki/AB/wiki_00", texts["wiki"][20:])
+    sources = [
+        {"name": "wiki", "inputs": ["wiki"], "format": "wikiextractor"},
+        {"name": "text", "inputs": ["notes.md"], "format": "text"},
+        {"name": "split", "inputs": ["split"], "format": "dataset", "split": "train"},
+        {"name": "csv", "inputs": ["*.csv"], "format": "builder:csv"},
+        {"name": "arrow", "inputs": ["arrow"], "format": "dataset", "text_field": "body"},
+    ]
+    description = describe_in(tmp_path, sources)
+    options = SIZES | {"work_size": work_size}
+    manifest = build(None, folder / "tok", 16, tmp_path / "out", description=description, **options)
+    wiki = [f"T{i}\n\n{t}" for part in (texts["wiki"][:20], texts["wiki"][20:]) for i, t in enumerate(part)]
+    expected = [t for name in sorted(texts) for t in (wiki if name == "wiki" else texts[name])]
+    assert corpus_documents(tmp_path / "out") == encoded(folder, expected)
+    assert [entry.name for entry in manifest.mixture] == sorted(texts)
+    assert [entry.documents for entry in manifest.mixture] == [30] * 5
+    assert sum(entry.tokens for entry in manifest.mixture) == sum(map(len, encoded(folder, expected)))
+    assert {source.name.split("/")[0] for source in manifest.sources} == set(texts)
+    verify(tmp_path / "out")
+    assert "source wiki" in describe(tmp_path / "out")
+    saved = yaml.safe_load((tmp_path / "out/description.yaml").read_text())
+    assert [source["name"] for source in saved["sources"]] == sorted(texts)
+
+
+def test_mixture(folder: Path, tmp_path: Path) -> None:
+    for name in ("books", "web", "wiki"):
+        write_text(tmp_path / f"{name}.txt", [f"{name} {i} of" for i in range(600)])
+    sources = [
+        {"name": "wiki", "inputs": ["wiki.txt"], "weight": 2.5},
+        {"name": "web", "inputs": ["web.txt"], "weight": 0.25},
+        {"name": "books", "inputs": ["books.txt"]},
+    ]
+    description = describe_in(tmp_path, sources)
+    tokenize(None, folder / "tok", tmp_path / "tokens", description=description, work_size=0.002, progress=False)
+    manifest = pack(tmp_path / "tokens", 16, tmp_path / "out", shard_size=0.003, progress=False)
+    found = corpus_documents(tmp_path / "out")
+    times = Counter(map(tuple, found))
+
+    def uses(name: str) -> list[int]:
+        return [times[tuple(ids)] for ids in encoded(folder, [f"{name} {i} of" for i in range(600)])]
+
+    assert uses("books") == [1] * 600
+    assert set(uses("web")) == {0, 1}
+    assert 0.2 < sum(uses("web")) / 600 < 0.3
+    assert set(uses("wiki")) == {2, 3}
+    assert 0.4 < sum(uses("wiki")) / 600 - 2 < 0.6
+    assert [entry.documents for entry in manifest.mixture] == [sum(uses(name)) for name in ("books", "web", "wiki")]
+    # Copies are far apart: all first ones, then all second ones.
+    wiki = encoded(folder, ["wiki 0 of"])[0]
+    first, second = [i for i, document in enumerate(found) if document == wiki][:2]
+    assert second - first >= 600
+    # Other weights need no second tokenising; a build of its own gives the same bytes.
+    weights = {"wiki": 1.0, "web": 1.0}
+    assert pack(tmp_path / "tokens", 16, tmp_path / "even", weights=weights, progress=False).documents == 1800
+    again = build(None, folder / "tok", 16, tmp_path / "built", description=description, **SIZES)
+    assert again == manifest
+    shutil.move(tmp_path / "corpus.yaml", tmp_path / "other.yaml")
+    describe_in(tmp_path, sources[::-1])
+    build(None, folder / "tok", 16, tmp_path / "reversed", description=description, workers=2, **SIZES)
+    assert tree(tmp_path / "reversed") == tree(tmp_path / "built")
+    again_with = ["pack", tmp_path / "tokens", "--sequence-length", 16, "--output", tmp_path / "even", "--weight"]
+    assert main([str(item) for item in [*again_with, "web=1", "--weight", "wiki=1"]]) == 0
+    assert main([str(item) for item in [*again_with, "wiki=2"]]) == 1
+
+
+def near_copy(document: str, rng: random.Random) -> str:
+    words = document.split()
+    for _ in range(max(len(words) // 200, 1)):
+        words[rng.randrange(len(words))] = f"changed{rng.randrange(10**6)}"
+    return " ".join(words)
+
+
+def messy_corpus(folder: Path) -> tuple[Path, list[str]]:
+    """Documents of which many break a rule; returns the description and those that are to stay, in order."""
+    rng = random.Random(3)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    good = [" ".join("".join(rng.choices(letters, k=4)) for _ in range(300)) for _ in range(40)]
+    task = "the task has this very sentence of words in it"
+    write_text(
+        folder / "in/1.txt", [*good[:20], "short", "12 34 56 78 90 12 34 56", good[3], f"before {task} behind it"]
+    )
+    text = "\n\n".join([*good[20:], near_copy(good[5], rng), good[0], "e\u0301 " + good[21]]).encode()
+    (folder / "in/2.txt").write_bytes(text + b"\n\nbad \xff bytes in this one, which is long enough\n")
+    write_text(folder / "task.tsv", [f"1\t{task}\t0"])
+    rules = {
+        "bad_bytes": "skip", "normalize": "nfc", "min_characters": 10, "max_digits": 0.5, "duplicates": "near",
+        "decontaminate": ["task*.tsv"], "decontaminate_words": 8,
+    }  # fmt: skip
+    return describe_in(folder, [{"name": "in", "inputs": ["in"]}], documents=rules), good
+
+
+def test_rules_count_what_they_drop(folder: Path, tmp_path: Path) -> None:
+    description, good = messy_corpus(tmp_path)
+    manifest = build(None, folder / "tok", 64, tmp_path / "out", description=description, **SIZES)
+    assert corpus_documents(tmp_path / "out") == encoded(folder, good)
+    assert manifest.dropped == {
+        "bad_bytes": 1, "contaminated": 1, "duplicate": 2, "many_digits": 1, "near_duplicate": 2, "too_short": 1,
+    }  # fmt: skip
+    assert manifest.schema_version == 2
+    assert "dropped, near_duplicate 2\n" in describe(tmp_path / "out")
+    for changes in ({"workers": 2}, {"work_size": 0.02}):
+        name = next(iter(changes))
+        build(None, folder / "tok", 64, tmp_path / name, description=description, **SIZES | changes)
+        ours, theirs = tree(tmp_path / name), tree(tmp_path / "out")
+        assert (ours.pop("build.json") == theirs.pop("build.json")) == (name == "workers")
+        assert ours == theirs
+
+
+def test_no_duplicate_on_both_sides(folder: Path, tmp_path: Path) -> None:
+    """Of a held-out document and one like it in training, the training side loses it."""
+    rng = random.Random(5)
+    documents = [" ".join(f"{rng.choice('abcdef')}{rng.randrange(10**6)}" for _ in range(300)) for _ in range(60)]
+    near = [near_copy(document, rng) for document in documents]
+    write_text(tmp_path / "a.txt", [*documents, *near])
+    description = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}], documents={"duplicates": "near"})
+    manifest = build(None, folder / "tok", 64, tmp_path / "out", description=description, held_out=0.3, **SIZES)
+    assert manifest.dropped == {"near_duplicate": 60}
+    pairs = dict(zip(map(tuple, encoded(folder, documents)), map(tuple, encoded(folder, near)), strict=True))
+    pairs |= {two: one for one, two in pairs.items()}
+    train, held = (set(map(tuple, corpus_documents(tmp_path / side))) for side in ("out", "out/held_out"))
+    assert len(train) + len(held) == 60
+    assert not train & {pairs[document] for document in held}
+    # A document is held out by its own hash, not by what became of its like.
+    assert len(held) > 15
+
+
+def fault(folder: Path, path: Path, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        build(None, folder / "tok", 16, path.parent / "out", description=path, progress=False)
+    assert not (path.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": 0}, r"corpus\.yaml: sources\.0\.weight: Input should be greater than 0, found 0"),
+        ({"weight": -2.5}, r"sources\.0\.weight: .* found -2\.5"),
+        ({"colour": "red"}, r"sources\.0\.colour: Extra inputs are not permitted"),
+        ({"format": "docx"}, r"sources\.0\.format: .*'docx' is not one of auto, text"),
+        ({"format": "builder:no_such"}, "datasets has no builder 'no_such', only "),
+        ({"name": "../x"}, r"sources\.0\.name: String should match pattern"),
+        ({"inputs": []}, r"sources\.0\.inputs: Tuple should have at least 1 item"),
+        ({"inputs": ["missing.txt"]}, r"missing\.txt: no such file or folder"),
+        ({"split": "train"}, "split is for format dataset, this one is auto"),
+        ({"format": "dataset", "inputs": ["."]}, r"state\.json: no dataset saved by save_to_disk"),
+        ({"format": "wikiextractor"}, "an article begins with 'text', not with <doc"),
+        ({"documents": "page"}, r"sources\.0\.documents: Input should be"),
+    ],
+)
+def test_bad_sources(folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_text(tmp_path / "a.txt", ["text"])
+    fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"], **change}]), message)
+
+
+def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", ["text"])
+    one = {"name": "a", "inputs": ["a.txt"]}
+    fault(folder, describe_in(tmp_path, [one, one]), "source 'a' is there twice")
+    fault(folder, describe_in(tmp_path, [one, one | {"name": "b"}]), r"a\.txt: belongs to the sources a and b")
+    fault(folder, describe_in(tmp_path, []), r"sources: Tuple should have at least 1 item")
+    fault(
+        folder, describe_in(tmp_path, [one], documents={"bad_bytes": "keep"}), r"documents\.bad_bytes: Input should be"
+    )
+    fault(
+        folder,
+        describe_in(tmp_path, [one], documents={"min_characters": 100}),
+        r"every document was dropped \(too_short 1\)",
+    )
+    fault(folder, describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}), r"no\.tsv: must be a file of")
+    (tmp_path / "corpus.yaml").write_text("[")
+    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
+    (tmp_path / "corpus.yaml").write_text("- a")
+    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: needs the key sources")
+
+
+def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": ["one", "two", "three"], "n": [1, 2, 3]})
+    data.select([2, 0]).save_to_disk(tmp_path / "chosen")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "dict")
+    data.save_to_disk(tmp_path / "good")
+
+    def source(name: str, **others: str) -> Path:
+        return describe_in(tmp_path, [{"name": "a", "inputs": [name], "format": "dataset", **others}])
+
+    state = json.loads((tmp_path / "chosen/state.json").read_text())
+    if state.get("_indices_files"):
+        fault(folder, source("chosen"), "flatten_indices")
+    fault(folder, source("dict"), r"holds the splits test, train: say which")
+    fault(folder, source("dict", split="dev"), r"split 'dev' is not among them")
+    fault(folder, source("good", split="train"), "holds one dataset without splits")
+    fault(folder, source("good", text_field="body"), "has no column 'body', only text, n")
+    fault(folder, source("good", text_field="n"), "column 'n' holds int64, text")
+    file = next((tmp_path / "good").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:200])
+    fault(folder, source("good"), "broken Arrow file")
+    state = json.loads((tmp_path / "dict/train/state.json").read_text())
+    state["_data_files"] = [{"filename": "../test/data-00000-of-00001.arrow"}]
+    (tmp_path / "dict/train/state.json").write_text(json.dumps(state))
+    fault(folder, source("dict", split="train"), "names no data files in this folder")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.jsonl"], "format": "builder:json"}])
+    fault(folder, path, r"a\.jsonl \(builder json\): ")
+
+
+def test_source_that_vanishes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        write_text(tmp_path / f"{i}.txt", make_documents(20, seed=i))
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["*.txt"]}])
+    from data_pipeline import tokenizing
+
+    plan = tokenizing._plan
+
+    def vanish(*arguments: Any) -> Any:
+        found = plan(*arguments)
+        (tmp_path / "2.txt").rename(tmp_path / "away")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing, "_plan", vanish)
+        with pytest.raises(CorpusError, match=r"2\.txt: vanished during the build\. Put it back and run again"):
+            build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
+    (tmp_path / "away").rename(tmp_path / "2.txt")
+    build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
+    assert read_manifest(tmp_path / "out").documents == 60
+
+
+def test_paths_of_a_description_are_relative_to_it(tmp_path: Path) -> None:
+    found = read_description(describe_in(tmp_path, [{"name": "a", "inputs": ["x/*.txt", "/data/y"]}]))
+    assert found.sources[0].inputs == (str(tmp_path / "x/*.txt"), "/data/y")
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from data_pipeline.build import pack, tokenize
+
+description, tokenizer, folder = sys.argv[1:]
+
+def run(crash_at):
+    # A process of its own: kill -9 runs no clean-up.
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left, rename = crash_at, Path.rename
+    def crash_or_rename(path, target):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return rename(path, target)
+    Path.rename = crash_or_rename
+    tokenize(None, tokenizer, f"{folder}/tokens", description=description, held_out=0.3, work_size=0.02, progress=False)
+    pack(f"{folder}/tokens", 64, f"{folder}/pairs", packing="sop", shard_size=0.02, progress=False)
+    os._exit(0)
+
+# What a unit of work has not finished is done again, so every run must get further than the last.
+kills = 0
+while (code := run(5 * kills)) == -9:
+    kills += 1
+assert code == 0, code
+print(kills)
+"""
+
+
+def test_killed_at_every_few_renames(folder: Path, tmp_path: Path) -> None:
+    """tokenize with a search for duplicates, and pack in pairs, killed before renames: the same bytes."""
+    description, _ = messy_corpus(tmp_path)
+    script = [sys.executable, "-c", CRASH, str(description), str(folder / "tok"), str(tmp_path / "killed")]
+    (tmp_path / "killed").mkdir()
+    found = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(found.stdout) > 5
+    sizes: dict[str, Any] = {"work_size": 0.02, "progress": False}
+    tokenize(None, folder / "tok", tmp_path / "whole/tokens", description=description, held_out=0.3, **sizes)
+    pack(tmp_path / "whole/tokens", 64, tmp_path / "whole/pairs", packing="sop", shard_size=0.02, progress=False)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")

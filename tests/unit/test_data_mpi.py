@@ -1,0 +1,142 @@
+"""Builds on several MPI ranks: the same bytes as one process, through kills too. Skipped where there is no MPI."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import __main__ as cli
+from data_pipeline.build import build
+from data_pipeline.files import CorpusError
+from data_pipeline.mpi import join_team
+from data_pipeline.tokenizer import copy_tokenizer
+from tests.support.documents import ROOT, command, make_documents, tree, write_text, write_tokenizer
+
+_LAUNCHER = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(_LAUNCHER is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py here")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mpi")
+    for i in range(4):
+        write_text(folder / f"in/part{i}.txt", make_documents(60, seed=i))
+    copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
+    sizes: dict[str, Any] = {"work_size": 0.01, "shard_size": 0.01, "held_out": 0.2, "progress": False}
+    build([folder / "in"], folder / "tok", 16, folder / "whole", **sizes)
+    return folder
+
+
+def mpi_command(folder: Path, output: Path, ranks: int, workers: int) -> list[str]:
+    sizes = ["--work-size", "0.01", "--shard-size", "0.01", "--held-out", "0.2", "--workers", workers]
+    options = ["--tokenizer", folder / "tok", "--sequence-length", 16, "--output", output]
+    return [str(_LAUNCHER), "-n", str(ranks), *command("build", "--input", folder / "in", *options, *sizes)]
+
+
+@needs_mpi
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+def test_same_bytes_for_any_number_of_ranks(folder: Path, tmp_path: Path, ranks: int, workers: int) -> None:
+    run = mpi_command(folder, tmp_path / "out", ranks, workers)
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    # One rank speaks.
+    assert len(found.stdout.splitlines()) == 1
+    assert tree(tmp_path / "out") == tree(folder / "whole")
+
+
+@needs_mpi
+def test_error_is_told_once_and_ends_every_rank(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "in", tmp_path / "in")
+    (tmp_path / "in/part2.txt").write_bytes(b"good\n\nb\xe4d\n")
+    run = mpi_command(folder, tmp_path / "out", 3, 1)
+    run[run.index(str(folder / "in"))] = str(tmp_path / "in")
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode != 0
+    assert [line for line in found.stderr.splitlines() if "not UTF-8" in line][1:] == []
+    assert "part2.txt: not UTF-8 at byte 7" in found.stderr
+
+
+def children(process: int) -> list[int]:
+    """All processes below one, the deepest last."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent == process:
+                found += [int(path.name), *children(int(path.name))]
+    return found
+
+
+@needs_mpi
+@pytest.mark.parametrize("whom", ["one", "all"])
+def test_killed_and_started_again(folder: Path, tmp_path: Path, whom: str) -> None:
+    """SIGKILL at random moments, to any one process of the job or to all of them."""
+    rng = random.Random(whom)
+    kills = 0
+    for attempt in range(20):
+        process = subprocess.Popen(
+            mpi_command(folder, tmp_path / "out", 2, 1),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(rng.uniform(1, 4) if kills < 4 and attempt < 19 else 300)
+        except subprocess.TimeoutExpired:
+            below = children(process.pid)
+            victims = below if whom == "all" else [rng.choice(below or [process.pid])]
+            for victim in victims:
+                try:
+                    os.kill(victim, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            kills += 1
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                # A launcher may wait for ever for a helper of its own that is gone; the ranks are what counts.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for left in below:
+                wait_for_end(left)
+            continue
+        if process.returncode == 0:
+            break
+    assert tree(tmp_path / "out") == tree(folder / "whole")
+
+
+def wait_for_end(process: int) -> None:
+    """Until a process that lost its parent is gone; one that goes on is ended."""
+    for _ in range(100):
+        if not Path(f"/proc/{process}").exists():
+            return
+        time.sleep(0.1)
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def test_mpirun_without_mpi4py_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert join_team() is None
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(CorpusError, match="started by mpirun with 4 ranks, but mpi4py is not installed"):
+        join_team()
+    assert cli.main(["build", "--input", "x", "--tokenizer", "t", "--sequence-length", "16", "--output", "o"]) == 1
+    assert "mpi4py is not installed" in capsys.readouterr().err
