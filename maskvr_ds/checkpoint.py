@@ -180,8 +180,8 @@ def _raise_first(failed: list[Exception], folder: Path) -> None:
     if failed:
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"{folder}: the checkpoint could not be written, nothing of it is kept: {failed[0]} ({free:,} bytes are free "
-            "there); --resume auto goes on from the one before"
+            f"{folder}: the checkpoint could not be written, nothing of it is kept: {failed[0]} ({free:,} bytes are "
+            "free there); --resume auto goes on from the one before"
         ) from failed[0]
 
 
