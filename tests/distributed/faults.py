@@ -15,9 +15,10 @@ class Act:
 
     signal: (rank, update, number): that rank hears it when it is about to make that update (0-based).
     nan_row: a row of the corpus whose loss is not a number, whenever it comes; nan_step: the update at which one is so.
-    kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "save" in the n-th writing of one
-    of DeepSpeed's files, "update" before the n-th of this life, "convert" when a conversion is all but renamed. fill: a file that takes all the room of its file system, once the disk was found to have
-    enough; before it all begins, `empty` is removed.
+    kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "update" before the n-th of this
+    life, "save" in the n-th writing of one of DeepSpeed's files, "convert" when a conversion is all but renamed.
+    fill: a file that takes all the room of its file system, once the disk was found to have enough; before it all
+    begins, `empty` is removed.
     """
 
     values: dict[str, Any]
