@@ -1,6 +1,5 @@
-"""Whole jobs through `maskvr train`: signals to the command and to a rank, a stopped rank, kills at random moments."""
+"""Whole jobs through `maskvr train`: signals to the command and to a rank, a stopped rank."""
 
-import random
 import signal
 import subprocess
 import time
@@ -19,7 +18,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, command, configuration, environment, metrics, train_all
 from tests.support.corpora import make_corpus
 
-STEPS, EVERY, KILLS = 150, 10, 20
+STEPS, EVERY = 150, 10
 FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
 
 
@@ -129,41 +128,3 @@ def test_a_rank_that_stops_answering_ends_the_job_by_name(folder: Path) -> None:
     words = text[text.index("error: rank 1 on ") :]
     step = int(words.split("(last step ")[1].split(",")[0])
     assert abs(step - last) <= 1000, "as of its last beat"
-
-
-def test_kills_at_random_moments(folder: Path, request: pytest.FixtureRequest) -> None:
-    """All processes or one rank, while steps are made, checkpoints written, or everything is loaded."""
-    random_number = random.Random(6)
-    kills = KILLS if request.config.getoption("--whole-survival") else 2
-    config = write_config(folder, folder / "corpus", "killed", checkpoint={"every_steps": 2, "keep_last": 3})
-    run = folder / "killed"
-    lost = []
-    for number in range(kills):
-        # At the end there would be nothing left to kill.
-        before = len(metrics(run))
-        goal = max(before + 1, min(before + random_number.randrange(1, 8), (number + 1) * STEPS // (kills + 1)))
-        job = Job(config)
-        moment = random_number.choice(("step", "saving", "loading"))
-        if moment == "loading":
-            time.sleep(random_number.uniform(1, 5))
-        else:
-            job.wait_until(lambda n=goal: len(metrics(run)) >= n)
-        if moment == "saving":
-            job.wait_until((run / "checkpoints" / ".saving").exists)
-        time.sleep(random_number.uniform(0, 0.05))
-        if random_number.random() < 0.5 and moment != "loading":
-            job.rank(random_number.randrange(2)).kill()
-            assert job.status() == 1
-        else:
-            family = job.family()
-            for member in family:
-                member.send_signal(signal.SIGSTOP)
-            for member in family:
-                member.kill()
-            job.end()
-        reached, saved = len(metrics(run)), complete_checkpoints(run)
-        lost.append(reached - (int(saved[-1].name[5:]) if saved else 0))
-        print(f"kill {number + 1}: {moment}, step {reached}, {lost[-1]} steps to be done again", flush=True)
-    assert Job(config).status() == 0
-    assert max(lost) <= 2 + 1, "one checkpoint interval, and the step under way"
-    same_as_whole(folder, "killed")
