@@ -31,11 +31,16 @@ class Job:
         with self.output.open("w") as log:
             self.process = subprocess.Popen(command(*words), env=environment(), stdout=log, stderr=log)
 
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
     def wait_until(self, condition: Callable[[], Any], timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.end()
                 raise AssertionError(f"ended or hung before its time:\n{self.output.read_text()[-3000:]}")
             time.sleep(0.02)
 
@@ -53,10 +58,7 @@ class Job:
         raise AssertionError(f"no rank {number}")
 
     def status(self, timeout: float = 300) -> int:
-        try:
-            return self.process.wait(timeout)
-        finally:
-            self.end()
+        return self.process.wait(timeout)
 
     def end(self) -> None:
         """SIGKILL for all that is left of it."""
@@ -105,23 +107,24 @@ def test_signals_stop_the_job_with_a_status_of_its_own(folder: Path) -> None:
     run = folder / "signals"
     for number, to_rank, after in ((signal.SIGTERM, None, 5), (signal.SIGUSR1, 1, 5)):
         before = len(metrics(run))
-        job = Job(config)
-        job.wait_until(lambda n=before + after: len(metrics(run)) >= n)
-        (job.process if to_rank is None else job.rank(to_rank)).send_signal(number)
-        assert job.status() == EXIT_STOPPED == 75, job.output.read_text()[-3000:]
+        with Job(config) as job:
+            job.wait_until(lambda n=before + after: len(metrics(run)) >= n)
+            (job.process if to_rank is None else job.rank(to_rank)).send_signal(number)
+            assert job.status() == EXIT_STOPPED == 75, job.output.read_text()[-3000:]
         steps = len(metrics(run))
         assert before + after <= steps < STEPS
         assert complete_checkpoints(run)[-1].name == f"step-{steps:08d}", "nothing is lost"
-    assert Job(config).status() == 0
+    with Job(config) as job:
+        assert job.status() == 0
     same_as_whole(folder, "signals")
 
 
 def test_a_rank_that_stops_answering_ends_the_job_by_name(folder: Path) -> None:
     config = write_config(folder, folder / "corpus", "hang", hangs={"timeout": 10}, training={"steps": 100_000})
-    job = Job(config)
-    job.wait_until(lambda: len(metrics(folder / "hang")) >= 5)
-    job.rank(1).send_signal(signal.SIGSTOP)
-    assert job.status() == 1
+    with Job(config) as job:
+        job.wait_until(lambda: len(metrics(folder / "hang")) >= 5)
+        job.rank(1).send_signal(signal.SIGSTOP)
+        assert job.status() == 1
     text = job.output.read_text()
     last = len(metrics(folder / "hang"))
     assert text.count("has not answered for 10 s") == 1
