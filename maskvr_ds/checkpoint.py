@@ -22,6 +22,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from maskvr_ds import distributed, elastic, manifest
@@ -73,8 +74,8 @@ def save(
 
     probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
     beside: file name → (tensors on the CPU, metadata): further safetensors files, those of rank 0.
-    Returns the checkpoint's folder. Raises, on every rank alike, CheckpointError where the disk has no room for it and
-    OSError or RuntimeError where writing failed; nothing of it is left then, and earlier checkpoints are as they were.
+    Returns the checkpoint's folder. Raises, on every rank, CheckpointError (one its own, the others RemoteError) where
+    the disk has no room for it or writing failed; nothing of it is left then, and earlier checkpoints are as they were.
     """
     tag = f"step-{state.step:08d}"
     final = run / manifest.FOLDER / tag
@@ -92,7 +93,13 @@ def save(
         weights = full_fp32_weights(engine)
         differing = not_rounded(engine, weights)
         logits = probe_logits(engine.module, probe)
-        distributed.agreed(lambda: _raise_first(failed))
+        distributed.agreed(lambda: _raise_first(failed, folder))
+
+        def complete() -> None:
+            try:
+                describe()
+            except (OSError, SafetensorError) as error:
+                _raise_first([error], folder)
 
         def describe() -> None:
             # A file a rank: optimizer partitions, and at stage 3 the model's.
@@ -120,7 +127,7 @@ def save(
             folder.rename(final)
             manifest.synchronise(final.parent)
 
-        distributed.agreed(describe, on=0)
+        distributed.agreed(complete, on=0)
 
     def tidy() -> None:
         manifest.point_latest(final)
@@ -156,20 +163,26 @@ def _postponing_errors(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Excep
     def save(*args: Any, **kwargs: Any) -> Any:
         try:
             return original(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             failed.append(error)
             return None
 
     writer.save = save
+    # Rank 0 would copy a script beside the checkpoint, with the same fault.
+    engine._copy_recovery_script = lambda *_: None
     try:
         yield failed
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
 
 
-def _raise_first(failed: list[Exception]) -> None:
+def _raise_first(failed: list[Exception], folder: Path) -> None:
     if failed:
-        raise CheckpointError(f"the checkpoint could not be written, nothing of it is kept: {failed[0]}") from failed[0]
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"{folder}: the checkpoint could not be written, nothing of it is kept: {failed[0]} ({free:,} bytes are "
+            "free there); --resume auto goes on from the one before"
+        ) from failed[0]
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
     try:
         if on in (None, rank()):
             result = action()
-    except (ValueError, OSError, RuntimeError) as fault:
+    except Exception as fault:
         error = fault
     messages: list[str | None] = [None] * world_size()
     if world_size() > 1:

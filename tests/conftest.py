@@ -10,5 +10,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-survival",
         action="store_true",
-        help="faults: 20 random kills, every file of a checkpoint damaged, every crossing of stages (half an hour)",
+        help="faults: 20 random kills, every file of a checkpoint damaged, all crossings of stages (15 minutes)",
     )

@@ -15,9 +15,10 @@ class Act:
 
     signal: (rank, update, number): that rank hears it when it is about to make that update (0-based).
     nan_row: a row of the corpus whose loss is not a number, whenever it comes; nan_step: the update at which one is so.
-    kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "save" in the n-th writing of one
-    of DeepSpeed's files. fill: a file that takes all the room of its file system, once the disk was found to have
-    enough; before it all begins, `empty` is removed.
+    kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "update" before the n-th of this
+    life, "save" in the n-th writing of one of DeepSpeed's files, "convert" when a conversion is all but renamed.
+    fill: a file that takes all the room of its file system, once the disk was found to have enough; before it all
+    begins, `empty` is removed.
     """
 
     values: dict[str, Any]
@@ -28,6 +29,8 @@ class Act:
     kill: tuple[int | None, str, int] | None = None
     fill: Path | None = None
     empty: Path | None = None
+    # Takes a line "steps logged, newest checkpoint's step" before the act begins.
+    note: Path | None = None
 
 
 def play(acts: list[Act], ports: list[int]) -> list[str]:
@@ -59,12 +62,19 @@ def _live(act: Act) -> str:
 
     from maskvr_ds import distributed
     from maskvr_ds.config import RunConfig
+    from maskvr_ds.manifest import complete_checkpoints, step_of
+    from maskvr_ds.metrics import METRICS, read_lines
     from maskvr_ds.signals import StoppedError, StopRequest
     from maskvr_ds.train import train
 
     logging.disable(logging.WARNING)
     if act.empty is not None and os.environ["RANK"] == "0":
         act.empty.unlink(missing_ok=True)
+    if act.note is not None and os.environ["RANK"] == "0":
+        run = Path(act.values["output_dir"])
+        saved = [step_of(folder) for folder in complete_checkpoints(run)]
+        with act.note.open("a") as file:
+            file.write(f"{len(read_lines(run / METRICS))} {max(saved, default=0)}\n")
     distributed.initialize()
     distributed.barrier()
     prepare(act)
@@ -87,10 +97,13 @@ def prepare(act: Act) -> None:
 
     rank = int(os.environ["RANK"])
     learning_rate, mask, check_space = RunPhase.learning_rate, Masker.__call__, manifest.check_space
-    now = [0]
+    now, made = [0], [0]
 
     def at_step(phase: Any, step: int) -> float:
         now[0] = step
+        made[0] += 1
+        if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1:] == ("update", made[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
         if act.signal is not None and act.signal[:2] == (rank, step):
             os.kill(os.getpid(), act.signal[2])
         if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1:] == ("step", step):
@@ -117,6 +130,8 @@ def prepare(act: Act) -> None:
         manifest.check_space = full
     if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "save":
         _kill_in_save(act.kill[2])
+    if act.kill is not None and act.kill[1] == "convert":
+        _kill_in_conversion()
 
 
 def _kill_in_save(number: int) -> None:
@@ -131,6 +146,18 @@ def _kill_in_save(number: int) -> None:
         return save(*args, **kwargs)
 
     TorchCheckpointEngine.save = deadly
+
+
+def _kill_in_conversion() -> None:
+    from maskvr_ds import elastic
+
+    write = elastic.save_file
+
+    def deadly(*args: Any) -> None:
+        write(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    elastic.save_file = deadly
 
 
 def fill(path: Path, *, leave: int) -> None:

@@ -1,6 +1,5 @@
-"""Whole jobs through `maskvr train`: signals to the command and to a rank, a stopped rank, kills at random moments."""
+"""Whole jobs through `maskvr train`: signals to the command and to a rank, a stopped rank."""
 
-import random
 import signal
 import subprocess
 import time
@@ -19,7 +18,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, command, configuration, environment, metrics, train_all
 from tests.support.corpora import make_corpus
 
-STEPS, EVERY, KILLS = 150, 10, 20
+STEPS, EVERY = 150, 10
 FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
 
 
@@ -32,11 +31,16 @@ class Job:
         with self.output.open("w") as log:
             self.process = subprocess.Popen(command(*words), env=environment(), stdout=log, stderr=log)
 
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
     def wait_until(self, condition: Callable[[], Any], timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.end()
                 raise AssertionError(f"ended or hung before its time:\n{self.output.read_text()[-3000:]}")
             time.sleep(0.02)
 
@@ -54,10 +58,7 @@ class Job:
         raise AssertionError(f"no rank {number}")
 
     def status(self, timeout: float = 300) -> int:
-        try:
-            return self.process.wait(timeout)
-        finally:
-            self.end()
+        return self.process.wait(timeout)
 
     def end(self) -> None:
         """SIGKILL for all that is left of it."""
@@ -106,64 +107,27 @@ def test_signals_stop_the_job_with_a_status_of_its_own(folder: Path) -> None:
     run = folder / "signals"
     for number, to_rank, after in ((signal.SIGTERM, None, 5), (signal.SIGUSR1, 1, 5)):
         before = len(metrics(run))
-        job = Job(config)
-        job.wait_until(lambda n=before + after: len(metrics(run)) >= n)
-        (job.process if to_rank is None else job.rank(to_rank)).send_signal(number)
-        assert job.status() == EXIT_STOPPED == 75, job.output.read_text()[-3000:]
+        with Job(config) as job:
+            job.wait_until(lambda n=before + after: len(metrics(run)) >= n)
+            (job.process if to_rank is None else job.rank(to_rank)).send_signal(number)
+            assert job.status() == EXIT_STOPPED == 75, job.output.read_text()[-3000:]
         steps = len(metrics(run))
         assert before + after <= steps < STEPS
         assert complete_checkpoints(run)[-1].name == f"step-{steps:08d}", "nothing is lost"
-    assert Job(config).status() == 0
+    with Job(config) as job:
+        assert job.status() == 0
     same_as_whole(folder, "signals")
 
 
 def test_a_rank_that_stops_answering_ends_the_job_by_name(folder: Path) -> None:
     config = write_config(folder, folder / "corpus", "hang", hangs={"timeout": 10}, training={"steps": 100_000})
-    job = Job(config)
-    job.wait_until(lambda: len(metrics(folder / "hang")) >= 5)
-    job.rank(1).send_signal(signal.SIGSTOP)
-    assert job.status() == 1
+    with Job(config) as job:
+        job.wait_until(lambda: len(metrics(folder / "hang")) >= 5)
+        job.rank(1).send_signal(signal.SIGSTOP)
+        assert job.status() == 1
     text = job.output.read_text()
     last = len(metrics(folder / "hang"))
     assert text.count("has not answered for 10 s") == 1
     words = text[text.index("error: rank 1 on ") :]
     step = int(words.split("(last step ")[1].split(",")[0])
     assert abs(step - last) <= 1000, "as of its last beat"
-
-
-def test_kills_at_random_moments(folder: Path, request: pytest.FixtureRequest) -> None:
-    """All processes or one rank, while steps are made, checkpoints written, or everything is loaded."""
-    random_number = random.Random(6)
-    kills = KILLS if request.config.getoption("--whole-survival") else 2
-    config = write_config(folder, folder / "corpus", "killed", checkpoint={"every_steps": 2, "keep_last": 3})
-    run = folder / "killed"
-    lost = []
-    for number in range(kills):
-        # At the end there would be nothing left to kill.
-        before = len(metrics(run))
-        goal = max(before + 1, min(before + random_number.randrange(1, 8), (number + 1) * STEPS // (kills + 1)))
-        job = Job(config)
-        moment = random_number.choice(("step", "saving", "loading"))
-        if moment == "loading":
-            time.sleep(random_number.uniform(1, 5))
-        else:
-            job.wait_until(lambda n=goal: len(metrics(run)) >= n)
-        if moment == "saving":
-            job.wait_until((run / "checkpoints" / ".saving").exists)
-        time.sleep(random_number.uniform(0, 0.05))
-        if random_number.random() < 0.5 and moment != "loading":
-            job.rank(random_number.randrange(2)).kill()
-            assert job.status() == 1
-        else:
-            family = job.family()
-            for member in family:
-                member.send_signal(signal.SIGSTOP)
-            for member in family:
-                member.kill()
-            job.end()
-        reached, saved = len(metrics(run)), complete_checkpoints(run)
-        lost.append(reached - (int(saved[-1].name[5:]) if saved else 0))
-        print(f"kill {number + 1}: {moment}, step {reached}, {lost[-1]} steps to be done again", flush=True)
-    assert Job(config).status() == 0
-    assert max(lost) <= 2 + 1, "one checkpoint interval, and the step under way"
-    same_as_whole(folder, "killed")

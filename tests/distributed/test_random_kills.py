@@ -1,0 +1,59 @@
+"""One run killed again and again, at random places, all ranks or one, on changing numbers of ranks."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.faults import Act, play
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import NO_DROPOUT, column, configuration, free_ports, metrics
+from tests.support.corpora import make_corpus
+
+STEPS, EVERY = 120, 3
+
+
+def test_killed_at_random_and_resumed_is_never_killed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    corpus, note = make_corpus(tmp_path / "corpus", rows=200, words=20), tmp_path / "note"
+    chance = random.Random(20)
+
+    def values(name: str, stage: int) -> dict[str, object]:
+        return configuration(
+            tmp_path / name,
+            corpus,
+            steps=STEPS,
+            model=NO_DROPOUT,
+            evaluation={"every_steps": 0},
+            checkpoint={"every_steps": EVERY, "keep_last": 2},
+            deepspeed=f"zero{stage}_fp32",
+        )
+
+    def kills(number: int, stage: int, ranks: int) -> list[Act]:
+        acts = []
+        for _ in range(number):
+            place, most = chance.choice((("update", 8), ("save", 4), ("save", 4)))
+            whom = chance.choice((None, *range(ranks)))
+            acts.append(Act(values("killed", stage), "auto", kill=(whom, place, chance.randint(1, most)), note=note))
+        return acts
+
+    whole = request.config.getoption("--whole-survival")
+    counts = (9, 4, 5) if whole else (1, 0, 1)
+    parts = [
+        (2, [Act(values("whole", 2)), *kills(counts[0], 2, 2)]),
+        (1, [Act(values("killed", 3), "auto", kill=(None, "convert", 0), note=note), *kills(counts[1], 3, 1)]),
+        (2, [Act(values("killed", 1), "auto", kill=(0, "convert", 0), note=note), *kills(counts[2], 1, 2)]),
+    ]
+    parts[2][1].append(Act(values("killed", 1), "auto", note=note))
+    said = []
+    for ranks, acts in parts:
+        said.append(run_ranks(play, ranks, acts, free_ports(len(acts)), timeout=1800))
+    killed = sum(any(rank[i] == "killed" for rank in answers) for answers in said for i in range(len(answers[0])))
+    assert killed == sum(counts) + 2, said
+    assert [rank[-1] for rank in said[2]] == ["done", "done"]
+    lost = [int(line.split()[0]) - int(line.split()[1]) for line in note.read_text().splitlines()]
+    print(f"{killed} kills, steps done again: {lost}")
+    assert max(lost) <= EVERY
+    figures = ("step", "samples", "lr", "data_digest", "mask_digest")
+    assert column(tmp_path / "killed", *figures) == column(tmp_path / "whole", *figures)
+    for ours, theirs in zip(metrics(tmp_path / "killed"), metrics(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
