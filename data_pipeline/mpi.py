@@ -99,9 +99,9 @@ def join_team() -> Team | None:
         return None
     try:
         from mpi4py import MPI
-    except ImportError:
+    except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library
         raise CorpusError(
-            f"started by mpirun with {max(sizes)} ranks, but mpi4py is not installed. "
+            f"started by mpirun with {max(sizes)} ranks, but mpi4py is not there ({error}). "
             "Install it (pip install 'maskvr_ds[mpi]'), or use --workers alone"
         ) from None
     return Team(MPI.COMM_WORLD)

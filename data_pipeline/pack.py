@@ -238,29 +238,35 @@ def pack_shard(
     """Write one shard of full sequences from its pieces (part, start, stop) of the stream; returns its manifest
     entry."""
     manifest = _tokens(shared.tokens)
-    planes = shared.options.columns
-    stream, ends = [], [np.empty(0, np.int64)]
-    bits: dict[str, list[NDArray[np.bool_]]] = {plane: [] for plane in planes}
+    length = shared.options.sequence_length
+    total = sum(stop - start for _, start, stop in pieces)
+    ends = [np.empty(0, np.int64)]
     position = 0
     for part, start, stop in pieces:
         reader = _open(shared, part)
-        stream.append(reader.ids(start, stop))
-        for plane in planes:
-            bits[plane].append(reader.plane(plane, start, stop))
         # Searched in the map: the file of a large unit is longer than what a shard needs.
         first, behind = np.searchsorted(reader.ends, (start, stop))
         ends.append(reader.ends[first:behind] + (position - start))
         position += stop - start
+    at = np.concatenate(ends)
+
+    def packed(name: str, dtype: Any, cls: int, sep: int, pad: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        # One buffer, filled piece by piece and gone before the next column: a shard is large.
+        stream = np.empty(total, dtype)
+        position = 0
+        for part, start, stop in pieces:
+            reader = _open(shared, part)
+            found = reader.ids(start, stop) if name == "input_ids" else reader.plane(name, start, stop)
+            stream[position : position + stop - start] = found
+            position += stop - start
+        return pack_rows(stream, at, length, cls, sep, pad, last)
+
     tokens = manifest.special_tokens
-    at, length = np.concatenate(ends), shared.options.sequence_length
-    input_ids, document_end = pack_rows(np.concatenate(stream), at, length, tokens.cls, tokens.sep, tokens.pad, last)
+    input_ids, document_end = packed("input_ids", manifest.dtype, tokens.cls, tokens.sep, tokens.pad)
     # A plane is packed like the ids, with bits that are not set at the special tokens.
-    columns = {
-        plane: pack_rows(np.concatenate(parts).view(np.uint8), at, length, 0, 0, 0, last)[0].astype(np.bool_)
-        for plane, parts in bits.items()
-    }
+    columns = {plane: packed(plane, np.uint8, 0, 0, 0)[0].view(np.bool_) for plane in shared.options.columns}
     entry = write_shard(folder, file_name, input_ids, document_end, columns)
-    progress(position * input_ids.itemsize, 0)
+    progress(total * input_ids.itemsize, 0)
     return entry.model_dump()
 
 

@@ -29,6 +29,7 @@ from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.metrics import METRICS, read_lines
 from maskvr_ds.run import CONFIG, open_corpora
 from maskvr_ds.strategy_spec import ORACLES, StrategySpec, parse_strategies
+from maskvr_ds.variance_report import folded
 
 RESULT, PLOT = "compare.json", "compare.png"
 _SPREAD = ("final", "difference", "fewer_steps", "less_time")
@@ -195,23 +196,33 @@ def _cell(spread: dict[str, float] | None, digits: int) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _losses(run: dict[str, Any]) -> list[tuple[int, float]]:
+    return [(step, loss) for step, _, loss in run["curve"]]
+
+
 def plot(result: dict[str, Any], output: Path) -> None:
-    """Held-out loss over steps, mean and range over seeds; the seeds' speed-ups beside it → PNG."""
+    """Held-out loss over steps, mean and range over seeds; its difference from the baseline's; speed-ups → PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=120, width_ratios=[3, 2])
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), dpi=120)
+    baseline = {run["seed"]: dict(_losses(run)) for run in result["strategies"][result["baseline"]]["runs"]}
     names = [name for name, found in result["strategies"].items() if found["runs"]]
     for place, name in enumerate(names):
         runs = result["strategies"][name]["runs"]
         steps = [point[0] for point in runs[0]["curve"]]
         losses = list(zip(*([point[2] for point in run["curve"]] for run in runs), strict=False))
-        (line,) = left.plot(steps[: len(losses)], [statistics.fmean(x) for x in losses], linewidth=1.2, label=name)
+        (line,) = left.plot(
+            steps[: len(losses)], [statistics.fmean(x) for x in losses], linewidth=1.2, label=folded(name)
+        )
         left.fill_between(
             steps[: len(losses)], list(map(min, losses)), list(map(max, losses)), alpha=0.15, color=line.get_color()
         )
+        for run in runs:
+            apart = [(s, x - baseline[run["seed"]][s]) for s, x in _losses(run) if s in baseline[run["seed"]]]
+            middle.plot(*zip(*apart, strict=True), linewidth=0.8, color=line.get_color())
         for key, marker, up in (("fewer_steps", "o", -0.1), ("less_time", "x", 0.1)):
             values = [run[key] if run[key] is not None else math.nan for run in runs]
             label = key.replace("_", " ") if place == 0 else None
@@ -219,12 +230,14 @@ def plot(result: dict[str, Any], output: Path) -> None:
     left.set_xlabel("step")
     left.set_ylabel("held-out loss [nats]")
     right.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    right.set_yticks(range(len(names)), names, fontsize=7)
+    right.set_yticks(range(len(names)), [folded(name) for name in names], fontsize=6)
     right.set_ylim(len(names) - 0.5, -0.5)
-    right.set_xlabel(f"times fewer than {result['baseline']}, to its loss; a mark a seed")
-    for axes in (left, right):
+    right.set_xlabel(f"× fewer than {result['baseline']} to its last loss; a mark a seed", fontsize=8)
+    middle.set_ylabel(f"held-out loss − that of {result['baseline']}")
+    middle.set_xlabel("step; a line a seed")
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        if names:
+        if names and axes is not middle:
             axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(output)

@@ -33,7 +33,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """A strategy in several lines, where it has settings."""
     return name.replace(":", ":\n").replace(",", ",\n")
 
 
@@ -62,7 +63,7 @@ def plot(report: dict[str, Any], output: Path) -> None:
     for place, w in zip(places, whole, strict=True):
         axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.2)
     axes.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_yticks(places, [_folded(name) for name in names], fontsize=7)
+    axes.set_yticks(places, [folded(name) for name in names], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(f"total variance ÷ uniform at equal compute, step {report['step']}")
     axes.legend(fontsize=8)
@@ -75,7 +76,7 @@ def plot(report: dict[str, Any], output: Path) -> None:
                 [v["total_ratio"][0] for v in layers.values()],
                 marker="o",
                 markersize=3,
-                label=_folded(name),
+                label=folded(name),
             )
     first = {k: v["mask_over_data"][0] for k, v in strategies[names[0]]["layers"].items() if k != "whole"}
     axes.axhline(1, color="grey", linestyle="--", linewidth=0.8)

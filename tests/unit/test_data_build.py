@@ -80,7 +80,7 @@ def test_corpus_equals_a_naive_one(folder: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_same_bytes_for_any_number_of_workers(folder: Path, tmp_path: Path, workers: int) -> None:
     # The inputs are also named one by one and in another order.
     inputs = sorted((folder / "in").iterdir(), reverse=True)
