@@ -215,7 +215,8 @@ def load(
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
     else:
-        universal = distributed.agreed(lambda: elastic.convert(run, folder, state, expected), on=0)
+        offloaded = bool(engine.zero_offload_optimizer())
+        universal = distributed.agreed(lambda: elastic.convert(run, folder, state, expected, offloaded=offloaded), on=0)
         elastic.load(universal, engine)
     return state
 

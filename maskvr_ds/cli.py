@@ -54,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_train(commands: argparse._SubParsersAction) -> None:
     from maskvr_ds.config import add_run_options
 
-    parser = commands.add_parser("train", help="pretrain, or go on with a run")
+    parser = commands.add_parser(
+        "train",
+        help="pretrain, or go on with a run",
+        description="Pretrain, or go on with a run, on any number of ranks and at any ZeRO stage.",
+        epilog="exit status: 0 done; 1 error; 75 stopped by SIGTERM or SIGUSR1, with a checkpoint, "
+        "to go on with the same command and --resume auto",
+    )
     add_run_options(parser)
     parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
     parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's hostfile: one `host slots=N` a line")

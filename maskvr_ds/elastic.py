@@ -49,15 +49,22 @@ def same_layout(was: CheckpointState, now: CheckpointState) -> bool:
     return (was.world_size, was.zero_stage, was.partitions) == (now.world_size, now.zero_stage, now.partitions)
 
 
-def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState) -> Path:
+def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState, *, offloaded: bool = False) -> Path:
     """A verified checkpoint → the folder of its universal form, under `run`. On one rank.
 
-    Raises CheckpointError where it cannot be had: bf16 between stage 0 and the others, no room on the disk.
+    offloaded: whether the present run keeps its optimizer on the CPU.
+    Raises CheckpointError where there is no room on the disk, and for what is not proven: stage 0 to or from the
+    others, fp16, an offloaded optimizer.
     """
-    if was.dtype != "float32" and 0 in (was.zero_stage, now.zero_stage):
+    unproven = {
+        f"from ZeRO stage {was.zero_stage} to {now.zero_stage}": 0 in (was.zero_stage, now.zero_stage),
+        "in fp16": was.dtype == "float16",
+        "with the optimizer on the CPU": offloaded,
+    }
+    if found := [what for what, holds in unproven.items() if holds]:
         raise CheckpointError(
-            f"{folder}: ZeRO stage was {was.zero_stage}, is {now.zero_stage}; in {was.dtype} a run cannot cross "
-            "between stage 0 and the others (its master weights lie elsewhere). Resume with the stage of the checkpoint"
+            f"{folder}: written by {was.world_size} ranks at ZeRO stage {was.zero_stage}; going on with "
+            f"{now.world_size} at stage {now.zero_stage} is not supported {', '.join(found)}: resume as it was written"
         )
     source = manifest.sha256(folder / manifest.MANIFEST)
     target, temporary = run / manifest.FOLDER / UNIVERSAL, run / manifest.FOLDER / CONVERTING
@@ -74,7 +81,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     temporary.mkdir(parents=True)
     # DeepSpeed's converter writes every tensor twice, as fragments and whole.
     manifest.check_space(temporary, 3 * manifest.size(folder), "converting a checkpoint")
-    tensors, content = (_from_stage_0 if was.zero_stage == 0 else _from_partitions)(folder, temporary / "pieces")
+    tensors, content = _from_partitions(folder, temporary / "pieces")
     shutil.rmtree(temporary / "pieces", ignore_errors=True)
     save_file(tensors, temporary / TENSORS)
     manifest.write_manifest(temporary, {"source": source, **content})
@@ -129,19 +136,6 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     named = [(key, key.partition("/")[2], t) for key, t in tensors.items()]
     tensors = {key: t.view(shapes[name]) for key, name, t in named if name in shapes}
     return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
-
-
-def _from_stage_0(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same from stage 0 in fp32, where the optimizer's state is whole already."""
-    model = _unpickle(folder / "mp_rank_00_model_states.pt")
-    optimizer = model["optimizer"]
-    tensors = {}
-    for group in optimizer["param_groups"]:
-        for index, name in zip(group["params"], group["param_names"], strict=True):
-            tensors[f"fp32/{name}"] = model["module"][name].clone()
-            for kind in _KINDS[1:]:
-                tensors[f"{kind}/{name}"] = optimizer["state"][index][kind].clone()
-    return tensors, _content(optimizer, model, {})
 
 
 def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str, Any]) -> dict[str, Any]:
