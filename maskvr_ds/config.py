@@ -110,8 +110,9 @@ class MapNetConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     # λ: the uniform part of the proposal; importance weights are at most 1/λ.
     floor: Annotated[float, Field(gt=0, le=1)] = 0.3
-    # variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm.
-    objective: Literal["variance", "regression"] = "regression"
+    # variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm, which has
+    # measured worse (docs/variance.md).
+    objective: Literal["variance", "regression"] = "variance"
     # Masks by the proposal: always; never (it learns and is measured all the same); auto: while it pays for its time.
     gate: Literal["always", "never", "auto"] = "always"
     # auto: time that MAPNet adds, relative to the rest of a step. None: measured; a run is then not reproducible to
