@@ -135,9 +135,12 @@ def strategy_cost(
         batches = loader.batches()
         elapsed: dict[str, list[float]] = {name: [] for name in maskers}
         cpu_time: dict[str, list[float]] = {name: [] for name in maskers}
+        names = list(maskers)
         for round_ in range(rounds + 1):
-            for name, masker in maskers.items():
-                batch = next(batches)
+            # Another one first each time: what a step finds in the caches depends on the step before.
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                batch, masker = next(batches), maskers[name]
                 engine.module.observer = None
                 if name == "mapnet":
                     proposer.attach(engine.module)
@@ -160,7 +163,7 @@ def strategy_cost(
         "rounds": rounds,
         "uniform_seconds_median": statistics.median(elapsed["uniform"]),
     }
-    for name in list(maskers)[1:]:
+    for name in names[1:]:
         for kind, seconds in (("", elapsed), ("_cpu_time", cpu_time)):
             ratios = [own / uniform - 1 for own, uniform in zip(seconds[name], seconds["uniform"], strict=True)]
             for statistic in (min, statistics.median, max):
