@@ -18,7 +18,9 @@ demo: install
 	$(RUN) $(BIN)/maskvr demo --output demo_run
 
 test: install
-	$(RUN) $(BIN)/python -m pytest
+	# Ranks keep two cores busy by themselves; what has one process runs two at a time.
+	$(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(RUN) $(BIN)/python -m pytest --ignore tests/unit
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,18 +10,21 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, free_ports, metrics
 from tests.support.corpora import make_corpus
 
-STEPS, EVERY = 120, 3
+EVERY = 3
 
 
 def test_killed_at_random_and_resumed_is_never_killed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     corpus, note = make_corpus(tmp_path / "corpus", rows=200, words=20), tmp_path / "note"
     chance = random.Random(20)
+    whole = request.config.getoption("--whole-survival")
+    # A life that is killed makes at most 12 of them.
+    steps = 120 if whole else 36
 
     def values(name: str, stage: int) -> dict[str, object]:
         return configuration(
             tmp_path / name,
             corpus,
-            steps=STEPS,
+            steps=steps,
             model=NO_DROPOUT,
             evaluation={"every_steps": 0},
             checkpoint={"every_steps": EVERY, "keep_last": 2},
@@ -36,7 +39,6 @@ def test_killed_at_random_and_resumed_is_never_killed(tmp_path: Path, request: p
             acts.append(Act(values("killed", stage), "auto", kill=(whom, place, chance.randint(1, most)), note=note))
         return acts
 
-    whole = request.config.getoption("--whole-survival")
     counts = (9, 4, 5) if whole else (1, 0, 1)
     parts = [
         (2, [Act(values("whole", 2)), *kills(counts[0], 2, 2)]),

@@ -17,8 +17,6 @@ from tests.support.corpora import make_corpus
 STEPS, SIZE = 12, 120
 # Rows of 32 tokens at 0.2: k = 6, 5 segments; 120 sequences a step are 24 rows of 5 segments.
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "span": {"strategy": "span"},
-    "across_epochs": {"strategy": "fully_explored"},
     "same_batch": {"strategy": "fully_explored", "placement": "same_batch"},
     "frequency": {"strategy": "frequency", "final_rate": 0.1},
     "documents": {"strategy": "frequency", "document_frequency_power": 0.5, "estimator": "hajek"},
@@ -28,6 +26,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "whole_word": {"strategy": "whole_word"},
+    "span": {"strategy": "span"},
+    "across_epochs": {"strategy": "fully_explored"},
     "exact": {"strategy": "frequency", "sampler": "conditional_poisson"},
 }
 # Ranks, accumulation.
