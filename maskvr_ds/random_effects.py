@@ -81,8 +81,10 @@ class Resampling:
 
     def _bca(self, estimate: float, without: Floats, resampled: Floats) -> tuple[float, float, float]:
         normal = NormalDist()
-        # Ties count half: a figure that does not vary has an interval of one point.
-        below = np.mean(resampled < estimate) + np.mean(resampled == estimate) / 2
+        # Ties count half: a figure that does not vary has an interval of one point. A resampling that takes every
+        # sequence once is one, but sums in another order.
+        tied = np.isclose(resampled, estimate, rtol=1e-9, atol=0)
+        below = np.mean((resampled < estimate) & ~tied) + np.mean(tied) / 2
         edge = 1 / (2 * len(resampled))
         bias = normal.inv_cdf(min(max(float(below), edge), 1 - edge))
         influence = without.mean() - without
