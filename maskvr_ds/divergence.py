@@ -4,6 +4,8 @@
    steps, and so is the norm that DeepSpeed has taken by then; the optimizer's step is held back between the two.
 2. Where more than `skip_updates` of the last `history` steps were so, the run goes back to its last checkpoint, and
    passes over the batches of those steps from there on. After `max_rollbacks` to one checkpoint it ends.
+3. Nothing is saved after a step whose update was left out: the fault may be the weights'. What is due is saved after
+   the next good step; a phase that would end on such a step goes back too.
 
 A resume is exact: figures and bad steps of late stand in the checkpoint, roll-backs in RUN/rollbacks.json, which is
 written before the run goes back; which batches are read is a function of the roll-backs and of the number trained.
@@ -54,7 +56,8 @@ class Guard:
         self._bad: list[tuple[int, int]] = [(step, batch) for step, batch in restored.get("bad", ())]
         self._loss = 0.0
         self._held = False
-        self._diverged: str | None = None
+        # Why the last update was left out.
+        self._fault: str | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it, in JSON types."""
@@ -108,29 +111,28 @@ class Guard:
 
         batch: number of its batch in the phase. loss_scale: of fp16, which leaves out updates by itself to find it.
         """
-        self._diverged = None
+        self._fault = None
         if not self._config.enabled:
             return {}
         norm = float(norm)
         if loss_scale is not None and norm == math.inf and math.isfinite(self._loss):
             return {}
         reason = self._reason(norm)
-        self._held = reason is not None
+        self._held, self._fault = reason is not None, reason
         if reason is None:
             self._losses.append(self._loss)
             self._norms.append(norm)
             return {}
         self._bad = [(s, b) for s, b in self._bad if s > step - self._config.history] + [(step, batch)]
-        if len(self._bad) > self._config.skip_updates:
-            self._diverged = reason
         return {"update_left_out": reason}
 
-    def check(self, step: int) -> None:
-        """Raise DivergedError, on every rank alike, where updates were left out too often."""
-        if self._diverged is not None:
+    def check(self, step: int, *, is_last: bool) -> None:
+        """Raise DivergedError, on every rank alike, where updates were left out too often, or that of a phase's last
+        step."""
+        if self._fault is not None and (is_last or len(self._bad) > self._config.skip_updates):
             margin = self._config.margin
             windows = [(max(0, b - margin), b + margin + 1) for _, b in self._bad]
-            raise DivergedError(step, self._diverged, windows)
+            raise DivergedError(step, self._fault, windows)
 
     @property
     def held(self) -> bool:

@@ -192,6 +192,7 @@ def train_phase(
     guard.attach(engine)
 
     engine.train()
+    save_due = False
     reader = batches(loader, step - phase.first_step, windows_of(rollbacks, phase.index))
     with Watchdog(run.output_dir, run.hangs.timeout) as watchdog, _closing(log, reader, engine):
         while step < phase.last_step:
@@ -229,10 +230,11 @@ def train_phase(
             )
             log.step(record)
             log.add(**guard.after_update(step, number, grad_norm, loss_scale=scale))
-            guard.check(step)
+            guard.check(step, is_last=step == phase.last_step)
             stopping = stop is not None and stop.agreed(DeferredTensor(counters[4:]))
             to_evaluate = evaluation if is_due(step, config.evaluation.every_steps, phase.last_step) else None
-            to_save = stopping or is_due(step, config.checkpoint.every_steps, phase.last_step)
+            save_due |= stopping or is_due(step, config.checkpoint.every_steps, phase.last_step)
+            to_save = save_due and not guard.held
             if to_evaluate is None and not to_save:
                 continue
             distributed.wait_for_device()
@@ -241,11 +243,10 @@ def train_phase(
             if to_evaluate is not None:
                 log.add(held_out_loss=to_evaluate.loss(engine.module))
             if to_save:
-                saving = time.perf_counter()
+                saving, save_due = time.perf_counter(), False
                 # The figures of the steps that a checkpoint contains must not be lost with the process.
                 log.synchronise()
-                if not guard.held:
-                    check_finite(record)
+                check_finite(record)
                 if proposer is not None:
                     proposer.check()
                 history = [*before, done(phase, step - phase.first_step, corpus.sequence_length)]

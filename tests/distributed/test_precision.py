@@ -40,15 +40,25 @@ CASES = {
 OVERFLOW = {"initial_scale_power": 22, "loss_scale_window": 1000}
 
 # Runs that end by themselves: at the smallest loss scale, with a fixed one, and where the weights have gone.
-# Name → (fp16 section, optimizer, what is said).
-STOPPING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+# Name → (fp16 section, other sections, what is said).
+STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
     "lowest": (
         {"initial_scale_power": 24, "min_loss_scale": 2.0**23},
         {},
         "gradients overflow at the loss scale 8.38861e+06, which cannot fall further",
     ),
     "fixed": ({"loss_scale": 2.0**24}, {}, "gradients overflow at the loss scale 1.67772e+07, which cannot fall"),
-    "diverged": ({}, {"lr": 1e6}, f"step {SAVED}: loss is nan; not saved"),
+    "diverged": (
+        {},
+        {"optimizer": {"lr": 1e6}, "divergence": {"enabled": False}},
+        f"step {SAVED}: loss is nan; not saved",
+    ),
+    # The same where bad updates are left out: what the weights have become is not saved either.
+    "rolled back": (
+        {},
+        {"optimizer": {"lr": 1e6}, "divergence": {"max_rollbacks": 1}},
+        "step 4: loss is nan, and the run has gone back to step 0 1 times",
+    ),
 }
 
 
@@ -158,11 +168,11 @@ class Runs:
         assert [p.name for p in complete_checkpoints(self("zero3-fp16-killed"))] == [f"step-{SAVED:08d}"]
         other_cut = {**values, "deepspeed": "zero3_fp16", "training": {"steps": STEPS + 1}}
         more: list[tuple[dict[str, Any], str | None]] = [(values, "auto"), (other_cut, "auto")]
-        for name, (fp16, optimizer, _) in STOPPING.items():
+        for name, (fp16, sections, _) in STOPPING.items():
             values = self.values(corpus, name, 2, deepspeed_json(self.folder, "zero2-fp16", **fp16))
-            values["optimizer"] |= optimizer
-            # Without the guard, which would roll the last of them back a few times before it gives up.
-            more.append(({**values, "schedule": {"warmup_steps": 0}, "divergence": {"enabled": False}}, None))
+            for section, settings in sections.items():
+                values[section] = {**values.get(section, {}), **settings}
+            more.append(({**values, "schedule": {"warmup_steps": 0}}, None))
         return more
 
     def values(self, corpus: Path, name: str, world_size: int, deepspeed: str) -> dict[str, Any]:

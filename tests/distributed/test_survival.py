@@ -66,6 +66,9 @@ class Play:
             acts[f"left out {stage}"] = Act(
                 values(f"left out {stage}", deepspeed=f"zero{stage}_fp32"), nan_row=self.row
             )
+        at_save, at_end = (int(self.rows_of_step(step)[5]) for step in (2 * EVERY - 1, STEPS - 1))
+        acts["left out at a save"] = Act(values("left out at a save"), nan_row=at_save)
+        acts["left out at the end"] = Act(values("left out at the end"), nan_row=at_end)
         acts["always"] = Act(values("always", divergence={"skip_updates": 0, "max_rollbacks": 2}), nan_step=BAD)
         if disk is not None:
             filler = disk / "filler"
@@ -161,6 +164,22 @@ def test_a_single_bad_step_updates_nothing(played: Play) -> None:
         for line, of_stage_2 in zip(lines, metrics(played("bad row left out")), strict=True):
             if line["step"] != BAD + 1:
                 assert line["loss"] == pytest.approx(of_stage_2["loss"], abs=1e-4), (name, line["step"])
+
+
+def test_nothing_is_saved_at_a_step_that_was_left_out(played: Play) -> None:
+    run = played("left out at a save")
+    assert played.said["left out at a save"] == ["done", "done"]
+    assert [e["step"] for e in read_events(run / METRICS)] == [EVERY, 2 * EVERY + 1, 3 * EVERY, STEPS]
+    assert column(run, "data_digest") == column(played("whole"), "data_digest")
+
+
+def test_a_run_does_not_end_at_a_step_that_was_left_out(played: Play) -> None:
+    run = played("left out at the end")
+    assert played.said["left out at the end"] == ["done", "done"]
+    (event,) = [event for event in read_events(run / METRICS) if event["event"] == "rollback"]
+    assert (event["step"], event["to_step"], event["passed_over"]) == (STEPS, 12, [[STEPS - 2, STEPS + 1]])
+    assert metrics(run)[-1]["loss"] is not None
+    assert complete_checkpoints(run)[-1].name == f"step-{STEPS:08d}"
 
 
 def test_the_same_fault_every_time_stops_the_run_with_an_explanation(played: Play) -> None:

@@ -83,7 +83,7 @@ def one_step(
     for _ in range(2):  # a call a parameter group
         engine.basic_optimizer.step()
     line = guard.after_update(step, step + 100, norm, loss_scale=scale)
-    guard.check(step)
+    guard.check(step, is_last=False)
     return line
 
 
