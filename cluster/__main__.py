@@ -2,13 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from cluster.hostfile import read_hostfile
+from cluster import hostfile
 
 EXAMPLES = """examples:
   python -m cluster hostfile hosts && deepspeed --hostfile hosts --module maskvr_ds.train --config run.yaml
 """
+# Each adds its parser, and sets `run`: arguments → exit status.
+COMMANDS = (hostfile.add_parser,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,18 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    hostfile = commands.add_parser("hostfile", help="check a hostfile and print hosts and ranks")
-    hostfile.add_argument("file")
+    for add in COMMANDS:
+        add(commands)
     arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        hosts = read_hostfile(arguments.file)
+        return run(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for host, slots in hosts.items():
-        print(f"{host:40} {slots}")
-    print(f"{len(hosts)} hosts, {sum(hosts.values())} ranks")
-    return 0
 
 
 if __name__ == "__main__":

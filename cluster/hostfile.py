@@ -4,6 +4,7 @@ Where the file named with `deepspeed --hostfile` does not exist, DeepSpeed train
 it success; a line it cannot read ends it with a traceback. Reading the file here first turns both into one error.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -40,3 +41,17 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     if not hosts:
         raise HostfileError(f"{path}: names no host; one `host slots=N` a line expected")
     return hosts
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("hostfile", help="check a hostfile and print hosts and ranks")
+    parser.add_argument("file")
+    parser.set_defaults(run=_print)
+
+
+def _print(arguments: argparse.Namespace) -> int:
+    hosts = read_hostfile(arguments.file)
+    for host, slots in hosts.items():
+        print(f"{host:40} {slots}")
+    print(f"{len(hosts)} hosts, {sum(hosts.values())} ranks")
+    return 0

@@ -5,20 +5,14 @@ its ranks. So it gets a process group of its own, in which SIGUSR1 is ignored (r
 process asks the ranks by a file in the run's folder, and the exit status is read from that folder.
 """
 
-import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
 
-from maskvr_ds import manifest
-
-# sysexits.h: "temporary failure, the user is invited to retry".
-EXIT_STOPPED = os.EX_TEMPFAIL
-REQUEST = "stop_requested"
-STOPPED = "stopped.json"
+from maskvr_ds import outcome
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
 
 
 def launch(words: list[str], run: Path, steps: int) -> int:
@@ -27,8 +21,8 @@ def launch(words: list[str], run: Path, steps: int) -> int:
     run, steps: the run's folder and the step at which it is done. The first SIGTERM or SIGUSR1 asks for a checkpoint
     and the end; SIGINT, or a second signal, ends everything on this machine at once.
     """
-    for name in (REQUEST, STOPPED):
-        (run / name).unlink(missing_ok=True)
+    (run / REQUEST).unlink(missing_ok=True)
+    outcome.clear(run)
     process = subprocess.Popen(
         [sys.executable, "-m", "deepspeed.launcher.runner", *words],
         process_group=0,
@@ -53,10 +47,9 @@ def launch(words: list[str], run: Path, steps: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     (run / REQUEST).unlink(missing_ok=True)
-    if (run / manifest.FOLDER / f"step-{steps:08d}" / manifest.MANIFEST).is_file():
+    if outcome.completed(run, steps):
         return 0
-    if (run / STOPPED).is_file():
-        step = json.loads((run / STOPPED).read_text(encoding="utf-8"))["step"]
+    if (step := outcome.step_of(run, STOPPED)) is not None:
         print(f"stopped at step {step}, as a signal asked; --resume auto goes on", file=sys.stderr)
         return EXIT_STOPPED
     print(f"error: the ranks ended before step {steps}; --resume auto goes on", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import checkpoint, distributed, hashing, manifest, signals
+from maskvr_ds import checkpoint, distributed, hashing, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.phases import RunPhase
@@ -174,7 +174,7 @@ def make_run_folder(run: Path) -> None:
 def begin(config: RunConfig) -> None:
     """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped."""
     write_config(config)
-    signals.clear(config.output_dir)
+    outcome.clear(config.output_dir)
 
 
 def write_config(config: RunConfig) -> None:

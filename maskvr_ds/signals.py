@@ -8,14 +8,13 @@ signal ends the process at once, wherever it is.
 any node, and needs no process to be found.
 """
 
-import json
 import os
 import signal
 import threading
 from pathlib import Path
 
-from maskvr_ds.launch import EXIT_STOPPED, REQUEST, STOPPED
 from maskvr_ds.metrics import DeferredTensor
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -68,14 +67,3 @@ class StopRequest:
 def _say(text: str) -> None:
     # Not print: the main thread may hold the stream's lock for ever.
     os.write(2, f"{text}\n".encode())
-
-
-def write_stopped(run: Path, step: int) -> None:
-    """Leave word that the run was stopped and saved, for whoever started the ranks and cannot trust exit statuses."""
-    (run / STOPPED).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-    (run / REQUEST).unlink(missing_ok=True)
-
-
-def clear(run: Path) -> None:
-    """Forget an earlier stop, before the run goes on."""
-    (run / STOPPED).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import checkpoint, distributed, hashing, signals
+from maskvr_ds import checkpoint, distributed, hashing, outcome
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.checkpoint import CheckpointState
 from maskvr_ds.config import (
@@ -39,7 +39,6 @@ from maskvr_ds.engine import (
     zero_stage,
 )
 from maskvr_ds.evaluate import HeldOut
-from maskvr_ds.launch import EXIT_STOPPED
 from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Masker
 from maskvr_ds.metrics import METRICS, DeferredTensor, MetricsLog, StepRecord, plot_loss
@@ -96,6 +95,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             latest = go_back(left[0].config, left[0], error, latest)
         free_memory()
     if distributed.rank() == 0:
+        outcome.write(config.output_dir, outcome.COMPLETED, phases[-1].last_step)
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
 
 
@@ -262,7 +262,7 @@ def train_phase(
                 )
                 log.event(event="checkpoint", step=step, seconds=time.perf_counter() - saving)
                 if stopping and step < phase.run_steps:
-                    distributed.agreed(partial(signals.write_stopped, run.output_dir, step), on=0)
+                    distributed.agreed(partial(outcome.write, run.output_dir, outcome.STOPPED, step), on=0)
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {latest}")
             log.exclude(time.perf_counter() - pause)
     return latest
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1  # the rank that failed tells it
     except StoppedError as stopped:
         say(f"{stopped}; go on with --resume auto")
-        return EXIT_STOPPED
+        return outcome.EXIT_STOPPED
     except ArithmeticError as error:  # FloatingPointError, ReplicaError
         # All ranks come to the same figures.
         if distributed.rank() == 0:

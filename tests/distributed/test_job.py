@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from maskvr_ds.checkpoint import complete_checkpoints, read_weights
-from maskvr_ds.launch import EXIT_STOPPED
+from maskvr_ds.outcome import EXIT_STOPPED
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, command, configuration, environment, metrics, train_all
 from tests.support.corpora import make_corpus

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from maskvr_ds.checkpoint import complete_checkpoints, read_weights
-from maskvr_ds.launch import STOPPED
 from maskvr_ds.loader import sample_rows
 from maskvr_ds.manifest import faults, read_state
 from maskvr_ds.metrics import METRICS, read_events
+from maskvr_ds.outcome import STOPPED
 from tests.distributed.faults import Act, play
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, configuration, free_ports, metrics

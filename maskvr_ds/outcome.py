@@ -1,0 +1,50 @@
+"""How a run ended, said by files in its folder and by an exit status of its own. Loads no torch.
+
+Exit statuses of launchers cannot be trusted: DeepSpeed's returns 0 where a signal ended its ranks, and for a run on the
+wrong machines. Whoever starts ranks decides by these files: they are written by rank 0, whole or not at all, after the
+checkpoint that they speak of, and removed when training begins or goes on.
+"""
+
+import json
+import os
+from pathlib import Path
+
+# sysexits.h: "temporary failure, the user is invited to retry".
+EXIT_STOPPED = os.EX_TEMPFAIL
+# Made by anyone, asks a run to save and stop.
+REQUEST = "stop_requested"
+# {"step": n}: stopped and saved as a signal, or the file above, asked.
+STOPPED = "stopped.json"
+# {"step": n}: all that the configuration asked for is done.
+COMPLETED = "completed.json"
+
+
+def write(run: Path, name: str, step: int) -> None:
+    """Leave word of how the run ended: `name` is STOPPED or COMPLETED."""
+    temporary = run / f".{name}.partial"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"step": step}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run / name)
+    (run / REQUEST).unlink(missing_ok=True)
+
+
+def clear(run: Path) -> None:
+    """Forget an earlier end, before the run begins or goes on."""
+    for name in (STOPPED, COMPLETED):
+        (run / name).unlink(missing_ok=True)
+
+
+def step_of(run: Path, name: str) -> int | None:
+    """The step that STOPPED or COMPLETED names; None where there is no such file."""
+    try:
+        return int(json.loads((run / name).read_text(encoding="utf-8"))["step"])
+    except FileNotFoundError:
+        return None
+
+
+def completed(run: Path, steps: int) -> bool:
+    """Whether the run has come to its end at `steps` or beyond."""
+    step = step_of(run, COMPLETED)
+    return step is not None and step >= steps
