@@ -3,6 +3,8 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +100,42 @@ def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_
     return {"what": what, **figures}
 
 
+class _Stopwatch:
+    """CPU time that this process spends in calls of some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **options)
+            self.seconds += time.process_time() - start
+            return result
+
+        return call
+
+    @contextmanager
+    def on(self, owner: type, *names: str) -> Iterator[None]:
+        """Time these methods of a class."""
+        originals = {name: getattr(owner, name) for name in names}
+        for name, method in originals.items():
+            setattr(owner, name, self.timed(method))
+        try:
+            yield
+        finally:
+            for name, method in originals.items():
+                setattr(owner, name, method)
+
+
 def strategy_cost(
     *, preset: str, deepspeed: str, micro_size: int, rounds: int, sequence_length: int, threads: int | None
 ) -> dict[str, Any]:
     """Optimizer steps of one engine, one micro-batch a rank, with each strategy in turn; a first round does not count.
 
-    Figures: how much longer a step took than the one with uniform masks of its own round, elapsed and CPU time.
+    Figures: how much longer a step took than the one with uniform masks of its own round, elapsed and CPU time
+    (`adds`), which resolves what exceeds the noise of whole steps; and on CPUs, which resolves more, the CPU time
+    within a step of all that draws masks, corrupts and learns to propose, divided by that of the rest (`share`).
     """
     distributed.initialize()
     device, world_size = distributed.device(), distributed.world_size()
@@ -150,6 +182,7 @@ def strategy_cost(
         batches = loader.batches()
         elapsed: dict[str, list[float]] = {name: [] for name in maskers}
         cpu_time: dict[str, list[float]] = {name: [] for name in maskers}
+        shares: dict[str, list[float]] = {name: [] for name in maskers}
         names = list(maskers)
         for round_ in range(rounds + 1):
             # Another one first each time: what a step finds in the caches depends on the step before.
@@ -161,14 +194,18 @@ def strategy_cost(
                     proposer.attach(engine.module)
                 distributed.barrier()
                 distributed.wait_for_device()
-                start, cpu_start = time.perf_counter(), time.process_time()
-                run_step(engine, masker, batch, micro_size, proposer if name == "mapnet" else None)
-                if name == "mapnet":
-                    proposer.step()
-                distributed.wait_for_device()
+                masks = _Stopwatch()
+                with masks.on(Masker, "__call__"), masks.on(Proposer, "observe", "step"):
+                    start, cpu_start = time.perf_counter(), time.process_time()
+                    run_step(engine, masker, batch, micro_size, proposer if name == "mapnet" else None)
+                    if name == "mapnet":
+                        proposer.step()
+                    distributed.wait_for_device()
+                    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
                 if round_:
-                    elapsed[name].append(time.perf_counter() - start)
-                    cpu_time[name].append(time.process_time() - cpu_start)
+                    elapsed[name].append(seconds)
+                    cpu_time[name].append(cpu_seconds)
+                    shares[name].append(masks.seconds / (cpu_seconds - masks.seconds))
         batches.close()
     threads_used = f"cpu, {torch.get_num_threads()} threads"
     figures: dict[str, Any] = {
@@ -183,4 +220,8 @@ def strategy_cost(
             ratios = [own / uniform - 1 for own, uniform in zip(seconds[name], seconds["uniform"], strict=True)]
             for statistic in (min, statistics.median, max):
                 figures[f"{name}_adds{kind}_{statistic.__name__}"] = statistic(ratios)
+    if device.type == "cpu":
+        for name in names:
+            for statistic in (min, statistics.median, max):
+                figures[f"{name}_share_{statistic.__name__}"] = statistic(shares[name])
     return figures
