@@ -8,24 +8,27 @@
         probe.safetensors         a few rows and the engine's logits on them: what an export is held against
         bert/                     config.json of the model, tokenizer
 
-All of it is written under `checkpoints/.saving/`, synchronised, described by checkpoint.json, and then renamed.
+All of it is written under `checkpoints/.saving/`, every rank its own files, which it synchronises and hashes; then
+rank 0 describes them in checkpoint.json and renames the folder.
 Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
 
 Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
 """
 
+import io
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from maskvr_ds import distributed, elastic, manifest
+from maskvr_ds.background import Background
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.engine import full_fp32_weights, not_rounded
@@ -69,18 +72,25 @@ def save(
     tokenizer: Path,
     keep: CheckpointConfig,
     beside: Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]] | None = None,
-) -> Path:
+    background: Background | None = None,
+) -> Path | None:
     """Write a checkpoint of the run, then delete those that `keep` does not keep. Every rank calls.
 
     probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
     beside: file name → (tensors on the CPU, metadata): further safetensors files, those of rank 0.
-    Returns the checkpoint's folder. Raises, on every rank, CheckpointError (one its own, the others RemoteError) where
-    the disk has no room for it or writing failed; nothing of it is left then, and earlier checkpoints are as they were.
+    background: where to go on with it once everything is in host memory; None is returned then, and `finish` of it has
+    the rest, errors too. Returns the checkpoint's folder. Raises, on every rank, CheckpointError (one its own, the
+    others RemoteError) where the disk has no room for it or writing failed; nothing of it is left then, and earlier
+    checkpoints are as they were.
     """
     tag = f"step-{state.step:08d}"
     final = run / manifest.FOLDER / tag
     saving = run / manifest.FOLDER / manifest.SAVING
     folder = saving / tag
+    failed: list[Exception] = []
+    # Of this rank: file → its bytes, None where they are on the disk already; and what it has written: size, SHA-256.
+    files: dict[Path, memoryview | None] = {}
+    written: dict[str, tuple[int, str]] = {}
 
     def prepare() -> None:
         manifest.remove_from(run, state.step)
@@ -88,46 +98,52 @@ def save(
         manifest.check_space(folder, _expected_size(engine), f"checkpoint {tag}")
 
     def write() -> None:
-        with _postponing_errors(engine) as failed:
-            engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
-        weights = full_fp32_weights(engine)
-        differing = not_rounded(engine, weights)
-        logits = probe_logits(engine.module, probe)
-        distributed.agreed(lambda: _raise_first(failed, folder))
+        """This rank's files. No collective: it may run beside training."""
+        try:
+            for path, content in files.items():
+                written[path.relative_to(folder).as_posix()] = manifest.write_hashed(path, content)
+            if distributed.rank() == 0:
+                write_rest()
+        except Exception as error:
+            failed.append(error)
 
-        def complete() -> None:
-            try:
-                describe()
-            except (OSError, SafetensorError) as error:
-                _raise_first([error], folder)
+    def write_rest() -> None:
+        save_file(weights, folder / WEIGHTS)
+        save_file(probed, folder / PROBE)
+        for name, (content, metadata) in (beside or {}).items():
+            save_file(content, folder / name, metadata)
+        engine.module.mlm.config.save_pretrained(folder / BERT)
+        for file in tokenizer.iterdir():
+            shutil.copyfile(file, folder / BERT / file.name)
+        for path in manifest.files_of(folder):
+            if path.parent != folder or path.name in (WEIGHTS, PROBE, *(beside or {})):
+                written[path.relative_to(folder).as_posix()] = manifest.write_hashed(path)
 
-        def describe() -> None:
-            # A file a rank: optimizer partitions, and at stage 3 the model's.
-            patterns = {0: [], 3: ["*_optim_states.pt", "zero_pp_rank_*_model_states.pt"]}
-            for pattern in patterns.get(state.zero_stage, ["*_optim_states.pt"]):
-                if (partitions := len(list(folder.glob(pattern)))) != state.world_size:
-                    raise CheckpointError(
-                        f"{folder}: {partitions} of {state.world_size} ranks' {pattern} arrived; "
-                        "output_dir must lie on a file system that all nodes share"
-                    )
-            if differing:
-                # What an export shall be worth: the master weights are those that the model computes with.
-                raise CheckpointError(f"{', '.join(differing)}: the engine's weights are not its rounded fp32 weights")
-            save_file(weights, folder / WEIGHTS)
-            tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
-            if probe.attention_mask is not None:
-                tensors["attention_mask"] = probe.attention_mask
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / PROBE)
-            for name, (content, metadata) in (beside or {}).items():
-                save_file(content, folder / name, metadata)
-            engine.module.mlm.config.save_pretrained(folder / BERT)
-            for file in tokenizer.iterdir():
-                shutil.copyfile(file, folder / BERT / file.name)
-            manifest.write_manifest(folder, vars(state))
+    def finish() -> Path:
+        try:
+            distributed.agreed(lambda: _raise_first(failed, folder))
+            of_ranks = distributed.gather_objects(written)
+            distributed.agreed(partial(complete, of_ranks), on=0)
+        except Exception:
+            forget()
+            raise
+        distributed.agreed(tidy, on=0)
+        return final
+
+    def complete(of_ranks: list[dict[str, tuple[int, str]]]) -> None:
+        try:
+            for number, of_rank in enumerate(of_ranks):
+                for name, (size, _) in of_rank.items():
+                    if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                        raise CheckpointError(
+                            f"{folder / name}: rank {number} of {state.world_size} has written it, and it did not "
+                            "arrive; output_dir must lie on a file system that all nodes share"
+                        )
+            manifest.write_manifest(folder, vars(state), {k: v for of_rank in of_ranks for k, v in of_rank.items()})
             folder.rename(final)
             manifest.synchronise(final.parent)
-
-        distributed.agreed(complete, on=0)
+        except OSError as error:
+            _raise_first([error], folder)
 
     def tidy() -> None:
         manifest.point_latest(final)
@@ -135,15 +151,41 @@ def save(
         elastic.remove(run)
         manifest.remove_old(run, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
 
-    try:
-        distributed.agreed(prepare, on=0)
-        write()
-    except Exception:
+    def forget() -> None:
         if distributed.rank() == 0:
             shutil.rmtree(saving, ignore_errors=True)
+
+    try:
+        distributed.agreed(prepare, on=0)
+        with _writing(engine, files, failed, in_memory=background is not None):
+            engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
+        weights = full_fp32_weights(engine)
+        differing = not_rounded(engine, weights)
+        probed = _probed(engine, probe)
+        distributed.agreed(lambda: _check_rounded(differing), on=0)
+    except Exception:
+        forget()
         raise
-    distributed.agreed(tidy, on=0)
-    return final
+    if background is not None:
+        background.start(state.step, write, finish)
+        return None
+    write()
+    return finish()
+
+
+def _check_rounded(differing: list[str]) -> None:
+    # What an export shall be worth: the master weights are those that the model computes with.
+    if differing:
+        raise CheckpointError(f"{', '.join(differing)}: the engine's weights are not its rounded fp32 weights")
+
+
+def _probed(engine: deepspeed.DeepSpeedEngine, probe: MaskedBatch) -> dict[str, torch.Tensor]:
+    """What `read_probe` gives. Every rank calls."""
+    logits = probe_logits(engine.module, probe)
+    tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
+    if probe.attention_mask is not None:
+        tensors["attention_mask"] = probe.attention_mask
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def _expected_size(engine: deepspeed.DeepSpeedEngine) -> int:
@@ -153,25 +195,31 @@ def _expected_size(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 @contextmanager
-def _postponing_errors(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Exception]]:
-    """What writing DeepSpeed's files raises inside, as a list: raised there, the other ranks would wait in its barriers
-    for a rank whose disk is full."""
-    failed: list[Exception] = []
+def _writing(
+    engine: deepspeed.DeepSpeedEngine, files: dict[Path, memoryview | None], failed: list[Exception], *, in_memory: bool
+) -> Iterator[None]:
+    """DeepSpeed's files go to the disk, or in `files` as bytes. What is raised in writing them goes in `failed`: raised
+    here, the other ranks would wait in DeepSpeed's barriers for a rank whose disk is full."""
     writer = engine.checkpoint_engine
     original = writer.save
 
-    def save(*args: Any, **kwargs: Any) -> Any:
+    def save(content: Any, path: str) -> None:
         try:
-            return original(*args, **kwargs)
+            if in_memory:
+                buffer = io.BytesIO()
+                torch.save(content, buffer, _use_new_zipfile_serialization=writer.zipfile_serialization)
+                files[Path(path)] = buffer.getbuffer()
+            else:
+                original(content, path)
+                files[Path(path)] = None
         except Exception as error:
             failed.append(error)
-            return None
 
     writer.save = save
     # Rank 0 would copy a script beside the checkpoint, with the same fault.
     engine._copy_recovery_script = lambda *_: None
     try:
-        yield failed
+        yield
     finally:
         del writer.save, engine._copy_recovery_script
 
@@ -215,8 +263,7 @@ def load(
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
     else:
-        offloaded = bool(engine.zero_offload_optimizer())
-        universal = distributed.agreed(lambda: elastic.convert(run, folder, state, expected, offloaded=offloaded), on=0)
+        universal = distributed.agreed(lambda: elastic.convert(run, folder, state, expected), on=0)
         elastic.load(universal, engine)
     return state
 

@@ -1,16 +1,11 @@
 """The command `maskvr`. Heavy imports wait for the command that needs them, so that --help is quick."""
 
 import argparse
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from maskvr_ds import checkpoint_cli
-
-if TYPE_CHECKING:
-    from maskvr_ds.config import RunConfig
 
 EXAMPLES = """examples:
   maskvr train --config run.yaml
@@ -68,6 +63,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from maskvr_ds import launch
     from maskvr_ds.config import ConfigError, load_config
 
     # A wrong value is told here, once, before any rank starts.
@@ -81,29 +77,14 @@ def _train(arguments: argparse.Namespace) -> int:
         # DeepSpeed runs locally, as a world of one machine, where the file it is given does not exist.
         if not Path(arguments.hostfile).is_file():
             raise ConfigError(f"--hostfile {arguments.hostfile}: no such file; one `host slots=N` a line expected")
-        return _launch(["--hostfile", arguments.hostfile], options, config)
+        words = ["--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
+        return launch.launch_hosts(words, config.output_dir, config.training.steps)
     ranks = arguments.num_gpus or _visible_gpus()
     if ranks > 1:
-        # A port of its own, so that two runs on one machine do not meet; no word about the missing hostfile.
-        here = ["--num_gpus", str(ranks), "--master_port", str(_free_port()), "--log_level", "error"]
-        return _launch(here, options, config)
+        return launch.launch_here("maskvr_ds.train", options, ranks, config.output_dir, config.training.steps)
     from maskvr_ds import train
 
     return train.main(options)
-
-
-def _launch(where: list[str], options: list[str], config: "RunConfig") -> int:
-    """Run the deepspeed launcher; 0 only where the run's last checkpoint is there, 75 where it stopped and saved."""
-    from maskvr_ds import launch
-
-    words = [*where, "--module", "maskvr_ds.train", *options]
-    return launch.launch(words, config.output_dir, config.training.steps)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _visible_gpus() -> int:
@@ -194,17 +175,9 @@ def _variance(arguments: argparse.Namespace) -> int:
         from maskvr_ds import variance
 
         return variance.main(options)
-    from deepspeed.launcher import runner
+    from maskvr_ds import launch
 
-    here = ["--num_gpus", str(ranks), "--master_port", str(_free_port()), "--log_level", "error"]
-    result = Path(arguments.output) / "variance.json"
-    before = result.stat().st_mtime_ns if result.is_file() else None
-    runner.main([*here, "--module", "maskvr_ds.variance", *options])
-    # The launcher returns without an error too where a signal ended its ranks.
-    if not result.is_file() or result.stat().st_mtime_ns == before:
-        print("error: the ranks ended before they had a result", file=sys.stderr)
-        return 1
-    return 0
+    return launch.run_here("maskvr_ds.variance", options, ranks)
 
 
 _COMPARE_EXAMPLES = """examples:

@@ -16,6 +16,8 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     # Those of every n-th step are kept for good; 0: none. Counts only where a checkpoint falls on such a step.
     keep_every_steps: NonNegativeInt = 0
+    # Copied to host memory at once, written while training goes on.
+    asynchronous: bool = False
 
 
 class DivergenceConfig(Section):

@@ -1,7 +1,7 @@
 """Rank, world size and the few reductions of a training step.
 
 Collectives here, all over the world group: `all_reduce_sum` (dtype and frequency: the caller's),
-`agreed` (object all-gather, at start-up and around checkpoints only), `barrier`.
+`agreed`, `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
 """
 
 import os
@@ -41,8 +41,9 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
 
     if get_accelerator().device_name() == "cpu":
         # On CPUs DeepSpeed compiles a shared-memory all-reduce for a minute at first use. Only its inference
-        # engine calls it, and a build that was killed leaves a lock that later runs wait for without end.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # engine calls it, and a build that was killed leaves a lock that later runs wait for without end. Asked for
+        # the table of such operations, DeepSpeed would try them all, with the compiler; it reads no other entry.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks share the machine's cores; without this each would start a thread per core.
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -91,6 +92,14 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, by rank, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_device() -> None:

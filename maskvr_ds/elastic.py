@@ -26,6 +26,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,6 +41,7 @@ TENSORS = "universal.safetensors"
 _KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 # Of the engine, in DeepSpeed's file of the model.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+FLATTENED = "a fused optimizer (FP16_Optimizer), which keeps its master weights end to end"
 
 
 def same_layout(was: CheckpointState, now: CheckpointState) -> bool:
@@ -49,23 +51,11 @@ def same_layout(was: CheckpointState, now: CheckpointState) -> bool:
     return (was.world_size, was.zero_stage, was.partitions) == (now.world_size, now.zero_stage, now.partitions)
 
 
-def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState, *, offloaded: bool = False) -> Path:
+def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState) -> Path:
     """A verified checkpoint → the folder of its universal form, under `run`. On one rank.
 
-    offloaded: whether the present run keeps its optimizer on the CPU.
-    Raises CheckpointError where there is no room on the disk, and for what is not proven: stage 0 to or from the
-    others, fp16, an offloaded optimizer.
+    Raises CheckpointError where there is no room on the disk, and where DeepSpeed's files have another form.
     """
-    unproven = {
-        f"from ZeRO stage {was.zero_stage} to {now.zero_stage}": 0 in (was.zero_stage, now.zero_stage),
-        "in fp16": was.dtype == "float16",
-        "with the optimizer on the CPU": offloaded,
-    }
-    if found := [what for what, holds in unproven.items() if holds]:
-        raise CheckpointError(
-            f"{folder}: written by {was.world_size} ranks at ZeRO stage {was.zero_stage}; going on with "
-            f"{now.world_size} at stage {now.zero_stage} is not supported {', '.join(found)}: resume as it was written"
-        )
     source = manifest.sha256(folder / manifest.MANIFEST)
     target, temporary = run / manifest.FOLDER / UNIVERSAL, run / manifest.FOLDER / CONVERTING
     if not manifest.faults(target) and manifest.read_manifest(target)["source"] == source:
@@ -81,7 +71,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState,
     temporary.mkdir(parents=True)
     # DeepSpeed's converter writes every tensor twice, as fragments and whole.
     manifest.check_space(temporary, 3 * manifest.size(folder), "converting a checkpoint")
-    tensors, content = _from_partitions(folder, temporary / "pieces")
+    tensors, content = (_from_partitions if was.zero_stage else _from_whole)(folder, temporary / "pieces")
     shutil.rmtree(temporary / "pieces", ignore_errors=True)
     save_file(tensors, temporary / TENSORS)
     manifest.write_manifest(temporary, {"source": source, **content})
@@ -138,11 +128,31 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
 
 
+def _from_whole(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The same from stage 0, where every rank has everything: in fp32 the model's weights are the masters, in bf16
+    DeepSpeed keeps these tensor by tensor beside them."""
+    model = _unpickle(folder / "mp_rank_00_model_states.pt")
+    outer = model["optimizer"]
+    if "fp32_groups_flat" in outer:
+        raise CheckpointError(f"{folder}: stage 0 in bf16 with {FLATTENED}; resume at stage 0")
+    inner = outer.get("optimizer_state_dict", outer)
+    tensors = {}
+    for number, group in enumerate(inner["param_groups"]):
+        for place, (index, name) in enumerate(zip(group["params"], group["param_names"], strict=True)):
+            master = outer["fp32_groups"][number][place] if "fp32_groups" in outer else model["module"][name]
+            tensors[f"fp32/{name}"] = master.detach().clone()
+            for kind in _KINDS[1:]:
+                # torch's optimizers make them at their first step.
+                moment = inner["state"].get(index, {}).get(kind)
+                tensors[f"{kind}/{name}"] = torch.zeros_like(master) if moment is None else moment.clone()
+    return tensors, _content(inner, model, {})
+
+
 def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str, Any]) -> dict[str, Any]:
     state = optimizer["state"]
-    first = next(iter(state.values())) if isinstance(state, dict) else state[0]
+    first: dict[str, Any] = next(iter(state.values() if isinstance(state, dict) else state), {})
     # FusedAdam counts in the group.
-    step = first["step"] if "step" in first else optimizer["param_groups"][0]["step"]
+    step = first["step"] if "step" in first else optimizer["param_groups"][0].get("step", 0)
     return {
         "step": int(step),
         "counters": {name: int(model[name]) for name in _COUNTERS},
@@ -166,6 +176,8 @@ def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     content = manifest.read_manifest(universal)
     zero = engine.optimizer
     optimizer = engine.basic_optimizer
+    if isinstance(zero, FP16_Optimizer):
+        raise CheckpointError(f"going on at stage 0 in bf16 with {FLATTENED}; resume at stage 1, 2 or 3")
     given = [p for group in parameter_groups(engine.module) for _, p in group["params"]]
     layout = layout_of(engine, trained([{"params": given}]), optimizer.param_groups)
     stage = engine.zero_optimization_stage()

@@ -26,6 +26,19 @@ from maskvr_ds import distributed, hashing, lamb
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
 from maskvr_ds.model import MaskedLanguageModel
 
+
+def _import_muon() -> None:
+    """DeepSpeed 0.19 asks of every optimizer whether it is Muon, and imports for that a module which hands three
+    functions to torch.compile: seconds at every start, for a compiler that nothing here uses. So it is imported now,
+    and they stay as they are."""
+    compiler, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = compiler
+
+
+_import_muon()
 # DeepSpeed's key → where RunConfig has it.
 OWNED = {
     "train_batch_size": "batch.global_size",

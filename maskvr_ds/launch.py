@@ -1,40 +1,96 @@
-"""Starts DeepSpeed's launcher, passes signals on to the ranks, and finds out how the run ended. Loads no torch.
+"""Starts the ranks of a job, passes signals on to them, and finds out how the run ended. Loads no torch.
 
-The launcher kills its ranks at once where it hears SIGTERM, dies of SIGUSR1 itself, and returns 0 where a signal ended
-its ranks. So it gets a process group of its own, in which SIGUSR1 is ignored (ranks set their own handlers), this
-process asks the ranks by a file in the run's folder, and the exit status is read from that folder.
+On this machine ranks are processes of this one: DeepSpeed's launcher would import torch twice before the first of them
+does, look once a second whether they have ended, and return 0 where a signal ended them. With a hostfile it is
+DeepSpeed's launcher that starts them, and its ways are what the rest of this file is about: it kills its ranks at once
+where it hears SIGTERM, and dies of SIGUSR1 itself. So it gets a process group of its own, in which SIGUSR1 is ignored
+(ranks set their own handlers), this process asks the ranks by a file in the run's folder, and how the run ended is read
+from that folder.
 """
 
+import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 from maskvr_ds import outcome
 from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
 
+# Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
+_GRACE = 10.0
+_POLL = 0.05
+Processes = list["subprocess.Popen[bytes]"]
 
-def launch(words: list[str], run: Path, steps: int) -> int:
+
+def launch_hosts(words: list[str], run: Path, steps: int) -> int:
     """Run `deepspeed WORDS` to its end; → 0 done, 75 stopped with a checkpoint, 1 anything else.
 
     run, steps: the run's folder and the step at which it is done. The first SIGTERM or SIGUSR1 asks for a checkpoint
     and the end; SIGINT, or a second signal, ends everything on this machine at once.
     """
+    return _watch_over([["-m", "deepspeed.launcher.runner", *words]], [{}], run, steps)
+
+
+def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: int) -> int:
+    """As `launch_hosts`, `python -m MODULE OPTIONS` on so many ranks of this machine."""
+    return _watch_over([["-u", "-m", module, *options]] * ranks, _places(ranks), run, steps)
+
+
+def run_here(module: str, options: list[str], ranks: int) -> int:
+    """`python -m MODULE OPTIONS` on so many ranks of this machine; → 0 where all of them ended with 0, else 1.
+    SIGTERM and SIGINT end them too."""
+    processes = _start([["-u", "-m", module, *options]] * ranks, _places(ranks))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _end(processes)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _wait(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return int(any(process.returncode for process in processes))
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """The environment of every rank. A port of its own, so that two runs on one machine do not meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    job["LOCAL_WORLD_SIZE"] = str(ranks)
+    return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _start(commands: list[list[str]], places: list[dict[str, str]]) -> Processes:
+    return [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**os.environ, **place},
+            process_group=0,
+            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        )
+        for words, place in zip(commands, places, strict=True)
+    ]
+
+
+def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Path, steps: int) -> int:
     (run / REQUEST).unlink(missing_ok=True)
     outcome.clear(run)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deepspeed.launcher.runner", *words],
-        process_group=0,
-        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
-    )
+    processes = _start(commands, places)
     asked = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         name = signal.Signals(number).name
         if asked or number == signal.SIGINT or not run.is_dir():
-            _end(process)
+            _end(processes)
             sys.exit(128 + number)
         asked = True
         (run / REQUEST).write_text(name + "\n", encoding="utf-8")
@@ -42,7 +98,7 @@ def launch(words: list[str], run: Path, steps: int) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        process.wait()
+        _wait(processes)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -56,13 +112,31 @@ def launch(words: list[str], run: Path, steps: int) -> int:
     return 1
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for the launcher and all below it: ranks have sessions of their own."""
+def _wait(processes: Processes) -> None:
+    """Until all have ended. One that ends with an error takes the others along: they may wait for it without end."""
+    deadline = None
+    while running := [process for process in processes if process.poll() is None]:
+        failed = any(process.returncode not in (None, 0, EXIT_STOPPED) for process in processes)
+        if failed and deadline is None:
+            deadline = time.monotonic() + _GRACE
+        if deadline is not None and time.monotonic() > deadline:
+            _end(running)
+        time.sleep(_POLL)
+
+
+def _end(processes: Processes) -> None:
+    """SIGKILL for them and all below them: ranks of DeepSpeed's launcher have sessions of their own."""
     import psutil
 
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+    for process in processes:
         try:
-            member.kill()
-        except (psutil.NoSuchProcess, ProcessLookupError):
+            members = [*psutil.Process(process.pid).children(recursive=True), process]
+        except psutil.NoSuchProcess:
             continue
-    process.wait()
+        for member in members:
+            try:
+                member.kill()
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+    for process in processes:
+        process.wait()

@@ -26,6 +26,7 @@ SAVING = ".saving"
 DELETING = ".deleting-"
 # What is hashed at once: hashlib lets other threads run.
 _THREADS = 8
+_CHUNK = 16 << 20
 
 
 class CheckpointError(ValueError):
@@ -74,17 +75,41 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(DELETING + folder.name)))
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Hash every file of the folder and write checkpoint.json with `content`, all of it synchronised."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    for path in paths:
+def write_hashed(path: Path, content: memoryview | None = None) -> tuple[int, str]:
+    """Write a file, or take it as it stands (None), and have it on disk; → bytes, SHA-256."""
+    if content is None:
         synchronise(path)
+        return path.stat().st_size, sha256(path)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for start in range(0, len(content), _CHUNK):
+            piece = content[start : start + _CHUNK]
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(content), digest.hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def write_manifest(
+    folder: Path, content: Mapping[str, Any], hashed: Mapping[str, tuple[int, str]] | None = None
+) -> None:
+    """Write checkpoint.json with `content` and every file's size and SHA-256, all of it synchronised.
+
+    hashed: what `write_hashed` said of files, by name; the others are hashed now.
+    """
+    hashed = dict(hashed or {})
+    names = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
+    left = [name for name in names if name not in hashed]
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = list(pool.map(sha256, paths))
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, hashes, strict=True)
-    }
+        hashed |= zip(left, pool.map(write_hashed, [names[name] for name in left]), strict=True)
+    files = {name: {"bytes": hashed[name][0], "sha256": hashed[name][1]} for name in names}
+    for path in {path.parent for path in names.values()}:
+        synchronise(path)
     rest = json.dumps({"format": FORMAT, **content, "files": files}, indent=1).removeprefix("{") + "\n"
     own = hashlib.sha256(rest.encode()).hexdigest()
     temporary = folder / f".{MANIFEST}.partial"

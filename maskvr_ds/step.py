@@ -1,8 +1,8 @@
 """One optimizer step: masks, micro-batches, reductions, update.
 
-Collectives, over the world group: one all-reduce of int64 [5] (digests, predictions, requests to stop) before the first
-backward pass, one of float64 [1] (loss) after the last; DeepSpeed's gradient reduction; LAMB's norms; MAPNet's, where
-it proposes the masks (proposer.py).
+Collectives, over the world group: one all-reduce of int64 [6] (digests, predictions, requests to stop, ranks at
+writing) before the first backward pass, one of float64 [1] (loss) after the last; DeepSpeed's gradient reduction;
+LAMB's norms; MAPNet's, where it proposes the masks (proposer.py).
 """
 
 from typing import Any
@@ -27,14 +27,16 @@ def run_step(
     *,
     guard: Guard | None = None,
     stop: bool = False,
+    writing: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
     """One optimizer step on this rank's share of the global batch.
 
     Nothing here makes the host wait for the device but a guard, for the loss; DeepSpeed's own step may, for its
-    overflow check. stop: whether this rank was asked to stop.
+    overflow check. stop: whether this rank was asked to stop. writing: whether it is
+    at writing a checkpoint.
 
-    Returns all-reduced counters int64 [5] (data_digest, mask_digest, predictions, skipped sequences, ranks asked to
-    stop), all-reduced Σ w ℓ float64 [1], and the gradient norm before clipping.
+    Returns all-reduced counters int64 [6] (data_digest, mask_digest, predictions, skipped sequences, ranks asked to
+    stop, ranks that write), all-reduced Σ w ℓ float64 [1], and the gradient norm before clipping.
     """
     micro_batches = list(batch.split(micro_size))
     masked_batches = [masker(micro) for micro in micro_batches]
@@ -44,7 +46,7 @@ def run_step(
             _total(mask_digest(micro, masked) for micro, masked in zip(micro_batches, masked_batches, strict=True)),
             _total((masked.weights != 0).sum() for masked in masked_batches),
             _total((masked.weights == 0).all(1).sum() for masked in masked_batches),
-            torch.full((), int(stop), device=batch.sample_ids.device),
+            *(torch.full((), int(flag), device=batch.sample_ids.device) for flag in (stop, writing)),
         ]
     )
     distributed.all_reduce_sum(counters)

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 
 from data_pipeline.shards import Corpus
 from maskvr_ds import checkpoint, distributed, hashing, outcome
+from maskvr_ds.background import Background
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.checkpoint import CheckpointState
 from maskvr_ds.config import (
@@ -191,10 +192,20 @@ def train_phase(
         guard.forget()
     guard.attach(engine)
 
+    background = Background() if config.checkpoint.asynchronous else None
+
+    def finish() -> None:
+        """Have the checkpoint that is being written count, if there is one. Every rank calls."""
+        nonlocal latest
+        watchdog.mark(step, "pause")
+        if background is not None and (finished := background.finish()) is not None:
+            latest, event = finished
+            log.event(**event)
+
     engine.train()
     save_due = False
     reader = batches(loader, step - phase.first_step, windows_of(rollbacks, phase.index))
-    with Watchdog(run.output_dir, run.hangs.timeout) as watchdog, _closing(log, reader, engine):
+    with Watchdog(run.output_dir, run.hangs.timeout) as watchdog, _closing(log, reader, engine, finish):
         while step < phase.last_step:
             watchdog.mark(step, "data")
             number, batch = next(reader)
@@ -206,7 +217,14 @@ def train_phase(
             scale, skipped = loss_scale(engine), engine.skipped_steps
             asked = stop is not None and stop.heard(run.output_dir if rank == 0 else None)
             counters, loss_sum, grad_norm = run_step(
-                engine, masker, batch, config.batch.micro_size, proposer, guard=guard, stop=asked
+                engine,
+                masker,
+                batch,
+                config.batch.micro_size,
+                proposer,
+                guard=guard,
+                stop=asked,
+                writing=background is not None and background.writing,
             )
             step += 1
             samples += config.batch.global_size
@@ -231,17 +249,20 @@ def train_phase(
             log.step(record)
             log.add(**guard.after_update(step, number, grad_norm, loss_scale=scale))
             guard.check(step, is_last=step == phase.last_step)
-            stopping = stop is not None and stop.agreed(DeferredTensor(counters[4:]))
+            stopping = stop is not None and stop.agreed(DeferredTensor(counters[4:5]))
+            written = background is not None and background.agreed(DeferredTensor(counters[5:]))
             to_evaluate = evaluation if is_due(step, config.evaluation.every_steps, phase.last_step) else None
             save_due |= stopping or is_due(step, config.checkpoint.every_steps, phase.last_step)
             to_save = save_due and not guard.held
-            if to_evaluate is None and not to_save:
+            if to_evaluate is None and not to_save and not written:
                 continue
             distributed.wait_for_device()
             pause = time.perf_counter()
             watchdog.mark(step, "pause")
             if to_evaluate is not None:
                 log.add(held_out_loss=to_evaluate.loss(engine.module))
+            if to_save or written:
+                finish()
             if to_save:
                 saving, save_due = time.perf_counter(), False
                 # The figures of the steps that a checkpoint contains must not be lost with the process.
@@ -251,7 +272,7 @@ def train_phase(
                     proposer.check()
                 history = [*before, done(phase, step - phase.first_step, corpus.sequence_length)]
                 guarded = {**guard.state(), "rollbacks": rollbacks}
-                latest = checkpoint.save(
+                saved = checkpoint.save(
                     config.output_dir,
                     engine,
                     replace(state, step=step, samples=samples, phases=history, guard=guarded),
@@ -259,8 +280,16 @@ def train_phase(
                     tokenizer=corpus.tokenizer_folder,
                     keep=config.checkpoint,
                     beside=None if proposer is None else {MAPNET_STATE: (proposer.state(), proposer.metadata())},
+                    background=background,
                 )
-                log.event(event="checkpoint", step=step, seconds=time.perf_counter() - saving)
+                seconds = time.perf_counter() - saving
+                if background is None:
+                    latest = saved
+                    log.event(event="checkpoint", step=step, seconds=seconds)
+                else:
+                    background.pausing(seconds)
+                    if stopping or step == phase.last_step:
+                        finish()
                 if stopping and step < phase.run_steps:
                     distributed.agreed(partial(outcome.write, run.output_dir, outcome.STOPPED, step), on=0)
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {latest}")
@@ -269,11 +298,15 @@ def train_phase(
 
 
 @contextmanager
-def _closing(log: MetricsLog, reader: Any, engine: Any) -> Iterator[None]:
-    """Close them at the end, and where a phase is left on purpose; other errors leave everything as it is."""
+def _closing(log: MetricsLog, reader: Any, engine: Any, finish: Callable[[], None]) -> Iterator[None]:
+    """Close them at the end, and where a phase is left on purpose; other errors leave everything as it is.
+
+    finish: a checkpoint that is still being written is one to go back to.
+    """
     try:
         yield
     except (DivergedError, StoppedError):
+        finish()
         log.close()
         reader.close()
         engine.destroy()

@@ -16,7 +16,9 @@ class Act:
     signal: (rank, update, number): that rank hears it when it is about to make that update (0-based).
     nan_row: a row of the corpus whose loss is not a number, whenever it comes; nan_step: the update at which one is so.
     kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "update" before the n-th of this
-    life, "save" in the n-th writing of one of DeepSpeed's files, "convert" when a conversion is all but renamed.
+    life, "save" in the n-th writing of one of DeepSpeed's files, "write" when half of the n-th file is written beside
+    training, "convert" when a conversion is all but renamed.
+    slow: seconds that every file takes longer to write.
     fill: a file that takes all the room of its file system, once the disk was found to have enough; before it all
     begins, `empty` is removed.
     """
@@ -31,6 +33,9 @@ class Act:
     empty: Path | None = None
     # Takes a line "steps logged, newest checkpoint's step" before the act begins.
     note: Path | None = None
+    slow: float = 0.0
+    # The first so many of the processes that play.
+    ranks: int = 2
 
 
 def play(acts: list[Act], ports: list[int]) -> list[str]:
@@ -39,10 +44,13 @@ def play(acts: list[Act], ports: list[int]) -> list[str]:
 
     answers = []
     for act, port in zip(acts, ports, strict=True):
+        if int(os.environ["RANK"]) >= act.ranks:
+            answers.append("absent")
+            continue
         read, write = os.pipe()
         if (child := os.fork()) == 0:
             os.close(read)
-            os.environ["MASTER_PORT"] = str(port)
+            os.environ.update(MASTER_PORT=str(port), WORLD_SIZE=str(act.ranks))
             try:
                 answer = _live(act)
             except BaseException:
@@ -130,6 +138,8 @@ def prepare(act: Act) -> None:
         manifest.check_space = full
     if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "save":
         _kill_in_save(act.kill[2])
+    here = act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "write"
+    _write_slowly(act.slow, act.kill[2] if act.kill is not None and here else 0)
     if act.kill is not None and act.kill[1] == "convert":
         _kill_in_conversion()
 
@@ -146,6 +156,26 @@ def _kill_in_save(number: int) -> None:
         return save(*args, **kwargs)
 
     TorchCheckpointEngine.save = deadly
+
+
+def _write_slowly(seconds: float, kill_at: int) -> None:
+    """kill_at: the call in which to die; 0: none."""
+    import time
+
+    from maskvr_ds import manifest
+
+    write_hashed, calls = manifest.write_hashed, [0]
+
+    def slow(path: Path, content: memoryview | None = None) -> tuple[int, str]:
+        time.sleep(seconds)
+        calls[0] += 1
+        if calls[0] == kill_at:
+            assert content is not None
+            path.write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_hashed(path, content)
+
+    manifest.write_hashed = slow
 
 
 def _kill_in_conversion() -> None:

@@ -1,6 +1,5 @@
 """Run a function on several ranks: real processes, a real gloo process group."""
 
-import functools
 import os
 import queue
 import socket
@@ -13,7 +12,20 @@ import torch
 import torch.multiprocessing as mp
 
 
-def _run_rank(function: Any, rank: int, world_size: int, port: int, args: Any, answers: Any) -> None:
+def _context() -> Any:
+    """Processes that are forks of one which has imported everything and computed nothing: seconds cheaper each."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read by the imports below
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["maskvr_ds.train"])
+    return context
+
+
+def _run_rank(
+    function: Any, rank: int, world_size: int, port: int, environment: dict[str, str], args: Any, answers: Any
+) -> None:
+    # The server's are those of when it was started.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -30,21 +42,11 @@ def _run_rank(function: Any, rank: int, world_size: int, port: int, args: Any, a
         raise
 
 
-@functools.cache
-def _context() -> Any:
-    """Ranks are forks of one process that has imported everything and computed nothing: imports cost ten seconds."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["maskvr_ds.train", "maskvr_ds.variance", "maskvr_ds.compare"])
-    return context
-
-
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*args)` in `world_size` new processes that have torchrun's environment variables set.
 
     `function` must be importable (module level); `args` and results picklable and free of tensors, whose
-    memory would end with the rank (NumPy arrays are fine). It initialises the process group itself. They have the
-    environment of the first call in this session, and what is named above.
+    memory would end with the rank (NumPy arrays are fine). It initialises the process group itself.
 
     Returns: the results, by rank.
     Raises:
@@ -57,7 +59,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     context = _context()
     answers = context.Queue()
     processes = [
-        context.Process(target=_run_rank, args=(function, rank, world_size, port, args, answers))
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, dict(os.environ), args, answers))
         for rank in range(world_size)
     ]
     for process in processes:

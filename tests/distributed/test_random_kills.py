@@ -36,22 +36,21 @@ def test_killed_at_random_and_resumed_is_never_killed(tmp_path: Path, request: p
         for _ in range(number):
             place, most = chance.choice((("update", 8), ("save", 4), ("save", 4)))
             whom = chance.choice((None, *range(ranks)))
-            acts.append(Act(values("killed", stage), "auto", kill=(whom, place, chance.randint(1, most)), note=note))
+            kill = (whom, place, chance.randint(1, most))
+            acts.append(Act(values("killed", stage), "auto", kill=kill, note=note, ranks=ranks))
         return acts
 
     counts = (9, 4, 5) if whole else (1, 0, 1)
-    parts = [
-        (2, [Act(values("whole", 2)), *kills(counts[0], 2, 2)]),
-        (1, [Act(values("killed", 3), "auto", kill=(None, "convert", 0), note=note), *kills(counts[1], 3, 1)]),
-        (2, [Act(values("killed", 1), "auto", kill=(0, "convert", 0), note=note), *kills(counts[2], 1, 2)]),
+    in_conversion = [
+        Act(values("killed", stage), "auto", kill=(rank, "convert", 0), note=note, ranks=ranks)
+        for stage, rank, ranks in ((3, None, 1), (1, 0, 2))
     ]
-    parts[2][1].append(Act(values("killed", 1), "auto", note=note))
-    said = []
-    for ranks, acts in parts:
-        said.append(run_ranks(play, ranks, acts, free_ports(len(acts)), timeout=1800))
-    killed = sum(any(rank[i] == "killed" for rank in answers) for answers in said for i in range(len(answers[0])))
+    acts = [Act(values("whole", 2)), *kills(counts[0], 2, 2), in_conversion[0], *kills(counts[1], 3, 1)]
+    acts += [in_conversion[1], *kills(counts[2], 1, 2), Act(values("killed", 1), "auto", note=note)]
+    said = run_ranks(play, 2, acts, free_ports(len(acts)), timeout=3600)
+    killed = sum("killed" in of_act for of_act in zip(*said, strict=True))
     assert killed == sum(counts) + 2, said
-    assert [rank[-1] for rank in said[2]] == ["done", "done"]
+    assert [rank[-1] for rank in said] == ["done", "done"]
     lost = [int(line.split()[0]) - int(line.split()[1]) for line in note.read_text().splitlines()]
     print(f"{killed} kills, steps done again: {lost}")
     assert max(lost) <= EVERY

@@ -28,9 +28,9 @@ AT_ONCE = {"divergence": {"skip_updates": 0, "margin": 0}}
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A tmpfs of 8 MB; None where this process may not mount one."""
+    """A tmpfs of 12 MB; None where this process may not mount one."""
     folder = tmp_path_factory.mktemp("disk")
-    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder]
+    words = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder]
     mounted = shutil.which("mount") and not subprocess.run(words, check=False, capture_output=True).returncode
     yield folder if mounted else None
     if mounted:
@@ -70,7 +70,18 @@ class Play:
         acts["left out at a save"] = Act(values("left out at a save"), nan_row=at_save)
         acts["left out at the end"] = Act(values("left out at the end"), nan_row=at_end)
         acts["always"] = Act(values("always", divergence={"skip_updates": 0, "max_rollbacks": 2}), nan_step=BAD)
+        beside = {"checkpoint": {"every_steps": EVERY, "asynchronous": True}}
+        # Longer than a step, shorter than the steps between two checkpoints, and longer than these.
+        acts["beside"] = Act(values("beside", **beside), slow=0.05)
+        acts["beside, slow"] = Act(values("beside, slow", **beside), slow=1.0)
+        acts["beside, bad row"] = Act(values("beside, bad row", **AT_ONCE, **beside), nan_row=self.row, slow=1.0)
+        acts["beside, term"] = Act(values("beside, term", **beside), signal=(1, 5, signal.SIGTERM), slow=0.5)
+        acts["beside, killed"] = Act(values("beside, term", **beside), "auto", kill=(1, "write", 2), slow=0.1)
+        acts["beside, killed again"] = Act(values("beside, term", **beside), "auto", kill=(None, "write", 1))
+        acts["beside, resumed"] = Act(values("beside, term", **beside), "auto")
         if disk is not None:
+            acts["beside, full"] = Act(values("run beside", disk, **beside), fill=disk / "filler", slow=0.05)
+            acts["beside, room"] = Act(values("run beside", disk, **beside), "auto", empty=disk / "filler")
             filler = disk / "filler"
             acts["full"] = Act(values("run", disk), fill=filler)
             acts["no room"] = Act(values("run", disk), "auto")
@@ -197,6 +208,50 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(played: Pl
     assert any("could not be written, nothing of it is kept" in said for said in played.said["full"]), played.said
     assert any("checkpoint step-00000008 takes about" in said for said in played.said["no room"]), played.said
     assert played.said["room"] == ["done", "done"]
+    played.same_as_whole(run)
+
+
+def test_written_while_training_goes_on_is_the_same_run(played: Play) -> None:
+    for name in ("beside", "beside, slow"):
+        assert played.said[name] == ["done", "done"]
+        played.same_as_whole(played(name))
+        events = [event for event in read_events(played(name) / METRICS) if event["event"] == "checkpoint"]
+        assert [event["step"] for event in events] == [4, 8, 12, 16]
+        for folder, of_whole in zip(*(complete_checkpoints(played(n)) for n in (name, "whole")), strict=True):
+            assert not faults(folder)
+            assert folder.name == of_whole.name
+            ours, theirs = read_weights(folder), read_weights(of_whole)
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "as of its own step"
+    # The last one is waited for; of "slow" every one, by the next.
+    assert all(event["seconds"] < event["after_seconds"] for event in events)
+
+
+def test_a_run_goes_back_to_what_is_still_being_written(played: Play) -> None:
+    assert played.said["beside, bad row"] == ["done", "done"]
+    runs = (played("bad row"), played("beside, bad row"))
+    assert column(runs[0], *FIGURES) == column(runs[1], *FIGURES)
+    first, second = ([e for e in read_events(run / METRICS) if e["event"] == "rollback"] for run in runs)
+    assert first == second
+
+
+def test_killed_or_told_to_stop_while_writing_beside_training(played: Play) -> None:
+    said = played.said
+    assert all(rank.startswith("stopped: stopped at step ") for rank in said["beside, term"])
+    assert said["beside, killed"][1] == "killed"
+    assert "done" not in said["beside, killed"] + said["beside, killed again"]
+    assert said["beside, resumed"] == ["done", "done"]
+    played.same_as_whole(played("beside, term"))
+    assert not list((played("beside, term") / "checkpoints").glob(".*"))
+
+
+def test_a_disk_that_fills_up_beside_training_ends_the_run(played: Play) -> None:
+    if played.disk is None:
+        pytest.skip("no right to mount a tmpfs")
+    run = played.disk / "run beside"
+    said = played.said["beside, full"]
+    assert any("could not be written, nothing of it is kept" in rank for rank in said), said
+    assert "done" not in said
+    assert played.said["beside, room"] == ["done", "done"]
     played.same_as_whole(run)
 
 

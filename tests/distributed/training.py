@@ -79,12 +79,16 @@ class Life:
 
     kill: ("step", n): SIGKILL when update n (0-based) is about to be made; ("saved", n): when the checkpoint of step n
     is written; ("converted", 0): when a converted checkpoint is all there, but not renamed.
-    delete: a folder that goes before it begins.
+    delete: a folder that goes before it begins. ranks: of these the first so many; None: all. fp16: `allow_fp16`.
+    check_crossing: see the function of this name.
     """
 
     jobs: list[tuple[dict[str, Any], str | None]]
     kill: tuple[str, int] | None = None
     delete: Path | None = None
+    ranks: int | None = None
+    fp16: bool = False
+    check_crossing: bool = False
 
 
 def free_ports(count: int) -> list[int]:
@@ -104,16 +108,23 @@ def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
 
     answers: list[list[str | None] | str] = []
     for life, port in zip(lives, ports, strict=True):
+        if life.ranks is not None and int(os.environ["RANK"]) >= life.ranks:
+            answers.append("absent")
+            continue
         if life.delete is not None:
             shutil.rmtree(life.delete, ignore_errors=True)
         read, write = os.pipe()
         if (child := os.fork()) == 0:
             os.environ["MASTER_PORT"] = str(port)
+            if life.ranks is not None:
+                os.environ["WORLD_SIZE"] = str(life.ranks)
             try:
                 _prepare_to_die(life.kill)
-                answer: Any = train_all(life.jobs)
+                if life.check_crossing:
+                    check_crossing()
+                answer: Any = train_all(life.jobs, life.fp16)
             except BaseException:
-                answer = [traceback.format_exc()]
+                answer = [traceback.format_exc()[-3000:]]
             os.write(write, json.dumps(answer).encode())
             os._exit(0)
         os.close(write)
@@ -123,6 +134,43 @@ def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         answers.append("killed" if killed else json.loads(text))
     return answers
+
+
+def check_crossing() -> None:
+    """On a rank: have every load of a converted checkpoint followed by a look at what the engine then holds, through
+    DeepSpeed's accessors: bit for bit the masters, the moments, and the model's weights rounded from the masters."""
+    import torch
+    from deepspeed.utils import safe_get_full_optimizer_state
+    from safetensors.torch import load_file
+
+    from maskvr_ds import elastic, engine
+
+    load = elastic.load
+
+    def checked(universal: Path, of_run: Any) -> None:
+        load(universal, of_run)
+        tensors = load_file(universal / elastic.TENSORS)
+        masters = engine.full_fp32_weights(of_run)
+        assert engine.not_rounded(of_run, masters) == []
+        for name, master in masters.items():
+            assert torch.equal(master, tensors[f"fp32/mlm.{name}"]), name
+        held = iter([p for group in of_run.basic_optimizer.param_groups for p in group["params"]])
+        whole = of_run.zero_optimization_stage() == 0
+        if hasattr(of_run.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            of_run.optimizer._lazy_init_hp_params_optimizer_state()  # else at the first step
+        for name, parameter in of_run.module.named_parameters():
+            for kind in ("exp_avg", "exp_avg_sq"):
+                if not whole:
+                    moment = safe_get_full_optimizer_state(parameter, kind)
+                    assert torch.equal(moment, tensors[f"{kind}/{name}"]), (kind, name)
+        if whole:
+            names = [n for group in of_run.basic_optimizer.param_groups for n in group["param_names"]]
+            for name, parameter in zip(names, held, strict=True):
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    moment = of_run.basic_optimizer.state[parameter][kind]
+                    assert torch.equal(moment, tensors[f"{kind}/{name}"]), (kind, name)
+
+    elastic.load = checked
 
 
 def _prepare_to_die(kill: tuple[str, int] | None) -> None:

@@ -24,7 +24,7 @@ LEVELS = [
     {"strategies", "strategy_spec", "variance_report"},
     {"distributed", "masking", "schedule", "model"},
     {"partitions", "layerwise", "lamb", "loader", "metrics", "mapnet", "gradient_norm", "mask_covariance"},
-    {"divergence", "elastic", "engine", "proposer", "signals", "sketch", "watchdog"},
+    {"background", "divergence", "elastic", "engine", "proposer", "signals", "sketch", "watchdog"},
     {"checkpoint", "step"},
     {"evaluate", "phases", "oracles", "moments"},
     {"restore", "run"},
