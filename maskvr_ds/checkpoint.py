@@ -8,7 +8,7 @@
         probe.safetensors         a few rows and the engine's logits on them: what an export is held against
         bert/                     config.json of the model, tokenizer
 
-All of it is written under `checkpoints/.saving/`, synchronised, described by checkpoint.json, and then renamed.
+All of it is written under `checkpoints/.saving-OWNER/`, synchronised, described by checkpoint.json, and then renamed.
 Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
 
 Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
@@ -29,6 +29,7 @@ from maskvr_ds import distributed, elastic, manifest
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.engine import full_fp32_weights, not_rounded
+from maskvr_ds.fence import Fence
 from maskvr_ds.manifest import (
     MANIFEST,
     CheckpointError,
@@ -68,21 +69,25 @@ def save(
     probe: MaskedBatch,
     tokenizer: Path,
     keep: CheckpointConfig,
+    fence: Fence,
     beside: Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]] | None = None,
 ) -> Path:
     """Write a checkpoint of the run, then delete those that `keep` does not keep. Every rank calls.
 
     probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
+    fence: this job's right to write here.
     beside: file name → (tensors on the CPU, metadata): further safetensors files, those of rank 0.
     Returns the checkpoint's folder. Raises, on every rank, CheckpointError (one its own, the others RemoteError) where
-    the disk has no room for it or writing failed; nothing of it is left then, and earlier checkpoints are as they were.
+    the disk has no room for it or writing failed, FencedError where another job has taken the run; nothing of it is
+    left then, and earlier checkpoints are as they were.
     """
     tag = f"step-{state.step:08d}"
     final = run / manifest.FOLDER / tag
-    saving = run / manifest.FOLDER / manifest.SAVING
+    saving = run / manifest.FOLDER / f"{manifest.SAVING}-{fence.label}"
     folder = saving / tag
 
     def prepare() -> None:
+        fence.check()
         manifest.remove_from(run, state.step)
         folder.mkdir(parents=True)
         manifest.check_space(folder, _expected_size(engine), f"checkpoint {tag}")
@@ -124,12 +129,14 @@ def save(
             for file in tokenizer.iterdir():
                 shutil.copyfile(file, folder / BERT / file.name)
             manifest.write_manifest(folder, vars(state))
+            fence.check()
             folder.rename(final)
             manifest.synchronise(final.parent)
 
         distributed.agreed(complete, on=0)
 
     def tidy() -> None:
+        fence.check()
         manifest.point_latest(final)
         shutil.rmtree(saving)
         elastic.remove(run)
