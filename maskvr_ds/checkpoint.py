@@ -8,8 +8,8 @@
         probe.safetensors         a few rows and the engine's logits on them: what an export is held against
         bert/                     config.json of the model, tokenizer
 
-All of it is written under `checkpoints/.saving/`, every rank its own files, which it synchronises and hashes; then
-rank 0 describes them in checkpoint.json and renames the folder.
+All of it is written under `checkpoints/.saving-OWNER/`, every rank its own files, which it synchronises and hashes;
+then rank 0 describes them in checkpoint.json and renames the folder.
 Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
 
 Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
@@ -32,6 +32,7 @@ from maskvr_ds.background import Background
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.engine import full_fp32_weights, not_rounded
+from maskvr_ds.fence import Fence
 from maskvr_ds.manifest import (
     MANIFEST,
     CheckpointError,
@@ -71,21 +72,23 @@ def save(
     probe: MaskedBatch,
     tokenizer: Path,
     keep: CheckpointConfig,
+    fence: Fence,
     beside: Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]] | None = None,
     background: Background | None = None,
 ) -> Path | None:
     """Write a checkpoint of the run, then delete those that `keep` does not keep. Every rank calls.
 
     probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
+    fence: this job's right to write here.
     beside: file name → (tensors on the CPU, metadata): further safetensors files, those of rank 0.
     background: where to go on with it once everything is in host memory; None is returned then, and `finish` of it has
     the rest, errors too. Returns the checkpoint's folder. Raises, on every rank, CheckpointError (one its own, the
-    others RemoteError) where the disk has no room for it or writing failed; nothing of it is left then, and earlier
-    checkpoints are as they were.
+    others RemoteError) where the disk has no room for it or writing failed, FencedError where another job has taken the
+    run; nothing of it is left then, and earlier checkpoints are as they were.
     """
     tag = f"step-{state.step:08d}"
     final = run / manifest.FOLDER / tag
-    saving = run / manifest.FOLDER / manifest.SAVING
+    saving = run / manifest.FOLDER / f"{manifest.SAVING}-{fence.label}"
     folder = saving / tag
     failed: list[Exception] = []
     # Of this rank: file → its bytes, None where they are on the disk already; and what it has written: size, SHA-256.
@@ -93,6 +96,7 @@ def save(
     written: dict[str, tuple[int, str]] = {}
 
     def prepare() -> None:
+        fence.check()
         manifest.remove_from(run, state.step)
         folder.mkdir(parents=True)
         manifest.check_space(folder, _expected_size(engine), f"checkpoint {tag}")
@@ -140,12 +144,14 @@ def save(
                             "arrive; output_dir must lie on a file system that all nodes share"
                         )
             manifest.write_manifest(folder, vars(state), {k: v for of_rank in of_ranks for k, v in of_rank.items()})
+            fence.check()
             folder.rename(final)
             manifest.synchronise(final.parent)
         except OSError as error:
             _raise_first([error], folder)
 
     def tidy() -> None:
+        fence.check()
         manifest.point_latest(final)
         shutil.rmtree(saving)
         elastic.remove(run)

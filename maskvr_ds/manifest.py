@@ -4,7 +4,7 @@ RUN/checkpoints/
     step-00000100/            complete once it has its checkpoint.json, which is written last
         checkpoint.json       state, size and SHA-256 of all other files; in line one the SHA-256 of the rest
     latest                    the newest one's name: for people and scripts; a resume looks at the folders
-    .saving, .deleting-*      on the way; a kill may leave them, the next save removes them
+    .saving*, .deleting-*     on the way; a kill may leave them, the next save removes them
     .universal, .converting   elastic.py
 """
 
@@ -17,6 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from maskvr_ds.fence import OWNER
+from maskvr_ds.outcome import JOBS
 
 FORMAT = 3
 MANIFEST = "checkpoint.json"
@@ -222,10 +225,11 @@ def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | 
 
 
 def begun(run: Path) -> bool:
-    """Whether a run's folder holds more than a kill during a conversion, or while config.yaml is written, leaves."""
+    """Whether a run's folder holds more than what stands there before config.yaml does: who took it, its job script,
+    and what a kill during a conversion leaves."""
     if not run.exists():
         return False
-    if any(not p.name.endswith(".partial") and p.name != FOLDER for p in run.iterdir()):
+    if any(not p.name.endswith(".partial") and p.name not in (FOLDER, OWNER, JOBS) for p in run.iterdir()):
         return True
     return (run / FOLDER).exists() and any(not p.name.startswith(".") for p in (run / FOLDER).iterdir())
 
@@ -251,7 +255,8 @@ def remove_from(run: Path, step: int) -> None:
 
     Such are there where a resume has passed them over; their history is not the one that goes on.
     """
-    shutil.rmtree(run / FOLDER / SAVING, ignore_errors=True)
+    for rest in (run / FOLDER).glob(f"{SAVING}*"):
+        shutil.rmtree(rest, ignore_errors=True)
     for rest in (run / FOLDER).glob(f"{DELETING}*"):
         shutil.rmtree(rest)
     for folder in (run / FOLDER).glob("step-*"):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -159,6 +159,8 @@ class MetricsLog:
             _keep_until(resume_step, self._ratios_path)
         # Line buffered: what was logged before a kill is on disk.
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        # Kept open like the other: where another job takes the run, it replaces both, and no line goes to the new ones.
+        self._ratios_file: TextIO | None = None
         self._monitor = _monitor_master(folder, monitor)
         self._bar = tqdm(
             total=total_steps, initial=resume_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -209,8 +211,10 @@ class MetricsLog:
         """All ratios by name, and their histogram to the monitors that show histograms (the CSV one does not)."""
         finite = [ratio if math.isfinite(ratio) else None for ratio in ratios]
         by_name = dict(zip(self._tensor_names, finite, strict=True))
-        with self._ratios_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}) + "\n")
+        if self._ratios_file is None:
+            self._ratios_file = self._ratios_path.open("a", buffering=1, encoding="utf-8")
+        content = {"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}
+        self._ratios_file.write(json.dumps(content) + "\n")
         # They spread over decades. MonitorMaster.write_events takes scalars only, hence past it.
         logarithms = np.log10([ratio for ratio in finite if ratio is not None and ratio > 0])
         if not len(logarithms):
@@ -249,6 +253,8 @@ class MetricsLog:
             self.flush()
             self._bar.close()
             self._file.close()
+            if self._ratios_file is not None:
+                self._ratios_file.close()
             if self._monitor.tb_monitor is not None:
                 self._monitor.tb_monitor.summary_writer.close()
 

@@ -17,6 +17,8 @@ REQUEST = "stop_requested"
 STOPPED = "stopped.json"
 # {"step": n}: all that the configuration asked for is done.
 COMPLETED = "completed.json"
+# Folder of what starts the run's jobs and how that went: `python -m cluster slurm`.
+JOBS = "slurm"
 
 
 def write(run: Path, name: str, step: int) -> None:

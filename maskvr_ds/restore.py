@@ -15,6 +15,7 @@ from maskvr_ds.divergence import (
     windows_of,
     write_rollbacks,
 )
+from maskvr_ds.fence import Fence
 from maskvr_ds.metrics import METRICS, append_event
 from maskvr_ds.phases import RunPhase, apply_start, run_wide
 from maskvr_ds.proposer import STATE as MAPNET_STATE
@@ -92,16 +93,17 @@ def make_proposer(
     return proposer
 
 
-def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None) -> Path | None:
+def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None, fence: Fence) -> Path | None:
     """After a divergence → the checkpoint to go on from (None: the run's beginning), the roll-back on record. Every
     rank calls.
 
     latest: what the phase had gone on from. Raises FloatingPointError, on every rank alike, where the run has gone back
-    to that checkpoint as often as it may.
+    to that checkpoint as often as it may, FencedError where another job has taken the run.
     """
     run = config.output_dir
 
     def decide() -> tuple[Path | None, dict[str, Any], bool]:
+        fence.check()
         back_to = checkpoint.find(run, "auto") or latest
         state = None if back_to is None else checkpoint.read_state(back_to)
         rollbacks = read_rollbacks(run, {} if state is None else state.guard)

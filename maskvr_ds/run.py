@@ -12,6 +12,7 @@ import torch
 from data_pipeline.shards import Corpus
 from maskvr_ds import checkpoint, distributed, hashing, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
+from maskvr_ds.fence import Fence
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.phases import RunPhase
 from maskvr_ds.strategies import Parameters, Proposal, segments, span_thresholds
@@ -160,8 +161,8 @@ def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
     return latest
 
 
-def make_run_folder(run: Path) -> None:
-    """Every rank calls."""
+def make_run_folder(run: Path, fence: Fence) -> None:
+    """Have the run's folder, and be its owner. Every rank calls. Raises FencedError where another job is."""
 
     def look() -> None:
         if not run.is_dir():
@@ -169,12 +170,20 @@ def make_run_folder(run: Path) -> None:
 
     distributed.agreed(lambda: run.mkdir(parents=True, exist_ok=True), on=0)
     distributed.agreed(look)
+    fence.hold(distributed.agreed(partial(fence.take, distributed.world_size()), on=0))
 
 
-def begin(config: RunConfig) -> None:
+def begin(config: RunConfig, fence: Fence) -> None:
     """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped."""
+    fence.check()
     write_config(config)
     outcome.clear(config.output_dir)
+
+
+def end(run: Path, name: str, step: int, fence: Fence) -> None:
+    """`outcome.write`, unless another job has taken the run: then raises FencedError."""
+    fence.check()
+    outcome.write(run, name, step)
 
 
 def write_config(config: RunConfig) -> None:

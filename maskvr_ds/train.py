@@ -40,6 +40,7 @@ from maskvr_ds.engine import (
     zero_stage,
 )
 from maskvr_ds.evaluate import HeldOut
+from maskvr_ds.fence import Fence
 from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Masker
 from maskvr_ds.metrics import METRICS, DeferredTensor, MetricsLog, StepRecord, plot_loss
@@ -51,6 +52,7 @@ from maskvr_ds.run import (
     begin,
     check_corpora,
     create_masker,
+    end,
     find_checkpoint,
     make_run_folder,
     open_and_verify,
@@ -88,15 +90,16 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     if len(left) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
         distributed.agreed(lambda: check_corpora(left))
+    fence = Fence(config.output_dir)
     while left:
         try:
-            latest = train_phase(config, left[0], deepspeed_config, latest, stop)
+            latest = train_phase(config, left[0], deepspeed_config, latest, fence, stop)
             left = left[1:]
         except DivergedError as error:
-            latest = go_back(left[0].config, left[0], error, latest)
+            latest = go_back(left[0].config, left[0], error, latest, fence)
         free_memory()
     if distributed.rank() == 0:
-        outcome.write(config.output_dir, outcome.COMPLETED, phases[-1].last_step)
+        end(config.output_dir, outcome.COMPLETED, phases[-1].last_step, fence)
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
 
 
@@ -105,17 +108,19 @@ def train_phase(
     phase: RunPhase,
     deepspeed_config: dict[str, Any],
     latest: Path | None,
+    fence: Fence,
     stop: StopRequest | None = None,
 ) -> Path | None:
     """Train what is left of one phase; → its last checkpoint. Every rank calls.
 
     latest: the checkpoint to go on from, of this phase or the last one of the phase before: crossing the boundary is
-    a resume, whether the process was killed there or not. Raises DivergedError where it shall be called again.
+    a resume, whether the process was killed there or not. fence: taken here, or checked. Raises DivergedError where it
+    shall be called again.
     """
     config = phase.config
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
     corpus, held_out = distributed.agreed(lambda: phase.naming(lambda: open_and_verify(config, rank, world_size)))
-    make_run_folder(run.output_dir)
+    make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest
     bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
@@ -141,7 +146,7 @@ def train_phase(
     if latest is not None:
         state = resume_from(run.output_dir, latest, engine, phase, state)
     proposer = make_proposer(config, manifest.vocab_size, engine, latest, hashing.fold(config.seed, _MAPNET))
-    distributed.agreed(lambda: begin(run), on=0)
+    distributed.agreed(lambda: begin(run, fence), on=0)
     before = state.phases[: phase.index]
     tokens_before = tokens_done(before)
 
@@ -279,6 +284,7 @@ def train_phase(
                     probe=probe,
                     tokenizer=corpus.tokenizer_folder,
                     keep=config.checkpoint,
+                    fence=fence,
                     beside=None if proposer is None else {MAPNET_STATE: (proposer.state(), proposer.metadata())},
                     background=background,
                 )
@@ -291,7 +297,7 @@ def train_phase(
                     if stopping or step == phase.last_step:
                         finish()
                 if stopping and step < phase.run_steps:
-                    distributed.agreed(partial(outcome.write, run.output_dir, outcome.STOPPED, step), on=0)
+                    distributed.agreed(partial(end, run.output_dir, outcome.STOPPED, step, fence), on=0)
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {latest}")
             log.exclude(time.perf_counter() - pause)
     return latest
