@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskvr_ds.outcome import LOGS, REQUEST
+
 FORMAT = 3
 MANIFEST = "checkpoint.json"
 FOLDER = "checkpoints"
@@ -197,10 +199,11 @@ def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | 
 
 
 def begun(run: Path) -> bool:
-    """Whether a run's folder holds more than a kill during a conversion, or while config.yaml is written, leaves."""
+    """Whether a run's folder holds more than a launcher puts there first, or than a kill during a conversion, or while
+    config.yaml is written, leaves."""
     if not run.exists():
         return False
-    if any(not p.name.endswith(".partial") and p.name != FOLDER for p in run.iterdir()):
+    if any(not p.name.endswith(".partial") and p.name not in (FOLDER, LOGS, REQUEST) for p in run.iterdir()):
         return True
     return (run / FOLDER).exists() and any(not p.name.startswith(".") for p in (run / FOLDER).iterdir())
 

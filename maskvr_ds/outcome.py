@@ -17,6 +17,8 @@ REQUEST = "stop_requested"
 STOPPED = "stopped.json"
 # {"step": n}: all that the configuration asked for is done.
 COMPLETED = "completed.json"
+# Folder of what `python -m cluster launch` and its ranks say, launch by launch.
+LOGS = "logs"
 
 
 def write(run: Path, name: str, step: int) -> None:

@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = [
-    {"__init__", "config_file", "estimators", "hashing", "manifest", "outcome", "variants"},
+    {"__init__", "config_file", "estimators", "hashing", "outcome", "variants"},
     {
         "conditional_poisson",
         "config_masking",
         "config_phases",
         "config_survival",
         "launch",
+        "manifest",
         "pareto",
         "random_effects",
         "vocabulary",
