@@ -33,8 +33,6 @@ class Plan:
     hostfile: Path
     launcher: str
     launcher_args: str
-    module: str
-    arguments: Sequence[str]
     folder: Path
     run: Path
     mark: str
@@ -145,8 +143,10 @@ class Job:
                 preexec_fn=_ignore_signals,
             )
         self._shown = 0
+        self._times: dict[str, float] = {}
+        self._statuses: dict[int, int] = {}
 
-    def wait(self, first_fault_at: float | None = None) -> str | None:
+    def look(self) -> str | None:
         """One look at the job; None: it goes on, "" it is over, else why it has to end."""
         self.ranks.look()
         self.show()
@@ -169,8 +169,7 @@ class Job:
 
     def _for(self, what: str, now: float, seconds: float) -> bool:
         """Whether it has been so for `seconds`; the first call is when it began."""
-        times = self.__dict__.setdefault("_times", {})
-        return now - times.setdefault(what, now) > seconds
+        return now - self._times.setdefault(what, now) > seconds
 
     def show(self) -> None:
         """Print what rank 0 has said since the last time."""
@@ -200,6 +199,8 @@ class Job:
     def end(self) -> dict[str, remote.Answer]:
         """SIGKILL for everything of this launch; → what each host said. Afterwards nothing is left on any host that
         answers, nor on one that does not but still sees the run's folder."""
+        # What comes after is our doing.
+        self._statuses = dict(self.ranks.ended)
         (self.plan.folder / rank.END).touch()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -210,9 +211,9 @@ class Job:
         self.show()
         return answers
 
-    def explain(self, answers: Mapping[str, remote.Answer], ended: Mapping[int, int]) -> list[str]:
-        """What became of the ranks, a line each, causes first. ended: statuses before `end` was called."""
-        lines = []
+    def explain(self, answers: Mapping[str, remote.Answer]) -> list[str]:
+        """What became of the ranks, a line each, causes first. answers: of `end`."""
+        lines, ended = [], self._statuses
         for host, answer in answers.items():
             if answer.fault is not None:
                 lines.append(f"{host}: {answer.fault}; {self.names(self.plan.ranks_of(host))}")
