@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,16 @@ def _sha256(path: Path) -> str | None:
     return None
 
 
+_ACTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "report": report,
+    "end": lambda request: end(request["mark"]),
+    "count": lambda request: {"gpus": _gpus(), "cpus": len(os.sched_getaffinity(0))},
+}
+
+
 def main(argv: list[str]) -> int:
     request = json.loads(base64.urlsafe_b64decode(argv[0]))
-    answer = end(request["mark"]) if request["action"] == "end" else report(request)
-    print(json.dumps(answer))
+    print(json.dumps(_ACTIONS[request["action"]](request)))
     return 0
 
 

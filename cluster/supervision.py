@@ -126,8 +126,9 @@ class Ranks:
 class Job:
     """The runner, and what it has started on the hosts."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, quiet: bool = False) -> None:
+        """quiet: do not print what rank 0 says."""
+        self.plan, self._quiet = plan, quiet
         self.ranks = Ranks(plan)
         self.begun = time.monotonic()
         self.log = plan.folder / "launcher.log"
@@ -174,7 +175,7 @@ class Job:
     def show(self) -> None:
         """Print what rank 0 has said since the last time."""
         path = self.plan.folder / "rank-00000.log"
-        if path.exists():
+        if path.exists() and not self._quiet:
             with path.open("rb") as file:
                 file.seek(self._shown)
                 text = file.read()
