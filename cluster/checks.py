@@ -77,19 +77,21 @@ def job_faults(answers: Mapping[str, Answer], key: str) -> list[str]:
     return lines
 
 
-def launcher_fault(launcher: str) -> str | None:
-    """Why this machine cannot use a launcher."""
+def launcher_fault(launcher: str, path: str) -> str | None:
+    """Why this machine cannot use a launcher. path: where DeepSpeed's runner will look for it."""
     programs = {
         "pdsh": ("pdsh", "ssh"),
         "openmpi": ("ompi_info", "mpirun"),
         "mpich": ("mpirun",),
         "slurm": ("sinfo", "srun"),
     }
-    missing = [program for program in programs[launcher] if shutil.which(program) is None]
+    missing = [program for program in programs[launcher] if shutil.which(program, path=path) is None]
     if missing:
         return f"--launcher {launcher}: {', '.join(missing)} not found on this machine; install it, or use another"
     if launcher == "mpich":
-        version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
+        program = shutil.which("mpirun", path=path)
+        assert program is not None
+        version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
         if "HYDRA" not in version:
             return "--launcher mpich: mpirun is not MPICH's (Hydra); put its folder first in PATH"
     return None

@@ -17,7 +17,7 @@ from cluster import preparation
 from cluster.checks import LaunchError
 from cluster.hostfile import read_hostfile
 from cluster.preparation import CONFIG, Draft
-from cluster.supervision import POLL, Job, Plan
+from cluster.supervision import END_SECONDS, POLL, Job, Plan
 from maskvr_ds import outcome
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 
@@ -50,7 +50,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     plan = _prepare(arguments, hosts, config)
     outcome.clear(plan.run)
     (plan.run / outcome.REQUEST).unlink(missing_ok=True)
-    ends = f"a rank that hangs ends the job within {plan.timeout + plan.grace:g} s" if plan.timeout else "hangs stay"
+    longest = plan.timeout + plan.grace + END_SECONDS
+    ends = f"a rank or host that is lost ends the job within {longest:g} s" if plan.timeout else "hangs.timeout is off"
     print(f"{plan.world_size} ranks on {len(hosts)} hosts, logs in {plan.folder}; {ends}", flush=True)
     return watch(plan, config.training.steps, arguments.timeout)
 

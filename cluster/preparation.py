@@ -70,7 +70,7 @@ class Draft:
 
     def __init__(self, arguments: argparse.Namespace, hosts: Mapping[str, int], config: RunConfig) -> None:
         self.arguments, self.hosts, self.config = arguments, hosts, config
-        if (fault := checks.launcher_fault(arguments.launcher)) is not None:
+        if (fault := checks.launcher_fault(arguments.launcher, _path())) is not None:
             raise LaunchError(fault)
         if arguments.launcher != "pdsh" and len(set(hosts.values())) > 1:
             raise LaunchError(f"--launcher {arguments.launcher} needs the same number of slots on every host; use pdsh")
@@ -163,8 +163,7 @@ class Draft:
 def passed_on(environment: Mapping[str, str], exports: Sequence[str]) -> dict[str, str]:
     """What the ranks get of this machine's environment. exports: NAME, or NAME=VALUE. Raises LaunchError."""
     found = {name: value for name, value in environment.items() if _PASSED.fullmatch(name)}
-    # Tools beside the interpreter (ninja) must be those of its own environment.
-    found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    found["PATH"] = _path()
     home = Path(cluster.__file__).resolve().parents[1]
     if "site-packages" not in home.parts:
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))
@@ -176,6 +175,11 @@ def passed_on(environment: Mapping[str, str], exports: Sequence[str]) -> dict[st
             raise LaunchError(f"--export {export}: not set here; give NAME=VALUE")
         found[name] = value if equals else environment[name]
     return found
+
+
+def _path() -> str:
+    """Tools beside the interpreter (ninja, mpirun) must be those of its own environment."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def check_plain(passed: Mapping[str, str]) -> None:
@@ -199,7 +203,7 @@ def runner_environment(variables: Path) -> dict[str, str]:
     home = str(Path(cluster.__file__).resolve().parents[1])
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     kept["DS_ENV_FILE"] = str(variables)
-    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
+    kept["PATH"] = _path()
     # Without these pdsh waits for ever for a host whose link is cut.
     words = [kept.get("PDSH_SSH_ARGS_APPEND"), *remote.SSH_OPTIONS]
     kept["PDSH_SSH_ARGS_APPEND"] = " ".join(filter(None, words))

@@ -22,6 +22,10 @@ from cluster import rank, remote
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
 POLL = 0.2
+# For ssh to all hosts and what it ends there.
+END_SECONDS = 30
+# What the shells and pythons of hosts say where ranks cannot begin.
+_TROUBLE = ("error", "not found", "no such file", "no module", "permission denied")
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,8 @@ class Job:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         by = "srun" if self.plan.launcher == "slurm" else "ssh"
-        timeout = remote.CONNECT_TIMEOUT + 20
-        answers = remote.ask(self.plan.hosts, {"action": "end", "mark": self.plan.mark}, timeout=timeout, by=by)
+        request = {"action": "end", "mark": self.plan.mark}
+        answers = remote.ask(self.plan.hosts, request, timeout=END_SECONDS, by=by)
         self.show()
         return answers
 
@@ -233,7 +237,7 @@ class Job:
                 lines.append(f"{self.names([number])}: ended with status {status}{self._last_words(number)}")
         never = [n for n in range(self.plan.world_size) if n not in self.ranks.records]
         if never:
-            lines.append(f"never begun: {self.names(never)}{_last_line(self.log)} ({self.log})")
+            lines.append(f"never begun: {self.names(never)}{_last_line(self.log, _TROUBLE)} ({self.log})")
         return lines
 
     def _last_words(self, number: int) -> str:
@@ -254,11 +258,11 @@ def _signal_name(number: int) -> str:
     return f"{name} (by hand, or where memory ran out)" if number == signal.SIGKILL else name
 
 
-def _last_line(path: Path) -> str:
-    """Its last line that says "error", or its last; "" where there is none."""
+def _last_line(path: Path, words: Sequence[str] = ("error",)) -> str:
+    """Its last line with one of `words` in it; "" where there is none."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    errors = [line for line in lines if "error" in line.lower()]
-    return f": {(errors or lines)[-1].strip()[:500]}" if lines else ""
+    told = [line for line in lines if any(word in line.lower() for word in words)]
+    return f": {told[-1].strip()[:300]}" if told else ""
