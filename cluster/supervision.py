@@ -78,8 +78,8 @@ def runner_command(plan: Plan) -> list[str]:
         extra = f"--nodes={len(plan.hosts)} --nodelist={names} --ntasks-per-node={slots} --kill-on-bad-exit=0 {extra}"
     if extra.strip():
         words.append(f"--launcher_args={extra.strip()}")
-    if plan.launcher == "slurm":
-        # DeepSpeed forgets --module here.
+    if plan.launcher in ("slurm", "mpich"):
+        # DeepSpeed forgets --module for srun, and applies it to its own helper for mpirun.
         return [*words, str(Path(rank.__file__).resolve()), payload]
     return [*words, "--module", "cluster.rank", payload]
 

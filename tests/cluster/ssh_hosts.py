@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 PROGRAMS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "pdsh")
+_WRAPPERS = ("nsenter", "unshare")
 SSHD = "/usr/sbin/sshd"
 _HEAD = """
 set -e
@@ -115,8 +116,9 @@ class SshHosts:
         """The host's first process."""
         inner = _inner(self._hosts[number].pid)
         try:
-            return inner if psutil.Process(inner).cmdline()[:1] != ["unshare"] else None
-        except (psutil.Error, IndexError):
+            # Until then it is in the head's namespaces.
+            return None if psutil.Process(inner).name() in _WRAPPERS else inner
+        except psutil.Error:
             return None
 
     def crash(self, number: int) -> None:
@@ -178,7 +180,7 @@ def send(process: "subprocess.Popen[bytes]", number: int) -> None:
 def _inner(pid: int) -> int:
     """Past nsenter and unshare, which wait for the one process that they have forked."""
     process = psutil.Process(pid)
-    while process.name() in ("nsenter", "unshare") and (children := process.children()):
+    while process.name() in _WRAPPERS and (children := process.children()):
         process = children[0]
     return process.pid
 
