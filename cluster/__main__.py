@@ -4,13 +4,15 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from cluster import hostfile
+from cluster import hostfile, launch, preflight
 
 EXAMPLES = """examples:
   python -m cluster hostfile hosts && deepspeed --hostfile hosts --module maskvr_ds.train --config run.yaml
+  python -m cluster preflight --hostfile hosts --config run.yaml
+  python -m cluster launch --hostfile hosts --config run.yaml --resume auto
 """
 # Each adds its parser, and sets `run`: arguments → exit status.
-COMMANDS = (hostfile.add_parser,)
+COMMANDS = (hostfile.add_parser, launch.add_parser, preflight.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.fence import OWNER
-from maskvr_ds.outcome import JOBS
+from maskvr_ds.outcome import JOBS, LOGS, REQUEST
 
 FORMAT = 3
 MANIFEST = "checkpoint.json"
@@ -226,10 +226,11 @@ def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | 
 
 def begun(run: Path) -> bool:
     """Whether a run's folder holds more than what stands there before config.yaml does: who took it, its job script,
-    and what a kill during a conversion leaves."""
+    what a launcher puts there first, and what a kill during a conversion leaves."""
     if not run.exists():
         return False
-    if any(not p.name.endswith(".partial") and p.name not in (FOLDER, OWNER, JOBS) for p in run.iterdir()):
+    early = (FOLDER, OWNER, JOBS, LOGS, REQUEST)
+    if any(not p.name.endswith(".partial") and p.name not in early for p in run.iterdir()):
         return True
     return (run / FOLDER).exists() and any(not p.name.startswith(".") for p in (run / FOLDER).iterdir())
 

@@ -19,6 +19,8 @@ STOPPED = "stopped.json"
 COMPLETED = "completed.json"
 # Folder of what starts the run's jobs and how that went: `python -m cluster slurm`.
 JOBS = "slurm"
+# Folder of what `python -m cluster launch` and its ranks say, launch by launch.
+LOGS = "logs"
 
 
 def write(run: Path, name: str, step: int) -> None:

@@ -1,6 +1,7 @@
 """What a run stands on: its corpora, its folder, and what of it must not change."""
 
 import json
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -116,6 +117,32 @@ def open_and_verify(config: RunConfig, rank: int, world_size: int) -> tuple[Corp
             if opened is not None:
                 opened.verify(range(rank, len(opened.manifest.shards), world_size))
     return corpus, held_out
+
+
+def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
+    """Raise ConfigError where a rank sees other ones under these paths than rank 0 does. Every rank calls.
+
+    Each may be whole by itself; what they would train on together is none of them. Collectives: one broadcast, one
+    object all-gather.
+    """
+    found = [None if corpus is None else _fingerprint(corpus) for corpus in corpora]
+    expected = distributed.broadcast_object((socket.gethostname(), found))
+
+    def compare() -> None:
+        for corpus, ours, theirs in zip(corpora, found, expected[1], strict=True):
+            if ours != theirs and corpus is not None:
+                raise ConfigError(
+                    f"{corpus.folder}: rank {distributed.rank()} on {socket.gethostname()} sees another manifest there "
+                    f"than rank 0 on {expected[0]}; all nodes must see one corpus: copy it anew, or share it"
+                )
+
+    distributed.agreed(compare)
+
+
+def _fingerprint(corpus: Corpus) -> tuple[str, int, int]:
+    manifest = corpus.manifest
+    shards = hashing.fold(0, *(int(shard.sha256, 16) for shard in manifest.shards))
+    return manifest.tokenizer_sha256, manifest.sequence_length, shards
 
 
 def check_corpora(phases: Sequence[RunPhase]) -> None:

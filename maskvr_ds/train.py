@@ -51,6 +51,7 @@ from maskvr_ds.restore import go_back, make_proposer, resume_from, say
 from maskvr_ds.run import (
     begin,
     check_corpora,
+    check_same_corpora,
     create_masker,
     end,
     find_checkpoint,
@@ -120,6 +121,7 @@ def train_phase(
     config = phase.config
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
     corpus, held_out = distributed.agreed(lambda: phase.naming(lambda: open_and_verify(config, rank, world_size)))
+    check_same_corpora((corpus, held_out))
     make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest

@@ -38,6 +38,7 @@ LEVELS = [
         "compare",
         "demo",
         "export",
+        "interconnect",
         "train",
         "variance",
     },

@@ -1,0 +1,285 @@
+"""Two ssh hosts, two ranks on each, through pdsh: one run that everything befalls, against one that nothing does."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from cluster.node import MARK
+from maskvr_ds.checkpoint import complete_checkpoints, read_weights
+from maskvr_ds.outcome import EXIT_STOPPED
+from tests.cluster import ssh_hosts
+from tests.cluster.ssh_hosts import SshHosts, send, wait_until
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import column, configuration, environment
+from tests.support.corpora import make_corpus
+
+STEPS, EVERY, TIMEOUT, GRACE = 100, 10, 10, 5
+FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
+# What this machine may be late by, where it is four times slower than quiet.
+LATE = 60
+SLEEP = "import time; time.sleep(3000)"
+
+
+@dataclass
+class Life:
+    """What a launch came to: seconds from the fault to its end; left: processes on each host afterwards."""
+
+    status: int
+    seconds: float
+    out: str
+    err: str
+    left: list[list[str]] = field(default_factory=list)
+
+
+class Scene:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hosts = SshHosts(folder / "hosts", 2)
+        # A foreign job, as far as DeepSpeed's launchers can tell; their pkill would end it.
+        words = ["ssh", "h1", f"{sys.executable} -c '{SLEEP}' python -u -m deepspeed.launcher.launch foreign"]
+        self.foreign = self.hosts.start(words)
+        self.corpus = make_corpus(folder / "corpus", rows=200, words=20)
+        self.hostfile = folder / "hosts.txt"
+        self.hostfile.write_text("h1 slots=2\nh2 slots=2\n")
+
+    def config(self, name: str) -> Path:
+        values = configuration(
+            self.folder / name,
+            self.corpus,
+            steps=STEPS,
+            batch={"global_size": 16, "micro_size": 2},
+            evaluation={"every_steps": 0},
+            checkpoint={"every_steps": EVERY},
+            deepspeed="zero2_fp32",
+            hangs={"timeout": TIMEOUT},
+        )
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def words(self, name: str, *options: Any, command: str = "launch", hostfile: Path | None = None) -> list[Any]:
+        where = ["--hostfile", hostfile or self.hostfile, "--config", self.config(name)]
+        return [sys.executable, "-m", "cluster", command, *where, *options]
+
+    def refused(self, name: str, *options: Any, **more: Any) -> str:
+        """A launch that shall not begin; → what it says."""
+        answer = self.hosts.run(self.words(name, *options, **more), env=environment())
+        assert (answer.returncode, answer.stdout) == (1, "")
+        assert answer.stderr.startswith("error: ")
+        assert "Traceback" not in answer.stderr
+        assert not (self.folder / name).exists()
+        return answer.stderr
+
+    def live(self, run: str, act: Callable[["subprocess.Popen[bytes]"], None] | None, *options: Any) -> Life:
+        """Launch, or launch again; act once a checkpoint has been written and training goes on; see how it ends."""
+        before = len(self._checkpoints(run))
+        words = self.words(run, "--resume", "auto", "--grace", GRACE, "--force", *options)
+        process = self.hosts.start(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if act is not None:
+            newest = self._newest(run)
+            try:
+                wait_until(lambda: process.poll() is not None or self._newest(run) > newest, 400)
+            except AssertionError:
+                send(process, signal.SIGKILL)
+                raise AssertionError(f"no checkpoint: {process.communicate()}") from None
+            assert process.poll() is None, f"ended before the fault ({before} checkpoints): {process.communicate()}"
+            act(process)
+        begun = time.monotonic()
+        try:
+            out, err = process.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            send(process, signal.SIGKILL)
+            raise AssertionError(f"not over: {process.communicate()}") from None
+        life = Life(process.returncode, time.monotonic() - begun, out.decode(), err.decode())
+        return life
+
+    def leftovers(self, *numbers: int) -> list[list[str]]:
+        """What is still there of a launch, by host."""
+        names = []
+        for number in numbers:
+            words = [" ".join(process.cmdline()) for process in self.hosts.processes(number)]
+            names.append([each for each in words if "foreign" not in each])
+        return names
+
+    def _checkpoints(self, run: str) -> list[Path]:
+        return complete_checkpoints(self.folder / run)
+
+    def _newest(self, run: str) -> int:
+        found = self._checkpoints(run)
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    def rank(self, number: int) -> psutil.Process:
+        """The training process of a rank, on h2."""
+        for process in self.hosts.processes(2):
+            if "maskvr_ds.train" in process.cmdline() and process.environ().get("RANK") == str(number):
+                return process
+        raise AssertionError(f"no rank {number}")
+
+    def plant(self, run: str) -> None:
+        """On h1, what a launch of this run would leave behind whose command was killed."""
+        key = hashlib.sha256(os.fsencode((self.folder / run).resolve())).hexdigest()[:12]
+        self.hosts.start(["ssh", "h1", f"{MARK}={key}-earlier {sys.executable} -c '{SLEEP}' deepspeed.launcher.launch"])
+        wait_until(lambda: self.leftovers(1) != [[]])
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    ssh_hosts.require()
+    scene = Scene(tmp_path_factory.mktemp("launch"))
+    yield scene
+    scene.hosts.close()
+
+
+@pytest.fixture(scope="module")
+def lives(scene: Scene) -> dict[str, Life]:
+    """One run, launched again after each fault, to its end."""
+    found: dict[str, Life] = {}
+    hosts = scene.hosts
+    acts: dict[str, Callable[[subprocess.Popen[bytes]], Any] | None] = {
+        "killed": lambda process: scene.rank(3).kill(),
+        "stopped": lambda process: scene.rank(3).suspend(),
+        "cut": lambda process: hosts.link(2, "down"),
+        "crashed": lambda process: hosts.crash(2),
+        "asked": lambda process: send(process, signal.SIGTERM),
+        "done": None,
+    }
+    for name, act in acts.items():
+        if name == "done":
+            scene.plant("run")
+        options = ("--launcher", "mpich") if name == "done" else ()
+        found[name] = scene.live("run", act, *options)
+        if name == "cut":
+            # The file system was there all the time: told by it, the ranks end although ssh cannot reach them.
+            wait_until(lambda: scene.leftovers(2) == [[]], 30)
+            hosts.link(2, "up")
+        if name == "crashed":
+            hosts.boot(2)
+        found[name].left = scene.leftovers(1, 2)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("killed", r"\n  rank 3 on h2 \(last step \d+, \w+\): killed by SIGKILL"),
+        ("stopped", r"\n  rank 3 on h2 \(last step \d+, \w+\): was stopped \(SIGSTOP\)"),
+        ("cut", r"\n  h2: not reached by ssh: .*; rank 2 on h2 \(last step \d+, \w+\), rank 3 on h2 \("),
+        ("crashed", r"\n  h2: not reached by ssh: .*; rank 2 on h2 \(last step \d+, \w+\), rank 3 on h2 \("),
+    ],
+)
+def test_a_fault_ends_the_launch_in_time_and_is_named(lives: dict[str, Life], fault: str, message: str) -> None:
+    life = lives[fault]
+    assert life.status == 1
+    assert re.search(message, life.err), life.err
+    stated = re.search(r"lost ends the job within (\d+) s", life.out)
+    assert stated is not None
+    assert life.seconds < int(stated[1]) + LATE
+    assert life.left == [[], []]
+
+
+def test_sigterm_ends_it_with_a_checkpoint(lives: dict[str, Life]) -> None:
+    life = lives["asked"]
+    assert life.status == EXIT_STOPPED
+    assert re.search(r"stopped at step \d+, as a signal asked", life.err)
+    assert life.left == [[], []]
+
+
+def test_what_an_earlier_launch_left_is_ended_and_a_foreign_job_is_not(scene: Scene, lives: dict[str, Life]) -> None:
+    assert "warning: h1: ranks of an earlier launch of this run are still there" in lives["done"].err
+    assert lives["done"].left == [[], []]
+    assert "h1: another DeepSpeed job is there" in lives["done"].err
+    assert scene.foreign.poll() is None
+
+
+def test_resumed_after_all_of_it_equals_an_undisturbed_run(scene: Scene, lives: dict[str, Life]) -> None:
+    """The last part by MPICH's launcher; the undisturbed one by DeepSpeed's own command."""
+    assert lives["done"].status == 0, lives["done"].err
+    whole = scene.folder / "whole"
+    words = ["-m", "deepspeed.launcher.runner", "--hostfile", scene.hostfile, "--module", "maskvr_ds.train"]
+    variables = scene.folder / "variables"
+    variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    answer = scene.hosts.run(
+        [sys.executable, *words, "--config", scene.config("whole")],
+        timeout=400,
+        env={**environment(), "DS_ENV_FILE": str(variables)},
+    )
+    assert (whole / "completed.json").is_file(), answer.stdout + answer.stderr
+    assert column(scene.folder / "run", *FIGURES) == column(whole, *FIGURES)
+    ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (scene.folder / "run", whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_missing_hostfile(scene: Scene) -> None:
+    said = scene.refused("never", hostfile=scene.folder / "nowhere")
+    assert "nowhere: no such file; DeepSpeed would train on this machine alone" in said
+
+
+def test_an_empty_hostfile(scene: Scene) -> None:
+    empty = scene.folder / "empty.txt"
+    empty.write_text("# to be filled\n")
+    assert "names no host" in scene.refused("never", hostfile=empty)
+
+
+def test_an_unreachable_second_host_and_a_wrong_number_of_slots(scene: Scene) -> None:
+    """Both are told at once, in less than the time that the rendezvous would wait."""
+    hostfile = scene.folder / "wrong.txt"
+    hostfile.write_text("h1 slots=1000\nabsent slots=1000\n")
+    begun = time.monotonic()
+    # Divisible by the ranks: that fault would be told first.
+    sizes = ["--set", "batch.global_size=2000", "--set", "batch.micro_size=1"]
+    said = scene.refused("never", "--force", *sizes, hostfile=hostfile)
+    assert "absent: not reached by ssh: " in said
+    assert f"h1: slots=1000, but it has {len(os.sched_getaffinity(0))} CPU cores; correct the hostfile" in said
+    assert time.monotonic() - begun < 20 + LATE
+
+
+def test_another_job_on_the_hosts(scene: Scene) -> None:
+    assert re.search(r"h1: another DeepSpeed job is there \(pid \d+, user 0\)", scene.refused("never"))
+
+
+def test_hosts_that_see_different_manifests(scene: Scene) -> None:
+    other = make_corpus(scene.folder / "other", rows=200, words=20, seed=1)
+    scene.hosts.on(2, "mount", "--bind", other, scene.corpus)
+    try:
+        said = scene.refused("never", "--force")
+    finally:
+        scene.hosts.on(2, "umount", scene.corpus)
+    assert re.search(rf"h2: {scene.corpus}/manifest.json is sha256 \w+, on h1 it is sha256", said)
+
+
+def _opens(corpora: list[str]) -> str | None:
+    """On a rank: open the one of its own."""
+    from data_pipeline.shards import Corpus
+    from maskvr_ds import distributed
+    from maskvr_ds.run import check_same_corpora
+
+    distributed.initialize()
+    try:
+        check_same_corpora((Corpus(Path(corpora[distributed.rank()])), None))
+    except (ValueError, distributed.RemoteError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_ranks_that_see_different_manifests(tmp_path: Path) -> None:
+    """As without the checks of `launch`: the trainer itself refuses."""
+    first, other = (str(make_corpus(tmp_path / f"{seed}", rows=50, words=20, seed=seed)) for seed in (0, 1))
+    assert run_ranks(_opens, 2, [first, first]) == [None, None]
+    said = run_ranks(_opens, 2, [first, other])
+    assert said[0].startswith("RemoteError: rank 1: ")
+    assert said[1].startswith("ConfigError: ")
+    assert "rank 1 on" in said[1]
+    assert "sees another manifest" in said[1]
