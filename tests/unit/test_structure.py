@@ -12,10 +12,12 @@ LEVELS = [
     {"__init__", "config_file", "estimators", "hashing", "manifest", "outcome", "variants"},
     {
         "conditional_poisson",
+        "config_data",
         "config_masking",
         "config_phases",
         "config_survival",
         "launch",
+        "mixture",
         "pareto",
         "random_effects",
         "vocabulary",
