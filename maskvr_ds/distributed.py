@@ -1,7 +1,7 @@
 """Rank, world size and the few reductions of a training step.
 
 Collectives here, all over the world group: `all_reduce_sum` (dtype and frequency: the caller's),
-`agreed` (object all-gather, at start-up and around checkpoints only), `barrier`.
+`agreed` and `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
 """
 
 import os
@@ -93,6 +93,14 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, by rank."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def wait_for_device() -> None:
     """Until everything queued on this rank's device is done. For clocks, at pauses of the training; never in a step."""
     if device().type == "cuda":
@@ -113,12 +121,7 @@ def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
             result = action()
     except Exception as fault:
         error = fault
-    messages: list[str | None] = [None] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(messages, None if error is None else str(error))
-    else:
-        messages = [None if error is None else str(error)]
-    for failed, message in enumerate(messages):
+    for failed, message in enumerate(gather_objects(None if error is None else str(error))):
         if message is None:
             continue
         if failed == rank() and error is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shards import Corpus, CorpusError
+from data_pipeline.shards import Corpus, OpenFiles, open_here
 from maskvr_ds import hashing
 from maskvr_ds.config_file import ConfigError
 
@@ -62,27 +62,19 @@ class Mixture(Corpus):
             | {key: sum(getattr(m, key) for m in manifests) for key in ("rows", "tokens", "documents")}
         )
         self.rows, self.sequence_length, self.dtype = self.manifest.rows, first.sequence_length, first.dtype
+        self._paths = [corpus._path(i) for corpus in corpora for i in range(len(corpus.manifest.shards))]
+        self._memory = [memory for corpus in corpora for memory in corpus._memory]
         self._batches = [batch for corpus in corpora for batch in corpus._batches]
         self._views = [view for corpus in corpora for view in corpus._views]
         self._bounds = np.cumsum([0, *(len(view) for view in self._views)], dtype=np.int64)
 
-    def verify(self, indices: Sequence[int] | None = None, progress: Any = None) -> None:
-        first, faults = 0, []
-        wanted = range(len(self.manifest.shards)) if indices is None else indices
-        for corpus in self.corpora:
-            count = len(corpus.manifest.shards)
-            try:
-                corpus.verify([i - first for i in wanted if first <= i < first + count], progress)
-            except CorpusError as error:
-                faults.append(str(error))
-            first += count
-        if faults:
-            raise CorpusError("\n".join(faults))
+    def _path(self, i: int) -> Path:
+        return self._paths[i]
 
 
-def open_mixture(corpora: Sequence[tuple[Path, float]]) -> Corpus:
+def open_mixture(corpora: Sequence[tuple[Path, float]], open_files: OpenFiles = open_here) -> Corpus:
     """Open corpora with their weights; one with weight 1 is itself. Raises ConfigError and CorpusError."""
-    opened = [Corpus(path) for path, _ in corpora]
+    opened = [Corpus(path, open_files) for path, _ in corpora]
     weights = [weight for _, weight in corpora]
     return opened[0] if weights == [1.0] else Mixture(opened, weights)
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.shards import HELD_OUT, Corpus
+from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
 from maskvr_ds import checkpoint, distributed, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.mixture import corpora_identity, open_mixture
+from maskvr_ds.node_files import NodeFiles
 from maskvr_ds.phases import RunPhase
 from maskvr_ds.strategies import Parameters, Proposal, segments, span_thresholds
 from maskvr_ds.vocabulary import frequency_scores, token_counts, word_starts
@@ -22,16 +23,16 @@ CONFIG = "config.yaml"
 _MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
 
-def open_corpora(config: RunConfig) -> tuple[Corpus, Corpus | None]:
-    """Training and held-out corpora, several as one; opening reads no token data."""
-    corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora])
+def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[Corpus, Corpus | None]:
+    """Training and held-out corpora, several as one; opening reads no token data. open_files: see `Corpus`."""
+    corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
     if corpus.sequence_length > config.model.max_position_embeddings:
         raise ConfigError(
             f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
             f"model.max_position_embeddings {config.model.max_position_embeddings}"
         )
     check_masking(config, corpus)
-    return corpus, _open_held_out(config, corpus)
+    return corpus, _open_held_out(config, corpus, open_files)
 
 
 def check_masking(config: RunConfig, corpus: Corpus) -> None:
@@ -108,14 +109,22 @@ def create_masker(
     )
 
 
-def open_and_verify(config: RunConfig, rank: int, world_size: int) -> tuple[Corpus, Corpus | None]:
-    """As `open_corpora`, the shards verified as data.verify says (the work divided among the ranks)."""
-    corpus, held_out = open_corpora(config)
-    if config.data.verify == "full":
-        for opened in (corpus, held_out):
-            if opened is not None:
-                opened.verify(range(rank, len(opened.manifest.shards), world_size))
-    return corpus, held_out
+def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
+    """As `open_corpora`, each shard opened once on each node, and verified as data.verify says: once in the whole job,
+    the work divided among the ranks. Every rank calls."""
+    config, rank, world_size = phase.config, distributed.rank(), distributed.world_size()
+    files = NodeFiles(distributed.gather_objects, rank)
+
+    def open_phase() -> tuple[Corpus, Corpus | None]:
+        with files:
+            corpus, held_out = open_corpora(config, files.open)
+        if config.data.verify == "full":
+            for opened in (corpus, held_out):
+                if opened is not None:
+                    opened.verify(range(rank, len(opened.manifest.shards), world_size))
+        return corpus, held_out
+
+    return distributed.agreed(partial(phase.naming, open_phase))
 
 
 def check_corpora(phases: Sequence[RunPhase]) -> None:
@@ -134,7 +143,7 @@ def check_corpora(phases: Sequence[RunPhase]) -> None:
             )
 
 
-def _open_held_out(config: RunConfig, corpus: Corpus) -> Corpus | None:
+def _open_held_out(config: RunConfig, corpus: Corpus, open_files: OpenFiles) -> Corpus | None:
     if config.evaluation.every_steps == 0:
         return None
     given = config.data.held_out_path
@@ -143,7 +152,7 @@ def _open_held_out(config: RunConfig, corpus: Corpus) -> Corpus | None:
         raise ConfigError(
             f"{missing}: no held-out corpus; build with --held-out, set data.held_out_path, or evaluation.every_steps=0"
         )
-    held_out = open_mixture([(path, 1.0) for path in paths])
+    held_out = open_mixture([(path, 1.0) for path in paths], open_files)
     for key in ("tokenizer_sha256", "sequence_length"):
         if (theirs := getattr(held_out.manifest, key)) != (ours := getattr(corpus.manifest, key)):
             raise ConfigError(f"{paths[0]}: {key} {theirs} differs from the training corpus' {ours}")

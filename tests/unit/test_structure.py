@@ -18,6 +18,7 @@ LEVELS = [
         "config_survival",
         "launch",
         "mixture",
+        "node_files",
         "pareto",
         "random_effects",
         "vocabulary",
