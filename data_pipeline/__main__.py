@@ -91,9 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--work-size",
             type=float,
-            default=32.0,
             metavar="MB",
-            help="MB of text a unit of work; does not change the corpus (default 32)",
+            help="MB of text a unit of work; does not change the corpus (default: a 64th of the text, from 1 to 32)",
         )
     for command in (build, pack):
         command.add_argument("--sequence-length", type=int, required=True, metavar="L", help="tokens a row, at least 8")

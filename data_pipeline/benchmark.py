@@ -1,15 +1,17 @@
-"""Tokens per CPU-second of `build` against the bare tokenizer and against `datasets`.
+"""Tokens per CPU-second and per second of `build`, against the bare tokenizer and against other pipelines.
 
-    python -m data_pipeline.benchmark --input texts/ --tokenizer tok/
+    python -m data_pipeline.benchmark --input texts/ --tokenizer tok/ --workers 1 2 --datatrove-python PYTHON
 
-Three ways to the same text, alternating, each in a fresh process that may use one thread:
+Ways to the same text, alternating, each in fresh processes of one thread:
 
     build       the whole command: interpreter, reading, hashing, tokenising, packing, writing
-    encode      `tokenizers` encode_batch_fast alone: only the calls, the documents being in memory
+    encode      `tokenizers` encode_batch_fast alone, in one process: only the calls, the documents being in memory
     datasets    as in transformers' run_mlm.py: map(tokenizer), map(group_texts), save_to_disk; whole process
+    datatrove   its DocumentTokenizer, unshuffled, from the same documents in .jsonl; whole process. Needs
+                --datatrove-python, an interpreter that has datatrove and tokenizers
 
-CPU seconds are user + system. A token is a token of the text, without special tokens: the same number for
-all three.
+CPU seconds are user + system, of all processes. A token is a token of the text, without special tokens: the same number
+for all.
 """
 
 from __future__ import annotations
@@ -33,6 +35,20 @@ from data_pipeline.sources import Piece, find_sources
 from data_pipeline.tokenizer import Encoder, copy_tokenizer
 
 WAYS = ("build", "encode", "datasets")
+# Runs where this project need not be installed.
+_DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+
+if __name__ == "__main__":
+    documents, tokenizer, folder, workers = sys.argv[1:]
+    tokenize = DocumentTokenizer(folder + "/tokens", tokenizer + "/tokenizer.json", shuffle_documents=False)
+    steps = [JsonlReader(documents), tokenize]
+    # spawn: the processor time of what a fork server starts is nobody's.
+    LocalPipelineExecutor(steps, tasks=int(workers), logging_dir=folder + "/logs", start_method="spawn").run()
+"""
 
 
 def _documents(inputs: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -41,22 +57,22 @@ def _documents(inputs: Sequence[str]) -> Iterator[tuple[str, bool]]:
         yield from read_documents(source, piece, "blank-line", "text", lambda *_: None)
 
 
-def _build(inputs: Sequence[str], tokenizer: str, length: int, folder: Path) -> dict[str, Any]:
+def _build(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int) -> dict[str, Any]:
     from data_pipeline.build import build
 
-    build(inputs, tokenizer, length, folder / "corpus", progress=False)
+    build(inputs, tokenizer, length, folder / "corpus", workers=workers, progress=False)
     return {}
 
 
-def _encode(inputs: Sequence[str], tokenizer: str, length: int, folder: Path) -> dict[str, Any]:
+def _encode(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int) -> dict[str, Any]:
     encoder = Encoder(tokenizer)
     texts = [batch for batch, _ in batches(_documents(inputs), 1 << 20)]
-    begin = time.process_time()
+    begin, clock = time.process_time(), time.perf_counter()
     tokens = sum(sum(map(len, encoder.tokenizer.encode_batch_fast(b, add_special_tokens=False))) for b in texts)
-    return {"cpu": time.process_time() - begin, "tokens": tokens}
+    return {"cpu": time.process_time() - begin, "wall": time.perf_counter() - clock, "tokens": tokens}
 
 
-def _datasets(inputs: Sequence[str], tokenizer: str, length: int, folder: Path) -> dict[str, Any]:
+def _datasets(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int) -> dict[str, Any]:
     import datasets
     from transformers import AutoTokenizer
 
@@ -74,13 +90,28 @@ def _datasets(inputs: Sequence[str], tokenizer: str, length: int, folder: Path) 
     raw = datasets.load_dataset(
         "text", data_files=list(inputs), sample_by="paragraph", split="train", cache_dir=str(folder / "cache")
     )
-    tokenized = raw.map(tokenize, batched=True, remove_columns=["text"])
-    tokenized.map(group_texts, batched=True).save_to_disk(str(folder / "saved"))
+    processes = workers if workers > 1 else None
+    tokenized = raw.map(tokenize, batched=True, remove_columns=["text"], num_proc=processes)
+    tokenized.map(group_texts, batched=True, num_proc=processes).save_to_disk(str(folder / "saved"), num_proc=processes)
     return {}
 
 
-def _measure(way: str, inputs: Sequence[str], tokenizer: str, length: int, folder: Path) -> dict[str, Any]:
-    """Run one way in a fresh process; returns its CPU seconds (user + system) and what it reported."""
+def _write_documents(inputs: Sequence[str], folder: Path, files: int) -> None:
+    """The documents in `files` files of .jsonl, of about equal size: datatrove divides its work by files."""
+    folder.mkdir()
+    texts = [text for text, _ in _documents(inputs)]
+    share = sum(map(len, texts)) / files
+    position = 0
+    outputs = [(folder / f"{i}.jsonl").open("w", encoding="utf-8") for i in range(files)]
+    for text in texts:
+        outputs[min(int(position / share), files - 1)].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        position += len(text)
+    for output in outputs:
+        output.close()
+
+
+def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run one way in a fresh process; returns its CPU seconds (user + system), its seconds, and what it reported."""
     one_thread = {
         "TOKENIZERS_PARALLELISM": "false",
         "RAYON_NUM_THREADS": "1",
@@ -88,16 +119,26 @@ def _measure(way: str, inputs: Sequence[str], tokenizer: str, length: int, folde
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "home"),
     }
-    command = [sys.executable, "-m", "data_pipeline.benchmark", "--input", *inputs, "--tokenizer", tokenizer]
-    command += ["--sequence-length", str(length), "--run", way, "--folder", str(folder)]
-    process = subprocess.Popen(command, env=os.environ | one_thread, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    begin = time.perf_counter()
+    with (folder / "errors").open("wb") as errors:
+        process = subprocess.Popen(
+            command, env=os.environ | one_thread, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{way} failed with exit code {process.returncode}")
-    return {"cpu": usage.ru_utime + usage.ru_stime, **json.loads(output.splitlines()[-1])}
+        told = (folder / "errors").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}: {told}")
+    found = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - begin}
+    return found | (json.loads(lines[-1]) if (lines := output.splitlines()) and lines[-1].startswith("{") else {})
+
+
+def _table(rates: dict[tuple[str, int], list[float]]) -> None:
+    for (way, workers), values in rates.items():
+        least, *_, most = ordered = sorted(values)
+        print(f"{way:12} {workers} {least:10.0f} {statistics.median(ordered):8.0f} {most:8.0f}")
 
 
 def main() -> None:
@@ -106,40 +147,65 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer folder")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="processes, one number after the other")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which of them (default: all)")
+    parser.add_argument("--datatrove-python", metavar="PYTHON", help="interpreter with datatrove, to measure it too")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     inputs, length = arguments.input, arguments.sequence_length
     if arguments.run:
         run = {"build": _build, "encode": _encode, "datasets": _datasets}[arguments.run]
-        print(json.dumps(run(inputs, arguments.tokenizer, length, arguments.folder)))
+        print(json.dumps(run(inputs, arguments.tokenizer, length, arguments.folder, arguments.workers[0])))
         return
 
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = [*arguments.ways, *(["datatrove"] if arguments.datatrove_python else [])]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch, "tokenizer")
         copy_tokenizer(arguments.tokenizer, tokenizer)
-        for round_ in range(arguments.rounds):
-            for way in WAYS:
-                with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                    found = _measure(way, inputs, str(tokenizer), length, Path(folder))
-                    seconds[way].append(found["cpu"])
-                    if way == "encode":
-                        tokens = found["tokens"]
-                    if way == "build":
-                        manifest = read_manifest(Path(folder, "corpus"))
-                        size = sum(shard.bytes for shard in manifest.shards) / manifest.tokens
-                print(f"round {round_ + 1}: {way:9} {found['cpu']:8.2f} CPU-seconds", flush=True)
+        tokens = _encode(inputs, str(tokenizer), length, tokenizer, 1)["tokens"]
+        for workers in arguments.workers if "datatrove" in ways else ():
+            _write_documents(inputs, Path(scratch, f"documents{workers}"), workers)
+        for round_, workers, way in (
+            (r, w, way) for r in range(arguments.rounds) for w in arguments.workers for way in ways
+        ):
+            if way == "encode" and workers > 1:
+                continue
+            with tempfile.TemporaryDirectory(dir=scratch) as name:
+                folder = Path(name)
+                command = [sys.executable, "-m", "data_pipeline.benchmark", "--input", *inputs]
+                command += ["--tokenizer", str(tokenizer), "--sequence-length", str(length)]
+                command += ["--workers", str(workers), "--run", way, "--folder", name]
+                if way == "datatrove":
+                    (folder / "peer.py").write_text(_DATATROVE)
+                    texts = Path(scratch, f"documents{workers}")
+                    command = [arguments.datatrove_python, f"{name}/peer.py", str(texts), str(tokenizer), name]
+                    command += [str(workers)]
+                measured = _measure(command, folder)
+                if way == "build":
+                    manifest = read_manifest(folder / "corpus")
+                    size = sum(shard.bytes for shard in manifest.shards) / manifest.tokens
+                    print(f"output {size:.4f} bytes a token; ", end="")
+            found.setdefault((way, workers), []).append(measured)
+            seconds = f"{measured['cpu']:8.2f} CPU-seconds, {measured['wall']:8.2f} seconds"
+            print(f"round {round_ + 1}: {way:9} workers {workers} {seconds}", flush=True)
 
     text = sum(source.bytes for source in find_sources(inputs))
-    print(f"\n{text:,} bytes of input, {tokens:,} tokens of text, output {size:.4f} bytes a token")
-    print("thousand tokens a CPU-second      min   median      max")
-    rates = {way: sorted(tokens / cpu / 1e3 for cpu in seconds[way]) for way in WAYS}
-    for way, rate in rates.items():
-        print(f"{way:28} {rate[0]:8.0f} {statistics.median(rate):8.0f} {rate[-1]:8.0f}")
-    for way in WAYS[1:]:
-        ratios = sorted(cpu / mine for mine, cpu in zip(seconds["build"], seconds[way], strict=True))
-        print(f"build / {way:20} {ratios[0]:8.2f} {statistics.median(ratios):8.2f} {ratios[-1]:8.2f}")
+    print(f"\n{text:,} bytes of input, {tokens:,} tokens of text")
+    print("way, workers        min   median      max")
+    print("thousand tokens a CPU-second")
+    _table({key: [tokens / one["cpu"] / 1e3 for one in runs] for key, runs in found.items()})
+    print("thousand tokens a second")
+    _table({key: [tokens / one["wall"] / 1e3 for one in runs] for key, runs in found.items()})
+    print("round by round: build ÷ way, tokens a CPU-second; build ÷ build with the first number of workers, a second")
+    for (way, workers), runs in found.items():
+        figure, mine = ("cpu", workers) if way != "build" else ("wall", arguments.workers[0])
+        others = found.get(("build", mine))
+        if others and (way, workers) != ("build", mine):
+            sign = 1 if way == "build" else -1
+            ratios = sorted((b[figure] / o[figure]) ** sign for b, o in zip(others, runs, strict=True))
+            print(f"{way:12} {workers} {ratios[0]:10.2f} {statistics.median(ratios):8.2f} {ratios[-1]:8.2f}")
 
 
 if __name__ == "__main__":

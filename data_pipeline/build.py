@@ -38,7 +38,7 @@ from data_pipeline.progress import ProgressBar
 from data_pipeline.rules import DocumentRules
 from data_pipeline.shards import Manifest, read_manifest
 from data_pipeline.tokenizer import copy_tokenizer, fingerprint
-from data_pipeline.tokenizing import find_groups, tokenize_stage
+from data_pipeline.tokenizing import default_work_size, find_groups, tokenize_stage
 from data_pipeline.tokens import PLANES, TOKENS_VERSION, TokenManifest, read_tokens
 from data_pipeline.workers import Pool
 
@@ -63,7 +63,7 @@ def build(
     pair_probability: float = 0.5,
     columns: Sequence[str] = (),
     shard_size: float = 128.0,
-    work_size: float = 32.0,
+    work_size: float | None = None,
     progress: bool | None = None,
     team: Team | None = None,
 ) -> Manifest:
@@ -76,8 +76,8 @@ def build(
     processes. held_out: this share of the documents, chosen by a hash of `seed` and the text, goes to a
     corpus of its own in output/held_out. packing: "full_sequences", "documents" (with length bins), "nsp", "sop" (with
     pair_probability); columns: "word_start", "sentence_start" to store. shard_size: MB a shard; work_size: MB of text
-    a unit of work (it does not change the output). progress: True or False shows or hides the bar, None shows it on a
-    terminal.
+    a unit of work (it does not change the output), None: `default_work_size`. progress: True or False shows or hides
+    the bar, None shows it on a terminal.
 
     team: the ranks of an mpirun, of which this is rank 0 (`mpi`).
 
@@ -96,6 +96,7 @@ def build(
         about = about.model_copy(update={"sentences": "punctuation"})
     # A tokenizer's vocab.txt is no text, nor is the copy of it in an output folder among the inputs.
     groups = find_groups(about, (output, Path(tokenizer)), named)
+    work_size = work_size or default_work_size(groups)
     options = _with_weights(options, tuple(section.weight for section in about.sources))
     arguments = {
         "schema_version": SCHEMA_VERSION,
@@ -148,20 +149,21 @@ def tokenize(
     held_out: float = 0.0,
     documents: str = "blank-line",
     text_field: str = "text",
-    work_size: float = 32.0,
+    work_size: float | None = None,
     progress: bool | None = None,
     team: Team | None = None,
 ) -> TokenManifest:
     """Write token shards of all documents into `output`, for `pack`. Arguments, resuming and errors as `build`.
 
     Word starts are stored, and sentences as the description says ("punctuation" where it does not). `work_size`: MB
-    of text a token shard; corpora packed of them do not depend on it.
+    of text a token shard, None: `default_work_size`; corpora packed of them do not depend on it.
     """
     output = Path(output)
     _check_source_arguments(workers, seed, held_out, documents, work_size)
     about, named = _describe(inputs, description, documents, text_field)
     about = about.model_copy(update={"word_starts": True, "sentences": about.sentences or "punctuation"})
     groups = find_groups(about, (output, Path(tokenizer)), named)
+    work_size = work_size or default_work_size(groups)
     arguments = {
         "tokens_version": TOKENS_VERSION,
         "seed": seed,
@@ -342,14 +344,14 @@ def _pack_options(
     return PackOptions(sequence_length, packing, bins, probability, ordered, (), seed, shard_size)
 
 
-def _check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float) -> None:
+def _check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float | None) -> None:
     _check_rules(
         (
             (workers >= 1, "workers", workers, "at least 1"),
             (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
-            (work_size > 0, "work size", work_size, "above 0 (MB)"),
+            (work_size is None or work_size > 0, "work size", work_size, "above 0 (MB)"),
         )
     )
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import pyarrow as pa
 
 # EFBIG: the limit of the process (ulimit -f) or of the file system; to the user it is the same trouble.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -150,3 +155,27 @@ def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> 
             if progress:
                 progress(n)
     return digest.hexdigest()
+
+
+class _Mapping:
+    """What a mapped buffer keeps alive; the memory is unmapped with it."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if self.address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), f"cannot map {size:,} bytes: {os.strerror(ctypes.get_errno())}")
+        weakref.finalize(self, libc.munmap, self.address, size).atexit = False
+
+
+def map_file(descriptor: int, size: int) -> pa.Buffer:
+    """The first `size` > 0 bytes of an open file, mapped for reading; the descriptor may then be closed.
+
+    Python's own mmap keeps a descriptor open for each map, and a corpus may have more shards than a process may have
+    files. Raises OSError.
+    """
+    mapping = _Mapping(descriptor, size)
+    return pa.foreign_buffer(mapping.address, size, base=mapping)

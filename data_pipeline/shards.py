@@ -29,8 +29,10 @@ Shapes: R rows of a shard, B rows of a batch, L positions of a row.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.files import CorpusError, atomic_file, sha256_file
+from data_pipeline.files import CorpusError, atomic_file, map_file, sha256_file
 from data_pipeline.manifest import (
     HELD_OUT,
     MANIFEST,
@@ -65,6 +67,7 @@ __all__ = [
     "CorpusError",
     "Manifest",
     "MixtureEntry",
+    "OpenFiles",
     "Sha256",
     "ShardEntry",
     "SourceEntry",
@@ -72,11 +75,14 @@ __all__ = [
     "check_shard",
     "check_tokenizer",
     "id_dtype",
+    "open_here",
     "read_manifest",
     "verify_shards",
     "write_manifest",
     "write_shard",
 ]
+
+_BLOCK = 1 << 20
 
 
 def _schema(length: int, dtype: np.dtype, columns: Sequence[str]) -> pa.Schema:
@@ -148,8 +154,22 @@ def _shard_path(folder: Path, entry: ShardEntry) -> Path:
     return path
 
 
-def _map_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> pa.RecordBatch:
-    """Map a shard's record batch, reading no data. Raises CorpusError where it is not as in the manifest."""
+OpenFiles = Callable[[Callable[[int], int], int], Iterable[int]]
+"""Called with (open, n): the descriptors open(0) … open(n − 1), or those that another process opened, in this order."""
+
+
+def open_here(open_one: Callable[[int], int], number: int) -> Iterable[int]:
+    """In this process, one after the other."""
+    return map(open_one, range(number))
+
+
+def _open_shard(folder: Path, entry: ShardEntry) -> int:
+    return os.open(_shard_path(folder, entry), os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _map_shard(descriptor: int, path: Path, entry: ShardEntry, manifest: Manifest) -> tuple[pa.Buffer, pa.RecordBatch]:
+    """Map a shard's file and its record batch, reading no data; closes the descriptor. Raises CorpusError where it is
+    not as in the manifest."""
     length = entry.length or manifest.sequence_length
     expected = _schema(length, id_dtype(manifest.vocab_size), manifest.columns)
 
@@ -157,7 +177,13 @@ def _map_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> pa.RecordBa
         return CorpusError(f"{path}: {rule}, found {found}. Copy the shard again or build the corpus again")
 
     try:
-        memory = pa.memory_map(str(path)).read_buffer()
+        try:
+            # A file that is shorter than its map is deadly to read.
+            if (size := os.fstat(descriptor).st_size) != entry.bytes:
+                raise refuse(f"{entry.bytes:,} bytes expected", f"{size:,}")
+            memory = map_file(descriptor, size)
+        finally:
+            os.close(descriptor)
         reader = pa.ipc.open_file(memory)
         if reader.num_record_batches != 1:
             raise refuse("exactly one record batch expected", reader.num_record_batches)
@@ -175,7 +201,7 @@ def _map_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> pa.RecordBa
     # A compressed batch is decompressed into fresh memory: it would fill the machine instead of the map.
     if not memory.address <= ids.buffers()[1].address < memory.address + memory.size:
         raise refuse("uncompressed data expected", "compressed")
-    return batch
+    return memory, batch
 
 
 def check_shard(
@@ -193,11 +219,15 @@ def check_shard(
     path = _shard_path(Path(folder), entry)
     # The hash first: a flipped byte in the Arrow header is a broken file, not a matter of schema.
     if full and (found := sha256_file(path, progress)) != entry.sha256:
-        raise CorpusError(
-            f"{path}: sha256 {entry.sha256} expected, {found} found: the file was changed or damaged. "
-            "Copy it again or build the corpus again"
-        )
-    _map_shard(path, entry, manifest)
+        raise _damaged(path, entry, found)
+    _map_shard(_open_shard(Path(folder), entry), path, entry, manifest)
+
+
+def _damaged(path: Path, entry: ShardEntry, found: str) -> CorpusError:
+    return CorpusError(
+        f"{path}: sha256 {entry.sha256} expected, {found} found: the file was changed or damaged. "
+        "Copy it again or build the corpus again"
+    )
 
 
 def verify_shards(
@@ -234,10 +264,12 @@ class Corpus:
     """Memory-mapped reader of a corpus folder.
 
     Opening checks the manifest, the tokenizer's fingerprint, and existence, size, schema and rows of every
-    shard; it reads no token data (`verify` does). Raises CorpusError where something is not as it should be.
+    shard; it reads no token data (`verify` does). Every shard is opened once, and stays mapped without a descriptor;
+    open_files: who opens them, where that is not this process. Raises CorpusError where something is not as it
+    should be.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, open_files: OpenFiles = open_here) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         check_tokenizer(self.folder, self.manifest)
@@ -246,7 +278,12 @@ class Corpus:
         self.dtype = id_dtype(self.manifest.vocab_size)
         self.tokenizer_folder = self.folder / TOKENIZER
         shards = self.manifest.shards
-        self._batches = [_map_shard(_shard_path(self.folder, s), s, self.manifest) for s in shards]
+        descriptors = open_files(lambda i: _open_shard(self.folder, shards[i]), len(shards))
+        mapped = [
+            _map_shard(descriptor, self.folder / shard.file, shard, self.manifest)
+            for descriptor, shard in zip(descriptors, shards, strict=True)
+        ]
+        self._memory, self._batches = [memory for memory, _ in mapped], [batch for _, batch in mapped]
         self._views = [
             np.frombuffer(batch.column(0).values.buffers()[1], self.dtype, shard.rows * length).reshape(
                 shard.rows, length
@@ -342,8 +379,22 @@ class Corpus:
         return np.unpackbits(bits, count=self.manifest.shards[i].rows, bitorder="little").astype(bool)
 
     def verify(self, indices: Sequence[int] | None = None, progress: Callable[[int], object] | None = None) -> None:
-        """Read shards in full and compare their SHA-256 (all, or those in `indices`).
+        """Read shards in full, through the map, and compare their SHA-256 (all, or those in `indices`).
 
         `progress` is called with the bytes read by each step. Raises one CorpusError naming every bad shard.
         """
-        verify_shards(self.folder, self.manifest, indices, progress)
+        faults = []
+        for i in range(len(self._memory)) if indices is None else indices:
+            digest, data = hashlib.sha256(), memoryview(self._memory[i])
+            for start in range(0, len(data), _BLOCK):
+                digest.update(block := data[start : start + _BLOCK])
+                if progress:
+                    progress(len(block))
+            entry = self.manifest.shards[i]
+            if (found := digest.hexdigest()) != entry.sha256:
+                faults.append(str(_damaged(self._path(i), entry, found)))
+        if faults:
+            raise CorpusError("\n".join(faults))
+
+    def _path(self, i: int) -> Path:
+        return self.folder / self.manifest.shards[i].file

@@ -65,6 +65,11 @@ class Source:
         path = Path(self.path)
         return Path(path.stem if self.compression else path.name).suffix.lower()
 
+    @property
+    def text_bytes(self) -> int:
+        """About how many bytes of text it holds."""
+        return self.bytes * (_EXPANSION if self.compression else 1)
+
     def check_unchanged(self) -> None:
         """Raise CorpusError where the file is not the one that the build began with."""
         try:
@@ -177,7 +182,7 @@ def _cut_source(
     elif source.format.startswith(BUILDER):
         yield Piece(i, 0, source.bytes), source.bytes
     elif source.compression:
-        yield Piece(i, 0, source.bytes), source.bytes * _EXPANSION
+        yield Piece(i, 0, source.bytes), source.text_bytes
     else:
         rule = _WIKI_CUT if source.format == ".wiki" else _CUTS.get("line" if source.format == ".jsonl" else documents)
         start = 0

@@ -38,6 +38,15 @@ Unit = tuple[int, tuple[Piece, ...]]
 """Source (index in the description), and the pieces of its files; their indices are those of all files."""
 
 
+# Enough to keep many workers busy to the end, and none so small that its files cost more than its text.
+_UNITS, _LEAST, _MOST = 64, 1.0, 32.0
+
+
+def default_work_size(groups: Sequence[Sequence[Source]]) -> float:
+    """MB of text a unit of work: a 64th of the text, from 1 to 32. A function of the inputs alone."""
+    return min(max(sum(file.text_bytes for files in groups for file in files) / 1e6 / _UNITS, _LEAST), _MOST)
+
+
 def find_groups(description: Description, exclude: Sequence[Path], named: bool) -> list[list[Source]]:
     """The files of each source; where sources are `named`, the files' names begin with the source's."""
     groups = find_files(description, exclude)

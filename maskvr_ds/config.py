@@ -21,9 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from maskvr_ds.config_data import DataConfig
 from maskvr_ds.config_file import ConfigError, Section, assign, describe, read_yaml, recipe_text, recipes
 from maskvr_ds.config_masking import MaskingConfig
-from maskvr_ds.config_phases import Phase, check_phases, resolve, take_from_phases
+from maskvr_ds.config_phases import OF_PHASES, Phase, check_phases, resolve, take_from_phases
 from maskvr_ds.config_survival import CheckpointConfig, DivergenceConfig, HangsConfig
 from maskvr_ds.variants import VARIANTS, Variant
 
@@ -39,18 +40,6 @@ __all__ = [
 ]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class DataConfig(Section):
-    """Corpora as `python -m data_pipeline build` writes them."""
-
-    path: Path
-    # None: `path`/held_out where it exists.
-    held_out_path: Path | None = None
-    # "full" reads every shard once at the start and compares its SHA-256, the work divided among the ranks.
-    verify: Literal["full", "size"] = "full"
-    # Steps that each rank reads ahead.
-    prefetch: PositiveInt = 2
 
 
 # Layers, hidden size, heads: Turc et al. 2019 (arXiv 1908.08962), base and large: Devlin et al. 2018.
@@ -246,7 +235,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     # A name from ds_configs/ or the path of a JSON file.
     deepspeed: str = "zero1_fp32"
-    # With phases, data.path and training are theirs: here stand the first one's path and the sum of their steps.
+    # With phases, data and training are theirs: here stand the first one's corpora and the sum of their steps.
     data: DataConfig
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
@@ -353,7 +342,8 @@ def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back to the same RunConfig."""
     values = config.model_dump(mode="json")
     if config.phases:  # theirs, and taken from them when it is read
-        del values["training"], values["data"]["path"], values["data"]["held_out_path"]
+        del values["training"]
+        values["data"] = {key: value for key, value in values["data"].items() if key not in OF_PHASES}
         values["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in config.phases]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

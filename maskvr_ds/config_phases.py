@@ -22,7 +22,7 @@ class PhaseStart(Section):
 class Phase(Section):
     """A part of a run: what it has other than the run, as sections with some of their fields.
 
-    Every phase has its data.path and training.steps; of `optimizer` only lr may differ.
+    Every phase has its data.path (or data.mixture) and training.steps; of `optimizer` only lr may differ.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
@@ -43,6 +43,8 @@ class Phase(Section):
 
 
 Phases = tuple[Phase, ...]
+# Fields of `data` that each phase has for itself.
+OF_PHASES = ("path", "mixture", "held_out_path")
 SECTIONS = tuple(name for name in Phase.model_fields if name not in ("name", "start"))
 # Section → field that a phase gives → what it then does not inherit, because it would no longer belong to it.
 _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -67,7 +69,7 @@ _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def take_from_phases(values: Any) -> Any:
-    """A run's raw values, with what its required sections lack filled in: the first phase's data.path, the sum of all
+    """A run's raw values, with what its required sections lack filled in: the first phase's corpora, the sum of all
     training.steps. Raises ValueError where a phase lacks its own, or the run's sections say it too."""
     phases = values.get("phases") if isinstance(values, Mapping) else None
     if not phases or not isinstance(phases, list) or not all(isinstance(phase, Mapping) for phase in phases):
@@ -77,20 +79,21 @@ def take_from_phases(values: Any) -> Any:
             if not isinstance(section := sections.get(name) or {}, Mapping):
                 raise ValueError(f"{where}{name}: a mapping of fields expected (given: {section!r})")
     data, training = values.get("data") or {}, values.get("training") or {}
-    for section, given, keys in (("data", data, ("path", "held_out_path")), ("training", training, tuple(training))):
+    for section, given, keys in (("data", data, OF_PHASES), ("training", training, tuple(training))):
         if found := next((key for key in keys if key in given), None):
             where = f"phases.NAME.{section}.{found}"
             raise ValueError(f"{section}.{found}: with phases each has its own; remove it here and set {where}")
     steps = 0
     for number, phase in enumerate(phases):
         where = f"phases.{phase.get('name', number)}"
-        if not (phase.get("data") or {}).get("path"):
+        if not any((phase.get("data") or {}).get(key) for key in ("path", "mixture")):
             raise ValueError(f"{where}.data.path: required, but not given: each phase names its corpus")
         own = (phase.get("training") or {}).get("steps")
         if type(own) is not int or own < 1:
             raise ValueError(f"{where}.training.steps: a positive integer required (given: {own!r})")
         steps += own
-    return {**values, "data": {**data, "path": phases[0]["data"]["path"]}, "training": {"steps": steps}}
+    corpora = {key: phases[0]["data"][key] for key in ("path", "mixture") if key in phases[0]["data"]}
+    return {**values, "data": {**data, **corpora}, "training": {"steps": steps}}
 
 
 def check_phases(phases: Phases) -> None:
@@ -129,12 +132,8 @@ def schedule_span(phases: Phases, index: int) -> tuple[int, int]:
 def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
     """Sections of the run, dumped, with those of one phase laid over them: the raw values of a run without phases."""
     first, end = schedule_span(phases, index)
-    # The run's own path and steps were taken from the phases.
-    values = {
-        **run,
-        "training": {},
-        "data": {k: v for k, v in run["data"].items() if k not in ("path", "held_out_path")},
-    }
+    # The run's own corpora and steps were taken from the phases.
+    values = {**run, "training": {}, "data": {k: v for k, v in run["data"].items() if k not in OF_PHASES}}
     for section in SECTIONS:
         # A schedule that continues is that of the phase where it began, with its peak.
         given = getattr(phases[first if section in ("schedule", "optimizer") else index], section)

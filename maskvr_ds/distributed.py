@@ -1,7 +1,7 @@
 """Rank, world size and the few reductions of a training step.
 
 Collectives here, all over the world group: `all_reduce_sum` (dtype and frequency: the caller's),
-`agreed`, `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
+`agreed` and `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
 """
 
 import os
@@ -191,12 +191,7 @@ def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
             result = action()
     except Exception as fault:
         error = fault
-    messages: list[str | None] = [None] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(messages, None if error is None else str(error))
-    else:
-        messages = [None if error is None else str(error)]
-    for failed, message in enumerate(messages):
+    for failed, message in enumerate(gather_objects(None if error is None else str(error))):
         if message is None:
             continue
         if failed == rank() and error is not None:

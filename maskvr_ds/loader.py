@@ -1,8 +1,11 @@
-"""Corpus + (seed, samples consumed) → this rank's rows of every global batch. L positions.
+"""Corpora + (seed, samples consumed) → this rank's rows of every global batch. L positions.
 
 Sample s of a run (s = 0, 1, 2, …) is row π_e(s mod N) of the corpus of N rows, e = s div N its epoch and π_e a
 permutation keyed by (seed, e). Step t consumes samples tB … (t+1)B − 1; rank and world size decide only who
 reads which of them. The state to resume is one integer: samples consumed.
+
+Of a mixture of corpora an epoch has N = Σ M_c places, M_c of each corpus (mixture.py): π_e permutes the places, so that
+the corpora come in the proportions of their weights everywhere, and a place leads to a row of its corpus.
 
 With J copies every row comes J times running: s div J takes the place of s, and copy j = s mod J of the row's epoch e
 bears the epoch number eJ + j, so that it has a mask, and a share in digests, of its own.
@@ -11,7 +14,7 @@ bears the epoch number eJ + j, so that it has a mask, and a share in digests, of
 import itertools
 import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.batch import TokenBatch
+from maskvr_ds.mixture import Share, shares
 
 # Four rounds make a strong pseudorandom permutation (Luby & Rackoff 1988); two more for small domains.
 _FEISTEL_ROUNDS = 6
@@ -57,24 +61,39 @@ class KeyedPermutation:
         return images
 
 
-# A run needs that of the present epoch and of the next; they are small.
-_permutation = lru_cache(maxsize=16)(KeyedPermutation)
+# A run needs that of the present epoch and of the next, of a mixture also those of its corpora; they are small.
+_permutation = lru_cache(maxsize=256)(KeyedPermutation)
 
 
 def sample_rows(
-    samples: NDArray[np.int64], rows: int, seed: int, copies: int = 1
+    samples: NDArray[np.int64], rows: int | Sequence[Share], seed: int, copies: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Samples of a run, int64 [n] ascending → (rows int64 [n], epochs int64 [n]) of a corpus of `rows` rows.
+    """Samples of a run, int64 [n] ascending → (rows int64 [n], epochs int64 [n]) of a corpus of `rows` rows, or of a
+    mixture's shares.
 
-    copies: J; epochs then count the times that the row was read before, J an epoch.
+    epochs: of a mixture, passes over the row's own corpus. copies: J; epochs then count the times that the row was read
+    before, J an epoch.
     """
+    shares = (Share(rows, rows),) if isinstance(rows, int) else rows
+    total = sum(share.places for share in shares)
     samples, copy = np.divmod(samples, copies)
-    epochs, index = np.divmod(samples, rows)
-    out = np.empty_like(samples)
+    epochs, index = np.divmod(samples, total)
+    places = np.empty_like(samples)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        out[here] = _permutation(rows, hashing.fold(seed, epoch))(index[here])
-    return out, epochs * copies + copy
+        places[here] = _permutation(total, hashing.fold(seed, epoch))(index[here])
+    out, passes = np.empty_like(samples), np.empty_like(samples)
+    first_place = first_row = 0
+    for number, share in enumerate(shares):
+        here = (places >= first_place) & (places < first_place + share.places)
+        turns, row = np.divmod(epochs[here] * share.places + places[here] - first_place, share.rows)
+        if share.places % share.rows:
+            for turn in np.unique(turns).tolist():
+                now = turns == turn
+                row[now] = _permutation(share.rows, hashing.fold(seed, turn, number))(row[now])
+        out[here], passes[here] = first_row + row, turns
+        first_place, first_row = first_place + share.places, first_row + share.rows
+    return out, passes * copies + copy
 
 
 def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64], *, pin: bool = False) -> TokenBatch:
@@ -107,7 +126,7 @@ class Loader:
     """This rank's share of every global batch, read ahead by a thread.
 
     Args:
-        corpus: what to read.
+        corpus: what to read, or a Mixture.
         seed: keys the order, together with the epoch.
         global_size: sequences a step over all ranks; a multiple of `world_size` and of `copies` (ValueError otherwise).
         copies: J, how often each row comes in a global batch.
@@ -134,7 +153,7 @@ class Loader:
             raise ValueError(
                 f"a global batch of {global_size} sequences does not divide by {copies} copies of each row"
             )
-        self.corpus = corpus
+        self.corpus, self.shares = corpus, shares(corpus)
         self.seed = seed
         self.copies = copies
         self.global_size = global_size
@@ -148,7 +167,7 @@ class Loader:
         share = self.rank * self.share + np.arange(self.share)
         for first in itertools.count(samples_consumed, steps * self.global_size):
             samples = first + np.arange(steps)[:, None] * self.global_size + share
-            rows, epochs = sample_rows(samples.ravel(), self.corpus.rows, self.seed, self.copies)
+            rows, epochs = sample_rows(samples.ravel(), self.shares, self.seed, self.copies)
             for step in np.split(np.arange(len(rows)), steps):
                 yield read_rows(self.corpus, rows[step], epochs[step], pin=self.device.type == "cuda")
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from data_pipeline.shards import Corpus
-from maskvr_ds import checkpoint, distributed, hashing, manifest, outcome
+from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
+from maskvr_ds import checkpoint, distributed, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.fence import Fence
 from maskvr_ds.masking import Corruption, Masker
+from maskvr_ds.mixture import corpora_identity, open_mixture
+from maskvr_ds.node_files import NodeFiles
 from maskvr_ds.phases import RunPhase
 from maskvr_ds.strategies import Parameters, Proposal, segments, span_thresholds
 from maskvr_ds.vocabulary import frequency_scores, token_counts, word_starts
@@ -23,16 +25,16 @@ CONFIG = "config.yaml"
 _MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
 
-def open_corpora(config: RunConfig) -> tuple[Corpus, Corpus | None]:
-    """Training and held-out corpus; opening reads no token data."""
-    corpus = Corpus(config.data.path)
+def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[Corpus, Corpus | None]:
+    """Training and held-out corpora, several as one; opening reads no token data. open_files: see `Corpus`."""
+    corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
     if corpus.sequence_length > config.model.max_position_embeddings:
         raise ConfigError(
-            f"{config.data.path}: sequences of {corpus.sequence_length} tokens exceed "
+            f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
             f"model.max_position_embeddings {config.model.max_position_embeddings}"
         )
     check_masking(config, corpus)
-    return corpus, _open_held_out(config, corpus)
+    return corpus, _open_held_out(config, corpus, open_files)
 
 
 def check_masking(config: RunConfig, corpus: Corpus) -> None:
@@ -109,14 +111,22 @@ def create_masker(
     )
 
 
-def open_and_verify(config: RunConfig, rank: int, world_size: int) -> tuple[Corpus, Corpus | None]:
-    """As `open_corpora`, the shards verified as data.verify says (the work divided among the ranks)."""
-    corpus, held_out = open_corpora(config)
-    if config.data.verify == "full":
-        for opened in (corpus, held_out):
-            if opened is not None:
-                opened.verify(range(rank, len(opened.manifest.shards), world_size))
-    return corpus, held_out
+def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
+    """As `open_corpora`, each shard opened once on each node, and verified as data.verify says: once in the whole job,
+    the work divided among the ranks. Every rank calls."""
+    config, rank, world_size = phase.config, distributed.rank(), distributed.world_size()
+    files = NodeFiles(distributed.gather_objects, rank)
+
+    def open_phase() -> tuple[Corpus, Corpus | None]:
+        with files:
+            corpus, held_out = open_corpora(config, files.open)
+        if config.data.verify == "full":
+            for opened in (corpus, held_out):
+                if opened is not None:
+                    opened.verify(range(rank, len(opened.manifest.shards), world_size))
+        return corpus, held_out
+
+    return distributed.agreed(partial(phase.naming, open_phase))
 
 
 def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
@@ -161,18 +171,19 @@ def check_corpora(phases: Sequence[RunPhase]) -> None:
             )
 
 
-def _open_held_out(config: RunConfig, corpus: Corpus) -> Corpus | None:
+def _open_held_out(config: RunConfig, corpus: Corpus, open_files: OpenFiles) -> Corpus | None:
     if config.evaluation.every_steps == 0:
         return None
-    path = config.data.held_out_path or config.data.path / "held_out"
-    if not path.exists():
+    given = config.data.held_out_path
+    paths = [given] if given else [entry.path / HELD_OUT for entry in config.data.corpora]
+    if missing := next((path for path in paths if not path.exists()), None):
         raise ConfigError(
-            f"{path}: no held-out corpus; build with --held-out, set data.held_out_path, or evaluation.every_steps=0"
+            f"{missing}: no held-out corpus; build with --held-out, set data.held_out_path, or evaluation.every_steps=0"
         )
-    held_out = Corpus(path)
+    held_out = open_mixture([(path, 1.0) for path in paths], open_files)
     for key in ("tokenizer_sha256", "sequence_length"):
         if (theirs := getattr(held_out.manifest, key)) != (ours := getattr(corpus.manifest, key)):
-            raise ConfigError(f"{path}: {key} {theirs} differs from the training corpus' {ours}")
+            raise ConfigError(f"{paths[0]}: {key} {theirs} differs from the training corpus' {ours}")
     return held_out
 
 
@@ -236,7 +247,7 @@ def run_identity(phase: RunPhase, corpus: Corpus) -> dict[str, Any]:
     identity = {
         "tokenizer": manifest.tokenizer_sha256,
         "sequence_length": manifest.sequence_length,
-        "shards": hashing.fold(0, *(int(shard.sha256, 16) for shard in manifest.shards)),
+        **corpora_identity(corpus),
         "model": config.model.model_dump(exclude={"preset", "activation_checkpointing"}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,

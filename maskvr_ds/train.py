@@ -90,7 +90,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     left = phases[first:]
     if len(left) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
-        distributed.agreed(lambda: check_corpora(left))
+        distributed.agreed(lambda: check_corpora(left), on=0)
     fence = Fence(config.output_dir)
     while left:
         try:
@@ -120,7 +120,7 @@ def train_phase(
     """
     config = phase.config
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
-    corpus, held_out = distributed.agreed(lambda: phase.naming(lambda: open_and_verify(config, rank, world_size)))
+    corpus, held_out = open_and_verify(phase)
     check_same_corpora((corpus, held_out))
     make_run_folder(run.output_dir, fence)
 

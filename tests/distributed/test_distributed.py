@@ -1,5 +1,7 @@
 """What keeps ranks together when one of them fails."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,14 @@ import torch
 from maskvr_ds.metrics import DeferredTensor, StepRecord
 from maskvr_ds.train import check_finite, is_due
 from tests.distributed.ranks import run_ranks
+from tests.support.corpora import make_corpus
 
 
-def fail_on(failing: list[int]) -> list[Any]:
-    """On a rank: what `agreed` says when the ranks `failing` fail, then that collectives still match."""
+def fail_on(failing: list[int], corpus: Path | None = None) -> list[Any]:
+    """On a rank: what `agreed` says when the ranks `failing` fail, then that collectives still match.
+
+    corpus: at the end comes how many shards of it this rank opened for its node's ranks, and how many it has mapped.
+    """
     from maskvr_ds import distributed
 
     distributed.initialize()
@@ -29,7 +35,22 @@ def fail_on(failing: list[int]) -> list[Any]:
         outcome,
         distributed.agreed(lambda: "from " + str(distributed.rank()), on=1),
         distributed.all_reduce_sum(torch.ones(1, dtype=torch.int64)).item(),
+        *([] if corpus is None else open_on_node(corpus)),
     ]
+
+
+def open_on_node(folder: Path) -> list[int]:
+    from data_pipeline.shards import Corpus
+    from maskvr_ds import distributed
+    from maskvr_ds.node_files import NodeFiles
+
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    with NodeFiles(distributed.gather_objects, distributed.rank()) as files:
+        corpus = distributed.agreed(lambda: Corpus(folder, files.open))
+    corpus.verify()
+    maps = Path("/proc/self/maps").read_text()
+    return [sum(name.endswith(".arrow") for name in opened), maps.count(".arrow")]
 
 
 def test_an_error_is_told_once_and_known_to_all() -> None:
@@ -39,8 +60,10 @@ def test_an_error_is_told_once_and_known_to_all() -> None:
         assert run_ranks(fail_on, 3, failing) == [[outcome, "from 1", 3] for outcome in expected]
 
 
-def test_without_errors_every_rank_has_its_own_result() -> None:
-    assert run_ranks(fail_on, 2, []) == [[0, "from 1", 2], [10, "from 1", 2]]
+def test_without_errors_every_rank_has_its_own_result(tmp_path: Path) -> None:
+    """And one opens the three shards of a corpus for both, since they share this node."""
+    corpus = make_corpus(tmp_path / "corpus", rows=30, length=8, shard_rows=10)
+    assert run_ranks(fail_on, 2, [], corpus) == [[0, "from 1", 2, 3, 3], [10, "from 1", 2, 0, 3]]
 
 
 def record_of(loss: float, norm: float, **extra: float) -> StepRecord:

@@ -83,8 +83,17 @@ class Runs:
             "mapnet": {"hidden": 32, "layers": 1},
             "deepspeed": "zero2_fp32",
         }
-        self.whole = two_phases(folder / "whole", self.short, self.long, **proposing)
-        killed = two_phases(folder / "killed", self.passing, self.long, **proposing)
+        # Their first phase reads a mixture.
+        second = make_corpus(folder / "second", rows=40, words=20, seed=2)
+        make_corpus(second / "held_out", rows=30, words=20, seed=3)
+        self.whole, killed = (
+            changed(
+                two_phases(folder / name, path, self.long, **proposing),
+                0,
+                data={"path": None, "mixture": [{"path": str(path), "weight": 0.4}, {"path": str(second)}]},
+            )
+            for name, path in (("whole", self.short), ("killed", self.passing))
+        )
         killed["data"] = {"verify": "size"}
         # The corpus of phase one goes with its held-out part, and what it was must not matter any more.
         make_corpus(self.passing / "held_out", rows=30, words=20, seed=1)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "corpus"
     make_corpus(folder, rows=200, words=20, padded_last_row=True)
     make_corpus(folder / "held_out", rows=60, words=20, seed=1)
+    make_corpus(folder / "second", rows=70, words=20, seed=2)
+    make_corpus(folder / "second" / "held_out", rows=20, words=20, seed=3)
     return folder
 
 
@@ -45,11 +48,14 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def same_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs of SAME on 1, 2 and 3 ranks, and more on 2: bf16, Adam."""
+    """The runs of SAME on 1, 2 and 3 ranks, a mixture of corpora on 1 and 2, and more on 2: bf16, Adam."""
     folder = tmp_path_factory.mktemp("same")
     runs = {}
     for world_size in (1, 2, 3):
-        names = dict(SAME) if world_size < 3 else {"zero1": SAME["zero1"]}
+        names: dict[str, Any] = dict(SAME) if world_size < 3 else {"zero1": SAME["zero1"]}
+        if world_size < 3:
+            mixture = [{"path": str(corpus), "weight": 0.6}, {"path": str(corpus / "second"), "weight": 2.5}]
+            names |= {"mixture": {"data": {"path": None, "mixture": mixture}}}
         if world_size == 2:
             names |= {f"bf16-zero{stage}": {"deepspeed": f"zero{stage}_bf16"} for stage in (0, 1, 2)}
             names |= {"adam": {"optimizer": {"name": "adam", "lr": 3e-3}}}
@@ -70,7 +76,7 @@ def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dic
     digests = {
         name: column(run, "step", "samples", "predictions", "lr", "data_digest", "mask_digest")
         for name, run in same_runs.items()
-        if name != "adam-2"
+        if not name.startswith(("adam", "mixture"))
     }
     reference = digests["zero0-1"]
     assert len(reference) == STEPS
@@ -81,12 +87,23 @@ def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dic
 def test_losses_do_not_depend_on_ranks_stage_or_layout(same_runs: dict[str, Path]) -> None:
     reference = metrics(same_runs["zero0-1"])
     for name, run in same_runs.items():
-        if name.startswith(("bf16", "adam")):
+        if name.startswith(("bf16", "adam", "mixture")):
             continue
         for expected, found in zip(reference, metrics(run), strict=True):
             for figure in ("loss", "grad_norm", "held_out_loss"):
                 if figure in expected:
                     assert found[figure] == pytest.approx(expected[figure], abs=1e-4), (name, figure, found["step"])
+
+
+def test_a_mixture_of_corpora_does_not_depend_on_ranks(same_runs: dict[str, Path]) -> None:
+    """Its epoch is 120 + 175 samples: two of them in 50 steps of 12."""
+    runs = [same_runs[name] for name in ("mixture-1", "mixture-2", "zero1-1")]
+    one, two, other = (column(run, "samples", "predictions", "data_digest", "mask_digest") for run in runs)
+    assert one == two
+    assert not {d[2] for d in one} & {d[2] for d in other}
+    for expected, found in zip(*map(metrics, runs[:2]), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert found.get("held_out_loss") == pytest.approx(expected.get("held_out_loss"), abs=1e-4)
 
 
 def test_loss_falls_with_lamb_adam_and_in_bf16(same_runs: dict[str, Path]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -178,32 +177,6 @@ def build_command(folder: Path, output: Path, workers: int = 2) -> list[str]:
     sizes = ["--work-size", "0.006", "--shard-size", "0.003", "--held-out", "0.2", "--workers", str(workers)]
     options = ["--tokenizer", folder / "tok", "--sequence-length", LENGTH, "--output", output]
     return command("build", "--input", folder / "in", *options, *sizes)
-
-
-def test_kill_at_ten_random_moments(folder: Path, tmp_path: Path) -> None:
-    """SIGKILL to the whole process group; the same command then ends with the undisturbed bytes."""
-    rng = random.Random(1)
-    output = tmp_path / "out"
-    begin = time.monotonic()
-    subprocess.run(build_command(folder, tmp_path / "undisturbed"), cwd=ROOT, check=True, capture_output=True)
-    takes = time.monotonic() - begin
-    kills = builds = 0
-    while kills < 10:
-        process = subprocess.Popen(
-            build_command(folder, output), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            assert process.wait(rng.uniform(0.1, 1.0) * takes) == 0
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-        else:
-            assert tree(output) == tree(folder / "whole")
-            builds += 1
-            output = tmp_path / f"out{builds}"
-    subprocess.run(build_command(folder, output), cwd=ROOT, check=True, capture_output=True)
-    assert tree(output) == tree(folder / "whole")
 
 
 CRASH = """

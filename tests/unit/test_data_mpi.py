@@ -1,14 +1,11 @@
-"""Builds on several MPI ranks: the same bytes as one process, through kills too. Skipped where there is no MPI."""
+"""Builds on several MPI ranks: the same bytes as one process. Skipped where there is no MPI."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,71 +61,6 @@ def test_error_is_told_once_and_ends_every_rank(folder: Path, tmp_path: Path) ->
     assert found.returncode != 0
     assert [line for line in found.stderr.splitlines() if "not UTF-8" in line][1:] == []
     assert "part2.txt: not UTF-8 at byte 7" in found.stderr
-
-
-def children(process: int) -> list[int]:
-    """All processes below one, the deepest last."""
-    found = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if parent == process:
-                found += [int(path.name), *children(int(path.name))]
-    return found
-
-
-@needs_mpi
-@pytest.mark.parametrize("whom", ["one", "all"])
-def test_killed_and_started_again(folder: Path, tmp_path: Path, whom: str) -> None:
-    """SIGKILL at random moments, to any one process of the job or to all of them."""
-    rng = random.Random(whom)
-    kills = 0
-    for attempt in range(20):
-        process = subprocess.Popen(
-            mpi_command(folder, tmp_path / "out", 2, 1),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(rng.uniform(1, 4) if kills < 4 and attempt < 19 else 300)
-        except subprocess.TimeoutExpired:
-            below = children(process.pid)
-            victims = below if whom == "all" else [rng.choice(below or [process.pid])]
-            for victim in victims:
-                try:
-                    os.kill(victim, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            kills += 1
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                # A launcher may wait for ever for a helper of its own that is gone; the ranks are what counts.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for left in below:
-                wait_for_end(left)
-            continue
-        if process.returncode == 0:
-            break
-    assert tree(tmp_path / "out") == tree(folder / "whole")
-
-
-def wait_for_end(process: int) -> None:
-    """Until a process that lost its parent is gone; one that goes on is ended."""
-    for _ in range(100):
-        if not Path(f"/proc/{process}").exists():
-            return
-        time.sleep(0.1)
-    try:
-        os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def test_mpirun_without_mpi4py_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
