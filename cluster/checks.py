@@ -21,9 +21,10 @@ def corpora(config: RunConfig) -> list[str]:
     found: dict[str, None] = {}
     for index in range(len(config.phases) or 1):
         data, evaluation = config.phase(index).data, config.phase(index).evaluation
-        found[str(data.path.absolute())] = None
-        if evaluation.every_steps:
-            found[str((data.held_out_path or data.path / "held_out").absolute())] = None
+        paths = [entry.path for entry in data.corpora]
+        held_out = [data.held_out_path] if data.held_out_path else [path / "held_out" for path in paths]
+        for path in (*paths, *(held_out if evaluation.every_steps else ())):
+            found[str(path.absolute())] = None
     return list(found)
 
 

@@ -216,8 +216,8 @@ def strategy_cost(
         "uniform_seconds_median": statistics.median(elapsed["uniform"]),
     }
     for name in names[1:]:
-        for kind, seconds in (("", elapsed), ("_cpu_time", cpu_time)):
-            ratios = [own / uniform - 1 for own, uniform in zip(seconds[name], seconds["uniform"], strict=True)]
+        for kind, times in (("", elapsed), ("_cpu_time", cpu_time)):
+            ratios = [own / uniform - 1 for own, uniform in zip(times[name], times["uniform"], strict=True)]
             for statistic in (min, statistics.median, max):
                 figures[f"{name}_adds{kind}_{statistic.__name__}"] = statistic(ratios)
     if device.type == "cpu":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds import checkpoint, distributed, manifest, outcome
+from maskvr_ds import checkpoint, distributed, hashing, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.fence import Fence
 from maskvr_ds.masking import Corruption, Masker

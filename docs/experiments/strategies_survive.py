@@ -3,8 +3,8 @@
     python docs/experiments/strategies_survive.py --corpus CORPUS --output DIR [--steps 200] [--strategies NAME …]
 
 CORPUS as `maskvr demo` builds it. Each strategy trains twice: undisturbed, and killed with SIGKILL (launcher and ranks)
-a little after its first checkpoint, then resumed. One line of DIR/strategies.jsonl a strategy; what stands there already
-is not repeated. Exits with 1 where a resumed run differs from the undisturbed one in a digest, a loss or a gradient norm.
+a little after its first checkpoint, then resumed. One line of DIR/strategies.jsonl a strategy; what stands there is not
+repeated. Exits with 1 where a resumed run differs from the undisturbed one in a digest, a loss or a gradient norm.
 """
 
 import argparse
