@@ -63,6 +63,10 @@ class Watchdog:
         """The main thread has come here: place "step" is watched for ranks that stay behind, others are not."""
         self._progress = (self._progress[0] + 1, step, place)
 
+    def pause(self) -> None:
+        """As `mark`, in the same step: other things than training are to be done."""
+        self.mark(self._progress[1], "pause")
+
     def __enter__(self) -> "Watchdog":
         if self._active:
             self._thread.start()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskvr_ds.metrics import DeferredTensor, StepRecord
-from maskvr_ds.train import check_finite, is_due
+from maskvr_ds.saving import check_finite, is_due
 from tests.distributed.ranks import run_ranks
 from tests.support.corpora import make_corpus
 

@@ -93,11 +93,11 @@ class Play:
         import numpy as np
 
         from maskvr_ds.config import RunConfig
+        from maskvr_ds.parts import ORDER
         from maskvr_ds.phases import plan
-        from maskvr_ds.train import _ORDER
 
         config = RunConfig.model_validate(configuration(self.folder, self.corpus, steps=STEPS, **NO_EVALUATION))
-        key = plan(config)[0].key(_ORDER)
+        key = plan(config)[0].key(ORDER)
         return sample_rows(np.arange(step * 12, (step + 1) * 12), 200, key)[0]
 
     def __call__(self, name: str) -> Path:

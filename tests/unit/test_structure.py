@@ -32,6 +32,8 @@ LEVELS = [
     {"checkpoint", "step"},
     {"evaluate", "phases", "oracles", "moments"},
     {"restore", "run"},
+    {"parts"},
+    {"saving"},
     {
         "benchmark",
         "benchmark_corpus",

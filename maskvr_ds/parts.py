@@ -1,0 +1,160 @@
+"""What a phase trains with: all that is made, or restored, before its first step.
+
+Collectives: those of opening corpora (run.py), of loading (checkpoint.py, restore.py) and of the masker's statistics.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import distributed, hashing
+from maskvr_ds.batch import MaskedBatch
+from maskvr_ds.checkpoint import CheckpointState
+from maskvr_ds.config import RunConfig
+from maskvr_ds.divergence import Guard, read_rollbacks
+from maskvr_ds.engine import create_engine, model_dtype, partition_sizes, zero_stage
+from maskvr_ds.evaluate import HeldOut
+from maskvr_ds.fence import Fence
+from maskvr_ds.loader import Loader
+from maskvr_ds.masking import Masker
+from maskvr_ds.metrics import MetricsLog
+from maskvr_ds.model import bert_config, flops_per_sequence
+from maskvr_ds.phases import RunPhase, tokens_done
+from maskvr_ds.proposer import Proposer
+from maskvr_ds.restore import make_proposer, resume_from
+from maskvr_ds.run import (
+    begin,
+    check_same_corpora,
+    create_masker,
+    make_run_folder,
+    open_and_verify,
+    run_identity,
+    run_settings,
+    sequence_copies,
+)
+
+# What a key is for, so that no two uses share random numbers.
+WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET = range(5)
+_PROBE_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """state: where the phase begins or goes on. tokens_before: of the phases before it. probe: a few fixed rows,
+    masked: what an export's logits are compared on."""
+
+    corpus: Corpus
+    engine: Any
+    masker: Masker
+    proposer: Proposer | None
+    loader: Loader
+    evaluation: HeldOut | None
+    probe: MaskedBatch
+    state: CheckpointState
+    tokens_before: int
+    rollbacks: list[dict[str, Any]]
+    log: MetricsLog
+    guard: Guard
+
+
+def assemble(
+    run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], latest: Path | None, fence: Fence
+) -> Parts:
+    """Open, check, make and restore; the run's folder is this job's from here on. Every rank calls.
+
+    latest: the checkpoint to go on from, of this phase or the last one of the phase before. Raises ValueError (of
+    whatever kind) on every rank alike for what the user can mend.
+    """
+    config = phase.config
+    rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
+    corpus, held_out = open_and_verify(phase)
+    check_same_corpora((corpus, held_out))
+    make_run_folder(run.output_dir, fence)
+
+    manifest = corpus.manifest
+    bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
+    engine = create_engine(
+        bert,
+        deepspeed_config,
+        model=config.model,
+        batch=config.batch,
+        optimizer=config.optimizer,
+        accumulation=config.accumulation_steps(world_size),
+        seed=hashing.fold(config.seed, WEIGHTS),
+    )
+    state = CheckpointState(
+        step=0,
+        samples=0,
+        world_size=world_size,
+        zero_stage=zero_stage(deepspeed_config),
+        dtype=str(model_dtype(deepspeed_config)).removeprefix("torch."),
+        partitions=partition_sizes(engine),
+        identity=run_identity(phase, corpus),
+        settings=run_settings(config),
+    )
+    if latest is not None:
+        state = resume_from(run.output_dir, latest, engine, phase, state)
+    proposer = make_proposer(config, manifest.vocab_size, engine, latest, hashing.fold(config.seed, MAPNET))
+    distributed.agreed(lambda: begin(run, fence), on=0)
+
+    masker = create_masker(
+        config.masking,
+        corpus,
+        seed=phase.key(MASKS),
+        device=device,
+        proposal=None if proposer is None else proposer.propose,
+    )
+    loader = Loader(
+        corpus,
+        seed=phase.key(ORDER),
+        global_size=config.batch.global_size,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        prefetch=config.data.prefetch,
+        copies=sequence_copies(config.masking, corpus),
+    )
+    evaluation = None
+    if held_out is not None:
+        evaluation = HeldOut(
+            held_out,
+            rows=config.evaluation.rows,
+            micro_size=config.batch.micro_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+    probe = Loader(held_out or corpus, seed=0, global_size=min(_PROBE_ROWS, (held_out or corpus).rows), device=device)
+    tokens_before = tokens_done(state.phases[: phase.index])
+    rollbacks = distributed.agreed(lambda: read_rollbacks(run.output_dir, state.guard), on=0)
+    guard = Guard(config.divergence, state.guard if len(state.phases) > phase.index else {})
+    if any(entry["to_step"] == state.step for entry in rollbacks):
+        guard.forget()
+    guard.attach(engine)
+    sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
+    log = MetricsLog(
+        config.output_dir,
+        rank=rank,
+        resume_step=state.step,
+        resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
+        total_steps=phase.run_steps,
+        monitor=config.monitor,
+        token_flops=sequence_flops / corpus.sequence_length / world_size,
+        tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
+        rollbacks=rollbacks,
+    )
+    return Parts(
+        corpus=corpus,
+        engine=engine,
+        masker=masker,
+        proposer=proposer,
+        loader=loader,
+        evaluation=evaluation,
+        probe=masker(next(probe.batches())),
+        state=state,
+        tokens_before=tokens_before,
+        rollbacks=rollbacks,
+        log=log,
+        guard=guard,
+    )
