@@ -60,5 +60,6 @@ class Background:
         finish, self._finish, self._thread, self._flag = self._finish, None, None, None
         folder = finish()
         now = time.perf_counter()
-        seconds = {"seconds": self._paused + now - waited, "after_seconds": now - self._began}
+        # Stood still; from the beginning until it counts.
+        seconds = {"seconds": self._paused + now - waited, "after_seconds": self._paused + now - self._began}
         return folder, {"event": "checkpoint", "step": self._step, **seconds}

@@ -209,14 +209,14 @@ def _writing(
     writer = engine.checkpoint_engine
     original = writer.save
 
-    def save(content: Any, path: str) -> None:
+    def save(state_dict: Any, path: str) -> None:
         try:
             if in_memory:
                 buffer = io.BytesIO()
-                torch.save(content, buffer, _use_new_zipfile_serialization=writer.zipfile_serialization)
+                torch.save(state_dict, buffer, _use_new_zipfile_serialization=writer.zipfile_serialization)
                 files[Path(path)] = buffer.getbuffer()
             else:
-                original(content, path)
+                original(state_dict, path)
                 files[Path(path)] = None
         except Exception as error:
             failed.append(error)

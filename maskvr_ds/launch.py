@@ -21,7 +21,7 @@ from maskvr_ds import outcome
 from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
 
 # Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
-_GRACE = 10.0
+_GRACE = 5.0
 _POLL = 0.05
 Processes = list["subprocess.Popen[bytes]"]
 
@@ -119,6 +119,10 @@ def _wait(processes: Processes) -> None:
         failed = any(process.returncode not in (None, 0, EXIT_STOPPED) for process in processes)
         if failed and deadline is None:
             deadline = time.monotonic() + _GRACE
+            for number, process in enumerate(processes):
+                if (process.returncode or 0) < 0:
+                    name = signal.Signals(-process.returncode).name
+                    print(f"error: rank {number} was ended by {name}", file=sys.stderr, flush=True)
         if deadline is not None and time.monotonic() > deadline:
             _end(running)
         time.sleep(_POLL)

@@ -55,10 +55,10 @@ def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False)
     """
     import logging
 
-    from maskvr_ds import distributed
+    from maskvr_ds import distributed, train
     from maskvr_ds.config import RunConfig
-    from maskvr_ds.train import train
 
+    train.plot_loss = lambda *_: None  # a second each
     logging.disable(logging.WARNING)
     distributed.initialize()
     if fp16:
@@ -66,7 +66,7 @@ def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False)
     outcomes: list[str | None] = []
     for values, resume in runs:
         try:
-            train(RunConfig.model_validate(values), resume)
+            train.train(RunConfig.model_validate(values), resume)
             outcomes.append(None)
         except (ValueError, FloatingPointError, distributed.RemoteError) as error:
             outcomes.append(f"{type(error).__name__}: {error}")
@@ -80,7 +80,7 @@ class Life:
     kill: ("step", n): SIGKILL when update n (0-based) is about to be made; ("saved", n): when the checkpoint of step n
     is written; ("converted", 0): when a converted checkpoint is all there, but not renamed.
     delete: a folder that goes before it begins. ranks: of these the first so many; None: all. fp16: `allow_fp16`.
-    check_crossing: see the function of this name.
+    check_crossing: see the function of this name; `record_masks` too.
     """
 
     jobs: list[tuple[dict[str, Any], str | None]]
@@ -122,6 +122,7 @@ def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
                 _prepare_to_die(life.kill)
                 if life.check_crossing:
                     check_crossing()
+                    record_masks()
                 answer: Any = train_all(life.jobs, life.fp16)
             except BaseException:
                 answer = [traceback.format_exc()[-3000:]]
@@ -134,6 +135,50 @@ def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         answers.append("killed" if killed else json.loads(text))
     return answers
+
+
+def record_masks() -> None:
+    """On a rank: have every step write the masks of its rows in RUN.masks/, a line each: (step, epoch, sample id), what
+    is predicted."""
+    from maskvr_ds import train
+
+    pending: list[str] = []
+
+    class Recording:
+        def __init__(self, masker: Any, step: int) -> None:
+            self.masker, self.step = masker, step
+
+        def __call__(self, batch: Any) -> Any:
+            masked = self.masker(batch)
+            for b in range(len(batch.sample_ids)):
+                key = [self.step, int(batch.epochs[b]), int(batch.sample_ids[b])]
+                predicted = sorted(masked.positions[b][masked.weights[b] != 0].tolist())
+                pending.append(json.dumps([key, predicted]) + "\n")
+            return masked
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.masker, name)
+
+    run_step, save = train.run_step, train.checkpoint.save
+
+    def recorded(engine: Any, masker: Any, *args: Any, **options: Any) -> Any:
+        return run_step(engine, Recording(masker, engine.global_steps), *args, **options)
+
+    def saved(run: Path, *args: Any, **options: Any) -> Any:
+        folder = Path(f"{run}.masks")
+        folder.mkdir(exist_ok=True)
+        with (folder / f"rank-{os.environ['RANK']}").open("a") as file:
+            file.writelines(pending)
+        pending.clear()
+        return save(run, *args, **options)
+
+    train.run_step, train.checkpoint.save = recorded, saved
+
+
+def read_masks(run: Path) -> dict[tuple[int, ...], list[int]]:
+    """(step, epoch, sample id) → positions, of all ranks."""
+    lines = [json.loads(line) for file in Path(f"{run}.masks").iterdir() for line in file.read_text().splitlines()]
+    return {tuple(key): positions for key, positions in lines}
 
 
 def check_crossing() -> None:
