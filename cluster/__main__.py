@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from cluster import hostfile
+from cluster import hostfile, slurm, status
 
 EXAMPLES = """examples:
   python -m cluster hostfile hosts && deepspeed --hostfile hosts --module maskvr_ds.train --config run.yaml
 """
 # Each adds its parser, and sets `run`: arguments → exit status.
-COMMANDS = (hostfile.add_parser,)
+COMMANDS = (hostfile.add_parser, slurm.add_parser, status.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
