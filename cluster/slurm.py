@@ -127,8 +127,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; leave it out")
     _check_least(arguments)
     check_batch(config, nodes, tasks)
-    if len(nodes) > 1:
-        check_elastic(config)
+    check_deepspeed(config, elastic=len(nodes) > 1)
     if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:
         raise SlurmError(
             f"--time {limit}: {seconds} s, and the last checkpoint begins {arguments.signal_seconds} s before that; "
@@ -248,12 +247,13 @@ def _list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def check_elastic(config: RunConfig) -> None:
-    """Raise ConfigError where checkpoints do not go on with another number of ranks (elastic.py)."""
+def check_deepspeed(config: RunConfig, *, elastic: bool) -> None:
+    """Raise ConfigError where there is no such DeepSpeed configuration, or its checkpoints do not go on with another
+    number of ranks (elastic.py) and `elastic` asks for that."""
     deepspeed = json.loads(deepspeed_config_path(config.deepspeed).read_text(encoding="utf-8"))
     zero = deepspeed.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if zero.get("stage", 0) and (deepspeed.get("fp16", {}).get("enabled") or offloaded):
+    if elastic and zero.get("stage", 0) and (deepspeed.get("fp16", {}).get("enabled") or offloaded):
         raise ConfigError(
             f"deepspeed {config.deepspeed}: fp16, and an optimizer on the CPU, do not go on with another number of "
             "ranks; give --nodes one number"

@@ -56,14 +56,15 @@ def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log(run: Path, job: str) -> str:
-    return (run / "slurm" / f"{job}.log").read_text()
+    path = run / "slurm" / f"{job}.log"
+    return path.read_text() if path.is_file() else ""
 
 
 def wait_for(slurm: Cluster, job: str, run: Path, start: int, *, more: int) -> None:
     """Until this start of the job has trained some steps, and saved."""
 
     def there() -> bool:
-        text = log(run, job) if (run / "slurm" / f"{job}.log").is_file() else ""
+        text = log(run, job)
         assert not re.search(r"start \d+: error", text), text
         return f"job {job}, start {start}: on " in text and len(metrics(run)) >= more
 
@@ -71,7 +72,10 @@ def wait_for(slurm: Cluster, job: str, run: Path, start: int, *, more: int) -> N
 
 
 def wait_state(slurm: Cluster, job: str, run: Path, state: str) -> None:
-    slurm.wait_until(lambda: slurm.state(job) == state, f"job {job} {state}\n{log(run, job)}")
+    try:
+        slurm.wait_until(lambda: slurm.state(job) == state, f"job {job} {state}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log(run, job)}") from None
 
 
 @contextmanager
