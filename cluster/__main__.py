@@ -4,15 +4,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from cluster import hostfile, launch, preflight
+from cluster import hostfile, launch, preflight, slurm, status
 
 EXAMPLES = """examples:
+  python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --submit
   python -m cluster hostfile hosts && deepspeed --hostfile hosts --module maskvr_ds.train --config run.yaml
   python -m cluster preflight --hostfile hosts --config run.yaml
   python -m cluster launch --hostfile hosts --config run.yaml --resume auto
+  python -m cluster status runs/mine
 """
 # Each adds its parser, and sets `run`: arguments → exit status.
-COMMANDS = (hostfile.add_parser, launch.add_parser, preflight.add_parser)
+COMMANDS = (hostfile.add_parser, launch.add_parser, slurm.add_parser, preflight.add_parser, status.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

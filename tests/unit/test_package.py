@@ -18,7 +18,9 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
         archive.extractall(site)
     for folder in ("maskvr_ds", "data_pipeline", "cluster", "ds_configs"):
         here = {
-            p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".json", ".yaml")
+            p.relative_to(ROOT).as_posix()
+            for p in (ROOT / folder).rglob("*")
+            if p.suffix in (".py", ".json", ".yaml", ".sbatch")
         }
         assert here <= names
     assert not any(name.startswith("tests/") for name in names)

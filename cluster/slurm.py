@@ -1,0 +1,274 @@
+"""`python -m cluster slurm`: a training as a Slurm job that survives its time limit, preemption and lost nodes.
+
+The script (templates/job.sbatch) goes into RUN/slurm/, where its logs will be too. What can be known to go wrong is
+told before it is queued: a configuration that does not hold, a global batch that does not divide among the ranks of
+every number of nodes that Slurm may give, checkpoints that do not go on with another number of ranks.
+A run with `phases` crosses from one to the next by itself; --dependency is for runs that follow one another.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from cluster.sbatch_script import SlurmError, Surroundings, TrainingJob, data_script, training_script
+from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path, load_config
+from maskvr_ds.outcome import JOBS
+
+EXAMPLES = """examples:
+  python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 --partition gpu --submit
+  python -m cluster slurm --config run.yaml --nodes 2-8 --gpus-per-node 4 --seeds 0 1 2 --container bert.sif
+  python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --submit \\
+      --build-data '--input texts --tokenizer tokenizer --sequence-length 128 --output corpus --workers 16'
+"""
+# Passed on to sbatch as they are.
+_OPTIONS = {
+    "time": "limit of one start, as sbatch takes it: minutes, HH:MM:SS, D-HH:MM:SS",
+    "partition": "where to queue",
+    "account": "who pays",
+    "qos": "quality of service",
+    "constraint": "features of the nodes",
+    "mem": "memory a node",
+    "dependency": "e.g. afterok:1234, a job that must be done before",
+}
+_NODES = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
+# Minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
+_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<rest>\d+(?::\d+){0,2})")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "slurm",
+        help="write a training's job script, and submit it",
+        description="Write a training as one Slurm job: checkpoint and requeue before the time limit, going on after "
+        "preemption and lost nodes, also on fewer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="change a value"
+    )
+    parser.add_argument("--nodes", required=True, metavar="N[-M]", help="with M: as many as there are, at least N")
+    parser.add_argument("--gpus-per-node", required=True, type=int, metavar="G", help="ranks a node; 0: on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks a node where there are no GPUs")
+    parser.add_argument("--cpus-per-task", type=int, metavar="C", help="CPUs a rank")
+    for name, what in _OPTIONS.items():
+        parser.add_argument(f"--{name}", help=what)
+    parser.add_argument("--job-name", help="default: the name of output_dir")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another option of sbatch: reservation=big, gres=gpu:8 …",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="S", help="a job array: a run for each")
+    parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="environment modules to load")
+    parser.add_argument("--venv", metavar="DIR", help="virtual environment; default: the Python that runs this")
+    parser.add_argument("--container", metavar="IMAGE", help="run in this Apptainer image, with its python3")
+    parser.add_argument("--max-restarts", type=int, default=100, metavar="R", help="starts after the first (100)")
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, metavar="S", help="time for the last checkpoint (300)"
+    )
+    parser.add_argument("--build-data", metavar="ARGUMENTS", help="of `data_pipeline build`: a job that runs before")
+    parser.add_argument("--build-cpus", type=int, default=16, metavar="C", help="of that job (16)")
+    parser.add_argument("--build-time", metavar="TIME", help="of that job")
+    parser.add_argument("--build-partition", metavar="NAME", help="of that job; default: --partition")
+    what_then = parser.add_mutually_exclusive_group()
+    what_then.add_argument("--submit", action="store_true", help="hand it to sbatch")
+    what_then.add_argument("--print", action="store_true", help="print it, write nothing")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.assignments)
+    scripts = render_scripts(arguments, config)
+    if arguments.print:
+        print("\n".join(scripts.values()), end="")
+        return 0
+    folder = config.output_dir.absolute() / JOBS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in scripts.items():
+        temporary = folder / f".{name}.partial"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
+    dependency: list[str] = []
+    for name in scripts:
+        command = ["sbatch", *dependency, str(folder / name)]
+        if arguments.submit:
+            job = submit(command)
+            print(f"{name}: job {job}; logs in {folder}")
+            dependency = follow(job, arguments.dependency)
+        else:
+            print(shlex.join(command))
+            dependency = follow("JOB_ID", arguments.dependency)
+    return 0
+
+
+def follow(job: str, others: str | None) -> list[str]:
+    """Options of sbatch: after `job`, and after what was asked for besides; never, where the job fails."""
+    # On the command line it replaces the script's line.
+    return [f"--dependency={','.join(filter(None, [others, f'afterok:{job}']))}", "--kill-on-invalid-dep=yes"]
+
+
+def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str, str]:
+    """File name → script, in the order of submission. Raises ConfigError and SlurmError for what cannot work."""
+    nodes = parse_nodes(arguments.nodes)
+    gpus, tasks = arguments.gpus_per_node, arguments.gpus_per_node or arguments.tasks_per_node
+    if gpus < 0 or not tasks or tasks < 1:
+        raise SlurmError(f"--gpus-per-node {gpus}: number of GPUs expected, or 0 and --tasks-per-node with CPU ranks")
+    if gpus and arguments.tasks_per_node not in (None, gpus):
+        raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; leave it out")
+    _check_least(arguments)
+    check_batch(config, nodes, tasks)
+    check_deepspeed(config, elastic=len(nodes) > 1)
+    if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:
+        raise SlurmError(
+            f"--time {limit}: {seconds} s, and the last checkpoint begins {arguments.signal_seconds} s before that; "
+            "raise --time or lower --signal-seconds"
+        )
+    options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
+    run = config.output_dir.absolute()
+    options = {"job-name": arguments.job_name or run.name, "nodes": arguments.nodes, **options}
+    if gpus:
+        options["gpus-per-node"] = str(gpus)
+    for assignment in arguments.sbatch:
+        name, equals, value = assignment.partition("=")
+        if not equals or name in options:
+            raise SlurmError(f"--sbatch {assignment}: NAME=VALUE expected, of an option that has no name here")
+        options[name] = value
+    if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds, default=0) < 0:
+        raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: different numbers from 0 expected")
+    folder, file = Path.cwd(), Path(arguments.config)
+    surroundings = Surroundings(
+        folder=folder,
+        python=sys.executable,
+        modules=tuple(arguments.module),
+        venv=None if arguments.venv is None else Path(arguments.venv).absolute(),
+        container=arguments.container,
+        binds=(run, *_inputs(config), *([file.absolute().parent] if file.is_file() else [])),
+        gpus=gpus > 0,
+    )
+    # A recipe goes by its name, a file by a path that does not depend on the working directory.
+    words = ["--config", str(file.absolute()) if file.is_file() else arguments.config]
+    for assignment in arguments.assignments:
+        words += ["--set", assignment]
+    scripts = {}
+    if arguments.build_data is not None:
+        scripts["data.sbatch"] = _data_script(arguments, run, surroundings)
+    job = TrainingJob(
+        options=options,
+        run=run,
+        arguments=words,
+        surroundings=surroundings,
+        tasks_per_node=tasks,
+        max_restarts=arguments.max_restarts,
+        signal_seconds=arguments.signal_seconds,
+        cpus_per_task=arguments.cpus_per_task,
+        seeds=tuple(arguments.seeds),
+    )
+    return {**scripts, "job.sbatch": training_script(job)}
+
+
+def _data_script(arguments: argparse.Namespace, run: Path, surroundings: Surroundings) -> str:
+    try:
+        words = shlex.split(arguments.build_data)
+    except ValueError as error:
+        raise SlurmError(f"--build-data {arguments.build_data!r}: {error}") from None
+    options = {
+        "job-name": f"{arguments.job_name or run.name}-data",
+        "cpus-per-task": str(arguments.build_cpus),
+        "partition": arguments.build_partition or arguments.partition,
+        "account": arguments.account,
+        "time": arguments.build_time,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return data_script(given, run, words, surroundings)
+
+
+def _check_least(arguments: argparse.Namespace) -> None:
+    for name, least in (("max_restarts", 0), ("signal_seconds", 1), ("cpus_per_task", 1), ("build_cpus", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise SlurmError(f"--{name.replace('_', '-')} {value}: at least {least} expected")
+
+
+def _inputs(config: RunConfig) -> list[Path]:
+    """Folders that the run reads."""
+    phases = [config.phase(index) for index in range(max(1, len(config.phases)))]
+    paths = [path for phase in phases for path in (phase.data.path, phase.data.held_out_path)]
+    return [path.absolute() for path in paths if path is not None]
+
+
+def parse_nodes(text: str) -> range:
+    """ "4" or "2-8" → the numbers of nodes that Slurm may give. Raises SlurmError."""
+    match = _NODES.fullmatch(text)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if least > most:
+        raise SlurmError(f"--nodes {text}: N or N-M expected, 1 ≤ N ≤ M")
+    return range(least, most + 1)
+
+
+def parse_time(text: str) -> int:
+    """A time limit as sbatch takes it → seconds. Raises SlurmError."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise SlurmError(f"--time {text}: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS expected")
+    if match["rest"] is None:
+        return int(match["days"]) * 86400 + sum(int(match[k] or 0) * n for k, n in (("h", 3600), ("m", 60), ("s", 1)))
+    parts = [int(part) for part in match["rest"].split(":")]
+    units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)]
+    return sum(part * unit for part, unit in zip(parts, units, strict=True))
+
+
+def check_batch(config: RunConfig, nodes: range, tasks_per_node: int) -> None:
+    """Raise ConfigError where a phase's global batch does not divide among the ranks of some number of nodes."""
+    for index in range(max(1, len(config.phases))):
+        phase = config.phase(index)
+        fits, faults = [], {}
+        for count in nodes:
+            try:
+                phase.accumulation_steps(count * tasks_per_node)
+                fits.append(count)
+            except ConfigError as error:
+                faults[count] = error
+        if faults:
+            which = f" --nodes {nodes[0]}-{nodes[-1]} works with {_list(fits)} only: " if fits else " "
+            named = f"phase {config.phases[index].name!r}, " if config.phases else ""
+            raise ConfigError(f"{named}{min(faults)} nodes:{which}{faults[min(faults)]}")
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def check_deepspeed(config: RunConfig, *, elastic: bool) -> None:
+    """Raise ConfigError where there is no such DeepSpeed configuration, or its checkpoints do not go on with another
+    number of ranks (elastic.py) and `elastic` asks for that."""
+    deepspeed = json.loads(deepspeed_config_path(config.deepspeed).read_text(encoding="utf-8"))
+    zero = deepspeed.get("zero_optimization", {})
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if elastic and zero.get("stage", 0) and (deepspeed.get("fp16", {}).get("enabled") or offloaded):
+        raise ConfigError(
+            f"deepspeed {config.deepspeed}: fp16, and an optimizer on the CPU, do not go on with another number of "
+            "ranks; give --nodes one number"
+        )
+
+
+def submit(command: list[str]) -> str:
+    """Run sbatch → the job's id. Raises SlurmError with its words."""
+    # Submitted from inside of a job, the new one must not take over what that one is.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    run = partial(subprocess.run, capture_output=True, text=True, env=inherited, check=False)
+    try:
+        result = run([command[0], "--parsable", *command[1:]])
+    except FileNotFoundError:
+        raise SlurmError("sbatch: not found; run this on a node of a Slurm cluster, or without --submit") from None
+    if result.returncode:
+        raise SlurmError(f"{shlex.join(command)}: {result.stderr.strip()}")
+    return result.stdout.strip().split(";")[0]

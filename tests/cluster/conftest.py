@@ -1,0 +1,20 @@
+"""One Slurm cluster a session."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import slurm_cluster
+from tests.cluster.slurm_cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes, n1 and n2, a CPU each. Skipped where Slurm cannot be had; in CI, which installs it, a failure."""
+    if why := slurm_cluster.missing():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no Slurm cluster: {why}")
+        pytest.skip(f"no Slurm cluster: {why}")
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

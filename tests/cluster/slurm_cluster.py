@@ -1,0 +1,222 @@
+"""A real Slurm cluster of two nodes on one machine, in namespaces of its own: processes, mounts, network.
+
+Nothing is seen from outside, and everything ends with the namespace's first process, which ends when its standard input
+is closed: also where pytest itself is killed.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.training import environment
+
+NODES = ("n1", "n2")
+PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "unshare", "nsenter", "ip")
+# In seconds: what a node may be silent, what a signalled job has, how long credentials (and so requeues) take.
+_SILENCE, _KILL_WAIT, _CREDENTIALS = 6, 3, 5
+
+_CONF = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=17000
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire={credentials}
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+JobRequeue=1
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait={kill_wait}
+SlurmdTimeout={silence}
+MinJobAge=300
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1 RealMemory=4000 Gres=gpu:2
+PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+# bash stays the first process, and reaps what loses its parent.
+# Without an address that is not of the loopback network, resolvers hold that there is no network.
+_START = """set -e
+ip link set lo up
+ip address add 10.0.0.1/32 dev lo
+mount --bind "$1/hosts" /etc/hosts
+munged --force --key-file="$1/munge/key" --socket="$1/munge.socket" --pid-file="$1/munge/pid" \
+    --log-file="$1/munge/log" --seed-file="$1/munge/seed" --num-threads=2
+slurmctld
+for node in n1 n2; do slurmd -N $node; done
+echo up
+cat >/dev/null
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no cluster here, if there cannot."""
+    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
+        return f"not installed: {', '.join(absent)}"
+    probe = subprocess.run(["unshare", "--pid", "--mount", "--net", "--fork", "true"], capture_output=True, text=True)
+    return probe.stderr.strip() if probe.returncode else None
+
+
+class Cluster:
+    """The cluster, seen from outside. folder: its configuration, logs and state."""
+
+    def __init__(self, folder: Path, process: "subprocess.Popen[str]") -> None:
+        self.folder = folder
+        self._first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+
+    def command(self, *words: object) -> list[str]:
+        """As typed on a login node."""
+        enter = ["nsenter", f"--target={self._first}", "--pid", "--mount", "--net", f"--wdns={self.folder}"]
+        return [*enter, *map(str, words)]
+
+    def run(self, *words: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        variables = {**environment(), "SLURM_CONF": str(self.folder / "slurm.conf")}
+        result = subprocess.run(
+            self.command(*words), env=variables, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert not check or result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
+        return result
+
+    def tool(self, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`python -m cluster …`."""
+        return self.run(sys.executable, "-m", "cluster", *words, check=check)
+
+    def sbatch(self, *words: object) -> str:
+        """→ the job's id."""
+        return self.run("sbatch", "--parsable", *words).stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What the controller says of a job."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job).stdout
+        return dict(field.partition("=")[::2] for field in text.split() if "=" in field)
+
+    def state(self, job: str) -> str:
+        return self.job(job)["JobState"]
+
+    def node_states(self) -> dict[str, str]:
+        lines = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").stdout.split("\n")
+        return dict(line.split() for line in lines if line)  # type: ignore[misc]
+
+    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> Any:
+        deadline = time.monotonic() + timeout
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{self.describe()}"
+            time.sleep(0.1)
+        return value
+
+    def wait_idle(self) -> None:
+        """Both nodes are there and free."""
+        self.wait_until(lambda: set(self.node_states().values()) == {"idle"}, "both nodes idle", timeout=60)
+
+    def describe(self) -> str:
+        queue = self.run("squeue", "--all", check=False).stdout
+        logs = [f"--- {path}\n{path.read_text()[-3000:]}" for path in self.folder.glob("slurm*.log")]
+        return "\n".join([queue, str(self.node_states()), *logs])
+
+    def processes(self, node: str, text: str) -> list[int]:
+        """Process ids, as seen from outside, of processes that Slurm has started on a node, `text` in their command."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (path / "environ").read_bytes().split(b"\0")
+                line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables
+            if ours and f"SLURMD_NODENAME={node}".encode() in variables and text in line:
+                found.append(int(path.name))
+        return found
+
+    def kill_daemon(self, node: str) -> None:
+        """SIGKILL for the node's slurmd; what runs there goes on."""
+        self.run("kill", "-KILL", (self.folder / f"slurmd-{node}.pid").read_text().strip())
+
+    def crash(self, node: str) -> None:
+        """All that runs on a node ends at once, as when its power does."""
+        self.kill_daemon(node)
+        steps = self.run("pgrep", "-f", r"slurmstepd: \[", check=False).stdout.split()
+        stepds = [pid for pid in steps if self._node_of(pid) == node]
+        for pid in stepds:
+            self.run("kill", "-KILL", pid, check=False)
+        for pid in self.processes(node, ""):
+            os.kill(pid, signal.SIGKILL)
+
+    def _node_of(self, pid: str) -> str:
+        """Of a slurmstepd, by the socket or spool folder that it holds open."""
+        held = self.run("ls", "-l", f"/proc/{pid}/fd", f"/proc/{pid}/cwd", check=False).stdout
+        return next((node for node in NODES if f"/{node}" in held or f"-{node}." in held), "")
+
+    def revive(self, node: str) -> None:
+        self.run("slurmd", "-N", node)
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Bring one up, in a folder of its own; take it down."""
+    for name in ("munge", "state", "spool"):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge").chmod(0o700)
+    (folder / "munge" / "key").write_bytes(os.urandom(128))
+    (folder / "munge" / "key").chmod(0o600)
+    host = os.uname().nodename.split(".")[0]
+    (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
+    times = {"silence": _SILENCE, "kill_wait": _KILL_WAIT, "credentials": _CREDENTIALS}
+    (folder / "slurm.conf").write_text(_CONF.format(host=host, folder=folder, **times))
+    # Nothing opens them: they are there for what asks for GPUs to be accepted.
+    devices = [f"NodeName=n[1-2] Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero")]
+    (folder / "gres.conf").write_text("".join(devices))
+    # Where cgroups are not mounted slurmd asks for version 1 to be named.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    unshare = ["unshare", "--pid", "--mount", "--net", "--fork", "--kill-child", "--mount-proc"]
+    with (folder / "start.log").open("w") as log:
+        process = subprocess.Popen(
+            [*unshare, "bash", "-c", _START, "bash", str(folder)],
+            env={**environment(), "SLURM_CONF": str(folder / "slurm.conf")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n", (folder / "start.log").read_text()
+        made = Cluster(folder, process)
+        made.wait_idle()
+        yield made
+    finally:
+        process.communicate(timeout=60)
+
+
+def dump(path: Path, values: dict[str, Any]) -> Path:
+    """A configuration as a file: JSON is YAML."""
+    path.write_text(json.dumps(values))
+    return path

@@ -1,0 +1,170 @@
+"""Trainings as Slurm jobs, on a real cluster: the time limit, preemption, cancelling, lost nodes, half-dead ranks.
+
+The run that all are held against is an undisturbed one: `srun` of the trainer, without a script.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskvr_ds.checkpoint import complete_checkpoints, read_weights
+from maskvr_ds.manifest import read_state
+from tests.cluster.slurm_cluster import NODES, Cluster, dump
+from tests.distributed.training import NO_DROPOUT, column, configuration, metrics
+from tests.support.corpora import make_corpus
+
+STEPS, EVERY = 120, 10
+FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
+DIGESTS = ("step", "samples", "data_digest", "mask_digest")
+
+
+def config(folder: Path, name: str) -> Path:
+    sections = {
+        # Without dropout, which is drawn per rank, losses hardly depend on how many there are.
+        "model": NO_DROPOUT,
+        "evaluation": {"every_steps": 0},
+        "checkpoint": {"every_steps": EVERY, "keep_last": 2},
+    }
+    return dump(folder / f"{name}.yaml", configuration(folder / name, folder / "corpus", steps=STEPS, **sections))
+
+
+def submit(slurm: Cluster, file: Path, nodes: str, *more: object) -> str:
+    text = slurm.tool(
+        *("slurm", "--config", file, "--nodes", nodes, "--gpus-per-node", 0, "--tasks-per-node", 1, "--submit"), *more
+    ).stdout
+    return text.split("job.sbatch: job ")[1].split(";")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a corpus and a run without disturbance, "whole"."""
+    folder = tmp_path_factory.mktemp("jobs")
+    make_corpus(folder / "corpus", rows=200, words=20)
+    train = (sys.executable, "-m", "maskvr_ds.train", "--config", config(folder, "whole"))
+    slurm.run("srun", "--nodes=2", "--ntasks=2", *train, timeout=300)
+    state = read_state(complete_checkpoints(folder / "whole")[-1])
+    assert (state.step, state.world_size) == (STEPS, 2), "tasks of an srun are ranks of one world"
+    return folder
+
+
+def log(run: Path, job: str) -> str:
+    path = run / "slurm" / f"{job}.log"
+    return path.read_text() if path.is_file() else ""
+
+
+def wait_for(slurm: Cluster, job: str, run: Path, start: int, *, more: int) -> None:
+    """Until this start of the job has trained some steps, and saved."""
+
+    def there() -> bool:
+        text = log(run, job)
+        assert not re.search(r"start \d+: error", text), text
+        return f"job {job}, start {start}: on " in text and len(metrics(run)) >= more
+
+    slurm.wait_until(there, f"start {start} of job {job} at step {more}")
+
+
+def wait_state(slurm: Cluster, job: str, run: Path, state: str) -> None:
+    try:
+        slurm.wait_until(lambda: slurm.state(job) == state, f"job {job} {state}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log(run, job)}") from None
+
+
+@contextmanager
+def frozen(processes: list[int]) -> Iterator[None]:
+    """Stopped inside; afterwards they go on, as after a network's failure."""
+    assert processes
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def ranks(slurm: Cluster, *nodes: str) -> list[int]:
+    """Process ids of the ranks on these nodes (default: on both)."""
+    found = [pid for node in nodes or NODES for pid in slurm.processes(node, "-m maskvr_ds.train")]
+    return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().strip() != "srun"]
+
+
+def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
+    """SIGUSR1 as before the limit; a job of a higher priority; cancelled, and submitted again: to the bit the same."""
+    file, run = config(folder, "interrupted"), folder / "interrupted"
+    job = submit(slurm, file, "2")
+    wait_for(slurm, job, run, 0, more=15)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_until(lambda: "queues itself again" in log(run, job), "requeued by itself")
+    saved = json.loads((run / "stopped.json").read_text())["step"]
+    assert complete_checkpoints(run)[-1].name == f"step-{saved:08d}", "nothing is lost"
+
+    wait_for(slurm, job, run, 1, more=saved + 2 * EVERY)
+    status = json.loads(slurm.tool("status", run, "--json").stdout)[0]
+    assert (status["state"], status["job"], status["restarts"], status["ranks"]) == ("running", job, 1, 2)
+    assert status["nodes"] == "n[1-2]"
+    # So that the run does not come to its end before.
+    with frozen(ranks(slurm)):
+        urgent = slurm.sbatch("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
+        wait_state(slurm, urgent, run, "COMPLETED")
+
+    at = len(metrics(run))
+    wait_for(slurm, job, run, 2, more=at + 2 * EVERY)
+    with frozen(ranks(slurm)):
+        slurm.run("scancel", job)
+        wait_state(slurm, job, run, "CANCELLED")
+    slurm.wait_idle()
+    assert (slurm.state(job), slurm.job(job)["Restarts"]) == ("CANCELLED", "2")
+    assert "queues itself again" in log(run, job).split("start 1: on ")[0]
+    assert "queues itself again" not in log(run, job).split("start 1: on ")[1], "only Slurm may start it again"
+    assert len(metrics(run)) < STEPS
+
+    again = slurm.sbatch(run / "slurm" / "job.sbatch")
+    wait_state(slurm, again, run, "COMPLETED")
+    assert "completed" in log(run, again)
+    assert column(run, *FIGURES) == column(folder / "whole", *FIGURES)
+    ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (run, folder / "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_lost_nodes_and_a_half_dead_rank(slurm: Cluster, folder: Path) -> None:
+    """Two nodes; one crashes: goes on with the other. That one is lost, though its rank lives: goes on elsewhere."""
+    file, run = config(folder, "bereft"), folder / "bereft"
+    job = submit(slurm, file, "1-2")
+    wait_for(slurm, job, run, 0, more=15)
+    slurm.crash("n2")
+
+    wait_for(slurm, job, run, 1, more=len(metrics(run)) + EVERY)
+    assert slurm.job(job)["NodeList"] == "n1"
+    slurm.revive("n2")
+    slurm.wait_until(lambda: slurm.node_states()["n2"] == "idle", "n2 is back")
+    (rank,) = ranks(slurm, "n1")
+    others = [pid for pid in slurm.processes("n1", "") if pid != rank]
+    with frozen(others):
+        with frozen([rank]):
+            before = complete_checkpoints(run)
+            slurm.kill_daemon("n1")
+            wait_for(slurm, job, run, 2, more=0)
+            slurm.wait_until(lambda: json.loads((run / "owner.json").read_text())["restarts"] == 2, "another owner")
+            assert slurm.job(job)["NodeList"] == "n2"
+        # The old rank trains on, to its next checkpoint.
+        slurm.wait_until(lambda: not Path(f"/proc/{rank}").exists(), "the old rank's end", timeout=120)
+    wait_state(slurm, job, run, "COMPLETED")
+    text = log(run, job)
+    assert "this job has lost the run and writes nothing more into it" in text
+    assert [read_state(folder).world_size for folder in complete_checkpoints(run)] == [1, 1]
+    assert before
+    assert column(run, *DIGESTS) == column(folder / "whole", *DIGESTS)
+    ours, theirs = (torch.tensor(column(r, "loss")) for r in (run, folder / "whole"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    slurm.revive("n1")
+    slurm.wait_idle()

@@ -1,0 +1,327 @@
+"""Job scripts: any value comes through as data or is refused; what cannot work is told before it is queued."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cluster.__main__ import main
+from cluster.sbatch_script import (
+    SlurmError,
+    Surroundings,
+    TrainingJob,
+    data_script,
+    directive,
+    log_pattern,
+    render,
+    training_script,
+)
+from cluster.slurm import follow, parse_nodes, parse_time
+from tests.support.scripts import job_scripts
+
+HOSTILE = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$(touch injected)",
+    "`touch injected`",
+    "a\nb",
+    "\n#SBATCH --uid=0\n",
+    "a; touch injected #",
+    "-rf",
+    "*",
+    "~",
+    "!!",
+    "\\",
+    "%j",
+    "<<RUN>>",
+    "ü",
+]
+# Whatever a file's name or an argument can be.
+texts = st.one_of(
+    st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+)
+# Prints its arguments, each ended by a NUL byte; of srun those of the trainer only.
+STUB = """#!/bin/bash
+printf '%s\\0' "$@" >>"$STUB_LOG"
+"""
+
+
+def stubs(folder: Path) -> dict[str, str]:
+    """Stand-ins for Slurm's commands → the environment of a job's first start."""
+    for name in ("srun", "squeue", "scontrol"):
+        path = folder / name
+        path.write_text(STUB if name == "srun" else "#!/bin/bash\necho n1\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "STUB_LOG": str(folder / "log"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_ARRAY_TASK_ID": "1",
+    }
+
+
+def run_script(text: str, folder: Path) -> list[str]:
+    """What the script starts ranks with."""
+    folder.joinpath("log").unlink(missing_ok=True)
+    # By a file, as Slurm does.
+    (folder / "script").write_text(text)
+    subprocess.run(["bash", "script"], cwd=folder, env=stubs(folder), capture_output=True, check=False, timeout=60)
+    return (folder / "log").read_bytes().decode().split("\0")[:-1]
+
+
+@settings(max_examples=25)
+@given(arguments=st.lists(texts, max_size=3), name=texts, venv=texts, seeds=st.booleans())
+@example(arguments=HOSTILE, name="plain", venv="plain", seeds=True)
+@example(arguments=[], name="a\nb", venv="$(touch injected)", seeds=False)
+def test_values_come_through_as_data(
+    tmp_path_factory: pytest.TempPathFactory, arguments: list[str], name: str, venv: str, seeds: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("script")
+    # Names of single folders: a slash would only make more of them.
+    run, environment = folder / ("run" + name.replace("/", "_")), folder / ("venv" + venv.replace("/", "_"))
+    job = TrainingJob(
+        options={"nodes": "1"},
+        run=run,
+        arguments=arguments,
+        surroundings=Surroundings(folder=folder, python="python", venv=environment),
+        tasks_per_node=1,
+        max_restarts=3,
+        signal_seconds=60,
+        seeds=(3, 4) if seeds else (),
+    )
+    if not str(run).isprintable() or "\\" in str(run):
+        with pytest.raises(SlurmError, match="--output"):
+            training_script(job)
+        return
+    started = run_script(training_script(job), folder)
+    at = started.index("maskvr_ds.train")
+    given = started[at + 1 : at + 1 + len(arguments)]
+    rest = started[at + 1 + len(arguments) :]
+    assert (started[at - 2 : at], given) == ([f"{environment}/bin/python", "-m"], arguments)
+    if seeds:
+        assert rest[:3:2] == ["--set", "--set"]
+        assert rest[1] == "seed=4"
+        assert yaml.safe_load(rest[3].removeprefix("output_dir=")) == str(run / "seed-4")
+        rest = rest[4:]
+    assert rest == ["--resume", "auto"]
+    assert (run / "seed-4" if seeds else run).joinpath("slurm", "attempt").read_text() == "7 0\n"
+    assert not list(folder.rglob("injected"))
+
+
+@given(value=texts)
+def test_a_directive_is_one_line_or_refused(value: str) -> None:
+    try:
+        line = directive("job-name", value)
+    except SlurmError:
+        assert not value.isprintable() or "\\" in value
+        return
+    assert len(line.splitlines()) == 1
+    assert line.startswith("#SBATCH --job-name=")
+
+
+def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
+    for value in ("", "a\nb", "a\\b", "a\x1bb"):
+        with pytest.raises(SlurmError, match="line of a job script"):
+            directive("job-name", value)
+    for name in ("", "x y", "-x", "a=b"):
+        with pytest.raises(SlurmError, match="long name"):
+            directive(name, "1")
+    assert directive("comment", 'a "b" #c') == '#SBATCH --comment="a \\"b\\" #c"'
+    assert log_pattern(Path("/a%j"), "%j.log") == "/a%%j/%j.log"
+
+
+def test_a_value_that_looks_like_a_place_stays(tmp_path: Path) -> None:
+    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], Surroundings(tmp_path, "python"))
+    assert "arguments=('<<FOLDER>>')" in script
+    with pytest.raises(KeyError):
+        render("data.sbatch", {})
+
+
+def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("shellcheck is not installed")
+        pytest.skip("shellcheck is not installed")
+    scripts = [path for folder in job_scripts(tmp_path).values() for path in folder]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    # SC2016: that `$(…)` in a path is not expanded is what is wanted.
+    found = subprocess.run(["shellcheck", "--exclude=SC2016", *scripts], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("10:30", 630), ("1:00:00", 3600), ("1-2", 93600), ("1-2:30", 95400), ("2-0:0:5", 172805)],
+)
+def test_time_limits_as_sbatch_has_them(text: str, seconds: int) -> None:
+    assert parse_time(text) == seconds
+
+
+def test_nodes() -> None:
+    assert list(parse_nodes("2-4")) == [2, 3, 4]
+    for text in ("0", "4-2", "-1", "2-", "two", "1,2", ""):
+        with pytest.raises(SlurmError, match="N or N-M"):
+            parse_nodes(text)
+
+
+BASE = ["slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--print"]
+ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--nodes", "1-3", *ON_CPUS, "--set", "batch.global_size=64", "--set", "batch.micro_size=16"],
+            "3 nodes: --no",
+        ),
+        (["--nodes", "3", *ON_CPUS, "--set", "batch.global_size=64", "--set", "batch.micro_size=16"], "3 nodes: batch"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "--tasks-per-node with CPU ranks"),
+        (["--nodes", "1", "--gpus-per-node", "2", "--tasks-per-node", "1"], "a rank has one GPU"),
+        (["--nodes", "1", *ON_CPUS, "--time", "5"], "300 s, and the last checkpoint begins 300 s before"),
+        (["--nodes", "1", *ON_CPUS, "--time", "soon"], "--time soon"),
+        (["--nodes", "1", *ON_CPUS, "--seeds", "1", "1"], "different numbers"),
+        (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: at least 0"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "of an option that has no name here"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "exclusive"], "NAME=VALUE expected"),
+        (["--nodes", "1", *ON_CPUS, "--job-name", "a\nb"], "--job-name 'a"),
+        (["--nodes", "1", *ON_CPUS, "--build-data", "'open"], "--build-data"),
+        (
+            ["--nodes", "1", *ON_CPUS, "--container", "i.sif", "--set", "output_dir=a:b"],
+            "cannot be shown in a container",
+        ),
+        (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
+        (["--nodes", "1", *ON_CPUS, "--set", "no.such=1"], "unknown key"),
+        (["--nodes", "1-2", *ON_CPUS, "--set", "deepspeed=zero1_fp16"], "fp16, and an optimizer on the CPU"),
+    ],
+)
+def test_what_cannot_work_is_told_before(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*BASE, *options]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_sbatch_the_error_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    words = [word for word in BASE if word != "--print"]
+    assert main([*words, "--nodes", "1", *ON_CPUS, "--submit"]) == 1
+    assert "sbatch: not found" in capsys.readouterr().err
+
+
+def test_saved_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in BASE if word != "--print"]
+    build = ["--build-data", "--input 'my texts' --output corpus", "--dependency", "afterok:5"]
+    assert main([*words, "--set", "output_dir=my run", "--nodes", "1-2", *ON_CPUS, *build]) == 0
+    folder = tmp_path / "my run" / "slurm"
+    assert sorted(path.name for path in folder.iterdir()) == ["data.sbatch", "job.sbatch"]
+    assert "arguments=(--input 'my texts' --output corpus)" in (folder / "data.sbatch").read_text()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"sbatch '{folder}/data.sbatch'",
+        f"sbatch --dependency=afterok:5,afterok:JOB_ID --kill-on-invalid-dep=yes '{folder}/job.sbatch'",
+    ]
+    assert follow("9", None)[0] == "--dependency=afterok:9"
+
+
+def behave(tmp_path: Path, ranks: str, restarts: int = 0, **changes: str) -> tuple[int, str, str]:
+    """Run a whole job script whose srun does what `ranks` says, in the run's folder; → status, output, requeued id."""
+    commands, run = tmp_path / "bin", tmp_path / "run"
+    commands.mkdir(exist_ok=True)
+    environment = stubs(commands) | {"SLURM_RESTART_COUNT": str(restarts)} | changes
+    (commands / "srun").write_text(f"#!/bin/bash\ncd '{run}' || exit 1\n{ranks}\n")
+    (commands / "squeue").write_text("#!/bin/bash\nprintf '%s' \"${QUEUE:-}\"\n")
+    requeue = f"""if [ "$1" = requeue ]; then echo "$2" >>'{tmp_path}/requeued'; else echo n1; fi"""
+    (commands / "scontrol").write_text(f"#!/bin/bash\n{requeue}\n")
+    (tmp_path / "requeued").unlink(missing_ok=True)
+    job = TrainingJob(
+        options={"nodes": "1"},
+        run=run,
+        arguments=[],
+        surroundings=Surroundings(folder=tmp_path, python=sys.executable),
+        tasks_per_node=1,
+        max_restarts=2,
+        signal_seconds=60,
+    )
+    script = tmp_path / "job"
+    script.write_text(training_script(job))
+    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    requeued = tmp_path / "requeued"
+    return result.returncode, result.stdout, requeued.read_text().strip() if requeued.is_file() else ""
+
+
+OURS = """echo '{"job": "7"}' >owner.json; mkdir -p checkpoints;"""
+STOP = OURS + " echo step-1 >checkpoints/latest; echo '{}' >stopped.json; exit 75"
+# As Slurm does with --signal=B:USR1, then as the trainer does.
+ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
+
+
+@pytest.mark.parametrize(
+    ("ranks", "restarts", "status", "requeued", "said"),
+    [
+        (OURS + "echo '{}' >completed.json; exit 1", 0, 0, "", "completed"),
+        (OURS + "exit 0", 0, 0, "7", "the ranks failed"),
+        (ASKED, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (ASKED, 2, 1, "", "as often as --max-restarts allows"),
+        (ASKED, 3, 1, "", "more than --max-restarts 2"),
+        (STOP, 0, 75, "", "stopped on request"),
+        ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
+        ("exit 1", 0, 1, "", "ended before they had the run"),
+        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job has it"),
+        (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
+    ],
+)
+def test_how_a_start_ends(tmp_path: Path, ranks: str, restarts: int, status: int, requeued: str, said: str) -> None:
+    """Decided by what stands in the run's folder, not by statuses."""
+    returned, output, again = behave(tmp_path, ranks, restarts)
+    assert (returned, again) == (status, requeued), output
+    assert said in output
+
+
+def test_failing_twice_at_a_checkpoint_ends_it(tmp_path: Path) -> None:
+    fail = OURS + "echo step-%d >checkpoints/latest; exit 1"
+    for restarts, step, again in ((0, 1, True), (1, 2, True), (2, 2, False)):
+        status, output, requeued = behave(tmp_path, fail % step, restarts)
+        assert (bool(requeued), status == 0) == (again, again), output
+    assert "failed twice at checkpoint: step-2" in output
+    # Submitted again, it is another job.
+    assert behave(tmp_path, (fail % 2).replace('"7"', '"9"'), SLURM_JOB_ID="9")[2] == "9"
+
+
+def test_a_run_has_one_job(tmp_path: Path) -> None:
+    assert behave(tmp_path, ASKED)[2] == "7"
+    status, output, requeued = behave(tmp_path, "touch started", SLURM_JOB_ID="8", QUEUE="7")
+    assert (status, requeued) == (1, "")
+    assert "job 7 is running the same run; end it first (scancel 7)" in output
+    assert not (tmp_path / "run" / "started").exists()
+    assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
+
+
+def test_an_old_end_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    assert behave(tmp_path, OURS + "echo '{}' >completed.json")[0] == 0
+    assert behave(tmp_path, OURS + "exit 1")[2] == "7"
