@@ -79,7 +79,7 @@ class Draft:
         job = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.passed = passed_on(os.environ, arguments.export)
         self.passed[node.MARK] = f"{self.key}-{job}"
-        check_plain(self.passed)
+        check_plain(self.passed, arguments.launcher)
         self.by = "srun" if arguments.launcher == "slurm" else "ssh"
         self.folder = Path(arguments.log_dir or self.run / outcome.LOGS).absolute() / job
         self._made = [self.folder, *(p for p in self.folder.parents if not p.exists())]
@@ -182,8 +182,8 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def check_plain(passed: Mapping[str, str]) -> None:
-    """Raise LaunchError for names and values that would not come through the hosts' shells as they are."""
+def check_plain(passed: Mapping[str, str], launcher: str = "pdsh") -> None:
+    """Raise LaunchError for names and values that would not come through launcher and shells as they are."""
     for name, value in passed.items():
         if not _NAME.fullmatch(name):
             raise LaunchError(f"the environment's {name!r} is no name that a shell takes; unset it")
@@ -192,6 +192,8 @@ def check_plain(passed: Mapping[str, str]) -> None:
                 f"{name}={value!r} cannot be passed to the hosts: letters, digits and _@+=:,./~- alone come through "
                 f"their shells as they are; unset it, or give --export {name}=VALUE"
             )
+        if launcher == "slurm" and "," in value:
+            raise LaunchError(f"{name}={value!r} cannot be passed: to srun --export a comma begins the next variable")
     if not _PLAIN.fullmatch(sys.executable):
         raise LaunchError(f"{sys.executable}: DeepSpeed's launchers need a path without spaces and signs for Python")
 

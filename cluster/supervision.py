@@ -94,9 +94,14 @@ class Ranks:
     stopped_since: dict[int, float] = field(default_factory=dict)
     # In the order in which their ends were seen.
     ended: dict[int, int] = field(default_factory=dict)
+    _looked: float = field(default_factory=lambda: time.monotonic())
 
     def look(self) -> None:
         now = time.monotonic()
+        if now - self._looked > self.plan.timeout / 2:
+            # It was this process that stood still.
+            self.since, self.stopped_since = dict.fromkeys(self.since, now), dict.fromkeys(self.stopped_since, now)
+        self._looked = now
         for number in range(self.plan.world_size):
             if number in self.ended:
                 continue

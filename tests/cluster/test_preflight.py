@@ -21,7 +21,7 @@ class Scene:
         self.hosts = SshHosts(folder / "hosts", 2)
         self.corpus = make_corpus(folder / "corpus", rows=50, words=20)
         values = configuration(
-            folder / "run", self.corpus, steps=1, batch={"global_size": 16}, evaluation={"every_steps": 0}
+            folder / "run", self.corpus, steps=10, batch={"global_size": 16}, evaluation={"every_steps": 0}
         )
         (folder / "run.yaml").write_text(yaml.safe_dump(values))
         (folder / "hosts.txt").write_text("h1 slots=2\nh2 slots=1\n")

@@ -127,6 +127,12 @@ def test_values_that_shells_would_read_are_refused(value: str) -> None:
             check_plain({"NCCL_DEBUG": value})
 
 
+def test_srun_takes_no_commas() -> None:
+    check_plain({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "mpich")
+    with pytest.raises(LaunchError, match="comma"):
+        check_plain({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "slurm")
+
+
 def test_a_stated_list_of_variables_is_passed() -> None:
     here = {"NCCL_DEBUG": "INFO", "AWS_SECRET_ACCESS_KEY": "x", "WANDB_API_KEY": "x", "HF_TOKEN": "x", "HOME": "/root"}
     here |= {"PATH": "/usr/bin", "OMP_NUM_THREADS": "4", "SSH_AUTH_SOCK": "/x", "CUDA_VISIBLE_DEVICES": "0"}
@@ -231,7 +237,7 @@ def test_a_world_of_another_size_does_not_train(tmp_path: Path) -> None:
 
 
 def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(tmp_path, {"h1": 2, "h2": 1})
+    plan = make_plan(tmp_path, {"h1": 2, "h2": 1}, timeout=40.0)
     assert [plan.host_of(number) for number in range(3)] == ["h1", "h1", "h2"]
     assert plan.ranks_of("h1") == [0, 1]
     now = [100.0]
@@ -260,9 +266,16 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
     say(2, 4, state="T")
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [2])
+    # This process stood still, not the ranks.
+    now[0] += 21
+    ranks.look()
+    assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
+    now[0] += 11
+    ranks.look()
+    assert (ranks.silent(10), ranks.stopped(10)) == ([0, 2], [2])
     say(2, 5, state="R")
     ranks.look()
-    assert ranks.stopped(10) == []
+    assert (ranks.silent(10), ranks.stopped(10)) == ([0], [])
 
 
 def test_only_marked_processes_are_ended() -> None:
