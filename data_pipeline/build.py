@@ -124,7 +124,7 @@ def build(
                 about,
                 groups,
                 named=named,
-                keys=any(weight % 1 for weight in options.weights),
+                keys=named,
                 held_out=held_out,
                 seed=seed,
                 work_size=work_size,

@@ -67,12 +67,17 @@ class ShardEntry(_Frozen):
 
 class MixtureEntry(_Frozen):
     """One source of the mixture: its weight; documents and tokens (without special ones) of it in the corpus, copies
-    counted."""
+    counted. Of its text as it was tokenised, whatever the weight: unknown, the share of [UNK] in its tokens; repeated,
+    the share of its documents that equal one before them in the corpus, of a sample where there are millions; dropped,
+    documents left out, by reason."""
 
     name: str
     weight: Annotated[float, Field(gt=0)]
     documents: NonNegativeInt
     tokens: NonNegativeInt
+    unknown: Annotated[float, Field(ge=0, le=1)] | None = None
+    repeated: Annotated[float, Field(ge=0, le=1)] | None = None
+    dropped: dict[str, NonNegativeInt] = {}
 
 
 class SpecialTokens(_Frozen):

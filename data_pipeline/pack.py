@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError, atomic_file, write_json
-from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER, MixtureEntry
+from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
+from data_pipeline.mixture import mixture_entries
 from data_pipeline.packing import ShardLayout, pack_rows
 from data_pipeline.pairs import Document, PairOptions, Rows, document_rows, pair_rows, read_document
 from data_pipeline.progress import ProgressBar
@@ -151,7 +152,6 @@ def pack_side(
     if not found["shards"]:
         raise CorpusError(f"packing {options.packing} makes no row of side {side}: no document has two sentences")
     copy_tokenizer(tokenizer, folder / TOKENIZER)
-    named = manifest.names != ("",)
     result = Manifest(
         schema_version=LATEST_VERSION,
         tokenizer_sha256=manifest.tokenizer_sha256,
@@ -163,12 +163,7 @@ def pack_side(
         documents=sum(documents),
         sources=manifest.sources,
         columns=cast(Any, options.all_columns),
-        mixture=tuple(
-            MixtureEntry(name=name, weight=weight, documents=n, tokens=m)
-            for name, weight, n, m in zip(manifest.names, options.weights, documents, lengths, strict=True)
-        )
-        if named
-        else (),
+        mixture=mixture_entries(tokens, manifest, side, options.weights, documents, lengths),
         dropped=manifest.dropped,
         replaced=manifest.replaced,
         pair_probability=options.probability if options.packing in ("nsp", "sop") else None,

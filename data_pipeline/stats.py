@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError
+from data_pipeline.mixture import is_repeated, sample_modulus
 from data_pipeline.shards import (
     HELD_OUT,
     MANIFEST,
     Corpus,
     Manifest,
+    MixtureEntry,
     SpecialTokens,
     check_tokenizer,
     read_manifest,
@@ -29,11 +31,13 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 @dataclass
 class Scan:
     """Counts over a corpus: `counts` int64 [V], how often each id occurs; `lengths` documents of each
-    length."""
+    length; `hashes` of documents, of the sample of mixture.sample_modulus."""
 
     counts: NDArray[np.int64]
     lengths: dict[int, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    hashes: list[NDArray[np.uint64]] = field(default_factory=list)
+    modulus: int = 1
 
     @property
     def documents(self) -> int:
@@ -47,14 +51,17 @@ class Scan:
         return lengths[np.searchsorted(ranks, wanted)].tolist()
 
 
-def scan(corpus: Corpus, progress: Callable[[int], object] | None = None) -> Scan:
-    """Read all rows once, in blocks; `progress` is called with the bytes read. Faults name shard and row."""
+def scan(corpus: Corpus, progress: Callable[[int], object] | None = None, hashes: bool = False) -> Scan:
+    """Read all rows once, in blocks; `progress` is called with the bytes read. Faults name shard and row.
+
+    hashes: whether to hash documents, so as to find equal ones.
+    """
     manifest = corpus.manifest
     special = manifest.special_tokens
-    result = Scan(np.zeros(manifest.vocab_size, np.int64))
+    result = Scan(np.zeros(manifest.vocab_size, np.int64), modulus=sample_modulus(manifest.documents))
     # A pair's [SEP] end no documents: these cannot be counted.
     pairs = manifest.packing in ("nsp", "sop")
-    begun = 0  # tokens of the document that goes on in the next block
+    begun, begun_hash = 0, np.zeros(1, np.uint64)  # tokens, hash of the document that goes on in the next block
     for i, shard in enumerate(manifest.shards):
         ids, ends = corpus.input_ids(i), corpus.document_end(i)
         for first in range(0, len(ids), _ROWS):
@@ -74,7 +81,11 @@ def scan(corpus: Corpus, progress: Callable[[int], object] | None = None) -> Sca
                 )
             result.counts += np.bincount(block.reshape(-1), minlength=manifest.vocab_size)
             if not pairs:
-                begun = _count_lengths(result.lengths, block[:, 1:], ends[first : first + _ROWS], special, begun)
+                here = block[:, 1:], ends[first : first + _ROWS], special, begun
+                if hashes:
+                    found, begun_hash = _hash_documents(*here, begun_hash)
+                    result.hashes.append(found[found % np.uint64(result.modulus) == 0])
+                begun = _count_lengths(result.lengths, *here)
             if progress:
                 progress(block.nbytes)
     return result
@@ -103,6 +114,40 @@ def _count_lengths(
     for length, count in zip(*(a.tolist() for a in np.unique(found, return_counts=True)), strict=True):
         lengths[length] = lengths.get(length, 0) + count
     return int(so_far[-1] - at_end[-1])
+
+
+def _hash_documents(
+    ids: NDArray[np.unsignedinteger],
+    document_end: NDArray[np.bool_],
+    special: SpecialTokens,
+    begun: int,
+    begun_hash: NDArray[np.uint64],
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Hashes of the documents that end in a block of rows (arguments as of `_count_lengths`), and that of what is left
+    over, uint64 [1].
+
+    A document's hash is the sum, modulo 2^64, of mixed (token, place in the document): sums of pieces add up.
+    """
+    separators = ids == special.sep
+    tokens = (~separators & (ids != special.pad)).reshape(-1)
+    separators[:, -1] &= document_end
+    at = np.flatnonzero(separators)
+    so_far = np.cumsum(tokens)
+    starts = np.concatenate([[-begun], so_far[at]])
+    place = so_far - np.repeat(starts, np.diff(np.concatenate([[0], at + 1, [len(so_far)]])))
+    mixed = (ids.reshape(-1).astype(np.uint64) << np.uint64(32)) + place.astype(np.uint64)
+    for shift in (30, 27):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(31)
+    mixed[~tokens] = 0
+    sums = np.cumsum(mixed)
+    found = np.diff(sums[at], prepend=np.uint64(0))
+    # Arrays, not scalars: NumPy warns where these wrap.
+    if len(found):
+        found[:1] += begun_hash
+        return found, sums[-1:] - sums[at[-1:]]
+    return found, sums[-1:] + begun_hash
 
 
 def verify(folder: str | Path, progress: Callable[[int], object] | None = None) -> list[Manifest]:
@@ -159,11 +204,11 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
 def describe(
     folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None, png: Path | None = None
 ) -> str:
-    """The table that `stats` prints: counts, unknown rate, what was dropped, sources, lengths of documents, most
-    frequent tokens; png: where to draw the last three."""
+    """The table that `stats` prints: counts, unknown rate, repeated documents, what was dropped, each source, lengths
+    of documents, most frequent tokens; png: where to draw the last three."""
     corpus = Corpus(folder)
     manifest = corpus.manifest
-    found = scan(corpus, progress)
+    found = scan(corpus, progress, hashes=True)
     if found.faults:
         raise CorpusError("\n".join(found.faults))
     if png is not None:
@@ -187,6 +232,10 @@ def describe(
         "bytes a token": f"{size / manifest.tokens:.4f} ({size:,} in all)",
         "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
     }
+    if found.hashes and (hashes := np.concatenate(found.hashes)).size:
+        share = is_repeated(hashes).mean()
+        of = "" if found.modulus == 1 else f", by a sample of {len(hashes):,}"
+        facts["repeated"] = f"{share * manifest.documents:,.0f} documents ({share:.2%}) equal an earlier one{of}"
     facts |= {f"dropped, {reason}": f"{count:,}" for reason, count in manifest.dropped.items()}
     if manifest.replaced:
         facts["replaced bytes"] = f"{manifest.replaced:,} documents"
@@ -196,7 +245,7 @@ def describe(
     used = sum(entry.tokens for entry in manifest.mixture)
     for entry in manifest.mixture:
         share = f"{entry.tokens:,} tokens ({entry.tokens / used:.2%}) of {entry.documents:,} documents"
-        facts[f"source {entry.name}"] = f"{share}, weight {entry.weight:g}"
+        facts[f"source {entry.name}"] = f"{share}, weight {entry.weight:g}{_of_source(entry)}"
     quantiles = zip(QUANTILES, found.length_quantiles(), strict=True) if found.lengths else ()
     width = max(16, *map(len, facts))
     order = np.argsort(-text, kind="stable")[:top]
@@ -211,3 +260,10 @@ def describe(
             *(f"  {words.id_to_token(i):20} {text[i]:>14,}  {text[i] / total:.3%}" for i in order.tolist() if text[i]),
         ]
     )
+
+
+def _of_source(entry: MixtureEntry) -> str:
+    shares = {"unknown": entry.unknown, "repeated": entry.repeated}
+    found = [f"{name} {share:.2%}" for name, share in shares.items() if share is not None]
+    found += [f"{count:,} {reason}" for reason, count in entry.dropped.items()]
+    return "".join(f", {item}" for item in found)

@@ -106,14 +106,15 @@ def tokenize_stage(
     units = _plan(work, groups, job, int(work_size * 1e6))
     results = pool.run(_tokenize_tasks(job, sources, units), work / "results", bar.update)
     shards = [{side: TokenSide(**entry) for side, entry in result["sides"].items()} for result in results]
-    dropped = sum((Counter(result["dropped"]) for result in results), Counter())
+    of_units = [Counter(result["dropped"]) for result in results]
     lost = dict.fromkeys(job.sides, 0)
     if "late" in job.of_documents or rules.duplicates != "keep":
         counts = [[entry[side].documents for side in job.sides] for entry in shards]
         bar.phase("duplicates", 0)
         task = Task("drops", "the search for duplicates", find_drops, (job, counts))
         (found,) = pool.run([task], work / "results", bar.update)
-        dropped += Counter(found["dropped"])
+        for unit, late in found["dropped"]:
+            of_units[unit] += Counter(late)
         lost = found["sides"]
         for unit, side, file in found["files"]:
             shards[unit][side].files["drop"] = TokenFile(**file)
@@ -132,10 +133,13 @@ def tokenize_stage(
         planes=job.planes,
         names=tuple(section.name for section in description.sources) if named else ("",),
         weights=tuple(section.weight for section in description.sources),
-        dropped=dict(sorted(dropped.items())),
+        dropped=dict(sorted(sum(of_units, Counter()).items())),
         replaced=sum(result["replaced"] for result in results),
         sources=_source_entries(sources, results),
-        shards=tuple(TokenShard(source=group, sides=entry) for (group, _), entry in zip(units, shards, strict=True)),
+        shards=tuple(
+            TokenShard(source=group, sides=entry, dropped=dict(sorted(found.items())))
+            for (group, _), entry, found in zip(units, shards, of_units, strict=True)
+        ),
     )
     _check_not_empty(job, work, sources, manifest, lost)
     for unit in range(len(units)):
@@ -185,8 +189,8 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
     """Decide which documents are left out, and write a file of reasons where some are.
 
     counts: documents of each unit and side. The first of equal or similar documents stays, those held out before the
-    others, so that nothing trained on resembles what is held out. Returns {"dropped": {reason: documents}, "sides":
-    {side: documents}, "files": [[unit, side, TokenFile as a dict]]}.
+    others, so that nothing trained on resembles what is held out. Returns {"dropped": [[unit, {reason: documents}]],
+    "sides": {side: documents}, "files": [[unit, side, TokenFile as a dict]]}.
     """
     # Sides in this order, units in theirs: documents are numbered along it.
     parts = [
@@ -203,7 +207,8 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
     codes = np.zeros(sum(count for _, _, count in parts), np.uint8)
     if "late" in job.of_documents and parts:
         codes[:] = np.concatenate(read("late", np.uint8, 1))[:, 0]
-    before = np.bincount(codes, minlength=len(DROPS) + 1)
+    # What came late has been counted by the units.
+    late = codes > 0
     if job.rules.duplicates != "keep" and parts:
         left = np.flatnonzero(codes == 0)
         digests = np.concatenate(read("digests", np.uint8, DIGEST))
@@ -212,19 +217,20 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
     if job.rules.duplicates == "near" and parts:
         signatures = read("signatures", np.uint32, PLACES)
         codes[near_duplicates(signatures, codes == 0, job.rules.similarity)] = DROPS.index("near_duplicate") + 1
-    files, first = [], 0
+    files: list[Any] = []
+    dropped: list[Any] = []
+    first = 0
     sides = dict.fromkeys(job.sides, 0)
     for unit, side, count in parts:
         mine = codes[first : first + count]
+        new = np.bincount(mine[~late[first : first + count]], minlength=len(DROPS) + 1)[1:]
+        dropped.append([unit, {name: n for name, n in zip(DROPS, new.tolist(), strict=True) if n}])
         first += count
         if mine.any():
             sides[side] += int((mine > 0).sum())
             with atomic_file(token_path(job.work, unit, side, "drop")) as file:
                 file.write(mine.data)
             files.append([unit, side, {"bytes": file.bytes, "sha256": file.sha256()}])
-    # What came late has been counted by the units.
-    after = np.bincount(codes, minlength=len(DROPS) + 1) - before
-    dropped = {name: int(after[i + 1]) for i, name in enumerate(DROPS) if after[i + 1]}
     return {"dropped": dropped, "sides": sides, "files": files}
 
 

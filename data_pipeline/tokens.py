@@ -49,19 +49,21 @@ class TokenFile(_Frozen):
 
 
 class TokenSide(_Frozen):
-    """One side of a token shard. length: ids, each document's [SEP] included; documents: all, dropped ones too; files
-    by suffix."""
+    """One side of a token shard. length: ids, each document's [SEP] included; documents: all, dropped ones too;
+    unknown: [UNK] among the ids; files by suffix."""
 
     documents: NonNegativeInt
     length: NonNegativeInt
+    unknown: NonNegativeInt = 0
     files: dict[Annotated[str, Field(pattern="^[a-z_]+$")], TokenFile]
 
 
 class TokenShard(_Frozen):
-    """source: index in the manifest's `names`."""
+    """source: index in the manifest's `names`; dropped: documents left out, by reason."""
 
     source: NonNegativeInt
     sides: dict[str, TokenSide]
+    dropped: dict[str, NonNegativeInt] = {}
 
 
 class TokenManifest(_Frozen):
@@ -177,7 +179,7 @@ class SideWriter:
         folder: str,
         shard: int,
         side: str,
-        sep: int,
+        special: SpecialTokens,
         *,
         planes: tuple[str, ...],
         documents: tuple[str, ...],
@@ -185,9 +187,9 @@ class SideWriter:
         suffixes = ("ids", "ends", *planes, *documents)
         self.files = {s: stack.enter_context(atomic_file(token_path(folder, shard, side, s))) for s in suffixes}
         self._planes = {plane: _Bits(self.files[plane]) for plane in planes}
-        self._sep = sep
+        self._sep, self._unk = special.sep, special.unk
         self._begun = 0  # tokens of the document that goes on in the next batch
-        self.length = self.documents = self.empty = 0
+        self.length = self.documents = self.empty = self.unknown = 0
 
     def add(
         self,
@@ -218,6 +220,7 @@ class SideWriter:
         self.length += len(ids) + len(at)
         self.documents += len(at)
         self.empty += len(tokens) - len(at)
+        self.unknown += int((ids == self._unk).sum())
 
     def finish(self) -> None:
         for bits in self._planes.values():
@@ -226,7 +229,7 @@ class SideWriter:
     def entry(self) -> TokenSide:
         """Once the stack is closed."""
         files = {name: TokenFile(bytes=file.bytes, sha256=file.sha256()) for name, file in self.files.items()}
-        return TokenSide(documents=self.documents, length=self.length, files=files)
+        return TokenSide(documents=self.documents, length=self.length, unknown=self.unknown, files=files)
 
 
 class SideReader:
@@ -242,7 +245,7 @@ class SideReader:
         if "drop" in entry.files:
             stays = self._map("drop", np.dtype(np.uint8), entry.documents) == 0
             keep = stays if keep is None else keep & stays
-        self._length, self._documents = entry.length, entry.documents
+        self._length, self._documents, self._keep = entry.length, entry.documents, keep
         if keep is None or keep.all():
             self.ends: NDArray[np.int64] = ends
             self._firsts = None
@@ -265,6 +268,11 @@ class SideReader:
     def keys(self) -> NDArray[np.uint64]:
         """uint64 [D]: hashes of all documents of the file, dropped ones too."""
         return self._map("keys", np.dtype(np.uint64), self._documents)
+
+    def kept_keys(self) -> NDArray[np.uint64]:
+        """uint64 [D']: of those that are there."""
+        keys = self.keys()
+        return keys if self._keep is None else keys[self._keep]
 
     def _ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Runs of the file that make [start, stop) of the stream."""

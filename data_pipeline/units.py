@@ -107,9 +107,9 @@ def tokenize_unit(
     judge = Judge(job.rules, fingerprints, ngrams) if job.rules != DocumentRules() else None
     sha256: dict[str, str] = {}
     with ExitStack() as stack:
-        sep = encoder.special_tokens.sep
+        special = encoder.special_tokens
         writers = {
-            side: SideWriter(stack, job.work, unit, side, sep, planes=job.planes, documents=job.of_documents)
+            side: SideWriter(stack, job.work, unit, side, special, planes=job.planes, documents=job.of_documents)
             for side in job.sides
         }
         for source, piece in pieces:

@@ -130,6 +130,44 @@ def test_mixture(folder: Path, tmp_path: Path) -> None:
     assert main([str(item) for item in [*again_with, "wiki=2"]]) == 1
 
 
+def test_stats_of_each_source(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown and repeated documents against counting, whatever the units of work; of one without a name too."""
+    rng = random.Random(8)
+    texts = {name: make_documents(60, seed=i, longest=12) for i, name in enumerate(("books", "web"))}
+    texts["web"] += texts["books"][:15] + rng.choices(texts["web"], k=25)
+    for name, documents in texts.items():
+        write_text(tmp_path / f"{name}.txt", documents)
+    sources = [
+        {"name": "web", "inputs": ["web.txt"], "weight": 0.5},
+        {"name": "books", "inputs": ["books.txt"], "weight": 2},
+    ]
+    description = describe_in(tmp_path, sources, documents={"min_characters": 9})
+    manifest = build(None, folder / "tok", 16, tmp_path / "out", description=description, **SIZES)
+    before: set[tuple[int, ...]] = set()
+    for entry in manifest.mixture:
+        long = [document for document in texts[entry.name] if len(document) >= 9]
+        found = encoded(folder, long)
+        assert entry.dropped == {"too_short": len(texts[entry.name]) - len(long)}
+        assert entry.unknown == sum(ids.count(1) for ids in found) / sum(map(len, found))
+        again = 0
+        for ids in map(tuple, found):
+            again += ids in before
+            before.add(ids)
+        assert entry.repeated == again / len(found)
+        assert f"unknown {entry.unknown:.2%}, repeated {entry.repeated:.2%}" in describe(tmp_path / "out")
+    again = build(None, folder / "tok", 16, tmp_path / "other", description=description, **SIZES | {"work_size": 1})
+    assert again.mixture == manifest.mixture
+    # The corpus itself, read back: copies of a weight above 1 repeat.
+    stored = list(map(tuple, corpus_documents(tmp_path / "out")))
+    repeated = len(stored) - len(set(stored))
+    assert f"{repeated:,} documents ({repeated / len(stored):.2%}) equal an earlier one\n" in describe(tmp_path / "out")
+    # Documents that go on in the next block of rows, and a sample by hash.
+    monkeypatch.setattr("data_pipeline.stats._ROWS", 3)
+    assert f"{repeated:,} documents" in describe(tmp_path / "out")
+    monkeypatch.setattr("data_pipeline.mixture._SAMPLE", len(stored) // 3)
+    assert ", by a sample of " in describe(tmp_path / "out")
+
+
 def near_copy(document: str, rng: random.Random) -> str:
     words = document.split()
     for _ in range(max(len(words) // 200, 1)):
