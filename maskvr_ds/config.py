@@ -23,7 +23,7 @@ from pydantic import (
 
 from maskvr_ds.config_data import DataConfig
 from maskvr_ds.config_file import ConfigError, Section, assign, describe, read_yaml, recipe_text, recipes
-from maskvr_ds.config_masking import MaskingConfig
+from maskvr_ds.config_masking import AutoConfig, MaskingConfig
 from maskvr_ds.config_phases import OF_PHASES, Phase, check_phases, resolve, take_from_phases
 from maskvr_ds.config_survival import CheckpointConfig, DivergenceConfig, HangsConfig
 from maskvr_ds.variants import VARIANTS, Variant
@@ -90,7 +90,7 @@ class ModelConfig(Section):
 
 
 class MapNetConfig(Section):
-    """The mask proposal network (mapnet.py), where masking.strategy is mapnet."""
+    """The mask proposal network (mapnet.py), where masking.strategy is mapnet, or auto."""
 
     layers: PositiveInt = 2
     # A multiple of the attention heads' size, 32.
@@ -240,6 +240,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     mapnet: MapNetConfig = MapNetConfig()
+    auto: AutoConfig = AutoConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -272,6 +273,10 @@ class RunConfig(Section):
         for name in ("initial_lr", "final_lr"):
             if (bound := getattr(self.schedule, name)) > rate:
                 raise ValueError(f"schedule.{name} {bound} exceeds optimizer.lr {rate}")
+        if self.masking.strategy == "auto" and self.mapnet.gate != MapNetConfig().gate:
+            raise ValueError(
+                f"mapnet.gate {self.mapnet.gate} belongs to masking.strategy mapnet; auto opens and shuts it by itself"
+            )
         if (copies := self.masking.segments_per_sequence) and self.batch.global_size % copies:
             raise ValueError(
                 f"batch.global_size {self.batch.global_size} is not a multiple of masking.segments_per_sequence "
@@ -292,6 +297,11 @@ class RunConfig(Section):
         except ValidationError as error:
             faults = "; ".join(describe(fault, RunConfig) for fault in error.errors(include_url=False))
             raise ValueError(f"phases.{self.phases[index].name}: {faults}") from None
+
+    @property
+    def learns_proposal(self) -> bool:
+        """Whether MAPNet is trained beside the model."""
+        return self.masking.strategy == "mapnet" or (self.masking.strategy == "auto" and self.auto.proposal)
 
     @property
     def schedule_steps(self) -> int:

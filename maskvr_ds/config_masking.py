@@ -22,10 +22,26 @@ STRATEGY_SETTINGS = {
 }
 
 
+class AutoConfig(Section):
+    """Where masking.strategy is auto (auto.py): how often the gradient's variance is measured, on how much."""
+
+    every_steps: PositiveInt = 1000
+    # Sequences, and draws of two masks for each.
+    rows: Annotated[int, Field(ge=3)] = 32
+    draws: Annotated[int, Field(ge=2, le=1024)] = 4
+    # Numbers a layer that gradients are compressed to; squared norms are kept to √(2/size).
+    sketch_size: Annotated[int, Field(ge=3)] = 4096
+    # Of the intervals that must lie below 1 for a change from the baseline.
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    # Whether MAPNet (section mapnet) learns beside, to be used where it pays.
+    proposal: bool = True
+
+
 class MaskingConfig(Section):
     """What is predicted: strategies.py has the formulas. mapnet: see the section of that name."""
 
-    strategy: Literal["uniform", "whole_word", "span", "fully_explored", "frequency", "mapnet"] = "uniform"
+    # auto: fully_explored, or what is measured to be better on the way; see the section of that name.
+    strategy: Literal["uniform", "whole_word", "span", "fully_explored", "frequency", "mapnet", "auto"] = "uniform"
     # Share of the maskable positions to predict.
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
     # The rate changes linearly to this one, which the schedule's last step has. None: it is constant.

@@ -1,6 +1,6 @@
 """Rank, world size and the few reductions of a training step.
 
-Collectives here, all over the world group: `all_reduce_sum` (dtype and frequency: the caller's),
+Collectives here, all over the world group: `all_reduce_sum`, `broadcast` (dtype and frequency: the caller's),
 `agreed` and `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
 """
 
@@ -152,6 +152,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """The tensor of rank `source`, on every rank, in place; the tensor itself."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+    return tensor
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

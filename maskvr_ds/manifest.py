@@ -44,7 +44,8 @@ class CheckpointState:
     (engine.partition_sizes).
     dtype: what the model computed in. identity: what must be equal for a run to go on from it. settings: the rest of
     the configuration that bears on training, flat; it may change, and a change is told. phases: what has been trained,
-    a mapping a phase (phases.done), the last one perhaps in part. guard: divergence.Guard.state.
+    a mapping a phase (phases.done), the last one perhaps in part. guard: divergence.Guard.state. auto:
+    auto.Chooser.state, where it chooses the masks.
     """
 
     step: int
@@ -57,6 +58,7 @@ class CheckpointState:
     settings: dict[str, Any] = field(default_factory=dict)
     phases: list[dict[str, Any]] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)
+    auto: dict[str, Any] = field(default_factory=dict)
 
 
 def sha256(path: Path) -> str:

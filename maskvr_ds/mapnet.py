@@ -73,6 +73,13 @@ class MapNet(nn.Module):
         return self.score(self.norm(x)).squeeze(-1)
 
 
+def flops_per_sequence(*, layers: int, hidden: int, sequence_length: int) -> float:
+    """Floating-point operations that MAPNet adds to a sequence: a forward pass to propose, a forward and a backward
+    pass (twice a forward one) to learn. Matrix products only, a multiply-add counting as two (as model.py counts)."""
+    L, D = sequence_length, hidden
+    return 4.0 * layers * (16 * L * D * D + 4 * L * L * D)
+
+
 def inclusion_from_scores(
     scores: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor, floor: float
 ) -> torch.Tensor:

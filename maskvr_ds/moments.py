@@ -1,7 +1,7 @@
 """Moments of single rows' gradients under a strategy's masks, the rows divided over the ranks.
 
 N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
-world group: `measure` all-reduces float32 [N, G, s], float64 [N, G + 1] and int64 [1], `measure_covariance` float64
+world group: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1], `measure_covariance` float64
 [N, 2 W], once a call.
 """
 
@@ -54,14 +54,25 @@ class Sample:
 
 def measure(sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int) -> tuple[Moments, float]:
     """Moments of the gradients per prediction, and predictions a mask; the same on every rank. Every rank calls."""
+    moments, _, a_mask = measure_segments(sample, sketcher, masker, draws=draws, copies=copies)
+    return moments, a_mask
+
+
+def measure_segments(
+    sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int
+) -> tuple[Moments, Floats, float]:
+    """As `measure`, from the same passes also what single masks vary by, float64 [N, G]: the variance over draws (each
+    of a round of its own), as if copies were 1, averaged over the copies. Second of the results."""
     N, G = len(sample.rows), len(sketcher.layers)
     means = torch.zeros((N, G, sketcher.size), device=sample.device)
-    spread = torch.zeros((N, G + 1), dtype=torch.float64, device=sample.device)
+    spread = torch.zeros((N, 2 * G + 1), dtype=torch.float64, device=sample.device)
     predictions = torch.zeros(1, dtype=torch.int64, device=sample.device)
     epochs = (np.arange(draws)[:, None] * APART * copies + np.arange(copies)).ravel()
     for number in sample.mine():
         found, count = sample.sketches(sketcher, masker, number, epochs)
-        found = found.view(draws, copies, G, -1).mean(1)
+        single = found.view(draws, copies, G, -1)
+        spread[number, G + 1 :] = (single - single.mean(0)).double().square().sum((0, 1, 3)) / (copies * (draws - 1))
+        found = single.mean(1)
         means[number] = found.mean(0)
         deviation = (found - means[number]).double().square().sum((0, 2)) / (draws - 1)
         spread[number, :G] = deviation
@@ -81,7 +92,7 @@ def measure(sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, c
         draws=draws,
         segments=copies,
     )
-    return moments, a_mask
+    return moments, numbers[:, G + 1 :], a_mask
 
 
 def measure_covariance(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import distributed, hashing
+from maskvr_ds import distributed, hashing, mapnet
+from maskvr_ds.auto import Chooser
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.checkpoint import CheckpointState
 from maskvr_ds.config import RunConfig
@@ -33,22 +34,24 @@ from maskvr_ds.run import (
     run_settings,
     sequence_copies,
 )
+from maskvr_ds.strategies import segments
 
 # What a key is for, so that no two uses share random numbers.
-WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET = range(5)
+WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET, AUTO = range(6)
 _PROBE_ROWS = 2
 
 
 @dataclass(frozen=True)
 class Parts:
-    """state: where the phase begins or goes on. tokens_before: of the phases before it. probe: a few fixed rows,
-    masked: what an export's logits are compared on."""
+    """chooser: of the masks, where masking.strategy is auto. state: where the phase begins or goes on. tokens_before:
+    of the phases before it. probe: a few fixed rows, masked: what an export's logits are compared on."""
 
     corpus: Corpus
     engine: Any
     masker: Masker
     proposer: Proposer | None
     loader: Loader
+    chooser: Chooser | None
     evaluation: HeldOut | None
     probe: MaskedBatch
     state: CheckpointState
@@ -115,6 +118,12 @@ def assemble(
         prefetch=config.data.prefetch,
         copies=sequence_copies(config.masking, corpus),
     )
+    sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
+    chooser = None
+    if config.masking.strategy == "auto":
+        chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
+        if state.auto:
+            chooser.restore(state.auto)
     evaluation = None
     if held_out is not None:
         evaluation = HeldOut(
@@ -132,7 +141,6 @@ def assemble(
     if any(entry["to_step"] == state.step for entry in rollbacks):
         guard.forget()
     guard.attach(engine)
-    sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
     log = MetricsLog(
         config.output_dir,
         rank=rank,
@@ -150,6 +158,7 @@ def assemble(
         masker=masker,
         proposer=proposer,
         loader=loader,
+        chooser=chooser,
         evaluation=evaluation,
         probe=masker(next(probe.batches())),
         state=state,
@@ -157,4 +166,28 @@ def assemble(
         rollbacks=rollbacks,
         log=log,
         guard=guard,
+    )
+
+
+def make_chooser(
+    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, sequence_flops: float
+) -> Chooser:
+    """sequence_flops: of the model's forward and backward pass of a sequence."""
+    config, length = phase.config, loader.corpus.sequence_length
+    most = segments(length - 2, config.masking.rate)
+    cost = config.mapnet.cost
+    if cost is None:
+        network = {"layers": config.mapnet.layers, "hidden": config.mapnet.hidden}
+        cost = mapnet.flops_per_sequence(**network, sequence_length=length) / sequence_flops
+    return Chooser(
+        config.auto,
+        engine=engine,
+        masker=masker,
+        loader=loader,
+        proposer=proposer,
+        # A batch has whole rows.
+        most=next(j for j in range(most, 0, -1) if config.batch.global_size % j == 0),
+        proposal_cost=cost,
+        micro_size=config.batch.micro_size,
+        seed=phase.key(AUTO),
     )

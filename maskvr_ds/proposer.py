@@ -70,6 +70,8 @@ class Proposer:
     ) -> None:
         self.config = config
         self.norms = GradientNorms()
+        # When masks are drawn by the proposal: see MapNetConfig.
+        self.gate: str = config.gate
         # Of the run: what errors name and `check_every` counts.
         self.run_step = 0
         self._objective = OBJECTIVES[config.objective]
@@ -115,8 +117,8 @@ class Proposer:
         auto: while the variance ratio r and the cost c (MAPNet's share of the time of the rest) have r (1 + c) < 1, by
         their moving averages: at equal time the batch is smaller by 1 + c, the variance larger by as much.
         """
-        if self.config.gate != "auto":
-            return torch.full_like(self._mean, self.config.gate == "always", dtype=torch.bool)
+        if self.gate != "auto":
+            return torch.full_like(self._mean, self.gate == "always", dtype=torch.bool)
         proposed, uniform, own, whole = self._averages
         return proposed * whole < uniform * (whole - own)
 
@@ -133,7 +135,7 @@ class Proposer:
     @torch.no_grad()
     def propose(self, batch: TokenBatch, maskable: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """strategies.Proposal: π float64 [B, L] while the gate is open, uniform while it is closed."""
-        if self.config.gate == "never":
+        if self.gate == "never":
             return share
         with self._timed():
             counts = (share[:, 0] * maskable.sum(1)).round().long()
@@ -154,8 +156,9 @@ class Proposer:
             scores, inclusion = self._inclusion(batch, maskable, counts)
             u = (share / inclusion).gather(1, masked.positions)
             used = predicted & norms.isfinite()
-            assert masked.sampling_weights is not None
-            w = torch.where(used, masked.sampling_weights, 0.0).double()
+            # Strategies without a π of their own give every position the same one.
+            w = used.double() if masked.sampling_weights is None else torch.where(used, masked.sampling_weights, 0.0)
+            w = w.double()
             s = torch.where(used, norms, 0.0).double()
             loss = self._objective.loss(scores.gather(1, masked.positions), w, u, s, self._mean)
             loss.backward()

@@ -37,7 +37,7 @@ def resume_from(
     begins = len(distributed.agreed(lambda: checkpoint.read_state(latest), on=0).phases) == phase.index > 0
     expected = replace(state, identity=run_wide(state.identity)) if begins else state
     masking = phase.config.masking
-    may_differ = ("masking", "mapnet") if masking.change_at_resume and not begins else ()
+    may_differ = ("masking", "mapnet", "auto") if masking.change_at_resume and not begins else ()
     loaded = checkpoint.load(run, latest, engine, expected, may_differ)
     if may_differ:
         distributed.agreed(lambda: _check_order(latest, loaded.identity["masking"], state.identity["masking"]))
@@ -56,15 +56,15 @@ def resume_from(
             for name, value in state.identity.get(section, {}).items():
                 if (was := before.get(name)) != value:
                     say(f"  changed since: {section}.{name} {was!r} -> {value!r}")
-    return replace(state, step=loaded.step, samples=loaded.samples, phases=loaded.phases, guard=loaded.guard)
+    auto = {} if begins else loaded.auto
+    return replace(state, step=loaded.step, samples=loaded.samples, phases=loaded.phases, guard=loaded.guard, auto=auto)
 
 
 def _check_order(latest: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise CheckpointError where rows would come in another order: samples so far say which are next."""
-    copies = [
-        (m["segments_per_sequence"] or f"all at rate {m['rate']:g}") if m["placement"] == "same_batch" else 1
-        for m in (was, now)
-    ]
+    copies = [_copies(was), _copies(now)]
+    if was["strategy"] == "auto" != now["strategy"]:
+        copies[0] = "what auto chose"
     if copies[0] != copies[1]:
         raise CheckpointError(
             f"{latest}: the segments of a row in a global batch were {copies[0]}, are {copies[1]}: the data would not "
@@ -72,11 +72,18 @@ def _check_order(latest: Path, was: dict[str, Any], now: dict[str, Any]) -> None
         )
 
 
+def _copies(masking: dict[str, Any]) -> int | str:
+    """How often a row comes in a global batch; auto begins with once."""
+    if masking["placement"] != "same_batch":
+        return 1
+    return masking["segments_per_sequence"] or f"all at rate {masking['rate']:g}"
+
+
 def make_proposer(
     config: RunConfig, vocab_size: int, engine: "deepspeed.DeepSpeedEngine", latest: Path | None, seed: int
 ) -> Proposer | None:
     """The mask proposal, as the checkpoint left it, or new where it has none (a phase before went without)."""
-    if config.masking.strategy != "mapnet":
+    if not config.learns_proposal:
         return None
     proposer = Proposer(
         config.mapnet,

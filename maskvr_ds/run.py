@@ -40,14 +40,14 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
 def check_masking(config: RunConfig, corpus: Corpus) -> None:
     """Raise ConfigError for what sequence length and vocabulary do not allow."""
     masking, longest = config.masking, corpus.sequence_length - 2
-    if masking.strategy == "fully_explored":
+    if masking.strategy in ("fully_explored", "auto"):
         if masking.final_rate is not None:
             for n in range(1, longest + 1):
                 if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
                     raise ConfigError(
-                        f"masking.final_rate {masking.final_rate:g}: with strategy fully_explored the rate must not "
-                        f"change the number of segments within a round, and rows of {n} tokens would go from {before} "
-                        f"to {after}; leave final_rate out, or change the rate from phase to phase"
+                        f"masking.final_rate {masking.final_rate:g}: with strategy {masking.strategy} the rate must "
+                        f"not change the number of segments within a round, and rows of {n} tokens would go from "
+                        f"{before} to {after}; leave final_rate out, or change the rate from phase to phase"
                     )
         if (copies := sequence_copies(masking, corpus)) > (most := segments(longest, masking.rate)):
             raise ConfigError(
@@ -62,6 +62,8 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
                 f"sequence that share a global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
                 "masking.segments_per_sequence to a divisor of it"
             )
+    if masking.strategy == "auto" and config.auto.rows > corpus.rows:
+        raise ConfigError(f"auto.rows {config.auto.rows}: {corpus.folder} has {corpus.rows} rows")
     if masking.strategy in ("whole_word", "span"):
         word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
 
@@ -76,7 +78,7 @@ def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
 def create_masker(
     masking: MaskingConfig, corpus: Corpus, *, seed: int, device: torch.device, proposal: Proposal | None = None
 ) -> Masker:
-    """The run's masks. Every rank calls. proposal: of strategy mapnet.
+    """The run's masks; of auto, those that it begins with. Every rank calls. proposal: of strategies mapnet and auto.
 
     Collectives (strategy frequency): one all-reduce of int64 [2, V], what each rank counted in its share of the
     shards; one broadcast of the scores, which a power on other hardware may round otherwise.
@@ -101,7 +103,7 @@ def create_masker(
         lambda: Masker.for_corpus(
             corpus.manifest,
             seed=seed,
-            strategy=masking.strategy,
+            strategy="fully_explored" if masking.strategy == "auto" else masking.strategy,
             parameters=parameters,
             rate=masking.rate,
             final_rate=masking.final_rate,
@@ -235,7 +237,7 @@ def write_config(config: RunConfig) -> None:
 def run_settings(config: RunConfig) -> dict[str, Any]:
     """What may change between the parts of a run and bears on training, flat: name → value."""
     dump = config.model_dump(mode="json", include={"optimizer", "schedule", "training", "batch", "deepspeed"})
-    if config.masking.strategy == "mapnet":
+    if config.learns_proposal:
         dump["mapnet"] = config.mapnet.model_dump(include=_MAPNET_MAY_CHANGE)
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
     return {"deepspeed": config.deepspeed, **nested}
@@ -255,7 +257,9 @@ def run_identity(phase: RunPhase, corpus: Corpus) -> dict[str, Any]:
         # Moments, decay and clipping come from the checkpoint: a change would go unheeded, or be another optimizer.
         "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
-    if config.masking.strategy == "mapnet":
+    if config.masking.strategy == "auto":
+        identity["auto"] = config.auto.model_dump()
+    if config.learns_proposal:
         identity["mapnet"] = config.mapnet.model_dump(exclude=_MAPNET_MAY_CHANGE)
     if phase.start is not None:
         # What was zeroed stays zeroed: a change would go unheeded.

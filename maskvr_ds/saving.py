@@ -66,10 +66,11 @@ class Saver:
         before = parts.state.phases[: self._phase.index]
         history = [*before, done(self._phase, step - self._phase.first_step, parts.corpus.sequence_length)]
         guarded = {**parts.guard.state(), "rollbacks": parts.rollbacks}
+        auto = {} if parts.chooser is None else parts.chooser.state()
         saved = checkpoint.save(
             config.output_dir,
             parts.engine,
-            replace(parts.state, step=step, samples=samples, phases=history, guard=guarded),
+            replace(parts.state, step=step, samples=samples, phases=history, guard=guarded, auto=auto),
             probe=parts.probe,
             tokenizer=parts.corpus.tokenizer_folder,
             keep=config.checkpoint,

@@ -3,7 +3,7 @@
     uniform    fully_explored:placement=same_batch,segments_per_sequence=3    mapnet:floor=0.1    span:optimizer.lr=0.02
 
 Behind the colon stand settings, values in YAML: of the section `masking`; of the section `mapnet`, where the strategy
-is mapnet or an oracle; or of any section by its full name.
+is mapnet or an oracle; of `auto` and `mapnet`, where it is auto; or of any section by its full name.
 """
 
 import argparse
@@ -14,12 +14,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from maskvr_ds.config import MapNetConfig, MaskingConfig
+from maskvr_ds.config import AutoConfig, MapNetConfig, MaskingConfig
 from maskvr_ds.config_file import ConfigError, assign, describe
 
 # Strategies that no run can have, for they look at what they are to predict: see oracles.py.
 TOKEN_ORACLES = ("oracle_gradient", "oracle_head")
 MASK_ORACLE = "oracle_mask"
+# Strategy → section of its own → fields.
+_OWN_SECTIONS = {
+    "mapnet": {"mapnet": MapNetConfig.model_fields},
+    "auto": {"auto": AutoConfig.model_fields, "mapnet": MapNetConfig.model_fields},
+}
 ORACLES = (*TOKEN_ORACLES, MASK_ORACLE)
 
 
@@ -55,6 +60,8 @@ class StrategySpec:
                 f"{self.text}: {', '.join(sorted(others))} cannot be changed here, masking and mapnet can"
             )
         values = {**common, **sections["masking"]}
+        if self.strategy == "auto":
+            raise ConfigError(f"{self.text}: auto goes from one strategy to another; name those")
         if self.strategy in ORACLES:
             values["strategy"] = "mapnet"
         return _validated(self.text, MaskingConfig, values)
@@ -79,13 +86,14 @@ def parse_strategy(text: str) -> StrategySpec:
     """Raises ConfigError where it is not of the form; which names there are is checked by the section."""
     strategy, colon, settings = text.partition(":")
     assignments = [f"masking.strategy={strategy}"]
-    of_mapnet = strategy == "mapnet" or strategy in ORACLES
+    sections: dict[str, Any] = _OWN_SECTIONS.get("mapnet" if strategy in ORACLES else strategy, {})
     for setting in settings.split(",") if colon else []:
         key, equals, value = setting.partition("=")
         if not (strategy and key and equals and value):
             raise ConfigError(f"{text!r}: strategy, or strategy:setting=value,setting=value expected")
         if "." not in key:
-            key = f"mapnet.{key}" if of_mapnet and key in MapNetConfig.model_fields else f"masking.{key}"
+            section = next((name for name, fields in sections.items() if key in fields), "masking")
+            key = f"{section}.{key}"
         assignments.append(f"{key}={value}")
     return StrategySpec(text, strategy, tuple(assignments))
 

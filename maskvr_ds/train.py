@@ -128,13 +128,16 @@ def train_phase(
             written = saver.written(DeferredTensor(counters[5:]))
             to_evaluate = parts.evaluation if is_due(step, config.evaluation.every_steps, phase.last_step) else None
             to_save = saver.due(step, stopping=stopping)
-            if to_evaluate is None and not to_save and not written:
+            chooser = parts.chooser if parts.chooser is not None and parts.chooser.due(step, phase.last_step) else None
+            if to_evaluate is None and chooser is None and not to_save and not written:
                 continue
             distributed.wait_for_device()
             pause = time.perf_counter()
             watchdog.pause()
             if to_evaluate is not None:
                 log.add(held_out_loss=to_evaluate.loss(engine.module))
+            if chooser is not None:
+                log.event(**chooser.choose(step, (number + 1) * config.batch.global_size))
             if to_save or written:
                 saver.finish()
             if to_save:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.loader import KeyedPermutation, Loader, sample_rows
+from maskvr_ds.loader import KeyedPermutation, Loader, Stretch, sample_rows
+from maskvr_ds.mixture import Share
 from tests.support.corpora import PAD, make_corpus
 
 ROWS, LENGTH = 257, 16
@@ -149,3 +150,52 @@ def test_copies_come_together_and_count_as_readings(corpus: Corpus, copies: int)
 def test_a_batch_that_does_not_hold_whole_groups_of_copies_is_refused(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="10 sequences does not divide by 4 copies"):
         Loader(corpus, seed=0, global_size=10, copies=4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.sampled_from([1, 2, 3, 5])), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90)), min_size=1, max_size=3),
+    st.integers(0, 1000),
+)
+def test_copies_that_change_on_the_way(
+    stretches: list[tuple[int, int]], mixture: list[tuple[int, int]], seed: int
+) -> None:
+    """Rows go on where they were, whatever copies they came in; no row has an epoch number twice, all copies of a row
+    are of one round of as many segments, and without a change nothing changes."""
+    shares = [Share(rows, places) for rows, places in mixture]
+    stretch, sample = Stretch(stretches[0][1]), 0
+    found: list[tuple[int, int]] = []
+    order: list[int] = []
+    for number, (rows_long, copies) in enumerate(stretches):
+        if number:
+            stretch = stretch.turn(sample, copies, shares)
+        rows, epochs = sample_rows(np.arange(sample, sample + rows_long * copies), shares, seed, stretch)
+        sample += rows_long * copies
+        by_row = list(zip(rows.tolist(), epochs.tolist(), strict=True))
+        found += by_row
+        for first in range(0, len(by_row), copies):
+            group = by_row[first : first + copies]
+            assert {row for row, _ in group} == {group[0][0]}
+            assert [epoch for _, epoch in group] == list(range(group[0][1], group[0][1] + copies))
+            assert group[0][1] % copies == 0
+            order.append(group[0][0])
+    assert len(set(found)) == len(found)
+    plain, _ = sample_rows(np.arange(len(order)), shares, seed)
+    assert order == plain.tolist()
+
+
+def test_a_reader_turns_at_once_whatever_it_has_read_ahead(corpus: Corpus) -> None:
+    """Also begun anew behind the turn, and on several ranks."""
+    loader = Loader(corpus, seed=3, global_size=12, prefetch=4)
+    reader = loader.batches()
+    before = [next(reader) for _ in range(7)]
+    loader.turn(7 * 12, 3)
+    after = [next(reader) for _ in range(5)]
+    again = islice(loader.batches(9 * 12), 3)
+    assert all(torch.equal(a.epochs, b.epochs) for a, b in zip(after[2:], again, strict=True))
+    rows, epochs = sample_rows(np.arange(7 * 12, 12 * 12), ROWS, 3, loader.stretch)
+    read = [(int(e), int(s)) for batch in after for e, s in zip(batch.epochs, batch.sample_ids, strict=True)]
+    assert sorted(read) == sorted(zip(epochs.tolist(), rows.tolist(), strict=True))
+    plain, _ = sample_rows(np.arange(7 * 12 + 5 * 4), ROWS, 3)
+    assert sorted(int(s) for batch in before for s in batch.sample_ids) == sorted(plain[:84].tolist())
+    assert sorted({s for _, s in read}) == sorted(set(plain[84:].tolist()))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
-from maskvr_ds.loader import Loader, sample_rows
+from maskvr_ds.loader import Loader, Stretch, sample_rows
 from maskvr_ds.mixture import Mixture, Share, corpora_identity, open_mixture
 from maskvr_ds.run import open_corpora
 from tests.support.corpora import make_corpus
@@ -63,7 +63,7 @@ def test_weights_hold_exactly(corpora: list[tuple[int, float]], seed: int, copie
     """Every epoch has round(w N) rows of each corpus, every pass every row once, in orders of their own."""
     shares = [Share(n, max(1, round(w * n))) for n, w in corpora]
     total, epochs = sum(share.places for share in shares), 7
-    rows, passes = sample_rows(np.arange(epochs * total * copies), shares, seed, copies)
+    rows, passes = sample_rows(np.arange(epochs * total * copies), shares, seed, Stretch(copies))
     assert len(set(zip(rows.tolist(), passes.tolist(), strict=True))) == len(rows)
     bounds = np.cumsum([0, *(share.rows for share in shares)])
     of = np.searchsorted(bounds, rows, side="right") - 1
@@ -75,7 +75,7 @@ def test_weights_hold_exactly(corpora: list[tuple[int, float]], seed: int, copie
         assert readings.tolist() == [share.rows * copies] * whole + [rest * copies]
     # Any sample can be found by itself: nothing is remembered from one to the next.
     at = seed % len(rows)
-    assert sample_rows(np.array([at]), shares, seed, copies) == (rows[at], passes[at])
+    assert sample_rows(np.array([at]), shares, seed, Stretch(copies)) == (rows[at], passes[at])
 
 
 def test_corpora_come_in_proportion_and_in_another_order_each_pass() -> None:

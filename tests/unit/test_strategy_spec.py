@@ -9,6 +9,8 @@ COMMON = {"rate": 0.2, "mask_probability": 1.0, "random_probability": 0.0}
 def test_settings_find_their_section() -> None:
     spec = parse_strategy("mapnet:floor=0.1,rate=0.3,optimizer.lr=0.02")
     assert spec.assignments == ("masking.strategy=mapnet", "mapnet.floor=0.1", "masking.rate=0.3", "optimizer.lr=0.02")
+    spec = parse_strategy("auto:every_steps=50,lr=0.01,rate=0.3")
+    assert spec.assignments == ("masking.strategy=auto", "auto.every_steps=50", "mapnet.lr=0.01", "masking.rate=0.3")
     assert parse_strategy("frequency:floor=0.1").masking(COMMON).floor == 0.1
     masking = parse_strategy("fully_explored:placement=same_batch,segments_per_sequence=3").masking(COMMON)
     assert (masking.segments_per_sequence, masking.rate, masking.mask_probability) == (3, 0.2, 1.0)
@@ -33,6 +35,7 @@ def test_names_of_files() -> None:
         ("unifrom", "unifrom: strategy: Input should be 'uniform'"),
         ("uniform:colour=red", "uniform:colour=red: colour: unknown key; known here: strategy"),
         ("uniform:optimizer.lr=1", "optimizer cannot be changed here"),
+        ("auto", "auto: auto goes from one strategy to another; name those"),
         ("uniform:rate=2", "rate: Input should be less than 1"),
     ],
 )

@@ -31,7 +31,7 @@ LEVELS = [
     {"background", "divergence", "elastic", "engine", "proposer", "signals", "sketch", "watchdog"},
     {"checkpoint", "step"},
     {"evaluate", "phases", "oracles", "moments"},
-    {"restore", "run"},
+    {"auto", "restore", "run"},
     {"parts"},
     {"saving"},
     {
