@@ -122,7 +122,8 @@ def _wait(processes: Processes) -> None:
             for number, process in enumerate(processes):
                 if (process.returncode or 0) < 0:
                     name = signal.Signals(-process.returncode).name
-                    print(f"error: rank {number} was ended by {name}", file=sys.stderr, flush=True)
+                    who = f"rank {number}" if len(processes) > 1 else "the launcher"
+                    print(f"error: {who} was ended by {name}", file=sys.stderr, flush=True)
         if deadline is not None and time.monotonic() > deadline:
             _end(running)
         time.sleep(_POLL)
