@@ -1,0 +1,47 @@
+"""Ranks of one machine: where they are told to be, and what becomes of the others when one of them ends badly."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from maskvr_ds import launch
+
+RANK = """
+import json, os, pathlib, signal, sys, time
+place = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+pathlib.Path(sys.argv[1], place["RANK"]).write_text(json.dumps(place))
+end = sys.argv[2 + int(place["RANK"])]
+if end == "waits":
+    time.sleep(600)
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(end))
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "a_rank.py").write_text(RANK)
+    (tmp_path / "said").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "_GRACE", 0.2)
+    return "a_rank"
+
+
+def test_every_rank_has_its_place(module: str, tmp_path: Path) -> None:
+    assert launch.run_here(module, [str(tmp_path / "said"), "0", "0", "0"], 3) == 0
+    places = [json.loads((tmp_path / "said" / str(rank)).read_text()) for rank in range(3)]
+    assert [(p["RANK"], p["LOCAL_RANK"], p["WORLD_SIZE"]) for p in places] == [(str(r), str(r), "3") for r in range(3)]
+    assert len({(p["MASTER_ADDR"], p["MASTER_PORT"]) for p in places}) == 1
+
+
+@pytest.mark.parametrize(("ends", "said"), [(("waits", "1"), ""), (("waits", "killed"), "rank 1 was ended by SIGKILL")])
+def test_a_rank_that_fails_takes_the_others_along(
+    module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], ends: tuple[str, str], said: str
+) -> None:
+    began = time.monotonic()
+    assert launch.run_here(module, [str(tmp_path / "said"), *ends], 2) == 1
+    assert time.monotonic() - began < 60
+    assert said in capfd.readouterr().err
