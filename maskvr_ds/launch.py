@@ -26,7 +26,7 @@ _POLL = 0.05
 Processes = list["subprocess.Popen[bytes]"]
 
 
-def launch_hosts(words: list[str], run: Path, steps: int) -> int:
+def launch(words: list[str], run: Path, steps: int) -> int:
     """Run `deepspeed WORDS` to its end; → 0 done, 75 stopped with a checkpoint, 1 anything else.
 
     run, steps: the run's folder and the step at which it is done. The first SIGTERM or SIGUSR1 asks for a checkpoint
@@ -36,7 +36,7 @@ def launch_hosts(words: list[str], run: Path, steps: int) -> int:
 
 
 def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: int) -> int:
-    """As `launch_hosts`, `python -m MODULE OPTIONS` on so many ranks of this machine."""
+    """As `launch`, `python -m MODULE OPTIONS` on so many ranks of this machine."""
     return _watch_over([["-u", "-m", module, *options]] * ranks, _places(ranks), run, steps)
 
 
