@@ -257,7 +257,7 @@ def test_every_damage_is_named_and_the_checkpoint_before_taken(
 ) -> None:
     damages = [(name, how) for name in _files(played("whole")) for how in ("truncated", "flipped", "deleted")]
     trained = damages if request.config.getoption("--whole-survival") else [damages[0], damages[-2]]
-    acts = []
+    acts, expected = [], []
     for number, (name, how) in enumerate(damages):
         run = tmp_path / str(number)
         shutil.copytree(played("whole"), run)
@@ -273,12 +273,18 @@ def test_every_damage_is_named_and_the_checkpoint_before_taken(
         assert any(path.name in text for text in named), (name, how, named)
         if (name, how) in trained:
             sections = {**NO_EVALUATION, "deepspeed": "zero2_fp32"}
-            acts.append(Act(configuration(run, played.corpus, steps=STEPS, **sections), "auto"))
+            values = configuration(run, played.corpus, steps=STEPS, **sections)
+            acts.append(Act(values, "auto", output=tmp_path / f"{number}.txt"))
+            expected.append((f"passed over: {path.parents[name.count('/')]}", path.name))
         else:
             shutil.rmtree(run)
     for said in run_ranks(play, 2, acts, free_ports(len(acts)), timeout=1800):
         assert said == ["done"] * len(acts)
-    for act in acts:
+    for act, words in zip(acts, expected, strict=True):
+        assert act.output is not None
+        said = act.output.read_text()
+        assert all(word in said for word in words), said
+        assert f"step-{STEPS - EVERY:08d}: step {STEPS - EVERY}," in said, "the checkpoint before"
         played.same_as_whole(Path(act.values["output_dir"]))
         assert not faults(complete_checkpoints(Path(act.values["output_dir"]))[-1])
 
