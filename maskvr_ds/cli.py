@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if not Path(arguments.hostfile).is_file():
             raise ConfigError(f"--hostfile {arguments.hostfile}: no such file; one `host slots=N` a line expected")
         words = ["--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
-        return launch.launch_hosts(words, config.output_dir, config.training.steps)
+        return launch.launch(words, config.output_dir, config.training.steps)
     ranks = arguments.num_gpus or _visible_gpus()
     if ranks > 1:
         return launch.launch_here("maskvr_ds.train", options, ranks, config.output_dir, config.training.steps)

@@ -26,7 +26,7 @@ _POLL = 0.05
 Processes = list["subprocess.Popen[bytes]"]
 
 
-def launch_hosts(words: list[str], run: Path, steps: int) -> int:
+def launch(words: list[str], run: Path, steps: int) -> int:
     """Run `deepspeed WORDS` to its end; → 0 done, 75 stopped with a checkpoint, 1 anything else.
 
     run, steps: the run's folder and the step at which it is done. The first SIGTERM or SIGUSR1 asks for a checkpoint
@@ -36,7 +36,7 @@ def launch_hosts(words: list[str], run: Path, steps: int) -> int:
 
 
 def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: int) -> int:
-    """As `launch_hosts`, `python -m MODULE OPTIONS` on so many ranks of this machine."""
+    """As `launch`, `python -m MODULE OPTIONS` on so many ranks of this machine."""
     return _watch_over([["-u", "-m", module, *options]] * ranks, _places(ranks), run, steps)
 
 
@@ -122,7 +122,8 @@ def _wait(processes: Processes) -> None:
             for number, process in enumerate(processes):
                 if (process.returncode or 0) < 0:
                     name = signal.Signals(-process.returncode).name
-                    print(f"error: rank {number} was ended by {name}", file=sys.stderr, flush=True)
+                    who = f"rank {number}" if len(processes) > 1 else "the launcher"
+                    print(f"error: {who} was ended by {name}", file=sys.stderr, flush=True)
         if deadline is not None and time.monotonic() > deadline:
             _end(running)
         time.sleep(_POLL)

@@ -34,6 +34,8 @@ class Act:
     # Takes a line "steps logged, newest checkpoint's step" before the act begins.
     note: Path | None = None
     slow: float = 0.0
+    # Takes what rank 0 prints.
+    output: Path | None = None
     # The first so many of the processes that play.
     ranks: int = 2
 
@@ -83,6 +85,8 @@ def _live(act: Act) -> str:
         saved = [step_of(folder) for folder in complete_checkpoints(run)]
         with act.note.open("a") as file:
             file.write(f"{len(read_lines(run / METRICS))} {max(saved, default=0)}\n")
+    if act.output is not None and os.environ["RANK"] == "0":
+        os.dup2(os.open(act.output, os.O_WRONLY | os.O_CREAT, 0o644), 1)
     distributed.initialize()
     distributed.barrier()
     prepare(act)

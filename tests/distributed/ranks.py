@@ -1,6 +1,6 @@
 """Run a function on several ranks: real processes, a real gloo process group."""
 
-import functools
+import gc
 import os
 import queue
 import socket
@@ -36,20 +36,12 @@ def _run_rank(
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)  # the ranks share the machine's cores
+    gc.freeze()  # what was imported is no garbage: looking for it takes half a second at the end of each run
     try:
         answers.put((rank, function(*args), None))
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
         raise
-
-
-@functools.cache
-def _context() -> Any:
-    """Ranks are forks of one process that has imported everything and computed nothing: imports cost ten seconds."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["maskvr_ds.train", "maskvr_ds.variance", "maskvr_ds.compare"])
-    return context
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:

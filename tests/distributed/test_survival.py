@@ -71,16 +71,15 @@ class Play:
         acts["left out at the end"] = Act(values("left out at the end"), nan_row=at_end)
         acts["always"] = Act(values("always", divergence={"skip_updates": 0, "max_rollbacks": 2}), nan_step=BAD)
         beside = {"checkpoint": {"every_steps": EVERY, "asynchronous": True}}
-        # Longer than a step, shorter than the steps between two checkpoints, and longer than these.
-        acts["beside"] = Act(values("beside", **beside), slow=0.05)
-        acts["beside, slow"] = Act(values("beside, slow", **beside), slow=1.0)
-        acts["beside, bad row"] = Act(values("beside, bad row", **AT_ONCE, **beside), nan_row=self.row, slow=1.0)
-        acts["beside, term"] = Act(values("beside, term", **beside), signal=(1, 5, signal.SIGTERM), slow=0.5)
-        acts["beside, killed"] = Act(values("beside, term", **beside), "auto", kill=(1, "write", 2), slow=0.1)
+        acts["beside"] = Act(values("beside", **beside))
+        # Ten files, each as slow: longer than the steps between two checkpoints.
+        acts["beside, bad row"] = Act(values("beside, bad row", **AT_ONCE, **beside), nan_row=self.row, slow=0.1)
+        acts["beside, term"] = Act(values("beside, term", **beside), signal=(1, 5, signal.SIGTERM), slow=0.05)
+        acts["beside, killed"] = Act(values("beside, term", **beside), "auto", kill=(1, "write", 2), slow=0.02)
         acts["beside, killed again"] = Act(values("beside, term", **beside), "auto", kill=(None, "write", 1))
         acts["beside, resumed"] = Act(values("beside, term", **beside), "auto")
         if disk is not None:
-            acts["beside, full"] = Act(values("run beside", disk, **beside), fill=disk / "filler", slow=0.05)
+            acts["beside, full"] = Act(values("run beside", disk, **beside), fill=disk / "filler")
             acts["beside, room"] = Act(values("run beside", disk, **beside), "auto", empty=disk / "filler")
             filler = disk / "filler"
             acts["full"] = Act(values("run", disk), fill=filler)
@@ -212,17 +211,16 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(played: Pl
 
 
 def test_written_while_training_goes_on_is_the_same_run(played: Play) -> None:
-    for name in ("beside", "beside, slow"):
-        assert played.said[name] == ["done", "done"]
-        played.same_as_whole(played(name))
-        events = [event for event in read_events(played(name) / METRICS) if event["event"] == "checkpoint"]
-        assert [event["step"] for event in events] == [4, 8, 12, 16]
-        for folder, of_whole in zip(*(complete_checkpoints(played(n)) for n in (name, "whole")), strict=True):
-            assert not faults(folder)
-            assert folder.name == of_whole.name
-            ours, theirs = read_weights(folder), read_weights(of_whole)
-            assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "as of its own step"
-        assert all(event["seconds"] <= event["after_seconds"] for event in events)
+    assert played.said["beside"] == ["done", "done"]
+    played.same_as_whole(played("beside"))
+    events = [event for event in read_events(played("beside") / METRICS) if event["event"] == "checkpoint"]
+    assert [event["step"] for event in events] == [4, 8, 12, 16]
+    assert all(event["seconds"] <= event["after_seconds"] for event in events)
+    for folder, of_whole in zip(*(complete_checkpoints(played(name)) for name in ("beside", "whole")), strict=True):
+        assert not faults(folder)
+        assert folder.name == of_whole.name
+        ours, theirs = read_weights(folder), read_weights(of_whole)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "as of its own step"
 
 
 def test_a_run_goes_back_to_what_is_still_being_written(played: Play) -> None:
@@ -259,7 +257,7 @@ def test_every_damage_is_named_and_the_checkpoint_before_taken(
 ) -> None:
     damages = [(name, how) for name in _files(played("whole")) for how in ("truncated", "flipped", "deleted")]
     trained = damages if request.config.getoption("--whole-survival") else [damages[0], damages[-2]]
-    acts = []
+    acts, expected = [], []
     for number, (name, how) in enumerate(damages):
         run = tmp_path / str(number)
         shutil.copytree(played("whole"), run)
@@ -275,12 +273,18 @@ def test_every_damage_is_named_and_the_checkpoint_before_taken(
         assert any(path.name in text for text in named), (name, how, named)
         if (name, how) in trained:
             sections = {**NO_EVALUATION, "deepspeed": "zero2_fp32"}
-            acts.append(Act(configuration(run, played.corpus, steps=STEPS, **sections), "auto"))
+            values = configuration(run, played.corpus, steps=STEPS, **sections)
+            acts.append(Act(values, "auto", output=tmp_path / f"{number}.txt"))
+            expected.append((f"passed over: {path.parents[name.count('/')]}", path.name))
         else:
             shutil.rmtree(run)
     for said in run_ranks(play, 2, acts, free_ports(len(acts)), timeout=1800):
         assert said == ["done"] * len(acts)
-    for act in acts:
+    for act, words in zip(acts, expected, strict=True):
+        assert act.output is not None
+        said = act.output.read_text()
+        assert all(word in said for word in words), said
+        assert f"step-{STEPS - EVERY:08d}: step {STEPS - EVERY}," in said, "the checkpoint before"
         played.same_as_whole(Path(act.values["output_dir"]))
         assert not faults(complete_checkpoints(Path(act.values["output_dir"]))[-1])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from maskvr_ds import manifest
 from maskvr_ds.manifest import (
     CheckpointError,
     CheckpointState,
@@ -196,3 +197,26 @@ def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert main(["checkpoint", "list", str(tmp_path / "nothing")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_what_is_hashed_while_written_is_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_CHUNK", 7)
+    for length in (0, 1, 7, 20):
+        content, path = bytes(range(length)), tmp_path / f"{length}.pt"
+        expected = (length, hashlib.sha256(content).hexdigest())
+        assert manifest.write_hashed(path, memoryview(content)) == expected
+        assert path.read_bytes() == content
+        assert manifest.write_hashed(path) == expected, "as it stands"
+
+
+def test_hashes_that_ranks_bring_are_not_taken_on_trust(tmp_path: Path) -> None:
+    """A file that changed on its way to the disk is damage like any other."""
+    folder = write(tmp_path, 20, complete=False)
+    brought = manifest.write_hashed(folder / "optimizer.pt")
+    write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
+    assert faults(folder) == []
+    (folder / "checkpoint.json").unlink()
+    (folder / "optimizer.pt").write_bytes(b"momentX" * 100)
+    write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
+    (found,) = faults(folder)
+    assert "optimizer.pt: the SHA-256 differs" in found
