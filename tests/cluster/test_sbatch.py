@@ -23,7 +23,7 @@ def test_every_variant_is_accepted(slurm: Cluster, tmp_path: Path, monkeypatch: 
 
 def test_directives_are_read_as_they_were_meant(slurm: Cluster, tmp_path: Path) -> None:
     """Names and paths with everything that is not refused: the controller has them to the letter."""
-    values = ["it's \"a\" $(id) `id` $HOME", "# no comment %j %% ü,;|&<>*?~!"]
+    values = ['it\'s "a" $(id) `id` $HOME', "# no comment %j %% ü,;|&<>*?~!"]
     for number, value in enumerate(values):
         folder = tmp_path / f"{number} {value}"
         folder.mkdir()
