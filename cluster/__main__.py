@@ -8,6 +8,8 @@ from cluster import hostfile, slurm, status
 
 EXAMPLES = """examples:
   python -m cluster hostfile hosts && deepspeed --hostfile hosts --module maskvr_ds.train --config run.yaml
+  python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 --submit
+  python -m cluster status runs/mine
 """
 # Each adds its parser, and sets `run`: arguments → exit status.
 COMMANDS = (hostfile.add_parser, slurm.add_parser, status.add_parser)
