@@ -13,7 +13,7 @@ from pathlib import Path
 EXIT_STOPPED = os.EX_TEMPFAIL
 # Made by anyone, asks a run to save and stop.
 REQUEST = "stop_requested"
-# {"step": n}: stopped and saved as a signal, or the file above, asked.
+# {"step": n}: stopped and saved as a signal, or the file above, asked; then also "requested": true.
 STOPPED = "stopped.json"
 # {"step": n}: all that the configuration asked for is done.
 COMPLETED = "completed.json"
@@ -25,9 +25,10 @@ LOGS = "logs"
 
 def write(run: Path, name: str, step: int) -> None:
     """Leave word of how the run ended: `name` is STOPPED or COMPLETED."""
+    content = {"step": step, **({"requested": True} if (run / REQUEST).exists() else {})}
     temporary = run / f".{name}.partial"
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"step": step}, file)
+        json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(run / name)

@@ -2,7 +2,7 @@
 
 A scheduler may tell one rank or all of them. What a rank has heard travels in the all-reduce that every step makes
 anyway (train.py) and is read one step later, so that nothing waits for the device and all ranks decide alike. A second
-signal ends the process at once, wherever it is.
+signal ends the process at once, wherever it is; Slurm sends SIGTERM twice within milliseconds, which counts as one.
 
 `maskvr train` passes on what itself hears by a file in the run's folder, which rank 0 looks for: that reaches ranks on
 any node, and needs no process to be found.
@@ -11,12 +11,15 @@ any node, and needs no process to be found.
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 from maskvr_ds.metrics import DeferredTensor
 from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Seconds within which the same signal is the first one's echo.
+_ECHO = 1.0
 
 
 class StoppedError(Exception):
@@ -41,10 +44,14 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
+        since = 0.0
         while received := os.read(self._read, 1):
             if received[0] not in SIGNALS:
                 continue
             name = signal.Signals(received[0]).name
+            before, since = since, time.monotonic()
+            if received[0] == self._heard and since - before < _ECHO:
+                continue
             if self._heard is not None:
                 _say(f"{name}: the second signal; ends at once")
                 os._exit(128 + received[0])

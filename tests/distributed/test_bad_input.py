@@ -1,5 +1,6 @@
 """What a user can get wrong when training: one clear error on every rank, and nothing lost."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from maskvr_ds import fence
 from maskvr_ds.checkpoint import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, run_command, train_all
@@ -42,6 +44,7 @@ EXPECTED = {
     "resume with another seed": "CheckpointError: .*seed was 0, is 1",
     "resume with another precision": "CheckpointError: .*dtype was float32, is bfloat16",
     "resume with a damaged checkpoint": "CheckpointError: .*weights.safetensors: the SHA-256 differs",
+    "resume what another job is at": f"FencedError: .*in use by process {os.getpid()} on .*end that job first",
 }
 
 
@@ -99,6 +102,8 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
         case "only broken checkpoints":
             (folder / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
             resume = "auto"
+        case "resume what another job is at":
+            fence.take(folder / "run", 2)  # this process, which lives on
         case "resume with another tokenizer":
             values["data"]["path"] = str(make_corpus(folder / "corpus", rows=200, words=60))
         case "resume with another length":

@@ -13,6 +13,7 @@ import pytest
 from maskvr_ds import fence
 from maskvr_ds.fence import OWNER, Fence, FencedError, Owner, read, take
 from maskvr_ds.manifest import begun
+from maskvr_ds.outcome import JOBS
 
 # Takes the run, says so, stays.
 HOLDER = """
@@ -73,8 +74,9 @@ def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
     (tmp_path / OWNER).unlink()
     with pytest.raises(FencedError, match="is gone"):
         later.check()
+    (tmp_path / JOBS).mkdir()
     assert not begun(tmp_path), "a run that was only taken may be begun without --resume"
-    assert [path.name for path in tmp_path.iterdir()] == [], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == [JOBS], "nothing is left beside it"
 
 
 def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path) -> None:

@@ -289,7 +289,8 @@ ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
         (ASKED, 0, 0, "7", "queues itself again, checkpoint: step-1"),
         (ASKED, 2, 1, "", "as often as --max-restarts allows"),
         (ASKED, 3, 1, "", "more than --max-restarts 2"),
-        (STOP, 0, 75, "", "stopped on request"),
+        (STOP, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (STOP.replace("{}", '{"step": 1, "requested": true}'), 0, 75, "", "stopped on request"),
         ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
         ("exit 1", 0, 1, "", "ended before they had the run"),
         ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job has it"),
@@ -320,6 +321,12 @@ def test_a_run_has_one_job(tmp_path: Path) -> None:
     assert "job 7 is running the same run; end it first (scancel 7)" in output
     assert not (tmp_path / "run" / "started").exists()
     assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
+
+
+def test_a_job_that_is_being_cancelled_does_not_come_back(tmp_path: Path) -> None:
+    """Also where the script was not told."""
+    status, output, requeued = behave(tmp_path, STOP, QUEUE="COMPLETING")
+    assert (status, requeued) == (1, ""), output
 
 
 def test_an_old_end_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
