@@ -24,6 +24,8 @@ LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
 POLL = 0.2
 # For ssh to all hosts and what it ends there.
 END_SECONDS = 30
+# Records are not read more often than this allows: file systems that hundreds of nodes share answer slowly.
+_SECONDS_A_RANK = 0.005
 # What the shells and pythons of hosts say where ranks cannot begin.
 _TROUBLE = ("error", "not found", "no such file", "no module", "permission denied")
 
@@ -101,6 +103,8 @@ class Ranks:
         if now - self._looked > self.plan.timeout / 2:
             # It was this process that stood still.
             self.since, self.stopped_since = dict.fromkeys(self.since, now), dict.fromkeys(self.stopped_since, now)
+        elif self.records and now - self._looked < _SECONDS_A_RANK * self.plan.world_size:
+            return
         self._looked = now
         for number in range(self.plan.world_size):
             if number in self.ended:
@@ -165,7 +169,7 @@ class Job:
             return ""
         if self.process.poll() is not None:
             # Records may be on their way through a file system that caches.
-            return "" if self._for("over", now, 2 * rank.BEAT) else None
+            return "" if self._for("over", now, 2 * rank.LOOK) else None
         if plan.timeout > 0 and (silent := ranks.silent(plan.timeout)):
             return f"no sign of life for {plan.timeout:g} s from {self.names(silent)}"
         if plan.timeout > 0 and (stopped := ranks.stopped(plan.timeout)):

@@ -187,7 +187,7 @@ def test_place_by_launcher(names: tuple[str, str, str]) -> None:
 def run_rank(folder: Path, code: str, world: int = 1, **variables: str) -> "subprocess.Popen[str]":
     """cluster.rank over `python -m -c …`: a module of its own in `folder`."""
     (folder / "told.py").write_text(code)
-    plan = {"module": "told", "arguments": ["a b", "$(x)"], "cwd": str(folder), "world_size": world}
+    plan = {"module": "told", "arguments": ["a b", "$(x)"], "cwd": str(folder), "world_size": world, "beat": 0.1}
     (folder / rank.PLAN).write_text(json.dumps({**plan, "master_addr": "here", "master_port": 5}))
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "1", **variables}
     payload = base64.urlsafe_b64encode(os.fsencode(folder)).decode()
@@ -259,6 +259,7 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
     assert ranks.silent(10) == [2]
     assert ranks.ended == {1: 0}
     say(2, 3, state="T")
+    now[0] += 1
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
     now[0] += 11
@@ -274,6 +275,7 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0, 2], [2])
     say(2, 5, state="R")
+    now[0] += 1
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0], [])
 
