@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a variable for the ranks; many are passed",
     )
     parser.add_argument(
-        "--start-timeout", type=float, default=600, metavar="SECONDS", help="until every rank has begun (default: 600)"
+        "--start-timeout", type=float, default=1800, metavar="SECONDS", help="until all ranks train (default: 1800)"
     )
     parser.add_argument(
         "--grace",
