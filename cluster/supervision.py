@@ -143,7 +143,7 @@ class Ranks:
 
 
 class Progress:
-    """Whether training gets on, by the ranks' heartbeats (watchdog.py); where it does not, whether ssh reaches the hosts.
+    """Whether training gets on, by the ranks' heartbeats (watchdog.py); where not, whether ssh reaches the hosts.
 
     A cut link is seen by nothing else where it falls into a rendezvous or a checkpoint, whose length nobody knows, and
     the file system goes another way.
