@@ -59,20 +59,18 @@ def packages() -> dict[str, str | None]:
 
 
 def marked(mark: str) -> list[dict[str, Any]]:
-    """This user's processes whose MARK begins with `mark`: pid, rank (None: a launcher), state (T: stopped)."""
+    """This user's processes whose MARK begins with `mark`: pid, state (of ps: D does not end)."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         try:
-            words = (folder / "environ").read_bytes().split(b"\0")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            theirs = _variable(folder, MARK)
+            if theirs is not None and theirs.startswith(mark):
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                found.append({"pid": int(folder.name), "state": state})
         except (OSError, IndexError):
             continue  # of another user, or gone
-        variables = dict(word.partition(b"=")[::2] for word in words)
-        if variables.get(MARK.encode(), b"").startswith(mark.encode()) and MARK.encode() in variables:
-            rank = variables.get(b"RANK")
-            found.append({"pid": int(folder.name), "rank": rank and int(rank), "state": state})
     return found
 
 
@@ -90,26 +88,34 @@ def end(mark: str, seconds: float = 10) -> dict[str, Any]:
 
 
 def deepspeed_jobs() -> list[dict[str, Any]]:
-    """DeepSpeed's processes here, of any user: pid, user id, mark (None: not of a launch of ours, or hidden)."""
-    jobs = []
+    """DeepSpeed's jobs here, of any user: pid of one process, user id, mark (None: not of a launch of ours, or hidden).
+
+    Jobs of MPI and Slurm have none of DeepSpeed's own processes: of these, ours alone are seen.
+    """
+    jobs: dict[Any, dict[str, Any]] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
+        pid, mark = int(folder.name), None
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            # The shell of ssh has the whole line as one word.
-            if _DEEPSPEED not in words:
-                continue
             user = folder.stat().st_uid
+            with contextlib.suppress(PermissionError):
+                mark = _variable(folder, MARK)
         except OSError:
-            continue
-        mark = None
-        with contextlib.suppress(OSError):
-            for word in (folder / "environ").read_bytes().split(b"\0"):
-                if word.startswith(MARK.encode() + b"="):
-                    mark = word.partition(b"=")[2].decode()
-        jobs.append({"pid": int(folder.name), "user": user, "mark": mark})
-    return jobs
+            continue  # gone
+        # The shell of ssh has the whole line as one word.
+        if mark is not None or _DEEPSPEED in words:
+            jobs.setdefault(pid if mark is None else mark, {"pid": pid, "user": user, "mark": mark})
+    return list(jobs.values())
+
+
+def _variable(process: Path, name: str) -> str | None:
+    """From the environment that a process was started with. process: its folder in /proc."""
+    for word in (process / "environ").read_bytes().split(b"\0"):
+        if word.startswith(name.encode() + b"="):
+            return word.partition(b"=")[2].decode(errors="replace")
+    return None
 
 
 def _gpus() -> dict[str, Any] | None:
@@ -174,6 +180,7 @@ def _sha256(path: Path) -> str | None:
 _ACTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "report": report,
     "end": lambda request: end(request["mark"]),
+    "answer": lambda request: {},
     "count": lambda request: {"gpus": _gpus(), "cpus": len(os.sched_getaffinity(0))},
 }
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from cluster.supervision import POLL, Job
 from maskvr_ds.config import add_run_options, load_config
 
 RESULT = "interconnect.json"
+# Seconds for the ranks' measurements.
+_LONGEST = 600
 GIB = 2**30
 _COLUMNS: tuple[str, ...] = (
     "host",
@@ -113,6 +116,7 @@ def _interconnect(draft: Draft, answers: Mapping[str, remote.Answer]) -> tuple[d
     """Start ranks of maskvr_ds.interconnect; → what they measured, and what kept them from it."""
     size = [] if draft.arguments.bytes is None else ["--bytes", str(draft.arguments.bytes)]
     plan = draft.plan(answers, "maskvr_ds.interconnect", lambda folder: ["--output", str(folder / RESULT), *size])
+    plan = replace(plan, start=min(plan.start, _LONGEST))
     result = plan.folder / RESULT
     job = Job(plan, quiet=True)
     why: str | None = None

@@ -31,6 +31,8 @@ _DEEPSPEED_PASSES = ("MLFLOW", "MV2", "PYTHON", "UCX", "NCCL")
 # Stands for itself in every shell, in pdsh (no %) and for mpirun.
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./~-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Within hangs.timeout, as in watchdog.py.
+_BEATS = 8
 # For a host to answer; without --start-timeout's imports.
 _ANSWER_SECONDS = 60
 
@@ -50,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a variable for the ranks; many are passed",
     )
     parser.add_argument(
-        "--start-timeout", type=float, default=600, metavar="SECONDS", help="until every rank has begun (default: 600)"
+        "--start-timeout", type=float, default=1800, metavar="SECONDS", help="until all ranks train (default: 1800)"
     )
     parser.add_argument(
         "--grace",
@@ -97,13 +99,13 @@ class Draft:
             token.unlink()
 
     def faults(self, answers: Mapping[str, remote.Answer]) -> list[str]:
-        """What must be mended first, a line each. With --force, ends what an earlier launch of this run has left."""
+        """What must be mended first, a line each. Where nothing, with --force: end what earlier launches have left."""
         port, on_cpus = self.arguments.master_port, self.passed.get("DS_ACCELERATOR") == "cpu"
         lines = checks.faults(self.hosts, answers, folder=self.folder, port=port, on_cpus=on_cpus)
         jobs = checks.job_faults(answers, self.key)
         if not self.arguments.force:
             return lines + jobs
-        if jobs:
+        if jobs and not lines:
             print("\n".join(f"warning: {line}" for line in jobs), file=sys.stderr)
             request = {"action": "end", "mark": f"{self.key}-"}
             ended = remote.ask(self.hosts, request, timeout=_ANSWER_SECONDS, by=self.by)
@@ -142,6 +144,7 @@ class Draft:
             "arguments": options(folder),
             "cwd": str(Path.cwd()),
             "world_size": plan.world_size,
+            "beat": min(plan.timeout / _BEATS, rank.BEAT) if plan.timeout else rank.BEAT,
             "hosts": dict(plan.hosts),
             "master_addr": plan.master_addr,
             "master_port": plan.master_port,

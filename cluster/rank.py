@@ -21,8 +21,8 @@ from typing import Any
 
 PLAN = "launch.json"
 END = "end"
-# Seconds between two beats.
-BEAT = 1.0
+# Seconds between two looks for END, and the most between two beats.
+LOOK, BEAT = 1.0, 10.0
 _LENGTH = 256
 _PR_SET_PDEATHSIG = 1
 # Rank, world size, place on the node, as launchers say them.
@@ -75,14 +75,17 @@ def supervise(folder: Path, environment: dict[str, str]) -> int:
         preexec_fn=_die_with_parent,
     )
     said: dict[str, Any] = {"beat": 0, "rank": rank, "host": socket.gethostname(), "pid": child.pid, "state": "R"}
-    last = 0.0
+    looked = beaten = -BEAT
     while (status := child.poll()) is None:
-        if time.monotonic() - last >= BEAT:
-            last = time.monotonic()
-            said.update(beat=said["beat"] + 1, state=_state(child.pid))
-            _write(record, said)
+        now = time.monotonic()
+        if now - looked >= LOOK:
+            looked = now
             if (folder / END).exists():
                 child.kill()
+        if now - beaten >= plan["beat"]:
+            beaten = now
+            said.update(beat=said["beat"] + 1, state=_state(child.pid))
+            _write(record, said)
         time.sleep(0.1)
     _write(record, {**said, "beat": said["beat"] + 1, "state": "ended", "status": status})
     return status if status >= 0 else 128 - status
@@ -91,6 +94,7 @@ def supervise(folder: Path, environment: dict[str, str]) -> int:
 def _write(file: int, record: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a full disk is the rank's to tell
         os.pwrite(file, json.dumps(record).ljust(_LENGTH).encode(), 0)
+        os.fsync(file)  # NFS would keep it for half a minute
 
 
 def _state(pid: int) -> str:

@@ -7,13 +7,15 @@ host, which ends other jobs too. It gets SIGKILL; processes on the hosts are fou
 """
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
 POLL = 0.2
 # For ssh to all hosts and what it ends there.
 END_SECONDS = 30
+# Records are not read more often than this allows: file systems that hundreds of nodes share answer slowly.
+_SECONDS_A_RANK = 0.005
 # What the shells and pythons of hosts say where ranks cannot begin.
 _TROUBLE = ("error", "not found", "no such file", "no module", "permission denied")
 
@@ -31,7 +35,7 @@ _TROUBLE = ("error", "not found", "no such file", "no module", "permission denie
 @dataclass(frozen=True)
 class Plan:
     """A launch. hosts: host → slots, the first one the master; timeout: seconds without a sign of life, 0: for ever;
-    grace: seconds from the end of the first rank until the others are ended; start: until every rank has begun."""
+    grace: seconds from the end of the first rank until the others are ended; start: until every rank trains."""
 
     hosts: Mapping[str, int]
     hostfile: Path
@@ -58,6 +62,10 @@ class Plan:
                 return host
             number -= slots
         raise AssertionError("no such rank")
+
+    @property
+    def asks_by(self) -> str:
+        return "srun" if self.launcher == "slurm" else "ssh"
 
     def ranks_of(self, host: str) -> list[int]:
         return [number for number in range(self.world_size) if self.host_of(number) == host]
@@ -101,6 +109,8 @@ class Ranks:
         if now - self._looked > self.plan.timeout / 2:
             # It was this process that stood still.
             self.since, self.stopped_since = dict.fromkeys(self.since, now), dict.fromkeys(self.stopped_since, now)
+        elif self.records and now - self._looked < _SECONDS_A_RANK * self.plan.world_size:
+            return
         self._looked = now
         for number in range(self.plan.world_size):
             if number in self.ended:
@@ -132,6 +142,61 @@ class Ranks:
         return [n for n, since in self.stopped_since.items() if n not in self.ended and now - since > seconds]
 
 
+class Progress:
+    """Whether training gets on, by the ranks' heartbeats (watchdog.py); where not, whether ssh reaches the hosts.
+
+    A cut link is seen by nothing else where it falls into a rendezvous or a checkpoint, whose length nobody knows, and
+    the file system goes another way.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._earlier = self._all()
+        self._marks: dict[str, int] = {}
+        self._since = self._looked = time.monotonic()
+        self._pool = ThreadPoolExecutor(1)
+        self._question: Future[dict[str, remote.Answer]] | None = None
+
+    def _all(self) -> set[Path]:
+        return set((self._plan.run / "heartbeats").glob("*"))
+
+    def records(self) -> dict[int, dict[str, Any]]:
+        """Of the ranks that train: step, place, marks."""
+        found = {}
+        for path in (path for folder in self._all() - self._earlier for path in folder.glob("rank-*")):
+            with contextlib.suppress(OSError, ValueError):
+                found[int(path.name.removeprefix("rank-"))] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def under_way(self) -> bool:
+        """Whether every rank trains. Before that nothing but a limit ends ranks that wait for each other."""
+        return len(self.records()) == self._plan.world_size
+
+    def lost(self) -> list[str]:
+        """Hosts that ssh does not reach, asked where training has not got on for the plan's timeout."""
+        plan, now = self._plan, time.monotonic()
+        if plan.timeout == 0 or now - self._looked < max(rank.LOOK, _SECONDS_A_RANK * plan.world_size):
+            return []
+        stood_still = now - self._looked > plan.timeout / 2
+        self._looked = now
+        marks = {str(number): record.get("marks", 0) for number, record in self.records().items()}
+        if marks != self._marks or stood_still:
+            self._marks, self._since = marks, now
+            self._question = None  # its answer is of before
+        if self._question is not None and self._question.done():
+            answers = self._question.result()
+            self._since, self._question = now, None
+            return [host for host, answer in answers.items() if answer.fault is not None]
+        if self._question is None and now - self._since > plan.timeout:
+            self._question = self._pool.submit(
+                remote.ask, plan.hosts, {"action": "answer"}, timeout=END_SECONDS, by=plan.asks_by
+            )
+        return []
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Job:
     """The runner, and what it has started on the hosts."""
 
@@ -140,6 +205,7 @@ class Job:
         self.plan, self._quiet = plan, quiet
         self.ranks = Ranks(plan)
         self.begun = time.monotonic()
+        self.progress = Progress(plan)
         self.log = plan.folder / "launcher.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -165,17 +231,27 @@ class Job:
             return ""
         if self.process.poll() is not None:
             # Records may be on their way through a file system that caches.
-            return "" if self._for("over", now, 2 * rank.BEAT) else None
+            return "" if self._for("over", now, 2 * rank.LOOK) else None
         if plan.timeout > 0 and (silent := ranks.silent(plan.timeout)):
             return f"no sign of life for {plan.timeout:g} s from {self.names(silent)}"
         if plan.timeout > 0 and (stopped := ranks.stopped(plan.timeout)):
             return f"stopped (SIGSTOP, or a debugger) for {plan.timeout:g} s: {self.names(stopped)}"
         if any(ranks.ended.values()) and self._for("fault", now, plan.grace):
-            return f"{plan.grace:g} s after the first rank's end others are still there"
-        if len(ranks.records) < plan.world_size and now - self.begun > plan.start:
+            return f"{plan.grace:g} s after the first rank's fault others are still there"
+        if ranks.ended and plan.timeout > 0 and self._for("end", now, plan.timeout + plan.grace):
+            return f"{plan.timeout + plan.grace:g} s after the first rank's end others are still there"
+        if lost := self.progress.lost():
+            return f"no progress for {plan.timeout:g} s, and not reached by {plan.asks_by}: {', '.join(lost)}"
+        if now - self.begun > plan.start and not self._under_way():
             missing = [n for n in range(plan.world_size) if n not in ranks.records]
-            return f"not begun within {plan.start:g} s: {self.names(missing)}"
+            return f"not begun within {plan.start:g} s: {self.names(missing or range(plan.world_size))}"
         return None
+
+    def _under_way(self) -> bool:
+        """Whether every rank has begun: trains, where hangs are watched at all, else is there."""
+        if self.plan.timeout == 0 or self.plan.world_size == 1:
+            return len(self.ranks.records) == self.plan.world_size
+        return self.progress.under_way()
 
     def _for(self, what: str, now: float, seconds: float) -> bool:
         """Whether it has been so for `seconds`; the first call is when it began."""
@@ -193,18 +269,12 @@ class Job:
                 sys.stdout.write(text.decode("utf-8", "replace"))
                 sys.stdout.flush()
 
-    def names(self, numbers: Sequence[int]) -> str:
+    def names(self, numbers: Iterable[int]) -> str:
         return ", ".join(f"rank {n} on {self.plan.host_of(n)}{self._step(n)}" for n in numbers)
 
     def _step(self, number: int) -> str:
-        """Where the rank was, by its heartbeat in the run's folder (watchdog.py)."""
-        for path in (self.plan.run / "heartbeats").glob(f"*/rank-{number:05d}"):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                return f" (last step {record['step']}, {record['place']})"
-            except (OSError, ValueError, KeyError):
-                continue
-        return ""
+        record = self.progress.records().get(number)
+        return f" (last step {record['step']}, {record['place']})" if record is not None else ""
 
     def end(self) -> dict[str, remote.Answer]:
         """SIGKILL for everything of this launch; → what each host said. Afterwards nothing is left on any host that
@@ -215,9 +285,9 @@ class Job:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        by = "srun" if self.plan.launcher == "slurm" else "ssh"
+        self.progress.close()
         request = {"action": "end", "mark": self.plan.mark}
-        answers = remote.ask(self.plan.hosts, request, timeout=END_SECONDS, by=by)
+        answers = remote.ask(self.plan.hosts, request, timeout=END_SECONDS, by=self.plan.asks_by)
         self.show()
         return answers
 

@@ -78,7 +78,7 @@ class Scene:
         """A launch that shall not begin; → what it says."""
         answer = self.hosts.run(self.words(name, *options, **more), env=environment())
         assert (answer.returncode, answer.stdout) == (1, "")
-        assert answer.stderr.startswith("error: ")
+        assert answer.stderr.count("error: ") == 1
         assert "Traceback" not in answer.stderr
         assert not (self.folder / name).exists()
         return answer.stderr

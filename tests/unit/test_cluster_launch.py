@@ -187,7 +187,7 @@ def test_place_by_launcher(names: tuple[str, str, str]) -> None:
 def run_rank(folder: Path, code: str, world: int = 1, **variables: str) -> "subprocess.Popen[str]":
     """cluster.rank over `python -m -c …`: a module of its own in `folder`."""
     (folder / "told.py").write_text(code)
-    plan = {"module": "told", "arguments": ["a b", "$(x)"], "cwd": str(folder), "world_size": world}
+    plan = {"module": "told", "arguments": ["a b", "$(x)"], "cwd": str(folder), "world_size": world, "beat": 0.1}
     (folder / rank.PLAN).write_text(json.dumps({**plan, "master_addr": "here", "master_port": 5}))
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "1", **variables}
     payload = base64.urlsafe_b64encode(os.fsencode(folder)).decode()
@@ -259,6 +259,7 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
     assert ranks.silent(10) == [2]
     assert ranks.ended == {1: 0}
     say(2, 3, state="T")
+    now[0] += 1
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
     now[0] += 11
@@ -274,6 +275,7 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0, 2], [2])
     say(2, 5, state="R")
+    now[0] += 1
     ranks.look()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0], [])
 
@@ -286,6 +288,8 @@ def test_only_marked_processes_are_ended() -> None:
     try:
         while len(node.marked("ours-")) + len(node.marked("others-")) < 2:
             assert ours.poll() is None
+        jobs = {job["mark"]: job for job in node.deepspeed_jobs()}
+        assert jobs[f"ours-{os.getpid()}"] == {"pid": ours.pid, "user": os.getuid(), "mark": f"ours-{os.getpid()}"}
         found = node.end(f"ours-{os.getpid()}")
         # A zombie until we wait for it, without an environment.
         assert [process["pid"] for process in found["found"]] == [ours.pid]
@@ -352,3 +356,69 @@ def test_nothing_stays_of_a_draft_that_is_discarded(tmp_path: Path, monkeypatch:
 def test_bad_hostfiles_end_the_commands(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--hostfile", str(tmp_path / "none"), "--config", "demo_cpu"]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_job_that_waits_at_its_start_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks whose parents are well, and that never come to train: ended by the limit, unless they beat themselves."""
+    run, folder = tmp_path / "run", tmp_path / "run" / "logs" / "job"
+    folder.mkdir(parents=True)
+    old = run / "heartbeats" / "earlier"
+    old.mkdir(parents=True)
+    for number in range(2):
+        (old / f"rank-{number:05d}").touch()
+        (folder / f"rank-{number:05d}.json").write_text(json.dumps({"beat": 1, "state": "S"}))
+    plan = make_plan(folder, {"h1": 1, "h2": 1}, run=run, timeout=1000.0, start=0.0)
+    monkeypatch.setattr(supervision, "runner_command", lambda plan: ["sleep", "600"])
+    monkeypatch.setattr(remote, "ask", lambda *args, **more: {})
+    job = supervision.Job(plan)
+    try:
+        assert job.look() == "not begun within 0 s: rank 0 on h1, rank 1 on h2"
+        new = run / "heartbeats" / "now"
+        new.mkdir()
+        record = json.dumps({"marks": 1, "step": 0, "place": "data"})
+        (new / "rank-00000").write_text(record)
+        (new / "rank-00001").touch()
+        assert job.look() == "not begun within 0 s: rank 0 on h1 (last step 0, data), rank 1 on h2"
+        (new / "rank-00001").write_text(record)
+        assert job.look() is None
+    finally:
+        job.end()
+    assert job.process.returncode == -9, "no signal that DeepSpeed's runner could hear"
+    assert (folder / rank.END).exists()
+
+
+def test_hosts_are_asked_where_training_does_not_get_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
+    asked: list[Any] = []
+
+    def ask(hosts: Any, request: Any, **more: Any) -> dict[str, remote.Answer]:
+        asked.append(request)
+        return {"h1": remote.Answer(), "h2": remote.Answer(fault="is away")}
+
+    monkeypatch.setattr(remote, "ask", ask)
+    progress = supervision.Progress(make_plan(tmp_path, {"h1": 1, "h2": 1}, timeout=10.0))
+    folder = tmp_path / "heartbeats" / "job"
+    folder.mkdir(parents=True)
+
+    def after(seconds: int, marks: int) -> list[str]:
+        """What is lost, looked for every two seconds."""
+        (folder / "rank-00000").write_text(json.dumps({"marks": marks, "step": 1, "place": "pause"}))
+        lost: list[str] = []
+        for _ in range(seconds // 2):
+            now[0] += 2
+            lost += progress.lost()
+            if progress._question is not None:
+                progress._question.result()
+        return lost
+
+    assert after(10, 1) == []
+    assert after(10, 2) == []
+    assert asked == [], "it gets on"
+    assert after(14, 2) == ["h2"]
+    assert asked == [{"action": "answer"}]
+    assert after(10, 3) == []
+    now[0] += 100  # this process stood still
+    assert after(10, 3) == []
+    assert len(asked) == 1
+    progress.close()
