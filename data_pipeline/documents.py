@@ -69,7 +69,7 @@ def read_documents(
             if source.format == ".jsonl":
                 yield from _json_lines(source, piece.start, blocks, text_field, lenient)
             elif source.format == ".wiki":
-                yield from _wiki(source, _text(blocks, _WIKI))
+                yield from _wiki(source, _text(blocks, _WIKI, closing=f"{source.path}: ends within an article"))
             else:
                 yield from _text(blocks, _SEPARATORS[documents])
 
@@ -128,7 +128,8 @@ def _decode(source: Source, start: int, stream: Readable, lenient: bool = False)
             yield text
 
 
-def _text(blocks: Iterator[str], separator: re.Pattern[str] | None) -> Iterator[Text]:
+def _text(blocks: Iterator[str], separator: re.Pattern[str] | None, closing: str = "") -> Iterator[Text]:
+    """closing: what to say where the last document has no separator behind it, if it must."""
     rest, begun = "", False
     for block in blocks:
         rest += block
@@ -144,6 +145,8 @@ def _text(blocks: Iterator[str], separator: re.Pattern[str] | None) -> Iterator[
             yield rest[:cut], False
             rest, begun = rest[cut:], True
     yield from _pieces(rest, begun)
+    if closing and (begun or rest.strip()):
+        raise CorpusError(f"{closing}, without its </doc>: the file is cut short. Copy or extract it again")
 
 
 def _pieces(text: str, begun: bool = False) -> Iterator[Text]:

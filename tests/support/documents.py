@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from data_pipeline.shards import Corpus
 
@@ -134,3 +136,10 @@ def corpus_documents(folder: Path) -> list[list[int]]:
     shards = range(len(corpus.manifest.shards))
     rows = np.concatenate([corpus.input_ids(i) for i in shards])
     return list(unpack(rows, np.concatenate([corpus.document_end(i) for i in shards])))
+
+
+def describe_in(folder: Path, sources: list[dict[str, Any]], **others: object) -> Path:
+    """A corpus description, corpus.yaml."""
+    path = folder / "corpus.yaml"
+    path.write_text(yaml.safe_dump({"sources": sources, **others}))
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import subprocess
@@ -18,11 +17,17 @@ import yaml
 from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.description import read_description
-from data_pipeline.files import CorpusError
-from data_pipeline.shards import read_manifest
 from data_pipeline.stats import describe, verify
 from data_pipeline.tokenizer import Encoder, copy_tokenizer
-from tests.support.documents import ROOT, corpus_documents, make_documents, tree, write_text, write_tokenizer
+from tests.support.documents import (
+    ROOT,
+    corpus_documents,
+    describe_in,
+    make_documents,
+    tree,
+    write_text,
+    write_tokenizer,
+)
 
 SIZES: dict[str, Any] = {"work_size": 0.003, "shard_size": 0.003, "progress": False}
 
@@ -32,12 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("description")
     copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
     return folder
-
-
-def describe_in(folder: Path, sources: list[dict[str, Any]], **others: object) -> Path:
-    path = folder / "corpus.yaml"
-    path.write_text(yaml.safe_dump({"sources": sources, **others}))
-    return path
 
 
 def encoded(folder: Path, documents: list[str]) -> list[list[int]]:
@@ -227,106 +226,6 @@ def test_no_duplicate_on_both_sides(folder: Path, tmp_path: Path) -> None:
     assert not train & {pairs[document] for document in held}
     # A document is held out by its own hash, not by what became of its like.
     assert len(held) > 15
-
-
-def fault(folder: Path, path: Path, message: str) -> None:
-    with pytest.raises(CorpusError, match=message):
-        build(None, folder / "tok", 16, path.parent / "out", description=path, progress=False)
-    assert not (path.parent / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": 0}, r"corpus\.yaml: sources\.0\.weight: Input should be greater than 0, found 0"),
-        ({"weight": -2.5}, r"sources\.0\.weight: .* found -2\.5"),
-        ({"colour": "red"}, r"sources\.0\.colour: Extra inputs are not permitted"),
-        ({"format": "docx"}, r"sources\.0\.format: .*'docx' is not one of auto, text"),
-        ({"format": "builder:no_such"}, "datasets has no builder 'no_such', only "),
-        ({"name": "../x"}, r"sources\.0\.name: String should match pattern"),
-        ({"inputs": []}, r"sources\.0\.inputs: Tuple should have at least 1 item"),
-        ({"inputs": ["missing.txt"]}, r"missing\.txt: no such file or folder"),
-        ({"split": "train"}, "split is for format dataset, this one is auto"),
-        ({"format": "dataset", "inputs": ["."]}, r"state\.json: no dataset saved by save_to_disk"),
-        ({"format": "wikiextractor"}, "an article begins with 'text', not with <doc"),
-        ({"documents": "page"}, r"sources\.0\.documents: Input should be"),
-    ],
-)
-def test_bad_sources(folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    write_text(tmp_path / "a.txt", ["text"])
-    fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"], **change}]), message)
-
-
-def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", ["text"])
-    one = {"name": "a", "inputs": ["a.txt"]}
-    fault(folder, describe_in(tmp_path, [one, one]), "source 'a' is there twice")
-    fault(folder, describe_in(tmp_path, [one, one | {"name": "b"}]), r"a\.txt: belongs to the sources a and b")
-    fault(folder, describe_in(tmp_path, []), r"sources: Tuple should have at least 1 item")
-    fault(
-        folder, describe_in(tmp_path, [one], documents={"bad_bytes": "keep"}), r"documents\.bad_bytes: Input should be"
-    )
-    fault(
-        folder,
-        describe_in(tmp_path, [one], documents={"min_characters": 100}),
-        r"every document was dropped \(too_short 1\)",
-    )
-    fault(folder, describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}), r"no\.tsv: must be a file of")
-    (tmp_path / "corpus.yaml").write_text("[")
-    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
-    (tmp_path / "corpus.yaml").write_text("- a")
-    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: needs the key sources")
-
-
-def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
-    data = datasets.Dataset.from_dict({"text": ["one", "two", "three"], "n": [1, 2, 3]})
-    data.select([2, 0]).save_to_disk(tmp_path / "chosen")
-    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "dict")
-    data.save_to_disk(tmp_path / "good")
-
-    def source(name: str, **others: str) -> Path:
-        return describe_in(tmp_path, [{"name": "a", "inputs": [name], "format": "dataset", **others}])
-
-    state = json.loads((tmp_path / "chosen/state.json").read_text())
-    if state.get("_indices_files"):
-        fault(folder, source("chosen"), "flatten_indices")
-    fault(folder, source("dict"), r"holds the splits test, train: say which")
-    fault(folder, source("dict", split="dev"), r"split 'dev' is not among them")
-    fault(folder, source("good", split="train"), "holds one dataset without splits")
-    fault(folder, source("good", text_field="body"), "has no column 'body', only text, n")
-    fault(folder, source("good", text_field="n"), "column 'n' holds int64, text")
-    file = next((tmp_path / "good").glob("*.arrow"))
-    file.write_bytes(file.read_bytes()[:200])
-    fault(folder, source("good"), "broken Arrow file")
-    state = json.loads((tmp_path / "dict/train/state.json").read_text())
-    state["_data_files"] = [{"filename": "../test/data-00000-of-00001.arrow"}]
-    (tmp_path / "dict/train/state.json").write_text(json.dumps(state))
-    fault(folder, source("dict", split="train"), "names no data files in this folder")
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
-    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.jsonl"], "format": "builder:json"}])
-    fault(folder, path, r"a\.jsonl \(builder json\): ")
-
-
-def test_source_that_vanishes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(3):
-        write_text(tmp_path / f"{i}.txt", make_documents(20, seed=i))
-    path = describe_in(tmp_path, [{"name": "a", "inputs": ["*.txt"]}])
-    from data_pipeline import tokenizing
-
-    plan = tokenizing._plan
-
-    def vanish(*arguments: Any) -> Any:
-        found = plan(*arguments)
-        (tmp_path / "2.txt").rename(tmp_path / "away")
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenizing, "_plan", vanish)
-        with pytest.raises(CorpusError, match=r"2\.txt: vanished during the build\. Put it back and run again"):
-            build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
-    (tmp_path / "away").rename(tmp_path / "2.txt")
-    build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
-    assert read_manifest(tmp_path / "out").documents == 60
 
 
 def test_paths_of_a_description_are_relative_to_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,11 +44,14 @@ def mpi_command(folder: Path, output: Path, ranks: int, workers: int) -> list[st
 @needs_mpi
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 def test_same_bytes_for_any_number_of_ranks(folder: Path, tmp_path: Path, ranks: int, workers: int) -> None:
-    run = mpi_command(folder, tmp_path / "out", ranks, workers)
+    run = [*mpi_command(folder, tmp_path / "out", ranks, workers), "--progress"]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
-    # One rank speaks.
+    # One rank speaks, and shows one bar: bytes done, time left, tokens a second, for both stages.
     assert len(found.stdout.splitlines()) == 1
+    assert found.stderr.count("tokenise:   0%") == 1
+    bar = r"pack: 100%\|█+\| [\d.]+k/[\d.]+k \[\d\d:\d\d<00:00, .*B/s, [\d,]+ tokens/s\]"
+    assert re.search(bar, found.stderr), found.stderr
     assert tree(tmp_path / "out") == tree(folder / "whole")
 
 
