@@ -26,7 +26,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, configuration, environment
 from tests.support.corpora import make_corpus
 
-STEPS, EVERY, TIMEOUT, GRACE = 100, 10, 10, 5
+STEPS, EVERY, TIMEOUT, GRACE = 70, 10, 10, 5
 FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
 # What this machine may be late by, where it is four times slower than quiet.
 LATE = 60
