@@ -34,3 +34,39 @@ def test_directives_are_read_as_they_were_meant(slurm: Cluster, tmp_path: Path) 
         assert (folder / job).read_text() == value
     with pytest.raises(SlurmError):
         directive("comment", "a\n#SBATCH --uid=0")
+
+
+# A python that says what it was started for, and leaves word that the run is done.
+STAND_IN = """#!/bin/bash
+printf '%s\\n' "$SLURM_PROCID: $*" >>"$(dirname "$0")/started"
+if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]}/completed.json"; fi
+"""
+
+
+def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> None:
+    """The corpus' job, the array that waits for it, ranks by srun: with a stand-in for Python."""
+    venv, run = tmp_path / "a venv", tmp_path / "runs of 'two' seeds"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(STAND_IN)
+    (venv / "bin" / "python").chmod(0o755)
+    said = slurm.tool(
+        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
+        *("--build-cpus", "1", "--build-data", "--input 'my texts' --output corpus"),
+    ).stdout
+    data, job = (line.split(": job ")[1].split(";")[0] for line in said.splitlines())
+    assert slurm.job(data)["Dependency"] == "(null)"
+    slurm.wait_until(lambda: "PENDING" not in (state := states(slurm, job)) and "RUNNING" not in state, "done", 60)
+    assert states(slurm, job) == ["COMPLETED"] * 2
+    built, *trained = (venv / "bin" / "started").read_text().splitlines()
+    assert built == "0: -m data_pipeline build --input my texts --output corpus"
+    assert len(trained) == 2
+    for seed in (3, 14):
+        assert any(f'--set seed={seed} --set output_dir="{run}/seed-{seed}" --resume auto' in line for line in trained)
+        assert (run / f"seed-{seed}" / "slurm" / "attempt").is_file()
+    assert len(list((run / "slurm").glob(f"{job}_[01].log"))) == 2
+
+
+def states(slurm: Cluster, array: str) -> list[str]:
+    text = slurm.run("scontrol", "--oneliner", "show", "job", array).stdout
+    return [field.partition("=")[2] for field in text.split() if field.startswith("JobState=")]
