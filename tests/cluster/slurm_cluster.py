@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +163,19 @@ class Cluster:
     def crash(self, node: str) -> None:
         """All that runs on a node ends at once, as when its power does."""
         self.kill_daemon(node)
-        steps = self.run("pgrep", "-f", r"slurmstepd: \[", check=False).stdout.split()
-        stepds = [pid for pid in steps if self._node_of(pid) == node]
-        for pid in stepds:
-            self.run("kill", "-KILL", pid, check=False)
-        for pid in self.processes(node, ""):
-            os.kill(pid, signal.SIGKILL)
+        for pid in [*self._step_daemons(node), *self.processes(node, "")]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
-    def _node_of(self, pid: str) -> str:
-        """Of a slurmstepd, by the socket or spool folder that it holds open."""
-        held = self.run("ls", "-l", f"/proc/{pid}/fd", f"/proc/{pid}/cwd", check=False).stdout
-        return next((node for node in NODES if f"/{node}" in held or f"-{node}." in held), "")
+    def _step_daemons(self, node: str) -> list[int]:
+        """slurmstepd writes over its environment: known by the log that it holds open."""
+        log, found = str(self.folder / f"slurmd-{node}.log"), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                held = [str(link.readlink()) for link in (path / "fd").iterdir()]
+                if log in held and (path / "comm").read_text().startswith("slurmstepd"):
+                    found.append(int(path.name))
+        return found
 
     def revive(self, node: str) -> None:
         self.run("slurmd", "-N", node)
