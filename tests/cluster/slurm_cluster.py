@@ -60,6 +60,7 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1 RealMemory=4000 Gres=gpu:2
 PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=patient Nodes=ALL State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
 
