@@ -127,11 +127,11 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").stdout.split("\n")
         return dict(line.split() for line in lines if line)  # type: ignore[misc]
 
-    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> Any:
+    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = 300, every: float = 0.4) -> Any:
         deadline = time.monotonic() + timeout
         while not (value := condition()):
             assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{self.describe()}"
-            time.sleep(0.1)
+            time.sleep(every)
         return value
 
     def wait_idle(self) -> None:
