@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1 RealMemory=4000 Gres=gpu:2
 PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=patient Nodes=ALL State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -126,11 +127,11 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").stdout.split("\n")
         return dict(line.split() for line in lines if line)  # type: ignore[misc]
 
-    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> Any:
+    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = 300, every: float = 0.4) -> Any:
         deadline = time.monotonic() + timeout
         while not (value := condition()):
             assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{self.describe()}"
-            time.sleep(0.1)
+            time.sleep(every)
         return value
 
     def wait_idle(self) -> None:
@@ -163,17 +164,19 @@ class Cluster:
     def crash(self, node: str) -> None:
         """All that runs on a node ends at once, as when its power does."""
         self.kill_daemon(node)
-        steps = self.run("pgrep", "-f", r"slurmstepd: \[", check=False).stdout.split()
-        stepds = [pid for pid in steps if self._node_of(pid) == node]
-        for pid in stepds:
-            self.run("kill", "-KILL", pid, check=False)
-        for pid in self.processes(node, ""):
-            os.kill(pid, signal.SIGKILL)
+        for pid in [*self._step_daemons(node), *self.processes(node, "")]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
-    def _node_of(self, pid: str) -> str:
-        """Of a slurmstepd, by the socket or spool folder that it holds open."""
-        held = self.run("ls", "-l", f"/proc/{pid}/fd", f"/proc/{pid}/cwd", check=False).stdout
-        return next((node for node in NODES if f"/{node}" in held or f"-{node}." in held), "")
+    def _step_daemons(self, node: str) -> list[int]:
+        """slurmstepd writes over its environment: known by the log that it holds open."""
+        log, found = str(self.folder / f"slurmd-{node}.log"), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                held = [str(link.readlink()) for link in (path / "fd").iterdir()]
+                if log in held and (path / "comm").read_text().startswith("slurmstepd"):
+                    found.append(int(path.name))
+        return found
 
     def revive(self, node: str) -> None:
         self.run("slurmd", "-N", node)

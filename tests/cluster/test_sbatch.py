@@ -34,3 +34,66 @@ def test_directives_are_read_as_they_were_meant(slurm: Cluster, tmp_path: Path) 
         assert (folder / job).read_text() == value
     with pytest.raises(SlurmError):
         directive("comment", "a\n#SBATCH --uid=0")
+
+
+# A python that says what it was started for, and leaves word that the run is done.
+STAND_IN = """#!/bin/bash
+printf '%s\\n' "$SLURM_PROCID: $*" >>"$(dirname "$0")/started"
+if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]}/completed.json"; fi
+"""
+# One that trains until it is told to end, saves then, and is done at the second start.
+PATIENT = """#!/bin/bash
+[[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { touch completed.json; exit 0; }
+printf '{"job": "%s"}' "$SLURM_JOB_ID" >owner.json
+trap 'sleep 0.5; echo "{}" >stopped.json; exit 75' TERM
+for ((i = 0; i < 600; i++)); do sleep 0.1; done
+"""
+
+
+def environment(folder: Path, python: str) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text(python)
+    (folder / "bin" / "python").chmod(0o755)
+    return folder
+
+
+def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> None:
+    """The corpus' job, the array that waits for it, ranks by srun: with a stand-in for Python."""
+    venv, run = environment(tmp_path / "a venv", STAND_IN), tmp_path / "runs of 'two' seeds"
+    said = slurm.tool(
+        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
+        *("--build-cpus", "1", "--build-data", "--input 'my texts' --output corpus"),
+    ).stdout
+    data, job = (line.split(": job ")[1].split(";")[0] for line in said.splitlines())
+    assert slurm.job(data)["Dependency"] == "(null)"
+    slurm.wait_until(lambda: set(states(slurm, job)) <= {"COMPLETED", "FAILED"}, "done", 120)
+    assert states(slurm, job) == ["COMPLETED"] * 2
+    built, *trained = (venv / "bin" / "started").read_text().splitlines()
+    assert built == "0: -m data_pipeline build --input my texts --output corpus"
+    assert len(trained) == 2
+    for seed in (3, 14):
+        assert any(f'--set seed={seed} --set output_dir="{run}/seed-{seed}" --resume auto' in line for line in trained)
+        assert (run / f"seed-{seed}" / "slurm" / "attempt").is_file()
+    assert len(list((run / "slurm").glob(f"{job}_[01].log"))) == 2
+
+
+def states(slurm: Cluster, array: str) -> list[str]:
+    text = slurm.run("scontrol", "--oneliner", "show", "job", array).stdout
+    return [field.partition("=")[2] for field in text.split() if field.startswith("JobState=")]
+
+
+def test_a_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
+    """Slurm tells the ranks alone, and would take an exit within the grace for the job's end: it requeues itself."""
+    venv, run = environment(tmp_path / "venv", PATIENT), tmp_path / "run"
+    said = slurm.tool(
+        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--partition", "patient", "--submit"),
+    ).stdout
+    job = said.split(": job ")[1].split(";")[0]
+    slurm.wait_until((run / "owner.json").is_file, "started", 120)
+    urgent = slurm.sbatch("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
+    slurm.wait_until(lambda: slurm.state(job) == "COMPLETED", "completed", 120)
+    assert (slurm.state(urgent), slurm.job(job)["Restarts"]) == ("COMPLETED", "1")
+    assert (run / "completed.json").is_file()

@@ -68,7 +68,7 @@ def wait_for(slurm: Cluster, job: str, run: Path, start: int, *, more: int) -> N
         assert not re.search(r"start \d+: error", text), text
         return f"job {job}, start {start}: on " in text and len(metrics(run)) >= more
 
-    slurm.wait_until(there, f"start {start} of job {job} at step {more}")
+    slurm.wait_until(there, f"start {start} of job {job} at step {more}", every=0.1)
 
 
 def wait_state(slurm: Cluster, job: str, run: Path, state: str) -> None:
