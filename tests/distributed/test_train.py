@@ -67,7 +67,7 @@ def same_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
                 values[section] = {**values[section], **change} if isinstance(change, dict) else change
             jobs.append((values, None))
             runs[run.name] = run
-        outcomes = run_ranks(train_all, world_size, jobs, timeout=400)
+        outcomes = run_ranks(train_all, world_size, jobs, timeout=900)
         assert outcomes == [[None] * len(jobs)] * world_size
     return runs
 

@@ -91,8 +91,10 @@ INPUTS: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("case", INPUTS)
+# With worker processes an error takes another way, the same for all of them.
+@pytest.mark.parametrize(
+    ("case", "workers"), [*((case, 1) for case in INPUTS), ("latin-1", 2), ("gzip cut", 2), ("no parquet", 2)]
+)
 def test_bad_input(
     case: str, workers: int, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,8 +104,6 @@ def test_bad_input(
     if workers == 2:
         # Good files beside the bad one, more than one unit of work.
         inputs += [write_text(tmp_path / f"good{i}.txt", make_documents(50)) for i in range(2)]
-        if "empty" in message:
-            return
     options = ["--tokenizer", tokenizer, "--sequence-length", 16, "--workers", workers, "--work-size", 0.005]
     output = tmp_path / "out"
     fails(capsys, ["build", "--input", *inputs, *options, "--output", output], message)
