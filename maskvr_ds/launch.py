@@ -8,7 +8,9 @@ where it hears SIGTERM, and dies of SIGUSR1 itself. So it gets a process group o
 from that folder.
 """
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -59,13 +61,20 @@ def run_here(module: str, options: list[str], ranks: int) -> int:
 
 
 def _places(ranks: int) -> list[dict[str, str]]:
-    """The environment of every rank. A port of its own, so that two runs on one machine do not meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    """The environment of every rank."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     job["LOCAL_WORLD_SIZE"] = str(ranks)
     return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _free_port() -> int:
+    """A port of its own, so that two runs on one machine do not meet. Below those that the system gives to whoever asks
+    for any (net.ipv4.ip_local_port_range): it is taken only after rank 0's imports."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _start(commands: list[list[str]], places: list[dict[str, str]]) -> Processes:

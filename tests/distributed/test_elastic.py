@@ -159,7 +159,10 @@ def test_a_conversion_holds_what_the_ranks_held(crossed: Crossed, tmp_path: Path
             assert torch.equal(tensors[f"fp32/mlm.{key}"], weight), key
             assert tensors[f"exp_avg/mlm.{key}"].shape == tensors[f"exp_avg_sq/mlm.{key}"].shape == weight.shape
         content = elastic.manifest.read_manifest(universal)
-        assert (content["step"], content["counters"]["global_steps"]) == (EVERY, EVERY)
+        # Under ZeRO, DeepSpeed has torch's Adam make a step of zeros before the first, and count it.
+        steps = {EVERY, EVERY + 1} if crossed.runs[name][1].get("optimizer") == ADAM else {EVERY}
+        assert content["step"] in steps, name
+        assert content["counters"]["global_steps"] == EVERY
         before = (universal / elastic.TENSORS).stat().st_mtime_ns
         assert elastic.convert(run, folder, state, state) == universal
         assert (universal / elastic.TENSORS).stat().st_mtime_ns == before, "found, not made again"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,18 @@ class Life:
 
 
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Below those that the system gives to whoever asks for any, who might have them before their time comes."""
+    free: list[int] = []
+    while len(free) < count:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in free:
+            free.append(port)
+    return free
 
 
 def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
@@ -271,10 +278,8 @@ def run_command(*words: object, timeout: float = 240) -> subprocess.CompletedPro
 
 def run_deepspeed(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus 2 --module maskvr_ds.train …`, as a user types it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    port = free_ports(1)[0]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
     return _run([*launcher, "--module", "maskvr_ds.train", *map(str, words)], timeout)
 
 
