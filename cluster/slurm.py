@@ -2,12 +2,11 @@
 
 The script (templates/job.sbatch) goes into RUN/slurm/, where its logs will be too. What can be known to go wrong is
 told before it is queued: a configuration that does not hold, a global batch that does not divide among the ranks of
-every number of nodes that Slurm may give, checkpoints that do not go on with another number of ranks.
+every number of nodes that Slurm may give.
 A run with `phases` crosses from one to the next by itself; --dependency is for runs that follow one another.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -127,7 +126,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; leave it out")
     _check_least(arguments)
     check_batch(config, nodes, tasks)
-    check_deepspeed(config, elastic=len(nodes) > 1)
+    deepspeed_config_path(config.deepspeed)  # raises where there is none
     if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:
         raise SlurmError(
             f"--time {limit}: {seconds} s, and the last checkpoint begins {arguments.signal_seconds} s before that; "
@@ -201,7 +200,7 @@ def _check_least(arguments: argparse.Namespace) -> None:
 def _inputs(config: RunConfig) -> list[Path]:
     """Folders that the run reads."""
     phases = [config.phase(index) for index in range(max(1, len(config.phases)))]
-    paths = [path for phase in phases for path in (phase.data.path, phase.data.held_out_path)]
+    paths = [path for p in phases for path in (*(c.path for c in p.data.corpora), p.data.held_out_path)]
     return [path.absolute() for path in paths if path is not None]
 
 
@@ -245,19 +244,6 @@ def check_batch(config: RunConfig, nodes: range, tasks_per_node: int) -> None:
 
 def _list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def check_deepspeed(config: RunConfig, *, elastic: bool) -> None:
-    """Raise ConfigError where there is no such DeepSpeed configuration, or its checkpoints do not go on with another
-    number of ranks (elastic.py) and `elastic` asks for that."""
-    deepspeed = json.loads(deepspeed_config_path(config.deepspeed).read_text(encoding="utf-8"))
-    zero = deepspeed.get("zero_optimization", {})
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if elastic and zero.get("stage", 0) and (deepspeed.get("fp16", {}).get("enabled") or offloaded):
-        raise ConfigError(
-            f"deepspeed {config.deepspeed}: fp16, and an optimizer on the CPU, do not go on with another number of "
-            "ranks; give --nodes one number"
-        )
 
 
 def submit(command: list[str]) -> str:

@@ -24,7 +24,8 @@ def _context() -> Any:
 def _run_rank(
     function: Any, rank: int, world_size: int, port: int, environment: dict[str, str], args: Any, answers: Any
 ) -> None:
-    # The server's are those of when it was started.
+    # The server's are those of when it was started. Ranks share the machine's cores, and threads of OpenMP spin while
+    # they wait for each other.
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(
@@ -34,8 +35,9 @@ def _run_rank(
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
     )
-    torch.set_num_threads(1)  # the ranks share the machine's cores
+    torch.set_num_threads(1)
     gc.freeze()  # what was imported is no garbage: looking for it takes half a second at the end of each run
     try:
         answers.put((rank, function(*args), None))

@@ -203,7 +203,6 @@ ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
         ),
         (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
         (["--nodes", "1", *ON_CPUS, "--set", "no.such=1"], "unknown key"),
-        (["--nodes", "1-2", *ON_CPUS, "--set", "deepspeed=zero1_fp16"], "fp16, and an optimizer on the CPU"),
     ],
 )
 def test_what_cannot_work_is_told_before(
