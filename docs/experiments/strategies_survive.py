@@ -38,6 +38,7 @@ STRATEGIES: dict[str, list[str]] = {
         "masking.estimator=hajek",
     ],
     "mapnet": ["masking.strategy=mapnet", "mapnet.gate=always"],
+    "auto": ["masking.strategy=auto", "auto.every_steps=60", "auto.rows=16", "auto.draws=2"],
 }
 SAME = ("step", "data_digest", "mask_digest", "loss", "grad_norm")
 
