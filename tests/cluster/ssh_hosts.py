@@ -151,17 +151,17 @@ class SshHosts:
         where = ["nsenter", "-t", str(self.pid(number)), "-n", "-m", "-u", "-i", "-p"]
         return subprocess.run([*where, *map(str, words)], capture_output=True, text=True, check=False)
 
-    def processes(self, number: int) -> list[psutil.Process]:
-        """Those of a host, but for sshd."""
+    def processes(self, number: int) -> list[tuple[psutil.Process, list[str]]]:
+        """Those of a host, but for sshd, with their command lines."""
         pid = self.pid(number)
         assert pid is not None
         found = []
         for process in psutil.Process(pid).children(recursive=True):
             try:
                 if process.status() != psutil.STATUS_ZOMBIE and "sshd" not in process.name():
-                    found.append(process)
+                    found.append((process, process.cmdline()))
             except psutil.Error:
-                continue
+                continue  # it has ended meanwhile
         return found
 
     def close(self) -> None:

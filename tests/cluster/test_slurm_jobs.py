@@ -153,7 +153,8 @@ def test_lost_nodes_and_a_half_dead_rank(slurm: Cluster, folder: Path) -> None:
             slurm.revive("n2")
             slurm.wait_until(lambda: slurm.node_states()["n2"] == "idle", "n2 is back")
             slurm.kill_daemon("n1")
-            slurm.wait_until(lambda: json.loads((run / "owner.json").read_text())["restarts"] == 2, "another owner")
+            # The second start, or the third: an old srun may still cancel the new start's step, of the same number.
+            slurm.wait_until(lambda: json.loads((run / "owner.json").read_text())["restarts"] >= 2, "another owner")
             assert slurm.job(job)["NodeList"] == "n2"
         # The old rank trains on, to its next checkpoint.
         slurm.wait_until(lambda: not Path(f"/proc/{rank}").exists(), "the old rank's end", timeout=120)
