@@ -7,9 +7,10 @@ it success; a line it cannot read ends it with a traceback. Reading the file her
 import argparse
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from maskvr_ds import slurm
 
 # What DeepSpeed accepts for a line; a name that begins with "-" would be an option to ssh.
 _LINE = re.compile(r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:@-]*)\s+slots=(?P<slots>\d+)\s*", re.ASCII)
@@ -98,14 +99,7 @@ def slurm_hosts(environment: Mapping[str, str], slots: int | None) -> dict[str, 
     nodes = environment.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise HostfileError("SLURM_JOB_NODELIST is not set: not within a Slurm job (salloc, sbatch)")
-    try:
-        words = ["scontrol", "show", "hostnames", nodes]
-        answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
-    except FileNotFoundError:
-        raise HostfileError("scontrol is not installed here; run this on a node of the job") from None
-    except subprocess.SubprocessError as error:
-        raise HostfileError(f"scontrol show hostnames {nodes}: {error}") from None
-    names = answer.stdout.split()
+    names = slurm.hostnames(nodes)
     if slots is not None:
         counts = [slots] * len(names)
     elif tasks := environment.get("SLURM_NTASKS_PER_NODE"):
@@ -113,7 +107,7 @@ def slurm_hosts(environment: Mapping[str, str], slots: int | None) -> dict[str, 
     elif gpus := environment.get("SLURM_GPUS_ON_NODE"):
         counts = [int(gpus)] * len(names)
     elif tasks := environment.get("SLURM_TASKS_PER_NODE"):
-        counts = _slurm_counts(tasks)
+        counts = slurm.task_counts(tasks)
     else:
         raise HostfileError(
             "Slurm does not say how many ranks a node has; give --slots, or --ntasks-per-node to sbatch"
@@ -121,17 +115,6 @@ def slurm_hosts(environment: Mapping[str, str], slots: int | None) -> dict[str, 
     if len(counts) != len(names):
         raise HostfileError(f"Slurm names {len(names)} nodes and tasks for {len(counts)}; give --slots")
     return dict(zip(names, counts, strict=True))
-
-
-def _slurm_counts(text: str) -> list[int]:
-    """`2(x3),1` → 2, 2, 2, 1."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise HostfileError(f"SLURM_TASKS_PER_NODE={text!r} cannot be read; give --slots")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
 
 
 def hostfile_text(hosts: Mapping[str, int]) -> str:

@@ -24,7 +24,7 @@ RESULT = "interconnect.json"
 # Seconds for the ranks' measurements.
 _LONGEST = 600
 GIB = 2**30
-_COLUMNS: tuple[str, ...] = (
+_COLUMNS = (
     "host",
     "name",
     "ranks",
@@ -36,8 +36,10 @@ _COLUMNS: tuple[str, ...] = (
     "deepspeed",
     "NCCL",
     "GiB free",
+    "folder",
+    "clock",
+    "corpus",
 )
-_COLUMNS += ("folder", "clock", "corpus")
 _EXAMPLES = """examples:
   python -m cluster preflight --hostfile hosts --config run.yaml
   srun --pty bash -c 'python -m cluster preflight --slurm --config run.yaml'    # or in the job's script

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.sbatch_script import SlurmError, Surroundings, TrainingJob, data_script, training_script
-from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path, load_config
+from maskvr_ds.config import ConfigError, RunConfig, add_config_options, deepspeed_config_path, load_config
 from maskvr_ds.outcome import JOBS
 
 EXAMPLES = """examples:
@@ -49,10 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="change a value"
-    )
+    add_config_options(parser)
     parser.add_argument("--nodes", required=True, metavar="N[-M]", help="with M: as many as there are, at least N")
     parser.add_argument("--gpus-per-node", required=True, type=int, metavar="G", help="ranks a node; 0: on CPUs")
     parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks a node where there are no GPUs")

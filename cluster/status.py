@@ -14,8 +14,6 @@ from maskvr_ds.outcome import COMPLETED, JOBS, STOPPED
 # As metrics.py and manifest.py write them; neither is imported here, since the former loads torch.
 _METRICS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
 _TAIL = 1 << 16
-# Twice what a heartbeat may take to come.
-_FRESH = 25.0
 
 
 class StatusError(ValueError):
@@ -120,7 +118,7 @@ def _state(
         return "queued", f"squeue says {queue['state']} ({queue['reason']})"
     if (step := outcome.step_of(run, STOPPED)) is not None:
         return "stopped", f"{STOPPED} names step {step}"
-    if ages and min(ages.values()) < _FRESH:
+    if ages and min(ages.values()) < fence.FRESH:
         return "running", f"a heartbeat {min(ages.values()):.0f} s ago"
     if owner is not None and fence.at_work(run, owner):
         return "running", f"process {owner.pid} runs on this host"

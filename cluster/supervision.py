@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import rank, remote
+from maskvr_ds.outcome import HEARTBEATS
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
 POLL = 0.2
@@ -158,7 +159,7 @@ class Progress:
         self._question: Future[dict[str, remote.Answer]] | None = None
 
     def _all(self) -> set[Path]:
-        return set((self._plan.run / "heartbeats").glob("*"))
+        return set((self._plan.run / HEARTBEATS).glob("*"))
 
     def records(self) -> dict[int, dict[str, Any]]:
         """Of the ranks that train: step, place, marks."""

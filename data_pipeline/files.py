@@ -174,8 +174,8 @@ class _Mapping:
 def map_file(descriptor: int, size: int) -> pa.Buffer:
     """The first `size` > 0 bytes of an open file, mapped for reading; the descriptor may then be closed.
 
-    Python's own mmap keeps a descriptor open for each map, and a corpus may have more shards than a process may have
-    files. Raises OSError.
+    Python's own mmap keeps a descriptor open for each map (until `trackfd` of 3.13), and a corpus may have more shards
+    than a process may have files. Raises OSError.
     """
     mapping = _Mapping(descriptor, size)
     return pa.foreign_buffer(mapping.address, size, base=mapping)

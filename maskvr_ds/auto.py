@@ -104,7 +104,7 @@ class Chooser:
         """
         begun, key = time.perf_counter(), hashing.fold(self._seed, step)
         figures, passes = self._measure(key)
-        strategy, segments = distributed.broadcast_object(decide(figures, self._most))
+        (strategy, segments), figures = distributed.broadcast_object((decide(figures, self._most), figures))
         if segments != self._loader.stretch.copies:
             self._loader.turn(samples, segments)
         self._take(strategy)
@@ -114,7 +114,7 @@ class Chooser:
             "strategy": strategy,
             "segments": segments,
             "most_segments": self._most,
-            **distributed.broadcast_object(figures),
+            **figures,
             "passes": passes,
             "seconds": round(time.perf_counter() - begun, 3),
         }

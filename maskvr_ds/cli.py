@@ -188,16 +188,15 @@ _COMPARE_EXAMPLES = """examples:
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from maskvr_ds.config import add_config_options
+
     parser = commands.add_parser(
         "compare",
         help="train strategies × seeds; steps and seconds to the first one's held-out loss",
         epilog=_COMPARE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="for all runs"
-    )
+    add_config_options(parser, of=" in all runs")
     parser.add_argument(
         "--strategies",
         nargs="+",

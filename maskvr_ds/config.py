@@ -335,12 +335,22 @@ def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfi
         raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults)) from None
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which run: for `maskvr train` and `python -m maskvr_ds.train` alike."""
+def add_config_options(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """The options that `load_config` takes. of: what their values are for, where that is not one run."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="assignments", help="change a value"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        dest="assignments",
+        help=f"change a value{of}",
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which run: for `maskvr train` and `python -m maskvr_ds.train` alike."""
+    add_config_options(parser)
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",

@@ -6,19 +6,19 @@ Collectives here, all over the world group: `all_reduce_sum`, `broadcast` (dtype
 
 import os
 import socket
-import subprocess
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from maskvr_ds import slurm
+
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
-# Below the ports that systems give out by themselves (Linux: from 32768).
-_PORTS = range(10_000, 30_000)
 
 
 class RemoteError(RuntimeError):
@@ -32,7 +32,7 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     Started without a launcher, the process is a world of one. Raises ValueError where only a part of it is set, and
     where tasks of one `srun` would be worlds of their own, each of them training the same run.
     """
-    os.environ.update(slurm_ranks(os.environ))
+    os.environ.update(slurm.ranks(os.environ))
     if "RANK" in os.environ:
         if missing := [name for name in _LAUNCHER if name not in os.environ]:
             raise ValueError(
@@ -62,65 +62,33 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
 
 
-def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher would set, for a task of an `srun`; nothing outside of one, or where RANK is set already.
+def run_as_rank(
+    action: Callable[[], int | None],
+    *,
+    timeout: timedelta = timedelta(minutes=30),
+    errors: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """What every program that runs as a rank does around its work; → its exit status, `action`'s or 1.
 
-    MASTER_ADDR and MASTER_PORT are kept where they are set, else the step's first node (as `scontrol show hostnames`
-    says) and a port that follows from job, restart and step. Raises ValueError where RANK comes from elsewhere and the
-    world is smaller than the step, and where the first node is not to be found out.
+    Joins the process group, has faults told once for the whole job, and leaves the group. errors: what the user can
+    mend; ArithmeticError is what all ranks find alike. Other exceptions keep their traceback.
     """
-    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
-        return {}
-    if missing := [name for name in _SLURM if name not in environment]:
-        raise ValueError(f"SLURM_STEP_ID is set, but not {', '.join(missing)}; start ranks with srun or a launcher")
-    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
-    if "RANK" in environment:
-        # LOCAL_SIZE: ranks that one `deepspeed` in a task has started.
-        world, expected = int(environment.get("WORLD_SIZE", "1")), tasks * int(environment.get("LOCAL_SIZE", "1"))
-        if tasks > 1 and world < expected:
-            raise ValueError(
-                f"WORLD_SIZE is {world}, but srun has started {tasks} tasks, for {expected} ranks: each would train "
-                "the run by itself. Unset RANK and WORLD_SIZE, or start one task a node with a launcher that joins them"
-            )
-        return {}
-    mapped = {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        # Where Slurm shows each task one GPU, that is number 0.
-        "LOCAL_RANK": "0" if _one_device(environment) else environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(_tasks_here(environment, tasks)),
-    }
-    if "MASTER_ADDR" not in environment:
-        mapped["MASTER_ADDR"] = "127.0.0.1" if tasks == 1 else _first_host(environment["SLURM_STEP_NODELIST"])
-    if "MASTER_PORT" not in environment:
-        # Neighbouring jobs and steps get ports of their own.
-        number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_RESTART_COUNT", "0")) * 7
-        mapped["MASTER_PORT"] = str(_PORTS[(number + int(environment["SLURM_STEP_ID"])) % len(_PORTS)])
-    return mapped
-
-
-def _one_device(environment: Mapping[str, str]) -> bool:
-    return environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()
-
-
-def _tasks_here(environment: Mapping[str, str], tasks: int) -> int:
-    """Tasks of the step on this node, from e.g. "8(x2),4"."""
-    counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split(","):
-        count, _, nodes = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(nodes or 1)
-    return counts[int(environment.get("SLURM_NODEID", "0"))]
-
-
-def _first_host(nodes: str) -> str:
+    # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return listed.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ValueError(
-            f"MASTER_ADDR is not set, and scontrol does not say which is the first of {nodes} ({error}); set it to the "
-            "first line of `scontrol show hostnames` before srun"
-        ) from None
+        initialize(timeout)
+        return action() or 0
+    except RemoteError:
+        return 1  # the rank that failed tells it
+    except ArithmeticError as error:  # FloatingPointError, ReplicaError
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        shut_down()
 
 
 def rank() -> int:

@@ -109,6 +109,7 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
         with _silence():
             to_universal(arguments)
     except (AssertionError, LookupError, NotImplementedError, AttributeError) as error:
+        # What it runs into where files have another form than it knows, as another version of DeepSpeed may write.
         raise CheckpointError(f"{folder}: DeepSpeed could not convert it: {error!r}") from error
     tensors = {}
     for path in sorted((work / "zero").rglob("*.pt")):

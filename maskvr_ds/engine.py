@@ -7,6 +7,7 @@ stands as "auto" in the JSON or not at all.
 import gc
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from maskvr_ds.model import MaskedLanguageModel
 def _import_muon() -> None:
     """DeepSpeed 0.19 asks of every optimizer whether it is Muon, and imports for that a module which hands three
     functions to torch.compile: seconds at every start, for a compiler that nothing here uses. So it is imported now,
-    and they stay as they are."""
+    and they stay as they are. A version that has no such module needs none of this."""
     compiler, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
-        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+        with suppress(ModuleNotFoundError):
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         torch.compile = compiler
 

@@ -23,10 +23,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from maskvr_ds.outcome import HEARTBEATS, LONGEST_BEAT
+
 OWNER = "owner.json"
-# Of watchdog.py: RUN/heartbeats/JOB/rank-00000, beaten at least this often, in seconds.
-_HEARTBEATS = "heartbeats/*/rank-*"
-_LONGEST_BEAT = 10.0
+# Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
+FRESH = 2.5 * LONGEST_BEAT
+_RANKS = f"{HEARTBEATS}/*/rank-*"
 
 
 class FencedError(ValueError):
@@ -148,12 +150,11 @@ def at_work(run: Path, owner: Owner) -> bool:
     """
     if _is_here(owner):
         return owner.started == _started(owner.pid)
-    longest = 2.5 * _LONGEST_BEAT
     ages = heartbeat_ages(run)
-    if not ages or min(ages.values()) > longest:
+    if not ages or min(ages.values()) > FRESH:
         return False
     before = _beats(run)
-    deadline = time.monotonic() + longest
+    deadline = time.monotonic() + FRESH
     while time.monotonic() < deadline:
         time.sleep(0.5)
         if (now := _beats(run)) != before:
@@ -173,7 +174,7 @@ def heartbeat_ages(run: Path) -> dict[int, float]:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-    for path in run.glob(_HEARTBEATS):
+    for path in run.glob(_RANKS):
         with contextlib.suppress(OSError, ValueError):
             if json.loads(path.read_text(encoding="utf-8"))["place"] != "ended":
                 ages[int(path.name.removeprefix("rank-"))] = max(0.0, now - path.stat().st_mtime)
@@ -182,7 +183,7 @@ def heartbeat_ages(run: Path) -> dict[int, float]:
 
 def _beats(run: Path) -> dict[str, str]:
     beats = {}
-    for path in run.glob(_HEARTBEATS):
+    for path in run.glob(_RANKS):
         with contextlib.suppress(OSError):
             beats[str(path)] = path.read_text(encoding="utf-8")
     return beats

@@ -85,11 +85,9 @@ def link_bandwidths(players: Sequence[int], size: int) -> dict[tuple[int, int], 
                         work.wait()
 
                 found[pair] = size / _median(exchange)
-    gathered: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(gathered, found)
     # Both ends have timed it; the slower one counts.
     merged: dict[tuple[int, int], float] = {}
-    for each in gathered:
+    for each in distributed.gather_objects(found):
         for pair, value in each.items():
             merged[pair] = min(value, merged.get(pair, value))
     return merged
@@ -116,9 +114,8 @@ def nccl_version() -> str | None:
 def measure(size: int) -> dict[str, Any]:
     """Everything, in JSON types; the same on every rank. size: bytes of the bandwidths' vectors."""
     n = distributed.world_size()
-    said: list[Any] = [None] * n
     mine = {"host": socket.gethostname(), "faults": wrong_sums(), "nccl": nccl_version()}
-    dist.all_gather_object(said, mine)
+    said = distributed.gather_objects(mine)
     hosts = [each["host"] for each in said]
     first = [hosts.index(host) for host in dict.fromkeys(hosts)]
     seconds, bus = all_reduce_bandwidth(size)
@@ -144,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bytes", type=int, help="of the bandwidths' vectors; default: 256 MiB on GPUs, 4 MiB on CPUs")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    try:
-        distributed.initialize(timeout=timedelta(minutes=2))
+
+    def run() -> None:
         if distributed.world_size() == 1:
-            raise ValueError("a world of one rank has no interconnect")
+            raise ValueError("a world of one rank has no interconnect; give --hostfile more slots")
         size = arguments.bytes or (4 * MIB if distributed.device().type == "cpu" else 256 * MIB)
         result = measure(size)
         if distributed.rank() == 0:
@@ -156,12 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
             temporary.replace(output)
         distributed.barrier()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        distributed.shut_down()
-    return 0
+
+    # RuntimeError: what a link that fails in the middle of a collective comes as.
+    return distributed.run_as_rank(run, timeout=timedelta(minutes=2), errors=(ValueError, OSError, RuntimeError))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a run ended, said by files in its folder and by an exit status of its own. Loads no torch.
+"""How a run fares and ended, said by files in its folder and by an exit status of its own. Loads no torch.
 
 Exit statuses of launchers cannot be trusted: DeepSpeed's returns 0 where a signal ended its ranks, and for a run on the
 wrong machines. Whoever starts ranks decides by these files: they are written by rank 0, whole or not at all, after the
@@ -17,6 +17,9 @@ REQUEST = "stop_requested"
 STOPPED = "stopped.json"
 # {"step": n}: all that the configuration asked for is done.
 COMPLETED = "completed.json"
+# HEARTBEATS/JOB/rank-00000: signs of life of the ranks (watchdog.py), LONGEST_BEAT seconds apart or less.
+HEARTBEATS = "heartbeats"
+LONGEST_BEAT = 10.0
 # Folder of what starts the run's jobs and how that went: `python -m cluster slurm`.
 JOBS = "slurm"
 # Folder of what `python -m cluster launch` and its ranks say, launch by launch.

@@ -32,8 +32,7 @@ def run_step(
     """One optimizer step on this rank's share of the global batch.
 
     Nothing here makes the host wait for the device but a guard, for the loss; DeepSpeed's own step may, for its
-    overflow check. stop: whether this rank was asked to stop. writing: whether it is
-    at writing a checkpoint.
+    overflow check. stop: whether this rank was asked to stop. writing: whether it still writes a checkpoint.
 
     Returns all-reduced counters int64 [6] (data_digest, mask_digest, predictions, skipped sequences, ranks asked to
     stop, ranks that write), all-reduced Σ w ℓ float64 [1], and the gradient norm before clipping.

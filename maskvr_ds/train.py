@@ -6,7 +6,6 @@ Collectives: those of a step are told in step.py, those around checkpoints in ch
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -176,28 +175,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     stop = StopRequest()
-    # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    try:
-        distributed.initialize()
+
+    def run() -> int | None:
         config = distributed.agreed(lambda: load_config(arguments.config, arguments.assignments))
-        train(config, arguments.resume, stop)
-    except distributed.RemoteError:
-        return 1  # the rank that failed tells it
-    except StoppedError as stopped:
-        say(f"{stopped}; go on with --resume auto")
-        return outcome.EXIT_STOPPED
-    except ArithmeticError as error:  # FloatingPointError, ReplicaError
-        # All ranks come to the same figures.
-        if distributed.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        distributed.shut_down()
-    return 0
+        try:
+            train(config, arguments.resume, stop)
+        except StoppedError as stopped:
+            say(f"{stopped}; go on with --resume auto")
+            return outcome.EXIT_STOPPED
+        return None
+
+    return distributed.run_as_rank(run)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -292,18 +291,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_variance_options(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    try:
-        distributed.initialize()
+
+    def measure_and_write() -> None:
         run(arguments)
-    except distributed.RemoteError:
-        return 1  # the rank that failed tells it
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        distributed.shut_down()
-    return 0
+
+    return distributed.run_as_rank(measure_and_write)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from types import TracebackType
 from typing import Any
 
 from maskvr_ds import distributed
+from maskvr_ds.outcome import HEARTBEATS, LONGEST_BEAT
 
-FOLDER = "heartbeats"
 _ABORT = "abort"
 # Every record has this length: written over the last one it takes no room on a full disk.
 _LENGTH = 256
 # Beats within a timeout; a slow file system may lose some.
 _BEATS = 8
-_LONGEST = 10.0
 
 
 class Watchdog:
@@ -45,15 +44,15 @@ class Watchdog:
         if not self._active:
             return
         job = distributed.broadcast_object(f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}")
-        self._folder = run / FOLDER / job
+        self._folder = run / HEARTBEATS / job
 
         def make() -> None:
-            shutil.rmtree(run / FOLDER, ignore_errors=True)
+            shutil.rmtree(run / HEARTBEATS, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
         distributed.agreed(make, on=0)
         self._file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
-        self._interval = min(timeout / _BEATS, _LONGEST)
+        self._interval = min(timeout / _BEATS, LONGEST_BEAT)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def _path(self, rank: int) -> Path:

@@ -25,13 +25,11 @@ def gradients(seed: int) -> np.ndarray:
     of_position, of_row = random.normal(size=(N, n, D)), random.normal(size=(N, D))
     masks = list(itertools.combinations(range(n), k))
     context = random.normal(size=(N, len(masks), D))
-    return np.stack(
-        [
-            [of_row[row] + of_position[row, list(mask)].mean(0) + 0.5 * context[row, number] for number, mask in
-             enumerate(masks)]
-            for row in range(N)
-        ]
-    )  # fmt: skip
+    rows = [
+        [of_row[row] + of_position[row, list(mask)].mean(0) + 0.5 * context[row, m] for m, mask in enumerate(masks)]
+        for row in range(N)
+    ]
+    return np.array(rows)
 
 
 def rounds() -> list[tuple[int, ...]]:
@@ -86,7 +84,11 @@ def test_figures_are_unbiased(seed: int) -> None:
     assert np.all(np.abs(mean - [data, mask, 2 * pairs - mask]) < 5 * error)
 
 
-INTERVALS = st.one_of(st.none(), st.tuples(*[st.floats(0.1, 3)] * 3).map(lambda t: sorted(t)).map(lambda t: [t[1], t[0], t[2]]))  # fmt: skip  # noqa: E501
+# [estimate, low, high].
+INTERVALS = st.one_of(
+    st.none(),
+    st.lists(st.floats(0.1, 3), min_size=3, max_size=3).map(sorted).map(lambda x: [x[1], x[0], x[2]]),
+)
 
 
 @given(INTERVALS, INTERVALS, st.integers(1, 9))

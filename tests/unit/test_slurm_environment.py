@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from maskvr_ds import distributed
-from maskvr_ds.distributed import slurm_ranks
+from maskvr_ds import slurm
 
 STEP = {
     "SLURM_JOB_ID": "41",
@@ -23,18 +22,18 @@ BATCH = {name: value for name, value in STEP.items() if "STEP" not in name} | {"
 
 def test_a_task_is_a_rank() -> None:
     ranks = {"RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
-    assert slurm_ranks(STEP | MASTER) == ranks
-    assert slurm_ranks(STEP | MASTER | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "4"
-    assert slurm_ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0", "it is the only one shown"
-    assert slurm_ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
+    assert slurm.ranks(STEP | MASTER) == ranks
+    assert slurm.ranks(STEP | MASTER | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "4"
+    assert slurm.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0", "it is the only one shown"
+    assert slurm.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
 
 
 def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_first_host", lambda nodes: f"first of {nodes}")
-    mapped = slurm_ranks(STEP)
+    monkeypatch.setattr(slurm, "_first_host", lambda nodes: f"first of {nodes}")
+    mapped = slurm.ranks(STEP)
     assert mapped["MASTER_ADDR"] == "first of n[1-3]"
     ports = {
-        slurm_ranks(STEP | changes)["MASTER_PORT"]
+        slurm.ranks(STEP | changes)["MASTER_PORT"]
         for changes in ({}, {"SLURM_JOB_ID": "42"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"})
     }
     assert len(ports) == 4
@@ -44,20 +43,31 @@ def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_scontrol_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"MASTER_ADDR is not set.*set it to the first line"):
-        slurm_ranks(STEP)
+        slurm.ranks(STEP)
 
 
 @pytest.mark.parametrize("environment", [{}, BATCH, MASTER, BATCH | {"RANK": "0"}])
 def test_outside_of_a_step_slurm_says_nothing(environment: dict[str, str]) -> None:
-    assert slurm_ranks(environment) == {}
+    assert slurm.ranks(environment) == {}
 
 
 def test_tasks_must_not_be_worlds_of_their_own() -> None:
     for launcher in ({"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3", "WORLD_SIZE": "8"}):
         with pytest.raises(ValueError, match=re.escape("srun has started 20 tasks")):
-            slurm_ranks(STEP | launcher)
+            slurm.ranks(STEP | launcher)
     with pytest.raises(ValueError, match="for 160 ranks"):
-        slurm_ranks(STEP | {"RANK": "3", "WORLD_SIZE": "20", "LOCAL_SIZE": "8"})
-    assert slurm_ranks(STEP | {"RANK": "3", "WORLD_SIZE": "160", "LOCAL_SIZE": "8"}) == {}
+        slurm.ranks(STEP | {"RANK": "3", "WORLD_SIZE": "20", "LOCAL_SIZE": "8"})
+    assert slurm.ranks(STEP | {"RANK": "3", "WORLD_SIZE": "160", "LOCAL_SIZE": "8"}) == {}
     with pytest.raises(ValueError, match="SLURM_STEP_NODELIST"):
-        slurm_ranks({name: value for name, value in STEP.items() if name != "SLURM_STEP_NODELIST"})
+        slurm.ranks({name: value for name, value in STEP.items() if name != "SLURM_STEP_NODELIST"})
+
+
+@pytest.mark.parametrize(("text", "counts"), [("4", [4]), ("8(x2),4", [8, 8, 4]), ("1,2(x3)", [1, 2, 2, 2])])
+def test_tasks_of_each_node(text: str, counts: list[int]) -> None:
+    assert slurm.task_counts(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "8(x2", "x2", "8;4"])
+def test_what_does_not_count_tasks(text: str) -> None:
+    with pytest.raises(ValueError, match="does not say how many tasks"):
+        slurm.task_counts(text)

@@ -1,0 +1,85 @@
+"""What Slurm says in the environment of a job and of the tasks of an `srun`. Loads no torch.
+
+DeepSpeed reads none of it: without this, the tasks of one `srun` would be worlds of one rank each, all of them training
+the same run.
+"""
+
+import re
+import subprocess
+from collections.abc import Mapping
+
+_STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
+_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+# Below the ports that systems give out by themselves (Linux: from 32768).
+_PORTS = range(10_000, 30_000)
+
+
+def hostnames(nodes: str) -> list[str]:
+    """ "n[1-3]" → n1, n2, n3. Raises ValueError where scontrol does not say."""
+    words = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(f"{' '.join(words)}: {error}; run this on a node of the job, with Slurm's commands") from None
+
+
+def task_counts(text: str) -> list[int]:
+    """Tasks of each node: "8(x2),4" → 8, 8, 4. Raises ValueError."""
+    counts: list[int] = []
+    for part in text.split(","):
+        if (match := _COUNT.fullmatch(part)) is None:
+            raise ValueError(f"{text!r} does not say how many tasks each node has; 8(x2),4 expected")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher would set, for a task of an `srun`; nothing outside of one, or where RANK is set already.
+
+    MASTER_ADDR and MASTER_PORT are kept where they are set, else the step's first node and a port that follows from
+    job, restart and step. Raises ValueError where RANK comes from elsewhere and the world is smaller than the step, and
+    where the first node is not to be found out.
+    """
+    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return {}
+    if missing := [name for name in _STEP if name not in environment]:
+        raise ValueError(f"SLURM_STEP_ID is set, but not {', '.join(missing)}; start ranks with srun or a launcher")
+    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+    if "RANK" in environment:
+        # LOCAL_SIZE: ranks that one `deepspeed` in a task has started.
+        world, expected = int(environment.get("WORLD_SIZE", "1")), tasks * int(environment.get("LOCAL_SIZE", "1"))
+        if tasks > 1 and world < expected:
+            raise ValueError(
+                f"WORLD_SIZE is {world}, but srun has started {tasks} tasks, for {expected} ranks: each would train "
+                "the run by itself. Unset RANK and WORLD_SIZE, or start one task a node with a launcher that joins them"
+            )
+        return {}
+    here = task_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
+    mapped = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        # Where Slurm shows each task one GPU, that is number 0.
+        "LOCAL_RANK": "0" if _one_device(environment) else environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(here[int(environment.get("SLURM_NODEID", "0"))]),
+    }
+    if "MASTER_ADDR" not in environment:
+        mapped["MASTER_ADDR"] = "127.0.0.1" if tasks == 1 else _first_host(environment["SLURM_STEP_NODELIST"])
+    if "MASTER_PORT" not in environment:
+        # Neighbouring jobs and steps get ports of their own.
+        number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_RESTART_COUNT", "0")) * 7
+        mapped["MASTER_PORT"] = str(_PORTS[(number + int(environment["SLURM_STEP_ID"])) % len(_PORTS)])
+    return mapped
+
+
+def _one_device(environment: Mapping[str, str]) -> bool:
+    return environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        return hostnames(nodes)[0]
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"MASTER_ADDR is not set, and the first of {nodes} is not to be found out ({error}); set it to the first "
+            "line of `scontrol show hostnames` before srun"
+        ) from None
