@@ -48,7 +48,6 @@ def _launch(arguments: argparse.Namespace) -> int:
     hosts = read_hostfile(arguments.hostfile)
     config = load_config(arguments.config, arguments.assignments)
     plan = _prepare(arguments, hosts, config)
-    outcome.clear(plan.run)
     (plan.run / outcome.REQUEST).unlink(missing_ok=True)
     longest = plan.timeout + plan.grace + END_SECONDS
     ends = f"a rank or host that is lost ends the job within {longest:g} s" if plan.timeout else "hangs.timeout is off"
@@ -97,7 +96,7 @@ class Signals:
 
 def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
     """Start the ranks and stay with them; → the exit status. steps: at which the run is done."""
-    signals = Signals(plan.run)
+    signals, before = Signals(plan.run), outcome.written(plan.run)
     job = Job(plan)
     why: str | None = None
     try:
@@ -108,10 +107,10 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
     finally:
         answers = job.end()
     (plan.run / outcome.REQUEST).unlink(missing_ok=True)
-    if outcome.completed(plan.run, steps):
+    if outcome.completed(plan.run, steps, before):
         print(f"done: {steps} steps, {plan.run}")
         return 0
-    if (step := outcome.step_of(plan.run, outcome.STOPPED)) is not None:
+    if (step := outcome.step_of(plan.run, outcome.STOPPED, before)) is not None:
         print(f"stopped at step {step}, as a signal asked; --resume auto goes on", file=sys.stderr)
         return outcome.EXIT_STOPPED
     if signals.last is not None:

@@ -91,7 +91,7 @@ def _start(commands: list[list[str]], places: list[dict[str, str]]) -> Processes
 
 def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Path, steps: int) -> int:
     (run / REQUEST).unlink(missing_ok=True)
-    outcome.clear(run)
+    before_start = outcome.written(run)
     processes = _start(commands, places)
     asked = False
 
@@ -112,9 +112,9 @@ def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Pa
         for number, handler in before.items():
             signal.signal(number, handler)
     (run / REQUEST).unlink(missing_ok=True)
-    if outcome.completed(run, steps):
+    if outcome.completed(run, steps, before_start):
         return 0
-    if (step := outcome.step_of(run, STOPPED)) is not None:
+    if (step := outcome.step_of(run, STOPPED, before_start)) is not None:
         print(f"stopped at step {step}, as a signal asked; --resume auto goes on", file=sys.stderr)
         return EXIT_STOPPED
     print(f"error: the ranks ended before step {steps}; --resume auto goes on", file=sys.stderr)

@@ -7,6 +7,7 @@ checkpoint that they speak of, and removed when training begins or goes on.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 # sysexits.h: "temporary failure, the user is invited to retry".
@@ -44,15 +45,23 @@ def clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def step_of(run: Path, name: str) -> int | None:
-    """The step that STOPPED or COMPLETED names; None where there is no such file."""
+def written(run: Path) -> dict[str, int]:
+    """STOPPED, COMPLETED → when they were written, of those that are there. A launcher asks before it starts ranks:
+    what an earlier job has left is no word of its own, and not its to remove, as the ranks may yet refuse the run."""
+    return {name: (run / name).stat().st_mtime_ns for name in (STOPPED, COMPLETED) if (run / name).is_file()}
+
+
+def step_of(run: Path, name: str, before: Mapping[str, int] | None = None) -> int | None:
+    """The step that STOPPED or COMPLETED names; None where there is no such file, or that of `before` (`written`)."""
     try:
+        if before is not None and before.get(name) == (run / name).stat().st_mtime_ns:
+            return None
         return int(json.loads((run / name).read_text(encoding="utf-8"))["step"])
     except FileNotFoundError:
         return None
 
 
-def completed(run: Path, steps: int) -> bool:
-    """Whether the run has come to its end at `steps` or beyond."""
-    step = step_of(run, COMPLETED)
+def completed(run: Path, steps: int, before: Mapping[str, int] | None = None) -> bool:
+    """Whether the run has come to its end at `steps` or beyond; before: as in `step_of`."""
+    step = step_of(run, COMPLETED, before)
     return step is not None and step >= steps

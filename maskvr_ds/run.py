@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds import checkpoint, distributed, hashing, manifest, outcome
+from maskvr_ds import checkpoint, distributed, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.fence import Fence
 from maskvr_ds.masking import Corruption, Masker
@@ -151,10 +151,8 @@ def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
     distributed.agreed(compare)
 
 
-def _fingerprint(corpus: Corpus) -> tuple[str, int, int]:
-    manifest = corpus.manifest
-    shards = hashing.fold(0, *(int(shard.sha256, 16) for shard in manifest.shards))
-    return manifest.tokenizer_sha256, manifest.sequence_length, shards
+def _fingerprint(corpus: Corpus) -> tuple[str, int, dict[str, Any]]:
+    return corpus.manifest.tokenizer_sha256, corpus.manifest.sequence_length, corpora_identity(corpus)
 
 
 def check_corpora(phases: Sequence[RunPhase]) -> None:

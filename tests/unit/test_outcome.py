@@ -1,0 +1,33 @@
+"""Words that a run leaves of its end: what a launcher may take for its own."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from maskvr_ds import launch, outcome
+from maskvr_ds.outcome import COMPLETED, STOPPED
+
+
+def test_what_an_earlier_job_has_left_is_no_word_of_this_one(tmp_path: Path) -> None:
+    outcome.write(tmp_path, COMPLETED, 40)
+    # An old one: file systems may count time in seconds.
+    os.utime(tmp_path / COMPLETED, (1e9, 1e9))
+    before = outcome.written(tmp_path)
+    assert outcome.completed(tmp_path, 40)
+    assert not outcome.completed(tmp_path, 40, before)
+    outcome.write(tmp_path, STOPPED, 20)
+    assert outcome.step_of(tmp_path, STOPPED, before) == 20
+    outcome.write(tmp_path, COMPLETED, 40)
+    assert outcome.completed(tmp_path, 40, before)
+    assert not outcome.completed(tmp_path, 41, before)
+
+
+@pytest.mark.parametrize("end", [COMPLETED, STOPPED])
+def test_ranks_that_refuse_the_run_leave_its_end_as_it_was(tmp_path: Path, end: str) -> None:
+    """A module that does not know its options ends with status 2, before it has looked at the run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    outcome.write(run, end, 40)
+    assert launch.launch_here("data_pipeline", ["--no-such-option"], 2, run, 40) == 1
+    assert outcome.step_of(run, end) == 40
