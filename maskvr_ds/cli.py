@@ -77,7 +77,14 @@ def _train(arguments: argparse.Namespace) -> int:
         # DeepSpeed runs locally, as a world of one machine, where the file it is given does not exist.
         if not Path(arguments.hostfile).is_file():
             raise ConfigError(f"--hostfile {arguments.hostfile}: no such file; one `host slots=N` a line expected")
-        words = ["--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
+        # It puts values between single quotes into a shell's command line, and does not look for such within them.
+        if found := next((word for word in options if "'" in word), None):
+            raise ConfigError(
+                f"{found!r}: a single quote does not come through DeepSpeed's launcher; put the value in the YAML file, "
+                "or use python -m cluster launch"
+            )
+        # force_multi: a single host is a host too, where DeepSpeed would train on this machine instead.
+        words = ["--force_multi", "--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
         return launch.launch(words, config.output_dir, config.training.steps)
     ranks = arguments.num_gpus or _visible_gpus()
     if ranks > 1:

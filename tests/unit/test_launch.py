@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maskvr_ds import launch
+from maskvr_ds import cli, launch
 
 RANK = """
 import json, os, pathlib, signal, sys, time
@@ -45,3 +45,25 @@ def test_a_rank_that_fails_takes_the_others_along(
     assert launch.run_here(module, [str(tmp_path / "said"), *ends], 2) == 1
     assert time.monotonic() - began < 60
     assert said in capfd.readouterr().err
+
+
+def test_a_single_host_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed's own parser makes of the words that it is given."""
+    from deepspeed.launcher import runner
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(launch, "launch", lambda words, run, steps: started.append(words) or 0)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("elsewhere slots=2\n")
+    assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts), "--set", "seed=3"]) == 0
+    parsed = runner.parse_args(started[0])
+    assert (parsed.force_multi, parsed.hostfile, parsed.module) == (True, str(hosts), True)
+    assert (parsed.user_script, parsed.user_args) == ("maskvr_ds.train", ["--config", "demo_cpu", "--set", "seed=3"])
+
+
+def test_a_value_that_would_leave_its_quotes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("elsewhere slots=2\n")
+    value = "output_dir=run'; touch pwned '"
+    assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts), "--set", value]) == 1
+    assert "a single quote does not come through DeepSpeed's launcher" in capsys.readouterr().err
