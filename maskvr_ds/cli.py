@@ -80,8 +80,8 @@ def _train(arguments: argparse.Namespace) -> int:
         # It puts values between single quotes into a shell's command line, and does not look for such within them.
         if found := next((word for word in options if "'" in word), None):
             raise ConfigError(
-                f"{found!r}: a single quote does not come through DeepSpeed's launcher; put the value in the YAML file, "
-                "or use python -m cluster launch"
+                f"{found!r}: a single quote does not come through DeepSpeed's launcher; put the value in the YAML "
+                "file, or use python -m cluster launch"
             )
         # force_multi: a single host is a host too, where DeepSpeed would train on this machine instead.
         words = ["--force_multi", "--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
