@@ -76,7 +76,6 @@ class Chooser:
         self._config, self._engine, self._masker, self._loader = config, engine, masker, loader
         self._proposer, self._most, self._cost = proposer, most, proposal_cost
         self._micro_size, self._seed = micro_size, seed
-        self._strategy = SEGMENTS
         self._take(SEGMENTS)
 
     def state(self) -> dict[str, Any]:
@@ -127,7 +126,7 @@ class Chooser:
         sketcher = Sketcher(self._twin(), size=config.sketch_size, seed=hashing.fold(key, _SKETCH))
         masker = copy.copy(self._masker)
         masker.seed, masker.strategy = hashing.fold(key, _MASKS), STRATEGIES[SEGMENTS]
-        pairs, single, _ = measure_segments(sample, sketcher, masker, draws=config.draws, copies=2)
+        pairs, single, _ = measure_segments(sample, sketcher, masker, draws=config.draws, copies=2, one_round=True)
         passes = 2 * config.rows * config.draws
         proposed = None
         if self._proposer is not None:

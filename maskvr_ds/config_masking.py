@@ -28,7 +28,7 @@ class AutoConfig(Section):
     every_steps: PositiveInt = 1000
     # Sequences, and draws of two masks for each.
     rows: Annotated[int, Field(ge=3)] = 32
-    draws: Annotated[int, Field(ge=2, le=1024)] = 4
+    draws: Annotated[int, Field(ge=2, le=64)] = 4
     # Numbers a layer that gradients are compressed to; squared norms are kept to √(2/size).
     sketch_size: Annotated[int, Field(ge=3)] = 4096
     # Of the intervals that must lie below 1 for a change from the baseline.

@@ -19,7 +19,7 @@ from maskvr_ds.mask_covariance import WINDOWS, covariances, shifts, windows
 from maskvr_ds.masking import Masker
 from maskvr_ds.random_effects import Counts, Floats, Moments, Resampling
 from maskvr_ds.sketch import Sketcher
-from maskvr_ds.strategies import prediction_counts
+from maskvr_ds.strategies import prediction_counts, segments
 
 # Draws of a row are this many epochs apart (times J): each is of a round of fully_explored of its own, and the segments
 # that it begins with take turns, as they do in training.
@@ -45,6 +45,11 @@ class Sample:
         rows = np.full_like(epochs, self.rows[number])
         return to_device(read_rows(self.corpus, rows, epochs), self.device)
 
+    def segments(self, masker: Masker, number: int) -> int:
+        """S, of fully_explored's rounds of row `number`."""
+        n = int(masker.maskable(self.repeated(number, np.zeros(1, dtype=np.int64))).sum())
+        return max(1, segments(n, masker.rate))
+
     def sketches(self, sketcher: Sketcher, masker: Masker, number: int, epochs: np.ndarray) -> tuple[torch.Tensor, int]:
         """Gradients of a row's masks, float32 [len(epochs), G, s], and how many predictions they are of."""
         masked = masker(self.repeated(number, epochs))
@@ -59,16 +64,21 @@ def measure(sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, c
 
 
 def measure_segments(
-    sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int
+    sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int, one_round: bool = False
 ) -> tuple[Moments, Floats, float]:
     """As `measure`, from the same passes also what single masks vary by, float64 [N, G]: the variance over draws (each
-    of a round of its own), as if copies were 1, averaged over the copies. Second of the results."""
+    of a round of its own), as if copies were 1, averaged over the copies. Second of the results.
+
+    one_round: whether the copies of a draw are the first segments of one round of fully_explored; otherwise they take
+    turns as in training, where some draws begin with the last segments of a round and end with the first of the next.
+    """
     N, G = len(sample.rows), len(sketcher.layers)
     means = torch.zeros((N, G, sketcher.size), device=sample.device)
     spread = torch.zeros((N, 2 * G + 1), dtype=torch.float64, device=sample.device)
     predictions = torch.zeros(1, dtype=torch.int64, device=sample.device)
-    epochs = (np.arange(draws)[:, None] * APART * copies + np.arange(copies)).ravel()
     for number in sample.mine():
+        apart = APART * (sample.segments(masker, number) if one_round else copies)
+        epochs = (np.arange(draws)[:, None] * apart + np.arange(copies)).ravel()
         found, count = sample.sketches(sketcher, masker, number, epochs)
         single = found.view(draws, copies, G, -1)
         spread[number, G + 1 :] = (single - single.mean(0)).double().square().sum((0, 1, 3)) / (copies * (draws - 1))

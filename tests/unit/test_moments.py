@@ -5,18 +5,20 @@ import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.config import ModelConfig
 from maskvr_ds.loader import read_rows
 from maskvr_ds.mask_covariance import WINDOWS
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.model import MaskedLanguageModel, bert_config, weighted_loss
-from maskvr_ds.moments import Sample, measure, measure_covariance
+from maskvr_ds.moments import Sample, measure, measure_covariance, measure_segments
 from maskvr_ds.oracles import TokenOracle, gradient_norms, head_norms
 from maskvr_ds.random_effects import Counts, Floats, Moments, Resampling, whole_mask_variance
 from maskvr_ds.sketch import Sketcher, layer_of
@@ -202,3 +204,36 @@ def test_covariance_of_two_masks_by_their_distance(toy: Toy) -> None:
         middle, low, high = x["correlation"]
         assert low - 1e-4 <= exact[x["distance"]] <= high + 1e-4
         assert abs(middle - exact[x["distance"]]) < 0.15
+
+
+class Seen:
+    """In a sketcher's place: remembers which positions were predicted."""
+
+    layers: ClassVar = ["all"]
+    size = 3
+
+    def __init__(self) -> None:
+        self.masks: list[set[int]] = []
+
+    def __call__(self, masked: MaskedBatch) -> torch.Tensor:
+        for positions, weights in zip(masked.positions, masked.weights, strict=True):
+            self.masks.append(set(positions[weights != 0].tolist()))
+        return torch.rand(len(masked.positions), 1, self.size)
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.2])
+def test_copies_of_a_draw_are_disjoint_where_they_are_of_one_round(tmp_path: Path, rate: float) -> None:
+    """For many draws, which taking turns would let begin with a round's last segment; each draw of another round."""
+    corpus = Corpus(make_corpus(tmp_path / "corpus", rows=40, length=48, words=20, padded_last_row=True))
+    masker = Masker.for_corpus(corpus.manifest, seed=3, strategy="fully_explored", rate=rate)
+    sample = Sample(corpus, np.arange(30, 40), seed=0, micro_size=16, device=CPU)
+    seen: dict[bool, Seen] = {}
+    for one_round in (True, False):
+        seen[one_round] = Seen()
+        measure_segments(sample, seen[one_round], masker, draws=12, copies=2, one_round=one_round)  # type: ignore[arg-type]
+    together = {kind: [a & b for a, b in zip(s.masks[::2], s.masks[1::2], strict=True)] for kind, s in seen.items()}
+    assert len(together[True]) == 120
+    assert not any(together[True])
+    assert any(together[False]), "which is what the switch is for"
+    first = [frozenset(mask) for mask in seen[True].masks[:24]]
+    assert len(set(first)) == 24
