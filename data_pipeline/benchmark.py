@@ -9,6 +9,9 @@ Ways to the same text, alternating, each in fresh processes of one thread:
     datasets    as in transformers' run_mlm.py: map(tokenizer), map(group_texts), save_to_disk; whole process
     datatrove   its DocumentTokenizer, unshuffled, from the same documents in .jsonl; whole process. Needs
                 --datatrove-python, an interpreter that has datatrove and tokenizers
+    lddl        NVIDIA's preprocess_bert_pretrain, a line a document, every document once; whole process. It makes
+                pairs for next-sentence prediction: compare with --packing nsp. Needs --lddl-python, an interpreter
+                that has lddl with its requirements and finds NLTK's sentence splitter
 
 CPU seconds are user + system, of all processes. A token is a token of the text, without special tokens: the same number
 for all.
@@ -17,6 +20,7 @@ for all.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,12 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.documents import batches, read_documents
+from data_pipeline.manifest import PACKINGS
 from data_pipeline.shards import read_manifest
 from data_pipeline.sources import Piece, find_sources
 from data_pipeline.tokenizer import Encoder, copy_tokenizer
@@ -49,6 +55,8 @@ if __name__ == "__main__":
     # spawn: the processor time of what a fork server starts is nobody's.
     LocalPipelineExecutor(steps, tasks=int(workers), logging_dir=folder + "/logs", start_method="spawn").run()
 """
+# Its command line, whose entry point need not be on PATH.
+_LDDL = "from lddl.dask.bert.pretrain import console_script; console_script()"
 
 
 def _documents(inputs: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -57,10 +65,12 @@ def _documents(inputs: Sequence[str]) -> Iterator[tuple[str, bool]]:
         yield from read_documents(source, piece, "blank-line", "text", lambda *_: None)
 
 
-def _build(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int) -> dict[str, Any]:
+def _build(
+    inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int, packing: str
+) -> dict[str, Any]:
     from data_pipeline.build import build
 
-    build(inputs, tokenizer, length, folder / "corpus", workers=workers, progress=False)
+    build(inputs, tokenizer, length, folder / "corpus", workers=workers, packing=packing, progress=False)
     return {}
 
 
@@ -96,18 +106,48 @@ def _datasets(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, 
     return {}
 
 
-def _write_documents(inputs: Sequence[str], folder: Path, files: int) -> None:
-    """The documents in `files` files of .jsonl, of about equal size: datatrove divides its work by files."""
-    folder.mkdir()
+def _write_documents(inputs: Sequence[str], peer: str, folder: Path, files: int) -> None:
+    """The documents as a peer reads them, in `files` files of about equal size: datatrove divides its work by files."""
+    folder.mkdir(parents=True)
     texts = [text for text, _ in _documents(inputs)]
     share = sum(map(len, texts)) / files
     position = 0
-    outputs = [(folder / f"{i}.jsonl").open("w", encoding="utf-8") for i in range(files)]
-    for text in texts:
-        outputs[min(int(position / share), files - 1)].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    suffix = "jsonl" if peer == "datatrove" else "txt"
+    outputs = [(folder / f"{i}.{suffix}").open("w", encoding="utf-8") for i in range(files)]
+    for number, text in enumerate(texts):
+        if peer == "datatrove":
+            line = json.dumps({"text": text}, ensure_ascii=False)
+        else:
+            line = f"document-{number} {' '.join(text.split())}"
+        outputs[min(int(position / share), files - 1)].write(line + "\n")
         position += len(text)
     for output in outputs:
         output.close()
+
+
+def _datatrove_command(python: str, texts: Path, tokenizer: Path, folder: Path, workers: int) -> list[str]:
+    (folder / "peer.py").write_text(_DATATROVE)
+    return [python, str(folder / "peer.py"), str(texts), str(tokenizer), str(folder), str(workers)]
+
+
+def _lddl_command(python: str, texts: Path, tokenizer: Path, folder: Path, workers: int) -> list[str]:
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_bytes())["model"]["vocab"]
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)))
+    options = {
+        "books": texts,
+        "sink": folder / "pairs",
+        "vocab-file": folder / "vocab.txt",
+        "schedule": "local",
+        "local-n-workers": workers,
+        # Its tasks: a few a worker, so that none waits for another for long.
+        "num-blocks": 4 * workers,
+        "duplicate-factor": 1,
+        "sample-ratio": 1.0,
+    }
+    return [python, "-c", _LDDL, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+_PEERS = {"datatrove": _datatrove_command, "lddl": _lddl_command}
 
 
 def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -137,8 +177,7 @@ def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
 
 def _table(rates: dict[tuple[str, int], list[float]]) -> None:
     for (way, workers), values in rates.items():
-        least, *_, most = ordered = sorted(values)
-        print(f"{way:12} {workers} {least:10.0f} {statistics.median(ordered):8.0f} {most:8.0f}")
+        print(f"{way:12} {workers} {min(values):10.0f} {statistics.median(values):8.0f} {max(values):8.0f}")
 
 
 def main() -> None:
@@ -149,24 +188,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="processes, one number after the other")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which of them (default: all)")
+    parser.add_argument("--packing", choices=PACKINGS, default="full_sequences", help="of build")
     parser.add_argument("--datatrove-python", metavar="PYTHON", help="interpreter with datatrove, to measure it too")
+    parser.add_argument("--lddl-python", metavar="PYTHON", help="interpreter with lddl, to measure it too")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     inputs, length = arguments.input, arguments.sequence_length
     if arguments.run:
-        run = {"build": _build, "encode": _encode, "datasets": _datasets}[arguments.run]
-        print(json.dumps(run(inputs, arguments.tokenizer, length, arguments.folder, arguments.workers[0])))
+        build = partial(_build, packing=arguments.packing)
+        run: dict[str, Callable[..., dict[str, Any]]] = {"build": build, "encode": _encode, "datasets": _datasets}
+        made = run[arguments.run](inputs, arguments.tokenizer, length, arguments.folder, arguments.workers[0])
+        print(json.dumps(made))
         return
 
-    ways = [*arguments.ways, *(["datatrove"] if arguments.datatrove_python else [])]
+    peers = {name: python for name in _PEERS if (python := getattr(arguments, f"{name}_python"))}
+    ways = [*arguments.ways, *peers]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch, "tokenizer")
         copy_tokenizer(arguments.tokenizer, tokenizer)
         tokens = _encode(inputs, str(tokenizer), length, tokenizer, 1)["tokens"]
-        for workers in arguments.workers if "datatrove" in ways else ():
-            _write_documents(inputs, Path(scratch, f"documents{workers}"), workers)
+        for peer, workers in itertools.product(peers, arguments.workers):
+            _write_documents(inputs, peer, Path(scratch, f"{peer}{workers}"), workers)
         for round_, workers, way in (
             (r, w, way) for r in range(arguments.rounds) for w in arguments.workers for way in ways
         ):
@@ -176,12 +220,10 @@ def main() -> None:
                 folder = Path(name)
                 command = [sys.executable, "-m", "data_pipeline.benchmark", "--input", *inputs]
                 command += ["--tokenizer", str(tokenizer), "--sequence-length", str(length)]
-                command += ["--workers", str(workers), "--run", way, "--folder", name]
-                if way == "datatrove":
-                    (folder / "peer.py").write_text(_DATATROVE)
-                    texts = Path(scratch, f"documents{workers}")
-                    command = [arguments.datatrove_python, f"{name}/peer.py", str(texts), str(tokenizer), name]
-                    command += [str(workers)]
+                command += ["--workers", str(workers), "--packing", arguments.packing, "--run", way, "--folder", name]
+                if way in peers:
+                    texts = Path(scratch, f"{way}{workers}")
+                    command = _PEERS[way](peers[way], texts, tokenizer, folder, workers)
                 measured = _measure(command, folder)
                 if way == "build":
                     manifest = read_manifest(folder / "corpus")

@@ -1,0 +1,134 @@
+"""Strategies compared in four settings: batches of 32 and of 1,024 rows, fresh data and ten epochs of a small corpus.
+
+    python docs/experiments/four_settings.py --text linux.txt python.txt --small python.txt --output four
+    python docs/experiments/four_settings.py --output four --settings fresh_32 small_32     # some of them, on corpora made before
+
+Makes a tokenizer and corpora of rows of 32 tokens, then runs `maskvr compare` for every setting: uniform masks,
+fully_explored in both placements, MAPNet, and auto; three seeds each, one rank. What is done is not repeated. Prints,
+and writes to OUTPUT/summary.md, the tables; OUTPUT/SETTING/ has what `maskvr compare` makes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline.shards import Corpus
+
+ALL_SEGMENTS = "fully_explored:placement=same_batch"
+# Rows seen once have no second mask: there fully_explored an epoch apart is uniform.
+FRESH = ("uniform", ALL_SEGMENTS, "mapnet", "auto")
+SMALL = ("uniform", "fully_explored", ALL_SEGMENTS, "mapnet", "auto")
+EPOCHS = 10
+# Chosen by uniform masks alone, of 0.004, 0.01, 0.02 and of 0.02, 0.05.
+RATES = {32: 0.01, 1024: 0.02}
+FRESH_STEPS = {32: 2000, 1024: 240}
+# Of the documents of the small text, how many are not in the corpus of ten epochs.
+LEFT_OUT = {32: 0.94, 1024: 0.75}
+
+
+def run(words: list[str | Path]) -> None:
+    print("$", *words, flush=True)
+    subprocess.run([str(word) for word in words], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+
+
+def make_corpora(texts: list[Path], small: Path, output: Path) -> None:
+    pipeline: list[str | Path] = [sys.executable, "-m", "data_pipeline"]
+    tokenizer = output / "tokenizer"
+    if not tokenizer.exists():
+        run([*pipeline, "tokenizer", "--input", *texts, "--vocab-size", "4096", "--output", tokenizer])
+    for name, inputs, held_out in (
+        ("fresh", texts, 0.02),
+        *((f"small_{size}", [small], share) for size, share in LEFT_OUT.items()),
+    ):
+        build = [*pipeline, "build", "--input", *inputs, "--tokenizer", tokenizer, "--sequence-length", "32"]
+        run([*build, "--held-out", str(held_out), "--output", output / "corpora" / name])
+
+
+def compare(output: Path, data: str, batch: int, seeds: list[int]) -> None:
+    corpus = output / "corpora" / ("fresh" if data == "fresh" else f"small_{batch}")
+    rows = Corpus(corpus).manifest.rows
+    steps = FRESH_STEPS[batch] if data == "fresh" else EPOCHS * rows // batch
+    assert data == "small" or steps * batch <= rows, "fresh means once"
+    settings = {
+        "data.path": corpus,
+        "deepspeed": "zero0_fp32",
+        "model.num_hidden_layers": 2,
+        "model.hidden_size": 64,
+        "model.num_attention_heads": 2,
+        "model.max_position_embeddings": 32,
+        # Eight segments a row: a whole number of rows, all their segments with them, makes a batch.
+        "masking.rate": 0.125,
+        "mapnet.layers": 1,
+        "mapnet.hidden": 32,
+        "batch.global_size": batch,
+        "batch.micro_size": min(batch, 256),
+        "optimizer.lr": RATES[batch],
+        "schedule.warmup_steps": steps // 10,
+        "training.steps": steps,
+        "auto.every_steps": steps // 8,
+        "evaluation.every_steps": steps // 24,
+        "evaluation.rows": 1024,
+        "checkpoint.every_steps": 0,
+        "monitor.tensorboard": "false",
+    }
+    words: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "maskvr_ds.cli",
+        "compare",
+        "--config",
+        "demo_cpu",
+        "--num-gpus",
+        "1",
+    ]
+    for key, value in settings.items():
+        words += ["--set", f"{key}={value}"]
+    words += ["--strategies", *(FRESH if data == "fresh" else SMALL), "--seeds", *map(str, seeds)]
+    run([*words, "--output", output / f"{data}_{batch}"])
+
+
+def summary(output: Path) -> str:
+    """Markdown: of every setting a line a strategy; mean [least, greatest] over seeds."""
+    lines = []
+    for path in sorted(output.glob("*/compare.json")):
+        result = json.loads(path.read_text())
+        lines += [f"\n**{path.parent.name}**, {result['config']['training']['steps']} steps\n"]
+        lines += [
+            "| | held-out loss | − uniform, seed by seed | reached | × fewer steps | × less time |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, found in result["strategies"].items():
+            cells = []
+            for key, digits in (("final", 3), ("difference", 3), ("fewer_steps", 2), ("less_time", 2)):
+                spread = found[key]
+                cells.append(
+                    "–" if spread is None else "{mean:.{d}f} [{min:.{d}f}, {max:.{d}f}]".format(**spread, d=digits)
+                )
+            cells.insert(2, f"{found['reached']} of {found['seeds']}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", help="texts, documents separated by blank lines")
+    parser.add_argument("--small", type=Path, help="text of which the small corpora are a part")
+    parser.add_argument("--output", type=Path, required=True)
+    names = [f"{data}_{batch}" for batch in RATES for data in ("fresh", "small")]
+    parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="SETTING", help=" ".join(names))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if arguments.text:
+        make_corpora(arguments.text, arguments.small, arguments.output)
+    for name in arguments.settings:
+        data, batch = name.split("_")
+        compare(arguments.output, data, int(batch), arguments.seeds)
+        (arguments.output / "summary.md").write_text(summary(arguments.output), encoding="utf-8")
+    print(summary(arguments.output))
+
+
+if __name__ == "__main__":
+    main()
