@@ -92,7 +92,9 @@ class ModelConfig(Section):
 class MapNetConfig(Section):
     """The mask proposal network (mapnet.py), where masking.strategy is mapnet, or auto."""
 
-    layers: PositiveInt = 2
+    layers: PositiveInt = 1
+    # Tokens on either side that a token is confronted with before the layers.
+    reach: PositiveInt = 4
     # A multiple of the attention heads' size, 32.
     hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 96
     # Of its own AdamW, constant.

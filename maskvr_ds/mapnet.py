@@ -48,36 +48,50 @@ class Layer(nn.Module):
 
 
 class MapNet(nn.Module):
-    """Embeddings, `layers` layers, one score a position. The scores begin at 0: the proposal at uniform."""
+    """Embeddings, `layers` layers, one score a position. The scores begin at 0: the proposal at uniform.
 
-    def __init__(self, *, vocab_size: int, max_length: int, layers: int, hidden: int) -> None:
+    How surprising a token is where it stands is most of what there is to learn. So before the layers every token e is
+    confronted with c, what the `reach` tokens on either side of it, itself left out, lead one to expect: [e, c, e · c].
+    """
+
+    def __init__(self, *, vocab_size: int, max_length: int, layers: int, hidden: int, reach: int) -> None:
         super().__init__()
+        self.reach = reach
         self.tokens = nn.Embedding(vocab_size, hidden)
         self.positions = nn.Embedding(max_length, hidden)
+        self.expected = nn.Linear(2 * reach * hidden, hidden)
+        self.confront = nn.Linear(3 * hidden, hidden)
         self.layers = nn.ModuleList(Layer(hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
         self.score = nn.Linear(hidden, 1)
         for module in self.modules():
-            if isinstance(module, nn.Embedding | nn.Linear):
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=hidden**-0.5)
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.score.weight)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """ŝ: unmasked input_ids int64 [B, L], attention_mask bool [B, L] or None → float32 [B, L]."""
-        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        r, e = self.reach, self.tokens(input_ids)
+        if attention_mask is not None:
+            # What pads a row is as what lies beyond its ends: scores do not depend on how far it is padded.
+            e = e * attention_mask[:, :, None]
+        windows = F.pad(e, (0, 0, r, r)).unfold(1, 2 * r + 1, 1)  # [B, L, D, 2r + 1]
+        c = F.gelu(self.expected(torch.cat([windows[..., :r], windows[..., r + 1 :]], -1).flatten(2)))
+        x = self.confront(torch.cat([e, c, e * c], -1)) + self.positions.weight[: input_ids.shape[1]]
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, visible)
         return self.score(self.norm(x)).squeeze(-1)
 
 
-def flops_per_sequence(*, layers: int, hidden: int, sequence_length: int) -> float:
+def flops_per_sequence(*, layers: int, hidden: int, reach: int, sequence_length: int) -> float:
     """Floating-point operations that MAPNet adds to a sequence: a forward pass to propose, a forward and a backward
     pass (twice a forward one) to learn. Matrix products only, a multiply-add counting as two (as model.py counts)."""
     L, D = sequence_length, hidden
-    return 4.0 * layers * (16 * L * D * D + 4 * L * L * D)
+    return 4.0 * (2 * (2 * reach + 3) * L * D * D + layers * (16 * L * D * D + 4 * L * L * D))
 
 
 def inclusion_from_scores(

@@ -177,7 +177,7 @@ def make_chooser(
     most = segments(length - 2, config.masking.rate)
     cost = config.mapnet.cost
     if cost is None:
-        network = {"layers": config.mapnet.layers, "hidden": config.mapnet.hidden}
+        network = {name: getattr(config.mapnet, name) for name in ("layers", "hidden", "reach")}
         cost = mapnet.flops_per_sequence(**network, sequence_length=length) / sequence_flops
     return Chooser(
         config.auto,

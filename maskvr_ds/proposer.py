@@ -77,7 +77,13 @@ class Proposer:
         self._objective = OBJECTIVES[config.objective]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hashing.fold(seed) >> 1)
-            net = MapNet(vocab_size=vocab_size, max_length=max_length, layers=config.layers, hidden=config.hidden)
+            net = MapNet(
+                vocab_size=vocab_size,
+                max_length=max_length,
+                layers=config.layers,
+                hidden=config.hidden,
+                reach=config.reach,
+            )
         self.net = net.to(device)
         # One tensor of all parameters, one of all gradients behind the sums: reduction and optimizer copy nothing.
         self._head = _SUMS + 2 * distributed.world_size()

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from maskvr_ds.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
+from maskvr_ds.mapnet import OBJECTIVES, MapNet, flops_per_sequence, inclusion_from_scores
 from maskvr_ds.pareto import proposal_to_inclusion
 from maskvr_ds.strategies import prediction_counts
 
@@ -110,7 +112,7 @@ def test_variance_is_homogeneous() -> None:
 
 def test_network_begins_at_uniform_and_sees_both_sides() -> None:
     torch.manual_seed(0)
-    net = MapNet(vocab_size=50, max_length=16, layers=2, hidden=64)
+    net = MapNet(vocab_size=50, max_length=16, layers=2, hidden=64, reach=3)
     ids = torch.randint(0, 50, (2, 16))
     assert bool((net(ids) == 0).all())
     torch.nn.init.normal_(net.score.weight)
@@ -124,3 +126,31 @@ def test_network_begins_at_uniform_and_sees_both_sides() -> None:
     before = net(ids, padded)[:, :12]
     ids[:, 13] = 1
     assert torch.equal(net(ids, padded)[:, :12], before)
+    torch.testing.assert_close(net(ids[:, :12]), before)
+
+
+def test_what_is_expected_of_a_token_does_not_know_it() -> None:
+    """`expected` sees the neighbours in order, and not the token: with it, the network would only learn to repeat."""
+    torch.manual_seed(0)
+    net = MapNet(vocab_size=50, max_length=16, layers=1, hidden=32, reach=2)
+    seen: list[torch.Tensor] = []
+    net.expected.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    ids = torch.randint(0, 50, (1, 16))
+    for place in range(-1, 16):
+        changed = ids.clone()
+        if place >= 0:
+            changed[0, place] = (changed[0, place] + 1) % 50
+        net(changed)
+    for place, output in enumerate(seen[1:]):
+        differs = (output != seen[0]).any(-1)[0].nonzero().flatten().tolist()
+        assert differs == [i for i in range(max(0, place - 2), min(16, place + 3)) if i != place]
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    sizes = {"layers": 2, "hidden": 64, "reach": 3}
+    net = MapNet(vocab_size=50, max_length=16, **sizes)
+    # The counter knows only the mathematics kernel of attention on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.randint(0, 50, (3, 16)))
+    counted = counter.get_total_flops() - 3 * 16 * 2 * 64  # without the score
+    assert 4 * counted / 3 == flops_per_sequence(**sizes, sequence_length=16)
