@@ -1,7 +1,7 @@
 """Strategies compared in four settings: batches of 32 and of 1,024 rows, fresh data and ten epochs of a small corpus.
 
     python docs/experiments/four_settings.py --text linux.txt python.txt --small python.txt --output four
-    python docs/experiments/four_settings.py --output four --settings fresh_32 small_32     # some of them, on corpora made before
+    python docs/experiments/four_settings.py --output four --settings fresh_32     # on corpora made before
 
 Makes a tokenizer and corpora of rows of 32 tokens, then runs `maskvr compare` for every setting: uniform masks,
 fully_explored in both placements, MAPNet, and auto; three seeds each, one rank. What is done is not repeated. Prints,
