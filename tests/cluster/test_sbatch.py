@@ -43,7 +43,7 @@ if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]
 """
 # One that trains until it is told to end, saves then, and is done at the second start.
 PATIENT = """#!/bin/bash
-[[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
+[[ $* =~ --config\\ (.*)/slurm/config-.*\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { touch completed.json; exit 0; }
 printf '{"job": "%s"}' "$SLURM_JOB_ID" >owner.json
 trap 'sleep 0.5; echo "{}" >stopped.json; exit 75' TERM

@@ -30,5 +30,5 @@ def job_scripts(folder: Path) -> dict[str, list[Path]]:
         run = folder / f"a {name}'s run $(touch injected)"
         run_options = ["--config", "demo_cpu", "--set", "data.path=a corpus", "--set", f'output_dir="{run}"']
         assert main(["slurm", *run_options, *options]) == 0
-        scripts[name] = sorted((run / "slurm").iterdir())
+        scripts[name] = sorted((run / "slurm").glob("*.sbatch"))
     return scripts

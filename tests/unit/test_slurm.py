@@ -23,7 +23,8 @@ from cluster.sbatch_script import (
     render,
     training_script,
 )
-from cluster.slurm import follow, parse_nodes, parse_time
+from cluster.slurm import config_file, follow, parse_nodes, parse_time
+from maskvr_ds.config import RunConfig, load_config
 from tests.support.scripts import job_scripts
 
 HOSTILE = [
@@ -175,6 +176,7 @@ def test_nodes() -> None:
             parse_nodes(text)
 
 
+SCRIPTS = ["data.sbatch", "job.sbatch"]
 BASE = ["slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--print"]
 ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
 
@@ -238,7 +240,8 @@ def test_saved_beside_the_run(
     build = ["--build-data", "--input 'my texts' --output corpus", "--dependency", "afterok:5"]
     assert main([*words, "--set", "output_dir=my run", "--nodes", "1-2", *ON_CPUS, *build]) == 0
     folder = tmp_path / "my run" / "slurm"
-    assert sorted(path.name for path in folder.iterdir()) == ["data.sbatch", "job.sbatch"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [config_file(load_config("demo_cpu", ["output_dir=my run", "data.path=corpus"])).name, *SCRIPTS]
     assert "arguments=(--input 'my texts' --output corpus)" in (folder / "data.sbatch").read_text()
     said = capsys.readouterr().out.splitlines()
     assert said == [
@@ -246,6 +249,47 @@ def test_saved_beside_the_run(
         f"sbatch --dependency=afterok:5,afterok:JOB_ID --kill-on-invalid-dep=yes '{folder}/job.sbatch'",
     ]
     assert follow("9", None)[0] == "--dependency=afterok:9"
+
+
+def test_a_job_keeps_the_settings_that_it_was_submitted_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.yaml changes, is submitted again, is removed: each script goes on with its own, at every start."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    file, job = tmp_path / "run.yaml", tmp_path / "run" / "slurm" / "job.sbatch"
+
+    def submitted(rate: float, *more: str) -> str:
+        file.write_text(f"base: demo_cpu\noutput_dir: run\noptimizer: {{lr: {rate}}}\n")
+        words = ["slurm", "--config", "run.yaml", "--set", "data.path=corpus", "--nodes", "1", *ON_CPUS, *more]
+        assert main(words) == 0
+        return job.read_text()
+
+    def started(script: str) -> RunConfig:
+        words = run_script(script, tmp_path / "bin")
+        words = words[words.index("maskvr_ds.train") + 1 : -2]
+        return load_config(words[1], words[3::2])
+
+    first, seeds, second = submitted(0.25), submitted(0.25, "--seeds", "3", "4"), submitted(0.5)
+    assert submitted(0.25) == first
+    file.unlink()
+    assert [started(script).optimizer.lr for script in (first, seeds, second)] == [0.25, 0.25, 0.5]
+    assert started(first).data.path == Path("corpus")
+    # The stand-in for Slurm starts task 1.
+    assert (started(seeds).seed, started(seeds).output_dir) == (4, tmp_path / "run" / "seed-4")
+    configs = list(job.parent.glob("config-*.yaml"))
+    assert len(configs) == 2
+
+
+def test_an_edited_configuration_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*(word for word in BASE if word != "--print"), "--set", "output_dir=run", "--nodes", "1", *ON_CPUS]
+    assert main(words) == 0
+    (path,) = (tmp_path / "run" / "slurm").glob("config-*.yaml")
+    path.write_text(path.read_text() + "# mine\n")
+    assert main(words) == 1
+    assert f"{path}: edited since it was written" in capsys.readouterr().err
+    assert path.read_text().endswith("# mine\n")
 
 
 def behave(tmp_path: Path, ranks: str, restarts: int = 0, **changes: str) -> tuple[int, str, str]:
