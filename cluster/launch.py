@@ -5,7 +5,6 @@ started, and says by its exit status what became of the run: 0 done, 75 stopped 
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from cluster.checks import LaunchError
 from cluster.hostfile import read_hostfile
 from cluster.preparation import CONFIG, Draft
 from cluster.supervision import END_SECONDS, POLL, Job, Plan
+from cluster.terminal import say, say_at_once
 from maskvr_ds import outcome
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 
@@ -71,17 +71,25 @@ def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: Ru
 
 
 class Signals:
-    """The first SIGTERM, SIGUSR1 or SIGHUP asks the ranks to save and stop; SIGINT, or a second one, ends them all."""
+    """The first SIGTERM, SIGUSR1 or SIGHUP asks the ranks to save and stop; SIGINT, or a second one, ends them all.
+
+    The same one again within a second is its echo: Slurm sends SIGTERM twice, and so may a terminal that closes SIGHUP.
+    """
 
     def __init__(self, run: Path) -> None:
         self.last: int | None = None
         self.asked = False
         self._run = run
+        # The signal that was heard last, and when.
+        self._heard: tuple[int, float] = (0, 0.0)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        (before, since), self._heard = self._heard, (number, time.monotonic())
+        if number == before and self._heard[1] - since < outcome.ECHO and number != signal.SIGINT:
+            return
         if self.asked or number == signal.SIGINT:
             self.last = number
         else:
@@ -90,8 +98,7 @@ class Signals:
     def ask(self, why: str) -> None:
         self.asked = True
         (self._run / outcome.REQUEST).write_text(why + "\n", encoding="utf-8")
-        # Not print: a handler may have interrupted one.
-        os.write(2, f"{why}: the ranks were asked to save and stop; a second signal ends them at once\n".encode())
+        say_at_once(f"{why}: the ranks were asked to save and stop; a second signal ends them at once\n")
 
 
 def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
@@ -108,15 +115,15 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
         answers = job.end()
     (plan.run / outcome.REQUEST).unlink(missing_ok=True)
     if outcome.completed(plan.run, steps, before):
-        print(f"done: {steps} steps, {plan.run}")
+        say(f"done: {steps} steps, {plan.run}\n", sys.stdout)
         return 0
     if (step := outcome.step_of(plan.run, outcome.STOPPED, before)) is not None:
-        print(f"stopped at step {step}, as a signal asked; --resume auto goes on", file=sys.stderr)
+        say(f"stopped at step {step}, as a signal asked; --resume auto goes on\n", sys.stderr)
         return outcome.EXIT_STOPPED
     if signals.last is not None:
-        print(f"{signal.Signals(signals.last).name}: everything was ended at once", file=sys.stderr)
+        say(f"{signal.Signals(signals.last).name}: everything was ended at once\n", sys.stderr)
         return 128 + signals.last
     lines = [*([why] if why else []), *job.explain(answers)]
-    print(f"error: the ranks ended before step {steps}; the same command with --resume auto goes on", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
+    text = [f"error: the ranks ended before step {steps}; the same command with --resume auto goes on", *lines]
+    say("\n  ".join(text) + "\n", sys.stderr)
     return 1
