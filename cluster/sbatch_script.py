@@ -135,6 +135,7 @@ def training_script(job: TrainingJob) -> str:
             "MAX_RESTARTS": str(job.max_restarts),
             "TASKS_PER_NODE": str(job.tasks_per_node),
             "ARGUMENTS": words(job.arguments),
+            "JOB": _job(job),
             "SEEDS": _seeds(job),
             "FOLDER": shlex.quote(str(job.surroundings.folder)),
             "ENVIRONMENT": job.surroundings.lines(),
@@ -151,6 +152,19 @@ def _size(job: TrainingJob) -> dict[str, str]:
         return {"mincpus": str(job.tasks_per_node * (job.cpus_per_task or 1))}
     size = {"ntasks-per-node": str(job.tasks_per_node)}
     return size if job.cpus_per_task is None else {**size, "cpus-per-task": str(job.cpus_per_task)}
+
+
+def _job(job: TrainingJob) -> str:
+    """What the script calls its job by, as maskvr_ds.slurm.job_id does."""
+    if job.seeds:
+        return "\n".join(
+            [
+                "# One task's SLURM_JOB_ID is the array's own id too, which stands for all tasks.",
+                "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
+            ]
+        )
+    # Left over from an array whose script has submitted this one.
+    return "job=$SLURM_JOB_ID\nunset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID"
 
 
 def _seeds(job: TrainingJob) -> str:

@@ -1,5 +1,6 @@
 """Job scripts as the real sbatch reads them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,20 @@ printf '{"job": "%s"}' "$SLURM_JOB_ID" >owner.json
 trap 'sleep 0.5; echo "{}" >stopped.json; exit 75' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 """
+# Of an array: one that is cancelled once both are there; then they wait for word that all may end.
+TOGETHER = """#!/bin/bash
+[[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
+echo "${SLURM_RESTART_COUNT:-0}" >>starts
+wait_for() { for ((i = 0; i < 900; i++)); do [ ! -e "$1" ] || return 0; sleep 0.1; done; exit 1; }
+if [ "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}" = "$SLURM_ARRAY_JOB_ID 0" ]; then
+    wait_for ../seed-3/starts
+    wait_for ../seed-14/starts
+    echo '{"step": 1}' >stopped.json
+    exit 75
+fi
+wait_for ../all_may_end
+touch completed.json
+"""
 
 
 def environment(folder: Path, python: str) -> Path:
@@ -77,6 +92,27 @@ def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> 
         assert any(f'--set seed={seed} --set output_dir="{run}/seed-{seed}" --resume auto' in line for line in trained)
         assert (run / f"seed-{seed}" / "slurm" / "attempt").is_file()
     assert len(list((run / "slurm").glob(f"{job}_[01].log"))) == 2
+
+
+def test_a_task_of_an_array_requeues_itself_alone(slurm: Cluster, tmp_path: Path) -> None:
+    """That one whose own id is the array's."""
+    venv, run = environment(tmp_path / "venv", TOGETHER), tmp_path / "run"
+    said = slurm.tool(
+        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
+    ).stdout
+    job = said.split(": job ")[1].split(";")[0]
+
+    def starts() -> list[list[str]]:
+        return sorted(path.read_text().split() for path in run.glob("seed-*/starts"))
+
+    slurm.wait_until(lambda: ["0", "1"] in starts(), "started again", 120)
+    assert starts() == [["0"], ["0", "1"]]
+    seen = json.loads(slurm.tool("status", run, "--json").stdout)
+    assert sorted((status["job"], status["state"]) for status in seen) == [(f"{job}_{i}", "running") for i in (0, 1)]
+    (run / "all_may_end").touch()
+    slurm.wait_until(lambda: set(states(slurm, job)) <= {"COMPLETED", "FAILED"}, "done", 120)
+    assert states(slurm, job) == ["COMPLETED"] * 2
 
 
 def states(slurm: Cluster, array: str) -> list[str]:

@@ -67,6 +67,7 @@ def stubs(folder: Path) -> dict[str, str]:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n1",
         "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_ARRAY_JOB_ID": "6",
         "SLURM_ARRAY_TASK_ID": "1",
     }
 
@@ -115,7 +116,9 @@ def test_values_come_through_as_data(
         assert yaml.safe_load(rest[3].removeprefix("output_dir=")) == str(run / "seed-4")
         rest = rest[4:]
     assert rest == ["--resume", "auto"]
-    assert (run / "seed-4" if seeds else run).joinpath("slurm", "attempt").read_text() == "7 0\n"
+    # An array that a script without one was submitted from is none of its own.
+    attempt = (run / "seed-4" if seeds else run) / "slurm" / "attempt"
+    assert attempt.read_text() == ("6_1 0\n" if seeds else "7 0\n")
     assert not list(folder.rglob("injected"))
 
 
@@ -292,13 +295,16 @@ def test_an_edited_configuration_is_not_overwritten(
     assert path.read_text().endswith("# mine\n")
 
 
-def behave(tmp_path: Path, ranks: str, restarts: int = 0, **changes: str) -> tuple[int, str, str]:
+def behave(
+    tmp_path: Path, ranks: str, restarts: int = 0, seeds: tuple[int, ...] = (), **changes: str
+) -> tuple[int, str, str]:
     """Run a whole job script whose srun does what `ranks` says, in the run's folder; → status, output, requeued id."""
     commands, run = tmp_path / "bin", tmp_path / "run"
     commands.mkdir(exist_ok=True)
     environment = stubs(commands) | {"SLURM_RESTART_COUNT": str(restarts)} | changes
-    (commands / "srun").write_text(f"#!/bin/bash\ncd '{run}' || exit 1\n{ranks}\n")
-    (commands / "squeue").write_text("#!/bin/bash\nprintf '%s' \"${QUEUE:-}\"\n")
+    where = run / f"seed-{seeds[1]}" if seeds else run
+    (commands / "srun").write_text(f"#!/bin/bash\ncd '{where}' || exit 1\n{ranks}\n")
+    (commands / "squeue").write_text(f"#!/bin/bash\necho \"$*\" >>'{tmp_path}/asked'\nprintf '%s' \"${{QUEUE:-}}\"\n")
     requeue = f"""if [ "$1" = requeue ]; then echo "$2" >>'{tmp_path}/requeued'; else echo n1; fi"""
     (commands / "scontrol").write_text(f"#!/bin/bash\n{requeue}\n")
     (tmp_path / "requeued").unlink(missing_ok=True)
@@ -310,6 +316,7 @@ def behave(tmp_path: Path, ranks: str, restarts: int = 0, **changes: str) -> tup
         tasks_per_node=1,
         max_restarts=2,
         signal_seconds=60,
+        seeds=seeds,
     )
     script = tmp_path / "job"
     script.write_text(training_script(job))
@@ -364,6 +371,26 @@ def test_a_run_has_one_job(tmp_path: Path) -> None:
     assert "job 7 is running the same run; end it first (scancel 7)" in output
     assert not (tmp_path / "run" / "started").exists()
     assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
+
+
+def test_a_task_of_an_array_speaks_of_itself_alone(tmp_path: Path) -> None:
+    """The id of the array, which one of its tasks has for its own, would requeue all of them."""
+    task = {"SLURM_JOB_ID": "6", "SLURM_ARRAY_JOB_ID": "6"}
+    owned = OURS.replace('"7"', '"6_1"')
+    status, output, requeued = behave(tmp_path, owned + "exit 1", seeds=(3, 4), **task)
+    assert (status, requeued) == (0, "6_1"), output
+    assert "failed" in output
+    assert "--jobs=6_1 " in (tmp_path / "asked").read_text()
+    assert "--jobs=6 " not in (tmp_path / "asked").read_text()
+    # Preempted: stays while Slurm says that the task runs, whatever the others do.
+    told = "kill -TERM $PPID; sleep 0.2; " + STOP.replace('"7"', '"6_1"')
+    (tmp_path / "asked").unlink()
+    assert behave(tmp_path, told, seeds=(3, 4), **task)[::2] == (1, "")
+    assert (tmp_path / "asked").read_text() == "--noheader --jobs=6_1 --format=%T\n"
+    # Another array's task on the same run.
+    status, output, _ = behave(tmp_path, owned, seeds=(3, 4), QUEUE="6_1", SLURM_ARRAY_JOB_ID="8")
+    assert status == 1
+    assert "job 6_1 is running the same run; end it first (scancel 6_1)" in output
 
 
 def test_a_job_that_is_being_cancelled_does_not_come_back(tmp_path: Path) -> None:
