@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_run_options(parser)
     parser.add_argument("--hostfile", required=True, metavar="FILE", help="one `host slots=N` a line, the master first")
-    preparation.add_options(parser)
+    preparation.add_options(parser, force="although other jobs are there; ends what this run left")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="then stop with a checkpoint, status 75")
     parser.set_defaults(run=_launch)
 
@@ -64,6 +64,9 @@ def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: Ru
         answers = draft.ask()
         if lines := draft.faults(answers):
             raise LaunchError("nothing was started:\n  " + "\n  ".join(lines))
+        preparation.warn(draft.unevenness(answers))
+        if arguments.force:
+            draft.end_earlier(answers)
         return draft.plan(answers, "maskvr_ds.train", lambda folder: ["--config", str(folder / CONFIG), *resume])
     except BaseException:
         draft.discard()
