@@ -76,22 +76,24 @@ def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: Ru
 class Signals:
     """The first SIGTERM, SIGUSR1 or SIGHUP asks the ranks to save and stop; SIGINT, or a second one, ends them all.
 
-    The same one again within a second is its echo: Slurm sends SIGTERM twice, and so may a terminal that closes SIGHUP.
+    The same one again within a second is its echo, as for the ranks: Slurm sends SIGTERM twice, a session that ends
+    SIGHUP twice, or SIGTERM and SIGHUP.
     """
 
     def __init__(self, run: Path) -> None:
         self.last: int | None = None
         self.asked = False
         self._run = run
-        # The signal that was heard last, and when.
+        # What was heard last, SIGHUP as SIGTERM, and when.
         self._heard: tuple[int, float] = (0, 0.0)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        (before, since), self._heard = self._heard, (number, time.monotonic())
-        if number == before and self._heard[1] - since < outcome.ECHO and number != signal.SIGINT:
+        kind = signal.SIGTERM if number == signal.SIGHUP else number
+        (before, since), self._heard = self._heard, (kind, time.monotonic())
+        if kind == before and self._heard[1] - since < outcome.ECHO_SECONDS:
             return
         if self.asked or number == signal.SIGINT:
             self.last = number

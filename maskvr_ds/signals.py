@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 from maskvr_ds.metrics import DeferredTensor
-from maskvr_ds.outcome import ECHO, EXIT_STOPPED, REQUEST
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Seconds within which the same signal is the first one's echo.
+_ECHO = 1.0
 
 
 class StoppedError(Exception):
@@ -48,7 +50,7 @@ class StopRequest:
                 continue
             name = signal.Signals(received[0]).name
             before, since = since, time.monotonic()
-            if received[0] == self._heard and since - before < ECHO:
+            if received[0] == self._heard and since - before < _ECHO:
                 continue
             if self._heard is not None:
                 _say(f"{name}: the second signal; ends at once")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster import launch, remote, supervision
-from maskvr_ds.outcome import ECHO, EXIT_STOPPED, REQUEST, STOPPED
+from maskvr_ds.outcome import ECHO_SECONDS, EXIT_STOPPED, REQUEST, STOPPED
 from tests.unit.test_cluster_launch import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -99,17 +99,19 @@ def test_a_reader_that_ends_costs_nothing(tmp_path: Path) -> None:
         assert process.wait(60) == EXIT_STOPPED
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_same_signal_at_once_is_an_echo(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_the_same_signal_at_once_is_an_echo(tmp_path: Path, second: signal.Signals) -> None:
     with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        process.send_signal(number)
+        process.send_signal(second)
         assert process.wait(60) == EXIT_STOPPED
     assert (tmp_path / STOPPED).exists()
 
 
-@pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, ECHO + 0.2), (signal.SIGUSR1, 0.2), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "wait"), [(signal.SIGTERM, ECHO_SECONDS + 0.2), (signal.SIGUSR1, 0.2), (signal.SIGINT, 0)]
+)
 def test_a_second_one_or_another_ends_everything(tmp_path: Path, number: signal.Signals, wait: float) -> None:
     with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:
         if wait:
