@@ -24,7 +24,7 @@ class Surroundings:
     """What a job's commands run in.
 
     folder: working directory. modules: of the cluster's `module load`, in that order. venv: a virtual environment.
-    container: an Apptainer image; binds: folders shown in it. gpus: whether there are any.
+    container: an Apptainer image; binds: files and folders shown in it besides. gpus: whether there are any.
     python: the interpreter, where neither venv nor container say.
     """
 
@@ -51,7 +51,7 @@ class Surroundings:
         if self.container is None:
             return [self.python if self.venv is None else str(self.venv / "bin" / "python")]
         words = ["apptainer", "exec"] + (["--nv"] if self.gpus else [])
-        for path in dict.fromkeys((self.folder, *self.binds)):
+        for path in dict.fromkeys((self.folder, *self.binds, *([self.venv] if self.venv else []))):
             if set(",:") & set(str(path)):
                 raise SlurmError(f"{path}: a path with a comma or colon cannot be shown in a container; rename it")
             words += ["--bind", str(path)]

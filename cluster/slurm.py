@@ -2,8 +2,8 @@
 
 The script (templates/job.sbatch) goes into RUN/slurm/, where its logs will be too, and beside it the resolved
 configuration, which every start of the job reads: changes to run.yaml are for the next submission. What can be known
-to go wrong is told before it is queued: a configuration that does not hold, a global batch that does not divide among
-the ranks of every number of nodes that Slurm may give.
+to go wrong is told before it is queued: a configuration that does not hold, corpora that are not there or do not fit,
+a global batch that does not divide among the ranks of every number of nodes that Slurm may give.
 A run with `phases` crosses from one to the next by itself; --dependency is for runs that follow one another.
 """
 
@@ -14,9 +14,11 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from cluster.corpora import Build, check_corpora, parse_build
 from cluster.sbatch_script import SlurmError, Surroundings, TrainingJob, data_script, training_script
 from maskvr_ds.config import (
     ConfigError,
@@ -172,18 +174,20 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         options[name] = value
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds, default=0) < 0:
         raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: different numbers from 0 expected")
+    build = None if arguments.build_data is None else parse_build(arguments.build_data)
+    check_corpora(config, build)
     surroundings = Surroundings(
         folder=Path.cwd(),
         python=sys.executable,
         modules=tuple(arguments.module),
         venv=None if arguments.venv is None else Path(arguments.venv).absolute(),
         container=arguments.container,
-        binds=(run, *_inputs(config)),
+        binds=(run, *_shown(config, build)),
         gpus=gpus > 0,
     )
     scripts = {}
-    if arguments.build_data is not None:
-        scripts["data.sbatch"] = _data_script(arguments, run, surroundings)
+    if build is not None:
+        scripts["data.sbatch"] = _data_script(arguments, run, build, surroundings)
     job = TrainingJob(
         options=options,
         run=run,
@@ -198,11 +202,10 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     return {**scripts, "job.sbatch": training_script(job)}
 
 
-def _data_script(arguments: argparse.Namespace, run: Path, surroundings: Surroundings) -> str:
-    try:
-        words = shlex.split(arguments.build_data)
-    except ValueError as error:
-        raise SlurmError(f"--build-data {arguments.build_data!r}: {error}") from None
+def _data_script(arguments: argparse.Namespace, run: Path, build: Build, surroundings: Surroundings) -> str:
+    parent = build.output.parent
+    if surroundings.container is not None and not parent.is_dir():
+        raise SlurmError(f"--build-data: {parent}: no such folder, and a container is shown what is there; make it")
     options = {
         "job-name": f"{arguments.job_name or run.name}-data",
         "cpus-per-task": str(arguments.build_cpus),
@@ -211,7 +214,8 @@ def _data_script(arguments: argparse.Namespace, run: Path, surroundings: Surroun
         "time": arguments.build_time,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return data_script(given, run, words, surroundings)
+    # The corpus' own folder is yet to be made.
+    return data_script(given, run, build.words, replace(surroundings, binds=(parent, *build.reads)))
 
 
 def _check_least(arguments: argparse.Namespace) -> None:
@@ -225,6 +229,13 @@ def _inputs(config: RunConfig) -> list[Path]:
     phases = [config.phase(index) for index in range(max(1, len(config.phases)))]
     paths = [path for p in phases for path in (*(c.path for c in p.data.corpora), p.data.held_out_path)]
     return [path.absolute() for path in paths if path is not None]
+
+
+def _shown(config: RunConfig, build: Build | None) -> list[Path]:
+    """What a container is shown of that: what is there or will be built, for it refuses what is not."""
+    own = Path(config.deepspeed)
+    paths = [*_inputs(config), *([own.absolute()] if own.is_file() else [])]
+    return [path for path in paths if path.exists() or (build is not None and path.is_relative_to(build.output))]
 
 
 def parse_nodes(text: str) -> range:

@@ -1,13 +1,15 @@
 """Job scripts as the real sbatch reads them."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from cluster.sbatch_script import SlurmError, directive, log_pattern
 from tests.cluster.slurm_cluster import Cluster
-from tests.support.scripts import VARIANTS, job_scripts
+from tests.support.corpora import make_corpus
+from tests.support.scripts import VARIANTS, build_words, job_scripts
 
 
 def test_every_variant_is_accepted(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,12 @@ touch completed.json
 """
 
 
+def settings(folder: Path) -> list[str]:
+    """Of a run on a corpus that is there."""
+    corpus = make_corpus(folder / "corpus", rows=10, words=10)
+    return ["--config", "demo_cpu", "--set", f"data.path={corpus}", "--set", "evaluation.every_steps=0"]
+
+
 def environment(folder: Path, python: str) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").write_text(python)
@@ -75,18 +83,19 @@ def environment(folder: Path, python: str) -> Path:
 
 def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> None:
     """The corpus' job, the array that waits for it, ranks by srun: with a stand-in for Python."""
+    build = build_words(tmp_path, make_corpus(tmp_path / "other", rows=10, words=10))
     venv, run = environment(tmp_path / "a venv", STAND_IN), tmp_path / "runs of 'two' seeds"
     said = slurm.tool(
-        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
         *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
-        *("--build-cpus", "1", "--build-data", "--input 'my texts' --output corpus"),
+        *("--set", f'data.path="{tmp_path}/built"', "--build-cpus", "1", "--build-data", shlex.join(build)),
     ).stdout
     data, job = (line.split(": job ")[1].split(";")[0] for line in said.splitlines())
     assert slurm.job(data)["Dependency"] == "(null)"
     slurm.wait_until(lambda: set(states(slurm, job)) <= {"COMPLETED", "FAILED"}, "done", 120)
     assert states(slurm, job) == ["COMPLETED"] * 2
     built, *trained = (venv / "bin" / "started").read_text().splitlines()
-    assert built == "0: -m data_pipeline build --input my texts --output corpus"
+    assert built == f"0: -m data_pipeline build {' '.join(build)}"
     assert len(trained) == 2
     for seed in (3, 14):
         assert any(f'--set seed={seed} --set output_dir="{run}/seed-{seed}" --resume auto' in line for line in trained)
@@ -98,7 +107,7 @@ def test_a_task_of_an_array_requeues_itself_alone(slurm: Cluster, tmp_path: Path
     """That one whose own id is the array's."""
     venv, run = environment(tmp_path / "venv", TOGETHER), tmp_path / "run"
     said = slurm.tool(
-        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
         *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
     ).stdout
     job = said.split(": job ")[1].split(";")[0]
@@ -124,7 +133,7 @@ def test_a_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
     """Slurm tells the ranks alone, and would take an exit within the grace for the job's end: it requeues itself."""
     venv, run = environment(tmp_path / "venv", PATIENT), tmp_path / "run"
     said = slurm.tool(
-        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
         *("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--partition", "patient", "--submit"),
     ).stdout
     job = said.split(": job ")[1].split(";")[0]
