@@ -22,7 +22,10 @@ VARIANTS: dict[str, list[str]] = {
         *("--nodes", "1", "--gpus-per-node", "1", "--build-cpus", "1", "--build-time", "30"),
         *("--build-data", "BUILD"),
     ],
-    "data in a container": ["--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif", "--build-data", "BUILD"],
+    "data in a container": [
+        *("--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif"),
+        *("--build-cpus", "1", "--build-data", "BUILD"),
+    ],
 }
 
 
