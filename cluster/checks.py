@@ -11,6 +11,8 @@ from typing import Any
 from cluster.remote import Answer
 from maskvr_ds.config import RunConfig
 
+GIB = 2**30
+
 
 class LaunchError(ValueError):
     """What keeps a run from being started; one fault a line."""
@@ -64,6 +66,38 @@ def slots_fault(host: str, slots: int, value: Mapping[str, Any], on_cpus: bool) 
         if slots > there:
             return f"{host}: slots={slots}, but it has {there} {what}; correct the hostfile"
     return None
+
+
+def disk_faults(answers: Mapping[str, Answer], folder: Path, minimum: float) -> list[str]:
+    """Hosts with less than `minimum` GiB free where `folder` lies."""
+    return [
+        f"{host}: {free / GIB:.3g} GiB free on the disk of {folder}, {minimum:g} expected; make room, or say "
+        "--minimum-free"
+        for host, answer in answers.items()
+        if (free := answer.value.get("free_bytes")) is not None and free < minimum * GIB
+    ]
+
+
+def unevenness(answers: Mapping[str, Answer], clock: float) -> list[str]:
+    """What slows a run or confuses its logs, and keeps none from being right: clocks more than `clock` seconds from
+    this machine's, beyond what the connection leaves open; hosts with unlike GPUs or drivers."""
+    lines = []
+    drivers = {}
+    for host, answer in answers.items():
+        if answer.clock is not None and abs(answer.clock[0]) > clock + answer.clock[1]:
+            lines.append(
+                f"{host}: its clock is {answer.clock[0]:+.1f} s from this machine's; have chrony or ntpd set it"
+            )
+        if answer.value.get("gpus"):
+            drivers[host] = answer.value["gpus"]["driver"], tuple(sorted(set(answer.value["gpus"]["names"])))
+    if len(set(drivers.values())) > 1:
+        kinds = ", ".join(
+            f"{host}: {', '.join(names)} with driver {driver}" for host, (driver, names) in drivers.items()
+        )
+        lines.append(
+            f"hosts differ in GPUs or drivers ({kinds}); the slowest sets the pace: leave it out, or update it"
+        )
+    return lines
 
 
 def job_faults(answers: Mapping[str, Answer], key: str) -> list[str]:

@@ -5,7 +5,6 @@ started, and says by its exit status what became of the run: 0 done, 75 stopped 
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from cluster.checks import LaunchError
 from cluster.hostfile import read_hostfile
 from cluster.preparation import CONFIG, Draft
 from cluster.supervision import END_SECONDS, POLL, Job, Plan
+from cluster.terminal import say, say_at_once
 from maskvr_ds import outcome
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 
@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_run_options(parser)
     parser.add_argument("--hostfile", required=True, metavar="FILE", help="one `host slots=N` a line, the master first")
-    preparation.add_options(parser)
+    preparation.add_options(parser, force="although other jobs are there; ends what this run left")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="then stop with a checkpoint, status 75")
     parser.set_defaults(run=_launch)
 
@@ -64,6 +64,9 @@ def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: Ru
         answers = draft.ask()
         if lines := draft.faults(answers):
             raise LaunchError("nothing was started:\n  " + "\n  ".join(lines))
+        preparation.warn(draft.unevenness(answers))
+        if arguments.force:
+            draft.end_earlier(answers)
         return draft.plan(answers, "maskvr_ds.train", lambda folder: ["--config", str(folder / CONFIG), *resume])
     except BaseException:
         draft.discard()
@@ -71,17 +74,27 @@ def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: Ru
 
 
 class Signals:
-    """The first SIGTERM, SIGUSR1 or SIGHUP asks the ranks to save and stop; SIGINT, or a second one, ends them all."""
+    """The first SIGTERM, SIGUSR1 or SIGHUP asks the ranks to save and stop; SIGINT, or a second one, ends them all.
+
+    The same one again within a second is its echo, as for the ranks: Slurm sends SIGTERM twice, a session that ends
+    SIGHUP twice, or SIGTERM and SIGHUP.
+    """
 
     def __init__(self, run: Path) -> None:
         self.last: int | None = None
         self.asked = False
         self._run = run
+        # What was heard last, SIGHUP as SIGTERM, and when.
+        self._heard: tuple[int, float] = (0, 0.0)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        kind = signal.SIGTERM if number == signal.SIGHUP else number
+        (before, since), self._heard = self._heard, (kind, time.monotonic())
+        if kind == before and self._heard[1] - since < outcome.ECHO_SECONDS:
+            return
         if self.asked or number == signal.SIGINT:
             self.last = number
         else:
@@ -90,8 +103,7 @@ class Signals:
     def ask(self, why: str) -> None:
         self.asked = True
         (self._run / outcome.REQUEST).write_text(why + "\n", encoding="utf-8")
-        # Not print: a handler may have interrupted one.
-        os.write(2, f"{why}: the ranks were asked to save and stop; a second signal ends them at once\n".encode())
+        say_at_once(f"{why}: the ranks were asked to save and stop; a second signal ends them at once\n")
 
 
 def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
@@ -108,15 +120,15 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
         answers = job.end()
     (plan.run / outcome.REQUEST).unlink(missing_ok=True)
     if outcome.completed(plan.run, steps, before):
-        print(f"done: {steps} steps, {plan.run}")
+        say(f"done: {steps} steps, {plan.run}\n", sys.stdout)
         return 0
     if (step := outcome.step_of(plan.run, outcome.STOPPED, before)) is not None:
-        print(f"stopped at step {step}, as a signal asked; --resume auto goes on", file=sys.stderr)
+        say(f"stopped at step {step}, as a signal asked; --resume auto goes on\n", sys.stderr)
         return outcome.EXIT_STOPPED
     if signals.last is not None:
-        print(f"{signal.Signals(signals.last).name}: everything was ended at once", file=sys.stderr)
+        say(f"{signal.Signals(signals.last).name}: everything was ended at once\n", sys.stderr)
         return 128 + signals.last
     lines = [*([why] if why else []), *job.explain(answers)]
-    print(f"error: the ranks ended before step {steps}; the same command with --resume auto goes on", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
+    text = [f"error: the ranks ended before step {steps}; the same command with --resume auto goes on", *lines]
+    say("\n  ".join(text) + "\n", sys.stderr)
     return 1

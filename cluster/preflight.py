@@ -1,7 +1,7 @@
 """`python -m cluster preflight`: what would stop or slow a run, found before hours are spent.
 
 Every host says what it is and sees, all at once; then ranks add up known numbers and time every link. Prints one table
-and each fault in a line with its remedy. Trains nothing; leaves nothing behind.
+and each fault in a line with its remedy. Trains nothing, ends no other job, leaves nothing behind.
 """
 
 import argparse
@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from cluster import hostfile, preparation, remote
+from cluster.checks import GIB
 from cluster.preparation import Draft
 from cluster.supervision import POLL, Job
 from maskvr_ds.config import add_run_options, load_config
@@ -23,7 +23,6 @@ from maskvr_ds.config import add_run_options, load_config
 RESULT = "interconnect.json"
 # Seconds for the ranks' measurements.
 _LONGEST = 600
-GIB = 2**30
 _COLUMNS = (
     "host",
     "name",
@@ -60,10 +59,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     where.add_argument("--hostfile", metavar="FILE", help="one `host slots=N` a line, the master first")
     where.add_argument("--slurm", action="store_true", help="the nodes of the Slurm job that this runs in")
     parser.add_argument("--slots", type=int, metavar="N", help="--slurm: ranks a node; default: as the job says")
-    preparation.add_options(parser)
+    preparation.add_options(parser, force="measure although other jobs are there")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--minimum-free", type=float, default=10, metavar="GIB", help="on the run's disk (default: 10)")
-    parser.add_argument("--clock", type=float, default=2, metavar="SECONDS", help="offset allowed (default: 2)")
     parser.add_argument(
         "--slowest-link",
         type=float,
@@ -87,7 +84,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
     links: dict[str, Any] | None = None
     try:
         answers = draft.ask()
-        faults = [*draft.faults(answers), *_machine_faults(arguments, answers, draft.folder)]
+        faults = [*draft.faults(answers), *draft.unevenness(answers)]
         try:
             for index in range(len(config.phases) or 1):
                 config.phase(index).accumulation_steps(sum(hosts.values()))
@@ -167,32 +164,6 @@ def _link(links: Mapping[str, Any], link: Mapping[str, Any]) -> str:
 
 def _rate(speed: float) -> str:
     return f"{speed / 1e9:.3g} GB/s"
-
-
-def _machine_faults(arguments: argparse.Namespace, answers: Mapping[str, remote.Answer], folder: Path) -> list[str]:
-    lines = []
-    drivers = {}
-    for host, answer in answers.items():
-        free = answer.value.get("free_bytes")
-        if free is not None and free < arguments.minimum_free * GIB:
-            lines.append(
-                f"{host}: {free / GIB:.3g} GiB free on the disk of {folder}, {arguments.minimum_free:g} expected; make "
-                "room, or say --minimum-free"
-            )
-        if answer.clock is not None and abs(answer.clock[0]) > arguments.clock + answer.clock[1]:
-            lines.append(
-                f"{host}: its clock is {answer.clock[0]:+.1f} s from this machine's; have chrony or ntpd set it"
-            )
-        if answer.value.get("gpus"):
-            drivers[host] = answer.value["gpus"]["driver"], tuple(sorted(set(answer.value["gpus"]["names"])))
-    if len(set(drivers.values())) > 1:
-        kinds = ", ".join(
-            f"{host}: {', '.join(names)} with driver {driver}" for host, (driver, names) in drivers.items()
-        )
-        lines.append(
-            f"hosts differ in GPUs or drivers ({kinds}); the slowest sets the pace: leave it out, or update it"
-        )
-    return lines
 
 
 def _row(answer: remote.Answer) -> dict[str, Any]:

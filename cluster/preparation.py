@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ _BEATS = 8
 _ANSWER_SECONDS = 60
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How ranks are started, for every command that does."""
+def add_options(parser: argparse.ArgumentParser, force: str) -> None:
+    """How ranks are started, for every command that does. force: what --force means to this one."""
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: pdsh")
     parser.add_argument("--launcher-args", default="", metavar="WORDS", help="more options for pdsh, mpirun or srun")
     parser.add_argument("--master-addr", metavar="ADDRESS", help="default: what `hostname -I` says first on the master")
@@ -61,7 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="from the first rank's fault to the end of all (default: 15)",
     )
-    parser.add_argument("--force", action="store_true", help="although other jobs are there; ends what this run left")
+    parser.add_argument("--minimum-free", type=float, default=10, metavar="GIB", help="on the run's disk (default: 10)")
+    parser.add_argument("--clock", type=float, default=2, metavar="SECONDS", help="offset allowed (default: 2)")
+    parser.add_argument("--force", action="store_true", help=force)
 
 
 class Draft:
@@ -77,7 +79,7 @@ class Draft:
         if arguments.launcher != "pdsh" and len(set(hosts.values())) > 1:
             raise LaunchError(f"--launcher {arguments.launcher} needs the same number of slots on every host; use pdsh")
         self.run = config.output_dir.absolute()
-        self.key = hashlib.sha256(os.fsencode(self.run.resolve())).hexdigest()[:12]
+        self.key = run_key(self.run)
         job = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.passed = passed_on(os.environ, arguments.export)
         self.passed[node.MARK] = f"{self.key}-{job}"
@@ -99,18 +101,33 @@ class Draft:
             token.unlink()
 
     def faults(self, answers: Mapping[str, remote.Answer]) -> list[str]:
-        """What must be mended first, a line each. Where nothing, with --force: end what earlier launches have left."""
+        """What must be mended first, a line each. With --force jobs that are there already are but told of."""
         port, on_cpus = self.arguments.master_port, self.passed.get("DS_ACCELERATOR") == "cpu"
         lines = checks.faults(self.hosts, answers, folder=self.folder, port=port, on_cpus=on_cpus)
+        lines += checks.disk_faults(answers, self.folder, self.arguments.minimum_free)
         jobs = checks.job_faults(answers, self.key)
         if not self.arguments.force:
             return lines + jobs
-        if jobs and not lines:
-            print("\n".join(f"warning: {line}" for line in jobs), file=sys.stderr)
-            request = {"action": "end", "mark": f"{self.key}-"}
-            ended = remote.ask(self.hosts, request, timeout=_ANSWER_SECONDS, by=self.by)
-            lines += [f"{host}: {answer.fault}" for host, answer in ended.items() if answer.fault is not None]
+        if not lines:
+            warn(jobs)
         return lines
+
+    def unevenness(self, answers: Mapping[str, remote.Answer]) -> list[str]:
+        """What had better be mended, a line each."""
+        return checks.unevenness(answers, self.arguments.clock)
+
+    def end_earlier(self, answers: Mapping[str, remote.Answer]) -> None:
+        """End what earlier launches of this run have left on the hosts. Raises LaunchError where some of it stays."""
+        if not checks.job_faults(answers, self.key):
+            return
+        ended = remote.ask(self.hosts, {"action": "end", "mark": f"{self.key}-"}, timeout=_ANSWER_SECONDS, by=self.by)
+        lines = [f"{host}: {answer.fault}" for host, answer in ended.items() if answer.fault is not None]
+        for host, answer in ended.items():
+            if left := answer.value.get("left"):
+                pids = ", ".join(str(process["pid"]) for process in left)
+                lines.append(f"{host}: processes {pids} do not end; they wait for a device or file system")
+        if lines:
+            raise LaunchError("nothing was started:\n  " + "\n  ".join(lines))
 
     def plan(self, answers: Mapping[str, remote.Answer], module: str, options: Callable[[Path], Sequence[str]]) -> Plan:
         """Write down what the ranks are to do: run `module` with options(folder of the launch)."""
@@ -161,6 +178,16 @@ class Draft:
         with contextlib.suppress(OSError):  # no more empty: another launch's
             for folder in self._made:
                 folder.rmdir()
+
+
+def run_key(run: Path) -> str:
+    """What the marks of all launches of a run begin with."""
+    return hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:12]
+
+
+def warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def passed_on(environment: Mapping[str, str], exports: Sequence[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ class Surroundings:
     """What a job's commands run in.
 
     folder: working directory. modules: of the cluster's `module load`, in that order. venv: a virtual environment.
-    container: an Apptainer image; binds: folders shown in it. gpus: whether there are any.
+    container: an Apptainer image; binds: files and folders shown in it besides. gpus: whether there are any.
     python: the interpreter, where neither venv nor container say.
     """
 
@@ -51,7 +51,7 @@ class Surroundings:
         if self.container is None:
             return [self.python if self.venv is None else str(self.venv / "bin" / "python")]
         words = ["apptainer", "exec"] + (["--nv"] if self.gpus else [])
-        for path in dict.fromkeys((self.folder, *self.binds)):
+        for path in dict.fromkeys((self.folder, *self.binds, *([self.venv] if self.venv else []))):
             if set(",:") & set(str(path)):
                 raise SlurmError(f"{path}: a path with a comma or colon cannot be shown in a container; rename it")
             words += ["--bind", str(path)]
@@ -135,6 +135,7 @@ def training_script(job: TrainingJob) -> str:
             "MAX_RESTARTS": str(job.max_restarts),
             "TASKS_PER_NODE": str(job.tasks_per_node),
             "ARGUMENTS": words(job.arguments),
+            "JOB": _job(job),
             "SEEDS": _seeds(job),
             "FOLDER": shlex.quote(str(job.surroundings.folder)),
             "ENVIRONMENT": job.surroundings.lines(),
@@ -151,6 +152,19 @@ def _size(job: TrainingJob) -> dict[str, str]:
         return {"mincpus": str(job.tasks_per_node * (job.cpus_per_task or 1))}
     size = {"ntasks-per-node": str(job.tasks_per_node)}
     return size if job.cpus_per_task is None else {**size, "cpus-per-task": str(job.cpus_per_task)}
+
+
+def _job(job: TrainingJob) -> str:
+    """What the script calls its job by, as maskvr_ds.slurm.job_id does."""
+    if job.seeds:
+        return "\n".join(
+            [
+                "# One task's SLURM_JOB_ID is the array's own id too, which stands for all tasks.",
+                "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
+            ]
+        )
+    # Left over from an array whose script has submitted this one.
+    return "job=$SLURM_JOB_ID\nunset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID"
 
 
 def _seeds(job: TrainingJob) -> str:

@@ -1,22 +1,33 @@
 """`python -m cluster slurm`: a training as a Slurm job that survives its time limit, preemption and lost nodes.
 
-The script (templates/job.sbatch) goes into RUN/slurm/, where its logs will be too. What can be known to go wrong is
-told before it is queued: a configuration that does not hold, a global batch that does not divide among the ranks of
-every number of nodes that Slurm may give.
+The script (templates/job.sbatch) goes into RUN/slurm/, where its logs will be too, and beside it the resolved
+configuration, which every start of the job reads: changes to run.yaml are for the next submission. What can be known
+to go wrong is told before it is queued: a configuration that does not hold, corpora that are not there or do not fit,
+a global batch that does not divide among the ranks of every number of nodes that Slurm may give.
 A run with `phases` crosses from one to the next by itself; --dependency is for runs that follow one another.
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from cluster.corpora import Build, check_corpora, parse_build
 from cluster.sbatch_script import SlurmError, Surroundings, TrainingJob, data_script, training_script
-from maskvr_ds.config import ConfigError, RunConfig, add_config_options, deepspeed_config_path, load_config
+from maskvr_ds.config import (
+    ConfigError,
+    RunConfig,
+    add_config_options,
+    deepspeed_config_path,
+    dump_config,
+    load_config,
+)
 from maskvr_ds.outcome import JOBS
 
 EXAMPLES = """examples:
@@ -78,7 +89,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--build-partition", metavar="NAME", help="of that job; default: --partition")
     what_then = parser.add_mutually_exclusive_group()
     what_then.add_argument("--submit", action="store_true", help="hand it to sbatch")
-    what_then.add_argument("--print", action="store_true", help="print it, write nothing")
+    what_then.add_argument("--print", action="store_true", help="print it to look at, write nothing")
     parser.set_defaults(run=_run)
 
 
@@ -90,10 +101,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     folder = config.output_dir.absolute() / JOBS
     folder.mkdir(parents=True, exist_ok=True)
+    keep_config(config)
     for name, text in scripts.items():
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+        _write(folder / name, text)
     dependency: list[str] = []
     for name in scripts:
         command = ["sbatch", *dependency, str(folder / name)]
@@ -105,6 +115,29 @@ def _run(arguments: argparse.Namespace) -> int:
             print(shlex.join(command))
             dependency = follow("JOB_ID", arguments.dependency)
     return 0
+
+
+def config_file(config: RunConfig) -> Path:
+    """Where a job finds its configuration. Named by its content, so that no submission changes what an earlier one,
+    which may still be queued or come back, reads."""
+    digest = hashlib.sha256(dump_config(config).encode()).hexdigest()
+    return config.output_dir.absolute() / JOBS / f"config-{digest[:12]}.yaml"
+
+
+def keep_config(config: RunConfig) -> None:
+    """Write it there. Raises SlurmError where the file has been edited: a job may be reading it as it is."""
+    path, text = config_file(config), dump_config(config)
+    if not path.exists():
+        _write(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise SlurmError(f"{path}: edited since it was written; make the change in --config, and remove this file")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: Slurm may start a job on another node at any time."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def follow(job: str, others: str | None) -> list[str]:
@@ -141,27 +174,24 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         options[name] = value
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds, default=0) < 0:
         raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: different numbers from 0 expected")
-    folder, file = Path.cwd(), Path(arguments.config)
+    build = None if arguments.build_data is None else parse_build(arguments.build_data)
+    check_corpora(config, build)
     surroundings = Surroundings(
-        folder=folder,
+        folder=Path.cwd(),
         python=sys.executable,
         modules=tuple(arguments.module),
         venv=None if arguments.venv is None else Path(arguments.venv).absolute(),
         container=arguments.container,
-        binds=(run, *_inputs(config), *([file.absolute().parent] if file.is_file() else [])),
+        binds=(run, *_shown(config, build)),
         gpus=gpus > 0,
     )
-    # A recipe goes by its name, a file by a path that does not depend on the working directory.
-    words = ["--config", str(file.absolute()) if file.is_file() else arguments.config]
-    for assignment in arguments.assignments:
-        words += ["--set", assignment]
     scripts = {}
-    if arguments.build_data is not None:
-        scripts["data.sbatch"] = _data_script(arguments, run, surroundings)
+    if build is not None:
+        scripts["data.sbatch"] = _data_script(arguments, run, build, surroundings)
     job = TrainingJob(
         options=options,
         run=run,
-        arguments=words,
+        arguments=["--config", str(config_file(config))],
         surroundings=surroundings,
         tasks_per_node=tasks,
         max_restarts=arguments.max_restarts,
@@ -172,11 +202,10 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     return {**scripts, "job.sbatch": training_script(job)}
 
 
-def _data_script(arguments: argparse.Namespace, run: Path, surroundings: Surroundings) -> str:
-    try:
-        words = shlex.split(arguments.build_data)
-    except ValueError as error:
-        raise SlurmError(f"--build-data {arguments.build_data!r}: {error}") from None
+def _data_script(arguments: argparse.Namespace, run: Path, build: Build, surroundings: Surroundings) -> str:
+    parent = build.output.parent
+    if surroundings.container is not None and not parent.is_dir():
+        raise SlurmError(f"--build-data: {parent}: no such folder, and a container is shown what is there; make it")
     options = {
         "job-name": f"{arguments.job_name or run.name}-data",
         "cpus-per-task": str(arguments.build_cpus),
@@ -185,7 +214,8 @@ def _data_script(arguments: argparse.Namespace, run: Path, surroundings: Surroun
         "time": arguments.build_time,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return data_script(given, run, words, surroundings)
+    # The corpus' own folder is yet to be made.
+    return data_script(given, run, build.words, replace(surroundings, binds=(parent, *build.reads)))
 
 
 def _check_least(arguments: argparse.Namespace) -> None:
@@ -199,6 +229,13 @@ def _inputs(config: RunConfig) -> list[Path]:
     phases = [config.phase(index) for index in range(max(1, len(config.phases)))]
     paths = [path for p in phases for path in (*(c.path for c in p.data.corpora), p.data.held_out_path)]
     return [path.absolute() for path in paths if path is not None]
+
+
+def _shown(config: RunConfig, build: Build | None) -> list[Path]:
+    """What a container is shown of that: what is there or will be built, for it refuses what is not."""
+    own = Path(config.deepspeed)
+    paths = [*_inputs(config), *([own.absolute()] if own.is_file() else [])]
+    return [path for path in paths if path.exists() or (build is not None and path.is_relative_to(build.output))]
 
 
 def parse_nodes(text: str) -> range:

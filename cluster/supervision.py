@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import rank, remote
+from cluster.terminal import say
 from maskvr_ds.outcome import HEARTBEATS
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
@@ -267,8 +268,7 @@ class Job:
                 text = file.read()
             self._shown += len(text)
             if text:
-                sys.stdout.write(text.decode("utf-8", "replace"))
-                sys.stdout.flush()
+                say(text.decode("utf-8", "replace"), sys.stdout)
 
     def names(self, numbers: Iterable[int]) -> str:
         return ", ".join(f"rank {n} on {self.plan.host_of(n)}{self._step(n)}" for n in numbers)

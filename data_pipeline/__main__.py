@@ -35,7 +35,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 _INPUT = "files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet"
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Of all commands. Whoever starts them elsewhere checks arguments with it."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline",
@@ -255,7 +256,7 @@ def _dropped(counts: dict[str, int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. argparse itself exits with 2 on wrong usage."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     try:
         _run(arguments)
     except KeyboardInterrupt:

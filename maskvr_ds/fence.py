@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from maskvr_ds import slurm
 from maskvr_ds.outcome import HEARTBEATS, LONGEST_BEAT
 
 OWNER = "owner.json"
@@ -40,8 +41,9 @@ class Owner:
     """Who writes into a run's folder: rank 0 of a job.
 
     epoch: how many have taken the run, this one included. host, pid, started: of rank 0; started in clock ticks since
-    the host's boot. namespace: in which pid is meant. job: Slurm's job id, "" without Slurm; restarts: how often Slurm
-    has started that job again; nodes: its nodes as Slurm writes them. ranks: of the job. taken: seconds since 1970.
+    the host's boot. namespace: in which pid is meant. job: Slurm's (`slurm.job_id`), "" without Slurm; restarts: how
+    often Slurm has started that job again; nodes: its nodes as Slurm writes them. ranks: of the job. taken: seconds
+    since 1970.
     """
 
     epoch: int
@@ -104,7 +106,7 @@ def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> 
     the same Slurm job.
     """
     before = read(run)
-    job, restarts = environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT", "0"))
+    job, restarts = slurm.job_id(environment), int(environment.get("SLURM_RESTART_COUNT", "0"))
     if before is not None:
         restarted = bool(job) and before.job == job and before.restarts < restarts
         ours = _is_here(before) and before.pid == os.getpid()

@@ -14,6 +14,13 @@ _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 _PORTS = range(10_000, 30_000)
 
 
+def job_id(environment: Mapping[str, str]) -> str:
+    """What this job is called, for squeue and scontrol too; "" outside of one. A task of an array goes by the array's
+    id and its number: SLURM_JOB_ID of one of the tasks is the array's own id, which stands for all of them."""
+    array = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array[0]}_{array[1]}" if all(array) else environment.get("SLURM_JOB_ID", "")
+
+
 def hostnames(nodes: str) -> list[str]:
     """ "n[1-3]" → n1, n2, n3. Raises ValueError where scontrol does not say."""
     words = ["scontrol", "show", "hostnames", nodes]

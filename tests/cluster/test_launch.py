@@ -75,7 +75,7 @@ class Scene:
         return path
 
     def words(self, name: str, *options: Any, command: str = "launch", hostfile: Path | None = None) -> list[Any]:
-        where = ["--hostfile", hostfile or self.hostfile, "--config", self.config(name)]
+        where = ["--hostfile", hostfile or self.hostfile, "--config", self.config(name), "--minimum-free", 0.01]
         return [sys.executable, "-m", "cluster", command, *where, *options]
 
     def refused(self, name: str, *options: Any, **more: Any) -> str:

@@ -1,12 +1,15 @@
 """Job scripts as the real sbatch reads them."""
 
+import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from cluster.sbatch_script import SlurmError, directive, log_pattern
 from tests.cluster.slurm_cluster import Cluster
-from tests.support.scripts import VARIANTS, job_scripts
+from tests.support.corpora import make_corpus
+from tests.support.scripts import VARIANTS, build_words, job_scripts
 
 
 def test_every_variant_is_accepted(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,12 +46,32 @@ if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]
 """
 # One that trains until it is told to end, saves then, and is done at the second start.
 PATIENT = """#!/bin/bash
-[[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
+[[ $* =~ --config\\ (.*)/slurm/config-.*\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { touch completed.json; exit 0; }
 printf '{"job": "%s"}' "$SLURM_JOB_ID" >owner.json
 trap 'sleep 0.5; echo "{}" >stopped.json; exit 75' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 """
+# Of an array: one that is cancelled once both are there; then they wait for word that all may end.
+TOGETHER = """#!/bin/bash
+[[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
+echo "${SLURM_RESTART_COUNT:-0}" >>starts
+wait_for() { for ((i = 0; i < 900; i++)); do [ ! -e "$1" ] || return 0; sleep 0.1; done; exit 1; }
+if [ "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}" = "$SLURM_ARRAY_JOB_ID 0" ]; then
+    wait_for ../seed-3/starts
+    wait_for ../seed-14/starts
+    echo '{"step": 1}' >stopped.json
+    exit 75
+fi
+wait_for ../all_may_end
+touch completed.json
+"""
+
+
+def settings(folder: Path) -> list[str]:
+    """Of a run on a corpus that is there."""
+    corpus = make_corpus(folder / "corpus", rows=10, words=10)
+    return ["--config", "demo_cpu", "--set", f"data.path={corpus}", "--set", "evaluation.every_steps=0"]
 
 
 def environment(folder: Path, python: str) -> Path:
@@ -60,23 +83,45 @@ def environment(folder: Path, python: str) -> Path:
 
 def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> None:
     """The corpus' job, the array that waits for it, ranks by srun: with a stand-in for Python."""
+    build = build_words(tmp_path, make_corpus(tmp_path / "other", rows=10, words=10))
     venv, run = environment(tmp_path / "a venv", STAND_IN), tmp_path / "runs of 'two' seeds"
     said = slurm.tool(
-        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
         *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
-        *("--build-cpus", "1", "--build-data", "--input 'my texts' --output corpus"),
+        *("--set", f'data.path="{tmp_path}/built"', "--build-cpus", "1", "--build-data", shlex.join(build)),
     ).stdout
     data, job = (line.split(": job ")[1].split(";")[0] for line in said.splitlines())
     assert slurm.job(data)["Dependency"] == "(null)"
     slurm.wait_until(lambda: set(states(slurm, job)) <= {"COMPLETED", "FAILED"}, "done", 120)
     assert states(slurm, job) == ["COMPLETED"] * 2
     built, *trained = (venv / "bin" / "started").read_text().splitlines()
-    assert built == "0: -m data_pipeline build --input my texts --output corpus"
+    assert built == f"0: -m data_pipeline build {' '.join(build)}"
     assert len(trained) == 2
     for seed in (3, 14):
         assert any(f'--set seed={seed} --set output_dir="{run}/seed-{seed}" --resume auto' in line for line in trained)
         assert (run / f"seed-{seed}" / "slurm" / "attempt").is_file()
     assert len(list((run / "slurm").glob(f"{job}_[01].log"))) == 2
+
+
+def test_a_task_of_an_array_requeues_itself_alone(slurm: Cluster, tmp_path: Path) -> None:
+    """That one whose own id is the array's."""
+    venv, run = environment(tmp_path / "venv", TOGETHER), tmp_path / "run"
+    said = slurm.tool(
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
+        *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--seeds", "3", "14", "--submit"),
+    ).stdout
+    job = said.split(": job ")[1].split(";")[0]
+
+    def starts() -> list[list[str]]:
+        return sorted(path.read_text().split() for path in run.glob("seed-*/starts"))
+
+    slurm.wait_until(lambda: ["0", "1"] in starts(), "started again", 120)
+    assert starts() == [["0"], ["0", "1"]]
+    seen = json.loads(slurm.tool("status", run, "--json").stdout)
+    assert sorted((status["job"], status["state"]) for status in seen) == [(f"{job}_{i}", "running") for i in (0, 1)]
+    (run / "all_may_end").touch()
+    slurm.wait_until(lambda: set(states(slurm, job)) <= {"COMPLETED", "FAILED"}, "done", 120)
+    assert states(slurm, job) == ["COMPLETED"] * 2
 
 
 def states(slurm: Cluster, array: str) -> list[str]:
@@ -88,7 +133,7 @@ def test_a_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
     """Slurm tells the ranks alone, and would take an exit within the grace for the job's end: it requeues itself."""
     venv, run = environment(tmp_path / "venv", PATIENT), tmp_path / "run"
     said = slurm.tool(
-        *("slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--set", f'output_dir="{run}"', "--venv", venv),
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
         *("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--partition", "patient", "--submit"),
     ).stdout
     job = said.split(": job ")[1].split(";")[0]

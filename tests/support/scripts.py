@@ -1,10 +1,12 @@
 """Job scripts of every kind, as `python -m cluster slurm` writes them."""
 
+import shlex
 from pathlib import Path
 
 from cluster.__main__ import main
+from tests.support.corpora import make_corpus
 
-# Name → options. Hostile ones are data.
+# Name → options. Hostile ones are data. BUILD stands for what `build_words` says.
 VARIANTS: dict[str, list[str]] = {
     "cpu": ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1"],
     "cpu range": ["--nodes", "1-2", "--gpus-per-node", "0", "--tasks-per-node", "1"],
@@ -18,17 +20,35 @@ VARIANTS: dict[str, list[str]] = {
     "container": ["--nodes", "1", "--gpus-per-node", "1", "--container", "an image.sif"],
     "data": [
         *("--nodes", "1", "--gpus-per-node", "1", "--build-cpus", "1", "--build-time", "30"),
-        *("--build-data", "--input 'my texts' --output corpus --workers 1"),
+        *("--build-data", "BUILD"),
+    ],
+    "data in a container": [
+        *("--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif"),
+        *("--build-cpus", "1", "--build-data", "BUILD"),
     ],
 }
 
 
+def build_words(folder: Path, corpus: Path) -> list[str]:
+    """Of a build in `folder`, whose texts are made and which has the tokenizer of a corpus that is there."""
+    texts = folder / "my texts"
+    texts.mkdir(parents=True, exist_ok=True)
+    (texts / "a.txt").write_text("w1 w2 w3\n")
+    words = ["--input", str(texts), "--tokenizer", str(corpus / "tokenizer"), "--sequence-length", "32"]
+    return [*words, "--output", str(folder / "built")]
+
+
 def job_scripts(folder: Path) -> dict[str, list[Path]]:
     """Name → its scripts, data.sbatch before job.sbatch. The run's folders have blanks, quotes and `$(…)` in them."""
+    corpus = make_corpus(folder / "a corpus", rows=10, words=10)
+    build = shlex.join(build_words(folder, corpus))
     scripts = {}
     for name, options in VARIANTS.items():
         run = folder / f"a {name}'s run $(touch injected)"
-        run_options = ["--config", "demo_cpu", "--set", "data.path=a corpus", "--set", f'output_dir="{run}"']
-        assert main(["slurm", *run_options, *options]) == 0
-        scripts[name] = sorted((run / "slurm").iterdir())
+        data = folder / "built" if "BUILD" in options else corpus
+        sets = [f'data.path="{data}"', "evaluation.every_steps=0", f'output_dir="{run}"']
+        words = [word for text in sets for word in ("--set", text)]
+        options = [build if word == "BUILD" else word for word in options]
+        assert main(["slurm", "--config", "demo_cpu", *words, *options]) == 0
+        scripts[name] = sorted((run / "slurm").glob("*.sbatch"))
     return scripts

@@ -269,7 +269,7 @@ def test_nothing_stays_of_a_draft_that_is_discarded(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(preparation.checks, "launcher_fault", lambda *_: None)
     monkeypatch.setattr(preparation, "passed_on", lambda *_: {})
     parser = argparse.ArgumentParser()
-    preparation.add_options(parser)
+    preparation.add_options(parser, force="")
     arguments = parser.parse_args([])
     run = tmp_path / "a b" / "$(x)"
     config = load_config("demo_cpu", [f"output_dir={json.dumps(str(run))}"])

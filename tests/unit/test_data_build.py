@@ -344,7 +344,7 @@ def test_hidden_files_of_others_stay(folder: Path, tmp_path: Path) -> None:
 
 
 def test_importing_and_help_load_nothing_heavy() -> None:
-    script = "import sys, data_pipeline.__main__ as m; m._parser(); print(sorted(sys.modules))"
+    script = "import sys, data_pipeline.__main__ as m; m.command_parser(); print(sorted(sys.modules))"
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"numpy", "pyarrow", "tokenizers", "torch", "tqdm"} & set(eval(found.stdout))
     script = "import sys, data_pipeline.build, data_pipeline.stats; print(sorted(sys.modules))"

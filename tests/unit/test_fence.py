@@ -57,6 +57,19 @@ def beat(run: Path, rank: int, number: int, place: str = "step") -> Path:
     return path
 
 
+def test_another_task_of_an_array_is_another_job(tmp_path: Path) -> None:
+    first, other = ({**slurm(7), "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": number} for number in "01")
+    process = hold(tmp_path, first)
+    try:
+        assert str(read(tmp_path)).startswith("Slurm job 7_0 (restart 0)")
+        with pytest.raises(FencedError, match="in use by Slurm job 7_0"):
+            take(tmp_path, 2, {**other, "SLURM_RESTART_COUNT": "1"})
+        assert take(tmp_path, 2, {**first, "SLURM_RESTART_COUNT": "1"}).job == "7_0"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
     former = Fence(tmp_path)
     former.hold(former.take(4))

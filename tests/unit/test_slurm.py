@@ -1,163 +1,17 @@
-"""Job scripts: any value comes through as data or is refused; what cannot work is told before it is queued."""
+"""The command `slurm`: what cannot work is told before it is queued, and a job keeps what it was submitted with."""
 
-import os
-import shutil
-import stat
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from cluster.__main__ import main
-from cluster.sbatch_script import (
-    SlurmError,
-    Surroundings,
-    TrainingJob,
-    data_script,
-    directive,
-    log_pattern,
-    render,
-    training_script,
-)
-from cluster.slurm import follow, parse_nodes, parse_time
-from tests.support.scripts import job_scripts
-
-HOSTILE = [
-    "a b",
-    "it's",
-    'say "hi"',
-    "$(touch injected)",
-    "`touch injected`",
-    "a\nb",
-    "\n#SBATCH --uid=0\n",
-    "a; touch injected #",
-    "-rf",
-    "*",
-    "~",
-    "!!",
-    "\\",
-    "%j",
-    "<<RUN>>",
-    "ü",
-]
-# Whatever a file's name or an argument can be.
-texts = st.one_of(
-    st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
-)
-# Prints its arguments, each ended by a NUL byte; of srun those of the trainer only.
-STUB = """#!/bin/bash
-printf '%s\\0' "$@" >>"$STUB_LOG"
-"""
-
-
-def stubs(folder: Path) -> dict[str, str]:
-    """Stand-ins for Slurm's commands → the environment of a job's first start."""
-    for name in ("srun", "squeue", "scontrol"):
-        path = folder / name
-        path.write_text(STUB if name == "srun" else "#!/bin/bash\necho n1\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return {
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "STUB_LOG": str(folder / "log"),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "n1",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_ARRAY_TASK_ID": "1",
-    }
-
-
-def run_script(text: str, folder: Path) -> list[str]:
-    """What the script starts ranks with."""
-    folder.joinpath("log").unlink(missing_ok=True)
-    # By a file, as Slurm does.
-    (folder / "script").write_text(text)
-    subprocess.run(["bash", "script"], cwd=folder, env=stubs(folder), capture_output=True, check=False, timeout=60)
-    return (folder / "log").read_bytes().decode().split("\0")[:-1]
-
-
-@settings(max_examples=25)
-@given(arguments=st.lists(texts, max_size=3), name=texts, venv=texts, seeds=st.booleans())
-@example(arguments=HOSTILE, name="plain", venv="plain", seeds=True)
-@example(arguments=[], name="a\nb", venv="$(touch injected)", seeds=False)
-def test_values_come_through_as_data(
-    tmp_path_factory: pytest.TempPathFactory, arguments: list[str], name: str, venv: str, seeds: bool
-) -> None:
-    folder = tmp_path_factory.mktemp("script")
-    # Names of single folders: a slash would only make more of them.
-    run, environment = folder / ("run" + name.replace("/", "_")), folder / ("venv" + venv.replace("/", "_"))
-    job = TrainingJob(
-        options={"nodes": "1"},
-        run=run,
-        arguments=arguments,
-        surroundings=Surroundings(folder=folder, python="python", venv=environment),
-        tasks_per_node=1,
-        max_restarts=3,
-        signal_seconds=60,
-        seeds=(3, 4) if seeds else (),
-    )
-    if not str(run).isprintable() or "\\" in str(run):
-        with pytest.raises(SlurmError, match="--output"):
-            training_script(job)
-        return
-    started = run_script(training_script(job), folder)
-    at = started.index("maskvr_ds.train")
-    given = started[at + 1 : at + 1 + len(arguments)]
-    rest = started[at + 1 + len(arguments) :]
-    assert (started[at - 2 : at], given) == ([f"{environment}/bin/python", "-m"], arguments)
-    if seeds:
-        assert rest[:3:2] == ["--set", "--set"]
-        assert rest[1] == "seed=4"
-        assert yaml.safe_load(rest[3].removeprefix("output_dir=")) == str(run / "seed-4")
-        rest = rest[4:]
-    assert rest == ["--resume", "auto"]
-    assert (run / "seed-4" if seeds else run).joinpath("slurm", "attempt").read_text() == "7 0\n"
-    assert not list(folder.rglob("injected"))
-
-
-@given(value=texts)
-def test_a_directive_is_one_line_or_refused(value: str) -> None:
-    try:
-        line = directive("job-name", value)
-    except SlurmError:
-        assert not value.isprintable() or "\\" in value
-        return
-    assert len(line.splitlines()) == 1
-    assert line.startswith("#SBATCH --job-name=")
-
-
-def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
-    for value in ("", "a\nb", "a\\b", "a\x1bb"):
-        with pytest.raises(SlurmError, match="line of a job script"):
-            directive("job-name", value)
-    for name in ("", "x y", "-x", "a=b"):
-        with pytest.raises(SlurmError, match="long name"):
-            directive(name, "1")
-    assert directive("comment", 'a "b" #c') == '#SBATCH --comment="a \\"b\\" #c"'
-    assert log_pattern(Path("/a%j"), "%j.log") == "/a%%j/%j.log"
-
-
-def test_a_value_that_looks_like_a_place_stays(tmp_path: Path) -> None:
-    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], Surroundings(tmp_path, "python"))
-    assert "arguments=('<<FOLDER>>')" in script
-    with pytest.raises(KeyError):
-        render("data.sbatch", {})
-
-
-def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:
-    if shutil.which("shellcheck") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("shellcheck is not installed")
-        pytest.skip("shellcheck is not installed")
-    scripts = [path for folder in job_scripts(tmp_path).values() for path in folder]
-    for script in scripts:
-        subprocess.run(["bash", "-n", script], check=True)
-    # SC2016: that `$(…)` in a path is not expanded is what is wanted.
-    found = subprocess.run(["shellcheck", "--exclude=SC2016", *scripts], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
+from cluster.sbatch_script import SlurmError
+from cluster.slurm import config_file, follow, parse_nodes, parse_time
+from maskvr_ds.config import RunConfig, load_config
+from tests.support.corpora import make_corpus
+from tests.support.scripts import build_words
+from tests.unit.test_sbatch_script import run_script
 
 
 @pytest.mark.parametrize(
@@ -175,8 +29,19 @@ def test_nodes() -> None:
             parse_nodes(text)
 
 
-BASE = ["slurm", "--config", "demo_cpu", "--set", "data.path=corpus", "--print"]
+SCRIPTS = ["data.sbatch", "job.sbatch"]
+# Of a run on a corpus that is there.
+BASE = ["slurm", "--config", "demo_cpu", "--set", "evaluation.every_steps=0"]
 ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data") / "corpus", rows=10, words=10)
+
+
+def on(corpus: Path) -> list[str]:
+    return [*BASE, "--set", f"data.path={corpus}"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +62,10 @@ ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
         (["--nodes", "1", *ON_CPUS, "--sbatch", "exclusive"], "NAME=VALUE expected"),
         (["--nodes", "1", *ON_CPUS, "--job-name", "a\nb"], "--job-name 'a"),
         (["--nodes", "1", *ON_CPUS, "--build-data", "'open"], "--build-data"),
+        (["--nodes", "1", *ON_CPUS, "--build-data", "--output corpus"], "arguments are required: --tokenizer"),
+        (["--nodes", "1", *ON_CPUS, "--set", "data.path=none"], "none: no corpus there (manifest.json is missing); "),
+        (["--nodes", "1", *ON_CPUS, "--set", "evaluation.every_steps=9"], "held_out: no held-out corpus there"),
+        (["--nodes", "1", *ON_CPUS, "--set", "model.max_position_embeddings=16"], "sequences of 32 tokens exceed"),
         (
             ["--nodes", "1", *ON_CPUS, "--container", "i.sif", "--set", "output_dir=a:b"],
             "cannot be shown in a container",
@@ -211,9 +80,10 @@ def test_what_cannot_work_is_told_before(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    corpus: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*BASE, *options]) == 1
+    assert main([*on(corpus), "--print", *options]) == 1
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
@@ -221,25 +91,26 @@ def test_what_cannot_work_is_told_before(
 
 
 def test_without_sbatch_the_error_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
-    words = [word for word in BASE if word != "--print"]
-    assert main([*words, "--nodes", "1", *ON_CPUS, "--submit"]) == 1
+    assert main([*on(corpus), "--nodes", "1", *ON_CPUS, "--submit"]) == 1
     assert "sbatch: not found" in capsys.readouterr().err
 
 
 def test_saved_beside_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [word for word in BASE if word != "--print"]
-    build = ["--build-data", "--input 'my texts' --output corpus", "--dependency", "afterok:5"]
-    assert main([*words, "--set", "output_dir=my run", "--nodes", "1-2", *ON_CPUS, *build]) == 0
+    build = shlex.join(build_words(tmp_path, corpus))
+    more = ["--build-data", build, "--dependency", "afterok:5"]
+    sets = ["evaluation.every_steps=0", "data.path=built", "output_dir=my run"]
+    assert main([*on(Path("built")), "--set", "output_dir=my run", "--nodes", "1-2", *ON_CPUS, *more]) == 0
     folder = tmp_path / "my run" / "slurm"
-    assert sorted(path.name for path in folder.iterdir()) == ["data.sbatch", "job.sbatch"]
-    assert "arguments=(--input 'my texts' --output corpus)" in (folder / "data.sbatch").read_text()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [config_file(load_config("demo_cpu", sets)).name, *SCRIPTS]
+    assert f"arguments=({build})" in (folder / "data.sbatch").read_text()
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"sbatch '{folder}/data.sbatch'",
@@ -248,86 +119,44 @@ def test_saved_beside_the_run(
     assert follow("9", None)[0] == "--dependency=afterok:9"
 
 
-def behave(tmp_path: Path, ranks: str, restarts: int = 0, **changes: str) -> tuple[int, str, str]:
-    """Run a whole job script whose srun does what `ranks` says, in the run's folder; → status, output, requeued id."""
-    commands, run = tmp_path / "bin", tmp_path / "run"
-    commands.mkdir(exist_ok=True)
-    environment = stubs(commands) | {"SLURM_RESTART_COUNT": str(restarts)} | changes
-    (commands / "srun").write_text(f"#!/bin/bash\ncd '{run}' || exit 1\n{ranks}\n")
-    (commands / "squeue").write_text("#!/bin/bash\nprintf '%s' \"${QUEUE:-}\"\n")
-    requeue = f"""if [ "$1" = requeue ]; then echo "$2" >>'{tmp_path}/requeued'; else echo n1; fi"""
-    (commands / "scontrol").write_text(f"#!/bin/bash\n{requeue}\n")
-    (tmp_path / "requeued").unlink(missing_ok=True)
-    job = TrainingJob(
-        options={"nodes": "1"},
-        run=run,
-        arguments=[],
-        surroundings=Surroundings(folder=tmp_path, python=sys.executable),
-        tasks_per_node=1,
-        max_restarts=2,
-        signal_seconds=60,
-    )
-    script = tmp_path / "job"
-    script.write_text(training_script(job))
-    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False, timeout=60)
-    requeued = tmp_path / "requeued"
-    return result.returncode, result.stdout, requeued.read_text().strip() if requeued.is_file() else ""
+def test_a_job_keeps_the_settings_that_it_was_submitted_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
+) -> None:
+    """run.yaml changes, is submitted again, is removed: each script goes on with its own, at every start."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    file, job = tmp_path / "run.yaml", tmp_path / "run" / "slurm" / "job.sbatch"
+
+    def submitted(rate: float, *more: str) -> str:
+        file.write_text(f"base: demo_cpu\noutput_dir: run\noptimizer: {{lr: {rate}}}\n")
+        words = ["run.yaml" if word == "demo_cpu" else word for word in on(corpus)]
+        assert main([*words, "--nodes", "1", *ON_CPUS, *more]) == 0
+        return job.read_text()
+
+    def started(script: str) -> RunConfig:
+        words = run_script(script, tmp_path / "bin")
+        words = words[words.index("maskvr_ds.train") + 1 : -2]
+        return load_config(words[1], words[3::2])
+
+    first, seeds, second = submitted(0.25), submitted(0.25, "--seeds", "3", "4"), submitted(0.5)
+    assert submitted(0.25) == first
+    file.unlink()
+    assert [started(script).optimizer.lr for script in (first, seeds, second)] == [0.25, 0.25, 0.5]
+    assert started(first).data.path == corpus
+    # The stand-in for Slurm starts task 1.
+    assert (started(seeds).seed, started(seeds).output_dir) == (4, tmp_path / "run" / "seed-4")
+    configs = list(job.parent.glob("config-*.yaml"))
+    assert len(configs) == 2
 
 
-OURS = """echo '{"job": "7"}' >owner.json; mkdir -p checkpoints;"""
-STOP = OURS + " echo step-1 >checkpoints/latest; echo '{}' >stopped.json; exit 75"
-# As Slurm does with --signal=B:USR1, then as the trainer does.
-ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
-
-
-@pytest.mark.parametrize(
-    ("ranks", "restarts", "status", "requeued", "said"),
-    [
-        (OURS + "echo '{}' >completed.json; exit 1", 0, 0, "", "completed"),
-        (OURS + "exit 0", 0, 0, "7", "the ranks failed"),
-        (ASKED, 0, 0, "7", "queues itself again, checkpoint: step-1"),
-        (ASKED, 2, 1, "", "as often as --max-restarts allows"),
-        (ASKED, 3, 1, "", "more than --max-restarts 2"),
-        (STOP, 0, 0, "7", "queues itself again, checkpoint: step-1"),
-        (STOP.replace("{}", '{"step": 1, "requested": true}'), 0, 75, "", "stopped on request"),
-        ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
-        ("exit 1", 0, 1, "", "ended before they had the run"),
-        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job has it"),
-        (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
-    ],
-)
-def test_how_a_start_ends(tmp_path: Path, ranks: str, restarts: int, status: int, requeued: str, said: str) -> None:
-    """Decided by what stands in the run's folder, not by statuses."""
-    returned, output, again = behave(tmp_path, ranks, restarts)
-    assert (returned, again) == (status, requeued), output
-    assert said in output
-
-
-def test_failing_twice_at_a_checkpoint_ends_it(tmp_path: Path) -> None:
-    fail = OURS + "echo step-%d >checkpoints/latest; exit 1"
-    for restarts, step, again in ((0, 1, True), (1, 2, True), (2, 2, False)):
-        status, output, requeued = behave(tmp_path, fail % step, restarts)
-        assert (bool(requeued), status == 0) == (again, again), output
-    assert "failed twice at checkpoint: step-2" in output
-    # Submitted again, it is another job.
-    assert behave(tmp_path, (fail % 2).replace('"7"', '"9"'), SLURM_JOB_ID="9")[2] == "9"
-
-
-def test_a_run_has_one_job(tmp_path: Path) -> None:
-    assert behave(tmp_path, ASKED)[2] == "7"
-    status, output, requeued = behave(tmp_path, "touch started", SLURM_JOB_ID="8", QUEUE="7")
-    assert (status, requeued) == (1, "")
-    assert "job 7 is running the same run; end it first (scancel 7)" in output
-    assert not (tmp_path / "run" / "started").exists()
-    assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
-
-
-def test_a_job_that_is_being_cancelled_does_not_come_back(tmp_path: Path) -> None:
-    """Also where the script was not told."""
-    status, output, requeued = behave(tmp_path, STOP, QUEUE="COMPLETING")
-    assert (status, requeued) == (1, ""), output
-
-
-def test_an_old_end_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
-    assert behave(tmp_path, OURS + "echo '{}' >completed.json")[0] == 0
-    assert behave(tmp_path, OURS + "exit 1")[2] == "7"
+def test_an_edited_configuration_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*on(corpus), "--set", "output_dir=run", "--nodes", "1", *ON_CPUS]
+    assert main(words) == 0
+    (path,) = (tmp_path / "run" / "slurm").glob("config-*.yaml")
+    path.write_text(path.read_text() + "# mine\n")
+    assert main(words) == 1
+    assert f"{path}: edited since it was written" in capsys.readouterr().err
+    assert path.read_text().endswith("# mine\n")

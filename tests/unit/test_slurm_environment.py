@@ -28,6 +28,13 @@ def test_a_task_is_a_rank() -> None:
     assert slurm.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
 
 
+def test_a_task_of_an_array_has_a_name_of_its_own() -> None:
+    assert slurm.job_id({}) == ""
+    assert slurm.job_id({"SLURM_JOB_ID": "7"}) == "7"
+    tasks = [{"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": number} for number in "01"]
+    assert [slurm.job_id(task) for task in tasks] == ["7_0", "7_1"]
+
+
 def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "_first_host", lambda nodes: f"first of {nodes}")
     mapped = slurm.ranks(STEP)
