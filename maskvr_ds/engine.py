@@ -23,8 +23,9 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 from torch._utils import _unflatten_dense_tensors
 from transformers import BertConfig
 
-from maskvr_ds import distributed, hashing, lamb
+from maskvr_ds import distributed, hashing, initial_weights, lamb
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
+from maskvr_ds.initial_weights import InitialWeights
 from maskvr_ds.model import MaskedLanguageModel
 
 
@@ -177,16 +178,20 @@ def create_engine(
     optimizer: OptimizerConfig,
     accumulation: int,
     seed: int,
+    initial: InitialWeights | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """Model with initial weights from `seed`, optimizer and engine. `deepspeed_config` as read from the JSON.
+    """Model with initial weights from `seed` or `initial`, optimizer and engine. `deepspeed_config` as read from the
+    JSON.
 
-    Raises ConfigError, on every rank alike, where this machine cannot compute in the precision.
+    Raises ConfigError, on every rank alike, where this machine cannot compute in the precision, or weights do not fit.
     """
     distributed.agreed(lambda: check_device(deepspeed_config))
     # Its warnings here are that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
     module = MaskedLanguageModel(bert, activation_checkpointing=model.activation_checkpointing)
+    if initial is not None:
+        initial_weights.load(module.mlm, initial)
     groups = lamb.parameter_groups(module, optimizer.weight_decay)
     client = None
     if optimizer.name == "lamb":
