@@ -247,6 +247,7 @@ class RunConfig(Section):
         if not self.phases:
             return self
         values = resolve(self.model_dump(exclude={"phases"}), self.phases, index)
+        values["model"] = self.model  # as it is: it tells sizes that were given from defaults
         try:
             return RunConfig.model_validate(values)
         except ValidationError as error:

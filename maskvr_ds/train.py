@@ -39,7 +39,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     rank did, FloatingPointError where the run diverged, StoppedError where it was asked to stop and has saved.
     """
     latest = distributed.agreed(lambda: find_checkpoint(config, resume), on=0)
-    # Before anything asks for sizes, which a folder has, or the checkpoint. Rank 0's word: the folder may be on its host.
+    # Before anything asks for sizes, which the folder has, or the checkpoint. Rank 0's: it may be on one host.
     model, initial = distributed.agreed(partial(initial_weights.settle, config.model, latest), on=0)
     config = config.model_copy(update={"model": model})
     phases = plan(config)
