@@ -29,10 +29,12 @@ _MAPNET_MAY_CHANGE = {"lr", "check_every"}
 def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[Corpus, Corpus | None]:
     """Training and held-out corpora, several as one; opening reads no token data. open_files: see `Corpus`."""
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
-    if corpus.sequence_length > config.model.max_position_embeddings:
+    if corpus.sequence_length > (positions := config.model.max_position_embeddings):
+        folder = config.model.initialize_from
+        theirs = f", those of {folder}; build the corpus with --sequence-length {positions} at most" if folder else ""
         raise ConfigError(
             f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
-            f"model.max_position_embeddings {config.model.max_position_embeddings}"
+            f"model.max_position_embeddings {positions}{theirs}"
         )
     check_masking(config, corpus)
     return corpus, _open_held_out(config, corpus, open_files)

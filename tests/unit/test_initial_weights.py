@@ -175,6 +175,13 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
         settle(ModelConfig(initialize_from=moved), latest)
 
 
+def test_the_readmes_example_is_a_configuration(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = readme.split("### Continue from an existing model")[1].split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "domain.yaml").write_text(block)
+    assert load_config(tmp_path / "domain.yaml").model.initialize_from == Path("bert-base-uncased")
+
+
 def test_token_ids_of_both_kinds_of_file(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
