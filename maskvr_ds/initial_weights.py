@@ -107,7 +107,7 @@ def check_vocabulary(initial: InitialWeights, corpus: Corpus) -> None:
     """
     folder, size = initial.folder, corpus.manifest.vocab_size
     remedy = f"build the corpus with that model's tokenizer (--tokenizer {folder})"
-    theirs = int((read_bert_config(folder) or {}).get("vocab_size", 30522))
+    theirs = (read_bert_config(folder) or {}).get("vocab_size", 30522)
     if size != theirs:
         raise ConfigError(
             f"{corpus.folder}: its tokenizer has {size} tokens, the model in {folder} has {theirs}; {remedy}"

@@ -1,5 +1,6 @@
 """A run that begins with an existing model: what it computes at first is what that model computes, on any ranks."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -83,6 +84,20 @@ def test_begins_where_the_model_ended(
         assert metrics(run)[-1]["held_out_loss"] == pytest.approx(metrics(trained)[-1]["held_out_loss"], abs=tolerance)
         first = read_events(run / METRICS)[0]
         assert (first["event"], first["step"], first["folder"]) == ("initialized", 0, str(model))
+
+
+def train_elsewhere(values: dict[str, Any]) -> list[str | None]:
+    """On a rank: train; on all but rank 0 the folder is not there."""
+    if os.environ["RANK"] != "0":
+        values["model"]["initialize_from"] += "-not-here"
+    return train_all([(values, None)])
+
+
+def test_rank_0_alone_needs_the_folder(trained: Path, model: Path, corpus: Path, tmp_path: Path) -> None:
+    values = begins_with(model, tmp_path / "run", corpus, steps=1, **STANDS_STILL)
+    assert run_ranks(train_elsewhere, 2, values) == [[None], [None]]
+    found, expected = (metrics(run)[-1]["held_out_loss"] for run in (tmp_path / "run", trained))
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path: Path) -> None:
