@@ -228,6 +228,9 @@ def _inputs(config: RunConfig) -> list[Path]:
     """Folders that the run reads."""
     phases = [config.phase(index) for index in range(max(1, len(config.phases)))]
     paths = [path for p in phases for path in (*(c.path for c in p.data.corpora), p.data.held_out_path)]
+    # Needed at the first start only: it may be gone by now.
+    model = config.model.initialize_from
+    paths += [model] if model is not None and model.is_dir() else []
     return [path.absolute() for path in paths if path is not None]
 
 

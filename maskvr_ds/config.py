@@ -24,6 +24,7 @@ from pydantic import (
 from maskvr_ds.config_data import DataConfig
 from maskvr_ds.config_file import ConfigError, Section, assign, describe, read_yaml, recipe_text, recipes
 from maskvr_ds.config_masking import AutoConfig, MaskingConfig
+from maskvr_ds.config_model import ModelConfig
 from maskvr_ds.config_phases import OF_PHASES, Phase, check_phases, resolve, take_from_phases
 from maskvr_ds.config_survival import CheckpointConfig, DivergenceConfig, HangsConfig
 from maskvr_ds.variants import VARIANTS, Variant
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "MaskingConfig",
+    "ModelConfig",
     "RunConfig",
     "deepspeed_config_path",
     "load_config",
@@ -40,53 +42,6 @@ __all__ = [
 ]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-# Layers, hidden size, heads: Turc et al. 2019 (arXiv 1908.08962), base and large: Devlin et al. 2018.
-PRESETS: dict[str, tuple[int, int, int]] = {
-    "bert-tiny": (2, 128, 2),
-    "bert-mini": (4, 256, 4),
-    "bert-small": (4, 512, 8),
-    "bert-medium": (8, 512, 8),
-    "bert-base": (12, 768, 12),
-    "bert-large": (24, 1024, 16),
-}
-
-
-class ModelConfig(Section):
-    """transformers' BertConfig; the vocabulary comes from the corpus. A preset gives sizes, fields override it."""
-
-    preset: Literal["bert-tiny", "bert-mini", "bert-small", "bert-medium", "bert-base", "bert-large"] | None = None
-    num_hidden_layers: PositiveInt = 12
-    hidden_size: PositiveInt = 768
-    num_attention_heads: PositiveInt = 12
-    # None: 4 × hidden_size.
-    intermediate_size: PositiveInt | None = None
-    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
-    hidden_dropout_prob: Probability = 0.1
-    attention_probs_dropout_prob: Probability = 0.1
-    max_position_embeddings: PositiveInt = 512
-    type_vocab_size: PositiveInt = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    activation_checkpointing: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            layers, hidden, heads = PRESETS[values["preset"]]
-            sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-            return {**sizes, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        return self
 
 
 class MapNetConfig(Section):
@@ -294,6 +249,7 @@ class RunConfig(Section):
         if not self.phases:
             return self
         values = resolve(self.model_dump(exclude={"phases"}), self.phases, index)
+        values["model"] = self.model  # as it is: it tells sizes that were given from defaults
         try:
             return RunConfig.model_validate(values)
         except ValidationError as error:
@@ -363,6 +319,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back to the same RunConfig."""
     values = config.model_dump(mode="json")
+    if config.model.initialize_from is not None:  # defaults written out would stand against the folder's sizes
+        values["model"] = config.model.model_dump(mode="json", exclude_unset=True)
     if config.phases:  # theirs, and taken from them when it is read
         del values["training"]
         values["data"] = {key: value for key, value in values["data"].items() if key not in OF_PHASES}

@@ -23,9 +23,11 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 from torch._utils import _unflatten_dense_tensors
 from transformers import BertConfig
 
-from maskvr_ds import distributed, hashing, lamb
+from maskvr_ds import distributed, hashing, initial_weights, lamb
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
+from maskvr_ds.initial_weights import InitialWeights
 from maskvr_ds.model import MaskedLanguageModel
+from maskvr_ds.partitions import layout_of, trained
 
 
 def _import_muon() -> None:
@@ -177,16 +179,24 @@ def create_engine(
     optimizer: OptimizerConfig,
     accumulation: int,
     seed: int,
+    initial: InitialWeights | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """Model with initial weights from `seed`, optimizer and engine. `deepspeed_config` as read from the JSON.
+    """Model with initial weights from `seed` or `initial`, optimizer and engine. `deepspeed_config` as read from the
+    JSON.
 
-    Raises ConfigError, on every rank alike, where this machine cannot compute in the precision.
+    Raises ConfigError, on every rank alike, where this machine cannot compute in the precision, or weights do not fit.
     """
     distributed.agreed(lambda: check_device(deepspeed_config))
     # Its warnings here are that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
     module = MaskedLanguageModel(bert, activation_checkpointing=model.activation_checkpointing)
+    if initial is not None:
+        initial_weights.load(module.mlm, initial)
+    # DeepSpeed rounds parameters first and makes their fp32 masters of what is left.
+    exact = {}
+    if initial is not None and model_dtype(deepspeed_config) != torch.float32:
+        exact = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     groups = lamb.parameter_groups(module, optimizer.weight_decay)
     client = None
     if optimizer.name == "lamb":
@@ -199,6 +209,8 @@ def create_engine(
         optimizer=client,
         config=complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation),
     )
+    if exact:
+        distributed.agreed(lambda: _set_masters(engine, exact))
     if client is not None:
         distributed.agreed(lambda: lamb.bind(engine))
     if loss_scale(engine) is not None:
@@ -313,6 +325,23 @@ def _masters_beside(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
         return {}
     groups = zip(optimizer.fp16_groups, masters, strict=True)
     return {p: master for group, of_group in groups for p, master in zip(group, of_group, strict=True)}
+
+
+@torch.no_grad()
+def _set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> None:
+    """Have the fp32 masters be these weights, of which the engine's parameters are the rounded values. Not a
+    collective."""
+    if beside := _masters_beside(engine.optimizer):
+        for name, parameter in engine.module.named_parameters():
+            beside[parameter].copy_(weights[name])
+        return
+    given = [p for group in lamb.parameter_groups(engine.module) for _, p in group["params"]]
+    layout = layout_of(engine, trained([{"params": given}]), engine.basic_optimizer.param_groups)
+    for flat, partition in layout.partitions.items():
+        for fragment in partition.fragments:
+            whole = weights[layout.names[fragment.tensor]].view(-1)
+            here = fragment.of_partition(flat.detach())
+            here.copy_(whole.narrow(0, fragment.tensor_start, fragment.length).view(here.shape))
 
 
 def not_rounded(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import distributed, hashing, mapnet
+from maskvr_ds import distributed, hashing, initial_weights, mapnet
 from maskvr_ds.auto import Chooser
 from maskvr_ds.batch import MaskedBatch
 from maskvr_ds.checkpoint import CheckpointState
@@ -17,6 +17,7 @@ from maskvr_ds.divergence import Guard, read_rollbacks
 from maskvr_ds.engine import create_engine, model_dtype, partition_sizes, zero_stage
 from maskvr_ds.evaluate import HeldOut
 from maskvr_ds.fence import Fence
+from maskvr_ds.initial_weights import InitialWeights
 from maskvr_ds.loader import Loader
 from maskvr_ds.masking import Masker
 from maskvr_ds.metrics import MetricsLog
@@ -62,17 +63,25 @@ class Parts:
 
 
 def assemble(
-    run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], latest: Path | None, fence: Fence
+    run: RunConfig,
+    phase: RunPhase,
+    deepspeed_config: dict[str, Any],
+    initial: InitialWeights | None,
+    latest: Path | None,
+    fence: Fence,
 ) -> Parts:
     """Open, check, make and restore; the run's folder is this job's from here on. Every rank calls.
 
-    latest: the checkpoint to go on from, of this phase or the last one of the phase before. Raises ValueError (of
-    whatever kind) on every rank alike for what the user can mend.
+    initial: what the run began, or begins, with. latest: the checkpoint to go on from, of this phase or the last one of
+    the phase before. Raises ValueError (of whatever kind) on every rank alike for what the user can mend.
     """
     config = phase.config
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
     corpus, held_out = open_and_verify(phase)
     check_same_corpora((corpus, held_out))
+    begins_with = initial if latest is None else None
+    if begins_with is not None:
+        distributed.agreed(lambda: initial_weights.check_vocabulary(begins_with, corpus), on=0)
     make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest
@@ -85,6 +94,7 @@ def assemble(
         optimizer=config.optimizer,
         accumulation=config.accumulation_steps(world_size),
         seed=hashing.fold(config.seed, WEIGHTS),
+        initial=begins_with,
     )
     state = CheckpointState(
         step=0,
@@ -93,7 +103,7 @@ def assemble(
         zero_stage=zero_stage(deepspeed_config),
         dtype=str(model_dtype(deepspeed_config)).removeprefix("torch."),
         partitions=partition_sizes(engine),
-        identity=run_identity(phase, corpus),
+        identity=run_identity(phase, corpus, initial),
         settings=run_settings(config),
     )
     if latest is not None:
@@ -152,6 +162,8 @@ def assemble(
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
         rollbacks=rollbacks,
     )
+    if begins_with is not None:
+        log.event(event="initialized", step=0, folder=str(begins_with.folder), sha256=begins_with.sha256)
     return Parts(
         corpus=corpus,
         engine=engine,

@@ -14,6 +14,7 @@ from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
 from maskvr_ds import checkpoint, distributed, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
 from maskvr_ds.fence import Fence
+from maskvr_ds.initial_weights import InitialWeights
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.mixture import corpora_identity, open_mixture
 from maskvr_ds.node_files import NodeFiles
@@ -28,10 +29,12 @@ _MAPNET_MAY_CHANGE = {"lr", "check_every"}
 def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[Corpus, Corpus | None]:
     """Training and held-out corpora, several as one; opening reads no token data. open_files: see `Corpus`."""
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
-    if corpus.sequence_length > config.model.max_position_embeddings:
+    if corpus.sequence_length > (positions := config.model.max_position_embeddings):
+        folder = config.model.initialize_from
+        theirs = f", those of {folder}; build the corpus with --sequence-length {positions} at most" if folder else ""
         raise ConfigError(
             f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
-            f"model.max_position_embeddings {config.model.max_position_embeddings}"
+            f"model.max_position_embeddings {positions}{theirs}"
         )
     check_masking(config, corpus)
     return corpus, _open_held_out(config, corpus, open_files)
@@ -238,17 +241,20 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     if config.learns_proposal:
         dump["mapnet"] = config.mapnet.model_dump(include=_MAPNET_MAY_CHANGE)
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
+    if (folder := config.model.initialize_from) is not None:
+        nested["model.initialize_from"] = str(folder)
     return {"deepspeed": config.deepspeed, **nested}
 
 
-def run_identity(phase: RunPhase, corpus: Corpus) -> dict[str, Any]:
-    """What must not change within a phase, in JSON types."""
+def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None) -> dict[str, Any]:
+    """What must not change within a phase, in JSON types. initial: by its SHA-256, since a folder may move."""
     config, manifest = phase.config, corpus.manifest
     identity = {
         "tokenizer": manifest.tokenizer_sha256,
         "sequence_length": manifest.sequence_length,
         **corpora_identity(corpus),
-        "model": config.model.model_dump(exclude={"preset", "activation_checkpointing"}),
+        "model": config.model.model_dump(exclude={"preset", "activation_checkpointing", "initialize_from"})
+        | ({} if initial is None else {"initialize_from": initial.sha256}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "masking": config.masking.model_dump(exclude={"change_at_resume"}),

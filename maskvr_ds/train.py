@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from maskvr_ds import checkpoint, distributed, hashing, outcome
+from maskvr_ds import checkpoint, distributed, hashing, initial_weights, outcome
 from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config
 from maskvr_ds.divergence import DivergedError, batches, windows_of
 from maskvr_ds.engine import free_memory, loss_scale, read_deepspeed_config, set_learning_rate
 from maskvr_ds.fence import Fence
+from maskvr_ds.initial_weights import InitialWeights
 from maskvr_ds.metrics import METRICS, DeferredTensor, StepRecord, plot_loss
 from maskvr_ds.parts import DROPOUT, Parts, assemble
 from maskvr_ds.phases import RunPhase, next_phase, plan
@@ -37,12 +38,15 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     Raises ValueError (ConfigError, CorpusError, CheckpointError) for what the user can mend, RemoteError where another
     rank did, FloatingPointError where the run diverged, StoppedError where it was asked to stop and has saved.
     """
+    latest = distributed.agreed(lambda: find_checkpoint(config, resume), on=0)
+    # Before anything asks for sizes, which the folder has, or the checkpoint. Rank 0's: it may be on one host.
+    model, initial = distributed.agreed(partial(initial_weights.settle, config.model, latest), on=0)
+    config = config.model_copy(update={"model": model})
     phases = plan(config)
     world_size = distributed.world_size()
     for phase in phases:
         distributed.agreed(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
     deepspeed_config = distributed.agreed(lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed)))
-    latest = distributed.agreed(lambda: find_checkpoint(config, resume), on=0)
     first = 0
     if latest is not None:
         state = distributed.agreed(partial(checkpoint.read_state, latest), on=0)
@@ -54,7 +58,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     fence = Fence(config.output_dir)
     while left:
         try:
-            latest = train_phase(config, left[0], deepspeed_config, latest, fence, stop)
+            latest = train_phase(config, left[0], deepspeed_config, initial, latest, fence, stop)
             left = left[1:]
         except DivergedError as error:
             latest = go_back(left[0].config, left[0], error, latest, fence)
@@ -68,18 +72,19 @@ def train_phase(
     run: RunConfig,
     phase: RunPhase,
     deepspeed_config: dict[str, Any],
+    initial: InitialWeights | None,
     latest: Path | None,
     fence: Fence,
     stop: StopRequest | None = None,
 ) -> Path | None:
     """Train what is left of one phase; → its last checkpoint. Every rank calls.
 
-    latest: the checkpoint to go on from, of this phase or the last one of the phase before: crossing the boundary is
-    a resume, whether the process was killed there or not. fence: taken here, or checked. Raises DivergedError where it
-    shall be called again.
+    initial: what the run began with, if not with weights from its seed. latest: the checkpoint to go on from, of this
+    phase or the last one of the phase before: crossing the boundary is a resume, whether the process was killed there
+    or not. fence: taken here, or checked. Raises DivergedError where it shall be called again.
     """
     config = phase.config
-    parts = assemble(run, phase, deepspeed_config, latest, fence)
+    parts = assemble(run, phase, deepspeed_config, initial, latest, fence)
     engine, masker, proposer, log, guard = parts.engine, parts.masker, parts.proposer, parts.log, parts.guard
     step, samples = parts.state.step, parts.state.samples
     reader = batches(parts.loader, step - phase.first_step, windows_of(parts.rollbacks, phase.index))

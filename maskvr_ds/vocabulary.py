@@ -1,4 +1,4 @@
-"""What strategies know of a vocabulary: which tokens begin words, how often each occurs. V entries; on the host."""
+"""What is known of a vocabulary: its tokens' ids, which begin words, how often each occurs. V entries; on the host."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from data_pipeline.shards import Corpus
 
@@ -14,6 +15,22 @@ from data_pipeline.shards import Corpus
 _BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")
 # Rows of a shard counted at once.
 _BLOCK = 1 << 14
+
+
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """Token → id, those of added tokens too, as the folder's tokenizer.json has them, or else its vocab.txt (a token a
+    line, by number); None where it has neither. Raises ValueError where tokenizer.json cannot be read."""
+    path, lines = folder / "tokenizer.json", folder / "vocab.txt"
+    if path.is_file():
+        try:
+            return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
+        except Exception as error:  # tokenizers raises no other
+            raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    if lines.is_file():
+        # Tokens may be such characters as str.splitlines would end a line at.
+        with lines.open(encoding="utf-8", newline="\n") as file:
+            return {line.rstrip("\r\n"): index for index, line in enumerate(file)}
+    return None
 
 
 def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:

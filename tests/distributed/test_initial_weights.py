@@ -1,0 +1,192 @@
+"""A run that begins with an existing model: what it computes at first is what that model computes, on any ranks."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from maskvr_ds import checkpoint
+from maskvr_ds.checkpoint import complete_checkpoints
+from maskvr_ds.export import export
+from maskvr_ds.metrics import METRICS, read_events
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
+from tests.support.corpora import make_corpus
+
+# So little that no fp32 weight changes: a step, and the evaluation behind it, of the model that was given.
+STANDS_STILL: dict[str, Any] = {"optimizer": {"lr": 1e-30}, "schedule": {"warmup_steps": 0}}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "corpus"
+    make_corpus(folder, rows=200, words=20)
+    make_corpus(folder / "held_out", rows=60, words=20, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    values = configuration(run, corpus, steps=20, model=NO_DROPOUT)
+    assert run_ranks(train_all, 2, [(values, None)]) == [[None], [None]]
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Path:
+    """Its export, as the first BERTs were saved: with names of old, pooler, next-sentence head and tied copies."""
+    folder = trained.with_name("model")
+    export(trained, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in list(weights):
+        for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            if name.endswith(new):
+                weights[name.replace(new, old)] = weights.pop(name)
+    weights["cls.predictions.decoder.bias"] = weights.pop("cls.predictions.bias")
+    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"].clone()
+    weights["bert.pooler.dense.bias"] = torch.zeros(32)
+    weights["cls.seq_relationship.bias"] = torch.zeros(2)
+    weights["bert.embeddings.position_ids"] = torch.arange(64)[None]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def begins_with(model: Path, output: Path, corpus: Path, *, steps: int, **sections: Any) -> dict[str, Any]:
+    values = configuration(output, corpus, steps=steps, **sections)
+    values["model"] = {"initialize_from": str(model), **sections.get("model", {})}
+    return values
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_begins_where_the_model_ended(
+    trained: Path, model: Path, corpus: Path, tmp_path: Path, world_size: int
+) -> None:
+    """Every weight and the held-out loss, at each ZeRO stage; in bf16 and fp16 the masters are not rounded."""
+    names = ["zero0_fp32", "zero2_fp32", "zero3_fp32", "zero0_bf16", "zero2_bf16", "zero3_bf16", "zero1_fp16"]
+    jobs = [
+        (begins_with(model, tmp_path / name, corpus, steps=1, deepspeed=name, **STANDS_STILL), None) for name in names
+    ]
+    assert run_ranks(train_all, world_size, jobs, True) == [[None] * len(jobs)] * world_size
+    expected = checkpoint.read_weights(complete_checkpoints(trained)[-1])
+    for name in names:
+        run = tmp_path / name
+        weights = checkpoint.read_weights(complete_checkpoints(run)[-1])
+        assert weights.keys() == expected.keys()
+        differing = [key for key in expected if not torch.equal(weights[key], expected[key])]
+        assert not differing, name
+        tolerance = 1e-5 if name.endswith("fp32") else 2e-2
+        assert metrics(run)[-1]["held_out_loss"] == pytest.approx(metrics(trained)[-1]["held_out_loss"], abs=tolerance)
+        first = read_events(run / METRICS)[0]
+        assert (first["event"], first["step"], first["folder"]) == ("initialized", 0, str(model))
+
+
+def train_elsewhere(values: dict[str, Any]) -> list[str | None]:
+    """On a rank: train; on all but rank 0 the folder is not there."""
+    if os.environ["RANK"] != "0":
+        values["model"]["initialize_from"] += "-not-here"
+    return train_all([(values, None)])
+
+
+def test_rank_0_alone_needs_the_folder(trained: Path, model: Path, corpus: Path, tmp_path: Path) -> None:
+    values = begins_with(model, tmp_path / "run", corpus, steps=1, **STANDS_STILL)
+    assert run_ranks(train_elsewhere, 2, values) == [[None], [None]]
+    found, expected = (metrics(run)[-1]["held_out_loss"] for run in (tmp_path / "run", trained))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path: Path) -> None:
+    """With dropout, on 2 ranks: killed, the folder gone, resumed: the same bits; sizes come from the checkpoint."""
+    once = tmp_path / "once"
+    shutil.copytree(model, once)
+
+    def job(name: str, folder: Path) -> tuple[dict[str, Any], str | None]:
+        return begins_with(folder, tmp_path / name, corpus, steps=12, checkpoint={"every_steps": 4}), "auto"
+
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    weights = load_file(other / "model.safetensors")
+    weights["cls.predictions.decoder.bias"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    without = configuration(tmp_path / "killed", corpus, steps=12, checkpoint={"every_steps": 4})
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    whole, killed = job("whole", once), job("killed", once)
+    start = {"moments": "keep", "step_counter": "keep", "schedule": "restart"}
+    phases = [{"name": name, "data": {"path": str(corpus)}, "training": {"steps": 6}} for name in ("one", "two")]
+    phased, _ = job("phased", once)
+    phased |= {"data": {}, "training": {}, "phases": [phases[0], {**phases[1], "start": start}]}
+    lives = [
+        Life([whole, (phased, None)]),
+        Life([killed], kill=("step", 6)),
+        Life([job("killed", other), job("killed", tmp_path / "nowhere"), (without, "auto")], delete=once),
+        Life([killed], kill=("step", 9)),
+        Life([job("killed", moved)]),
+        Life([job("fresh", once)]),
+    ]
+    answers = run_ranks(live, 2, lives, free_ports(len(lives)), timeout=600)[0]
+    assert answers[0] == [None, None]
+    assert answers[1] == answers[3] == "killed"
+    for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not there)", "is not set"), strict=True):
+        assert f"it began with those of {once} (SHA-256 " in refused
+        assert now in refused
+    assert answers[4] == [None]
+    assert "no such folder; a local one expected" in answers[5][0]
+    figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
+    assert column(tmp_path / "killed", *figures) == column(tmp_path / "whole", *figures)
+    ends = [checkpoint.read_weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("killed", "whole")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tmp_path: Path) -> None:
+    make_corpus(tmp_path / "larger", words=21)
+    make_corpus(tmp_path / "longer", words=20, length=80)
+    weights = load_file(model / "model.safetensors")
+
+    def changed(name: str, **tensors: torch.Tensor | None) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        kept = {k: v for k, v in {**weights, **tensors}.items() if v is not None}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    table, query = "bert.embeddings.position_embeddings.weight", "bert.encoder.layer.1.attention.self.query"
+    renamed, broken = changed("renamed"), changed("broken")
+    tokenizer = renamed / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w3"', '"w99"'))
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
+    cases = {
+        "its tokenizer has 26 tokens, the model in .* has 25": (model, tmp_path / "larger"),
+        "sequences of 80 tokens exceed .* 64, those of .*; build the corpus with --sequence-length 64 at most": (
+            model,
+            tmp_path / "longer",
+        ),
+        "'w99' is missing, not 8, 'w3' is 8, not in the model": (renamed, corpus),
+        r"1 missing \(bert.encoder.layer.1.attention.self.query.bias\); 1 unexpected \(extra\)": (
+            changed("names", **{f"{query}.bias": None, "extra": torch.zeros(1)}),
+            corpus,
+        ),
+        r"is \[63, 32\], \[64, 32\] expected": (changed("shape", **{table: weights[table][:63].clone()}), corpus),
+        "self.query.bias is torch.int8": (changed("int8", **{f"{query}.bias": torch.ones(32).char()}), corpus),
+        "are not finite": (changed("nan", **{f"{query}.bias": torch.full((32,), torch.nan)}), corpus),
+        "decoder.weight and bert.embeddings.word_embeddings.weight differ": (
+            changed("untied", **{"cls.predictions.decoder.weight": torch.ones(25, 32)}),
+            corpus,
+        ),
+        "not a whole safetensors file": (broken, corpus),
+    }
+    jobs = []
+    for number, (folder, of) in enumerate(cases.values()):
+        values = begins_with(folder, tmp_path / str(number), of, steps=1, evaluation={"every_steps": 0}, **STANDS_STILL)
+        jobs.append((values, None))
+    first, second = run_ranks(train_all, 2, jobs)
+    for message, told, elsewhere in zip(cases, first, second, strict=True):
+        assert told is not None
+        assert re.search(message, told), told
+        assert elsewhere is not None
+        assert re.search(message, elsewhere), elsewhere
