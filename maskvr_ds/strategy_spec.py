@@ -18,7 +18,8 @@ from maskvr_ds.config import AutoConfig, MapNetConfig, MaskingConfig
 from maskvr_ds.config_file import ConfigError, assign, describe
 
 # Strategies that no run can have, for they look at what they are to predict: see oracles.py.
-TOKEN_ORACLES = ("oracle_gradient", "oracle_head")
+HEAD_ORACLE = "oracle_head"
+TOKEN_ORACLES = ("oracle_gradient", HEAD_ORACLE)
 MASK_ORACLE = "oracle_mask"
 # Strategy → section of its own → fields.
 _OWN_SECTIONS = {

@@ -42,6 +42,7 @@ from maskvr_ds.run import create_masker, sequence_copies
 from maskvr_ds.sketch import Sketcher
 from maskvr_ds.strategies import Proposal, segments
 from maskvr_ds.strategy_spec import (
+    HEAD_ORACLE,
     MASK_ORACLE,
     TOKEN_ORACLES,
     StrategySpec,
@@ -75,6 +76,15 @@ def oracle_figures(baseline: Moments, ways: Counts) -> Floats:
     data, mask_0 = (v[:, -1:] for v in variances(baseline, ways))
     mask = whole_mask_variance(baseline, ways)
     return np.concatenate(_figures(data, mask, data, data + mask_0, mask_0), 1)
+
+
+def reduction_share(moments: Moments, oracle: Moments, baseline: Moments, ways: Counts) -> Floats:
+    """What a proposal takes off the whole gradient's total variance, divided by what an oracle does: float64 [C, 1]."""
+    own, best, whole = (
+        data[:, -1:] + mask[:, -1:] for data, mask in (variances(m, ways) for m in (moments, oracle, baseline))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (whole - own) / (whole - best)
 
 
 def _named(names: Sequence[str], resampling: Resampling, figure: Callable[[Counts], Floats]) -> dict[str, Any]:
@@ -158,16 +168,20 @@ class Measurement:
             section = MapNetConfig.model_validate_json(content.metadata()["mapnet"])
         return section, checkpoint.read_beside(self.folder, MAPNET_STATE)
 
+    def floor(self, spec: StrategySpec) -> float:
+        """λ of MAPNet or a token's oracle. Every rank calls."""
+        return spec.floor(distributed.agreed(self._mapnet)[0].floor)
+
     def oracle(self, spec: StrategySpec) -> TokenOracle | None:
         """Every rank calls."""
         if spec.strategy not in TOKEN_ORACLES:
             return None
-        head = spec.strategy == "oracle_head"
+        head = spec.strategy == HEAD_ORACLE
         return TokenOracle(
             head_norms(self.model) if head else gradient_norms(self.sketcher, self.sample.micro_size),
             self.masker(MaskingConfig.model_validate({**self.common, "strategy": "fully_explored"}), _ORACLE),
             rounds=self.arguments.oracle_rounds,
-            floor=spec.floor(distributed.agreed(self._mapnet)[0].floor),
+            floor=self.floor(spec),
         )
 
     def network(self, spec: StrategySpec) -> Proposer | None:
@@ -194,7 +208,7 @@ class Measurement:
         masker = self.masker(spec.masking(self.common), _MASKS, None if proposer is None else proposer.propose)
         moments, predictions = measure(self.sample, self.sketcher, masker, draws=draws, copies=copies)
         looked = torch.tensor([0 if oracle is None else oracle.predictions])
-        head_only = spec.strategy == "oracle_head"
+        head_only = spec.strategy == HEAD_ORACLE
         cost = {
             "segments": copies,
             "predictions": predictions,
@@ -219,6 +233,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [*measurement.sketcher.layers, "whole"]
     baseline: Moments | None = None
     strategies: dict[str, Any] = {}
+    # Of MAPNet and of the oracle that knows its target, by floor.
+    proposals: dict[tuple[str, float], Moments] = {}
     for spec in specs:
         if spec.strategy == MASK_ORACLE:
             assert baseline is not None
@@ -226,6 +242,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             moments, cost = measurement.strategy(spec)
             baseline = baseline or moments
+            if spec.strategy in ("mapnet", HEAD_ORACLE):
+                proposals[spec.strategy, measurement.floor(spec)] = moments
             layers = _named(names, resampling, partial(figures, moments, baseline))
             found = {
                 **cost,
@@ -234,6 +252,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             }
         strategies[spec.text] = found
         say(f"{spec.text}: {found.get('passes', 0)} passes, {found.get('seconds', 0):g} s")
+    shares = {}
+    for (strategy, floor), moments in proposals.items():
+        if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
+            (interval,) = resampling.interval(partial(reduction_share, moments, oracle, baseline))
+            shares[f"{floor:g}"] = [x if np.isfinite(x) else None for x in interval]
     report = {
         "checkpoint": str(arguments.checkpoint),
         "step": measurement.state.step,
@@ -248,6 +271,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in measurement.model.parameters()),
         "ranks": distributed.world_size(),
         "strategies": strategies,
+        # Floor → MAPNet's reduction of the total variance ÷ oracle_head's.
+        "mapnet_of_oracle_head": shares,
     }
     if arguments.hamming_rounds:
         uniform = MaskingConfig.model_validate(measurement.common)

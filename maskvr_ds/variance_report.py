@@ -25,6 +25,8 @@ def table(report: dict[str, Any]) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     passes = sum(found.get("passes", 0) + found.get("oracle_passes", 0) for found in report["strategies"].values())
     passes += report.get("hamming_rounds", 0) * report["sequences"] * 8
+    for floor, share in report["mapnet_of_oracle_head"].items():
+        text.append(f"mapnet at floor {floor}: {_interval(share)} of what oracle_head takes off the total")
     text.append(
         f"step {report['step']}, {report['sequences']} rows × {report['masks']} draws, {report['confidence']:.0%} "
         f"intervals over rows; {passes:,} forward and backward passes of a row, "

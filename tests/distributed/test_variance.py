@@ -13,7 +13,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import configuration, run_command, train_all
 from tests.support.corpora import make_corpus
 
-STRATEGIES = ["mapnet:floor=0.2", "oracle_gradient", "oracle_head", "oracle_mask", "whole_word", "frequency"]
+STRATEGIES = ["mapnet:floor=0.2", "oracle_gradient", "oracle_head:floor=0.2", "oracle_mask", "whole_word", "frequency"]
 STRATEGIES += ["fully_explored:placement=same_batch,segments_per_sequence=2"]
 
 
@@ -92,6 +92,12 @@ def test_ranks_do_not_matter(run: Path, corpus: Path, tmp_path: Path) -> None:
     assert (uniform["passes"], uniform["segments"]) == (21, 1)
     assert uniform["layers"]["whole"]["total_ratio"] == [1, 1, 1]
     assert reports[0]["strategies"][STRATEGIES[-1]]["passes"] == 42
+    own, best = (
+        1 - reports[0]["strategies"][name]["layers"]["whole"]["total_ratio"][0]
+        for name in ("mapnet:floor=0.2", "oracle_head:floor=0.2")
+    )
+    assert list(reports[0]["mapnet_of_oracle_head"]) == ["0.2"]
+    assert reports[0]["mapnet_of_oracle_head"]["0.2"][0] == pytest.approx(own / best)
     whole, layers = uniform["layers"]["whole"], [v for k, v in uniform["layers"].items() if k != "whole"]
     assert list(uniform["layers"]) == ["embeddings", "layer 0", "layer 1", "head", "whole"]
     assert sum(layer["mask"][0] for layer in layers) == pytest.approx(whole["mask"][0])
