@@ -38,8 +38,8 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
         except BlockingIOError:
             raise CorpusError(f"{output}: another build is at work in this folder. Wait for it or stop it") from None
         except OSError as error:
-            # Some network file systems have no locks. Two builds at once then waste work, but do no harm:
-            # they write the same bytes, each under temporary names of its own.
+            # Some network file systems have no locks, or none beyond a node. Two builds at once in one folder are not
+            # noticed there, and fail over the files that each takes from the other.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         folders = (output, output / HELD_OUT, work, results)
