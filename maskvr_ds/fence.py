@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from maskvr_ds.outcome import HEARTBEATS, LONGEST_BEAT
+from maskvr_ds.outcome import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT
 
 OWNER = "owner.json"
 # Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
@@ -146,7 +146,7 @@ def at_work(run: Path, owner: Owner) -> bool:
     """Whether the owner is visibly at work: its process runs on this host or, on another one, its heartbeats go on.
 
     The latter takes up to 25 s, and only where the last beat is younger than that. A job on another host without
-    heartbeats (a single rank, or hangs.timeout 0) cannot be seen.
+    heartbeats (one that is still loading, or has hangs.timeout 0) cannot be seen.
     """
     if _is_here(owner):
         return owner.started == _started(owner.pid)
@@ -176,7 +176,7 @@ def heartbeat_ages(run: Path) -> dict[int, float]:
             probe.unlink(missing_ok=True)
     for path in run.glob(_RANKS):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text(encoding="utf-8"))["place"] != "ended":
+            if json.loads(path.read_text(encoding="utf-8"))["place"] not in (ENDED, FAILED):
                 ages[int(path.name.removeprefix("rank-"))] = max(0.0, now - path.stat().st_mtime)
     return ages
 

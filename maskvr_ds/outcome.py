@@ -21,6 +21,8 @@ COMPLETED = "completed.json"
 # HEARTBEATS/JOB/rank-00000: signs of life of the ranks (watchdog.py), LONGEST_BEAT seconds apart or less.
 HEARTBEATS = "heartbeats"
 LONGEST_BEAT = 10.0
+# Where a rank is in its last beat: it has left as all do, or with an error of its own.
+ENDED, FAILED = "ended", "failed"
 # Folder of what starts the run's jobs and how that went: `python -m cluster slurm`.
 JOBS = "slurm"
 # Folder of what `python -m cluster launch` and its ranks say, launch by launch.
