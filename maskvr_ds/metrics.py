@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from maskvr_ds import terminal
 from maskvr_ds.config import MonitorConfig
 
 METRICS = "metrics.jsonl"
@@ -246,7 +247,7 @@ class MetricsLog:
         now = time.perf_counter()
         if self._bar.disable and (now - self._last_line > _LINE_EVERY or "held_out_loss" in line):
             self._last_line = now
-            print(f"step {line['step']}/{self._bar.total}  {text}", flush=True)
+            terminal.say(f"step {line['step']}/{self._bar.total}  {text}")
 
     def close(self) -> None:
         if self.active:

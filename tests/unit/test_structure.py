@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = [
-    {"__init__", "config_file", "estimators", "hashing", "outcome", "slurm", "variants"},
+    {"__init__", "config_file", "estimators", "hashing", "outcome", "slurm", "terminal", "variants"},
     {
         "conditional_poisson",
         "config_data",
