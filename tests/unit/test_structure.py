@@ -52,6 +52,7 @@ LEVELS = [
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # Within a level a module may import those that are listed for it.
 SIDEWAYS = {
+    ("config_phases", "config_masking"),
     ("distributed", "config"),
     ("benchmark", "train"),
     ("benchmark", "benchmark_corpus"),
