@@ -25,7 +25,7 @@ LEVELS = [
         "vocabulary",
     },
     {"config", "batch", "manifest"},
-    {"strategies", "strategy_spec", "variance_report"},
+    {"monitors", "strategies", "strategy_spec", "variance_report"},
     {"distributed", "masking", "schedule", "model"},
     {"partitions", "layerwise", "lamb", "loader", "metrics", "mapnet", "gradient_norm", "mask_covariance"},
     {"background", "divergence", "elastic", "engine", "proposer", "signals", "sketch", "watchdog"},
