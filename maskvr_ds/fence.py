@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from maskvr_ds.outcome import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT
+from maskvr_ds.outcome import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT, clock
 
 OWNER = "owner.json"
 # Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
@@ -164,16 +164,7 @@ def at_work(run: Path, owner: Owner) -> bool:
 
 def heartbeat_ages(run: Path) -> dict[int, float]:
     """Rank → seconds since its last sign of life, by the clock of the file system; ranks that have ended left out."""
-    probe = run / f".clock.{secrets.token_hex(8)}.partial"
-    ages = {}
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-    except OSError:  # a folder that is not ours to write to
-        now = time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+    now, ages = clock(run), {}
     for path in run.glob(_RANKS):
         with contextlib.suppress(OSError, ValueError):
             if json.loads(path.read_text(encoding="utf-8"))["place"] not in (ENDED, FAILED):
@@ -200,6 +191,12 @@ def _namespace() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def process_age() -> float:
+    """Seconds since this process started: to a clock tick, which the time of boot, in whole seconds, does not allow."""
+    started = _started(os.getpid())
+    return 0.0 if started is None else time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def _started(pid: int) -> int | None:

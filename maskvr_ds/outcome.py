@@ -5,8 +5,11 @@ wrong machines. Whoever starts ranks decides by these files: they are written by
 checkpoint that they speak of, and removed when training begins or goes on.
 """
 
+import contextlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,6 +50,26 @@ def clear(run: Path) -> None:
     """Forget an earlier end, before the run begins or goes on."""
     for name in (STOPPED, COMPLETED):
         (run / name).unlink(missing_ok=True)
+
+
+def forget_request(run: Path, seconds: float) -> None:
+    """Remove a REQUEST that is older: it was made of an earlier job, which was killed before it heeded it."""
+    with contextlib.suppress(FileNotFoundError):
+        if clock(run) - (run / REQUEST).stat().st_mtime > seconds:
+            (run / REQUEST).unlink()
+
+
+def clock(run: Path) -> float:
+    """Seconds since 1970, as the file system that the run lies on would have it now."""
+    probe = run / f".clock.{secrets.token_hex(8)}.partial"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # a folder that is not ours to write to
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def written(run: Path) -> dict[str, int]:
