@@ -151,7 +151,8 @@ class Watchdog:
         except OSError:
             pass
         text = f"error: {why}. The job ends; go on from the last checkpoint with --resume auto\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         os._exit(1)
 
 
