@@ -6,7 +6,6 @@ started, and says by its exit status what became of the run: 0 done, 75 stopped 
 
 import argparse
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from cluster.checks import LaunchError
 from cluster.hostfile import read_hostfile
 from cluster.preparation import CONFIG, Draft
 from cluster.supervision import END_SECONDS, POLL, Job, Plan
-from cluster.terminal import say, say_at_once
 from maskvr_ds import outcome
 from maskvr_ds.config import RunConfig, add_run_options, load_config
+from maskvr_ds.terminal import ERR, alert, say
 
 _EXAMPLES = """examples:
   python -m cluster launch --hostfile hosts --config run.yaml --resume auto
@@ -103,7 +102,7 @@ class Signals:
     def ask(self, why: str) -> None:
         self.asked = True
         (self._run / outcome.REQUEST).write_text(why + "\n", encoding="utf-8")
-        say_at_once(f"{why}: the ranks were asked to save and stop; a second signal ends them at once\n")
+        alert(f"{why}: the ranks were asked to save and stop; a second signal ends them at once")
 
 
 def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
@@ -120,15 +119,15 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
         answers = job.end()
     (plan.run / outcome.REQUEST).unlink(missing_ok=True)
     if outcome.completed(plan.run, steps, before):
-        say(f"done: {steps} steps, {plan.run}\n", sys.stdout)
+        say(f"done: {steps} steps, {plan.run}")
         return 0
     if (step := outcome.step_of(plan.run, outcome.STOPPED, before)) is not None:
-        say(f"stopped at step {step}, as a signal asked; --resume auto goes on\n", sys.stderr)
+        say(f"stopped at step {step}, as a signal asked; --resume auto goes on", ERR)
         return outcome.EXIT_STOPPED
     if signals.last is not None:
-        say(f"{signal.Signals(signals.last).name}: everything was ended at once\n", sys.stderr)
+        say(f"{signal.Signals(signals.last).name}: everything was ended at once", ERR)
         return 128 + signals.last
     lines = [*([why] if why else []), *job.explain(answers)]
     text = [f"error: the ranks ended before step {steps}; the same command with --resume auto goes on", *lines]
-    say("\n  ".join(text) + "\n", sys.stderr)
+    say("\n  ".join(text), ERR)
     return 1

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import rank, remote
-from cluster.terminal import say
 from maskvr_ds.outcome import HEARTBEATS
+from maskvr_ds.terminal import say
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
 POLL = 0.2
@@ -268,7 +268,7 @@ class Job:
                 text = file.read()
             self._shown += len(text)
             if text:
-                say(text.decode("utf-8", "replace"), sys.stdout)
+                say(text.decode("utf-8", "replace"), end="")
 
     def names(self, numbers: Iterable[int]) -> str:
         return ", ".join(f"rank {n} on {self.plan.host_of(n)}{self._step(n)}" for n in numbers)

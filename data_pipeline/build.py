@@ -31,7 +31,7 @@ from data_pipeline.claims import claim
 from data_pipeline.description import MAX_WEIGHT, Description, SourceSection, description_yaml, read_description
 from data_pipeline.documents import DOCUMENTS
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
-from data_pipeline.manifest import HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
+from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.mpi import Team
 from data_pipeline.pack import PackOptions, pack_side
 from data_pipeline.progress import ProgressBar
@@ -43,7 +43,6 @@ from data_pipeline.tokens import PLANES, TOKENS_VERSION, TokenManifest, read_tok
 from data_pipeline.workers import Pool
 
 MIN_SEQUENCE_LENGTH = 8
-DESCRIPTION = "description.yaml"
 
 
 def build(

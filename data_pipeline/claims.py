@@ -7,12 +7,12 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import CorpusError, remove_partials, write_json
-from data_pipeline.manifest import HELD_OUT, MANIFEST, TOKENIZER
+from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, TOKENIZER
 
 _WORK = ".build"
 _ARGUMENTS = "build.json"
@@ -38,8 +38,8 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
         except BlockingIOError:
             raise CorpusError(f"{output}: another build is at work in this folder. Wait for it or stop it") from None
         except OSError as error:
-            # Some network file systems have no locks. Two builds at once then waste work, but do no harm:
-            # they write the same bytes, each under temporary names of its own.
+            # Some network file systems have no locks, or none beyond a node. Two builds at once in one folder are not
+            # noticed there, and fail over the files that each takes from the other.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         folders = (output, output / HELD_OUT, work, results)
@@ -48,17 +48,34 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
                 remove_partials(folder)
             yield work
         except BaseException:
-            # Workers that were stopped had no chance to do it.
-            for folder in folders:
-                remove_partials(folder)
-            begun = any(results.iterdir()) if results.exists() else True
-            if not begun and not (output / MANIFEST).exists():
-                shutil.rmtree(work)
-                shutil.rmtree(output / TOKENIZER, ignore_errors=True)
-                (output / _ARGUMENTS).unlink()
-                if new:
-                    output.rmdir()
+            # What went wrong is told, not what the cleaning up meets on the same disk.
+            with suppress(OSError):
+                # Workers that were stopped had no chance to do it.
+                for folder in folders:
+                    remove_partials(folder)
+                begun = any(results.iterdir()) if results.exists() else True
+                if not begun and not (output / MANIFEST).exists():
+                    _withdraw(output, new)
             raise
+
+
+def _withdraw(output: Path, new: bool) -> None:
+    """Remove what a build has made of which no task is finished; new: the folder too.
+
+    Where something else lies there, build.json stays: the same command may still go on.
+    """
+    shutil.rmtree(output / _WORK)
+    for folder in (output / HELD_OUT, output):
+        for pattern in ("tokens-?????.*", "shard-?????.arrow", DESCRIPTION):
+            for path in folder.glob(pattern):
+                path.unlink()
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    if (output / HELD_OUT).is_dir() and not any((output / HELD_OUT).iterdir()):
+        (output / HELD_OUT).rmdir()
+    if {path.name for path in output.iterdir()} == {_ARGUMENTS}:
+        (output / _ARGUMENTS).unlink()
+        if new:
+            output.rmdir()
 
 
 def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ COLUMNS = ("word_start", "sentence_start", "segment_start", "pair_label")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 HELD_OUT = "held_out"
+# What a described corpus was made of.
+DESCRIPTION = "description.yaml"
 
 
 def plain_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Several ranks of one `mpirun`: rank 0 runs the command and hands out tasks, the others only work.
+"""Several ranks of one `mpirun` or `srun --mpi`: rank 0 runs the command and hands out tasks, the others only work.
 
 Every rank keeps `--workers` processes, rank 0 too, and gives a task to whichever is free: the ranks need a shared file
 system and nothing else, since tasks and their results are files (`workers`). Messages are point-to-point on COMM_WORLD,
@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,18 +91,44 @@ class Team:
 
 
 def join_team() -> Team | None:
-    """The team, where mpirun started several ranks, else None.
+    """The team, where mpirun or srun started several ranks, else None.
 
-    Raises CorpusError where it did and mpi4py is missing: the ranks would all do the same work.
+    Raises CorpusError where there are several and they do not find each other: all would do the same work, each on
+    the files of the others.
     """
-    sizes = [int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdigit()]
-    if max(sizes, default=1) < 2:
+    size = _started_together(os.environ)
+    if size < 2:
         return None
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library
         raise CorpusError(
-            f"started by mpirun with {max(sizes)} ranks, but mpi4py is not there ({error}). "
-            "Install it (pip install 'maskvr_ds[mpi]'), or use --workers alone"
+            f"started by mpirun or srun with {size} ranks, but mpi4py is not there ({error}). "
+            "Install it (pip install 'maskvr_ds[mpi]'), or start one task and use --workers"
         ) from None
-    return Team(MPI.COMM_WORLD)
+    team = Team(MPI.COMM_WORLD)
+    if team.size < size:
+        raise CorpusError(
+            f"started with {size} ranks, but MPI makes a world of {team.size}: each would do all the work on the same "
+            "files. Start them with the mpirun of the library that mpi4py uses, or srun --mpi=pmix where it knows PMIx"
+        )
+    return team
+
+
+def _started_together(environment: Mapping[str, str]) -> int:
+    """How many ranks a launcher says that it has started; 1 where none says anything.
+
+    Raises CorpusError for tasks of one srun without MPI.
+    """
+    if sizes := [int(environment[name]) for name in _SIZES if environment.get(name, "").isdigit()]:
+        return max(sizes)
+    # A batch script has SLURM_NTASKS and SLURM_PROCID too, but is no step.
+    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return 1
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "PMIX_RANK" not in environment:  # PMIx does not say its size
+        raise CorpusError(
+            f"started by srun with {tasks} tasks without MPI: each would do all the work on the same files. Start one "
+            "task (srun -n 1 -c CORES) with --workers CORES, or ranks with srun --mpi=pmix, or mpirun, and mpi4py"
+        )
+    return tasks

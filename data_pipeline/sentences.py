@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 
-MODES = ("punctuation", "line")
 _CLOSING = "[\"'”’»」』）)\\]]*+"
 _ENDS = re.compile(
     f"[.!?…।؟۔։።]{_CLOSING}\\s+(?=\\S)|[。！？｡][。！？｡.!?…]*+{_CLOSING}\\s*(?=\\S)|\\n[ \\t]*\\n\\s*(?=\\S)"

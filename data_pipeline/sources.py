@@ -19,7 +19,6 @@ import pyarrow as pa
 
 from data_pipeline.files import CorpusError
 
-_FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 # Text is about this much larger than its gzip: units of compressed files shall take about as long as others.

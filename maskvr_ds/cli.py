@@ -53,7 +53,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "train",
         help="pretrain, or go on with a run",
         description="Pretrain, or go on with a run, on any number of ranks and at any ZeRO stage.",
-        epilog="exit status: 0 done; 1 error; 75 stopped by SIGTERM or SIGUSR1, with a checkpoint, "
+        epilog="exit status: 0 done; 1 error; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP, with a checkpoint, "
         "to go on with the same command and --resume auto",
     )
     add_run_options(parser)

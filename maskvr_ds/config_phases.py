@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from maskvr_ds.config_file import Section
+from maskvr_ds.config_masking import STRATEGY_SETTINGS
 
 
 class PhaseStart(Section):
@@ -46,17 +47,10 @@ Phases = tuple[Phase, ...]
 # Fields of `data` that each phase has for itself.
 OF_PHASES = ("path", "mixture", "held_out_path")
 SECTIONS = tuple(name for name in Phase.model_fields if name not in ("name", "start"))
-# Section → field that a phase gives → what it then does not inherit, because it would no longer belong to it.
+# Section → field that a phase gives → what it then does not inherit, because it would no longer belong to it. Of
+# masking.strategy: what STRATEGY_SETTINGS does not say to belong to the new one.
 _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
     "masking": {
-        "strategy": (
-            "placement",
-            "segments_per_sequence",
-            "frequency_power",
-            "floor",
-            "span_probability",
-            "span_maximum",
-        ),
         "rate": ("final_rate",),
         "placement": ("segments_per_sequence",),
     },
@@ -138,6 +132,8 @@ def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
         # A schedule that continues is that of the phase where it began, with its peak.
         given = getattr(phases[first if section in ("schedule", "optimizer") else index], section)
         dropped = {name for key in given for name in _REPLACES.get(section, {}).get(key, ())}
+        if section == "masking" and "strategy" in given:
+            dropped |= {name for name, of in STRATEGY_SETTINGS.items() if given["strategy"] not in of}
         values[section] = {**{k: v for k, v in values[section].items() if k not in dropped}, **given}
     if end - first > 1:
         joint = sum(phase.training["steps"] for phase in phases[first:end])

@@ -155,7 +155,7 @@ def kill_when_saved(command: Sequence[str | Path], run: Path) -> None:
     if process.poll() is not None:
         raise ValueError(f"training ended with status {process.returncode} before its first checkpoint")
     time.sleep(3)
-    # The ranks' own processes: DeepSpeed's launcher gives each a session of its own.
+    # Each rank has a process group of its own.
     for pid in [*_descendants(process.pid), process.pid]:
         try:
             os.kill(pid, signal.SIGKILL)

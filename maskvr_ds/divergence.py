@@ -79,7 +79,7 @@ class Guard:
         optimizer.step = step
 
     def _norm_of(self, engine: Any) -> float:
-        # ZeRO 0 in fp32 has none yet: `judge_norm` has judged it.
+        # ZeRO 0 in fp32 has none yet: `before_update` was given it, and has judged it.
         if engine.optimizer is engine.basic_optimizer:
             return 0.0
         return float(engine.optimizer._global_grad_norm)

@@ -117,11 +117,6 @@ def enabled(config: dict[str, Any], precision: str) -> bool:
     return bool(config.get(precision, {}).get("enabled"))
 
 
-def offloads(config: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration keeps master weights and optimizer state on the CPU."""
-    return (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
-
-
 def zero_stage(config: dict[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed configuration; absent means 0."""
     return int(config.get("zero_optimization", {}).get("stage", 0))

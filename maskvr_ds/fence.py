@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from maskvr_ds import slurm
-from maskvr_ds.outcome import HEARTBEATS, LONGEST_BEAT
+from maskvr_ds.outcome import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT, clock
 
 OWNER = "owner.json"
 # Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
@@ -148,7 +148,7 @@ def at_work(run: Path, owner: Owner) -> bool:
     """Whether the owner is visibly at work: its process runs on this host or, on another one, its heartbeats go on.
 
     The latter takes up to 25 s, and only where the last beat is younger than that. A job on another host without
-    heartbeats (a single rank, or hangs.timeout 0) cannot be seen.
+    heartbeats (one that is still loading, or has hangs.timeout 0) cannot be seen.
     """
     if _is_here(owner):
         return owner.started == _started(owner.pid)
@@ -166,19 +166,10 @@ def at_work(run: Path, owner: Owner) -> bool:
 
 def heartbeat_ages(run: Path) -> dict[int, float]:
     """Rank → seconds since its last sign of life, by the clock of the file system; ranks that have ended left out."""
-    probe = run / f".clock.{secrets.token_hex(8)}.partial"
-    ages = {}
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-    except OSError:  # a folder that is not ours to write to
-        now = time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+    now, ages = clock(run), {}
     for path in run.glob(_RANKS):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text(encoding="utf-8"))["place"] != "ended":
+            if json.loads(path.read_text(encoding="utf-8"))["place"] not in (ENDED, FAILED):
                 ages[int(path.name.removeprefix("rank-"))] = max(0.0, now - path.stat().st_mtime)
     return ages
 
@@ -202,6 +193,12 @@ def _namespace() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def process_age() -> float:
+    """Seconds since this process started: to a clock tick, which the time of boot, in whole seconds, does not allow."""
+    started = _started(os.getpid())
+    return 0.0 if started is None else time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def _started(pid: int) -> int | None:

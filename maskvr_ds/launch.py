@@ -1,14 +1,15 @@
 """Starts the ranks of a job, passes signals on to them, and finds out how the run ended. Loads no torch.
 
 On this machine ranks are processes of this one: DeepSpeed's launcher would import torch twice before the first of them
-does, look once a second whether they have ended, and return 0 where a signal ended them. With a hostfile it is
-DeepSpeed's launcher that starts them, and its ways are what the rest of this file is about: it kills its ranks at once
-where it hears SIGTERM, and dies of SIGUSR1 itself. So it gets a process group of its own, in which SIGUSR1 is ignored
-(ranks set their own handlers), this process asks the ranks by a file in the run's folder, and how the run ended is read
-from that folder.
+does, look once a second whether they have ended, and return 0 where a signal ended them. They die with this process.
+With a hostfile it is DeepSpeed's launcher that starts them, and its ways are what the rest of this file is about: it
+kills its ranks at once where it hears SIGTERM, and dies of SIGUSR1 itself. So it gets a process group of its own, in
+which SIGUSR1 is ignored (ranks set their own handlers), this process asks the ranks by a file in the run's folder, and
+how the run ended is read from that folder.
 """
 
 import contextlib
+import ctypes
 import os
 import random
 import signal
@@ -16,23 +17,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from maskvr_ds import outcome
-from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
+from maskvr_ds import outcome, terminal
+from maskvr_ds.outcome import ECHO_SECONDS, EXIT_STOPPED, REQUEST, STOPPED
 
 # Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
 _GRACE = 5.0
 _POLL = 0.05
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 Processes = list["subprocess.Popen[bytes]"]
 
 
 def launch(words: list[str], run: Path, steps: int) -> int:
     """Run `deepspeed WORDS` to its end; → 0 done, 75 stopped with a checkpoint, 1 anything else.
 
-    run, steps: the run's folder and the step at which it is done. The first SIGTERM or SIGUSR1 asks for a checkpoint
-    and the end; SIGINT, or a second signal, ends everything on this machine at once.
+    run, steps: the run's folder and the step at which it is done. The first SIGTERM, SIGUSR1 or SIGHUP asks for a
+    checkpoint and the end; SIGINT, or a second signal, ends everything on this machine at once.
     """
     return _watch_over([["-m", "deepspeed.launcher.runner", *words]], [{}], run, steps)
 
@@ -44,19 +49,15 @@ def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: i
 
 def run_here(module: str, options: list[str], ranks: int) -> int:
     """`python -m MODULE OPTIONS` on so many ranks of this machine; → 0 where all of them ended with 0, else 1.
-    SIGTERM and SIGINT end them too."""
+    SIGTERM, SIGHUP and SIGINT end them too."""
     processes = _start([["-u", "-m", module, *options]] * ranks, _places(ranks))
 
     def end(number: int, frame: FrameType | None) -> None:
         _end(processes)
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handling(end, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         _wait(processes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return int(any(process.returncode for process in processes))
 
 
@@ -83,42 +84,67 @@ def _start(commands: list[list[str]], places: list[dict[str, str]]) -> Processes
             [sys.executable, *words],
             env={**os.environ, **place},
             process_group=0,
-            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+            preexec_fn=partial(_prepare, os.getpid() if place else None),
         )
         for words, place in zip(commands, places, strict=True)
     ]
+
+
+def _prepare(parent: int | None) -> None:
+    """In a new process: ignore SIGUSR1, and die with the parent, where one is given."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if parent is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # dead already
+            os._exit(128 + signal.SIGKILL)
 
 
 def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Path, steps: int) -> int:
     (run / REQUEST).unlink(missing_ok=True)
     before_start = outcome.written(run)
     processes = _start(commands, places)
-    asked = False
+    heard: int | None = None
+    since = 0.0
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+        # As signals.py, which loads torch.
+        nonlocal heard, since
         name = signal.Signals(number).name
-        if asked or number == signal.SIGINT or not run.is_dir():
+        kind = signal.SIGTERM if number == signal.SIGHUP else number
+        before, since = since, time.monotonic()
+        if kind == heard and since - before < ECHO_SECONDS:
+            return
+        if heard is not None or number == signal.SIGINT or not run.is_dir():
             _end(processes)
             sys.exit(128 + number)
-        asked = True
+        heard = kind
         (run / REQUEST).write_text(name + "\n", encoding="utf-8")
-        print(f"{name}: the ranks were asked to save and stop; a second signal ends them at once", flush=True)
+        terminal.alert(f"{name}: the ranks were asked to save and stop; a second signal ends them at once")
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with _handling(pass_on, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         _wait(processes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     (run / REQUEST).unlink(missing_ok=True)
     if outcome.completed(run, steps, before_start):
         return 0
     if (step := outcome.step_of(run, STOPPED, before_start)) is not None:
-        print(f"stopped at step {step}, as a signal asked; --resume auto goes on", file=sys.stderr)
+        terminal.alert(f"stopped at step {step}, as a signal asked; --resume auto goes on")
         return EXIT_STOPPED
-    print(f"error: the ranks ended before step {steps}; --resume auto goes on", file=sys.stderr)
+    terminal.alert(f"error: the ranks ended before step {steps}; --resume auto goes on")
     return 1
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Have these signals handled in here; SIGHUP not where nohup has it ignored."""
+    before = {}
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _wait(processes: Processes) -> None:
@@ -132,7 +158,7 @@ def _wait(processes: Processes) -> None:
                 if (process.returncode or 0) < 0:
                     name = signal.Signals(-process.returncode).name
                     who = f"rank {number}" if len(processes) > 1 else "the launcher"
-                    print(f"error: {who} was ended by {name}", file=sys.stderr, flush=True)
+                    terminal.alert(f"error: {who} was ended by {name}")
         if deadline is not None and time.monotonic() > deadline:
             _end(running)
         time.sleep(_POLL)

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from maskvr_ds import terminal
 from maskvr_ds.config import MonitorConfig
+from maskvr_ds.monitors import open_monitors
 
 METRICS = "metrics.jsonl"
 TRUST_RATIOS = "trust_ratios.jsonl"
@@ -123,7 +125,8 @@ class MetricsLog:
 
     Args:
         folder: the run's.
-        resume_step, resume_tokens: what is already done: later lines of an existing metrics.jsonl are dropped.
+        resume_step, resume_samples, resume_tokens: what is already done: later lines of an existing metrics.jsonl are
+            dropped, and later figures of the monitors.
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to feed.
         token_flops: floating-point operations that one token of the global batch costs each rank.
@@ -137,6 +140,7 @@ class MetricsLog:
         *,
         rank: int,
         resume_step: int,
+        resume_samples: int,
         resume_tokens: int,
         total_steps: int,
         monitor: MonitorConfig,
@@ -161,7 +165,7 @@ class MetricsLog:
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         # Kept open like the other: where another job takes the run, it replaces both, and no line goes to the new ones.
         self._ratios_file: TextIO | None = None
-        self._monitor = _monitor_master(folder, monitor)
+        self._monitor = open_monitors(folder, monitor, resume_samples)
         self._bar = tqdm(
             total=total_steps, initial=resume_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -246,7 +250,7 @@ class MetricsLog:
         now = time.perf_counter()
         if self._bar.disable and (now - self._last_line > _LINE_EVERY or "held_out_loss" in line):
             self._last_line = now
-            print(f"step {line['step']}/{self._bar.total}  {text}", flush=True)
+            terminal.say(f"step {line['step']}/{self._bar.total}  {text}")
 
     def close(self) -> None:
         if self.active:
@@ -257,20 +261,6 @@ class MetricsLog:
                 self._ratios_file.close()
             if self._monitor.tb_monitor is not None:
                 self._monitor.tb_monitor.summary_writer.close()
-
-
-def _monitor_master(folder: Path, monitor: MonitorConfig) -> Any:
-    from deepspeed.monitor.config import get_monitor_config
-    from deepspeed.monitor.monitor import MonitorMaster
-
-    # Given to the engine, they would log its per-rank loss too, and wait for the device at every step.
-    wandb = monitor.wandb.model_dump(exclude_none=True) if monitor.wandb else {}
-    sections = {
-        "tensorboard": {"enabled": monitor.tensorboard, "output_path": str(folder), "job_name": "tensorboard"},
-        "csv_monitor": {"enabled": monitor.csv, "output_path": str(folder), "job_name": "csv"},
-        "wandb": {"enabled": monitor.wandb is not None, **wandb},
-    }
-    return MonitorMaster(get_monitor_config(sections))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,11 @@ wrong machines. Whoever starts ranks decides by these files: they are written by
 checkpoint that they speak of, and removed when training begins or goes on.
 """
 
+import contextlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +26,8 @@ COMPLETED = "completed.json"
 # HEARTBEATS/JOB/rank-00000: signs of life of the ranks (watchdog.py), LONGEST_BEAT seconds apart or less.
 HEARTBEATS = "heartbeats"
 LONGEST_BEAT = 10.0
+# Where a rank is in its last beat: it has left as all do, or with an error of its own.
+ENDED, FAILED = "ended", "failed"
 # Folder of what starts the run's jobs and how that went: `python -m cluster slurm`.
 JOBS = "slurm"
 # Folder of what `python -m cluster launch` and its ranks say, launch by launch.
@@ -45,6 +50,26 @@ def clear(run: Path) -> None:
     """Forget an earlier end, before the run begins or goes on."""
     for name in (STOPPED, COMPLETED):
         (run / name).unlink(missing_ok=True)
+
+
+def forget_request(run: Path, seconds: float) -> None:
+    """Remove a REQUEST that is older: it was made of an earlier job, which was killed before it heeded it."""
+    with contextlib.suppress(FileNotFoundError):
+        if clock(run) - (run / REQUEST).stat().st_mtime > seconds:
+            (run / REQUEST).unlink()
+
+
+def clock(run: Path) -> float:
+    """Seconds since 1970, as the file system that the run lies on would have it now."""
+    probe = run / f".clock.{secrets.token_hex(8)}.partial"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # a folder that is not ours to write to
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def written(run: Path) -> dict[str, int]:

@@ -155,6 +155,7 @@ def assemble(
         config.output_dir,
         rank=rank,
         resume_step=state.step,
+        resume_samples=state.samples,
         resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
         total_steps=phase.run_steps,
         monitor=config.monitor,

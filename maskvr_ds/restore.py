@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskvr_ds import checkpoint, distributed
+from maskvr_ds import checkpoint, distributed, terminal
 from maskvr_ds.checkpoint import CheckpointError, CheckpointState
 from maskvr_ds.config import RunConfig
 from maskvr_ds.divergence import (
@@ -147,4 +147,4 @@ def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Pa
 
 def say(text: str) -> None:
     if distributed.rank() == 0:
-        print(text, flush=True)
+        terminal.say(text)

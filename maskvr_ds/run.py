@@ -13,7 +13,7 @@ import torch
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
 from maskvr_ds import checkpoint, distributed, manifest, outcome
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig, dump_config
-from maskvr_ds.fence import Fence
+from maskvr_ds.fence import Fence, process_age
 from maskvr_ds.initial_weights import InitialWeights
 from maskvr_ds.masking import Corruption, Masker
 from maskvr_ds.mixture import corpora_identity, open_mixture
@@ -23,6 +23,8 @@ from maskvr_ds.strategies import Parameters, Proposal, segments, span_thresholds
 from maskvr_ds.vocabulary import frequency_scores, token_counts, word_starts
 
 CONFIG = "config.yaml"
+# Seconds that ranks may come to life later than what launches them.
+_LAUNCHING = 60.0
 _MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
 
@@ -215,10 +217,14 @@ def make_run_folder(run: Path, fence: Fence) -> None:
 
 
 def begin(config: RunConfig, fence: Fence) -> None:
-    """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped."""
+    """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped, nor that
+    it should."""
     fence.check()
     write_config(config)
     outcome.clear(config.output_dir)
+    # Launchers do so too, before they start ranks, and may be asked before this one has started.
+    launching = _LAUNCHING if distributed.world_size() > 1 else 0.0
+    outcome.forget_request(config.output_dir, process_age() + launching)
 
 
 def end(run: Path, name: str, step: int, fence: Fence) -> None:

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 end a run at a step boundary, with a checkpoint and an exit status of its own.
+"""SIGTERM, SIGUSR1 and SIGHUP end a run at a step boundary, with a checkpoint and an exit status of its own.
 
 A scheduler may tell one rank or all of them. What a rank has heard travels in the all-reduce that every step makes
-anyway (train.py) and is read one step later, so that nothing waits for the device and all ranks decide alike. A second
+anyway (step.py) and is read one step later, so that nothing waits for the device and all ranks decide alike. A second
 signal ends the process at once, wherever it is; Slurm sends SIGTERM twice within milliseconds, which counts as one.
 
 `maskvr train` passes on what itself hears by a file in the run's folder, which rank 0 looks for: that reaches ranks on
@@ -14,12 +14,11 @@ import threading
 import time
 from pathlib import Path
 
+from maskvr_ds import terminal
 from maskvr_ds.metrics import DeferredTensor
-from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
+from maskvr_ds.outcome import ECHO_SECONDS, EXIT_STOPPED, REQUEST
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Seconds within which the same signal is the first one's echo.
-_ECHO = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StoppedError(Exception):
@@ -40,7 +39,9 @@ class StopRequest:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            # SIGUSR1 is ignored where launch.py starts ranks, until they listen; SIGHUP where nohup does.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
@@ -50,13 +51,15 @@ class StopRequest:
                 continue
             name = signal.Signals(received[0]).name
             before, since = since, time.monotonic()
-            if received[0] == self._heard and since - before < _ECHO:
+            # A session that ends sends both.
+            kind = signal.SIGTERM if received[0] == signal.SIGHUP else received[0]
+            if kind == self._heard and since - before < ECHO_SECONDS:
                 continue
             if self._heard is not None:
-                _say(f"{name}: the second signal; ends at once")
+                terminal.alert(f"{name}: the second signal; ends at once")
                 os._exit(128 + received[0])
-            self._heard = received[0]
-            _say(f"{name}: checkpoint at the next step boundary, then exit status {EXIT_STOPPED}")
+            self._heard = kind
+            terminal.alert(f"{name}: checkpoint at the next step boundary, then exit status {EXIT_STOPPED}")
 
     def heard(self, run: Path | None) -> bool:
         """Whether this process was asked to stop: by a signal, or by the file in the run's folder, if one is given."""
@@ -69,8 +72,3 @@ class StopRequest:
         """
         before, self._flag = self._flag, flag
         return before is not None and before.values()[0] > 0
-
-
-def _say(text: str) -> None:
-    # Not print: the main thread may hold the stream's lock for ever.
-    os.write(2, f"{text}\n".encode())

@@ -120,10 +120,6 @@ class Sketcher:
         flat = gradient.reshape(len(gradient), -1, p.shape[-1]) * t.rows[:, None] * t.columns
         return self._fold(flat.flatten(1), t.offset)
 
-    def layer_number(self, name: str) -> int:
-        """Which of `layers` the parameter belongs to."""
-        return self._tensors[self._model.get_parameter(name)].layer
-
     def _fold(self, signed: torch.Tensor, offset: int) -> torch.Tensor:
         """Elements with their signs on, [B, E] → [B, s]."""
         whole = signed.shape[1] // self.size * self.size

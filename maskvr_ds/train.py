@@ -30,6 +30,9 @@ from maskvr_ds.signals import StoppedError, StopRequest
 from maskvr_ds.step import run_step
 from maskvr_ds.watchdog import Watchdog
 
+# What ends a phase before its last step, on all ranks alike.
+_LEFT_ON_PURPOSE = (DivergedError, StoppedError)
+
 
 def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None = None) -> None:
     """Run or go on with a run, phase by phase. Every rank calls, after `distributed.initialize`.
@@ -90,7 +93,8 @@ def train_phase(
     reader = batches(parts.loader, step - phase.first_step, windows_of(parts.rollbacks, phase.index))
     saver = Saver(phase, parts, fence, latest)
     engine.train()
-    with Watchdog(run.output_dir, run.hangs.timeout) as watchdog, _closing(parts, reader, saver, watchdog):
+    watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_LEFT_ON_PURPOSE)
+    with watchdog, _closing(parts, reader, saver, watchdog):
         while step < phase.last_step:
             watchdog.mark(step, "data")
             number, batch = next(reader)
@@ -159,7 +163,7 @@ def _closing(parts: Parts, reader: Any, saver: Saver, watchdog: Watchdog) -> Ite
     left: Exception | None = None
     try:
         yield
-    except (DivergedError, StoppedError) as error:
+    except _LEFT_ON_PURPOSE as error:
         left = error
         # A checkpoint that is still being written is one to go back to.
         watchdog.pause()

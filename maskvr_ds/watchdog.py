@@ -3,8 +3,9 @@
 Every rank has a thread that writes a small file, its heartbeat, in RUN/heartbeats/JOB/: beat, step, place. Rank 0 reads
 those of all others, the others that of rank 0. A rank whose beat has stood still for `hangs.timeout` seconds (process
 stopped, machine gone), and ranks that stay behind the others within a step for as long (stuck in reading, in a kernel),
-are told, and all end with status 1. Files, because they work where the network or rank 0 is what hangs; ages are
-measured by the reader's own clock, so clocks of nodes may differ. No collective.
+are told, and all end with status 1. So is a rank that leaves with an error of its own while the others go on, who would
+wait for it in a collective. Files, because they work where the network or rank 0 is what hangs; ages are measured by
+the reader's own clock, so clocks of nodes may differ. No collective.
 """
 
 import contextlib
@@ -20,25 +21,28 @@ from types import TracebackType
 from typing import Any
 
 from maskvr_ds import distributed
-from maskvr_ds.outcome import HEARTBEATS, LONGEST_BEAT
+from maskvr_ds.outcome import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT
 
 _ABORT = "abort"
 # Every record has this length: written over the last one it takes no room on a full disk.
 _LENGTH = 256
 # Beats within a timeout; a slow file system may lose some.
 _BEATS = 8
+# Seconds that ranks have to end by themselves once one has failed: an error of all of them is told by its own rank.
+_GRACE = 5.0
 
 
 class Watchdog:
     """Beats and watches from `with` to its end. Every rank makes one; timeout 0: none of it.
 
-    run: the run's folder, on a file system that all nodes share. timeout: seconds.
+    run: the run's folder, on a file system that all nodes share. timeout: seconds. orderly: exceptions that all ranks
+    raise alike, and that are no failures.
     """
 
-    def __init__(self, run: Path, timeout: float) -> None:
-        self._timeout = timeout
+    def __init__(self, run: Path, timeout: float, orderly: tuple[type[Exception], ...] = ()) -> None:
+        self._timeout, self._orderly = timeout, orderly
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
-        self._active = timeout > 0 and self._world_size > 1
+        self._active = timeout > 0
         self._progress: tuple[int, int, str] = (0, 0, "starting")
         self._end = threading.Event()
         if not self._active:
@@ -75,7 +79,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._active:
-            self.mark(self._progress[1], "ended")
+            self.mark(self._progress[1], ENDED if error is None or isinstance(error, self._orderly) else FAILED)
             self._end.set()
             self._thread.join()
             os.close(self._file)
@@ -110,8 +114,12 @@ class Watchdog:
                 record = self._read(rank)
                 if record is not None and record["beat"] != seen.get(rank, {}).get("beat"):
                     seen[rank], since[rank] = record, now
-                if now - since[rank] > self._timeout and seen.get(rank, {}).get("place") != "ended":
-                    self._abort(f"{_describe(rank, seen.get(rank))} has not answered for {self._timeout:g} s")
+                place, silent = seen.get(rank, {}).get("place"), now - since[rank]
+                if place == FAILED and silent > min(_GRACE, self._timeout):
+                    self._abort(f"{_describe(rank, seen[rank])} has ended with an error, and the others wait for it")
+                if place not in (ENDED, FAILED) and silent > self._timeout:
+                    who = _describe(rank, seen.get(rank))
+                    self._abort(f"{who} has not answered for {self._timeout:g} s (hangs.timeout)")
             if self._rank == 0:
                 records = {0: self._own(), **seen}
                 if (present := [r["marks"] for r in records.values()]) != marks:
@@ -120,7 +128,7 @@ class Watchdog:
                 if watched and len(records) == self._world_size and now - marks_since > self._timeout:
                     behind = [rank for rank, r in records.items() if r["marks"] == min(present)]
                     names = ", ".join(_describe(rank, records[rank]) for rank in behind)
-                    self._abort(f"no progress for {self._timeout:g} s; behind or alike: {names}")
+                    self._abort(f"no progress for {self._timeout:g} s (hangs.timeout); behind or alike: {names}")
             self._end.wait(self._interval)
 
     def _own(self) -> dict[str, Any]:
@@ -142,8 +150,9 @@ class Watchdog:
             os._exit(1)
         except OSError:
             pass
-        text = f"error: {why}. The job ends; go on from the last checkpoint with --resume auto (hangs.timeout)\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        text = f"error: {why}. The job ends; go on from the last checkpoint with --resume auto\n"
+        with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         os._exit(1)
 
 

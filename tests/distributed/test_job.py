@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from maskvr_ds.checkpoint import complete_checkpoints, read_weights
-from maskvr_ds.outcome import EXIT_STOPPED
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training import column, command, configuration, environment, metrics, train_all
+from tests.distributed.training import column, command, configuration, environment, metrics, run_command, train_all
 from tests.support.corpora import make_corpus
 
 STEPS, EVERY = 150, 50
@@ -131,3 +131,16 @@ def test_a_rank_that_stops_answering_ends_the_job_by_name(folder: Path) -> None:
     words = text[text.index("error: rank 1 on ") :]
     step = int(words.split("(last step ")[1].split(",")[0])
     assert abs(step - last) <= 1000, "as of its last beat"
+
+
+def test_a_request_that_a_killed_job_has_left_stops_no_other(tmp_path: Path) -> None:
+    """On one rank, which no launcher starts."""
+    corpus = make_corpus(tmp_path / "corpus", rows=200, words=20)
+    config = write_config(tmp_path, corpus, "alone", training={"steps": 6})
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / REQUEST).touch()
+    time.sleep(1)
+    words = ("train", "--config", config, "--num-gpus", 1, "--resume", "auto")
+    assert run_command(*words).returncode == 0
+    assert len(metrics(tmp_path / "alone")) == 6
+    assert not (tmp_path / "alone" / REQUEST).exists()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.build import build, tokenize
+from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.shards import read_manifest
 from data_pipeline.tokenizer import copy_tokenizer
@@ -232,3 +232,38 @@ def test_a_source_that_vanishes(kind: str, folder: Path, tmp_path: Path, monkeyp
     (tmp_path / "away").rename(gone)
     build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
     assert read_manifest(tmp_path / "out").documents == 60
+
+
+@pytest.mark.parametrize("own_folder", [False, True])
+def test_a_stage_that_fails_at_once_may_be_run_again(
+    own_folder: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage fails with its own error, time after time; what the user had stays, nothing else does."""
+    from data_pipeline import pack as pack_module
+
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}])
+    tokens, out = tmp_path / "tokens", tmp_path / "out"
+    if own_folder:
+        tokens.mkdir()
+        out.mkdir()
+    (tmp_path / "a.txt").write_bytes(b"good\n\nb\xe4d\n")
+    for _ in range(2):
+        with pytest.raises(CorpusError, match=r"a\.txt: not UTF-8 at byte 7"):
+            tokenize(None, folder / "tok", tokens, description=path, held_out=0.3, progress=False)
+        assert tokens.exists() == own_folder
+        assert not own_folder or not list(tokens.iterdir())
+    write_text(tmp_path / "a.txt", make_documents(60))
+    tokenize(None, folder / "tok", tokens, description=path, held_out=0.3, progress=False)
+
+    def fail(*_: object) -> None:
+        (out / "notes").write_text("precious")
+        raise OSError("the disk is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "lay_out", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is on fire"):
+                pack(tokens, 16, out, progress=False)
+            assert (out / "notes").read_text() == "precious"
+            assert not (out / "held_out").exists()
+    pack(tokens, 16, out, progress=False)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,58 @@ def test_mpirun_without_mpi4py_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("PMI_SIZE", "1")
     assert join_team() is None
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    with pytest.raises(CorpusError, match="started by mpirun with 4 ranks, but mpi4py is not there"):
+    with pytest.raises(CorpusError, match="started by mpirun or srun with 4 ranks, but mpi4py is not there"):
         join_team()
     assert cli.main(["build", "--input", "x", "--tokenizer", "t", "--sequence-length", "16", "--output", "o"]) == 1
     assert "mpi4py is not there" in capsys.readouterr().err
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any launcher that runs the tests."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("outside")
+def test_tasks_of_srun_without_mpi_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    words = ["build", "--input", "x", "--tokenizer", "t", "--sequence-length", "16", "--output", str(tmp_path / "o")]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err.startswith("error: started by srun with 3 tasks without MPI")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert join_team() is None
+    # A batch script that asked for three tasks.
+    monkeypatch.delenv("SLURM_STEP_ID")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert join_team() is None
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize(
+    ("world", "launcher"), [(3, {"PMIX_RANK": "1"}), (3, {"PMI_SIZE": "3"}), (1, {"PMIX_RANK": "1"})]
+)
+def test_tasks_of_srun_with_mpi(world: int, launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Comm:
+        def Get_rank(self) -> int:  # noqa: N802
+            return 1 % world
+
+        def Get_size(self) -> int:  # noqa: N802
+            return world
+
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=Comm())))
+    for name, value in {**STEP, **launcher}.items():
+        monkeypatch.setenv(name, value)
+    if world == 3:
+        team = join_team()
+        assert team is not None
+        assert (team.rank, team.size) == (1, 3)
+    else:
+        with pytest.raises(CorpusError, match="started with 3 ranks, but MPI makes a world of 1"):
+            join_team()

@@ -166,6 +166,7 @@ def test_events_stand_in_metrics_and_are_no_steps(tmp_path: Path, monkeypatch: p
             tmp_path,
             rank=0,
             resume_step=resume,
+            resume_samples=0,
             resume_tokens=0,
             total_steps=9,
             monitor=MonitorConfig(tensorboard=False),

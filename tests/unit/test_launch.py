@@ -1,12 +1,20 @@
 """Ranks of one machine: where they are told to be, and what becomes of the others when one of them ends badly."""
 
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from maskvr_ds import cli, launch
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 
 RANK = """
 import json, os, pathlib, signal, sys, time
@@ -15,6 +23,14 @@ pathlib.Path(sys.argv[1], place["RANK"]).write_text(json.dumps(place))
 end = sys.argv[2 + int(place["RANK"])]
 if end == "waits":
     time.sleep(600)
+if end == "saves":
+    run = pathlib.Path(sys.argv[1], "..", "run")
+    while not (run / "stop_requested").exists():
+        time.sleep(0.05)
+    # Long enough for an echo.
+    time.sleep(1)
+    (run / "stopped.json").write_text('{"step": 3}')
+    sys.exit(75)
 if end == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(end))
@@ -67,3 +83,64 @@ def test_a_value_that_would_leave_its_quotes_is_refused(tmp_path: Path, capsys: 
     value = "output_dir=run'; touch pwned '"
     assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts), "--set", value]) == 1
     assert "a single quote does not come through DeepSpeed's launcher" in capsys.readouterr().err
+
+
+LAUNCHER = """
+import pathlib, sys
+from maskvr_ds import launch
+sys.exit(launch.launch_here("a_rank", sys.argv[2:], 2, pathlib.Path(sys.argv[1]), 10))
+"""
+
+
+def start(folder: Path, *ends: str, terminal: int = subprocess.DEVNULL) -> tuple["subprocess.Popen[bytes]", list[int]]:
+    """A launcher of two ranks, once they run; → its process, their ids."""
+    (folder / "run").mkdir()
+    words = [sys.executable, "-c", LAUNCHER, str(folder / "run"), str(folder / "said"), *ends]
+    process = subprocess.Popen(words, stdout=terminal, stderr=terminal)
+    while len(list((folder / "said").iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process, [child.pid for child in psutil.Process(process.pid).children()]
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("signals", [["TERM", "TERM"], ["HUP"], ["TERM", "HUP"], ["USR1", "USR1"]])
+def test_echoes_of_a_signal_are_one_request(tmp_path: Path, signals: Sequence[str]) -> None:
+    process, _ = start(tmp_path, "saves", "saves")
+    for name in signals:
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        time.sleep(0.1)
+    assert process.wait(60) == EXIT_STOPPED
+    assert not (tmp_path / "run" / REQUEST).exists()
+
+
+@pytest.mark.usefixtures("module")
+def test_another_signal_ends_all_at_once(tmp_path: Path) -> None:
+    process, ranks = start(tmp_path, "waits", "waits")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not any(map(psutil.pid_exists, ranks))
+
+
+@pytest.mark.usefixtures("module")
+def test_a_terminal_that_is_gone_does_not_keep_ranks_from_saving(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process, _ = start(tmp_path, "saves", "saves", terminal=theirs)
+    os.close(theirs)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == EXIT_STOPPED
+
+
+@pytest.mark.usefixtures("module")
+def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    process, ranks = start(tmp_path, "waits", "waits")
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

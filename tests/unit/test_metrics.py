@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def log(folder: Path, resume_step: int = 0, monitor: MonitorConfig = QUIET) -> M
         folder,
         rank=0,
         resume_step=resume_step,
+        resume_samples=resume_step * 8,
         resume_tokens=resume_step * 80,
         total_steps=10,
         monitor=monitor,
@@ -180,6 +182,47 @@ def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mo
     metrics.step(record(2, [0.01, 10.0, 1.0]))
     metrics.close()
     assert logged == [({"train/trust_ratio_log10": pytest.approx([-2, 1, 0])}, 16)]
+
+
+def test_monitors_drop_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = MonitorConfig(csv=True)
+    path = tmp_path / "csv" / "train_loss.csv"
+    # (step resumed from, steps made): killed, killed before the first checkpoint, rolled back.
+    for resume, steps in ((0, (1, 2, 3)), (0, (1, 2, 3, 4, 5)), (3, (4, 5, 6)), (4, (5,))):
+        metrics = log(tmp_path, resume_step=resume, monitor=monitor)
+        for step in steps:
+            metrics.step(record(step))
+        metrics.close()
+        with path.open("a") as file:
+            file.write("4")  # cut off by a kill
+    log(tmp_path, resume_step=5, monitor=monitor).close()
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert rows[0] == ["step", "loss"]
+    assert [int(row[0]) for row in rows[1:]] == [8, 16, 24, 32, 40]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in shown] == [8, 16, 24, 32, 40]
+
+
+def test_weights_and_biases_goes_on_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not installed with the tests: a double that notes what wandb.init reads.
+    runs: list[tuple[str | None, str | None]] = []
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **_: runs.append((os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_RESUME")))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.delenv("WANDB_RESUME", raising=False)
+    monitor = MonitorConfig.model_validate({"tensorboard": False, "wandb": {"project": "p"}})
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log(tmp_path / folder, monitor=monitor).close()
+    assert runs[0] == runs[1] == ((tmp_path / "a" / "wandb_run_id").read_text().strip(), "allow")
+    assert runs[2][0] not in (None, runs[0][0]), "another run is another one"
+    assert "WANDB_RUN_ID" not in os.environ
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    log(tmp_path / "a", monitor=monitor).close()
+    assert runs[3] == ("mine", None)
 
 
 def test_plot_has_panels_for_trust_ratios_and_the_proposal(tmp_path: Path) -> None:

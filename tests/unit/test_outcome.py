@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskvr_ds import launch, outcome
-from maskvr_ds.outcome import COMPLETED, STOPPED
+from maskvr_ds.outcome import COMPLETED, REQUEST, STOPPED
 
 
 def test_what_an_earlier_job_has_left_is_no_word_of_this_one(tmp_path: Path) -> None:
@@ -31,3 +31,16 @@ def test_ranks_that_refuse_the_run_leave_its_end_as_it_was(tmp_path: Path, end: 
     outcome.write(run, end, 40)
     assert launch.launch_here("data_pipeline", ["--no-such-option"], 2, run, 40) == 1
     assert outcome.step_of(run, end) == 40
+
+
+def test_a_request_to_an_earlier_job_is_forgotten(tmp_path: Path) -> None:
+    outcome.forget_request(tmp_path, 0)
+    request = tmp_path / REQUEST
+    request.touch()
+    outcome.forget_request(tmp_path, 30)
+    assert request.exists(), "made since"
+    os.utime(request, (request.stat().st_mtime - 60,) * 2)
+    outcome.forget_request(tmp_path, 90)
+    assert request.exists(), "no older than the start"
+    outcome.forget_request(tmp_path, 30)
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import yaml
 
 from maskvr_ds.checkpoint import CheckpointError, CheckpointState
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
+from maskvr_ds.config_masking import STRATEGY_SETTINGS, MaskingConfig
 from maskvr_ds.config_phases import PhaseStart
 from maskvr_ds.phases import apply_start, done, next_phase, plan, tokens_done
 from maskvr_ds.schedule import learning_rate
@@ -69,6 +70,32 @@ def test_a_phase_with_another_strategy_does_not_inherit_what_belongs_to_the_firs
     phases = plan(RunConfig.model_validate({**two(), "masking": masking}))
     assert [phases[0].masking_rate(step) for step in (0, 9)] == [0.3, 0.15]
     assert [phases[1].masking_rate(step) for step in (10, 13)] == [0.3, 0.15], "its schedule restarts"
+
+
+# Another value than the default, for each.
+OTHERS = {
+    "placement": "same_batch",
+    "segments_per_sequence": 2,
+    "frequency_power": 0.7,
+    "document_frequency_power": -0.2,
+    "floor": 0.2,
+    "span_probability": 0.3,
+    "span_maximum": 5,
+    "sampler": "conditional_poisson",
+    "estimator": "hajek",
+}
+
+
+def test_settings_go_over_to_the_strategies_that_they_belong_to() -> None:
+    assert OTHERS.keys() == STRATEGY_SETTINGS.keys()
+    default = MaskingConfig().model_dump()
+    for before in ("fully_explored", "frequency", "span", "mapnet"):
+        settings = {name: OTHERS[name] for name, strategies in STRATEGY_SETTINGS.items() if before in strategies}
+        for after in ("uniform", "whole_word", "fully_explored", "frequency", "mapnet"):
+            values = {**two(masking={"strategy": after}), "masking": {"strategy": before, **settings}}
+            found = RunConfig.model_validate(values).phase(1).masking
+            for name, value in settings.items():
+                assert getattr(found, name) == (value if after in STRATEGY_SETTINGS[name] else default[name])
 
 
 def test_a_run_without_phases_is_one_phase() -> None:

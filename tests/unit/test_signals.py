@@ -38,6 +38,8 @@ def send(*signals: signal.Signals) -> None:
     [
         ([signal.SIGTERM], 7),
         ([signal.SIGUSR1], 7),
+        ([signal.SIGHUP], 7),
+        ([signal.SIGTERM, signal.SIGHUP], 7),
         ([signal.SIGTERM, signal.SIGTERM], 7),
         ([signal.SIGUSR1, signal.SIGTERM], 128 + signal.SIGTERM),
     ],

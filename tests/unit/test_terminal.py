@@ -1,0 +1,34 @@
+"""Words for which there is no reader any more: the process goes on, and ends with its own status."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys
+from maskvr_ds import terminal
+terminal.say("ready")
+sys.stdin.readline()
+print("held back", end="")
+terminal.say("to standard output")
+terminal.say("again")
+terminal.alert("to standard error")
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_nobody_listens(kind: str) -> None:
+    ours, theirs = pty.openpty() if kind == "terminal" else os.pipe()
+    words = [sys.executable, "-c", CODE]
+    # Where Python holds nothing back, nothing is left for its end.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 75
