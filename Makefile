@@ -19,7 +19,7 @@ demo: install
 
 test: install
 	# Ranks keep two cores busy by themselves; what has one process runs two at a time.
-	$(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
 	$(RUN) $(BIN)/python -m pytest --ignore tests/unit
 
 lint: install
