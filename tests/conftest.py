@@ -7,8 +7,8 @@ from hypothesis import settings
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
-# What is ignored here (by nohup, or by a shell that runs this behind) stays so in all processes of the tests, and some are
-# about these signals. Handlers are not inherited.
+# What is ignored here (by nohup, or by a shell that runs this behind) stays so in all processes of the tests, and some
+# are about these signals. Handlers are not inherited.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
