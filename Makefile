@@ -18,8 +18,8 @@ demo: install
 	$(RUN) $(BIN)/maskvr demo --output demo_run
 
 test: install
-	# Ranks keep two cores busy by themselves; what has one process runs two at a time.
-	$(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+	# Ranks keep two cores busy by themselves; what has one process runs two at a time, of one thread each.
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
 	$(RUN) $(BIN)/python -m pytest --ignore tests/unit
 
 lint: install
