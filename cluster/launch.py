@@ -18,6 +18,7 @@ from cluster.preparation import CONFIG, Draft
 from cluster.supervision import END_SECONDS, POLL, Job, Plan
 from maskvr_ds import outcome
 from maskvr_ds.config import RunConfig, add_run_options, load_config
+from maskvr_ds.echo import Echoes
 from maskvr_ds.terminal import ERR, alert, say
 
 _EXAMPLES = """examples:
@@ -83,16 +84,13 @@ class Signals:
         self.last: int | None = None
         self.asked = False
         self._run = run
-        # What was heard last, SIGHUP as SIGTERM, and when.
-        self._heard: tuple[int, float] = (0, 0.0)
+        self._echoes = Echoes()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        kind = signal.SIGTERM if number == signal.SIGHUP else number
-        (before, since), self._heard = self._heard, (kind, time.monotonic())
-        if kind == before and self._heard[1] - since < outcome.ECHO_SECONDS:
+        if self._echoes.is_one(number):
             return
         if self.asked or number == signal.SIGINT:
             self.last = number

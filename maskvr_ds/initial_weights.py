@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import distributed
+from maskvr_ds import distributed, terminal
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.config_model import BERT_CONFIG, read_bert_config
 from maskvr_ds.manifest import CheckpointError, read_state, sha256
@@ -136,7 +136,7 @@ def load(module: nn.Module, initial: InitialWeights) -> None:
     for parameter in module.parameters():
         parameter.data.copy_(distributed.broadcast(parameter.data.to(distributed.device())))
     if distributed.rank() == 0:
-        print(told, flush=True)
+        terminal.say(told)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 
 from maskvr_ds import outcome, terminal
-from maskvr_ds.outcome import ECHO_SECONDS, EXIT_STOPPED, REQUEST, STOPPED
+from maskvr_ds.echo import Echoes
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
 
 # Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
 _GRACE = 5.0
@@ -103,21 +104,16 @@ def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Pa
     (run / REQUEST).unlink(missing_ok=True)
     before_start = outcome.written(run)
     processes = _start(commands, places)
-    heard: int | None = None
-    since = 0.0
+    asked, echoes = False, Echoes()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # As signals.py, which loads torch.
-        nonlocal heard, since
-        name = signal.Signals(number).name
-        kind = signal.SIGTERM if number == signal.SIGHUP else number
-        before, since = since, time.monotonic()
-        if kind == heard and since - before < ECHO_SECONDS:
+        nonlocal asked
+        if echoes.is_one(number):
             return
-        if heard is not None or number == signal.SIGINT or not run.is_dir():
+        if asked or number == signal.SIGINT or not run.is_dir():
             _end(processes)
             sys.exit(128 + number)
-        heard = kind
+        asked, name = True, signal.Signals(number).name
         (run / REQUEST).write_text(name + "\n", encoding="utf-8")
         terminal.alert(f"{name}: the ranks were asked to save and stop; a second signal ends them at once")
 

@@ -15,8 +15,6 @@ from pathlib import Path
 
 # sysexits.h: "temporary failure, the user is invited to retry".
 EXIT_STOPPED = os.EX_TEMPFAIL
-# Seconds within which the same signal is the first one's echo: Slurm sends SIGTERM twice within milliseconds.
-ECHO_SECONDS = 1.0
 # Made by anyone, asks a run to save and stop.
 REQUEST = "stop_requested"
 # {"step": n}: stopped and saved as a signal, or the file above, asked; then also "requested": true.

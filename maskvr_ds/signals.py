@@ -11,12 +11,12 @@ any node, and needs no process to be found.
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 from maskvr_ds import terminal
+from maskvr_ds.echo import Echoes
 from maskvr_ds.metrics import DeferredTensor
-from maskvr_ds.outcome import ECHO_SECONDS, EXIT_STOPPED, REQUEST
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -33,7 +33,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._heard: int | None = None
+        self._heard = False
         self._flag: DeferredTensor | None = None
         self._read, write = os.pipe()
         os.set_blocking(write, False)
@@ -45,25 +45,22 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
-        since = 0.0
+        echoes = Echoes()
         while received := os.read(self._read, 1):
             if received[0] not in SIGNALS:
                 continue
-            name = signal.Signals(received[0]).name
-            before, since = since, time.monotonic()
-            # A session that ends sends both.
-            kind = signal.SIGTERM if received[0] == signal.SIGHUP else received[0]
-            if kind == self._heard and since - before < ECHO_SECONDS:
+            if echoes.is_one(received[0]):
                 continue
-            if self._heard is not None:
+            name = signal.Signals(received[0]).name
+            if self._heard:
                 terminal.alert(f"{name}: the second signal; ends at once")
                 os._exit(128 + received[0])
-            self._heard = kind
+            self._heard = True
             terminal.alert(f"{name}: checkpoint at the next step boundary, then exit status {EXIT_STOPPED}")
 
     def heard(self, run: Path | None) -> bool:
         """Whether this process was asked to stop: by a signal, or by the file in the run's folder, if one is given."""
-        return self._heard is not None or (run is not None and (run / REQUEST).exists())
+        return self._heard or (run is not None and (run / REQUEST).exists())
 
     def agreed(self, flag: DeferredTensor) -> bool:
         """Whether any rank had heard one in the step before; the same on every rank, which all call once a step.

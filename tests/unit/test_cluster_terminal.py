@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from cluster import launch, remote, supervision
-from maskvr_ds.outcome import ECHO_SECONDS, EXIT_STOPPED, REQUEST, STOPPED
+from maskvr_ds.echo import ECHO_SECONDS
+from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
 from tests.unit.test_cluster_launch import make_plan
 
 ROOT = Path(__file__).parents[2]

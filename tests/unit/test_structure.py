@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = [
-    {"__init__", "config_file", "estimators", "hashing", "outcome", "slurm", "terminal", "variants"},
+    {"__init__", "config_file", "echo", "estimators", "hashing", "outcome", "slurm", "terminal", "variants"},
     {
         "conditional_poisson",
         "config_data",
@@ -115,7 +115,9 @@ def test_light_packages_import_nothing_heavy(path: Path) -> None:
         roots -= {"transformers"}  # one of the peers that it measures
     assert not roots & {"torch", "deepspeed", "transformers"}
     own = {".".join(name.split(".")[:2]) for name in imports(path) if name.startswith("maskvr_ds")}
-    light = {"maskvr_ds"} | {f"maskvr_ds.{name}" for name in ("config", "fence", "outcome", "slurm", "terminal")}
+    light = {"maskvr_ds"} | {
+        f"maskvr_ds.{name}" for name in ("config", "echo", "fence", "outcome", "slurm", "terminal")
+    }
     assert own <= (light if path.parent.name == "cluster" else set())
 
 
