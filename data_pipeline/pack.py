@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from data_pipeline.files import CorpusError, atomic_file, write_json
 from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.mixture import mixture_entries
 from data_pipeline.packing import ShardLayout, pack_rows
-from data_pipeline.pairs import Document, PairOptions, Rows, document_rows, pair_rows, read_document
+from data_pipeline.pairs import PairOptions, Rows, document_rows, pair_rows
 from data_pipeline.progress import ProgressBar
 from data_pipeline.shards import Manifest, ShardEntry, write_manifest, write_shard
 from data_pipeline.sources import Progress
@@ -36,6 +37,7 @@ from data_pipeline.tokens import SideReader, TokenManifest, read_tokens
 from data_pipeline.workers import Pool, Task
 
 _BLOCK = 1 << 20
+_OPEN_PARTS = 64  # of the neighbourhood from which random segments come
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -112,7 +114,7 @@ def _tokens(folder: str) -> TokenManifest:
     return read_tokens(folder)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=_OPEN_PARTS)
 def _open(side: _Side, part: Part) -> SideReader:
     return open_part(side.tokens, _tokens(side.tokens), side.side, part, side.options.weights)
 
@@ -358,11 +360,12 @@ def _blocks(shared: _Side, manifest: TokenManifest, reader: SideReader, i: int) 
     special, dtype, planes = manifest.special_tokens, manifest.dtype, options.columns
     if options.packing == "documents":
         return document_rows(reader, options.bins, special, dtype, planes)
-    bounds = np.array(firsts)
+    # Beside those of _open, whose key takes long to hash.
+    opened = lru_cache(maxsize=_OPEN_PARTS)(lambda part: _open(shared, parts[part]))
 
-    def other(number: int) -> Document:
-        part = int(np.searchsorted(bounds, number, side="right")) - 1
-        return read_document(_open(shared, parts[part]), number - firsts[part], planes)
+    def other(number: int) -> tuple[SideReader, int]:
+        part = bisect_right(firsts, number) - 1
+        return opened(part), number - firsts[part]
 
     pairs = PairOptions(options.packing, options.probability, options.sequence_length, options.seed)
     return pair_rows(reader, firsts[i], firsts[-1], other, pairs, special, dtype, planes)

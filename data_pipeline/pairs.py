@@ -6,7 +6,9 @@ to the shortest of the length bins that holds them; the parts of a long document
 `nsp` and `sop`: sentences of a document are taken as long as they fit in L - 3 tokens, and split in two at a sentence's
 beginning that is drawn. Next-sentence prediction (Devlin et al. 2018, section 3.1): with the probability asked, B is
 instead taken from a random other document, from a random sentence on, and cut where the row is full; what B was goes
-into the next row. Sentence-order prediction (Lan et al. 2019, section 3.1): with that probability A and B are swapped.
+into the next row. That document is one of the same `NEIGHBOURS`, or up to twice as many: reading from anywhere in a
+corpus of terabytes would cost a seek a row. Sentence-order prediction (Lan et al. 2019, section 3.1): with that
+probability A and B are swapped.
 Differences from the papers' code: sentences longer than half of a row are cut in pieces, which count as sentences, so
 that nothing of A is ever cut off; the label is drawn for every row alike, so a document's last sentence, where it is
 left over alone, makes no row (`unused`); rows are not shortened at random.
@@ -18,7 +20,7 @@ Shapes: R rows, L positions, T ids of a stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,8 @@ from numpy.typing import NDArray
 from data_pipeline.shards import SpecialTokens
 from data_pipeline.tokens import SideReader
 
+# Documents in a row, counted through the corpus, whatever its units of work: the output does not depend on those.
+NEIGHBOURS = 1 << 16
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 18
 
@@ -54,23 +58,52 @@ class Rows:
     unused: int = 0
 
 
+@dataclass
+class _Segment:
+    """ids [T], planes bool [T] each."""
+
+    ids: NDArray[np.unsignedinteger]
+    planes: dict[str, NDArray[np.bool_]]
+
+
+@dataclass
+class _Block:
+    """Some documents: ids [T], each closed by [SEP]; ends int64 [D], where those lie; planes bool [T] each."""
+
+    ids: NDArray[np.unsignedinteger]
+    ends: NDArray[np.int64]
+    planes: dict[str, NDArray[np.bool_]]
+
+    def starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], self.ends[:-1] + 1])
+
+    def cut(self, start: int, stop: int, planes: Sequence[str]) -> _Segment:
+        return _Segment(self.ids[start:stop], {plane: self.planes[plane][start:stop] for plane in planes})
+
+
+def _blocks(reader: SideReader, planes: Iterable[str]) -> Iterator[_Block]:
+    """All documents of a part, in order."""
+    first = 0
+    while first < reader.documents:
+        begin = reader.start(first)
+        last = max(int(np.searchsorted(reader.ends, begin + _BLOCK)), first + 1)
+        ends = reader.ends[first:last] - begin
+        stop = begin + int(ends[-1]) + 1
+        yield _Block(reader.ids(begin, stop), ends, {plane: reader.plane(plane, begin, stop) for plane in planes})
+        first = last
+
+
 def document_rows(
     reader: SideReader, bins: Sequence[int], special: SpecialTokens, dtype: np.dtype, planes: Sequence[str]
 ) -> Iterator[Rows]:
     """Rows of a part's documents, a block at a time and in a block bin by bin. bins: lengths, ascending; the last is
     L."""
     width = bins[-1] - 2
-    first = 0
-    while first < reader.documents:
-        begin = int(reader.ends[first - 1]) + 1 if first else 0
-        last = max(int(np.searchsorted(reader.ends, begin + _BLOCK)), first + 1)
-        ends = reader.ends[first:last] - begin
-        ids = reader.ids(begin, begin + int(ends[-1]) + 1)
-        bits = {plane: reader.plane(plane, begin, begin + len(ids)) for plane in planes}
-        starts = np.concatenate([[0], ends[:-1] + 1])
+    for block in _blocks(reader, planes):
+        ids, ends, bits = block.ids, block.ends, block.planes
+        starts = block.starts()
         rows = -(-(ends - starts) // width)
-        of_row = np.repeat(np.arange(len(rows)), rows)
-        part = np.arange(len(of_row)) - np.repeat(np.cumsum(rows) - rows, rows)
+        of_row, part = _spread(rows)
         row_starts = starts[of_row] + part * width
         sizes = np.minimum(ends[of_row] - row_starts, width)
         # A long document's parts stay together, so that they can be read in order.
@@ -80,8 +113,7 @@ def document_rows(
             if not mine.any():
                 continue
             count, size = int(mine.sum()), sizes[mine]
-            row = np.repeat(np.arange(count), size)
-            column = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
+            row, column = _spread(size)
             source = np.repeat(row_starts[mine], size) + column
             input_ids = np.full((count, length), special.pad, dtype)
             input_ids[:, 0] = special.cls
@@ -92,7 +124,6 @@ def document_rows(
                 columns[plane] = np.zeros((count, length), np.bool_)
                 columns[plane][row, column + 1] = values[source]
             yield Rows(index, input_ids, (part == rows[of_row] - 1)[mine], columns)
-        first = last
 
 
 @dataclass(frozen=True)
@@ -105,14 +136,28 @@ class PairOptions:
     seed: int
 
 
-def sentence_bounds(starts: NDArray[np.bool_], longest: int) -> list[int]:
-    """Where sentences begin, and the end: [0, …, len(starts)]; those longer than `longest` are cut in pieces of it."""
-    begins = np.flatnonzero(starts).tolist()
-    begins = begins if begins[:1] == [0] else [0, *begins]
-    bounds: list[int] = []
-    for begin, end in zip(begins, [*begins[1:], len(starts)], strict=True):
-        bounds += range(begin, end, longest)
-    return [*bounds, len(starts)]
+def sentence_cuts(
+    sentence_start: NDArray[np.bool_], starts: NDArray[np.int64], ends: NDArray[np.int64], longest: int
+) -> NDArray[np.int64]:
+    """Where sentences begin, those longer than `longest` cut in pieces of it: int64 [S].
+
+    sentence_start: bool [T]; starts, ends: int64 [D], documents are [starts[d], ends[d]), in order, none empty.
+    """
+    marked = sentence_start.copy()
+    marked[starts] = True
+    begins = np.flatnonzero(marked)
+    stops = np.minimum(np.append(begins[1:], ends[-1]), ends[np.searchsorted(ends, begins)])
+    pieces = -((begins - stops) // longest)
+    if pieces.max() == 1:
+        return begins
+    sentence, piece = _spread(pieces)
+    return begins[sentence] + piece * longest
+
+
+def _spread(sizes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of all members of groups of such sizes: the number of the group, the place in it."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> tuple[list[tuple[int, ...]], int]:
@@ -137,70 +182,62 @@ def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> 
     return pairs, bounds[-1] - bounds[i]
 
 
-@dataclass
-class Document:
-    """ids: [T], without its [SEP]; planes: bool [T] each, among them sentence_start."""
-
-    ids: NDArray[np.unsignedinteger]
-    planes: dict[str, NDArray[np.bool_]]
-
-    def cut(self, start: int, stop: int) -> Document:
-        return Document(self.ids[start:stop], {name: bits[start:stop] for name, bits in self.planes.items()})
-
-
-def read_document(reader: SideReader, index: int, planes: Sequence[str]) -> Document:
-    """A document of a part. planes: those to read beside sentence_start."""
-    begin = int(reader.ends[index - 1]) + 1 if index else 0
-    end = int(reader.ends[index])
-    names = {"sentence_start", *planes}
-    return Document(reader.ids(begin, end), {name: reader.plane(name, begin, end) for name in names})
+def stranger_of(number: int, row: int, total: int, seed: int) -> int:
+    """The document that a row of document `number` takes its random second segment from."""
+    first = NEIGHBOURS * max(min(number // NEIGHBOURS, total // NEIGHBOURS - 1), 0)
+    stop = first + NEIGHBOURS if first + 2 * NEIGHBOURS <= total else total
+    drawn = first + draw(seed, number, row, 2) % (stop - first - 1)
+    return drawn + (drawn >= number)
 
 
 def pair_rows(
     part: SideReader,
     first: int,
     total: int,
-    other: Callable[[int], Document],
+    other: Callable[[int], tuple[SideReader, int]],
     options: PairOptions,
     special: SpecialTokens,
     dtype: np.dtype,
     planes: Sequence[str],
-    *,
-    block: int = 1024,
 ) -> Iterator[Rows]:
     """Rows of pairs of a part's documents.
 
-    first: number of its first document in the corpus of `total`; other: reads the document of a number.
+    first: number of its first document in the corpus of `total`; other: the part of the document of a number, and its
+    index there.
     """
     longest = (options.length - 3) // 2
-    found: list[tuple[Document, Document, bool]] = []
-    unused = 0
-    for index in range(part.documents):
-        document = read_document(part, index, planes)
-        number = first + index
-        bounds = sentence_bounds(document.planes["sentence_start"], longest)
-        pairs, left = document_pairs(bounds, number, options)
-        unused += left
-        for row, (start, middle, stop, label) in enumerate(pairs):
-            one, two = document.cut(start, middle), document.cut(middle, stop)
-            if label and options.objective == "sop":
-                one, two = two, one
-            elif label:
-                stranger = draw(options.seed, number, row, 2) % (total - 1)
-                found_other = other(stranger + (stranger >= number))
-                begins = sentence_bounds(found_other.planes["sentence_start"], longest)[:-1]
-                begin = begins[draw(options.seed, number, row, 3) % len(begins)]
-                two = found_other.cut(begin, begin + options.length - 3 - len(one.ids))
-            found.append((one, two, bool(label)))
-        if len(found) >= block:
-            yield _fill(found, options.length, special, dtype, planes, unused)
-            found, unused = [], 0
-    if found or unused:
+
+    def random_segment(number: int, row: int, longest_segment: int) -> _Segment:
+        reader, index = other(stranger_of(number, row, total, options.seed))
+        begin, end = reader.start(index), int(reader.ends[index])
+        whole = reader.plane("sentence_start", begin, end)
+        cuts = sentence_cuts(whole, np.array([0]), np.array([end - begin]), longest)
+        begin += int(cuts[draw(options.seed, number, row, 3) % len(cuts)])
+        stop = min(begin + longest_segment, end)
+        return _Segment(reader.ids(begin, stop), {plane: reader.plane(plane, begin, stop) for plane in planes})
+
+    number = first
+    for block in _blocks(part, {"sentence_start", *planes}):
+        cuts = sentence_cuts(block.planes["sentence_start"], block.starts(), block.ends, longest)
+        firsts = np.searchsorted(cuts, np.append(block.starts(), block.ends[-1])).tolist()
+        found: list[tuple[_Segment, _Segment, bool]] = []
+        unused = 0
+        for i, end in enumerate(block.ends.tolist()):
+            pairs, left = document_pairs([*cuts[firsts[i] : firsts[i + 1]].tolist(), end], number, options)
+            unused += left
+            for row, (start, middle, stop, label) in enumerate(pairs):
+                one, two = block.cut(start, middle, planes), block.cut(middle, stop, planes)
+                if label and options.objective == "sop":
+                    one, two = two, one
+                elif label:
+                    two = random_segment(number, row, options.length - 3 - len(one.ids))
+                found.append((one, two, bool(label)))
+            number += 1
         yield _fill(found, options.length, special, dtype, planes, unused)
 
 
 def _fill(
-    found: list[tuple[Document, Document, bool]],
+    found: list[tuple[_Segment, _Segment, bool]],
     length: int,
     special: SpecialTokens,
     dtype: np.dtype,

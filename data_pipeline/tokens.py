@@ -240,6 +240,7 @@ class SideReader:
         self, folder: str | Path, manifest: TokenManifest, shard: int, side: str, keep: NDArray[np.bool_] | None = None
     ) -> None:
         self._folder, self._shard, self._side, self._dtype = folder, shard, side, manifest.dtype
+        self._maps: dict[str, NDArray[Any]] = {}
         entry = manifest.shards[shard].sides[side]
         ends = self._map("ends", np.dtype(np.int64), entry.documents)
         if "drop" in entry.files:
@@ -257,13 +258,21 @@ class SideReader:
             self.length = int(self.ends[-1]) + 1 if len(self.ends) else 0
 
     def _map(self, suffix: str, dtype: np.dtype, size: int) -> NDArray[Any]:
-        if size == 0:
-            return np.empty(0, dtype)
-        return np.memmap(token_path(self._folder, self._shard, self._side, suffix), dtype, mode="r", shape=(size,))
+        if suffix not in self._maps:
+            path = token_path(self._folder, self._shard, self._side, suffix)
+            # Of the class ndarray: slices of a memmap are dear.
+            self._maps[suffix] = (
+                np.memmap(path, dtype, "r", shape=(size,)).view(np.ndarray) if size else np.empty(0, dtype)
+            )
+        return self._maps[suffix]
 
     @property
     def documents(self) -> int:
         return len(self.ends)
+
+    def start(self, index: int) -> int:
+        """Where a document begins in the stream."""
+        return int(self.ends[index - 1]) + 1 if index else 0
 
     def keys(self) -> NDArray[np.uint64]:
         """uint64 [D]: hashes of all documents of the file, dropped ones too."""

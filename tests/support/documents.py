@@ -138,6 +138,15 @@ def corpus_documents(folder: Path) -> list[list[int]]:
     return list(unpack(rows, np.concatenate([corpus.document_end(i) for i in shards])))
 
 
+def rows_of(folder: Path) -> tuple[Corpus, np.ndarray, dict[str, np.ndarray]]:
+    """All rows as the trainer reads them, and their columns."""
+    corpus = Corpus(folder)
+    rows = np.arange(corpus.rows)
+    ids = np.empty((corpus.rows, corpus.sequence_length), corpus.dtype)
+    corpus.take(rows, out=ids)
+    return corpus, ids, {name: corpus.take_column(name, rows) for name in ("document_end", *corpus.manifest.columns)}
+
+
 def describe_in(folder: Path, sources: list[dict[str, Any]], **others: object) -> Path:
     """A corpus description, corpus.yaml."""
     path = folder / "corpus.yaml"

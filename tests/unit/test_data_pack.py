@@ -16,11 +16,20 @@ from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.sentences import sentence_starts
-from data_pipeline.shards import Corpus, Manifest
 from data_pipeline.stats import describe, verify
 from data_pipeline.tokenizer import Encoder, copy_tokenizer
 from data_pipeline.tokens import SideReader, read_tokens, verify_tokens
-from tests.support.documents import CLS, PAD, SEP, corpus_documents, make_documents, tree, write_text, write_tokenizer
+from tests.support.documents import (
+    CLS,
+    PAD,
+    SEP,
+    corpus_documents,
+    make_documents,
+    rows_of,
+    tree,
+    write_text,
+    write_tokenizer,
+)
 
 PLANES = ("word_start", "sentence_start")
 SIZES: dict[str, Any] = {"work_size": 0.008, "progress": False}
@@ -39,15 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_jsonl(path: Path, documents: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
-
-
-def rows_of(folder: Path) -> tuple[Corpus, np.ndarray, dict[str, np.ndarray]]:
-    """All rows as the trainer reads them, and their columns."""
-    corpus = Corpus(folder)
-    rows = np.arange(corpus.rows)
-    ids = np.empty((corpus.rows, corpus.sequence_length), corpus.dtype)
-    corpus.take(rows, out=ids)
-    return corpus, ids, {name: corpus.take_column(name, rows) for name in ("document_end", *corpus.manifest.columns)}
 
 
 def naive(encoder: Encoder, documents: list[str]) -> list[tuple[list[int], list[bool], list[bool]]]:
@@ -190,111 +190,6 @@ def corpus_documents_of(folder: Path) -> list[list[int]]:
         starts = [0, *(reader.ends[:-1] + 1).tolist()]
         found += [stream[a:b] for a, b in zip(starts, reader.ends.tolist(), strict=True)]
     return found
-
-
-PAIR_LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, list[list[list[int]]]]:
-    """Token shards of 1,500 documents of distinct sentences, and these: documents of sentences of ids."""
-    path = tmp_path_factory.mktemp("sentences")
-    rng = np.random.default_rng(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = [
-        [
-            f"{letters[i % 26]} {letters[i // 26 % 26]} {letters[i // 676]} {n} "
-            + "of " * int(rng.integers(0, 9))
-            + "."
-            for n in range(int(rng.integers(1, 40)))
-        ]
-        for i in range(1500)
-    ]
-    write_text(path / "a.txt", ["\n".join(sentences) for sentences in texts])
-    (path / "c.yaml").write_text("sources: [{name: a, inputs: [a.txt]}]\nsentences: line\n")
-    tokenize(None, folder / "tok", path / "tokens", description=path / "c.yaml", work_size=0.05, progress=False)
-    words = Encoder(folder / "tok").tokenizer
-    return path, [[words.encode(s, add_special_tokens=False).ids for s in document] for document in texts]
-
-
-def find_pairs(
-    path: Path, packing: str, probability: float
-) -> tuple[Manifest, list[tuple[list[int], list[int], bool]]]:
-    manifest = pack(
-        path / "tokens", PAIR_LENGTH, path / f"{packing}{probability}", packing=packing,
-        pair_probability=probability, shard_size=0.05, progress=False,
-    )  # fmt: skip
-    verify(path / f"{packing}{probability}")
-    _, ids, columns = rows_of(path / f"{packing}{probability}")
-    pairs = []
-    for row, start, label in zip(
-        ids.tolist(), columns["segment_start"].tolist(), columns["pair_label"].tolist(), strict=True
-    ):
-        used = PAIR_LENGTH - row.count(PAD)
-        assert (row[0], row[start - 1], row[used - 1]) == (CLS, SEP, SEP)
-        pairs.append((row[1 : start - 1], row[start : used - 1], label))
-    return manifest, pairs
-
-
-@pytest.mark.parametrize(("packing", "probability"), [("sop", 0.5), ("nsp", 0.5), ("nsp", 0.2)])
-def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, probability: float) -> None:
-    path, documents = sentences
-    manifest, pairs = find_pairs(path, packing, probability)
-    labels = [label for _, _, label in pairs]
-    assert len(labels) > 8_000
-    assert abs(np.mean(labels) - probability) < 0.01
-    assert manifest.labelled == sum(labels)
-    # Where each document's tokens may be cut: its sentences, in pieces of at most half of a row.
-    longest = (PAIR_LENGTH - 3) // 2
-    streams = [[token for sentence in document for token in sentence] for document in documents]
-    cuts = []
-    for document in documents:
-        bounds = [0]
-        for sentence in document:
-            begin = bounds[-1]
-            bounds += [begin + min(i + longest, len(sentence)) for i in range(0, len(sentence), longest)]
-        cuts.append(bounds)
-    document = position = used = 0
-    for one, two, label in pairs:
-        first, second = (two, one) if label and packing == "sop" else (one, two)
-        # Rows are in the order of the text: the next document begins where this one has no pair left.
-        while streams[document][position : position + len(first)] != first or position + len(first) > len(
-            streams[document]
-        ):
-            assert cuts[document].index(position) >= len(cuts[document]) - 2, "only a last sentence is left over"
-            document, position = document + 1, 0
-        assert position in cuts[document]
-        assert position + len(first) in cuts[document]
-        if label and packing == "nsp":
-            position += len(first)
-            used += len(first)
-            continue
-        assert streams[document][position + len(first) : position + len(first) + len(second)] == second
-        position += len(first) + len(second)
-        used += len(first) + len(second)
-        assert position in cuts[document]
-    assert manifest.unused == sum(map(len, streams)) - used
-    assert all(len(one) + len(two) + 3 <= PAIR_LENGTH and one and two for one, two, _ in pairs)
-    if packing == "nsp":
-        by_name = {tuple(s[:3]): i for i, s in enumerate(streams)}
-        strangers = [(one, two) for one, two, label in pairs if label]
-        # Most second segments are from many other documents; where they begin with a name, it is another one.
-        named = [(by_name.get(tuple(one[:3])), by_name.get(tuple(two[:3]))) for one, two in strangers]
-        known = [(a, b) for a, b in named if a is not None and b is not None]
-        assert len(known) > 50
-        assert all(a != b for a, b in known)
-        assert len({b for _, b in known}) > 40
-
-
-def test_pairs_need_sentences(folder: Path, tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", ["one", "two"])
-    tokenize([tmp_path / "a.txt"], folder / "tok", tmp_path / "tokens", **SIZES)
-    with pytest.raises(CorpusError, match="makes no row of side train: no document has two sentences"):
-        pack(tmp_path / "tokens", 16, tmp_path / "out", packing="sop", progress=False)
-    write_text(tmp_path / "b.txt", ["only one document"])
-    tokenize([tmp_path / "b.txt"], folder / "tok", tmp_path / "single", **SIZES)
-    with pytest.raises(CorpusError, match="nsp needs two documents at least, side train has 1"):
-        pack(tmp_path / "single", 16, tmp_path / "out2", packing="nsp", progress=False)
 
 
 @pytest.mark.parametrize(
