@@ -3,7 +3,8 @@
 Runs of one seed begin with the same weights and read the same rows in the same order (J segments of a row in one
 batch: J times fewer rows), and all are measured on the same held-out rows under the same uniform masks. The target of a
 seed is the baseline's last held-out loss with that seed, unless one is given. Steps to it are interpolated between
-evaluations; seconds are those of training steps, without evaluation and saving, as metrics.jsonl has them.
+evaluations; seconds are those of training steps and of what `auto` measures, without evaluation and saving, as
+metrics.jsonl has them.
 
     OUTPUT/runs/STRATEGY/seed-0/     a run's folder each
     OUTPUT/compare.json, compare.png after every run
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskvr_ds.auto import EVENT as MEASURED
 from maskvr_ds.checkpoint import complete_checkpoints
 from maskvr_ds.config import ConfigError, RunConfig, load_config
-from maskvr_ds.metrics import METRICS, read_lines
+from maskvr_ds.metrics import METRICS, read_events, read_lines
 from maskvr_ds.run import CONFIG, open_corpora
 from maskvr_ds.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.variance_report import folded
@@ -111,8 +113,12 @@ def train(job: Job, arguments: argparse.Namespace) -> bool:
 def curve(folder: Path) -> list[tuple[int, float, float]]:
     """(step, seconds of training until then, held-out loss) of every evaluation."""
     seconds, points = 0.0, []
+    measuring = {
+        event["step"]: event["seconds"] for event in read_events(folder / METRICS) if event["event"] == MEASURED
+    }
     for line in read_lines(folder / METRICS):
-        seconds += line["step_seconds"]
+        # What is measured after a step counts from the next one on.
+        seconds += line["step_seconds"] + measuring.get(line["step"] - 1, 0.0)
         if line.get("held_out_loss") is not None:
             points.append((line["step"], seconds, line["held_out_loss"]))
     return points
@@ -139,7 +145,8 @@ def compare(jobs: Sequence[Job], target: float | None) -> dict[str, Any]:
 
     strategies: name → runs (a mapping a seed) and, over seeds for which the baseline is done too, mean, least and
     greatest of `final` held-out loss, `difference` from the baseline's, `fewer_steps` and `less_time`: the baseline's
-    steps (seconds) to the target divided by the strategy's, of the seeds that reached it; `reached` of `seeds`.
+    steps (seconds) divided by the strategy's, to the target, or to the lowest loss that both had where one never fell
+    so far: who misses the target has a figure too, below 1. `reached` of `seeds`: who did not miss it.
     """
     baseline = jobs[0].spec.text
     curves = {(job.spec.text, job.seed): curve(job.folder) for job in jobs if job.is_done()}
@@ -151,9 +158,12 @@ def compare(jobs: Sequence[Job], target: float | None) -> dict[str, Any]:
             if points is None or reference is None:
                 continue
             aim = reference[-1][2] if target is None else target
-            mine, theirs = reached(points, aim), reached(reference, aim)
-            steps, seconds = mine or (None, None)
-            ratios = [a / b for a, b in zip(theirs, mine, strict=True)] if theirs and mine else [None, None]
+            steps, seconds = reached(points, aim) or (None, None)
+            common = max(aim, *(min(loss for _, _, loss in one) for one in (points, reference)))
+            mine, theirs = reached(points, common), reached(reference, common)
+            assert mine is not None
+            assert theirs is not None, "both had a loss as low as that"
+            ratios = [a / b for a, b in zip(theirs, mine, strict=True)]
             runs.append(
                 {
                     "seed": seed,

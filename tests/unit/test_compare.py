@@ -84,13 +84,25 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     assert (first["target"], second["target"]) == (3.0, 2.0)
     assert first["steps_to_target"] == pytest.approx(30)
     assert (first["fewer_steps"], first["less_time"]) == (pytest.approx(2), pytest.approx(1))
-    assert second["steps_to_target"] is second["fewer_steps"] is None
+    # It ended at 2.4, where the baseline was after 52 of the 60 steps.
+    assert second["steps_to_target"] is None
+    assert (second["fewer_steps"], second["less_time"]) == (pytest.approx(52 / 60), pytest.approx(52 / 60))
     text = table(result)
     assert "span:span_maximum=3  2.450 [2.400, 2.500]  -0.050 [-0.500, 0.400]  1/2" in text
     absolute = compare(jobs, 4.0)["strategies"]["span:span_maximum=3"]
     assert [run["steps_to_target"] for run in absolute["runs"]] == [20, 40]
     plot(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_what_auto_measures_takes_time(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [4.0, 3.0], 1.0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    lines.insert(20, json.dumps({"event": "auto", "step": 20, "seconds": 5.0}) + "\n")
+    lines.insert(30, json.dumps({"event": "checkpoint", "step": 29, "seconds": 7.0}) + "\n")
+    metrics.write_text("".join(lines))
+    assert curve(tmp_path / "run") == [(20, 20.0, 4.0), (40, 45.0, 3.0)]
 
 
 def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> None:
