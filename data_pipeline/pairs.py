@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from data_pipeline.shards import SpecialTokens
 from data_pipeline.tokens import SideReader
 
-# Documents in a row, counted through the corpus, whatever its units of work: the output does not depend on those.
+# So many documents, one after the other in the corpus whatever its units of work: the output does not depend on those.
 NEIGHBOURS = 1 << 16
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 18
