@@ -10,8 +10,9 @@ That is linear in J: the best is one segment where V_d + c > 0, else as many as 
 which. c is negative, as disjoint masks make up for each other; V_d is what J rows instead of one would have averaged.
 
 The baseline is one segment a batch (`fully_explored` an epoch apart: within a step, uniform masks). Another choice
-(all segments; the proposal, its own cost added) is taken where the interval of its total, divided by the baseline's,
-lies below 1: differences that may be noise change nothing. The best estimate among those wins.
+(all segments; the proposal, its own cost added) is better where the interval of its total, divided by the baseline's,
+lies below 1; the least estimate among those wins. It is taken where the measurement before said the same: of many
+measurements of a few rows some are far off, and what is taken for no reason stays for long.
 
 Cost: `rows` · `draws` · 2 forward and backward passes, as many again for the proposal, a whole fp32 copy of the model
 for the time. Collectives, over the world group: a broadcast a tensor of the model, those of moments.py, one broadcast
@@ -41,6 +42,9 @@ from maskvr_ds.strategies import STRATEGIES
 
 EVENT = "auto"
 SEGMENTS, PROPOSAL = "fully_explored", "mapnet"
+# Strategy and segments a batch.
+Choice = tuple[str, int]
+BASELINE: Choice = (SEGMENTS, 1)
 # What a key is for, so that no two uses share random numbers.
 _ROWS, _MASKS, _SKETCH, _BOOTSTRAP = range(4)
 _FIGURES = ("data", "mask", "segment_covariance", "all_segments", "proposal")
@@ -76,14 +80,17 @@ class Chooser:
         self._config, self._engine, self._masker, self._loader = config, engine, masker, loader
         self._proposer, self._most, self._cost = proposer, most, proposal_cost
         self._micro_size, self._seed = micro_size, seed
+        self._best = BASELINE  # by the last measurement
         self._take(SEGMENTS)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it, in JSON types."""
-        return {"strategy": self._strategy, "stretch": asdict(self._loader.stretch)}
+        return {"strategy": self._strategy, "stretch": asdict(self._loader.stretch), "best": list(self._best)}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._loader.stretch = Stretch(**state["stretch"])
+        strategy, segments = state.get("best", BASELINE)  # earlier checkpoints have none
+        self._best = strategy, segments
         self._take(state["strategy"])
 
     def _take(self, strategy: str) -> None:
@@ -103,7 +110,10 @@ class Chooser:
         """
         begun, key = time.perf_counter(), hashing.fold(self._seed, step)
         figures, passes = self._measure(key)
-        (strategy, segments), figures = distributed.broadcast_object((decide(figures, self._most), figures))
+        best, figures = distributed.broadcast_object((better(figures, self._most), figures))
+        current = self._strategy, self._loader.stretch.copies
+        strategy, segments = settle(best, self._best, current)
+        self._best = best
         if segments != self._loader.stretch.copies:
             self._loader.turn(samples, segments)
         self._take(strategy)
@@ -112,6 +122,7 @@ class Chooser:
             "step": step,
             "strategy": strategy,
             "segments": segments,
+            "best": list(best),
             "most_segments": self._most,
             **figures,
             "passes": passes,
@@ -169,12 +180,17 @@ def _figures(pairs: Moments, single: Floats, proposed: Moments | None, most: int
     return np.stack([data, mask, covariance, *ratios], 1)
 
 
-def decide(figures: dict[str, list[float] | None], most: int) -> tuple[str, int]:
-    """Strategy and segments a batch: the least of those whose interval lies below 1, else the baseline."""
-    better = []
+def better(figures: dict[str, list[float] | None], most: int) -> Choice:
+    """The least of those whose interval lies below 1, else the baseline."""
+    found = []
     for name, choice in (("all_segments", (SEGMENTS, most)), ("proposal", (PROPOSAL, 1))):
         interval = figures[name]
         # A comparison with what is not a number is false: nothing is better then.
         if interval is not None and interval[2] < 1:
-            better.append((interval[0], choice))
-    return min(better)[1] if better else (SEGMENTS, 1)
+            found.append((interval[0], choice))
+    return min(found)[1] if found else BASELINE
+
+
+def settle(best: Choice, best_before: Choice, current: Choice) -> Choice:
+    """What to go on with, by what the last two measurements found best: to leave the baseline takes both."""
+    return best if best in (BASELINE, best_before) else current

@@ -11,9 +11,11 @@ and writes to OUTPUT/summary.md, the tables; OUTPUT/SETTING/ has what `maskvr co
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.shards import Corpus
 
@@ -92,25 +94,37 @@ def compare(output: Path, data: str, batch: int, seeds: list[int]) -> None:
     run([*words, "--output", output / f"{data}_{batch}"])
 
 
+def cell(spread: dict[str, float], digits: int) -> str:
+    return "{mean:.{d}f} [{min:.{d}f}, {max:.{d}f}]".format(**spread, d=digits)
+
+
+def of_best(strategies: dict[str, Any]) -> str:
+    """auto's steps beside those of the fixed strategy that needed fewest in the mean over seeds."""
+    best = max((found["fewer_steps"]["mean"], name) for name, found in strategies.items() if name != "auto")[1]
+    theirs = {run["seed"]: run["fewer_steps"] for run in strategies[best]["runs"]}
+    ratios = [theirs[run["seed"]] / run["fewer_steps"] for run in strategies["auto"]["runs"]]
+    spread = {"mean": statistics.fmean(ratios), "min": min(ratios), "max": max(ratios)}
+    return f"\nauto's steps ÷ those of {best}, the best fixed one in the mean: {cell(spread, 2)}"
+
+
 def summary(output: Path) -> str:
     """Markdown: of every setting a line a strategy; mean [least, greatest] over seeds."""
     lines = []
     for path in sorted(output.glob("*/compare.json")):
         result = json.loads(path.read_text())
-        lines += [f"\n**{path.parent.name}**, {result['config']['training']['steps']} steps\n"]
         lines += [
-            "| | held-out loss | − uniform, seed by seed | reached its loss | × fewer steps | × less time |",
-            "|---|---|---|---|---|---|",
+            f"\n**{path.parent.name}**, {result['config']['training']['steps']} steps\n",
+            "| | seeds | held-out loss | − uniform, seed by seed | reached its loss | × fewer steps | × less time |",
+            "|---|---|---|---|---|---|---|",
         ]
-        for name, found in result["strategies"].items():
-            cells = []
-            for key, digits in (("final", 3), ("difference", 3), ("fewer_steps", 2), ("less_time", 2)):
-                spread = found[key]
-                cells.append(
-                    "–" if spread is None else "{mean:.{d}f} [{min:.{d}f}, {max:.{d}f}]".format(**spread, d=digits)
-                )
-            cells.insert(2, f"{found['reached']} of {found['seeds']}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        strategies = {name: found for name, found in result["strategies"].items() if found["seeds"]}
+        for name, found in strategies.items():
+            loss, apart = cell(found["final"], 3), cell(found["difference"], 3)
+            steps, time = cell(found["fewer_steps"], 2), cell(found["less_time"], 2)
+            hits = f"{found['reached']} of {found['seeds']}"
+            lines.append(f"| {name} | {found['seeds']} | {loss} | {apart} | {hits} | {steps} | {time} |")
+        if "auto" in strategies:
+            lines.append(of_best(strategies))
     return "\n".join(lines) + "\n"
 
 

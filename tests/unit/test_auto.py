@@ -1,6 +1,7 @@
 """The choice of masks on the way: the algebra by enumeration, the decision, what it tells masker and loader."""
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvr_ds.auto import PROPOSAL, SEGMENTS, Chooser, _figures, decide
+from maskvr_ds.auto import BASELINE, PROPOSAL, SEGMENTS, Chooser, _figures, better, settle
 from maskvr_ds.config import AutoConfig
 from maskvr_ds.loader import Stretch
 from maskvr_ds.mixture import Share
@@ -93,7 +94,7 @@ INTERVALS = st.one_of(
 
 @given(INTERVALS, INTERVALS, st.integers(1, 9))
 def test_a_change_needs_an_interval_below_one(everything: Any, proposal: Any, most: int) -> None:
-    strategy, segments = decide({"all_segments": everything, "proposal": proposal}, most)
+    strategy, segments = better({"all_segments": everything, "proposal": proposal}, most)
     sure = {
         name: interval[0]
         for name, interval in ((SEGMENTS, everything), (PROPOSAL, proposal))
@@ -108,7 +109,17 @@ def test_a_change_needs_an_interval_below_one(everything: Any, proposal: Any, mo
 
 @pytest.mark.parametrize("bad", [[np.nan] * 3, [0.5, 0.4, np.nan], [-np.inf, -np.inf, np.inf]])
 def test_what_is_not_a_number_changes_nothing(bad: list[float]) -> None:
-    assert decide({"all_segments": bad, "proposal": None}, 7) == (SEGMENTS, 1)
+    assert better({"all_segments": bad, "proposal": None}, 7) == (SEGMENTS, 1)
+
+
+def test_leaving_the_baseline_takes_two_measurements() -> None:
+    everything, proposal = (SEGMENTS, 7), (PROPOSAL, 1)
+    current, before, taken = BASELINE, BASELINE, []
+    for best in (everything, BASELINE, everything, everything, proposal, proposal, everything, BASELINE):
+        current = settle(best, before, current)
+        before = best
+        taken.append(current)
+    assert taken == [BASELINE] * 3 + [everything] * 2 + [proposal] * 2 + [BASELINE]
 
 
 class Doubles:
@@ -136,12 +147,14 @@ def test_state_is_restored_to_masker_loader_and_proposal() -> None:
     assert (masker.strategy, proposer.gate) == (STRATEGIES[SEGMENTS], "never")
     loader.stretch = loader.stretch.turn(120, 3, [Share(50, 50)])
     first._take(PROPOSAL)
+    first._best = SEGMENTS, 3
     assert (masker.strategy, proposer.gate) == (STRATEGIES[PROPOSAL], "always")
     second_proposer = Doubles()
     second, masker, other = chooser(second_proposer)
-    second.restore(first.state())
+    second.restore(json.loads(json.dumps(first.state())))
     assert (masker.strategy, second_proposer.gate) == (STRATEGIES[PROPOSAL], "always")
     assert other.stretch == loader.stretch
+    assert second._best == (SEGMENTS, 3)
     assert other.stretch.place == 120
 
 
