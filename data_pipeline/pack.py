@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from data_pipeline.files import CorpusError, atomic_file, write_json
 from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.mixture import mixture_entries
-from data_pipeline.packing import ShardLayout, pack_rows
+from data_pipeline.packing import ShardLayout, pack_pieces
 from data_pipeline.pairs import PairOptions, Rows, document_rows, pair_rows
 from data_pipeline.progress import ProgressBar
 from data_pipeline.shards import Manifest, ShardEntry, write_manifest, write_shard
@@ -237,26 +237,17 @@ def pack_shard(
     manifest = _tokens(shared.tokens)
     length = shared.options.sequence_length
     total = sum(stop - start for _, start, stop in pieces)
-    ends = [np.empty(0, np.int64)]
-    position = 0
-    for part, start, stop in pieces:
+
+    def read(name: str, part: Part, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         reader = _open(shared, part)
         # Searched in the map: the file of a large unit is longer than what a shard needs.
         first, behind = np.searchsorted(reader.ends, (start, stop))
-        ends.append(reader.ends[first:behind] + (position - start))
-        position += stop - start
-    at = np.concatenate(ends)
+        found = reader.ids(start, stop) if name == "input_ids" else reader.plane(name, start, stop).view(np.uint8)
+        return found, reader.ends[first:behind] - start
 
     def packed(name: str, dtype: Any, cls: int, sep: int, pad: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        # One buffer, filled piece by piece and gone before the next column: a shard is large.
-        stream = np.empty(total, dtype)
-        position = 0
-        for part, start, stop in pieces:
-            reader = _open(shared, part)
-            found = reader.ids(start, stop) if name == "input_ids" else reader.plane(name, start, stop)
-            stream[position : position + stop - start] = found
-            position += stop - start
-        return pack_rows(stream, at, length, cls, sep, pad, last)
+        readers = [partial(read, name, *piece) for piece in pieces]
+        return pack_pieces(readers, total, dtype, length, cls, sep, pad, last)
 
     tokens = manifest.special_tokens
     input_ids, document_end = packed("input_ids", manifest.dtype, tokens.cls, tokens.sep, tokens.pad)

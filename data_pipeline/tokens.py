@@ -19,6 +19,8 @@ Numbers are little-endian. A shard holds documents of one source; shards are in 
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -233,14 +235,18 @@ class SideWriter:
 
 
 class SideReader:
-    """One side of a token shard, as memory maps. Documents that are dropped, or that `keep` (bool [D]) leaves out, are
-    not there; `ends` int64 [D'] and `length` are those of the stream of the others."""
+    """One side of a token shard. Documents that are dropped, or that `keep` (bool [D]) leaves out, are not there;
+    `ends` int64 [D'] and `length` are those of the stream of the others.
+
+    `ends` and hashes are memory maps. Ids and planes are read: readers are kept, and what is mapped counts as their
+    process's memory.
+    """
 
     def __init__(
         self, folder: str | Path, manifest: TokenManifest, shard: int, side: str, keep: NDArray[np.bool_] | None = None
     ) -> None:
         self._folder, self._shard, self._side, self._dtype = folder, shard, side, manifest.dtype
-        self._maps: dict[str, NDArray[Any]] = {}
+        self._files: dict[str, int] = {}
         entry = manifest.shards[shard].sides[side]
         ends = self._map("ends", np.dtype(np.int64), entry.documents)
         if "drop" in entry.files:
@@ -258,13 +264,29 @@ class SideReader:
             self.length = int(self.ends[-1]) + 1 if len(self.ends) else 0
 
     def _map(self, suffix: str, dtype: np.dtype, size: int) -> NDArray[Any]:
-        if suffix not in self._maps:
-            path = token_path(self._folder, self._shard, self._side, suffix)
-            # Of the class ndarray: slices of a memmap are dear.
-            self._maps[suffix] = (
-                np.memmap(path, dtype, "r", shape=(size,)).view(np.ndarray) if size else np.empty(0, dtype)
-            )
-        return self._maps[suffix]
+        if size == 0:
+            return np.empty(0, dtype)
+        # Of the class ndarray: slices of a memmap are dear.
+        return np.memmap(self._path(suffix), dtype, mode="r", shape=(size,)).view(np.ndarray)
+
+    def _path(self, suffix: str) -> Path:
+        return token_path(self._folder, self._shard, self._side, suffix)
+
+    def _read(self, suffix: str, dtype: np.dtype, start: int, stop: int) -> NDArray[Any]:
+        """Numbers [start, stop) of a file."""
+        if suffix not in self._files:
+            self._files[suffix] = os.open(self._path(suffix), os.O_RDONLY)
+            weakref.finalize(self, os.close, self._files[suffix])
+        values = np.empty(stop - start, dtype)
+        left, offset = values.data.cast("B"), start * dtype.itemsize
+        while left:
+            count = os.preadv(self._files[suffix], [left], offset)
+            if count == 0:
+                raise CorpusError(
+                    f"{self._path(suffix)}: ends after {offset:,} bytes. Tokenise again into a new folder"
+                )
+            left, offset = left[count:], offset + count
+        return values
 
     @property
     def documents(self) -> int:
@@ -304,15 +326,13 @@ class SideReader:
 
     def ids(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Ids [start, stop) of the stream: a copy."""
-        file = self._map("ids", self._dtype, self._length)
-        parts = [file[a:b] for a, b in self._ranges(start, stop)]
-        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+        parts = [self._read("ids", self._dtype, a, b) for a, b in self._ranges(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
 
     def plane(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
         """Bits [start, stop) of a plane of the stream."""
-        file = self._map(name, np.dtype(np.uint8), -(-self._length // 8))
-        parts = [np.empty(0, np.bool_)]
+        parts = []
         for a, b in self._ranges(start, stop):
-            bits = np.unpackbits(file[a // 8 : -(-b // 8)], bitorder="little")
-            parts.append(bits[a % 8 : a % 8 + b - a].astype(np.bool_))
-        return np.concatenate(parts)
+            bits = np.unpackbits(self._read(name, np.dtype(np.uint8), a // 8, -(-b // 8)), bitorder="little")
+            parts.append(bits[a % 8 : a % 8 + b - a].view(np.bool_))
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.bool_), *parts])

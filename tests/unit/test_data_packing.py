@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import ShardLayout, pack_rows
+from data_pipeline.packing import ShardLayout, closing_documents, pack_pieces, pack_rows
 from tests.support.documents import CLS, PAD, SEP, reference_pack, unpack
 
 Lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -71,6 +74,24 @@ def test_shards_join_to_the_whole(lengths: list[int], length: int, rows_per_shar
         assert len(parts[-1][0]) == rows_per_shard or last
     np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), whole)
     np.testing.assert_array_equal(np.concatenate([bits for _, bits in parts]), whole_ends)
+
+
+@settings(max_examples=300)
+@given(Lengths, st.integers(8, 16), st.lists(st.floats(0, 1), max_size=6), st.booleans())
+def test_pieces_make_the_whole(lengths: list[int], length: int, cuts: list[float], last: bool) -> None:
+    stream, ends, _ = make_stream(lengths)
+    if not last:  # what ends with a row
+        start = int(closing_documents(ends, 0, length - 2)[1][-1])
+        stop = start + (len(stream) - start) // (length - 2) * (length - 2)
+        stream, ends = stream[:stop], ends[ends < stop]
+    bounds = [0, *sorted(int(cut * len(stream)) for cut in cuts), len(stream)]
+    pieces = [
+        partial(lambda a, b: (stream[a:b], ends[(ends >= a) & (ends < b)] - a), a, b) for a, b in pairwise(bounds)
+    ]
+    special = (CLS, SEP, PAD, last)
+    found = pack_pieces(pieces, len(stream), stream.dtype, length, *special)
+    for mine, whole in zip(found, pack_rows(stream, ends, length, *special), strict=True):
+        np.testing.assert_array_equal(mine, whole)
 
 
 @pytest.mark.parametrize("length", [8, 128, 512])
