@@ -158,6 +158,7 @@ def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "home"),
+        "DASK_TEMPORARY_DIRECTORY": str(folder),  # LDDL's; otherwise here
     }
     begin = time.perf_counter()
     with (folder / "errors").open("wb") as errors:
