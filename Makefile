@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The deepspeed command and its helpers are found through PATH.
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-unit test-cluster test-distributed lint install clean
 
 install: $(VENV)/.installed
 
@@ -17,10 +17,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(RUN) $(BIN)/maskvr demo --output demo_run
 
+# Tests of clusters mostly wait; ranks keep two cores busy by themselves.
 test: install
-	# Ranks keep two cores busy by themselves; what has one process runs two at a time, of one thread each.
+	$(MAKE) -j 2 --output-sync=target test-unit test-cluster
+	$(MAKE) test-distributed
+
+test-unit: install
+	# Two at a time, of one thread each.
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
-	$(RUN) $(BIN)/python -m pytest --ignore tests/unit
+
+test-cluster: install
+	$(RUN) $(BIN)/python -m pytest tests/cluster
+
+test-distributed: install
+	$(RUN) $(BIN)/python -m pytest tests/distributed
 
 lint: install
 	$(BIN)/ruff check .

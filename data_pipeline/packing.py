@@ -150,7 +150,7 @@ def pack_pieces(
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
     """`pack_rows` of the stream of `total` ids that pieces make together, of which one at a time is in memory.
 
-    pieces: each returns ids [T] of `dtype` and the ends in them, int64 [D].
+    pieces: each returns ids [T] of `dtype`, T > 0, and the ends in them, int64 [D].
     """
     width = length - 2
     most = -(-total // width)

@@ -84,7 +84,7 @@ def test_pieces_make_the_whole(lengths: list[int], length: int, cuts: list[float
         start = int(closing_documents(ends, 0, length - 2)[1][-1])
         stop = start + (len(stream) - start) // (length - 2) * (length - 2)
         stream, ends = stream[:stop], ends[ends < stop]
-    bounds = [0, *sorted(int(cut * len(stream)) for cut in cuts), len(stream)]
+    bounds = sorted({0, *(int(cut * len(stream)) for cut in cuts), len(stream)})
     pieces = [
         partial(lambda a, b: (stream[a:b], ends[(ends >= a) & (ends < b)] - a), a, b) for a, b in pairwise(bounds)
     ]
