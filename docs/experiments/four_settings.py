@@ -52,7 +52,7 @@ def make_corpora(texts: list[Path], small: Path, output: Path) -> None:
         run([*build, "--held-out", str(held_out), "--output", output / "corpora" / name])
 
 
-def compare(output: Path, data: str, batch: int, seeds: list[int]) -> None:
+def compare(output: Path, data: str, batch: int, seeds: list[int], strategies: list[str] | None) -> None:
     corpus = output / "corpora" / ("fresh" if data == "fresh" else f"small_{batch}")
     rows = Corpus(corpus).manifest.rows
     steps = FRESH_STEPS[batch] if data == "fresh" else EPOCHS * rows // batch
@@ -90,7 +90,7 @@ def compare(output: Path, data: str, batch: int, seeds: list[int]) -> None:
     ]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
-    words += ["--strategies", *(FRESH if data == "fresh" else SMALL), "--seeds", *map(str, seeds)]
+    words += ["--strategies", *(strategies or (FRESH if data == "fresh" else SMALL)), "--seeds", *map(str, seeds)]
     run([*words, "--output", output / f"{data}_{batch}"])
 
 
@@ -136,12 +136,13 @@ def main() -> None:
     names = [f"{data}_{batch}" for batch in LEARNING_RATES for data in ("fresh", "small")]
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="SETTING", help=" ".join(names))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--strategies", nargs="+", help="only these; the first is what the others are compared to")
     arguments = parser.parse_args()
     if arguments.text:
         make_corpora(arguments.text, arguments.small, arguments.output)
     for name in arguments.settings:
         data, batch = name.split("_")
-        compare(arguments.output, data, int(batch), arguments.seeds)
+        compare(arguments.output, data, int(batch), arguments.seeds, arguments.strategies)
         (arguments.output / "summary.md").write_text(summary(arguments.output), encoding="utf-8")
     print(summary(arguments.output))
 
