@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -238,16 +238,19 @@ def pack_shard(
     length = shared.options.sequence_length
     total = sum(stop - start for _, start, stop in pieces)
 
-    def read(name: str, part: Part, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        reader = _open(shared, part)
-        # Searched in the map: the file of a large unit is longer than what a shard needs.
-        first, behind = np.searchsorted(reader.ends, (start, stop))
-        found = reader.ids(start, stop) if name == "input_ids" else reader.plane(name, start, stop).view(np.uint8)
-        return found, reader.ends[first:behind] - start
+    def read(name: str) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+        for part, start, stop in pieces:
+            reader = _open(shared, part)
+            # Searched in the map: the file of a large unit is longer than what a shard needs.
+            first, behind = np.searchsorted(reader.ends, (start, stop))
+            ends = reader.ends[first:behind] - start
+            if name == "input_ids":
+                yield reader.ids(start, stop), ends
+            else:
+                yield reader.plane(name, start, stop).view(np.uint8), ends
 
     def packed(name: str, dtype: Any, cls: int, sep: int, pad: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        readers = [partial(read, name, *piece) for piece in pieces]
-        return pack_pieces(readers, total, dtype, length, cls, sep, pad, last)
+        return pack_pieces(read(name), total, dtype, length, cls, sep, pad, last)
 
     tokens = manifest.special_tokens
     input_ids, document_end = packed("input_ids", manifest.dtype, tokens.cls, tokens.sep, tokens.pad)

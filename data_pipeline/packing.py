@@ -16,7 +16,7 @@ Shapes: D documents, T ids of a stream, R rows, L positions; width = L - 2 ids o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,7 +139,7 @@ def pack_rows(
 
 
 def pack_pieces(
-    pieces: Sequence[Callable[[], tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]]],
+    pieces: Iterable[tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]],
     total: int,
     dtype: np.dtype,
     length: int,
@@ -150,24 +150,24 @@ def pack_pieces(
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
     """`pack_rows` of the stream of `total` ids that pieces make together, of which one at a time is in memory.
 
-    pieces: each returns ids [T] of `dtype`, T > 0, and the ends in them, int64 [D].
+    pieces: ids [T] of `dtype`, T > 0, and the ends in them, int64 [D].
     """
     width = length - 2
     most = -(-total // width)
     input_ids, document_end = np.empty((most, length), dtype), np.zeros(most, np.bool_)
     stream, ends = np.empty(0, dtype), np.empty(0, np.int64)
-    row = 0
-    for number, piece in enumerate(pieces, 1):
-        more, more_ends = piece()
+    row, left = 0, total
+    for more, more_ends in pieces:
+        left -= len(more)
         stream, ends = np.concatenate([stream, more]), np.append(ends, more_ends + len(stream))
-        del more
-        cut, is_last = len(stream), last and number == len(pieces)
-        if number < len(pieces):
+        del more  # a piece may be tens of megabytes
+        cut = len(stream)
+        if left:
             # One id behind the last row stays with it: it may be a [SEP] that belongs to it.
             start = int(closing_documents(ends, 0, width)[1][-1])
             cut = start + max(len(stream) - start - 1, 0) // width * width
         inside = int(np.searchsorted(ends, cut))
-        found, closed = pack_rows(stream[:cut], ends[:inside], length, cls, sep, pad, is_last)
+        found, closed = pack_rows(stream[:cut], ends[:inside], length, cls, sep, pad, last and not left)
         input_ids[row : row + len(found)], document_end[row : row + len(found)] = found, closed
         row += len(found)
         stream, ends = stream[cut:], ends[inside:] - cut

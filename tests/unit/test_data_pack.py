@@ -226,6 +226,10 @@ def test_token_shards_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
     path.write_bytes(data[:-2])
     with pytest.raises(CorpusError, match=rf"{len(data):,} bytes expected, {len(data) - 2:,} found"):
         pack(tokens, 16, tmp_path / "out", progress=False)
+    # As a file that is cut while it is read.
+    reader = SideReader(tokens, manifest, 0, "train")
+    with pytest.raises(CorpusError, match=rf"train\.ids: ends after {len(data) - 2:,} bytes. Tokenise"):
+        reader.ids(0, reader.length)
     (tokens / "manifest.json").unlink()
     with pytest.raises(CorpusError, match="Make token shards with the command tokenize"):
         pack(tokens, 16, tmp_path / "out", progress=False)

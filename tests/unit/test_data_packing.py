@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -85,9 +84,7 @@ def test_pieces_make_the_whole(lengths: list[int], length: int, cuts: list[float
         stop = start + (len(stream) - start) // (length - 2) * (length - 2)
         stream, ends = stream[:stop], ends[ends < stop]
     bounds = sorted({0, *(int(cut * len(stream)) for cut in cuts), len(stream)})
-    pieces = [
-        partial(lambda a, b: (stream[a:b], ends[(ends >= a) & (ends < b)] - a), a, b) for a, b in pairwise(bounds)
-    ]
+    pieces = [(stream[a:b], ends[(ends >= a) & (ends < b)] - a) for a, b in pairwise(bounds)]
     special = (CLS, SEP, PAD, last)
     found = pack_pieces(pieces, len(stream), stream.dtype, length, *special)
     for mine, whole in zip(found, pack_rows(stream, ends, length, *special), strict=True):
