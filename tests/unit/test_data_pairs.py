@@ -122,6 +122,35 @@ def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, prob
         assert len({b for _, b in known}) > 40
 
 
+def test_planes_belong_to_the_ids(sentences: tuple[Path, list[list[list[int]]]], tmp_path: Path) -> None:
+    """In segments that begin with a sentence; its first five ids are no other's."""
+    path, documents = sentences
+    options = {"packing": "nsp", "columns": ("sentence_start",), "progress": False}
+    pack(path / "tokens", PAIR_LENGTH, tmp_path / "out", **options)
+    _, ids, columns = rows_of(tmp_path / "out")
+    behind = {
+        tuple(document[i][:5]): [place == 0 for sentence in document[i:] for place in range(len(sentence))]
+        for document in documents
+        for i in range(len(document))
+    }
+    assert len(behind) == sum(map(len, documents))
+    checked = {"own": 0, "random": 0}
+    for row, start, label, bits in zip(
+        ids.tolist(),
+        columns["segment_start"].tolist(),
+        columns["pair_label"].tolist(),
+        columns["sentence_start"].tolist(),
+        strict=True,
+    ):
+        for first, stop in ((1, start - 1), (start, PAIR_LENGTH - row.count(PAD) - 1)):
+            if expected := behind.get(tuple(row[first : first + 5])):
+                assert bits[first:stop] == expected[: stop - first]
+                checked["random" if label and first == start else "own"] += 1
+        assert not bits[0]
+        assert not bits[start - 1]
+    assert min(checked.values()) > 1000, checked
+
+
 def test_random_segments_come_from_the_neighbourhood(
     sentences: tuple[Path, list[list[list[int]]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
