@@ -186,7 +186,10 @@ def behave(
     )
     script = tmp_path / "job"
     script.write_text(training_script(job))
-    result = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    # A process group of its own, which a stand-in can signal as Slurm does a job.
+    result = subprocess.run(
+        ["bash", script], env=environment, capture_output=True, text=True, check=False, timeout=60, process_group=0
+    )
     requeued = tmp_path / "requeued"
     return result.returncode, result.stdout, requeued.read_text().strip() if requeued.is_file() else ""
 
@@ -263,6 +266,20 @@ def test_a_job_that_is_being_cancelled_does_not_come_back(tmp_path: Path) -> Non
     """Also where the script was not told."""
     status, output, requeued = behave(tmp_path, STOP, QUEUE="COMPLETING")
     assert (status, requeued) == (1, ""), output
+
+
+@pytest.mark.parametrize("ranks", [OURS, ASKED, STOP])
+def test_a_signal_to_all_processes_while_it_looks(tmp_path: Path, ranks: str) -> None:
+    """A node's loss: Slurm's SIGTERM comes late, and ends what the script has started to see how the ranks ended."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    kill = f"printf '#!/bin/bash\\nkill -TERM 0\\n' >'{commands}/squeue'"
+    for name in ("cat", "grep", "date"):
+        kill += f"; cp '{commands}/squeue' '{commands}/{name}'; chmod +x '{commands}/{name}'"
+    status, output, requeued = behave(tmp_path, f"{kill}\n{ranks}")
+    assert (status, requeued) == (1, ""), output
+    assert "error" not in output
+    assert "only Slurm may start it again" in output
 
 
 def test_an_old_end_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
