@@ -109,14 +109,15 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def _host_device_synchronisations(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts, by file and line, where the host waits for the GPU: implicitly (a value read), or by synchronising.
+def _host_device_synchronisations(device: torch.device) -> Iterator[Callable[[], Counter[str]]]:
+    """Gives a function that counts, by file and line, where the host has waited for the GPU so far: implicitly (a value
+    read), or by synchronising.
 
     Copies from pageable memory wait too, and are not seen here.
     """
     sites: Counter[str] = Counter()
     if device.type != "cuda":
-        yield sites
+        yield lambda: sites
         return
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,14 +138,41 @@ def _host_device_synchronisations(device: torch.device) -> Iterator[Counter[str]
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield sites
+            yield (
+                lambda: (
+                    sites
+                    + Counter(
+                        f"{warning.filename}:{warning.lineno}"
+                        for warning in caught
+                        if "synchronizing" in str(warning.message)
+                    )
+                )
+            )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    sites.update(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+
+
+@contextmanager
+def _before_each_step(count: Callable[[], Counter[str]]) -> Iterator[list[Counter[str]]]:
+    """Gives a list that has, after training, what `count` gave before each of its steps."""
+    counts: list[Counter[str]] = []
+    run_step = train.run_step
+
+    def counted(*args: Any, **options: Any) -> Any:
+        counts.append(count())
+        return run_step(*args, **options)
+
+    with mock.patch.object(train, "run_step", counted):
+        yield counts
 
 
 def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, sequence_length: int) -> dict[str, Any]:
-    """The training command itself on synthetic rows, one micro-batch a rank and step; 10 warm-up steps not counted."""
+    """The training command itself on synthetic rows, one micro-batch a rank and step; 10 warm-up steps not counted.
+
+    Raises ValueError for fewer than 3 steps.
+    """
+    if steps < 3:
+        raise ValueError(f"--steps {steps}: at least 3 needed, to tell what happens in each")
     distributed.initialize()
     device, world_size = distributed.device(), distributed.world_size()
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,7 +193,7 @@ def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, 
             "checkpoint": {"every_steps": 0},
             "monitor": {"tensorboard": False},
         }
-        with _host_device_synchronisations(device) as sites:
+        with _host_device_synchronisations(device) as count, _before_each_step(count) as counts:
             train.train(RunConfig.model_validate(values))
         lines = read_lines(folder / "run" / METRICS)
         distributed.barrier()
@@ -188,7 +216,10 @@ def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, 
     }
     if device.type == "cuda":
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        # What happens once a step or oftener; the rest is start-up and the checkpoint at the end.
-        each_step = {site: count for site, count in sites.items() if count >= steps - 1}
-        figures["synchronisations_in_each_step"] = ", ".join(each_step) or "none"
+        # From the second step on: the first makes buffers.
+        between = {site: (n - counts[1][site]) / (steps - 2) for site, n in counts[-1].items()}
+        each_step = {site: n for site, n in between.items() if n >= 1}
+        figures["synchronisations_in_each_step"] = (
+            ", ".join(f"{site} × {n:g}" for site, n in each_step.items()) or "none"
+        )
     return figures

@@ -25,7 +25,7 @@ from maskvr_ds.estimators import ESTIMATORS, Draw, horvitz_thompson
 from maskvr_ds.pareto import NEVER, POSITION_BITS, POSITION_MASK, ascending, pareto_sample, proposal_to_inclusion
 
 # A row's stream is cut into blocks of 2^32 draws, one a purpose: draw number `block + position`.
-CHOICE, CORRUPTION, _ROUND, _LENGTH = (purpose << 32 for purpose in range(4))
+CHOICE, CORRUPTION, _LENGTH = (purpose << 32 for purpose in range(3))
 # Times that words which still fit are looked for, behind one that did not.
 _PASSES = 4
 
@@ -187,14 +187,20 @@ def fully_explored(rows: Rows, _: Parameters) -> Choice:
     round. Differences from the paper: segments are even, none is a short rest; and unless the loader yields a row J
     times running (the paper's J = S), its segments lie an epoch apart.
 
+    The permutation is the order in which `uniform` would rank the positions in the round's first epoch. Segment 0 is
+    therefore the mask that `uniform` draws there, or its first ⌈n/S⌉ positions where those are fewer than k: on data
+    that is read once, strategies that predict equally many positions are one and the same.
+
     Weights 1. Every position is equally likely to lie in a given segment, of m positions: a mask by itself is a uniform
     one of size m, and Σ ℓ / m is unbiased for the mean of ℓ, contexts included. Over a round Σ ℓ counts every token
     once, so Σ ℓ / n is that mean exactly where ℓ_i depends on i alone.
     """
     s = torch.div(rows.n + rows.counts - 1, rows.counts.clamp(min=1), rounding_mode="floor").clamp(min=1)
     rounds = torch.div(rows.batch.epochs, s, rounding_mode="floor")
-    segment = rows.batch.epochs - rounds * s
-    bits = hashing.stream(row_keys(rows.seed, replace(rows.batch, epochs=rounds))[:, None], rows.places + _ROUND)
+    first_epochs = rounds * s
+    segment = rows.batch.epochs - first_epochs
+    keys = row_keys(rows.seed, replace(rows.batch, epochs=first_epochs))[:, None]
+    bits = hashing.stream(keys, rows.places + CHOICE)
     order = ascending((bits & ~POSITION_MASK).masked_fill_(~rows.maskable, NEVER) + rows.places)
     # The ranks r with ⌊r S/n⌋ = segment.
     first = torch.div(segment * rows.n + s - 1, s, rounding_mode="floor")

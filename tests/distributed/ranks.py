@@ -13,8 +13,13 @@ import torch
 import torch.multiprocessing as mp
 
 
-def _context() -> Any:
-    """Processes that are forks of one which has imported everything and computed nothing: seconds cheaper each."""
+def _context(accelerator: str) -> Any:
+    """On CPUs forks of a process which has imported everything and computed nothing: seconds cheaper each.
+
+    DeepSpeed decides on the accelerator when it is imported.
+    """
+    if accelerator != "cpu":
+        return mp.get_context("spawn")
     os.environ["DS_ACCELERATOR"] = "cpu"  # read by the imports below
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["maskvr_ds.train"])
@@ -22,7 +27,14 @@ def _context() -> Any:
 
 
 def _run_rank(
-    function: Any, rank: int, world_size: int, port: int, environment: dict[str, str], args: Any, answers: Any
+    function: Any,
+    rank: int,
+    world_size: int,
+    port: int,
+    accelerator: str,
+    environment: dict[str, str],
+    args: Any,
+    answers: Any,
 ) -> None:
     # The server's are those of when it was started. Ranks share the machine's cores, and threads of OpenMP spin while
     # they wait for each other.
@@ -34,7 +46,7 @@ def _run_rank(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=accelerator,
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
@@ -46,7 +58,9 @@ def _run_rank(
         raise
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0, accelerator: str = "cpu"
+) -> list[Any]:
     """Call `function(*args)` in `world_size` new processes that have torchrun's environment variables set.
 
     `function` must be importable (module level); `args` and results picklable and free of tensors, whose
@@ -60,10 +74,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = _context()
-    answers = context.Queue()
+    context = _context(accelerator)
+    answers, environment = context.Queue(), dict(os.environ)
     processes = [
-        context.Process(target=_run_rank, args=(function, rank, world_size, port, dict(os.environ), args, answers))
+        context.Process(
+            target=_run_rank, args=(function, rank, world_size, port, accelerator, environment, args, answers)
+        )
         for rank in range(world_size)
     ]
     for process in processes:

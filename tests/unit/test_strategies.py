@@ -203,6 +203,24 @@ def test_placements_explore_the_corpus_fully(tmp_path: Path, copies: int) -> Non
     assert full >= 10
 
 
+@pytest.mark.parametrize(("rate", "whole"), [(0.2, True), (0.15, True), (0.22, False)])
+def test_a_round_begins_as_uniform_masks_would(rate: float, whole: bool) -> None:
+    """Segment 0 is uniform's mask of that epoch, corruption too, where ⌈n/S⌉ = k, and else its first ⌈n/S⌉ ranks."""
+    batch = whole_rows(60, rows=20)
+    s = segments(60, rate)
+    for epoch in (0, s, 3 * s):
+        now = replace(batch, epochs=torch.full((20,), epoch))
+        ours, theirs = (masker(strategy, 62, rate=rate)(now) for strategy in ("fully_explored", "uniform"))
+        used = ours.weights != 0
+        assert used.sum(1).tolist() == [-(-60 // s)] * 20
+        assert torch.equal(ours.positions[used], theirs.positions[used])
+        assert torch.equal(ours.input_ids, theirs.input_ids) == whole
+        assert torch.equal(ours.weights, theirs.weights) == whole
+    later = replace(batch, epochs=torch.full((20,), 1))
+    ours, theirs = (masker(strategy, 62, rate=rate)(later) for strategy in ("fully_explored", "uniform"))
+    assert all(a != b for a, b in zip(chosen(ours), chosen(theirs), strict=True))
+
+
 def test_rounds_rows_and_seeds_have_other_permutations() -> None:
     batch = whole_rows(60)
     one = chosen(masker("fully_explored", 62)(batch))
@@ -299,7 +317,7 @@ def test_whole_word_meets_the_budget_nearly_always() -> None:
 
 def plain_spans(batch: TokenBatch, row: int, seed: int) -> list[list[list[int]]]:
     words = plain_words(batch.input_ids[row].tolist())
-    bits = draws_of(batch, row, [(3 << 32) + w for w in range(len(words))], seed)
+    bits = draws_of(batch, row, [(2 << 32) + w for w in range(len(words))], seed)
     total = 1 - 0.8**10
     spans: list[list[list[int]]] = []
     next_ = 0

@@ -1,0 +1,128 @@
+"""On one GPU: what the tests of CPUs have shown holds there too. `python -m pytest tests/gpu`; skipped without a GPU.
+
+The reference is the CPU of the same machine, whose results the other tests hold against second implementations.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskvr_ds.checkpoint import complete_checkpoints
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_precision import SAVED, STEPS, train_and_resume
+from tests.distributed.test_strategies import OTHERS, STRATEGIES
+from tests.distributed.test_variance import leaves, measure_all
+from tests.distributed.training import NO_DROPOUT, column, configuration, metrics, train_all
+from tests.support.corpora import make_corpus
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+DIGESTS = ("step", "samples", "data_digest", "mask_digest")
+MASKINGS = OTHERS | STRATEGIES
+# Stage 3 last: it exchanges torch's `linear` for the rest of the process.
+STAGES = [f"zero{stage}_{dtype}" for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16", "fp16")]
+ENGINES = [name for name in STAGES if name != "zero0_fp16"] + ["zero2_bf16_offload", "zero3_bf16_offload"]
+# Largest difference of the loss (about 3) to fp32 on the CPU; those of tests/distributed/test_precision.py.
+BOUNDS = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 6e-4}
+MAPNET: dict[str, Any] = {"masking": {"strategy": "mapnet", "rate": 0.2}, "mapnet": {"gate": "always"}}
+AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2}, "auto": {"every_steps": 2}}
+
+
+def values(folder: Path, name: str, accelerator: str, **sections: Any) -> dict[str, Any]:
+    return configuration(
+        folder / accelerator / name,
+        folder / "corpus",
+        steps=STEPS,
+        **{
+            "model": NO_DROPOUT,
+            "batch": {"global_size": 120, "micro_size": 40},
+            "optimizer": {"name": "lamb", "lr": 0.01},
+            "evaluation": {"every_steps": STEPS, "rows": 60},
+            "checkpoint": {"every_steps": SAVED},
+            "deepspeed": "zero1_fp32",
+            **sections,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the runs of GPU and CPU, as RUN of cuda/ and cpu/."""
+    folder = tmp_path_factory.mktemp("gpu")
+    make_corpus(folder / "corpus", rows=200, words=20, padded_last_row=True)
+    make_corpus(folder / "corpus" / "held_out", rows=60, words=20, seed=1)
+    for accelerator in ("cpu", "cuda"):
+        jobs = [
+            values(folder, name, accelerator, masking={"rate": 0.2, **masking}) for name, masking in MASKINGS.items()
+        ]
+        jobs += [values(folder, name, accelerator, **more) for name, more in (("mapnet", MAPNET), ("auto", AUTO))]
+        if accelerator == "cuda":
+            more = {"masking": {"rate": 0.2}, "evaluation": {"every_steps": 0}}
+            jobs += [values(folder, engine, accelerator, deepspeed=engine, **more) for engine in ENGINES]
+        outcomes = run_ranks(train_all, 1, [(job, None) for job in jobs], timeout=600, accelerator=accelerator)
+        assert outcomes == [[None] * len(jobs)]
+    return folder
+
+
+def difference(folder: Path, name: str, reference: str) -> float:
+    ours, theirs = (torch.tensor(column(run, "loss")) for run in (folder / "cuda" / name, folder / "cpu" / reference))
+    return (ours - theirs).abs().max().item()
+
+
+@pytest.mark.parametrize("name", MASKINGS)
+def test_the_masks_are_those_of_a_cpu(folder: Path, name: str) -> None:
+    assert column(folder / "cuda" / name, *DIGESTS) == column(folder / "cpu" / name, *DIGESTS)
+    assert difference(folder, name, name) < BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stages_precisions_and_offload(folder: Path, engine: str) -> None:
+    assert column(folder / "cuda" / engine, *DIGESTS) == column(folder / "cpu" / "uniform", *DIGESTS)
+    assert difference(folder, engine, "uniform") < BOUNDS[engine.split("_")[1]]
+
+
+@pytest.mark.parametrize("name", ["mapnet", "auto"])
+def test_what_measures_gradients(folder: Path, name: str) -> None:
+    """Their masks depend on floating-point numbers, which differ in the last places."""
+    lines, theirs = metrics(folder / "cuda" / name), metrics(folder / "cpu" / name)
+    assert len(lines) == len(theirs) == STEPS
+    assert lines[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-4)
+    assert difference(folder, name, name) < 0.1
+    if name == "mapnet":
+        for figure in ("gradient_norm_mean", "effective_sample_size"):
+            assert lines[0][figure] == pytest.approx(theirs[0][figure], rel=1e-3), figure
+
+
+@pytest.mark.parametrize("engine", ["zero1_bf16", "zero3_bf16"])
+def test_resumed_is_undisturbed(folder: Path, engine: str) -> None:
+    more: dict[str, Any] = {**MAPNET, "model": {}, "deepspeed": engine}
+    runs = [values(folder, f"{engine}-{name}", "cuda", **more) for name in ("whole", "again")]
+    outcome = run_ranks(train_and_resume, 1, runs[:1], True, [(runs[1], None)], timeout=300, accelerator="cuda")
+    assert outcome == [[None] * 3]
+    whole, again = (Path(run["output_dir"]) for run in runs)
+    resumed = whole.with_name(whole.name + "-resumed")
+    assert column(whole, "step", "samples", "data_digest") == column(resumed, "step", "samples", "data_digest")
+    # A GPU adds in an order of its own: what two undisturbed runs differ by is the measure.
+    assert [p.name for p in complete_checkpoints(resumed)] == [p.name for p in complete_checkpoints(whole)]
+    apart = [torch.tensor(column(run, "loss")) - torch.tensor(column(whole, "loss")) for run in (resumed, again)]
+    most = [each.abs().max().item() for each in apart]
+    print(f"{engine}: a resumed run differs from an undisturbed one by {most[0]:.3g}, a repeated one by {most[1]:.3g}")
+    assert most[0] <= max(1e-3, 3 * most[1])
+
+
+def test_variance(folder: Path, tmp_path: Path) -> None:
+    options = ["--checkpoint", str(folder / "cpu" / "mapnet"), "--corpus", str(folder / "corpus"), "--sequences", "8"]
+    options += ["--masks", "3", "--sketch-size", "500", "--oracle-rounds", "1", "--hamming-rounds", "2"]
+    options += ["--strategies", "whole_word", "frequency", "oracle_gradient", "oracle_head:floor=0.2"]
+    reports = []
+    for accelerator in ("cpu", "cuda"):
+        output = tmp_path / accelerator
+        run_ranks(measure_all, 1, [[*options, "--output", str(output)]], timeout=300, accelerator=accelerator)
+        reports.append(leaves(json.loads((output / "variance.json").read_text())["strategies"]))
+    assert len(reports[0]) > 300
+    for path, value in reports[0].items():
+        if not path.endswith(("/seconds", "/bytes", "/memory")):
+            assert reports[1][path] == pytest.approx(value, rel=1e-2, abs=1e-6), path
