@@ -343,7 +343,7 @@ def test_spans_are_those_of_the_definition() -> None:
         order = sorted(range(len(spans)), key=lambda s: (bits[s] >> 24, spans[s][0][0]))
         assert positions == plain_choice(spans, order, k)
         lengths += [len(s) for s in spans]
-    assert 3 < np.mean(lengths) < 3.8, "SpanBERT's mean is 3.8; ends of rows and documents cut some"
+    assert 2.8 < np.mean(lengths) < 3.8, "SpanBERT's mean is 3.8; ends of rows and documents cut some"
 
 
 def test_span_lengths_have_the_given_distribution() -> None:
