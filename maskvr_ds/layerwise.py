@@ -8,32 +8,44 @@ Shapes: T tensors being trained.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import lru_cache
+from itertools import chain, groupby
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from maskvr_ds.partitions import Fragment, trained, whole_tensors
+from maskvr_ds.partitions import Fragment, Partition, trained, whole_tensors
 from maskvr_ds.variants import Variant
 
 # Summing squares of fp32 in one go loses digits on CPUs: 4e-4 relative for a vocabulary embedding. Norms are
 # therefore taken over pieces of this many elements, and then over the pieces' norms.
 NORM_CHUNK = 1 << 20
+# Launching an operation takes a GPU's host longer than the GPU takes for a bias. So in partitions of small tensors, of
+# fewer elements on average than the first, ratios are spread over the elements. The index for that is kept, hence the
+# second: only for partitions up to so many elements.
+_SPREAD_BELOW, _SPREAD_AT_MOST = 1 << 15, 1 << 22
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What some partitions of one parameter group are about to subtract: parallel lists, an entry per fragment."""
+    """What some partitions of one parameter group are about to subtract."""
 
-    partitions: list[Tensor]  # not per fragment: the partitions that have had their turn
-    fragments: list[Fragment]
-    weights: list[Tensor]  # views
-    updates: list[Tensor]  # views of u
+    partitions: list[Tensor]  # those that have had their turn
+    updates: list[Tensor]  # u, laid out like them
+    layouts: list[Partition]  # what lies where in them
     lr: float
     adapted: bool
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        return [fragment for layout in self.layouts for fragment in layout.fragments]
+
+    def views(self, flats: list[Tensor]) -> list[Tensor]:
+        """The fragments of `partitions` or `updates`, one behind the other."""
+        return [view for layout, flat in zip(self.layouts, flats, strict=True) for view in layout.views(flat)]
 
 
 class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
@@ -189,7 +201,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return None
-        norm = _squared_norms(gradients, range(len(gradients)), len(gradients), gradients[0].device).sum().sqrt()
+        norm = _squared_norms([gradients], range(len(gradients)), len(gradients), gradients[0].device).sum().sqrt()
         return (self.variant.max_grad_norm / norm).clamp(max=1.0)
 
     def _accumulate(self, group: dict[str, Any], scale: Tensor | None) -> None:
@@ -211,13 +223,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
             self._advance(group, chosen, gradients)
             del gradients  # scaled ones would stand beside u
             updates = self._updates(group, chosen, step)
-            entry = _Update(chosen, [], [], [], self._rate(group, step), self._adapts(group))
-            for partition, update in zip(chosen, updates, strict=True):
-                for fragment in self._layout.partitions[partition].fragments:
-                    entry.fragments.append(fragment)
-                    entry.weights.append(fragment.of_partition(partition))
-                    entry.updates.append(fragment.of_partition(update))
-            self._pending.append(entry)
+            layouts = [self._layout.partitions[p] for p in chosen]
+            self._pending.append(_Update(chosen, updates, layouts, self._rate(group, step), self._adapts(group)))
 
     def _apply(self, earlier_calls: int) -> None:
         """Scale the pending updates by their trust ratios and subtract them from the weights.
@@ -228,45 +235,90 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         pending, self._pending = self._pending, []
         if not pending:
             return
-        layout = self._layout
-        indices = [f.tensor for entry in pending for f in entry.fragments]
-        weights = [w for entry in pending for w in entry.weights]
-        updates = [u for entry in pending for u in entry.updates]
-        count, device = len(layout.tensors), pending[0].partitions[0].device
-        squares = torch.cat([_squared_norms(views, indices, count, device) for views in (weights, updates)])
+        layout, device = self._layout, pending[0].partitions[0].device
+        weights = [entry.views(entry.partitions) for entry in pending]
+        updates = [entry.views(entry.updates) for entry in pending]
+        lists = [list(chain.from_iterable(views)) for views in (weights, updates)]
+        indices = [fragment.tensor for entry in pending for fragment in entry.fragments]
+        squares = _squared_norms(lists, indices, len(layout.tensors), device).view(-1)
         weight_squares, update_squares = layout.all_reduce(squares).chunk(2)
         ratios = (weight_squares.sqrt() / update_squares.sqrt()).clamp(self.variant.min_ratio, self.variant.max_ratio)
         # NaN stays NaN: a run that has diverged shall show it.
         ratios = torch.where((weight_squares == 0) | (update_squares == 0), 1.0, ratios)
         for entry in pending:
             if not entry.adapted:
-                for partition in entry.partitions:
+                for partition in entry.layouts:
                     # By index ranges, not by an index tensor: that would have to be copied to the device.
-                    for first, last in _ranges(layout.partitions[partition].members):
+                    for first, last in _ranges(partition.members):
                         ratios[first:last] = 1.0
         self._trust_ratios = ratios
 
-        by_tensor = ratios.unbind()
         for number, entry in enumerate(pending):
-            if not entry.fragments:
-                continue  # this rank holds only padding of that group
-            scales = [by_tensor[f.tensor] for f in entry.fragments]
-            torch._foreach_addcmul_(entry.weights, entry.updates, scales, value=-entry.lr)
-            if number < earlier_calls:
-                targets = [f.of_model(layout.tensors[f.tensor]) for f in entry.fragments]
-                torch._foreach_copy_(targets, entry.weights)
+            _subtract(entry, weights[number], updates[number], ratios)
+            if number < earlier_calls and weights[number]:
+                targets = [fragment.of_model(layout.tensors[fragment.tensor]) for fragment in entry.fragments]
+                torch._foreach_copy_(targets, weights[number])
 
 
-def _squared_norms(views: list[Tensor], indices: Iterable[int], count: int, device: torch.device) -> Tensor:
-    """Σx² of each view at the index of its tensor, 0 elsewhere: fp32 [count]."""
-    squares = [torch.zeros((), dtype=torch.float32, device=device)] * count
-    if views:
-        chunks = [x.flatten().split(NORM_CHUNK) if x.numel() > NORM_CHUNK else (x,) for x in views]
-        norms = torch.stack(torch._foreach_norm([c for cs in chunks for c in cs], 2, dtype=torch.float32))
-        totals = torch._foreach_norm(norms.split([len(cs) for cs in chunks]))
-        for index, total in zip(indices, totals, strict=True):
-            squares[index] = total
-    return torch.stack(squares).square()
+def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], ratios: Tensor) -> None:
+    """w ← w − η · ratio · u. weights, updates: the views of the entry's fragments; ratios: fp32 [T]."""
+    single: list[int] = []  # of the fragments, those that are not done with their whole partition
+    first = 0
+    for flat, update, layout in zip(entry.partitions, entry.updates, entry.layouts, strict=True):
+        count, end = len(layout.fragments), layout.end
+        if count > 1 and end <= min(_SPREAD_BELOW * count, _SPREAD_AT_MOST) and layout.is_dense:
+            owners = _owners(tuple((f.tensor, f.length) for f in layout.fragments), flat.device)
+            spread = ratios.index_select(0, owners).to(flat.dtype)
+            flat.narrow(0, 0, end).addcmul_(update.narrow(0, 0, end), spread, value=-entry.lr)
+        else:
+            single += range(first, first + count)
+        first += count
+    if single:
+        by_tensor, fragments = ratios.unbind(), entry.fragments
+        scales = [by_tensor[fragments[i].tensor] for i in single]
+        torch._foreach_addcmul_([weights[i] for i in single], [updates[i] for i in single], scales, value=-entry.lr)
+
+
+@lru_cache(maxsize=64)
+def _owners(fragments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(tensor, length) of fragments → int32 [Σ length]: the tensor of every element."""
+    tensors, lengths = torch.tensor(fragments).unbind(1)
+    return tensors.int().repeat_interleave(lengths).to(device)
+
+
+def _squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Σx² of each view at the index of its tensor, 0 elsewhere: fp32 [len(lists), count].
+
+    lists: views, in all of them the same shapes, of the tensors that `indices` names.
+    """
+    if not indices:
+        return torch.zeros((len(lists), count), device=device)
+    chunks = [
+        chunk
+        for x in chain.from_iterable(lists)
+        for chunk in (x.flatten().split(NORM_CHUNK) if x.numel() > NORM_CHUNK else (x,))
+    ]
+    norms = torch.stack(torch._foreach_norm(chunks, 2, dtype=torch.float32)).view(len(lists), -1)
+    numbers = tuple(max(1, -(-x.numel() // NORM_CHUNK)) for x in lists[0])
+    # One zero more, for tensors of fewer chunks than others.
+    norms = torch.nn.functional.pad(norms, (0, 1))
+    return norms[:, _chunks_of(tuple(indices), numbers, count, device)].square().sum(2)
+
+
+@lru_cache(maxsize=64)
+def _chunks_of(indices: tuple[int, ...], numbers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Where each tensor's chunks are in the list of all: int64 [count, most chunks of one], −1 behind the last.
+
+    indices: the tensor of each view; numbers: its chunks. Adding up by a table is the same on every device in every
+    run, which adding by index is not.
+    """
+    places: list[list[int]] = [[] for _ in range(count)]
+    start = 0
+    for index, number in zip(indices, numbers, strict=True):
+        places[index] += range(start, start + number)
+        start += number
+    most = max(map(len, places))
+    return torch.tensor([p + [-1] * (most - len(p)) for p in places], device=device)
 
 
 def _ranges(indices: list[int]) -> list[tuple[int, int]]:

@@ -12,6 +12,8 @@ Calls no collective.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
@@ -44,8 +46,41 @@ class Fragment:
 class Partition:
     """One of the tensors in an optimizer's `param_groups`."""
 
-    fragments: list[Fragment]  # on this rank; none where it holds only padding
+    fragments: list[Fragment]  # on this rank, as they lie; none where it holds only padding
     members: list[int]  # every tensor with a piece in it on any rank: indices in Layout.tensors
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The fragments of a tensor that is laid out like this partition: as `Fragment.of_partition`, in one call."""
+        if len(self.fragments) == 1:
+            return [self.fragments[0].of_partition(flat)]
+        sizes, held = self._cuts
+        return list(compress(flat.narrow(0, 0, sum(sizes)).split(sizes), held)) if sizes else []
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the fragments follow each other from the first element on, without a gap."""
+        return all(self._cuts[1])
+
+    @property
+    def end(self) -> int:
+        """Where the last fragment ends."""
+        return sum(self._cuts[0])
+
+    @cached_property
+    def _cuts(self) -> tuple[list[int], list[bool]]:
+        """Sizes of what lies there up to the last fragment's end, fragments and gaps, and which are fragments."""
+        sizes: list[int] = []
+        held: list[bool] = []
+        end = 0
+        for fragment in self.fragments:
+            if gap := fragment.partition_start - end:
+                assert gap > 0, "in the order in which they lie"
+                sizes.append(gap)
+                held.append(False)
+            sizes.append(fragment.length)
+            held.append(True)
+            end = fragment.partition_start + fragment.length
+        return sizes, held
 
 
 @dataclass(frozen=True)
