@@ -133,21 +133,17 @@ def _host_device_synchronisations(device: torch.device) -> Iterator[Callable[[],
         for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
     ]
     with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
+
+        def so_far() -> Counter[str]:
+            told = (f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+            return sites + Counter(told)
+
         for patch in patches:
             stack.enter_context(patch)
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield (
-                lambda: (
-                    sites
-                    + Counter(
-                        f"{warning.filename}:{warning.lineno}"
-                        for warning in caught
-                        if "synchronizing" in str(warning.message)
-                    )
-                )
-            )
+            yield so_far
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
