@@ -47,7 +47,7 @@ class Lamb(LayerwiseAdaptive):
     shape and dtype; `step`, a Python int. DeepSpeed's ZeRO and universal checkpoints know these names, and an
     int never makes the host wait for the device. `step()` runs no host-device synchronisation (but where the
     partitions are offloaded) and keeps one extra buffer of the size of the parameters (the update u) while it runs, and
-    one of the size of small ones (their ratios); gradients are left as they were.
+    on a GPU one of the size of small ones (their ratios); gradients are left as they were.
 
     Args:
         params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, gradients dense.

@@ -265,8 +265,9 @@ def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], rati
     single: list[int] = []  # of the fragments, those that are not done with their whole partition
     first = 0
     for flat, update, layout in zip(entry.partitions, entry.updates, entry.layouts, strict=True):
-        count, end = len(layout.fragments), layout.end
-        if count > 1 and end <= min(_SPREAD_BELOW * count, _SPREAD_AT_MOST) and layout.is_dense:
+        count = len(layout.fragments)
+        if _spreads(layout, flat.device):
+            end = layout.end
             owners = _owners(tuple((f.tensor, f.length) for f in layout.fragments), flat.device)
             spread = ratios.index_select(0, owners).to(flat.dtype)
             flat.narrow(0, 0, end).addcmul_(update.narrow(0, 0, end), spread, value=-entry.lr)
@@ -277,6 +278,12 @@ def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], rati
         by_tensor, fragments = ratios.unbind(), entry.fragments
         scales = [by_tensor[fragments[i].tensor] for i in single]
         torch._foreach_addcmul_([weights[i] for i in single], [updates[i] for i in single], scales, value=-entry.lr)
+
+
+def _spreads(layout: Partition, device: torch.device) -> bool:
+    """Whether ratios are spread over a partition's elements. Not on a CPU, where it would only take memory."""
+    count, end = len(layout.fragments), layout.end
+    return device.type != "cpu" and count > 1 and end <= min(_SPREAD_BELOW * count, _SPREAD_AT_MOST) and layout.is_dense
 
 
 @lru_cache(maxsize=64)

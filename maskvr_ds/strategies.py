@@ -24,8 +24,8 @@ from maskvr_ds.conditional_poisson import ConditionalPoisson, odds_of
 from maskvr_ds.estimators import ESTIMATORS, Draw, horvitz_thompson
 from maskvr_ds.pareto import NEVER, POSITION_BITS, POSITION_MASK, ascending, pareto_sample, proposal_to_inclusion
 
-# A row's stream is cut into blocks of 2^32 draws, one a purpose: draw number `block + position`.
-CHOICE, CORRUPTION, _LENGTH = (purpose << 32 for purpose in range(3))
+# A row's stream is cut into blocks of 2^32 draws, one a purpose: draw number `block + position`. Block 2 is free.
+CHOICE, CORRUPTION, _LENGTH = (purpose << 32 for purpose in (0, 1, 3))
 # Times that words which still fit are looked for, behind one that did not.
 _PASSES = 4
 

@@ -1,7 +1,6 @@
 """`maskvr benchmark lamb` on a real ZeRO engine: what it reports, and that Lamb's memory stays within its promise."""
 
 import json
-import re
 from pathlib import Path
 
 from tests.distributed.training import run_command
@@ -13,10 +12,8 @@ def test_lamb_takes_one_partition_of_extra_memory(tmp_path: Path) -> None:
     result = run_command(*words, "--deepspeed", "zero2_fp32")
     assert result.returncode == 0, result.stderr
     figures = json.loads(output.read_text())
-    # Beside u: scalars and norms, 0.1% of four million elements, and the ratios of the partition of small tensors.
-    large, small = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) elements", figures["partitions"]))
-    assert large > 50 * small
-    assert figures["lamb_extra_partitions"] < 1.001 + small / (large + small)
+    # Bits of it are scalars and norms: 0.1% of four million elements.
+    assert figures["lamb_extra_partitions"] < 1.001
     assert figures["adamw_foreach_extra_partitions"] > 0.5, "the measure sees something"
     for name in ("lamb_milliseconds", "lamb_over_adamw_foreach", "lamb_over_adamw_foreach_cpu_time"):
         assert 0 < figures[f"{name}_min"] <= figures[f"{name}_median"] <= figures[f"{name}_max"]
