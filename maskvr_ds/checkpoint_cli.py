@@ -40,7 +40,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     """A checkpoint itself, or all of a run, also incomplete ones, oldest first."""
     if folder.name.startswith("step-"):
         return [folder]
-    if not (found := sorted((folder / manifest.FOLDER).glob("step-*"))):
+    if not (found := manifest.checkpoints(folder)):
         raise manifest.CheckpointError(f"{folder}: no checkpoint there (nor in its {manifest.FOLDER}/)")
     return found
 

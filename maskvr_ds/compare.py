@@ -68,7 +68,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     for seed in arguments.seeds:
         for spec in specs:
             folder = Path(arguments.output) / "runs" / spec.folder / f"seed-{seed}"
-            own = (*arguments.assignments, *spec.assignments, f"seed={seed}", f"output_dir={folder}")
+            own = (*arguments.assignments, *spec.assignments, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
             config = load_config(arguments.config, own)
             if config.evaluation.every_steps == 0:
                 raise ConfigError("evaluation.every_steps is 0; a comparison needs held-out losses")

@@ -79,9 +79,36 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _malformed(config: dict[str, Any]) -> str | None:
+    """What of the sections read here is not of its kind; None if all is well."""
+    for name in ("zero_optimization", "fp16", "bf16", "data_types"):
+        if not isinstance(section := config.get(name, {}), dict):
+            return f"{name} is {json.dumps(section)}; an object expected"
+    zero = config.get("zero_optimization", {})
+    if type(stage := zero.get("stage", 0)) is not int:
+        return f"zero_optimization.stage is {json.dumps(stage)}; a whole number expected"
+    if not isinstance(offload := zero.get("offload_optimizer") or {}, dict):
+        return f"zero_optimization.offload_optimizer is {json.dumps(offload)}; an object expected"
+    for name in ("fp16", "bf16"):
+        # "auto" is off for DeepSpeed.
+        if not isinstance(on := config.get(name, {}).get("enabled", False), bool):
+            return f"{name}.enabled is {json.dumps(on)}; true or false expected"
+    return None
+
+
 def _unproven(config: dict[str, Any]) -> str | None:
     """What of a DeepSpeed configuration is not supported, or contradicts itself; None if all is well."""
+    if malformed := _malformed(config):
+        return malformed
+    if "bfloat16" in config:
+        return "bfloat16 is an old name; call the section bf16"
+    if wrapped := next((name for name in ("amp", "torch_autocast") if config.get(name)), None):
+        return f"{wrapped} is not supported; remove it, and enable bf16 or fp16"
+    if not config.get("managed_gradient_accumulation", True):
+        return "managed_gradient_accumulation is off, and every micro-batch would be an update; remove it"
     zero = config.get("zero_optimization", {})
+    if not zero.get("compute_grad_norm", True):
+        return "zero_optimization.compute_grad_norm is off; every step is judged by its norm: remove it"
     stage = zero_stage(config)
     if stage not in SUPPORTED_STAGES:
         return f"ZeRO stage {stage}; supported are {', '.join(map(str, SUPPORTED_STAGES))}"
@@ -204,6 +231,7 @@ def create_engine(
         optimizer=client,
         config=complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation),
     )
+    distributed.agreed(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
     if exact:
         distributed.agreed(lambda: _set_masters(engine, exact))
     if client is not None:
@@ -211,6 +239,12 @@ def create_engine(
     if loss_scale(engine) is not None:
         _hold_loss_scale(engine.optimizer)
     return engine
+
+
+def _check_dtype(engine: deepspeed.DeepSpeedEngine, expected: torch.dtype) -> None:
+    """Raise ConfigError where DeepSpeed has read the precision in another way than this module."""
+    if (found := next(engine.module.parameters()).dtype) != expected:
+        raise ConfigError(f"DeepSpeed has made a model of {found} of a configuration that asks for {expected}")
 
 
 def free_memory() -> None:

@@ -4,6 +4,7 @@ Collective: one all-reduce of [Σ ℓ, predictions], float64, over the world gro
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from data_pipeline.shards import Corpus
 from maskvr_ds import distributed
-from maskvr_ds.batch import TokenBatch
+from maskvr_ds.batch import MaskedBatch, TokenBatch
 from maskvr_ds.loader import KeyedPermutation, read_rows, to_device
 from maskvr_ds.masking import Masker
 from maskvr_ds.model import weighted_loss
@@ -42,15 +43,26 @@ class HeldOut:
         rows = min(rows, corpus.rows)
         chosen = KeyedPermutation(corpus.rows, _SEED)(np.arange(rows))
         self._mine = chosen[rank::world_size]
+        # Under ZeRO 3 a forward pass is a collective: every rank makes as many as the rank with the most rows. One that
+        # has none left takes a row again, with weights of 0.
+        self._passes = -(-len(chosen[::world_size]) // micro_size)
+        self._filler = chosen[:1]
         self._corpus = corpus
         self._micro_size = micro_size
         self._device = device
         self.masker = held_out_masker(corpus, device)
 
-    def _batches(self) -> Iterator[TokenBatch]:
-        for start in range(0, len(self._mine), self._micro_size):
+    def _batches(self) -> Iterator[MaskedBatch]:
+        for start in range(0, self._passes * self._micro_size, self._micro_size):
             rows = self._mine[start : start + self._micro_size]
-            yield to_device(read_rows(self._corpus, rows, np.zeros_like(rows)), self._device)
+            if len(rows):
+                yield self.masker(self._read(rows))
+            else:
+                masked = self.masker(self._read(self._filler))
+                yield replace(masked, weights=torch.zeros_like(masked.weights))
+
+    def _read(self, rows: np.ndarray) -> TokenBatch:
+        return to_device(read_rows(self._corpus, rows, np.zeros_like(rows)), self._device)
 
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:
@@ -58,8 +70,7 @@ class HeldOut:
         training = module.training
         module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for batch in self._batches():
-            masked = self.masker(batch)
+        for masked in self._batches():
             total[0] += weighted_loss(module, masked)
             total[1] += (masked.weights != 0).sum()
         module.train(training)

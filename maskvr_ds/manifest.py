@@ -6,11 +6,13 @@ RUN/checkpoints/
     latest                    the newest one's name: for people and scripts; a resume looks at the folders
     .saving*, .deleting-*     on the way; a kill may leave them, the next save removes them
     .universal, .converting   elastic.py
+RUN/origin.json               of another run's checkpoint that this run went on from: where it lay, and its SHA-256
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +27,10 @@ FORMAT = 3
 MANIFEST = "checkpoint.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
+ORIGIN = "origin.json"
 SAVING = ".saving"
 DELETING = ".deleting-"
+_NAME = re.compile(r"step-\d+")
 # What is hashed at once: hashlib lets other threads run.
 _THREADS = 8
 _CHUNK = 16 << 20
@@ -183,9 +187,14 @@ def verify(folder: Path) -> None:
         raise CheckpointError(found[0])
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Folders of the run's checkpoints, whole or not, oldest first. A copy under another name is none of them."""
+    return sorted(p for p in (run / FOLDER).glob("step-*") if _NAME.fullmatch(p.name))
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Folders of the run's complete checkpoints, oldest first."""
-    return sorted(p.parent for p in (run / FOLDER).glob(f"step-*/{MANIFEST}"))
+    """Of the run's `checkpoints` those that are complete."""
+    return [folder for folder in checkpoints(run) if (folder / MANIFEST).is_file()]
 
 
 def step_of(folder: Path) -> int:
@@ -195,16 +204,17 @@ def step_of(folder: Path) -> int:
 def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to go on from, verified.
 
-    "auto": the run's newest whole one, the others told; None where the run has not written any yet. Otherwise the path
-    of a checkpoint or of a run's folder, which must hold a complete one; it must be this run's newest, or this run's
-    folder must be empty: else older and newer states of two histories would stand side by side.
+    "auto": the run's newest whole one, the others told; where it has not written any yet the one of another run that it
+    had gone on from; None where there is neither. Otherwise the path of a checkpoint or of a run's folder, which must
+    hold a complete one; it must be what "auto" would take, or this run's folder must be empty: else older and newer
+    states of two histories would stand side by side.
     Raises CheckpointError.
     """
     if resume != "auto":
         own = complete_checkpoints(run)
         found = newest(Path(resume))
-        is_newest = bool(own) and found.resolve() == own[-1].resolve()
-        if not is_newest and begun(run):
+        going_on = own[-1] if own else origin(run)
+        if begun(run) and (going_on is None or found.resolve() != going_on.resolve()):
             raise CheckpointError(
                 f"--resume {resume}: output_dir {run} is not empty, and this is not its newest checkpoint; "
                 "name another output_dir"
@@ -212,7 +222,7 @@ def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | 
         verify(found)
         return found
     broken = []
-    for folder in sorted((run / FOLDER).glob("step-*"), reverse=True):
+    for folder in reversed(checkpoints(run)):
         if not (wrong := faults(folder)):
             return folder
         broken.append((folder, wrong[0]))
@@ -223,7 +233,39 @@ def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | 
             f"{run / FOLDER}: none of {names} is whole ({broken[0][1]}); "
             "remove the run's folder to begin anew, or give --resume another checkpoint"
         )
-    return None
+    if (found_origin := origin(run)) is not None:
+        verify(found_origin)
+    return found_origin
+
+
+def origin(run: Path) -> Path | None:
+    """The checkpoint of another run that this one went on from; None where it had none.
+
+    Raises CheckpointError where it is not there any more.
+    """
+    if not (run / ORIGIN).is_file():
+        return None
+    entry = json.loads((run / ORIGIN).read_text(encoding="utf-8"))
+    folder = Path(entry["checkpoint"])
+    if not (folder / MANIFEST).is_file() or sha256(folder / MANIFEST) != entry["sha256"]:
+        raise CheckpointError(
+            f"{run}: has no checkpoint of its own yet, and {folder}, which it had gone on from, is gone or another one "
+            "now; put it back, or remove the run's folder and name another checkpoint"
+        )
+    return folder
+
+
+def write_origin(run: Path, latest: Path) -> None:
+    """Remember a checkpoint that a run goes on from, unless it is the run's own."""
+    folder = latest.resolve()
+    if folder.is_relative_to(run.resolve()):
+        return
+    temporary = run / f".{ORIGIN}.partial"
+    temporary.write_text(
+        json.dumps({"checkpoint": str(folder), "sha256": sha256(folder / MANIFEST)}) + "\n", encoding="utf-8"
+    )
+    synchronise(temporary)
+    temporary.replace(run / ORIGIN)
 
 
 def begun(run: Path) -> bool:
@@ -262,7 +304,7 @@ def remove_from(run: Path, step: int) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     for rest in (run / FOLDER).glob(f"{DELETING}*"):
         shutil.rmtree(rest)
-    for folder in (run / FOLDER).glob("step-*"):
+    for folder in checkpoints(run):
         if step_of(folder) >= step:
             remove(folder)
 

@@ -109,7 +109,7 @@ def assemble(
     if latest is not None:
         state = resume_from(run.output_dir, latest, engine, phase, state)
     proposer = make_proposer(config, manifest.vocab_size, engine, latest, hashing.fold(config.seed, MAPNET))
-    distributed.agreed(lambda: begin(run, fence), on=0)
+    distributed.agreed(lambda: begin(run, fence, latest), on=0)
 
     masker = create_masker(
         config.masking,

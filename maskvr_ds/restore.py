@@ -1,5 +1,6 @@
 """What a phase goes on from: the checkpoint's tensors, the mask proposal; and going back after a divergence."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,10 +95,19 @@ def make_proposer(
     )
     proposer.attach(engine.module)
     if latest is not None:
-        proposer.run_step = checkpoint.read_state(latest).step
-        if (tensors := checkpoint.read_beside(latest, MAPNET_STATE)) is not None:
-            distributed.agreed(lambda: proposer.load(tensors))
+        # Rank 0 says whether there is one: what other nodes see of a shared folder may be older.
+        found = distributed.broadcast_object((latest / MAPNET_STATE).is_file())
+        distributed.agreed(lambda: _restore_proposer(proposer, latest, found))
     return proposer
+
+
+def _restore_proposer(proposer: Proposer, latest: Path, found: bool) -> None:
+    proposer.run_step = checkpoint.read_state(latest).step
+    if not found:
+        return
+    if (tensors := checkpoint.read_beside(latest, MAPNET_STATE)) is None:
+        raise CheckpointError(f"{latest / MAPNET_STATE}: rank 0 sees it, {socket.gethostname()} does not (yet); resume")
+    proposer.load(tensors)
 
 
 def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None, fence: Fence) -> Path | None:
@@ -115,7 +125,7 @@ def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Pa
         state = None if back_to is None else checkpoint.read_state(back_to)
         rollbacks = read_rollbacks(run, {} if state is None else state.guard)
         to_step = 0 if state is None else state.step
-        begin = position(to_step - phase.first_step, windows_of(rollbacks, phase.index))
+        begin = position(max(0, to_step - phase.first_step), windows_of(rollbacks, phase.index))
         entry = {
             "event": "rollback",
             "phase": phase.index,

@@ -216,10 +216,12 @@ def make_run_folder(run: Path, fence: Fence) -> None:
     fence.hold(distributed.agreed(partial(fence.take, distributed.world_size()), on=0))
 
 
-def begin(config: RunConfig, fence: Fence) -> None:
+def begin(config: RunConfig, fence: Fence, latest: Path | None) -> None:
     """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped, nor that
-    it should."""
+    it should. latest: the checkpoint that it goes on from."""
     fence.check()
+    if latest is not None:
+        manifest.write_origin(config.output_dir, latest)
     write_config(config)
     outcome.clear(config.output_dir)
     # Launchers do so too, before they start ranks, and may be asked before this one has started.

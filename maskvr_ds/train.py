@@ -50,11 +50,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     for phase in phases:
         distributed.agreed(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
     deepspeed_config = distributed.agreed(lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed)))
-    first = 0
-    if latest is not None:
-        state = distributed.agreed(partial(checkpoint.read_state, latest), on=0)
-        first = distributed.agreed(lambda: next_phase(phases, state), on=0)
-    left = phases[first:]
+    left = _left(phases, latest)
     if len(left) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
         distributed.agreed(lambda: check_corpora(left), on=0)
@@ -63,12 +59,24 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
         try:
             latest = train_phase(config, left[0], deepspeed_config, initial, latest, fence, stop)
             left = left[1:]
+            if left and latest is not None:
+                # As at a resume, nothing is unpickled that is not what was written.
+                distributed.agreed(partial(checkpoint.verify, latest), on=0)
         except DivergedError as error:
             latest = go_back(left[0].config, left[0], error, latest, fence)
+            # Where the phase has none of its own and the last one before it is damaged, that may be two phases back.
+            left = _left(phases, latest)
         free_memory()
     if distributed.rank() == 0:
         end(config.output_dir, outcome.COMPLETED, phases[-1].last_step, fence)
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
+
+
+def _left(phases: list[RunPhase], latest: Path | None) -> list[RunPhase]:
+    """The phases still to train after a checkpoint, perhaps the first of them in part. Every rank calls."""
+    if latest is None:
+        return phases
+    return phases[distributed.agreed(lambda: next_phase(phases, checkpoint.read_state(latest)), on=0) :]
 
 
 def train_phase(

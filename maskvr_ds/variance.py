@@ -123,6 +123,8 @@ class Measurement:
         corpus, arguments = Corpus(path), self.arguments
         if (theirs := corpus.manifest.tokenizer_sha256) != (ours := self.state.identity["tokenizer"]):
             raise ConfigError(f"{path}: tokenizer {theirs[:12]} differs from {ours[:12]} of {self.folder}")
+        if (length := corpus.sequence_length) > (most := self.state.identity["model"]["max_position_embeddings"]):
+            raise ConfigError(f"{path}: sequences of {length} tokens exceed the {most} positions of {self.folder}")
         if arguments.sequences > corpus.rows:
             raise ConfigError(f"--sequences {arguments.sequences}: {path} has {corpus.rows} rows")
         for name, least in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):

@@ -18,6 +18,7 @@ class Act:
     kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "update" before the n-th of this
     life, "save" in the n-th writing of one of DeepSpeed's files, "write" when half of the n-th file is written beside
     training, "convert" when a conversion is all but renamed.
+    damage: (update, file): when that update is about to be made, the file has nothing in it any more.
     slow: seconds that every file takes longer to write.
     fill: a file that takes all the room of its file system, once the disk was found to have enough; before it all
     begins, `empty` is removed.
@@ -29,6 +30,7 @@ class Act:
     nan_row: int | None = None
     nan_step: int | None = None
     kill: tuple[int | None, str, int] | None = None
+    damage: tuple[int, Path] | None = None
     fill: Path | None = None
     empty: Path | None = None
     # Takes a line "steps logged, newest checkpoint's step" before the act begins.
@@ -116,6 +118,8 @@ def prepare(act: Act) -> None:
         made[0] += 1
         if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1:] == ("update", made[0]):
             os.kill(os.getpid(), signal.SIGKILL)
+        if act.damage is not None and act.damage[0] == step and rank == 0:
+            act.damage[1].write_bytes(b"")
         if act.signal is not None and act.signal[:2] == (rank, step):
             os.kill(os.getpid(), act.signal[2])
         if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1:] == ("step", step):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,23 @@ class Play:
             acts[f"left out {stage}"] = Act(
                 values(f"left out {stage}", deepspeed=f"zero{stage}_fp32"), nan_row=self.row
             )
+        # Two phases; a bad row comes soon in the second, before it has saved anything.
+        half = STEPS // 2
+        start = {"moments": "keep", "step_counter": "keep", "schedule": "restart"}
+        phases: list[dict[str, Any]] = [
+            {"name": name, "data": {"path": str(self.corpus)}, "training": {"steps": half}} for name in ("one", "two")
+        ]
+        phases[1] |= {"start": start, "optimizer": {"lr": 0.02}}
+        for name in ("phases", "phases, damaged"):
+            two = {**values(name, **AT_ONCE), "phases": phases}
+            del two["training"], two["data"]
+            first, second = (
+                np.concatenate([self.rows_of_step(s, two, phase) for s in steps])
+                for phase, steps in ((0, range(half)), (1, range(3)))
+            )
+            row = next(int(r) for r in second[24:] if r not in [*first, *second[:24]])
+            last = folder / name / "checkpoints" / f"step-{half:08d}" / "checkpoint.json"
+            acts[name] = Act(two, nan_row=row, damage=(half + 1, last) if "damaged" in name else None)
         at_save, at_end = (int(self.rows_of_step(step)[5]) for step in (2 * EVERY - 1, STEPS - 1))
         acts["left out at a save"] = Act(values("left out at a save"), nan_row=at_save)
         acts["left out at the end"] = Act(values("left out at the end"), nan_row=at_end)
@@ -88,15 +106,14 @@ class Play:
         ranks = run_ranks(play, 2, list(acts.values()), free_ports(len(acts)), timeout=900)
         self.said = {name: [rank[i] for rank in ranks] for i, name in enumerate(acts)}
 
-    def rows_of_step(self, step: int) -> Any:
-        import numpy as np
-
+    def rows_of_step(self, step: int, values: dict[str, Any] | None = None, phase: int = 0) -> Any:
+        """step: of the phase."""
         from maskvr_ds.config import RunConfig
         from maskvr_ds.parts import ORDER
         from maskvr_ds.phases import plan
 
-        config = RunConfig.model_validate(configuration(self.folder, self.corpus, steps=STEPS, **NO_EVALUATION))
-        key = plan(config)[0].key(ORDER)
+        values = values or configuration(self.folder, self.corpus, steps=STEPS, **NO_EVALUATION)
+        key = plan(RunConfig.model_validate(values))[phase].key(ORDER)
         return sample_rows(np.arange(step * 12, (step + 1) * 12), 200, key)[0]
 
     def __call__(self, name: str) -> Path:
@@ -161,6 +178,17 @@ def test_a_run_killed_after_a_roll_back_is_the_one_that_was_not(played: Play) ->
     assert column(runs[0], *FIGURES) == column(runs[1], *FIGURES)
     events = [[e for e in read_events(run / METRICS) if e["event"] == "rollback"] for run in runs]
     assert events[0] == events[1]
+
+
+def test_a_roll_back_over_a_damaged_checkpoint_into_the_phase_before(played: Play) -> None:
+    """The rest of that phase is trained again, then the next one, without the bad batch."""
+    runs = [played(name) for name in ("phases", "phases, damaged")]
+    rolled = [[e for e in read_events(run / METRICS) if e["event"] == "rollback"] for run in runs]
+    assert [(e["phase"], e["step"], e["to_step"]) for (e,) in rolled] == [(1, 11, 8), (1, 11, 4)]
+    assert rolled[0][0]["passed_over"] == rolled[1][0]["passed_over"] == [[2, 3]]
+    assert column(runs[0], *FIGURES) == column(runs[1], *FIGURES)
+    one, two = (read_weights(complete_checkpoints(run)[-1]) for run in runs)
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_a_single_bad_step_updates_nothing(played: Play) -> None:

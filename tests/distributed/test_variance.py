@@ -162,11 +162,16 @@ def test_faults(run: Path, corpus: Path, tmp_path: Path) -> None:
     plain = configuration(tmp_path / "plain", corpus, steps=6, evaluation={"every_steps": 0})
     assert run_ranks(train_all, 1, [(plain, None)]) == [[None]]
     other = make_corpus(tmp_path / "other", rows=10, length=16, words=9)
+    longer = make_corpus(tmp_path / "longer", rows=30, length=80)
     output = ["--output", str(tmp_path / "out")]
     mine = ["--checkpoint", str(run), "--corpus", str(corpus), *output]
     jobs = [([*mine, *options], message) for options, message in FAULTS]
     jobs += [
         (["--checkpoint", str(run), "--corpus", str(other), *output], "differs from"),
+        (
+            ["--checkpoint", str(run), "--corpus", str(longer), *output, "--sequences", "5"],
+            "sequences of 80 tokens exceed the 64 positions of",
+        ),
         (["--checkpoint", str(tmp_path / "nothing"), "--corpus", str(corpus), *output], "no complete checkpoint"),
         (
             ["--checkpoint", str(tmp_path / "plain"), "--corpus", str(corpus), *output, "--strategies", "mapnet"],

@@ -21,6 +21,7 @@ from maskvr_ds.manifest import (
     remove_old,
     verify,
     write_manifest,
+    write_origin,
 )
 
 STATE = CheckpointState(
@@ -105,6 +106,40 @@ def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
     assert find(tmp_path / "old", str(later)) == later
     with pytest.raises(CheckpointError, match="no complete checkpoint there"):
         find(tmp_path / "new", str(tmp_path / "empty"))
+
+
+def test_a_run_that_went_on_from_another_one_does_so_until_it_has_saved(tmp_path: Path) -> None:
+    """Killed before that, it begins where it had begun: by "auto", and by the words of its first start."""
+    run, folder = tmp_path / "run", write(tmp_path / "old", 10)
+    other = write(tmp_path / "old", 20)
+    run.mkdir()
+    write_origin(run, folder)
+    (run / "config.yaml").touch()
+    assert find(run, "auto") == find(run, str(folder)) == folder
+    with pytest.raises(CheckpointError, match="is not empty, and this is not its newest checkpoint"):
+        find(run, str(other))
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"which it had gone on from, is gone or another one now; put it back"):
+        find(run, "auto")
+    (tmp_path / "moved").rename(folder)
+    (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 found; take an earlier checkpoint"):
+        find(run, "auto")
+    own = write(run, 30)
+    assert find(run, "auto") == own
+    write_origin(run, own)
+    assert json.loads((run / "origin.json").read_text())["checkpoint"] == str(folder), "own ones are no origin"
+
+
+def test_copies_under_other_names_are_not_the_runs(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", 10)
+    copy = folder.rename(folder.with_name("step-00000010.bak"))
+    assert find(tmp_path / "run", "auto") is None
+    folder = write(tmp_path / "run", 10)
+    assert find(tmp_path / "run", "auto") == folder
+    assert complete_checkpoints(tmp_path / "run") == [folder]
+    remove_from(tmp_path / "run", 0)
+    assert copy.exists() and not folder.exists()
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

@@ -131,6 +131,14 @@ def test_faults_before_the_first_run(tmp_path: Path, corpus: Path, others: dict[
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_lie_under_the_output_whatever_its_name(tmp_path: Path, corpus: Path) -> None:
+    options = arguments(tmp_path, corpus)
+    options.output = str(tmp_path / "a: #1")
+    jobs = plan(options)
+    assert all(job.config.output_dir == job.folder for job in jobs)
+    assert all(job.folder.is_relative_to(options.output) for job in jobs)
+
+
 def test_no_held_out_losses(tmp_path: Path, corpus: Path) -> None:
     options = arguments(tmp_path, corpus)
     options.assignments.append("evaluation.every_steps=0")
