@@ -1,6 +1,7 @@
 """The command `maskvr`. Heavy imports wait for the command that needs them, so that --help is quick."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from maskvr_ds import checkpoint_cli
 
 EXAMPLES = """examples:
+  maskvr config --config run.yaml --set batch.micro_size=32
   maskvr train --config run.yaml
   maskvr train --config demo_cpu --num-gpus 2 --set data.path=corpus --set output_dir=runs/first
   maskvr train --config run.yaml --hostfile hosts --resume auto
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, checkpoint_cli.add_parser, _add_export, _add_plot, _add_recipes):
+    for add in (_add_train, checkpoint_cli.add_parser, _add_export, _add_plot, _add_recipes, _add_config):
         add(commands)
     for add in (_add_variance, _add_compare, _add_benchmark, _add_demo):
         add(commands)
@@ -57,7 +59,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "to go on with the same command and --resume auto",
     )
     add_run_options(parser)
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.add_argument("--num-gpus", type=_count, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
     parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's hostfile: one `host slots=N` a line")
     parser.set_defaults(run=_train)
 
@@ -75,8 +77,7 @@ def _train(arguments: argparse.Namespace) -> int:
         options += ["--resume", arguments.resume]
     if arguments.hostfile:
         # DeepSpeed runs locally, as a world of one machine, where the file it is given does not exist.
-        if not Path(arguments.hostfile).is_file():
-            raise ConfigError(f"--hostfile {arguments.hostfile}: no such file; one `host slots=N` a line expected")
+        _check_hostfile(Path(arguments.hostfile))
         # It puts values between single quotes into a shell's command line, and does not look for such within them.
         if found := next((word for word in options if "'" in word), None):
             raise ConfigError(
@@ -92,6 +93,23 @@ def _train(arguments: argparse.Namespace) -> int:
     from maskvr_ds import train
 
     return train.main(options)
+
+
+def _check_hostfile(path: Path) -> None:
+    from maskvr_ds.config import ConfigError
+
+    if not path.is_file():
+        raise ConfigError(f"--hostfile {path}: no such file; one `host slots=N` a line expected")
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        entry = line.partition("#")[0].strip()
+        if entry and not re.fullmatch(r"\S+\s+slots=[1-9]\d*", entry):
+            raise ConfigError(f"--hostfile {path}, line {number}: {entry!r} is not `host slots=N`")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 expected")
+    return int(text)
 
 
 def _visible_gpus() -> int:
@@ -147,6 +165,21 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_config(commands: argparse._SubParsersAction) -> None:
+    from maskvr_ds.config import add_config_options
+
+    parser = commands.add_parser("config", help="check a run's configuration and print it whole, defaults included")
+    add_config_options(parser)
+    parser.set_defaults(run=_config)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.config import dump_config, load_config
+
+    print(dump_config(load_config(arguments.config, arguments.assignments)), end="")
+    return 0
+
+
 _VARIANCE_EXAMPLES = """examples:
   maskvr variance --checkpoint runs/first --corpus corpus --output variance \\
       --strategies frequency fully_explored:placement=same_batch,segments_per_sequence=3 whole_word
@@ -165,7 +198,7 @@ def _add_variance(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_variance_options(parser)
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.add_argument("--num-gpus", type=_count, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
     parser.set_defaults(run=_variance)
 
 
@@ -215,7 +248,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument("--output", required=True, metavar="DIR", help="runs there that are done are not repeated")
     parser.add_argument("--target", type=float, metavar="LOSS", help="default: the baseline's last one, seed by seed")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks of each run; default: as `maskvr train`")
+    parser.add_argument("--num-gpus", type=_count, metavar="N", help="ranks of each run; default: as `maskvr train`")
     parser.set_defaults(run=_compare)
 
 
@@ -226,10 +259,17 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
+    from maskvr_ds.config_model import PRESETS
+
     parser = commands.add_parser("benchmark", help="measure loader, masks, optimizer or training steps on this machine")
     parser.add_argument("what", choices=["loader", "masking", "masks", "lamb", "train"])
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--preset", default="bert-base", help="train, lamb, masks: model size (default: bert-base)")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="bert-base",
+        help="train, lamb, masks: model size (default: bert-base)",
+    )
     parser.add_argument(
         "--deepspeed", default="zero1_bf16", help="train, lamb, masks: a DeepSpeed config (default: zero1_bf16)"
     )

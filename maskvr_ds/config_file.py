@@ -63,7 +63,10 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _read_mapping(config: str | Path) -> dict[str, Any]:
     path = Path(config)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config {config}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     elif str(config) in recipes():
         text = recipe_text(str(config))
     else:

@@ -21,8 +21,8 @@ class CheckpointConfig(Section):
 
 
 class DivergenceConfig(Section):
-    """A step whose loss or gradient norm is not finite, or far above the median of late, updates nothing; where that
-    comes too often the run goes back to its last checkpoint and passes over the batches of such steps."""
+    """A step whose loss or gradient norm is not finite, or far above the median of late, updates no weights; where
+    that comes too often the run goes back to its last checkpoint and passes over the batches of such steps."""
 
     enabled: bool = True
     # Far above: times the median of the last `history` good steps (judged once a fifth of them are there).

@@ -29,8 +29,9 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or
     Slurm does for the tasks of an `srun`.
 
-    Started without a launcher, the process is a world of one. Raises ValueError where only a part of it is set, and
-    where tasks of one `srun` would be worlds of their own, each of them training the same run.
+    Started without a launcher, the process is a world of one. Raises ValueError where only a part of it is set,
+    where tasks of one `srun` would be worlds of their own, each of them training the same run, and where a job that was
+    given GPUs would train without.
     """
     os.environ.update(slurm.ranks(os.environ))
     if "RANK" in os.environ:
@@ -47,6 +48,12 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
+        if (gpus := slurm.gpus(os.environ)) and os.environ.get("DS_ACCELERATOR") != "cpu":
+            raise ValueError(
+                f"{socket.gethostname()}: Slurm gave the job {gpus} GPUs of this node, and torch {torch.__version__} "
+                "sees none: look at the driver and at which torch is installed there, or set DS_ACCELERATOR=cpu to "
+                "train on its CPUs"
+            )
         # On CPUs DeepSpeed compiles a shared-memory all-reduce for a minute at first use. Only its inference
         # engine calls it, and a build that was killed leaves a lock that later runs wait for without end. Asked for
         # the table of such operations, DeepSpeed would try them all, with the compiler; it reads no other entry.

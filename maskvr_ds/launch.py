@@ -24,6 +24,7 @@ from types import FrameType
 
 from maskvr_ds import outcome, terminal
 from maskvr_ds.echo import Echoes
+from maskvr_ds.manifest import complete_checkpoints
 from maskvr_ds.outcome import EXIT_STOPPED, REQUEST, STOPPED
 
 # Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
@@ -125,7 +126,8 @@ def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Pa
     if (step := outcome.step_of(run, STOPPED, before_start)) is not None:
         terminal.alert(f"stopped at step {step}, as a signal asked; --resume auto goes on")
         return EXIT_STOPPED
-    terminal.alert(f"error: the ranks ended before step {steps}; --resume auto goes on")
+    goes_on = "; --resume auto goes on" if complete_checkpoints(run) else ""
+    terminal.alert(f"error: the ranks ended before step {steps}{goes_on}")
     return 1
 
 

@@ -21,6 +21,11 @@ def job_id(environment: Mapping[str, str]) -> str:
     return f"{array[0]}_{array[1]}" if all(array) else environment.get("SLURM_JOB_ID", "")
 
 
+def gpus(environment: Mapping[str, str]) -> int:
+    """How many GPUs of this node the job was given; 0 outside of one."""
+    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+
+
 def hostnames(nodes: str) -> list[str]:
     """ "n[1-3]" → n1, n2, n3. Raises ValueError where scontrol does not say."""
     words = ["scontrol", "show", "hostnames", nodes]

@@ -139,7 +139,8 @@ def test_copies_under_other_names_are_not_the_runs(tmp_path: Path) -> None:
     assert find(tmp_path / "run", "auto") == folder
     assert complete_checkpoints(tmp_path / "run") == [folder]
     remove_from(tmp_path / "run", 0)
-    assert copy.exists() and not folder.exists()
+    assert copy.exists()
+    assert not folder.exists()
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from maskvr_ds import cli, launch
+from maskvr_ds.config import load_config
 from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
 
 RANK = """
@@ -83,6 +85,54 @@ def test_a_value_that_would_leave_its_quotes_is_refused(tmp_path: Path, capsys: 
     value = "output_dir=run'; touch pwned '"
     assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts), "--set", value]) == 1
     assert "a single quote does not come through DeepSpeed's launcher" in capsys.readouterr().err
+
+
+def test_a_hostfile_is_read_before_deepspeed_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# mine\nh1 slots=2  # the first\n\nh2\n")
+    assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts)]) == 1
+    assert "hosts, line 4: 'h2' is not `host slots=N`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "two"])
+def test_ranks_are_counted_from_one(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--config", "demo_cpu", "--num-gpus", count])
+    assert f"{count!r}: a whole number of at least 1 expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_is_said_of_ranks_that_failed(saved: bool, tmp_path: Path, module: str, capfd: Any) -> None:
+    """That a resume goes on, where there is something to go on from."""
+    if saved:
+        (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+        (tmp_path / "run/checkpoints/step-00000001/checkpoint.json").touch()
+    (tmp_path / "said").mkdir(exist_ok=True)
+    assert launch.launch_here(module, [str(tmp_path / "said"), "1", "1"], 2, tmp_path / "run", 10) == 1
+    assert ("--resume auto goes on" in capfd.readouterr().err) == saved
+
+
+def test_a_configuration_printed_whole_is_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "--config", "demo_cpu", "--set", "seed=7"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config("demo_cpu", ["seed=7"])
+    printed.write_bytes(b"\xff\xfe")
+    assert cli.main(["config", "--config", str(printed)]) == 1
+    assert "printed.yaml: not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_job_that_was_given_gpus_does_not_train_without(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("the GPU is seen")
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"SLURM_GPUS_ON_NODE": "2"}
+    words = [sys.executable, "-m", "maskvr_ds.train", "--config", "demo_cpu", "--set", f"output_dir={tmp_path / 'run'}"]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "Slurm gave the job 2 GPUs of this node, and torch" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 LAUNCHER = """

@@ -18,7 +18,6 @@ LEVELS = [
         "config_phases",
         "config_survival",
         "fence",
-        "launch",
         "mixture",
         "node_files",
         "pareto",
@@ -26,7 +25,7 @@ LEVELS = [
         "vocabulary",
     },
     {"config", "batch", "manifest"},
-    {"monitors", "strategies", "strategy_spec", "variance_report"},
+    {"launch", "monitors", "strategies", "strategy_spec", "variance_report"},
     {"distributed", "masking", "schedule", "model"},
     {
         "initial_weights",
