@@ -60,12 +60,14 @@ def faults(
 
 
 def slots_fault(host: str, slots: int, value: Mapping[str, Any], on_cpus: bool) -> str | None:
-    """What is wrong with the number of slots, where GPUs (or, for ranks on CPUs, cores) can be counted."""
-    if on_cpus or value["gpus"] is not None:
-        there, what = (value["cpus"], "CPU cores") if on_cpus else (len(value["gpus"]["names"]), "GPUs")
-        if slots > there:
-            return f"{host}: slots={slots}, but it has {there} {what}; correct the hostfile"
-    return None
+    """What is wrong with the number of slots: more than GPUs, or than cores for ranks on CPUs."""
+    if not on_cpus and value["gpus"] is None:
+        return (
+            f"{host}: slots={slots}, but no GPU is visible (nvidia-smi is missing or fails there); install the driver, "
+            "or set DS_ACCELERATOR=cpu where ranks run on CPUs"
+        )
+    there, what = (value["cpus"], "CPU cores") if on_cpus else (len(value["gpus"]["names"]), "GPUs")
+    return f"{host}: slots={slots}, but it has {there} {what}; correct the hostfile" if slots > there else None
 
 
 def disk_faults(answers: Mapping[str, Answer], folder: Path, minimum: float) -> list[str]:

@@ -13,12 +13,18 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cluster.sbatch_script import SlurmError
 from data_pipeline.__main__ import command_parser
+from data_pipeline.claims import claim_arguments
 from data_pipeline.description import read_description
+from data_pipeline.files import CorpusError
 from data_pipeline.manifest import HELD_OUT, MANIFEST, Manifest, read_manifest
 from maskvr_ds.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.pack import PackOptions
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,15 @@ def parse_build(text: str) -> Build:
         raise SlurmError(f"--build-data {text!r}: {error}") from None
     except SystemExit:
         raise SlurmError(f"--build-data {text!r}: {said.getvalue().strip().splitlines()[-1]}") from None
+    try:
+        reads = tuple(_reads(arguments))
+        _check_build(arguments)
+    except CorpusError as error:
+        raise SlurmError(f"--build-data: {error}") from None
     return Build(
         words=tuple(words),
         output=Path(arguments.output).absolute(),
-        reads=tuple(_reads(arguments)),
+        reads=reads,
         sequence_length=arguments.sequence_length,
         held_out=arguments.held_out > 0,
     )
@@ -68,6 +79,57 @@ def _reads(arguments: argparse.Namespace) -> Iterator[Path]:
         while not path.exists():
             path = path.parent
         yield path
+
+
+def _check_build(given: argparse.Namespace) -> None:
+    """Raise CorpusError where the build itself would refuse its arguments, tokenizer or output folder."""
+    # Imported late: most submissions build nothing.
+    from data_pipeline import build
+    from data_pipeline.tokenizer import fingerprint
+
+    build.check_source_arguments(given.workers, given.seed, given.held_out, given.documents, given.work_size)
+    options = build.pack_options(
+        given.sequence_length,
+        given.packing,
+        given.bins,
+        given.pair_probability,
+        given.columns,
+        given.seed,
+        given.shard_size,
+    )
+    tokenizer = Path(given.tokenizer)
+    digest = fingerprint(tokenizer)
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise CorpusError(
+            f"{tokenizer}: no tokenizer there (neither tokenizer.json nor vocab.txt); correct the path, or make one "
+            "with `python -m data_pipeline tokenizer`"
+        )
+    output = Path(given.output)
+    if output.exists() and not output.is_dir():
+        raise CorpusError(f"{output}: is a file, the output must be a folder; name another")
+    # Of an empty folder, or one with hidden leftovers alone, the build decides: asking would claim it.
+    if output.is_dir() and not all(item.name.startswith(".") for item in output.iterdir()):
+        claim_arguments(output, _claimed(given, options, digest))
+
+
+def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) -> dict[str, Any]:
+    """What a build.json says of these arguments and inputs, as far as it need not be derived from other things."""
+    from data_pipeline import build
+    from data_pipeline.tokenizing import find_groups
+
+    about, named = build.described(given.input, given.description, given.documents, given.text_field)
+    if "word_start" in given.columns:
+        about = about.model_copy(update={"word_starts": True})
+    if about.sentences is None and ("sentence_start" in given.columns or given.packing in ("nsp", "sop")):
+        about = about.model_copy(update={"sentences": "punctuation"})
+    groups = find_groups(about, (Path(given.output), Path(given.tokenizer)), named)
+    same = ("sequence_length", "seed", "held_out", "documents", "text_field", "shard_size")
+    return {
+        **{name: getattr(given, name) for name in same},
+        "tokenizer": tokenizer,
+        "sources": [[source.name, source.bytes] for files in groups for source in files],
+        **build.new_arguments(options, about, named),
+    }
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,12 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     path = Path(path)
     if not path.is_file():
         raise HostfileError(f"{path}: no such file; DeepSpeed would train on this machine alone")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise HostfileError(f"{path}: not UTF-8 text ({error}); one `host slots=N` a line expected") from None
     hosts: dict[str, int] = {}
-    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("#", 1)[0].strip()
         if not line:
             continue
@@ -142,7 +146,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source.add_argument("file", nargs="?", help="to be checked")
     source.add_argument("--hosts", nargs="+", metavar="HOST[:SLOTS]", help="names and ranges: node[01-16], a:8,b:4")
     source.add_argument("--from-slurm", action="store_true", help="the nodes of the Slurm job that this runs in")
-    parser.add_argument("--slots", type=int, metavar="N", help="ranks on every host that does not say its own")
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help="--hosts, --from-slurm: ranks on every host that does not say its own"
+    )
     parser.add_argument("--output", metavar="FILE", help="write it there (default: print it)")
     parser.add_argument("--check-slots", action="store_true", help="ask every host by ssh how many GPUs it has")
     parser.add_argument("--cpus", action="store_true", help="--check-slots: ranks need CPU cores, not GPUs")
@@ -153,6 +159,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.slots is not None and arguments.slots < 1:
         raise HostfileError(f"--slots {arguments.slots}: at least 1 expected")
     if arguments.file is not None:
+        if arguments.slots is not None:
+            raise HostfileError(
+                f"--slots {arguments.slots}: {arguments.file} says the slots of each host; change them there, or make "
+                "a hostfile of --hosts"
+            )
         hosts = read_hostfile(arguments.file)
     elif arguments.from_slurm:
         hosts = slurm_hosts(os.environ, arguments.slots)

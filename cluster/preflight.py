@@ -77,6 +77,10 @@ def _preflight(arguments: argparse.Namespace) -> int:
     if arguments.slurm:
         arguments.launcher = "slurm"
         hosts = hostfile.slurm_hosts(os.environ, arguments.slots)
+    elif arguments.slots is not None:
+        raise hostfile.HostfileError(
+            f"--slots {arguments.slots}: {arguments.hostfile} says the slots of each host; change them there"
+        )
     else:
         hosts = hostfile.read_hostfile(arguments.hostfile)
     config = load_config(arguments.config, arguments.assignments)

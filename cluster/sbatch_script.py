@@ -6,13 +6,15 @@ Two readers: bash, for which `shlex.quote` makes any text one word; and sbatch, 
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 _PLACE = re.compile(r"<<([A-Z_]+)>>")
 _PLAIN = re.compile(r"[\w.,:/+@%=-]+")
+# The long name of an option of sbatch.
+OPTION = r"[a-z][a-z0-9-]*"
 
 
 class SlurmError(ValueError):
@@ -60,13 +62,13 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training as a job. options: of sbatch, long name → value. run: the run's folder; with seeds that of all runs.
+    """A training as a job. options: of sbatch, long name → value, None for a flag.
 
-    arguments: of maskvr_ds.train, without --resume. tasks_per_node: ranks. cpus_per_task: None: Slurm's default.
-    seeds: one task of a job array each, with a run of its own below `run`.
+    run: the run's folder; with seeds that of all runs. arguments: of maskvr_ds.train, without --resume. tasks_per_node:
+    ranks. cpus_per_task: None: Slurm's default. seeds: one task of a job array each, with a run of its own below `run`.
     """
 
-    options: dict[str, str]
+    options: Mapping[str, str | None]
     run: Path
     arguments: Sequence[str]
     surroundings: Surroundings
@@ -82,15 +84,18 @@ def words(values: Iterable[object]) -> str:
     return " ".join(shlex.quote(str(value)) for value in values)
 
 
-def directive(name: str, value: str) -> str:
-    """An option as a line of a job script. Raises SlurmError where sbatch would read another value, or none."""
+def directive(name: str, value: str | None) -> str:
+    """An option (value None: a flag) as a line of a job script. Raises SlurmError where sbatch would read another
+    value, or none."""
+    if not re.fullmatch(OPTION, name):
+        raise SlurmError(f"--{name}: not the long name of an option of sbatch")
+    if value is None:
+        return f"#SBATCH --{name}"
     if not value or not value.isprintable() or "\\" in value:
         raise SlurmError(
             f"--{name} {value!r}: a line of a job script holds neither line breaks, other control characters nor "
             "backslashes, and must not be empty; take another value"
         )
-    if not re.fullmatch(r"[a-z][a-z-]*", name):
-        raise SlurmError(f"--{name}: not the long name of an option of sbatch")
     escaped = value.replace('"', '\\"')
     return f"#SBATCH --{name}={value}" if _PLAIN.fullmatch(value) else f'#SBATCH --{name}="{escaped}"'
 
@@ -114,7 +119,7 @@ def render(template: str, values: dict[str, str]) -> str:
 
 def training_script(job: TrainingJob) -> str:
     """The job script. Raises SlurmError for values that cannot stand in it."""
-    options = {
+    options: dict[str, str | None] = {
         **job.options,
         **_size(job),
         "output": log_pattern(job.run / "slurm", "%A_%a.log" if job.seeds else "%j.log"),
@@ -147,7 +152,7 @@ def training_script(job: TrainingJob) -> str:
 
 def _size(job: TrainingJob) -> dict[str, str]:
     """What says how much of a node is needed."""
-    if "-" in job.options["nodes"]:
+    if "-" in (job.options["nodes"] or ""):
         # A number of tasks a node, and Slurm gives as few nodes as hold one task, also where there are more.
         return {"mincpus": str(job.tasks_per_node * (job.cpus_per_task or 1))}
     size = {"ntasks-per-node": str(job.tasks_per_node)}
@@ -190,7 +195,9 @@ def yaml_text(value: object) -> str:
     return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=10**9).rstrip("\n")
 
 
-def data_script(options: dict[str, str], run: Path, arguments: Sequence[str], surroundings: Surroundings) -> str:
+def data_script(
+    options: Mapping[str, str | None], run: Path, arguments: Sequence[str], surroundings: Surroundings
+) -> str:
     """The job script of a corpus' build. arguments: of `data_pipeline build`."""
     options = {
         **options,

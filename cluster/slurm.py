@@ -14,11 +14,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from cluster.corpora import Build, check_corpora, parse_build
+from cluster.sbatch_options import FOR_DATA, for_data, parse_options
 from cluster.sbatch_script import SlurmError, Surroundings, TrainingJob, data_script, training_script
 from maskvr_ds.config import (
     ConfigError,
@@ -72,8 +74,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--sbatch",
         action="append",
         default=[],
-        metavar="NAME=VALUE",
-        help="another option of sbatch: reservation=big, gres=gpu:8 …",
+        metavar="NAME[=VALUE]",
+        help="another option of sbatch, by its long name: reservation=big, gres=gpu:8; a flag alone: exclusive. May be "
+        f"repeated. The job of --build-data has of these {', '.join(FOR_DATA)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="S", help="a job array: a run for each")
     parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="environment modules to load")
@@ -86,7 +89,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--build-data", metavar="ARGUMENTS", help="of `data_pipeline build`: a job that runs before")
     parser.add_argument("--build-cpus", type=int, default=16, metavar="C", help="of that job (16)")
     parser.add_argument("--build-time", metavar="TIME", help="of that job")
-    parser.add_argument("--build-partition", metavar="NAME", help="of that job; default: --partition")
+    parser.add_argument("--build-mem", metavar="MEM", help="of that job; default: Slurm's")
+    parser.add_argument(
+        "--build-partition", metavar="NAME", help="of that job, which is then in no reservation; default: --partition"
+    )
+    parser.add_argument("--build-qos", metavar="NAME", help="of that job; default: --qos")
     what_then = parser.add_mutually_exclusive_group()
     what_then.add_argument("--submit", action="store_true", help="hand it to sbatch")
     what_then.add_argument("--print", action="store_true", help="print it to look at, write nothing")
@@ -155,6 +162,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     if gpus and arguments.tasks_per_node not in (None, gpus):
         raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; leave it out")
     _check_least(arguments)
+    _check_venv(arguments)
     check_batch(config, nodes, tasks)
     deepspeed_config_path(config.deepspeed)  # raises where there is none
     if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:
@@ -162,16 +170,12 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
             f"--time {limit}: {seconds} s, and the last checkpoint begins {arguments.signal_seconds} s before that; "
             "raise --time or lower --signal-seconds"
         )
+    further = parse_options(arguments.sbatch, _OPTIONS)
     options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
     run = config.output_dir.absolute()
     options = {"job-name": arguments.job_name or run.name, "nodes": arguments.nodes, **options}
     if gpus:
         options["gpus-per-node"] = str(gpus)
-    for assignment in arguments.sbatch:
-        name, equals, value = assignment.partition("=")
-        if not equals or name in options:
-            raise SlurmError(f"--sbatch {assignment}: NAME=VALUE expected, of an option that has no name here")
-        options[name] = value
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds, default=0) < 0:
         raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: different numbers from 0 expected")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
@@ -187,9 +191,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     )
     scripts = {}
     if build is not None:
-        scripts["data.sbatch"] = _data_script(arguments, run, build, surroundings)
+        scripts["data.sbatch"] = _data_script(arguments, further, run, build, surroundings)
     job = TrainingJob(
-        options=options,
+        options={**options, **further},
         run=run,
         arguments=["--config", str(config_file(config))],
         surroundings=surroundings,
@@ -202,7 +206,13 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     return {**scripts, "job.sbatch": training_script(job)}
 
 
-def _data_script(arguments: argparse.Namespace, run: Path, build: Build, surroundings: Surroundings) -> str:
+def _data_script(
+    arguments: argparse.Namespace,
+    further: Mapping[str, str | None],
+    run: Path,
+    build: Build,
+    surroundings: Surroundings,
+) -> str:
     parent = build.output.parent
     if surroundings.container is not None and not parent.is_dir():
         raise SlurmError(f"--build-data: {parent}: no such folder, and a container is shown what is there; make it")
@@ -211,9 +221,12 @@ def _data_script(arguments: argparse.Namespace, run: Path, build: Build, surroun
         "cpus-per-task": str(arguments.build_cpus),
         "partition": arguments.build_partition or arguments.partition,
         "account": arguments.account,
+        "qos": arguments.build_qos or arguments.qos,
+        "mem": arguments.build_mem,
         "time": arguments.build_time,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    elsewhere = arguments.build_partition not in (None, arguments.partition)
+    given = {name: value for name, value in options.items() if value is not None} | for_data(further, elsewhere)
     # The corpus' own folder is yet to be made.
     return data_script(given, run, build.words, replace(surroundings, binds=(parent, *build.reads)))
 
@@ -222,6 +235,18 @@ def _check_least(arguments: argparse.Namespace) -> None:
     for name, least in (("max_restarts", 0), ("signal_seconds", 1), ("cpus_per_task", 1), ("build_cpus", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise SlurmError(f"--{name.replace('_', '-')} {value}: at least {least} expected")
+
+
+def _check_venv(arguments: argparse.Namespace) -> None:
+    if arguments.venv is None:
+        return
+    python = Path(arguments.venv).absolute() / "bin" / "python"
+    # One made within a container points to a Python that is only there.
+    if not (python.exists() or (arguments.container is not None and python.is_symlink())):
+        raise SlurmError(
+            f"--venv {arguments.venv}: no virtual environment there ({python} is missing); correct the path, or make "
+            "it where all nodes see it"
+        )
 
 
 def _inputs(config: RunConfig) -> list[Path]:

@@ -13,9 +13,9 @@ While it works, an output folder also holds
     .build/            token shards (`build`), rows, and a result file for every finished task: what a killed build goes
                        on from
 
-The same command again goes on where a killed one stopped and ends with the same bytes. The manifest comes
-last. An input is known by name, size and modification time during the build; its SHA-256 goes into the
-manifest.
+The same command again goes on where a killed one stopped and ends with the same bytes. The manifest comes last. An
+input is known by name, size and modification time during the build, and where only the time is another, by the SHA-256
+that goes into the manifest; a task file by its SHA-256.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ from data_pipeline.claims import claim
 from data_pipeline.description import MAX_WEIGHT, Description, SourceSection, description_yaml, read_description
 from data_pipeline.documents import DOCUMENTS
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
+from data_pipeline.finished import check_inputs, finished_corpus
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.mpi import Team
+from data_pipeline.ngrams import task_digests
 from data_pipeline.pack import PackOptions, pack_side
 from data_pipeline.progress import ProgressBar
 from data_pipeline.rules import DocumentRules
-from data_pipeline.shards import Manifest, read_manifest
+from data_pipeline.shards import Manifest
 from data_pipeline.tokenizer import copy_tokenizer, fingerprint
 from data_pipeline.tokenizing import default_work_size, find_groups, tokenize_stage
 from data_pipeline.tokens import PLANES, TOKENS_VERSION, TokenManifest, read_tokens
 from data_pipeline.workers import Pool
 
 MIN_SEQUENCE_LENGTH = 8
+_MOST_MB = 1e12  # as bits still below 2^63
 
 
 def build(
@@ -86,9 +89,9 @@ def build(
     the next run, and nothing half-written stands under a final name.
     """
     output = Path(output)
-    _check_source_arguments(workers, seed, held_out, documents, work_size)
-    options = _pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
-    about, named = _describe(inputs, description, documents, text_field)
+    check_source_arguments(workers, seed, held_out, documents, work_size)
+    options = pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
+    about, named = described(inputs, description, documents, text_field)
     if "word_start" in columns:
         about = about.model_copy(update={"word_starts": True})
     if about.sentences is None and ("sentence_start" in columns or packing in ("nsp", "sop")):
@@ -97,22 +100,28 @@ def build(
     groups = find_groups(about, (output, Path(tokenizer)), named)
     work_size = work_size or default_work_size(groups)
     options = _with_weights(options, tuple(section.weight for section in about.sources))
-    arguments = {
-        "schema_version": SCHEMA_VERSION,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "held_out": held_out,
-        "documents": documents,
-        "text_field": text_field,
-        "shard_size": shard_size,
-        "work_size": work_size,
-        "tokenizer": fingerprint(tokenizer),
-        "sources": [[source.name, source.bytes] for files in groups for source in files],
-    } | _new_arguments(options, about, named)
+    arguments = (
+        {
+            "schema_version": SCHEMA_VERSION,
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "held_out": held_out,
+            "documents": documents,
+            "text_field": text_field,
+            "shard_size": shard_size,
+            "work_size": work_size,
+            "tokenizer": fingerprint(tokenizer),
+            "sources": [[source.name, source.bytes] for files in groups for source in files],
+        }
+        | new_arguments(options, about, named)
+        | _task_arguments(about)
+    )
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
-            return read_manifest(output)
+            manifest = finished_corpus(output, held_out > 0)
+            check_inputs(output, manifest.sources, list(itertools.chain(*groups)))
+            return manifest
         copy_tokenizer(tokenizer, output / TOKENIZER)
         total = sum(source.bytes for files in groups for source in files)
         with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
@@ -158,8 +167,8 @@ def tokenize(
     of text a token shard, None: `default_work_size`; corpora packed of them do not depend on it.
     """
     output = Path(output)
-    _check_source_arguments(workers, seed, held_out, documents, work_size)
-    about, named = _describe(inputs, description, documents, text_field)
+    check_source_arguments(workers, seed, held_out, documents, work_size)
+    about, named = described(inputs, description, documents, text_field)
     about = about.model_copy(update={"word_starts": True, "sentences": about.sentences or "punctuation"})
     groups = find_groups(about, (output, Path(tokenizer)), named)
     work_size = work_size or default_work_size(groups)
@@ -171,11 +180,13 @@ def tokenize(
         "description": about.model_dump(mode="json", exclude={"sources": {"__all__": {"inputs"}}}),
         "tokenizer": fingerprint(tokenizer),
         "sources": [[source.name, source.bytes] for files in groups for source in files],
-    }
+    } | _task_arguments(about)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
-            return read_tokens(output)
+            manifest = read_tokens(output)
+            check_inputs(output, manifest.sources, list(itertools.chain(*groups)))
+            return manifest
         copy_tokenizer(tokenizer, output / TOKENIZER)
         total = sum(source.bytes for files in groups for source in files)
         with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
@@ -222,7 +233,7 @@ def pack(
     tokens, output = Path(tokens), Path(output)
     _check_rules(((workers >= 1, "workers", workers, "at least 1"),))
     manifest = read_tokens(tokens)
-    options = _pack_options(sequence_length, packing, bins, pair_probability, columns, manifest.seed, shard_size)
+    options = pack_options(sequence_length, packing, bins, pair_probability, columns, manifest.seed, shard_size)
     needed = {*columns, *(("sentence_start",) if packing in ("nsp", "sop") else ())}
     if missing := sorted(needed - set(manifest.planes)):
         raise CorpusError(f"{tokens}: has no {missing[0]}. Tokenise with the command tokenize, or pack without it")
@@ -238,11 +249,11 @@ def pack(
         "shard_size": shard_size,
         "weights": list(options.weights),
         "tokens": sha256_file(tokens / MANIFEST),
-    } | _new_arguments(options, None, False)
+    } | new_arguments(options, None, False)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
-            return read_manifest(output)
+            return finished_corpus(output, HELD_OUT in manifest.sides)
         copy_tokenizer(tokens / TOKENIZER, output / TOKENIZER)
         if (tokens / DESCRIPTION).exists() and not (output / DESCRIPTION).exists():
             with atomic_file(output / DESCRIPTION) as file:
@@ -272,7 +283,7 @@ def _pack_sides(
     return result
 
 
-def _describe(
+def described(
     inputs: Sequence[str | Path] | None, description: str | Path | None, documents: str, text_field: str
 ) -> tuple[Description, bool]:
     """The description, and whether it was given (its sources then have names)."""
@@ -299,7 +310,7 @@ def _save_description(output: Path, about: Description) -> None:
         file.write(description_yaml(about).encode())
 
 
-def _new_arguments(options: PackOptions, about: Description | None, named: bool) -> dict[str, Any]:
+def new_arguments(options: PackOptions, about: Description | None, named: bool) -> dict[str, Any]:
     """What a plain build does not have, left out of its build.json."""
     found: dict[str, Any] = {"packing": options.packing, "columns": list(options.columns)}
     found["bins"] = list(options.bins[:-1])
@@ -311,11 +322,16 @@ def _new_arguments(options: PackOptions, about: Description | None, named: bool)
     return found
 
 
+def _task_arguments(about: Description) -> dict[str, Any]:
+    tasks = about.documents.decontaminate
+    return {"decontaminate": task_digests(tasks)} if tasks else {}
+
+
 def _with_weights(options: PackOptions, weights: tuple[float, ...]) -> PackOptions:
     return replace(options, weights=weights)
 
 
-def _pack_options(
+def pack_options(
     sequence_length: int,
     packing: str,
     bins: Sequence[int],
@@ -336,21 +352,26 @@ def _pack_options(
             (rises and bins[0] >= least, "bins", bins[:-1], f"ascending, from {least} to below the sequence length"),
             (0 < probability < 1, "pair probability", probability, "above 0 and below 1"),
             (set(columns) <= set(PLANES), "columns", ", ".join(columns), f"of {', '.join(PLANES)}"),
-            (shard_size > 0, "shard size", shard_size, "above 0 (MB)"),
+            (0 < shard_size <= _MOST_MB, "shard size", shard_size, f"above 0 and at most {_MOST_MB:g} (MB)"),
         )
     )
     ordered = tuple(plane for plane in PLANES if plane in columns)
     return PackOptions(sequence_length, packing, bins, probability, ordered, (), seed, shard_size)
 
 
-def _check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float | None) -> None:
+def check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float | None) -> None:
     _check_rules(
         (
             (workers >= 1, "workers", workers, "at least 1"),
             (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
-            (work_size is None or work_size > 0, "work size", work_size, "above 0 (MB)"),
+            (
+                work_size is None or 0 < work_size <= _MOST_MB,
+                "work size",
+                work_size,
+                f"above 0 and at most {_MOST_MB:g} (MB)",
+            ),
         )
     )
 

@@ -16,6 +16,8 @@ from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, TOKENIZER
 
 _WORK = ".build"
 _ARGUMENTS = "build.json"
+# Folders of earlier versions do not say these.
+_LATER = ("decontaminate",)
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
         raise CorpusError(f"{output}: is a file, the output must be a folder")
     new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    _claim_arguments(output, arguments)
+    claim_arguments(output, arguments)
     work = output / _WORK
     results = work / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def _withdraw(output: Path, new: bool) -> None:
             output.rmdir()
 
 
-def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
+def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     path = output / _ARGUMENTS
     if not path.exists():
         # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
@@ -93,7 +95,7 @@ def _claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     except ValueError as error:
         raise CorpusError(f"{path}: not JSON ({error}). Choose another output folder, or remove it") from None
     for key in arguments:
-        if before.get(key) == arguments[key]:
+        if before.get(key) == arguments[key] or (key in _LATER and key not in before):
             continue
         then, now = before.get(key), arguments[key]
         if key == "sources":

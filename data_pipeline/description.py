@@ -106,22 +106,48 @@ def read_description(path: str | Path) -> Description:
     try:
         found = Description.model_validate(raw)
     except ValidationError as error:
-        faults = "\n".join(
-            f"{path}: {'.'.join(map(str, e['loc'])) or 'description'}: {e['msg']}"
-            + (f", found {e['input']!r}" if isinstance(e["input"], str | int | float) else "")
-            for e in error.errors(include_url=False)
-        )
-        raise CorpusError(faults) from None
+        found_at = error.errors(include_url=False)
+        # A list whose only entry is at fault is reported as empty too.
+        real = [
+            e
+            for e in found_at
+            if e["type"] != "too_short"
+            or not any(o["loc"][: len(e["loc"])] == e["loc"] for o in found_at if o is not e)
+        ]
+        raise CorpusError("\n".join(f"{path}: {_in_words(e)}" for e in real)) from None
     base = path.resolve().parent
     sources = tuple(
-        source.model_copy(update={"inputs": tuple(str(base / item) for item in source.inputs)})
+        source.model_copy(update={"inputs": tuple(_below(base, item) for item in source.inputs)})
         for source in found.sources
     )
-    patterns = [str(base / item) for item in found.documents.decontaminate]
+    patterns = [_below(base, item) for item in found.documents.decontaminate]
     # A pattern that matches nothing stays, and is then refused as a missing file.
-    tasks = tuple(path for item in patterns for path in sorted(glob.glob(item)) or [item])  # noqa: PTH207
+    tasks = tuple(path for item in patterns for path in _matches(item))
     documents = found.documents.model_copy(update={"decontaminate": tasks})
     return found.model_copy(update={"sources": sources, "documents": documents}).sorted()
+
+
+def _below(base: Path, item: str) -> str:
+    """The absolute path or pattern of an item: brackets in the folder's own path are no pattern."""
+    literal = (base / item).exists() or not glob.has_magic(item)
+    return str(base / item if literal else Path(glob.escape(str(base))) / item)
+
+
+def _matches(item: str) -> list[str]:
+    if Path(item).exists():
+        return [item]
+    return sorted(glob.glob(item)) or [item]  # noqa: PTH207
+
+
+def _in_words(fault: Any) -> str:
+    """One of pydantic's faults: where, which rule, the value."""
+    where = ".".join(map(str, fault["loc"])) or "description"
+    if fault["type"] == "extra_forbidden":
+        sections: dict[Any, type[BaseModel]] = {"sources": SourceSection, "documents": DocumentRules}
+        section = sections[fault["loc"][0]] if len(fault["loc"]) > 1 else Description
+        return f"{where}: unknown key; known here: {', '.join(section.model_fields)}"
+    value = fault["input"]
+    return f"{where}: {fault['msg']}" + (f", found {value!r}" if isinstance(value, str | int | float) else "")
 
 
 def description_yaml(description: Description) -> str:

@@ -263,6 +263,8 @@ def _column(source: Source, values: Any, column: str, first: int, where: str, le
                 f"{column!r} is not UTF-8 ({error}). Write the file again with valid text"
             ) from None
         values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        # Views are copied: no array of views is taken for one of another type.
+        values = values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
         values = values.view(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
         for data in values.to_pylist():
             yield from _pieces(data.decode("utf-8", "surrogateescape"))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.files import CorpusError
+from data_pipeline.files import CorpusError, sha256_file
 
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 _LIMIT = 1 << 19
@@ -62,6 +62,13 @@ def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
     return out ^ (out >> np.uint64(31))
 
 
+def task_digests(paths: Sequence[str | Path]) -> dict[str, str]:
+    """SHA-256 of each task file, by its path. Raises CorpusError where one is missing or of another kind."""
+    for path in map(Path, paths):
+        _kind(path)
+    return {str(path): sha256_file(Path(path)) for path in paths}
+
+
 def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
     """Hashes of all n-grams of all texts of task files: uint64 [N] ascending. Texts shorter than n words have none.
 
@@ -81,11 +88,17 @@ def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
     return np.unique(np.concatenate(found))
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _kind(path: Path) -> tuple[str, bool]:
+    """Suffix of a task file, and whether it is packed."""
     packed = path.suffix.lower() == ".gz"
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     if suffix not in SUFFIXES or not path.is_file():
         raise CorpusError(f"{path}: must be a file of {', '.join(SUFFIXES)} to decontaminate against")
+    return suffix, packed
+
+
+def _texts(path: Path) -> Iterator[str]:
+    suffix, packed = _kind(path)
     try:
         if suffix == ".parquet" and not packed:
             import pyarrow as pa

@@ -147,6 +147,8 @@ def pack_side(
         source = manifest.shards[part.shard].source
         documents[source] += reader.documents
         lengths[source] += reader.length - reader.documents
+    if not any(documents):
+        raise CorpusError(f"side {side}: the weights leave no document; raise them")
     if options.packing == "full_sequences":
         found = _pack_full(shared, manifest, folder, parts, sizes, pool, bar)
     else:

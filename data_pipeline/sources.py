@@ -9,6 +9,8 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,10 +103,11 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
 
     Folders are walked, but for those in `exclude`; files in them that are hidden or of another kind than
     SUFFIXES are passed over, while a file that is named itself must be of these. With `kind`, all files but hidden ones
-    are of this format, whatever their names.
-    Raises CorpusError where an input is missing, nothing is found, or one file is found twice.
+    are of this format, whatever their names. What is passed over for its kind is counted in a line on stderr.
+    Raises CorpusError where an input is missing, nothing is found, one file is found twice, or its name is not UTF-8.
     """
     paths: list[Path] = []
+    others: Counter[str] = Counter()
     for item in map(str, inputs):
         # Path.glob() takes no absolute patterns.
         matches = [item] if Path(item).exists() else sorted(glob.glob(item, recursive=True))  # noqa: PTH207
@@ -112,7 +115,8 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
             raise CorpusError(f"{item}: no such file or folder, and no file matches it")
         for match in map(Path, matches):
             if match.is_dir():
-                paths += _walk(match, {os.path.realpath(folder) for folder in exclude}, "" if kind else SUFFIXES)
+                excluded = {os.path.realpath(folder) for folder in exclude}
+                paths += _walk(match, excluded, "" if kind else SUFFIXES, others)
             elif kind or match.name.lower().endswith(SUFFIXES):
                 paths.append(match)
             else:
@@ -131,17 +135,36 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
     for path in absolute:
         stat = path.stat()
         sources.append(Source(str(path), path.relative_to(common).as_posix(), stat.st_size, stat.st_mtime_ns, kind))
+        # The name goes into the manifest, which is UTF-8.
+        if not _is_utf8(sources[-1].name):
+            raise CorpusError(f"{str(path)!a}: file name is not UTF-8; rename it")
+    if others:
+        counts = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
+        print(f"passed over {others.total():,} files: {counts}", file=sys.stderr)
     return sorted(sources, key=lambda source: source.name)
 
 
-def _walk(folder: Path, exclude: set[str], suffixes: str | tuple[str, ...]) -> Iterator[Path]:
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _walk(folder: Path, exclude: set[str], suffixes: str | tuple[str, ...], others: Counter[str]) -> Iterator[Path]:
+    """Files below a folder; into `others` go the suffixes of those of another kind, but hidden ones."""
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [
             name for name in folders if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
         ]
         for name in names:
-            if name.lower().endswith(suffixes) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(suffixes):
                 yield Path(parent, name)
+            else:
+                others[ascii(Path(name).suffix.lower())[1:-1] or "without suffix"] += 1
 
 
 def _raise(error: OSError) -> None:
@@ -231,7 +254,7 @@ def _check_column(source: Source, schema: pa.Schema, text_field: str) -> None:
         )
     kind = schema.field(text_field).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
 
 

@@ -1,9 +1,9 @@
 """Tokenizers: train WordPiece, load any Hugging Face tokenizer folder, encode text to arrays of ids.
 
-A folder must hold tokenizer.json (an old BERT folder with vocab.txt alone will do, if its
-tokenizer_config.json says `do_lower_case`), and declare the roles cls, sep, pad, mask, unk. Places looked at,
-in this order: tokenizer_config.json, special_tokens_map.json, and special tokens of tokenizer.json that are
-spelled as BERT's. A folder that declares no cls and sep but bos and eos gets these. Nothing else is guessed.
+A folder must hold tokenizer.json (an old BERT folder with vocab.txt alone will do, if its tokenizer_config.json says
+`do_lower_case`), and declare the roles cls, sep, pad, mask, unk. Looked for, in this order, in tokenizer_config.json,
+special_tokens_map.json, and special tokens of tokenizer.json that are spelled as BERT's. A folder that declares no cls
+and sep but bos and eos gets these. Nothing else is guessed.
 """
 
 from __future__ import annotations
@@ -217,15 +217,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """One SHA-256 for all files of a tokenizer folder, to know it again. Raises CorpusError where it is
-    missing."""
+    """One SHA-256 for all files of a tokenizer folder, to know it again. Raises CorpusError where it is missing."""
     lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in _files(Path(folder)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
-    """Copy a tokenizer folder's files, whole or not at all; make tokenizer.json where there is only
-    vocab.txt.
+    """Copy a tokenizer folder's files, whole or not at all; make tokenizer.json where there is only vocab.txt.
 
     Does nothing where `target` exists. Raises CorpusError where `source` is not usable.
     """
@@ -238,16 +236,21 @@ def copy_tokenizer(source: str | Path, target: Path) -> None:
             lower = _read_json(source / "tokenizer_config.json").get("do_lower_case")
             if not isinstance(lower, bool):
                 raise CorpusError(
-                    f"{source}: has vocab.txt but no tokenizer.json, and nothing says whether it is "
-                    "lower-cased. "
+                    f"{source}: has vocab.txt but no tokenizer.json, and nothing says whether it is lower-cased. "
                     'Write {"do_lower_case": true} (or false) into its tokenizer_config.json'
                 )
             _save_bert(_bert(_read_vocabulary(source / "vocab.txt"), lower), folder, lower)
-        Encoder(folder)
+        try:
+            Encoder(folder)
+        except CorpusError as error:  # it names the copy, which nobody knows
+            raise CorpusError(str(error).replace(str(folder), str(source))) from error
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    vocabulary = {token: i for i, token in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"))}
+    try:
+        vocabulary = {token: i for i, token in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"))}
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 ({error}). Convert the file, or save the tokenizer again") from None
     if missing := [token for token in BERT_ROLES.values() if token not in vocabulary]:
         raise CorpusError(f"{path}: has no {', '.join(missing)}: not the vocabulary of a BERT")
     return vocabulary
@@ -304,9 +307,8 @@ def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
 def _train(texts: Callable[[], Iterator[list[str]]], vocab_size: int, lower_case: bool) -> dict[str, int]:
     """Train WordPiece in two passes over the text; returns the vocabulary, for the same text always the same.
 
-    The trainer numbers continued letters ("##a") in the order of a hash map, which differs from run to run,
-    and its ties follow these numbers. The first pass only finds out which there are; the second gets them
-    in order.
+    The trainer numbers continued letters ("##a") in the order of a hash map, which differs from run to run, and its
+    ties follow these numbers. The first pass only finds out which there are; the second gets them in order.
     """
     from tokenizers.trainers import WordPieceTrainer
 
@@ -349,9 +351,9 @@ def train_tokenizer(
 ) -> None:
     """Train a BERT WordPiece tokenizer of exactly `vocab_size` entries and write its folder.
 
-    [PAD] [UNK] [CLS] [SEP] [MASK] are 0 to 4. `output` must not exist or be empty; it appears only when
-    whole. The text streams by, twice; what stays in memory is the count of each different word. The same text
-    gives the same bytes. progress: None shows a bar on a terminal.
+    [PAD] [UNK] [CLS] [SEP] [MASK] are 0 to 4. `output` must not exist or be empty; it appears only when whole. The text
+    streams by, twice; what stays in memory is the count of each different word. The same text gives the same bytes.
+    progress: None shows a bar on a terminal.
     Raises CorpusError where the text yields another number of entries, and as `read_documents` does.
     """
     from data_pipeline.documents import batches, read_documents

@@ -154,23 +154,50 @@ def _plan(work: Path, groups: Sequence[Sequence[Source]], job: Job, unit_bytes: 
     """The units of work, and the state of the inputs when the build began: kept in a file, so that they
     stay."""
     path = work / "plan.json"
-    if not path.exists():
-        cut: list[Any] = []
+    mtimes = [source.mtime_ns for files in groups for source in files]
+
+    def cut() -> list[Any]:
+        found: list[Any] = []
         first = 0
         for group, files in enumerate(groups):
             for unit in cut_units(files, job.documents[group], job.text_fields[group], max(unit_bytes, 1)):
-                cut.append([group, [[first + piece.source, piece.start, piece.stop] for piece in unit]])
+                found.append([group, [[first + piece.source, piece.start, piece.stop] for piece in unit]])
             first += len(files)
-        mtimes = [source.mtime_ns for files in groups for source in files]
-        write_json(path, {"mtime_ns": mtimes, "units": cut})
+        return found
+
+    if not path.exists():
+        write_json(path, {"mtime_ns": mtimes, "units": cut()})
     plan = json.loads(path.read_bytes())
-    for source, mtime in zip((source for files in groups for source in files), plan["mtime_ns"], strict=True):
-        if source.mtime_ns != mtime:
+    units = [(group, tuple(Piece(*piece) for piece in unit)) for group, unit in plan["units"]]
+    if mtimes != plan["mtime_ns"]:
+        touched = [i for i, (now, then) in enumerate(zip(mtimes, plan["mtime_ns"], strict=True)) if now != then]
+        _check_touched(work, [source for files in groups for source in files], touched, units, cut())
+        write_json(path, plan | {"mtime_ns": mtimes})
+    return units
+
+
+def _check_touched(
+    work: Path, sources: Sequence[Source], touched: Sequence[int], units: Sequence[Unit], now: Sequence[Any]
+) -> None:
+    """Raise CorpusError where an input of another time is, or may be, another than what finished units are made of.
+
+    units: of the plan; now: what the inputs would be cut into today.
+    """
+    same = [[group, [[p.source, p.start, p.stop] for p in unit]] for group, unit in units] == now
+    sha256: dict[str, str] = {}
+    used: set[int] = set()
+    for i, (_, unit) in enumerate(units):
+        if (path := work / "results" / f"unit-{i:05}.json").exists():
+            sha256 |= json.loads(path.read_bytes())["sha256"]
+            used |= {piece.source for piece in unit}
+    for i in touched:
+        known = sha256.get(sources[i].name)
+        good = sha256_file(Path(sources[i].path)) == known if known else same and i not in used
+        if not good:
             raise CorpusError(
-                f"{source.path}: was written to since the build began. Choose another output folder, or "
+                f"{sources[i].path}: was written to since the build began. Choose another output folder, or "
                 f"remove {work.parent} first"
             )
-    return [(group, tuple(Piece(*piece) for piece in unit)) for group, unit in plan["units"]]
 
 
 def _tokenize_tasks(job: Job, sources: Sequence[Source], units: Sequence[Unit]) -> list[Task]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from cluster.__main__ import main
 from tests.support.corpora import make_corpus
 
-# Name → options. Hostile ones are data. BUILD stands for what `build_words` says.
+# Name → options. Hostile ones are data. BUILD stands for what `build_words` says, VENV for
+# an environment with a blank in its name.
 VARIANTS: dict[str, list[str]] = {
     "cpu": ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1"],
     "cpu range": ["--nodes", "1-2", "--gpus-per-node", "0", "--tasks-per-node", "1"],
@@ -14,7 +15,7 @@ VARIANTS: dict[str, list[str]] = {
     "gpu range": ["--nodes", "1-2", "--gpus-per-node", "1", "--mem", "1000M", "--signal-seconds", "60"],
     "seeds": ["--nodes", "1", "--gpus-per-node", "1", "--seeds", "0", "7", "8"],
     "surroundings": [
-        *("--nodes", "1", "--gpus-per-node", "1", "--module", "cuda/12", "my module", "--venv", "my venv"),
+        *("--nodes", "1", "--gpus-per-node", "1", "--module", "cuda/12", "my module", "--venv", "VENV"),
         *("--job-name", 'it\'s "a" $(name) #1', "--sbatch", "comment=two words", "--sbatch", "nice=5"),
     ],
     "container": ["--nodes", "1", "--gpus-per-node", "1", "--container", "an image.sif"],
@@ -42,13 +43,16 @@ def job_scripts(folder: Path) -> dict[str, list[Path]]:
     """Name → its scripts, data.sbatch before job.sbatch. The run's folders have blanks, quotes and `$(…)` in them."""
     corpus = make_corpus(folder / "a corpus", rows=10, words=10)
     build = shlex.join(build_words(folder, corpus))
+    venv = folder / "my venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").touch()
     scripts = {}
     for name, options in VARIANTS.items():
         run = folder / f"a {name}'s run $(touch injected)"
         data = folder / "built" if "BUILD" in options else corpus
         sets = [f'data.path="{data}"', "evaluation.every_steps=0", f'output_dir="{run}"']
         words = [word for text in sets for word in ("--set", text)]
-        options = [build if word == "BUILD" else word for word in options]
+        options = [{"BUILD": build, "VENV": str(venv)}.get(word, word) for word in options]
         assert main(["slurm", "--config", "demo_cpu", *words, *options]) == 0
         scripts[name] = sorted((run / "slurm").glob("*.sbatch"))
     return scripts

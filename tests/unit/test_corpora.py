@@ -11,6 +11,7 @@ import yaml
 from cluster.__main__ import main
 from cluster.corpora import Build, check_corpora, parse_build
 from cluster.sbatch_script import SlurmError
+from data_pipeline.__main__ import main as pipeline
 from data_pipeline.manifest import read_manifest
 from maskvr_ds.config import ConfigError, load_config
 from maskvr_ds.run import open_corpora
@@ -133,6 +134,35 @@ def test_what_a_build_reads(folder: Path, tmp_path: Path) -> None:
         parse_build(f"--input {tmp_path} {rest} --workers x")
 
 
+@pytest.mark.parametrize("described", [False, True])
+def test_an_output_folder_of_another_build_is_refused(folder: Path, tmp_path: Path, described: bool) -> None:
+    """Held against the build itself: what it made is taken, begun or finished; what it would refuse is not."""
+    words = build_words(tmp_path, folder / "good")
+    if described:
+        source = {"name": "a", "inputs": [str(tmp_path / "my texts")]}
+        (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({"sources": [source]}))
+        words[:2] = ["--description", str(tmp_path / "corpus.yaml")]
+    words += ["--packing", "sop", "--columns", "word_start"]
+    output = tmp_path / "built"
+    (tmp_path / "my texts" / "a.txt").write_text("w1 w2 w3. w4 w5.\n" * 20)
+    output.mkdir()
+    parse_build(shlex.join(words))
+    assert not list(output.iterdir()), "asking leaves nothing there"
+    assert pipeline(["build", *words]) == 0
+    before = sorted(output.rglob("*"))
+    parse_build(shlex.join(words))
+    (output / "manifest.json").rename(tmp_path / "manifest.json")
+    parse_build(shlex.join(words))
+    for change, what in ((["--seed", "5"], "seed 0 then, 5 now"), (["--packing", "nsp"], "packing sop then, nsp now")):
+        with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* of another command: {what}"):
+            parse_build(shlex.join([*words, *change]))
+    (tmp_path / "my texts" / "b.txt").write_text("w3\n")
+    with pytest.raises(SlurmError, match="sources"):
+        parse_build(shlex.join(words))
+    (tmp_path / "manifest.json").rename(output / "manifest.json")
+    assert sorted(output.rglob("*")) == before
+
+
 def binds(script: Path) -> list[str]:
     (line,) = (line for line in script.read_text().splitlines() if line.startswith("python=("))
     words = shlex.split(line.removeprefix("python=(").removesuffix(")"))
@@ -147,6 +177,9 @@ def test_a_container_is_shown_what_is_there(
     work.mkdir()
     monkeypatch.chdir(work)
     (tmp_path / "own.json").write_text("{}")
+    # As one made within the container: its Python is not here.
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to("/no/such/python3")
     build = build_words(texts, folder / "good")
     build[-1] = str(tmp_path / "new" / "built")
     words = ["slurm", "--config", "demo_cpu", "--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif"]

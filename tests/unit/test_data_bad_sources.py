@@ -39,7 +39,7 @@ def fault(folder: Path, path: Path, message: str) -> None:
     [
         ({"weight": 0}, r"corpus\.yaml: sources\.0\.weight: Input should be greater than 0, found 0"),
         ({"weight": -2.5}, r"sources\.0\.weight: .* found -2\.5"),
-        ({"colour": "red"}, r"sources\.0\.colour: Extra inputs are not permitted"),
+        ({"colour": "red"}, r"sources\.0\.colour: unknown key; known here: name, inputs, format"),
         ({"format": "docx"}, r"sources\.0\.format: .*'docx' is not one of auto, text"),
         ({"format": "builder:no_such"}, "datasets has no builder 'no_such', only "),
         ({"name": "../x"}, r"sources\.0\.name: String should match pattern"),

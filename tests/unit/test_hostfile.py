@@ -50,6 +50,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text(GOOD)
     assert main(["hostfile", str(path)]) == 0
     assert "2 hosts, 12 ranks" in capsys.readouterr().out
+    assert main(["hostfile", str(path), "--slots", "4"]) == 1
+    said = capsys.readouterr()
+    assert f"--slots 4: {path} says the slots of each host" in said.err
+    assert said.out == ""
+    path.write_bytes(b"node-1 slots=8\n\xff\xfe")
+    assert main(["hostfile", str(path)]) == 1
+    assert f"{path}: not UTF-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Preflight's judgement: sums, links, and what a table says."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.__main__ import main
+from cluster.checks import slots_fault
 from cluster.preflight import links_faults, summary, table
 from cluster.remote import Answer
 from maskvr_ds import distributed, interconnect
@@ -63,6 +66,24 @@ def test_wrong_sums_and_unlike_libraries_are_faults() -> None:
     assert "wrong sums" in summary(said)
     (fault,) = links_faults(measured({(0, 1): 1e9}, nccl=["2.27.3", "2.27.3", "2.26.2"]), 0.5)
     assert fault == "ranks load different NCCL: 2.27.3, 2.27.3, 2.26.2; install the same everywhere"
+
+
+def test_slots_for_gpus_that_none_sees() -> None:
+    seen = {"gpus": None, "cpus": 4}
+    fault = slots_fault("n1", 2, seen, on_cpus=False)
+    assert fault is not None
+    assert fault.startswith("n1: slots=2, but no GPU is visible (nvidia-smi is missing or fails there); ")
+    assert "DS_ACCELERATOR=cpu" in fault
+    assert slots_fault("n1", 4, seen, on_cpus=True) is None
+    assert slots_fault("n1", 5, seen, on_cpus=True) == "n1: slots=5, but it has 4 CPU cores; correct the hostfile"
+    assert slots_fault("n1", 1, {"gpus": {"names": ["H100"]}, "cpus": 4}, on_cpus=False) is None
+
+
+def test_slots_besides_a_hostfile_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=2\n")
+    words = ["preflight", "--hostfile", str(tmp_path / "hosts"), "--slots", "4", "--config", "demo_cpu"]
+    assert main(words) == 1
+    assert f"--slots 4: {tmp_path}/hosts says the slots of each host" in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_for_every_host() -> None:

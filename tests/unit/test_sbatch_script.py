@@ -1,10 +1,12 @@
 """Job scripts: any value comes through as data or is refused; how a start ends is read from the run's folder."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cluster.sbatch_options import parse_options
 from cluster.sbatch_script import (
     SlurmError,
     Surroundings,
@@ -134,11 +137,43 @@ def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
     for value in ("", "a\nb", "a\\b", "a\x1bb"):
         with pytest.raises(SlurmError, match="line of a job script"):
             directive("job-name", value)
-    for name in ("", "x y", "-x", "a=b"):
-        with pytest.raises(SlurmError, match="long name"):
-            directive(name, "1")
+    for name in ("", "x y", "-x", "a=b", "9a"):
+        for flag_or_not in ("1", None):
+            with pytest.raises(SlurmError, match="long name"):
+                directive(name, flag_or_not)
+    assert directive("exclusive", None) == "#SBATCH --exclusive"
     assert directive("comment", 'a "b" #c') == '#SBATCH --comment="a \\"b\\" #c"'
     assert log_pattern(Path("/a%j"), "%j.log") == "/a%%j/%j.log"
+
+
+def test_options_that_the_script_sets_itself_are_refused() -> None:
+    """All that it lays over the rest, under whatever name sbatch takes them by."""
+    common = {"run": Path("/r"), "arguments": [], "surroundings": Surroundings(Path("/r"), "python")}
+    own = set()
+    for nodes, seeds in (("1", ()), ("1-2", (3, 4))):
+        job = TrainingJob({"nodes": nodes}, **common, tasks_per_node=1, max_restarts=1, signal_seconds=9, seeds=seeds)  # type: ignore[arg-type]
+        for cpus in (None, 2):
+            script = training_script(replace(job, cpus_per_task=cpus))
+            own |= set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    assert own >= {"output", "signal", "open-mode", "mincpus", "ntasks-per-node", "cpus-per-task", "requeue", "array"}
+    for name in (*own, "error", "no-requeue", "tasks-per-node", "ntasks", "chdir", "time"):
+        for text in (f"{name}=1", name, name[:-1]):
+            with pytest.raises(
+                SlurmError, match=f"^--sbatch {text}: .* is not to be set so: .*(say|leave it out|made of)"
+            ):
+                parse_options([text], ["time"])
+
+
+def test_options_of_sbatch_and_flags() -> None:
+    given = ["gres=gpu:8", "exclusive", "comment=a=b", "gpus=8", "exclude=n1", "nice"]
+    assert list(parse_options(given, ["time"]).items()) == [
+        *{"gres": "gpu:8", "exclusive": None, "comment": "a=b", "gpus": "8", "exclude": "n1", "nice": None}.items()
+    ]
+    for text in ("", "=1", "-N=1", "--exclusive", "N=4", "J", "n=4", "two words", "a\n#SBATCH --uid=0"):
+        with pytest.raises(SlurmError, match="NAME=VALUE expected"):
+            parse_options([text], [])
+    with pytest.raises(SlurmError, match="gres is given twice"):
+        parse_options(["gres=gpu:8", "gres=gpu:4"], [])
 
 
 def test_a_value_that_looks_like_a_place_stays(tmp_path: Path) -> None:

@@ -58,8 +58,10 @@ def on(corpus: Path) -> list[str]:
         (["--nodes", "1", *ON_CPUS, "--time", "soon"], "--time soon"),
         (["--nodes", "1", *ON_CPUS, "--seeds", "1", "1"], "different numbers"),
         (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: at least 0"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "of an option that has no name here"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "exclusive"], "NAME=VALUE expected"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "--sbatch nodes=3: nodes is not to be set so: say --nodes"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "time=10"], "--sbatch time=10: time is not to be set so: say --time"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "array=0-3"], "say --seeds for a run each"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "comment="], "--comment '': "),
         (["--nodes", "1", *ON_CPUS, "--job-name", "a\nb"], "--job-name 'a"),
         (["--nodes", "1", *ON_CPUS, "--build-data", "'open"], "--build-data"),
         (["--nodes", "1", *ON_CPUS, "--build-data", "--output corpus"], "arguments are required: --tokenizer"),
@@ -70,6 +72,7 @@ def on(corpus: Path) -> list[str]:
             ["--nodes", "1", *ON_CPUS, "--container", "i.sif", "--set", "output_dir=a:b"],
             "cannot be shown in a container",
         ),
+        (["--nodes", "1", *ON_CPUS, "--venv", "nowhere"], "--venv nowhere: no virtual environment there"),
         (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
         (["--nodes", "1", *ON_CPUS, "--set", "no.such=1"], "unknown key"),
     ],
@@ -88,6 +91,61 @@ def test_what_cannot_work_is_told_before(
     assert message in said.err
     assert said.out == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ("--held-out 1", "held-out share 1.0: must be from 0 to below 1"),
+        ("--bins 16", "bins (16,): must be left out: only packing documents has them"),
+        ("--tokenizer none", "none: no such file or folder"),
+        ("--tokenizer texts", "texts: no tokenizer there (neither tokenizer.json nor vocab.txt)"),
+        ("--output texts", "texts: output folder is not empty, and no build began it"),
+        ("--output texts/a.txt", "texts/a.txt: is a file"),
+    ],
+)
+def test_a_build_that_would_fail_is_told_before(
+    build: str,
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = build_words(tmp_path, corpus)
+    (tmp_path / "my texts").rename("texts")
+    words[1] = "texts"
+    options = ["--nodes", "1", *ON_CPUS, "--build-data", f"{shlex.join(words)} {build}"]
+    assert main([*on(tmp_path / "built"), "--print", *options]) == 1
+    assert f"error: --build-data: {message}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "texts"]
+
+
+def directives(text: str) -> list[list[str]]:
+    """Of each script."""
+    scripts = text.split("#!/bin/bash\n")[1:]
+    return [[line.removeprefix("#SBATCH --") for line in s.splitlines() if line.startswith("#SBATCH")] for s in scripts]
+
+
+def test_options_of_sbatch_reach_the_jobs_that_they_are_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*on(tmp_path / "built"), "--print", "--nodes", "1", *ON_CPUS, "--partition", "gpu", "--qos", "high"]
+    words += ["--build-data", shlex.join(build_words(tmp_path, corpus)), "--mem", "900G"]
+    both, training = ["reservation=big", "comment=mine"], ["exclusive", "gres=gpu:8"]
+    words += [word for option in both + training for word in ("--sbatch", option)]
+    assert main(words) == 0
+    data, job = directives(capsys.readouterr().out)
+    assert set(job) >= {"qos=high", "mem=900G", *both, *training}
+    assert set(data) >= {"qos=high", "partition=gpu", *both}
+    assert not {"mem=900G", *training} & set(data)
+    assert main([*words, "--build-partition", "cpu", "--build-qos", "low", "--build-mem", "4G"]) == 0
+    data, job = directives(capsys.readouterr().out)
+    assert set(job) >= {"qos=high", "mem=900G", "partition=gpu", *both}
+    assert set(data) >= {"qos=low", "mem=4G", "partition=cpu", "comment=mine"}
+    assert "reservation=big" not in data
 
 
 def test_without_sbatch_the_error_says_so(
