@@ -1,8 +1,8 @@
 """What becomes of a step whose loss or gradient norm is not finite, or far above the median of late.
 
 1. Its update is left out: neither weights nor moments see it (MAPNet learns from those of its gradient norms that are
-   finite). The loss is known to all ranks before the optimizer
-   steps, and so is the norm that DeepSpeed has taken by then; the optimizer's step is held back between the two.
+   finite). The loss is known to all ranks before the optimizer steps, and so is the norm that DeepSpeed has taken by
+   then; the optimizer's step is held back between the two.
 2. Where more than `skip_updates` of the last `history` steps were so, the run goes back to its last checkpoint, and
    passes over the batches of those steps from there on. After `max_rollbacks` to one checkpoint it ends.
 3. Nothing is saved after a step whose update was left out: the fault may be the weights'. What is due is saved after

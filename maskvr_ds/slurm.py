@@ -22,8 +22,9 @@ def job_id(environment: Mapping[str, str]) -> str:
 
 
 def gpus(environment: Mapping[str, str]) -> int:
-    """How many GPUs of this node the job was given; 0 outside of one."""
-    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    """How many GPUs of this node the job was given; 0 where Slurm does not say."""
+    count = environment.get("SLURM_GPUS_ON_NODE", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def hostnames(nodes: str) -> list[str]:
