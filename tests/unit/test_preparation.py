@@ -16,7 +16,10 @@ class Hosts:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.values: dict[str, dict[str, Any]] = {host: value(manifests={}, addresses=["10.0.0.1"]) for host in "ab"}
+        gpus = {"names": ["H100"], "driver": "1"}
+        self.values: dict[str, dict[str, Any]] = {
+            host: value(manifests={}, addresses=["10.0.0.1"], gpus=gpus) for host in "ab"
+        }
         self.clocks = {"a": (0.0, 0.1), "b": (0.0, 0.1)}
         # Whether it still has ranks of an earlier launch.
         self.busy = ""
