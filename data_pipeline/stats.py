@@ -206,6 +206,8 @@ def describe(
 ) -> str:
     """The table that `stats` prints: counts, unknown rate, repeated documents, what was dropped, each source, lengths
     of documents, most frequent tokens; png: where to draw the last three."""
+    if top < 0:
+        raise CorpusError(f"--top {top}: 0 or more expected")
     corpus = Corpus(folder)
     manifest = corpus.manifest
     found = scan(corpus, progress, hashes=True)

@@ -260,5 +260,7 @@ def test_inspect_and_picture(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["verify", str(folder / "tokens")]) == 0
     assert "token shards checked" in capsys.readouterr().out
+    assert main(["stats", str(tmp_path / "out"), "--top", "-3"]) == 1
+    assert "--top -3: 0 or more expected" in capsys.readouterr().err
     assert main(["stats", str(folder / "tokens")]) == 1
     assert "these are token shards, not a corpus yet" in capsys.readouterr().err
