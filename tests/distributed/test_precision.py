@@ -65,14 +65,15 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
 def deepspeed_json(folder: Path, name: str, **fp16: Any) -> str:
     """A shipped configuration, made harder: → path of a JSON.
 
-    Stage 3: no parameter stays whole, and several sub-groups make up a group. fp16: the loss scale doubles at every
-    other step.
+    Stage 3: no parameter stays whole, nor from one pass to the next, as in a model of billions; and several sub-groups
+    make up a group. fp16: the loss scale doubles at every other step.
     """
     stage, precision, offload = CASES[name]
     config = json.loads((Path(ds_configs.__file__).parent / f"zero{stage}_{precision}.json").read_text())
     zero = config["zero_optimization"]
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000}
+        zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if precision == "fp16":
