@@ -118,10 +118,7 @@ def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) 
     from data_pipeline.tokenizing import find_groups
 
     about, named = build.described(given.input, given.description, given.documents, given.text_field)
-    if "word_start" in given.columns:
-        about = about.model_copy(update={"word_starts": True})
-    if about.sentences is None and ("sentence_start" in given.columns or given.packing in ("nsp", "sop")):
-        about = about.model_copy(update={"sentences": "punctuation"})
+    about = build.with_needs(about, given.columns, given.packing)
     groups = find_groups(about, (Path(given.output), Path(given.tokenizer)), named)
     same = ("sequence_length", "seed", "held_out", "documents", "text_field", "shard_size")
     return {

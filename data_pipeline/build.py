@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,7 @@ def build(
     check_source_arguments(workers, seed, held_out, documents, work_size)
     options = pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
     about, named = described(inputs, description, documents, text_field)
-    if "word_start" in columns:
-        about = about.model_copy(update={"word_starts": True})
-    if about.sentences is None and ("sentence_start" in columns or packing in ("nsp", "sop")):
-        about = about.model_copy(update={"sentences": "punctuation"})
+    about = with_needs(about, columns, packing)
     # A tokenizer's vocab.txt is no text, nor is the copy of it in an output folder among the inputs.
     groups = find_groups(about, (output, Path(tokenizer)), named)
     work_size = work_size or default_work_size(groups)
@@ -303,6 +300,14 @@ def described(
     return Description.model_construct(
         sources=(section,), documents=DocumentRules(), sentences=None, word_starts=False
     ), False
+
+
+def with_needs(about: Description, columns: Collection[str], packing: str) -> Description:
+    """The description with what columns and packing need of the tokens."""
+    needs: dict[str, Any] = {"word_starts": True} if "word_start" in columns else {}
+    if about.sentences is None and ("sentence_start" in columns or packing in ("nsp", "sop")):
+        needs["sentences"] = "punctuation"
+    return about.model_copy(update=needs)
 
 
 def _save_description(output: Path, about: Description) -> None:

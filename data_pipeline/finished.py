@@ -16,20 +16,20 @@ def finished_corpus(output: Path, held_out: bool) -> Manifest:
 
     Raises CorpusError with a line for each shard that is not.
     """
-    faults = []
+    faults, sides = [], []
     for folder in (output, *((output / HELD_OUT,) if held_out else ())):
         if not (folder / MANIFEST).exists():
             faults.append(f"{folder / MANIFEST}: is missing")
             continue
-        manifest = read_manifest(folder)
-        for entry in manifest.shards:
+        sides.append(read_manifest(folder))
+        for entry in sides[-1].shards:
             try:
-                check_shard(folder, entry, manifest, full=False)
+                check_shard(folder, entry, sides[-1], full=False)
             except CorpusError as error:
                 faults.append(str(error))
     if faults:
         raise CorpusError("\n".join(f"{fault}: remove the folder {output}, then run this again" for fault in faults))
-    return read_manifest(output)
+    return sides[0]
 
 
 def check_inputs(output: Path, entries: Sequence[SourceEntry], sources: Sequence[Source]) -> None:
