@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from cluster import hostfile, launch, preflight, slurm, status
+from cluster import status
+from cluster.hosts import hostfile, launch, preflight
+from cluster.slurm import command
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --submit
@@ -14,7 +16,7 @@ EXAMPLES = """examples:
   python -m cluster status runs/mine
 """
 # Each adds its parser, and sets `run`: arguments → exit status.
-COMMANDS = (hostfile.add_parser, launch.add_parser, slurm.add_parser, preflight.add_parser, status.add_parser)
+COMMANDS = (hostfile.add_parser, launch.add_parser, command.add_parser, preflight.add_parser, status.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

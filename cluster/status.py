@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds import fence, outcome
-from maskvr_ds.outcome import COMPLETED, JOBS, STOPPED
+from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder import status as outcome
+from maskvr_ds.run_folder.status import COMPLETED, JOBS, STOPPED
 
 # As metrics.py and manifest.py write them; neither is imported here, since the former loads torch.
 _METRICS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.mpi import Team
+    from data_pipeline.execution.mpi import Team
 
 _EXAMPLES = """\
 examples:
@@ -181,8 +181,8 @@ def _run(arguments: argparse.Namespace) -> None:
     options = vars(arguments)
     command = options.pop("command")
     if command in ("build", "tokenize", "pack"):
-        from data_pipeline.mpi import join_team
-        from data_pipeline.workers import Pool
+        from data_pipeline.execution.mpi import join_team
+        from data_pipeline.execution.workers import Pool
 
         team = join_team()
         if team and team.rank:
@@ -194,19 +194,19 @@ def _run(arguments: argparse.Namespace) -> None:
             if team:
                 team.stop()
     elif command == "tokenizer":
-        from data_pipeline.tokenizer import train_tokenizer
+        from data_pipeline.tokenization.tokenizer import train_tokenizer
 
         train_tokenizer(options.pop("input"), **options)
         print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
     elif command == "inspect":
-        from data_pipeline.inspection import decoded_rows
+        from data_pipeline.reports.rows import decoded_rows
 
         print(decoded_rows(arguments.folder, arguments.first, arguments.rows))
     else:
-        from data_pipeline.progress import ProgressBar
+        from data_pipeline.execution.progress import ProgressBar
+        from data_pipeline.reports.scan import describe, verify
         from data_pipeline.shards import read_manifest
-        from data_pipeline.stats import describe, verify
-        from data_pipeline.tokens import is_tokens, read_tokens, verify_tokens
+        from data_pipeline.tokenization.token_shards import is_tokens, read_tokens, verify_tokens
 
         if command == "verify" and is_tokens(arguments.folder):
             tokens = read_tokens(arguments.folder)

@@ -34,11 +34,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.documents import batches, read_documents
 from data_pipeline.manifest import PACKINGS
 from data_pipeline.shards import read_manifest
-from data_pipeline.sources import Piece, find_sources
-from data_pipeline.tokenizer import Encoder, copy_tokenizer
+from data_pipeline.sources.documents import batches, read_documents
+from data_pipeline.sources.inputs import Piece, find_sources
+from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 
 WAYS = ("build", "encode", "datasets")
 # Runs where this project need not be installed.

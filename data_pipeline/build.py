@@ -27,22 +27,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.claims import claim
-from data_pipeline.description import MAX_WEIGHT, Description, SourceSection, description_yaml, read_description
-from data_pipeline.documents import DOCUMENTS
+from data_pipeline.execution.mpi import Team
+from data_pipeline.execution.progress import ProgressBar
+from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
+from data_pipeline.filters.ngrams import task_digests
+from data_pipeline.filters.rules import DocumentRules
 from data_pipeline.finished import check_inputs, finished_corpus
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
-from data_pipeline.mpi import Team
-from data_pipeline.ngrams import task_digests
-from data_pipeline.pack import PackOptions, pack_side
-from data_pipeline.progress import ProgressBar
-from data_pipeline.rules import DocumentRules
+from data_pipeline.outputs import claim
+from data_pipeline.packing.stage import PackOptions, pack_side
 from data_pipeline.shards import Manifest
-from data_pipeline.tokenizer import copy_tokenizer, fingerprint
-from data_pipeline.tokenizing import default_work_size, find_groups, tokenize_stage
-from data_pipeline.tokens import PLANES, TOKENS_VERSION, TokenManifest, read_tokens
-from data_pipeline.workers import Pool
+from data_pipeline.sources.description import (
+    MAX_WEIGHT,
+    Description,
+    SourceSection,
+    description_yaml,
+    read_description,
+)
+from data_pipeline.sources.documents import DOCUMENTS
+from data_pipeline.tokenization.stage import default_work_size, find_groups, tokenize_stage
+from data_pipeline.tokenization.token_shards import PLANES, TOKENS_VERSION, TokenManifest, read_tokens
+from data_pipeline.tokenization.tokenizer import copy_tokenizer, fingerprint
 
 MIN_SEQUENCE_LENGTH = 8
 _MOST_MB = 1e12  # as bits still below 2^63

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_pipeline.files import CorpusError, sha256_file
 from data_pipeline.manifest import HELD_OUT, MANIFEST, Manifest, SourceEntry, read_manifest
 from data_pipeline.shards import check_shard
-from data_pipeline.sources import Source
+from data_pipeline.sources.inputs import Source
 
 
 def finished_corpus(output: Path, held_out: bool) -> Manifest:

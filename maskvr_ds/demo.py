@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.checkpoint import complete_checkpoints
-from maskvr_ds.metrics import METRICS, plot_loss, read_lines
+from maskvr_ds.checkpoint.save import complete_checkpoints
+from maskvr_ds.telemetry.metrics import METRICS, plot_loss, read_lines
 
 _TEXT_BYTES = 8_000_000
 _SHORTEST = 80  # characters; below that docstrings are labels rather than English

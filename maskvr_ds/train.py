@@ -14,21 +14,25 @@ from typing import Any
 
 import torch
 
-from maskvr_ds import checkpoint, distributed, hashing, initial_weights, outcome
+from maskvr_ds import hashing
+from maskvr_ds.checkpoint import save
 from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config
-from maskvr_ds.divergence import DivergedError, batches, windows_of
-from maskvr_ds.engine import free_memory, loss_scale, read_deepspeed_config, set_learning_rate
-from maskvr_ds.fence import Fence
-from maskvr_ds.initial_weights import InitialWeights
-from maskvr_ds.metrics import METRICS, DeferredTensor, StepRecord, plot_loss
-from maskvr_ds.parts import DROPOUT, Parts, assemble
-from maskvr_ds.phases import RunPhase, next_phase, plan
-from maskvr_ds.restore import go_back, say
-from maskvr_ds.run import check_corpora, end, find_checkpoint
-from maskvr_ds.saving import Saver, is_due
-from maskvr_ds.signals import StoppedError, StopRequest
-from maskvr_ds.step import run_step
-from maskvr_ds.watchdog import Watchdog
+from maskvr_ds.engine.engine import free_memory, loss_scale, read_deepspeed_config, set_learning_rate
+from maskvr_ds.models import pretrained
+from maskvr_ds.models.pretrained import InitialWeights
+from maskvr_ds.reliability.divergence import DivergedError, batches, windows_of
+from maskvr_ds.reliability.signals import StoppedError, StopRequest
+from maskvr_ds.reliability.watchdog import Watchdog
+from maskvr_ds.run_folder import status
+from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.runtime import distributed
+from maskvr_ds.telemetry.metrics import METRICS, DeferredTensor, StepRecord, plot_loss
+from maskvr_ds.training.phases import RunPhase, next_phase, plan
+from maskvr_ds.training.resume import go_back, say
+from maskvr_ds.training.run import check_corpora, end, find_checkpoint
+from maskvr_ds.training.saver import Saver, is_due
+from maskvr_ds.training.setup import DROPOUT, Parts, assemble
+from maskvr_ds.training.step import run_step
 
 # What ends a phase before its last step, on all ranks alike.
 _LEFT_ON_PURPOSE = (DivergedError, StoppedError)
@@ -43,7 +47,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     """
     latest = distributed.agreed(lambda: find_checkpoint(config, resume), on=0)
     # Before anything asks for sizes, which the folder has, or the checkpoint. Rank 0's: it may be on one host.
-    model, initial = distributed.agreed(partial(initial_weights.settle, config.model, latest), on=0)
+    model, initial = distributed.agreed(partial(pretrained.settle, config.model, latest), on=0)
     config = config.model_copy(update={"model": model})
     phases = plan(config)
     world_size = distributed.world_size()
@@ -61,14 +65,14 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             left = left[1:]
             if left and latest is not None:
                 # As at a resume, nothing is unpickled that is not what was written.
-                distributed.agreed(partial(checkpoint.verify, latest), on=0)
+                distributed.agreed(partial(save.verify, latest), on=0)
         except DivergedError as error:
             latest = go_back(left[0].config, left[0], error, latest, fence)
             # Where the phase has none of its own and the last one before it is damaged, that may be two phases back.
             left = _left(phases, latest)
         free_memory()
     if distributed.rank() == 0:
-        end(config.output_dir, outcome.COMPLETED, phases[-1].last_step, fence)
+        end(config.output_dir, status.COMPLETED, phases[-1].last_step, fence)
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
 
 
@@ -76,7 +80,7 @@ def _left(phases: list[RunPhase], latest: Path | None) -> list[RunPhase]:
     """The phases still to train after a checkpoint, perhaps the first of them in part. Every rank calls."""
     if latest is None:
         return phases
-    return phases[distributed.agreed(lambda: next_phase(phases, checkpoint.read_state(latest)), on=0) :]
+    return phases[distributed.agreed(lambda: next_phase(phases, save.read_state(latest)), on=0) :]
 
 
 def train_phase(
@@ -159,7 +163,7 @@ def train_phase(
             if to_save:
                 saver.save(step, samples, record, wait=stopping or step == phase.last_step)
                 if stopping and step < phase.run_steps:
-                    distributed.agreed(partial(end, run.output_dir, outcome.STOPPED, step, fence), on=0)
+                    distributed.agreed(partial(end, run.output_dir, status.STOPPED, step, fence), on=0)
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {saver.latest}")
             log.exclude(time.perf_counter() - pause)
     return saver.latest
@@ -199,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(config, arguments.resume, stop)
         except StoppedError as stopped:
             say(f"{stopped}; go on with --resume auto")
-            return outcome.EXIT_STOPPED
+            return status.EXIT_STOPPED
         return None
 
     return distributed.run_as_rank(run)

@@ -33,14 +33,15 @@ from deepspeed.utils import logger
 from lamb_under_zero_report import RUNS, Job, best_rate, job_of, read_runs, write_report
 
 from data_pipeline.shards import Corpus
-from maskvr_ds import distributed, hashing, lamb
+from maskvr_ds import hashing, lamb
 from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, ScheduleConfig, deepspeed_config_path
-from maskvr_ds.engine import complete_deepspeed_config, read_deepspeed_config, set_learning_rate
-from maskvr_ds.evaluate import HeldOut
-from maskvr_ds.loader import Loader
-from maskvr_ds.masking import Masker
-from maskvr_ds.model import MaskedLanguageModel, bert_config, weighted_loss
-from maskvr_ds.schedule import learning_rate
+from maskvr_ds.data.loader import Loader
+from maskvr_ds.engine.engine import complete_deepspeed_config, read_deepspeed_config, set_learning_rate
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, weighted_loss
+from maskvr_ds.runtime import distributed
+from maskvr_ds.training.held_out import HeldOut
+from maskvr_ds.training.schedule import learning_rate
 
 _WEIGHTS, _ORDER, _MASKS = range(3)
 _RECORD_EVERY = 10  # steps between recorded trust ratios

@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
-from cluster.node import MARK
-from maskvr_ds.checkpoint import complete_checkpoints, read_weights
-from maskvr_ds.outcome import EXIT_STOPPED
+from cluster.hosts.node import MARK
+from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 from tests.cluster import ssh_hosts
 from tests.cluster.ssh_hosts import SshHosts, send, wait_until
 from tests.distributed.ranks import run_ranks
@@ -268,8 +268,8 @@ def test_hosts_that_see_different_manifests(scene: Scene) -> None:
 def _opens(corpora: list[str]) -> str | None:
     """On a rank: open the one of its own."""
     from data_pipeline.shards import Corpus
-    from maskvr_ds import distributed
-    from maskvr_ds.run import check_same_corpora
+    from maskvr_ds.runtime import distributed
+    from maskvr_ds.training.run import check_same_corpora
 
     distributed.initialize()
     try:

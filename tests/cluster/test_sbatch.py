@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.sbatch_script import SlurmError, directive, log_pattern
+from cluster.slurm.script import SlurmError, directive, log_pattern
 from tests.cluster.slurm_cluster import Cluster
 from tests.support.corpora import make_corpus
 from tests.support.scripts import VARIANTS, build_words, job_scripts

@@ -72,11 +72,11 @@ def play(acts: list[Act], ports: list[int]) -> list[str]:
 def _live(act: Act) -> str:
     import logging
 
-    from maskvr_ds import distributed
     from maskvr_ds.config import RunConfig
-    from maskvr_ds.manifest import complete_checkpoints, step_of
-    from maskvr_ds.metrics import METRICS, read_lines
-    from maskvr_ds.signals import StoppedError, StopRequest
+    from maskvr_ds.reliability.signals import StoppedError, StopRequest
+    from maskvr_ds.run_folder.checkpoints import complete_checkpoints, step_of
+    from maskvr_ds.runtime import distributed
+    from maskvr_ds.telemetry.metrics import METRICS, read_lines
     from maskvr_ds.train import train
 
     logging.disable(logging.WARNING)
@@ -105,12 +105,13 @@ def _live(act: Act) -> str:
 
 def prepare(act: Act) -> None:
     """Put the faults of an act in the way of this rank."""
-    from maskvr_ds import manifest, train
-    from maskvr_ds.masking import Masker
-    from maskvr_ds.phases import RunPhase
+    from maskvr_ds import train
+    from maskvr_ds.masking.masker import Masker
+    from maskvr_ds.run_folder import checkpoints
+    from maskvr_ds.training.phases import RunPhase
 
     rank = int(os.environ["RANK"])
-    learning_rate, mask, check_space = RunPhase.learning_rate, Masker.__call__, manifest.check_space
+    learning_rate, mask, check_space = RunPhase.learning_rate, Masker.__call__, checkpoints.check_space
     now, made = [0], [0]
 
     def at_step(phase: Any, step: int) -> float:
@@ -137,13 +138,13 @@ def prepare(act: Act) -> None:
     def full(folder: Path, needed: int, what: str) -> None:
         check_space(folder, needed, what)
         assert act.fill is not None
-        if any(manifest.complete_checkpoints(folder.parents[2])):
+        if any(checkpoints.complete_checkpoints(folder.parents[2])):
             fill(act.fill, leave=20_000)
 
     train.plot_loss = lambda *_: None  # seconds each
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
     if act.fill is not None:
-        manifest.check_space = full
+        checkpoints.check_space = full
     if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "save":
         _kill_in_save(act.kill[2])
     here = act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "write"
@@ -170,9 +171,9 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
     """kill_at: the call in which to die; 0: none."""
     import time
 
-    from maskvr_ds import manifest
+    from maskvr_ds.run_folder import checkpoints
 
-    write_hashed, calls = manifest.write_hashed, [0]
+    write_hashed, calls = checkpoints.write_hashed, [0]
 
     def slow(path: Path, content: memoryview | None = None) -> tuple[int, str]:
         time.sleep(seconds)
@@ -183,19 +184,19 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_hashed(path, content)
 
-    manifest.write_hashed = slow
+    checkpoints.write_hashed = slow
 
 
 def _kill_in_conversion() -> None:
-    from maskvr_ds import elastic
+    from maskvr_ds.checkpoint import reshard
 
-    write = elastic.save_file
+    write = reshard.save_file
 
     def deadly(*args: Any) -> None:
         write(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    elastic.save_file = deadly
+    reshard.save_file = deadly
 
 
 def fill(path: Path, *, leave: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.metrics import METRICS, read_events
+from maskvr_ds.telemetry.metrics import METRICS, read_events
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, metrics, train_all
 from tests.support.corpora import make_corpus
@@ -20,13 +20,14 @@ EXACT = ("step", "loss", "grad_norm", "data_digest", "mask_digest")
 
 def train_by_course(jobs: list[tuple[dict[str, Any], str | None]], strict: bool) -> list[str | None]:
     """On a rank: as `train_all`, but what is best is in MEASURED. strict: rank 0 alone decides."""
-    from maskvr_ds import auto, distributed
+    from maskvr_ds.runtime import distributed
+    from maskvr_ds.training import auto_strategy
 
     def better(figures: Any, most: int) -> tuple[str, int]:
         assert most == 5
         return ONE if strict and distributed.rank() else MEASURED[asked.pop(0)]
 
-    auto.better = better
+    auto_strategy.better = better
     answers = []
     for values, resume in jobs:
         done = len(metrics(Path(values["output_dir"]))) if resume else 0

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskvr_ds.metrics import DeferredTensor, StepRecord
-from maskvr_ds.saving import check_finite, is_due
+from maskvr_ds.telemetry.metrics import DeferredTensor, StepRecord
+from maskvr_ds.training.saver import check_finite, is_due
 from tests.distributed.ranks import run_ranks
 from tests.support.corpora import make_corpus
 
@@ -18,7 +18,7 @@ def fail_on(failing: list[int], corpus: Path | None = None) -> list[Any]:
 
     corpus: at the end comes how many shards of it this rank opened for its node's ranks, and how many it has mapped.
     """
-    from maskvr_ds import distributed
+    from maskvr_ds.runtime import distributed
 
     distributed.initialize()
 
@@ -41,8 +41,8 @@ def fail_on(failing: list[int], corpus: Path | None = None) -> list[Any]:
 
 def open_on_node(folder: Path) -> list[int]:
     from data_pipeline.shards import Corpus
-    from maskvr_ds import distributed
-    from maskvr_ds.node_files import NodeFiles
+    from maskvr_ds.data.shared_files import NodeFiles
+    from maskvr_ds.runtime import distributed
 
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)

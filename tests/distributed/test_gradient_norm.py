@@ -26,12 +26,12 @@ def measure(names: list[str]) -> dict[str, Any]:
     import deepspeed
     import torch
 
-    from maskvr_ds import distributed
-    from maskvr_ds.batch import MaskedBatch
     from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
-    from maskvr_ds.engine import create_engine, loss_scale, read_deepspeed_config, step_and_norm
-    from maskvr_ds.gradient_norm import GradientNorms
-    from maskvr_ds.model import MaskedLanguageModel, bert_config, weighted_loss
+    from maskvr_ds.data.batch import MaskedBatch
+    from maskvr_ds.engine.engine import create_engine, loss_scale, read_deepspeed_config, step_and_norm
+    from maskvr_ds.masking.gradient_norms import GradientNorms
+    from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, weighted_loss
+    from maskvr_ds.runtime import distributed
 
     distributed.initialize()
     allow_fp16()

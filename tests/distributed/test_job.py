@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from maskvr_ds.checkpoint import complete_checkpoints, read_weights
-from maskvr_ds.outcome import EXIT_STOPPED, REQUEST
+from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, command, configuration, environment, metrics, run_command, train_all
 from tests.support.corpora import make_corpus

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from maskvr_ds import distributed, lamb
-from maskvr_ds.engine import free_memory
+from maskvr_ds import lamb
+from maskvr_ds.engine.engine import free_memory
+from maskvr_ds.runtime import distributed
 from tests.distributed import trajectories
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trajectories import CLIP, LOUDER, OPTIMIZERS, STEPS, Run

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.checkpoint import complete_checkpoints
+from maskvr_ds.checkpoint.save import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, allow_fp16, column, configuration, metrics
 from tests.support.corpora import make_corpus
@@ -25,9 +25,12 @@ def train_mapnet(jobs: list[tuple[dict[str, Any], str | None, str]]) -> list[dic
     """
     import torch
 
-    from maskvr_ds import checkpoint, distributed, proposer, train
+    from maskvr_ds import train
+    from maskvr_ds.checkpoint import save as checkpoint
     from maskvr_ds.config import RunConfig
-    from maskvr_ds.masking import Masker
+    from maskvr_ds.masking import proposer
+    from maskvr_ds.masking.masker import Masker
+    from maskvr_ds.runtime import distributed
 
     distributed.initialize()
     allow_fp16()

@@ -57,8 +57,9 @@ def what_deepspeed_says(folder: Path) -> dict[str, list[str]]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    from maskvr_ds import distributed, lamb
-    from maskvr_ds.engine import check_device, read_deepspeed_config
+    from maskvr_ds import lamb
+    from maskvr_ds.engine.engine import check_device, read_deepspeed_config
+    from maskvr_ds.runtime import distributed
 
     distributed.initialize()
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from maskvr_ds.checkpoint import complete_checkpoints, read_weights
-from maskvr_ds.loader import sample_rows
-from maskvr_ds.manifest import faults, read_state
-from maskvr_ds.metrics import METRICS, read_events
-from maskvr_ds.outcome import STOPPED
+from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.data.loader import sample_rows
+from maskvr_ds.run_folder.checkpoints import faults, read_state
+from maskvr_ds.run_folder.status import STOPPED
+from maskvr_ds.telemetry.metrics import METRICS, read_events
 from tests.distributed.faults import Act, play
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, configuration, free_ports, metrics
@@ -109,8 +109,8 @@ class Play:
     def rows_of_step(self, step: int, values: dict[str, Any] | None = None, phase: int = 0) -> Any:
         """step: of the phase."""
         from maskvr_ds.config import RunConfig
-        from maskvr_ds.parts import ORDER
-        from maskvr_ds.phases import plan
+        from maskvr_ds.training.phases import plan
+        from maskvr_ds.training.setup import ORDER
 
         values = values or configuration(self.folder, self.corpus, steps=STEPS, **NO_EVALUATION)
         key = plan(RunConfig.model_validate(values))[phase].key(ORDER)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskvr_ds import distributed
+from maskvr_ds.runtime import distributed
 from tests.distributed import trajectories
 from tests.distributed.ranks import run_ranks
 from tests.distributed.trajectories import CLIP, LOUDER, Run

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.strategy_spec import add_variance_options
+from maskvr_ds.config.strategy_spec import add_variance_options
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import configuration, run_command, train_all
 from tests.support.corpora import make_corpus
@@ -33,13 +33,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 def measure_all(jobs: list[list[str]]) -> list[dict[str, Any]]:
     """On a rank: each job's report."""
-    from maskvr_ds import distributed, variance
+    from maskvr_ds.analysis.gradient_variance import measure
+    from maskvr_ds.runtime import distributed
 
     logging.disable(logging.WARNING)
     distributed.initialize()
     parser = argparse.ArgumentParser()
     add_variance_options(parser)
-    return [variance.run(parser.parse_args(job)) for job in jobs]
+    return [measure.run(parser.parse_args(job)) for job in jobs]
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
@@ -141,7 +142,8 @@ FAULTS = [
 
 def faults_of(jobs: list[list[str]]) -> list[str]:
     """On a rank: what each job is refused with."""
-    from maskvr_ds import distributed, variance
+    from maskvr_ds.analysis.gradient_variance import measure
+    from maskvr_ds.runtime import distributed
 
     logging.disable(logging.WARNING)
     distributed.initialize()
@@ -150,7 +152,7 @@ def faults_of(jobs: list[list[str]]) -> list[str]:
     texts = []
     for job in jobs:
         try:
-            variance.run(parser.parse_args(job))
+            measure.run(parser.parse_args(job))
             texts.append("")
         except (ValueError, distributed.RemoteError) as fault:
             texts.append(str(fault))

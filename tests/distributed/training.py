@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.metrics import METRICS, read_lines
+from maskvr_ds.telemetry.metrics import METRICS, read_lines
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -55,8 +55,9 @@ def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False)
     """
     import logging
 
-    from maskvr_ds import distributed, train
+    from maskvr_ds import train
     from maskvr_ds.config import RunConfig
+    from maskvr_ds.runtime import distributed
 
     train.plot_loss = lambda *_: None  # a second each
     logging.disable(logging.WARNING)
@@ -195,13 +196,14 @@ def check_crossing() -> None:
     from deepspeed.utils import safe_get_full_optimizer_state
     from safetensors.torch import load_file
 
-    from maskvr_ds import elastic, engine
+    from maskvr_ds.checkpoint import reshard
+    from maskvr_ds.engine import engine
 
-    load = elastic.load
+    load = reshard.load
 
     def checked(universal: Path, of_run: Any) -> None:
         load(universal, of_run)
-        tensors = load_file(universal / elastic.TENSORS)
+        tensors = load_file(universal / reshard.TENSORS)
         masters = engine.full_fp32_weights(of_run)
         assert engine.not_rounded(of_run, masters) == []
         for name, master in masters.items():
@@ -222,24 +224,25 @@ def check_crossing() -> None:
                     moment = of_run.basic_optimizer.state[parameter][kind]
                     assert torch.equal(moment, tensors[f"{kind}/{name}"]), (kind, name)
 
-    elastic.load = checked
+    reshard.load = checked
 
 
 def _prepare_to_die(kill: tuple[str, int] | None) -> None:
-    from maskvr_ds import checkpoint, elastic
-    from maskvr_ds.phases import RunPhase
+    from maskvr_ds.checkpoint import reshard
+    from maskvr_ds.checkpoint import save as checkpoint
+    from maskvr_ds.training.phases import RunPhase
 
     if kill is None:
         return
     place, at = kill
     if place == "converted":
-        write = elastic.save_file
+        write = reshard.save_file
 
         def deadly(*args: Any) -> None:
             write(*args)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        elastic.save_file = deadly
+        reshard.save_file = deadly
         return
     owner, name = (RunPhase, "learning_rate") if place == "step" else (checkpoint, "save")
     original = getattr(owner, name)

@@ -18,8 +18,9 @@ import torch
 
 import ds_configs
 from maskvr_ds import lamb
-from maskvr_ds.lamb import Lamb, Lars, Variant
-from maskvr_ds.partitions import whole_tensors
+from maskvr_ds.lamb import Lamb, Lars
+from maskvr_ds.optim.partitions import whole_tensors
+from maskvr_ds.optim.variants import Variant
 from tests.distributed.training import allow_fp16
 from tests.reference import lamb as reference
 

@@ -1,0 +1,1 @@
+"""Slurm jobs: sbatch options, job scripts, checks before submission."""

@@ -1,0 +1,1 @@
+"""Work distributed over processes and MPI ranks."""

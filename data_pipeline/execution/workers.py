@@ -1,0 +1,248 @@
+"""Tasks on processes: each runs once, its result is kept in a file, and a task that has one is not run again.
+
+Results are small JSON values in `folder/NAME.json`, written whole or not at all after the task's own files:
+they are what makes a killed build go on where it stopped. Tasks are handed out one by one, so that
+the order in which they finish, and the number of workers, cannot matter to what they write.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.files import CorpusError, write_json
+
+if TYPE_CHECKING:
+    from data_pipeline.execution.mpi import Team
+
+Report = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`function(*arguments, report)` returns a JSON value; `size` is its share of the progress bar, in
+    bytes."""
+
+    name: str
+    what: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    size: int = 0
+
+
+class Pool:
+    """Up to `workers` processes on each rank of a team, started with the first tasks and kept until the block ends.
+
+    With one worker and no team the tasks run in this process. Leaving the block ends the processes, at once.
+    """
+
+    def __init__(self, workers: int, team: Team | None = None) -> None:
+        self._workers = workers
+        self._team = team
+        self._processes: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.join()
+
+    def run(self, tasks: Sequence[Task], folder: Path, report: Report) -> list[Any]:
+        """Run the tasks that have no result in `folder` yet; return all results in the order of the tasks.
+
+        `report` is called with (bytes read, tokens made). Raises the first error of a task, and CorpusError
+        naming the task where a worker dies.
+        """
+        pending = []
+        for task in tasks:
+            if (folder / f"{task.name}.json").exists():
+                report(task.size, 0)
+            else:
+                pending.append(task)
+        if self._team and len(pending) > 1:
+            self._run_in_team(self._team, pending, folder, report)
+        elif self._workers > 1 and len(pending) > 1:
+            self._run_in_processes(pending, folder, report)
+        else:
+            with _one_thread():
+                for task in pending:
+                    _perform(task, folder, report)
+        return [_read_result(folder / f"{task.name}.json", self._team is not None) for task in tasks]
+
+    def _run_in_processes(self, tasks: list[Task], folder: Path, report: Report) -> None:
+        while len(self._processes) < min(self._workers, len(tasks)):
+            self.start()
+        waiting = iter(tasks)
+        busy: dict[Connection, Task] = {}
+        for connection in self._processes:
+            self._hand_out(connection, folder, waiting, busy)
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                try:
+                    kind, value = ready.recv()
+                except (EOFError, ConnectionResetError):
+                    raise self.death(ready, busy[ready]) from None
+                if _is_done(kind, value, busy[ready], report):
+                    self._hand_out(ready, folder, waiting, busy)
+
+    def _run_in_team(self, team: Team, tasks: list[Task], folder: Path, report: Report) -> None:
+        """As `_run_in_processes`, the processes of the other ranks included: a slot is (rank, number)."""
+        waiting = iter(tasks)
+        remote = {(rank, slot): next(waiting, None) for slot in range(self._workers) for rank in range(1, team.size)}
+        for (rank, slot), task in remote.items():
+            if task:
+                team.send_task(rank, slot, task, folder)
+        busy: dict[Connection, Task] = {}
+        while len(self._processes) < self._workers:
+            self.start()
+        for connection in self._processes:
+            self._hand_out(connection, folder, waiting, busy)
+        while busy or any(remote.values()):
+            for ready in wait(list(busy), 0.005):
+                assert isinstance(ready, Connection)
+                try:
+                    kind, value = ready.recv()
+                except (EOFError, ConnectionResetError):
+                    raise CorpusError(f"rank 0: {self.death(ready, busy[ready])}") from None
+                if _is_done(kind, value, busy[ready], report):
+                    self._hand_out(ready, folder, waiting, busy)
+            if not busy:
+                time.sleep(0.005)
+            for rank, slot, kind, value in team.messages():
+                at_work = remote[rank, slot]
+                assert at_work is not None
+                if _is_done(kind, value, at_work, report):
+                    remote[rank, slot] = task = next(waiting, None)
+                    if task:
+                        team.send_task(rank, slot, task, folder)
+
+    def start(self) -> Connection:
+        """Start one more process; returns the connection to it."""
+        # spawn: forking a process that has threads (Arrow's, the caller's) can hang.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs,), daemon=True)
+        # Ctrl-C reaches the whole group, the parent decides: blocked in the child from the start. The tracker must
+        # run by then: where start() has to start it, it lifts the block again.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Closed here, so that the pipe ends when the worker does.
+        theirs.close()
+        self._processes[ours] = process
+        return ours
+
+    def _hand_out(
+        self, connection: Connection, folder: Path, waiting: Iterator[Task], busy: dict[Connection, Task]
+    ) -> None:
+        busy.pop(connection, None)
+        if task := next(waiting, None):
+            busy[connection] = task
+            try:
+                connection.send((task, folder))
+            except (BrokenPipeError, ConnectionResetError):
+                raise self.death(connection, task) from None
+
+    def death(self, connection: Connection, task: Task) -> CorpusError:
+        """What to say of a process that died at a task."""
+        process = self._processes[connection]
+        process.join()
+        return CorpusError(_obituary(process.exitcode, task))
+
+
+def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:
+    """Take a message of a worker; raises what it reports."""
+    if kind == "progress":
+        report(*value)
+        return False
+    if kind in ("error", "died"):
+        raise CorpusError(value)
+    if kind == "crash":
+        raise RuntimeError(f"{task.what}: {value}")
+    return True
+
+
+def _read_result(path: Path, shared: bool) -> Any:
+    # A network file system may remember for a minute that the file was not there.
+    for _ in range(1200 if shared else 0):
+        if path.exists():
+            break
+        time.sleep(0.1)
+    return json.loads(path.read_bytes())
+
+
+def _perform(task: Task, folder: Path, report: Report) -> None:
+    write_json(folder / f"{task.name}.json", task.function(*task.arguments, report))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A worker is one thread: `tokenizers` reads this variable at each call."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _obituary(code: int | None, task: Task) -> str:
+    how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    memory = " (SIGKILL often means that memory ran out: use fewer workers)" if code == -signal.SIGKILL else ""
+    guard = "" if code is not None and code < 0 else ' (in a script, call build() under `if __name__ == "__main__":`)'
+    return (
+        f"{task.what}: the worker died, {how}{memory}{guard}. Run the same command again: it goes on where it stopped"
+    )
+
+
+def _worker(connection: Connection) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        while True:
+            _serve(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent has closed its end: it is done, or stopped
+
+
+def _serve(connection: Connection) -> None:
+    """One task: receive, perform, answer. Raises EOFError or a pipe's error where the parent is gone."""
+    task, folder = connection.recv()
+    try:
+        _perform(task, folder, lambda *numbers: connection.send(("progress", numbers)))
+    except CorpusError as error:
+        connection.send(("error", str(error)))
+    except Exception:
+        connection.send(("crash", traceback.format_exc()))
+    else:
+        connection.send(("done", None))
+
+
+def _die_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

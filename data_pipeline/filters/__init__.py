@@ -1,0 +1,1 @@
+"""Document filters: quality rules, n-gram decontamination, MinHash deduplication."""

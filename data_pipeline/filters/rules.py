@@ -1,0 +1,230 @@
+"""Which documents go into a corpus, and how their text is cleaned: rules that look at one document at a time.
+
+In this order: bytes that are not UTF-8, Unicode normalisation and control characters, length, quality, contamination.
+A document is dropped for the first rule that it breaks, and counted under that rule's name. The shares are counted in
+characters by their Unicode category, so the rules mean the same in every script.
+
+Documents longer than `documents.PIECE` characters come in pieces: length and quality are judged by the first, bad bytes
+and contamination by all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from data_pipeline.filters.ngrams import WordHashes, ngram_hashes
+
+Share = Annotated[float, Field(ge=0, le=1)]
+DIGEST = 16
+
+# utf-8 "surrogateescape" makes these of bad bytes, JSON escapes may spell any lone surrogate.
+_BAD = re.compile("[\ud800-\udfff]+")
+# C0, DEL and C1 without tab and line end, which are text, and those that are line ends, which become one.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+_LETTER, _DIGIT, _SPACE, _OTHER = range(4)
+
+
+class DocumentRules(BaseModel):
+    """The section `documents` of a corpus description. The defaults change and drop nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bad_bytes: Literal["error", "replace", "skip"] = Field(
+        default="error",
+        description="bytes that are not UTF-8: an error, replaced by U+FFFD, or the document is dropped",
+    )
+    normalize: Literal["none", "nfc"] = Field(default="none", description="Unicode normalisation form of the text")
+    control_characters: Literal["keep", "remove"] = Field(
+        default="keep", description="remove: control characters but tab go, every kind of line end becomes a line feed"
+    )
+    min_characters: int = Field(default=0, ge=0, description="shorter documents are dropped")
+    max_characters: int | None = Field(default=None, ge=1, le=1 << 20, description="longer documents are dropped")
+    min_letters: Share = Field(
+        default=0.0, description="least share of letters and marks among what is not white space"
+    )
+    max_digits: Share = Field(default=1.0, description="greatest share of digits among what is not white space")
+    max_repeated_lines: Share = Field(
+        default=1.0, description="greatest share of characters in lines that occurred before"
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep", description="exact: of equal documents the first stays; near: also of similar ones (MinHash)"
+    )
+    similarity: float = Field(
+        default=0.8, ge=0.5, le=1, description="Jaccard similarity from which documents are near-duplicates"
+    )
+    shingle: int = Field(default=5, ge=1, le=64, description="words of a shingle, of which similarity is counted")
+    decontaminate: tuple[str, ...] = Field(
+        default=(), description="task files, or globs: documents that share an n-gram are dropped"
+    )
+    decontaminate_words: PositiveInt = Field(default=13, le=64, description="words of such an n-gram")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> DocumentRules:
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
+        return self
+
+    @property
+    def cleans(self) -> bool:
+        return self != DocumentRules() and (
+            self.bad_bytes != "error" or self.normalize != "none" or self.control_characters != "keep"
+        )
+
+
+@lru_cache(maxsize=1)
+def _classes() -> NDArray[np.uint8]:
+    """uint8 [0x110000]: class of each code point."""
+    kinds = {"L": _LETTER, "M": _LETTER, "N": _DIGIT, "Z": _SPACE}
+    found = [kinds.get(unicodedata.category(chr(point))[0], _OTHER) for point in range(0x110000)]
+    for sign in "\t\n\r\x0b\x0c":
+        found[ord(sign)] = _SPACE
+    return np.array(found, np.uint8)
+
+
+def clean(text: str, rules: DocumentRules) -> tuple[str, bool]:
+    """The text as the rules want it, and whether it held bad bytes (which `skip` leaves in it)."""
+    bad = False
+    if not text.isascii():
+        if rules.bad_bytes != "error" and _BAD.search(text):
+            bad = True
+            text = _BAD.sub("\ufffd", text)
+        if rules.normalize == "nfc":
+            text = unicodedata.normalize("NFC", text)
+    if rules.control_characters == "remove":
+        text = _CONTROL.sub("", _LINE_ENDS.sub("\n", text))
+    return text, bad
+
+
+def quality_fault(text: str, rules: DocumentRules) -> str | None:
+    """The first rule of length and quality that a document's text breaks, or None."""
+    if len(text) < rules.min_characters:
+        return "too_short"
+    if rules.max_characters is not None and len(text) > rules.max_characters:
+        return "too_long"
+    if rules.min_letters > 0 or rules.max_digits < 1:
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        counts = np.bincount(_classes()[points], minlength=4)
+        visible = max(len(text) - int(counts[_SPACE]), 1)
+        if counts[_LETTER] < rules.min_letters * visible:
+            return "few_letters"
+        if counts[_DIGIT] > rules.max_digits * visible:
+            return "many_digits"
+    if rules.max_repeated_lines < 1:
+        lines = [line for line in map(str.strip, text.split("\n")) if line]
+        repeated = sum(map(len, lines)) - sum(map(len, set(lines)))
+        if repeated > rules.max_repeated_lines * max(sum(map(len, lines)), 1):
+            return "repeated_lines"
+    return None
+
+
+@dataclass
+class Judged:
+    """What is left of a batch of n texts, of which m end a document.
+
+    digests: of the whole documents; signatures: uint32 [P] each; late: the rule that a document broke of which
+    pieces were handed on already, or None: it is to be dropped all the same.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    signatures: list[NDArray[np.uint32]] = field(default_factory=list)
+    late: list[str | None] = field(default_factory=list)
+
+
+class Judge:
+    """Applies the rules to texts in order; remembers a document whose end has not come yet.
+
+    `dropped` counts documents by rule, `replaced` those with replaced bytes. With `fingerprints` documents get a
+    digest, and a MinHash signature where the rules ask for near-duplicates. contaminated: uint64 [N] ascending, hashes
+    of the task files' n-grams.
+    """
+
+    def __init__(self, rules: DocumentRules, fingerprints: bool, contaminated: NDArray[np.uint64] | None) -> None:
+        from data_pipeline.filters.minhash import Signature
+
+        self._rules = rules
+        self._fingerprints = fingerprints
+        self._contaminated = contaminated
+        self.dropped: Counter[str] = Counter()
+        self.replaced = 0
+        self._begun = False
+        self._fault: str | None = None  # of the document that has begun
+        self._bad = False
+        self._written = False  # pieces of it are in the output
+        self._digest = hashlib.blake2b(digest_size=DIGEST)
+        near = fingerprints and rules.duplicates == "near"
+        self._words = WordHashes() if near or contaminated is not None else None
+        self._signature = Signature(rules.shingle) if near else None
+
+    def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> Judged:
+        out = Judged()
+        for text, end in zip(texts, ends, strict=True):
+            self._judge(text, end, out)
+        return out
+
+    def _judge(self, text: str, end: bool, out: Judged) -> None:
+        rules = self._rules
+        first = not self._begun
+        if first:
+            self._fault, self._bad, self._written = None, False, False
+            self._digest = hashlib.blake2b(digest_size=DIGEST)
+            if self._signature:
+                self._signature.begin()
+        self._begun = not end
+        if rules.cleans:
+            text, bad = clean(text, rules)
+            text = text.lstrip() if first else text
+            text = text.rstrip() if end else text
+            if bad and not self._bad:
+                self._bad = True
+                self.replaced += rules.bad_bytes == "replace"
+                if rules.bad_bytes == "skip":
+                    self._fault = self._fault or "bad_bytes"
+        if first and self._fault is None:
+            self._fault = quality_fault(text, rules)
+            if self._fault is None and rules.max_characters is not None and not end:
+                self._fault = "too_long"
+        if self._fault is None:
+            self._read(text)
+        if self._fault is None or self._written:
+            self._written = True
+            out.texts.append(text)
+            out.ends.append(end)
+        if not end:
+            return
+        if self._fault:
+            self.dropped[self._fault] += 1
+        if self._written:
+            out.late.append(self._fault)
+            if self._fingerprints:
+                out.digests.append(self._digest.digest())
+                if self._signature:
+                    out.signatures.append(self._signature.end())
+
+    def _read(self, text: str) -> None:
+        """Fingerprints of a piece, and whether it shares an n-gram with a task."""
+        if self._fingerprints:
+            self._digest.update(text.encode())
+        if self._words is None:
+            return
+        words = self._words(text)
+        if self._contaminated is not None:
+            grams = ngram_hashes(words, self._rules.decontaminate_words)
+            at = np.searchsorted(self._contaminated, grams).clip(max=len(self._contaminated) - 1)
+            if len(self._contaminated) and (self._contaminated[at] == grams).any():
+                self._fault = "contaminated"
+        if self._signature:
+            self._signature.add(words)

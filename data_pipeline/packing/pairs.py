@@ -1,0 +1,261 @@
+"""Rows of one document, and rows of sentence pairs `[CLS] A [SEP] B [SEP]`.
+
+`documents`: a row holds one document, or, of a document longer than L - 2 tokens, one part after the other. Rows go
+to the shortest of the length bins that holds them; the parts of a long document stay together in the longest.
+
+`nsp` and `sop`: sentences of a document are taken as long as they fit in L - 3 tokens, and split in two at a sentence's
+beginning that is drawn. Next-sentence prediction (Devlin et al. 2018, section 3.1): with the probability asked, B is
+instead taken from a random other document, from a random sentence on, and cut where the row is full; what B was goes
+into the next row. That document is one of the same `NEIGHBOURS`, or up to twice as many: reading from anywhere in a
+corpus of terabytes would cost a seek a row. Sentence-order prediction (Lan et al. 2019, section 3.1): with that
+probability A and B are swapped.
+Differences from the papers' code: sentences longer than half of a row are cut in pieces, which count as sentences, so
+that nothing of A is ever cut off; the label is drawn for every row alike, so a document's last sentence, where it is
+left over alone, makes no row (`unused`); rows are not shortened at random.
+
+All draws are functions of (seed, number of the document in the corpus, number of the row in the document).
+
+Shapes: R rows, L positions, T ids of a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.shards import SpecialTokens
+from data_pipeline.tokenization.token_shards import SideReader
+
+# So many documents, one after the other in the corpus whatever its units of work: the output does not depend on those.
+NEIGHBOURS = 1 << 16
+_MASK = (1 << 64) - 1
+_BLOCK = 1 << 18
+
+
+def draw(*key: int) -> int:
+    """A 64-bit hash of integers (splitmix64's steps)."""
+    state = 0
+    for value in key:
+        state = (state ^ value) * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+@dataclass
+class Rows:
+    """Rows of one length bin: input_ids [R, L], document_end bool [R], and columns as in a shard."""
+
+    bin: int
+    input_ids: NDArray[np.unsignedinteger]
+    document_end: NDArray[np.bool_]
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    unused: int = 0
+
+
+@dataclass
+class _Segment:
+    """ids [T], planes bool [T] each."""
+
+    ids: NDArray[np.unsignedinteger]
+    planes: dict[str, NDArray[np.bool_]]
+
+
+@dataclass
+class _Block:
+    """Some documents: ids [T], each closed by [SEP]; ends int64 [D], where those lie; planes bool [T] each."""
+
+    ids: NDArray[np.unsignedinteger]
+    ends: NDArray[np.int64]
+    planes: dict[str, NDArray[np.bool_]]
+
+    def starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], self.ends[:-1] + 1])
+
+    def cut(self, start: int, stop: int, planes: Sequence[str]) -> _Segment:
+        return _Segment(self.ids[start:stop], {plane: self.planes[plane][start:stop] for plane in planes})
+
+
+def _blocks(reader: SideReader, planes: Iterable[str]) -> Iterator[_Block]:
+    """All documents of a part, in order."""
+    first = 0
+    while first < reader.documents:
+        begin = reader.start(first)
+        last = max(int(np.searchsorted(reader.ends, begin + _BLOCK)), first + 1)
+        ends = reader.ends[first:last] - begin
+        stop = begin + int(ends[-1]) + 1
+        yield _Block(reader.ids(begin, stop), ends, {plane: reader.plane(plane, begin, stop) for plane in planes})
+        first = last
+
+
+def document_rows(
+    reader: SideReader, bins: Sequence[int], special: SpecialTokens, dtype: np.dtype, planes: Sequence[str]
+) -> Iterator[Rows]:
+    """Rows of a part's documents, a block at a time and in a block bin by bin. bins: lengths, ascending; the last is
+    L."""
+    width = bins[-1] - 2
+    for block in _blocks(reader, planes):
+        ids, ends, bits = block.ids, block.ends, block.planes
+        starts = block.starts()
+        rows = -(-(ends - starts) // width)
+        of_row, part = _spread(rows)
+        row_starts = starts[of_row] + part * width
+        sizes = np.minimum(ends[of_row] - row_starts, width)
+        # A long document's parts stay together, so that they can be read in order.
+        chosen = np.where(rows[of_row] > 1, len(bins) - 1, np.searchsorted(np.array(bins), sizes + 2))
+        for index, length in enumerate(bins):
+            mine = chosen == index
+            if not mine.any():
+                continue
+            count, size = int(mine.sum()), sizes[mine]
+            row, column = _spread(size)
+            source = np.repeat(row_starts[mine], size) + column
+            input_ids = np.full((count, length), special.pad, dtype)
+            input_ids[:, 0] = special.cls
+            input_ids[row, column + 1] = ids[source]
+            input_ids[np.arange(count), size + 1] = special.sep
+            columns = {}
+            for plane, values in bits.items():
+                columns[plane] = np.zeros((count, length), np.bool_)
+                columns[plane][row, column + 1] = values[source]
+            yield Rows(index, input_ids, (part == rows[of_row] - 1)[mine], columns)
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """objective: "nsp" or "sop"; probability: of a random second segment, or of swapped ones; length: L."""
+
+    objective: str
+    probability: float
+    length: int
+    seed: int
+
+
+def sentence_cuts(
+    sentence_start: NDArray[np.bool_], starts: NDArray[np.int64], ends: NDArray[np.int64], longest: int
+) -> NDArray[np.int64]:
+    """Where sentences begin, those longer than `longest` cut in pieces of it: int64 [S].
+
+    sentence_start: bool [T]; starts, ends: int64 [D], documents are [starts[d], ends[d]), in order, none empty.
+    """
+    marked = sentence_start.copy()
+    marked[starts] = True
+    begins = np.flatnonzero(marked)
+    stops = np.minimum(np.append(begins[1:], ends[-1]), ends[np.searchsorted(ends, begins)])
+    pieces = -((begins - stops) // longest)
+    if pieces.max() == 1:
+        return begins
+    sentence, piece = _spread(pieces)
+    return begins[sentence] + piece * longest
+
+
+def _spread(sizes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of all members of groups of such sizes: the number of the group, the place in it."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> tuple[list[tuple[int, ...]], int]:
+    """The pairs of one document, and its tokens that are in none.
+
+    bounds: of its sentences; number: of the document in the corpus. A pair is (start, middle, stop, label): tokens
+    [start, middle) and [middle, stop); with label and nsp, [start, middle) and something else.
+    """
+    room = options.length - 3
+    pairs: list[tuple[int, ...]] = []
+    i = 0
+    while i < len(bounds) - 1:
+        j = i
+        while j < len(bounds) - 1 and bounds[j + 1] - bounds[i] <= room:
+            j += 1
+        if j - i < 2:  # pieces are at most half of a row: only the last one can be alone
+            break
+        middle = i + 1 + draw(options.seed, number, len(pairs), 0) % (j - i - 1)
+        label = draw(options.seed, number, len(pairs), 1) < options.probability * 2.0**64
+        pairs.append((bounds[i], bounds[middle], bounds[j], int(label)))
+        i = middle if label and options.objective == "nsp" else j
+    return pairs, bounds[-1] - bounds[i]
+
+
+def stranger_of(number: int, row: int, total: int, seed: int) -> int:
+    """The document that a row of document `number` takes its random second segment from."""
+    first = NEIGHBOURS * max(min(number // NEIGHBOURS, total // NEIGHBOURS - 1), 0)
+    stop = first + NEIGHBOURS if first + 2 * NEIGHBOURS <= total else total
+    drawn = first + draw(seed, number, row, 2) % (stop - first - 1)
+    return drawn + (drawn >= number)
+
+
+def pair_rows(
+    part: SideReader,
+    first: int,
+    total: int,
+    other: Callable[[int], tuple[SideReader, int]],
+    options: PairOptions,
+    special: SpecialTokens,
+    dtype: np.dtype,
+    planes: Sequence[str],
+) -> Iterator[Rows]:
+    """Rows of pairs of a part's documents.
+
+    first: number of its first document in the corpus of `total`; other: the part of the document of a number, and its
+    index there.
+    """
+    longest = (options.length - 3) // 2
+
+    def random_segment(number: int, row: int, longest_segment: int) -> _Segment:
+        reader, index = other(stranger_of(number, row, total, options.seed))
+        begin, end = reader.start(index), int(reader.ends[index])
+        whole = reader.plane("sentence_start", begin, end)
+        cuts = sentence_cuts(whole, np.array([0]), np.array([end - begin]), longest)
+        begin += int(cuts[draw(options.seed, number, row, 3) % len(cuts)])
+        stop = min(begin + longest_segment, end)
+        return _Segment(reader.ids(begin, stop), {plane: reader.plane(plane, begin, stop) for plane in planes})
+
+    number = first
+    for block in _blocks(part, {"sentence_start", *planes}):
+        cuts = sentence_cuts(block.planes["sentence_start"], block.starts(), block.ends, longest)
+        firsts = np.searchsorted(cuts, np.append(block.starts(), block.ends[-1])).tolist()
+        found: list[tuple[_Segment, _Segment, bool]] = []
+        unused = 0
+        for i, end in enumerate(block.ends.tolist()):
+            pairs, left = document_pairs([*cuts[firsts[i] : firsts[i + 1]].tolist(), end], number, options)
+            unused += left
+            for row, (start, middle, stop, label) in enumerate(pairs):
+                one, two = block.cut(start, middle, planes), block.cut(middle, stop, planes)
+                if label and options.objective == "sop":
+                    one, two = two, one
+                elif label:
+                    two = random_segment(number, row, options.length - 3 - len(one.ids))
+                found.append((one, two, bool(label)))
+            number += 1
+        yield _fill(found, options.length, special, dtype, planes, unused)
+
+
+def _fill(
+    found: list[tuple[_Segment, _Segment, bool]],
+    length: int,
+    special: SpecialTokens,
+    dtype: np.dtype,
+    planes: Sequence[str],
+    unused: int,
+) -> Rows:
+    input_ids = np.full((len(found), length), special.pad, dtype)
+    input_ids[:, 0] = special.cls
+    columns: dict[str, NDArray[Any]] = {plane: np.zeros((len(found), length), np.bool_) for plane in planes}
+    columns["segment_start"] = np.zeros(len(found), np.uint16)
+    columns["pair_label"] = np.array([label for _, _, label in found], np.bool_)
+    for row, (one, two, _) in enumerate(found):
+        start = len(one.ids) + 2
+        for begin, segment in ((1, one), (start, two)):
+            end = begin + len(segment.ids)
+            input_ids[row, begin:end] = segment.ids
+            input_ids[row, end] = special.sep
+            for plane in planes:
+                columns[plane][row, begin:end] = segment.planes[plane]
+        columns["segment_start"][row] = start
+    return Rows(0, input_ids, np.zeros(len(found), np.bool_), columns, unused)

@@ -1,0 +1,273 @@
+"""Bytes to documents: text files, WikiExtractor's files, JSON lines, columns of parquet and Arrow, and what a builder
+of `datasets` reads, streamed in bounded memory.
+
+White space around a document does not count, and a document of nothing else is none. A document longer than
+PIECE characters is handed on in pieces, cut before a line end where there is one (else before a space, else
+anywhere): always at the same places, whatever the file around it. Tokenizers that split at white space, such
+as BERT's, give the same ids as for the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipeline.files import CorpusError
+from data_pipeline.sources.inputs import (
+    BLANK_LINE,
+    BUILDER,
+    WIKI_END,
+    Piece,
+    Progress,
+    Readable,
+    Source,
+    open_arrow,
+    open_builder,
+    open_bytes,
+    open_parquet,
+)
+
+PIECE = 1 << 20
+_BLOCK = 1 << 20
+_SEPARATORS = {"blank-line": re.compile(BLANK_LINE), "line": re.compile("\n"), "file": None}
+DOCUMENTS = tuple(_SEPARATORS)
+_WIKI = re.compile(WIKI_END)
+_WIKI_HEAD = re.compile(r"\s*<doc [^\n]*>[ \t]*(?:\n|$)")
+
+Text = tuple[str, bool]
+"""A document or a piece of it, and whether the document ends with it."""
+
+
+def read_documents(
+    source: Source, piece: Piece, documents: str, text_field: str, progress: Progress, lenient: bool = False
+) -> Iterator[Text]:
+    """Yield the documents of a piece of a source, in order.
+
+    documents: one of DOCUMENTS, for text files; text_field: JSON field or column. With `lenient`, bytes that are not
+    UTF-8 come as lone surrogates (Python's "surrogateescape") instead of an error.
+    Raises CorpusError naming the file and the place: bytes that are not UTF-8, broken compression, a line
+    that is not JSON, a record without the field.
+    """
+    if source.format == ".parquet":
+        yield from _parquet(source, piece, text_field, progress, lenient)
+    elif source.format == ".arrow":
+        yield from _arrow(source, piece, text_field, progress, lenient)
+    elif source.format.startswith(BUILDER):
+        with open_builder(source, text_field) as texts:
+            for text in texts:
+                yield from _pieces(text)
+        progress(source.bytes, 0)
+    else:
+        with open_bytes(source, piece, progress) as stream:
+            blocks = _decode(source, piece.start, stream, lenient)
+            if source.format == ".jsonl":
+                yield from _json_lines(source, piece.start, blocks, text_field, lenient)
+            elif source.format == ".wiki":
+                yield from _wiki(source, _text(blocks, _WIKI, closing=f"{source.path}: ends within an article"))
+            else:
+                yield from _text(blocks, _SEPARATORS[documents])
+
+
+def _wiki(source: Source, texts: Iterator[Text]) -> Iterator[Text]:
+    """Cut the line `<doc id=… url=… title=…>` off the articles; the title below it stays."""
+    begun = False
+    for text, end in texts:
+        if not begun:
+            head = _WIKI_HEAD.match(text)
+            if head is None:
+                raise CorpusError(
+                    f"{source.path}: an article begins with {text[:40]!r}, not with <doc …>. "
+                    "WikiExtractor did not write this: give the source another format (text, jsonl)"
+                )
+            text = text[head.end() :].lstrip()
+        if text or not end or begun:
+            yield text, end
+        begun = not end
+
+
+def batches(texts: Iterator[Text], size: int) -> Iterator[tuple[list[str], list[bool]]]:
+    """Group texts to batches of at least `size` characters (the last may be smaller)."""
+    batch: list[str] = []
+    ends: list[bool] = []
+    total = 0
+    for text, end in texts:
+        batch.append(text)
+        ends.append(end)
+        total += len(text)
+        if total >= size:
+            yield batch, ends
+            batch, ends, total = [], [], 0
+    if batch:
+        yield batch, ends
+
+
+def _decode(source: Source, start: int, stream: Readable, lenient: bool = False) -> Iterator[str]:
+    tail, offset, final = b"", start, False
+    while not final:
+        block = stream.read(_BLOCK)
+        final = not block
+        data = tail + block
+        try:
+            text, used = codecs.utf_8_decode(data, "surrogateescape" if lenient else "strict", final)
+        except UnicodeDecodeError as error:
+            where = f"byte {offset + error.start:,}{' of the decompressed text' if source.compression else ''}"
+            raise CorpusError(
+                f"{source.path}: not UTF-8 at {where} (0x{data[error.start]:02x}: {error.reason}). "
+                "Convert the file to UTF-8, for instance with iconv"
+            ) from None
+        if offset == 0:
+            text = text.removeprefix("\ufeff")
+        tail, offset = data[used:], offset + used
+        if text:
+            yield text
+
+
+def _text(blocks: Iterator[str], separator: re.Pattern[str] | None, closing: str = "") -> Iterator[Text]:
+    """closing: what to say where the last document has no separator behind it, if it must."""
+    rest, begun = "", False
+    for block in blocks:
+        rest += block
+        if separator:
+            *whole, rest = separator.split(rest)
+            for text in whole:
+                yield from _pieces(text, begun)
+                begun = False
+        # White space at the end may belong to the separator: it does not decide whether the document is long.
+        while len(rest) > PIECE and len(rest.rstrip() if begun else rest.strip()) > PIECE:
+            rest = rest if begun else rest.lstrip()
+            cut = _cut(rest, 0)
+            yield rest[:cut], False
+            rest, begun = rest[cut:], True
+    yield from _pieces(rest, begun)
+    if closing and (begun or rest.strip()):
+        raise CorpusError(f"{closing}, without its </doc>: the file is cut short. Copy or extract it again")
+
+
+def _pieces(text: str, begun: bool = False) -> Iterator[Text]:
+    """Yield a document, or what is left of one that has `begun`, in pieces of at most PIECE characters."""
+    text = text.rstrip() if begun else text.strip()
+    if not text and not begun:
+        return
+    start = 0
+    while len(text) - start > PIECE:
+        cut = _cut(text, start)
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
+
+
+def _cut(text: str, start: int) -> int:
+    """Where to end a piece that begins at `start`. The line end itself stays with what follows: together with
+    text that has not been read yet it may be a blank line."""
+    for sign in "\n", " ":
+        if (cut := text.rfind(sign, start + 1, start + PIECE)) > 0:
+            return cut
+    return start + PIECE
+
+
+def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, lenient: bool) -> Iterator[Text]:
+    number = 0
+    for line in _lines(blocks):
+        number += 1
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(
+                f"{_line(source, start, number)}: not JSON ({error}). Every line must be a JSON object"
+            ) from None
+        if not isinstance(record, dict) or not isinstance(text := record.get(field), str):
+            raise CorpusError(f"{_line(source, start, number)}: {_why_no_text(record, field)}")
+        try:
+            text.encode("utf-8", "surrogatepass" if lenient else "strict")
+        except UnicodeEncodeError as error:
+            raise CorpusError(
+                f"{_line(source, start, number)}: field {field!r} is not Unicode text ({error.reason} at "
+                f"character {error.start:,}). Correct or remove the line"
+            ) from None
+        yield from _pieces(text)
+
+
+def _why_no_text(record: Any, field: str) -> str:
+    if not isinstance(record, dict):
+        return f"a JSON object is needed, found {type(record).__name__}"
+    if field in record:
+        return f"field {field!r} must be a string, found {type(record[field]).__name__}"
+    return f"has no field {field!r}, only {', '.join(record) or 'nothing'}. Name it with --text-field"
+
+
+def _lines(blocks: Iterator[str]) -> Iterator[str]:
+    begun: list[str] = []
+    for block in blocks:
+        first, *others = block.split("\n")
+        begun.append(first)
+        if others:
+            yield "".join(begun)
+            yield from others[:-1]
+            begun = [others[-1]]
+    yield "".join(begun)
+
+
+def _line(source: Source, start: int, number: int) -> str:
+    """`path:line`; the lines before byte `start` are counted only now that somebody wants to know."""
+    with Path(source.path).open("rb") as file:
+        while start > 0 and (block := file.read(min(start, _BLOCK))):
+            number += block.count(b"\n")
+            start -= len(block)
+    return f"{source.path}:{number}"
+
+
+def _parquet(source: Source, piece: Piece, column: str, progress: Progress, lenient: bool) -> Iterator[Text]:
+    with open_parquet(source) as file:
+        for group in range(piece.start, piece.stop):
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
+                yield from _column(source, batch.column(0), column, row, f"row group {group}", lenient)
+                row += batch.num_rows
+            # A file's bytes, shared out over its row groups: good enough for a progress bar.
+            groups = file.num_row_groups
+            progress(source.bytes * (group + 1) // groups - source.bytes * group // groups, 0)
+
+
+def _arrow(source: Source, piece: Piece, column: str, progress: Progress, lenient: bool) -> Iterator[Text]:
+    with open_arrow(source) as batches_:
+        for i, batch in enumerate(batches_):
+            if i >= piece.stop:
+                break
+            if i >= piece.start:
+                yield from _column(source, batch.column(column), column, 0, f"record batch {i}", lenient)
+                progress(batch.nbytes, 0)
+
+
+def _column(source: Source, values: Any, column: str, first: int, where: str, lenient: bool) -> Iterator[Text]:
+    """The documents of an Arrow array of strings, which begins at row `first` of `where`."""
+    if values.null_count:
+        row = first + values.is_null().index(True).as_py()
+        raise CorpusError(
+            f"{source.path}: row {row:,} of {where} has no {column!r} (null). "
+            "Remove such rows or fill them with empty text"
+        )
+    try:
+        values.validate(full=True)
+    except ValueError as error:
+        if not lenient:
+            raise CorpusError(
+                f"{source.path}: rows {first:,} to {first + len(values) - 1:,} of {where}: "
+                f"{column!r} is not UTF-8 ({error}). Write the file again with valid text"
+            ) from None
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        # Views are copied: no array of views is taken for one of another type.
+        values = values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
+        values = values.view(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
+        for data in values.to_pylist():
+            yield from _pieces(data.decode("utf-8", "surrogateescape"))
+        return
+    for text in values.to_pylist():
+        yield from _pieces(text)

@@ -1,0 +1,216 @@
+"""Tokenising: a unit of work becomes a token shard (`tokens`), its documents judged by the rules (`rules`) on the way.
+
+Documents without a single token are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.files import sha256_file
+from data_pipeline.filters.minhash import PLACES
+from data_pipeline.filters.rules import DIGEST, DocumentRules, Judge
+from data_pipeline.shards import SpecialTokens, id_dtype
+from data_pipeline.sources.documents import batches, read_documents
+from data_pipeline.sources.inputs import Piece, Progress, Source
+from data_pipeline.sources.sentences import TAIL, sentence_starts
+from data_pipeline.tokenization.token_shards import DROPS, PLANES, SIDES, SideWriter
+from data_pipeline.tokenization.tokenizer import Encoder
+
+# Larger batches gain nothing: the tokenizer's own bookkeeping is some hundred bytes a token.
+_BATCH = 1 << 20
+# Files of documents that only the search for duplicates reads; they do not stay.
+PASSING = ("late", "digests", "signatures")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a build share.
+
+    work: folder of the token shards; documents, text_fields: how the files of each source hold documents; sentences:
+    mode of `sentences`, or None; words: store word starts; keys: store a hash of each document; ngrams: file of the
+    task files' n-grams, or ""; held_out in [0, 1).
+    """
+
+    work: str
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    special_tokens: SpecialTokens
+    documents: tuple[str, ...]
+    text_fields: tuple[str, ...]
+    rules: DocumentRules
+    sentences: str | None
+    words: bool
+    keys: bool
+    ngrams: str
+    held_out: float
+    seed: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return id_dtype(self.vocab_size)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return SIDES if self.held_out else SIDES[:1]
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        asked = {"word_start": self.words, "sentence_start": self.sentences is not None}
+        return tuple(plane for plane in PLANES if asked[plane])
+
+    @property
+    def of_documents(self) -> tuple[str, ...]:
+        """Files that have a row a document, besides `ends`."""
+        rules = self.rules
+        asked = {
+            "keys": self.keys,
+            "late": rules.bad_bytes == "skip" or bool(rules.decontaminate),
+            "digests": rules.duplicates != "keep",
+            "signatures": rules.duplicates == "near",
+        }
+        return tuple(name for name in asked if asked[name])
+
+
+@lru_cache(maxsize=1)
+def load_encoder(folder: str, sha256: str) -> Encoder:
+    """The tokenizer, loaded once a process. `sha256` is part of the cache's key only."""
+    return Encoder(folder)
+
+
+@lru_cache(maxsize=1)
+def _load_ngrams(path: str) -> NDArray[np.uint64]:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def tokenize_unit(
+    job: Job, unit: int, group: int, pieces: Sequence[tuple[Source, Piece]], progress: Progress
+) -> dict[str, Any]:
+    """Write the token shard of one unit, all of whose pieces are of source `group`.
+
+    Returns {"source", "sides": {side: TokenSide as a dict}, "empty", "dropped", "replaced", "sha256": {file name:
+    hex}}; a file is hashed with its first piece, while it is warm in the page cache.
+    """
+    encoder = load_encoder(job.tokenizer, job.tokenizer_sha256)
+    fingerprints = job.rules.duplicates != "keep"
+    ngrams = _load_ngrams(job.ngrams) if job.ngrams else None
+    judge = Judge(job.rules, fingerprints, ngrams) if job.rules != DocumentRules() else None
+    sha256: dict[str, str] = {}
+    with ExitStack() as stack:
+        special = encoder.special_tokens
+        writers = {
+            side: SideWriter(stack, job.work, unit, side, special, planes=job.planes, documents=job.of_documents)
+            for side in job.sides
+        }
+        for source, piece in pieces:
+            source.check_unchanged()
+            if piece.start == 0:
+                sha256[source.name] = sha256_file(Path(source.path))
+            lenient = job.rules.bad_bytes != "error"
+            found = read_documents(source, piece, job.documents[group], job.text_fields[group], progress, lenient)
+            for batch in _encode(job, encoder, judge, batches(found, _BATCH)):
+                progress(0, len(batch[0]))
+                _write(job, writers, *batch)
+            source.check_unchanged()
+        for writer in writers.values():
+            writer.finish()
+    return {
+        "source": group,
+        "sides": {side: writer.entry().model_dump() for side, writer in writers.items()},
+        "empty": sum(writer.empty for writer in writers.values()),
+        "dropped": dict(judge.dropped) if judge else {},
+        "replaced": judge.replaced if judge else 0,
+        "sha256": sha256,
+    }
+
+
+_Batch = tuple[
+    NDArray[np.unsignedinteger],
+    NDArray[np.int64],
+    NDArray[np.bool_],
+    NDArray[np.uint64],
+    dict[str, NDArray[np.bool_]],
+    dict[str, NDArray[Any]],
+]
+"""ids [T], counts [n], ended [n], keys [n] (or [0]), planes of [T], and arrays a document that ends."""
+
+
+def _encode(
+    job: Job, encoder: Encoder, judge: Judge | None, found: Iterator[tuple[list[str], list[bool]]]
+) -> Iterator[_Batch]:
+    key: int | None = None  # of the document that goes on in the next batch
+    before = ""
+    for texts, ends in found:
+        of_documents: dict[str, NDArray[Any]] = {}
+        if judge:
+            judged = judge(texts, ends)
+            texts, ends = judged.texts, judged.ends
+            if not texts:
+                continue
+            codes = [DROPS.index(fault) + 1 if fault else 0 for fault in judged.late]
+            of_documents["late"] = np.array(codes, np.uint8)
+            of_documents["digests"] = np.frombuffer(b"".join(judged.digests), np.uint8).reshape(-1, DIGEST)
+            of_documents["signatures"] = np.array(judged.signatures, np.uint32).reshape(-1, PLACES)
+        starts = None
+        if job.sentences:
+            starts = []
+            for text, end in zip(texts, ends, strict=True):
+                starts.append(sentence_starts(text, job.sentences, before))
+                before = "" if end else (before + text)[-TAIL:]
+        ids, counts, planes = encoder.encode_planes(texts, starts, job.words)
+        ended = np.array(ends)
+        keys = np.empty(0, np.uint64)
+        if job.held_out or job.keys:
+            keys = _keys(job, texts, ends, key)
+            key = None if ends[-1] else int(keys[-1])
+            of_documents["keys"] = keys[ended]
+        yield ids, counts, ended, keys, planes, {name: of_documents[name] for name in job.of_documents}
+
+
+def _write(
+    job: Job,
+    writers: dict[str, SideWriter],
+    ids: NDArray[np.unsignedinteger],
+    counts: NDArray[np.int64],
+    ended: NDArray[np.bool_],
+    keys: NDArray[np.uint64],
+    planes: dict[str, NDArray[np.bool_]],
+    of_documents: dict[str, NDArray[Any]],
+) -> None:
+    if not job.held_out:
+        writers["train"].add(ids, counts, ended, planes, of_documents)
+        return
+    held = keys < job.held_out * 2.0**64
+    for side, mine in (("train", ~held), ("held_out", held)):
+        tokens = np.repeat(mine, counts)
+        writers[side].add(
+            ids[tokens],
+            counts[mine],
+            ended[mine],
+            {name: plane[tokens] for name, plane in planes.items()},
+            {name: values[mine[ended]] for name, values in of_documents.items()},
+        )
+
+
+def _keys(job: Job, texts: list[str], ends: list[bool], begun: int | None) -> NDArray[np.uint64]:
+    """A hash of each text's document: a function of the seed and its text (of its first piece) alone, so equal
+    documents are on one side. `begun` is that of the document that the first text continues, or None."""
+    secret = str(job.seed).encode()
+    keys = np.empty(len(texts), np.uint64)
+    for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        if begun is None:
+            begun = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=secret).digest(), "little")
+        keys[i] = begun
+        if end:
+            begun = None
+    return keys

@@ -1,0 +1,1 @@
+"""Gradient variance, split into its data part and its mask part."""

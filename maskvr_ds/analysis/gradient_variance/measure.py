@@ -1,0 +1,340 @@
+"""`maskvr variance`: how much of the gradient's variance comes from the data, how much from the masks, by strategy.
+
+N rows × R draws a row and strategy, G layers, s the sketch size, J masks of a row in one batch (1 except for
+fully_explored in the same batch). A row's gradient is that of its Σ w ℓ, divided by the strategy's mean number of
+predictions, so that a batch's mean is the gradient of the run's loss. Dropout is off: its variance is neither part.
+
+Cost: R·J forward and backward passes of a row and strategy; an oracle_gradient one more for every prediction of its
+masks, n a round. Every rank takes N / (world size) rows. Memory beside the model's: sketches of one row's draws,
+R·J·G·s numbers, and of all rows' means, N·G·s; never a gradient of the whole model.
+
+A row is measured by itself whatever the number of ranks, so the figures do not depend on it. Collectives: those
+of moments.py, a strategy at a time; what opening files needs.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import hashing
+from maskvr_ds.analysis.gradient_variance.moments import APART, Sample, measure, measure_covariance
+from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_norms, head_norms
+from maskvr_ds.analysis.gradient_variance.random_effects import (
+    Counts,
+    Floats,
+    Moments,
+    Resampling,
+    variances,
+    whole_mask_variance,
+)
+from maskvr_ds.analysis.gradient_variance.report import plot, table
+from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
+from maskvr_ds.checkpoint import save
+from maskvr_ds.checkpoint.export import load_model
+from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
+from maskvr_ds.config.strategy_spec import (
+    HEAD_ORACLE,
+    MASK_ORACLE,
+    TOKEN_ORACLES,
+    StrategySpec,
+    add_variance_options,
+    parse_strategies,
+)
+from maskvr_ds.data.loader import KeyedPermutation
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
+from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.strategies import Proposal, segments
+from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.runtime import distributed
+from maskvr_ds.training.run import create_masker, sequence_copies
+
+RESULT, PLOT = "variance.json", "variance.png"
+BASELINE = "uniform"
+FIGURES = ("data", "mask", "total", "mask_over_data", "mask_ratio", "total_ratio")
+# What a key is for, so that no two uses share random numbers.
+_ROWS, _MASKS, _ORACLE, _HAMMING, _SKETCH, _BOOTSTRAP = range(6)
+
+
+def figures(moments: Moments, baseline: Moments, ways: Counts) -> Floats:
+    """FIGURES of every layer and of the whole: float64 [C, (G + 1) · 6]."""
+    (data, mask), (data_0, mask_0) = (variances(m, ways) for m in (moments, baseline))
+    columns = _figures(moments.segments * data, mask, data, data_0 + mask_0, mask_0)
+    return np.stack(columns, 2).reshape(len(data), -1)
+
+
+def _figures(batch_data: Floats, mask: Floats, data: Floats, total_0: Floats, mask_0: Floats) -> list[Floats]:
+    total = batch_data + mask
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return [data, mask, total, mask / data, mask / mask_0, total / total_0]
+
+
+def oracle_figures(baseline: Moments, ways: Counts) -> Floats:
+    """FIGURES of the ideal proposal of whole masks, of the whole gradient: float64 [C, 6]."""
+    data, mask_0 = (v[:, -1:] for v in variances(baseline, ways))
+    mask = whole_mask_variance(baseline, ways)
+    return np.concatenate(_figures(data, mask, data, data + mask_0, mask_0), 1)
+
+
+def reduction_share(moments: Moments, oracle: Moments, baseline: Moments, ways: Counts) -> Floats:
+    """What a proposal takes off the whole gradient's total variance, divided by what an oracle does: float64 [C, 1]."""
+    own, best, whole = (
+        data[:, -1:] + mask[:, -1:] for data, mask in (variances(m, ways) for m in (moments, oracle, baseline))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (whole - own) / (whole - best)
+
+
+def _named(names: Sequence[str], resampling: Resampling, figure: Callable[[Counts], Floats]) -> dict[str, Any]:
+    """Layer → figure → [estimate, low, high]; null where a division by nothing made it infinite."""
+    values = resampling.interval(figure)
+    lists = [[x if np.isfinite(x) else None for x in value] for value in values]
+    of_layers = [lists[i : i + len(FIGURES)] for i in range(0, len(lists), len(FIGURES))]
+    return {name: dict(zip(FIGURES, layer, strict=True)) for name, layer in zip(names, of_layers, strict=True)}
+
+
+class Measurement:
+    """A checkpoint's model on a sample, and the masks that may be asked for."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        device = distributed.device()
+        self.folder = distributed.agreed(lambda: save.newest(Path(arguments.checkpoint)), on=0)
+        distributed.agreed(lambda: save.verify(self.folder), on=0)
+        self.state = distributed.agreed(lambda: save.read_state(self.folder))
+        corpus = distributed.agreed(lambda: self._open(Path(arguments.corpus)))
+        rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
+        self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
+        mlm = distributed.agreed(lambda: load_model(self.folder))
+        with torch.device("meta"):  # no second set of weights
+            self.model = MaskedLanguageModel(mlm.config)
+        self.model.mlm = mlm
+        self.sketcher = Sketcher(self.model.to(device), size=arguments.sketch_size, seed=self._key(_SKETCH))
+        # Masks are of the kind that the run trains with: rate, share of [MASK].
+        trained = self.state.identity["masking"]
+        self.common = {key: trained[key] for key in ("rate", "mask_probability", "random_probability")}
+
+    def _key(self, purpose: int) -> int:
+        return hashing.fold(self.arguments.seed, purpose)
+
+    def _open(self, path: Path) -> Corpus:
+        corpus, arguments = Corpus(path), self.arguments
+        if (theirs := corpus.manifest.tokenizer_sha256) != (ours := self.state.identity["tokenizer"]):
+            raise ConfigError(f"{path}: tokenizer {theirs[:12]} differs from {ours[:12]} of {self.folder}")
+        if (length := corpus.sequence_length) > (most := self.state.identity["model"]["max_position_embeddings"]):
+            raise ConfigError(f"{path}: sequences of {length} tokens exceed the {most} positions of {self.folder}")
+        if arguments.sequences > corpus.rows:
+            raise ConfigError(f"--sequences {arguments.sequences}: {path} has {corpus.rows} rows")
+        for name, least in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):
+            if (value := getattr(arguments, name)) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} needed")
+        if arguments.hamming_rounds not in range(2, 1 << 20) and arguments.hamming_rounds != 0:
+            raise ConfigError(f"--hamming-rounds {arguments.hamming_rounds}: at least 2 needed, or 0 for none")
+        if not 0 < arguments.confidence < 1:
+            raise ConfigError(f"--confidence {arguments.confidence}: between 0 and 1, both excluded")
+        return corpus
+
+    def copies(self, spec: StrategySpec) -> int:
+        """J. Raises ConfigError where rows have fewer segments."""
+        masking, corpus = spec.masking(self.common), self.sample.corpus
+        copies, most = sequence_copies(masking, corpus), segments(corpus.sequence_length - 2, masking.rate)
+        if copies > most:
+            raise ConfigError(f"{spec.text}: a sequence of {corpus.sequence_length} tokens has {most} segments")
+        if self.arguments.masks * copies * APART >= 1 << 23:
+            raise ConfigError(f"--masks {self.arguments.masks}: at most {(1 << 23) // (copies * APART)} of {spec.text}")
+        return copies
+
+    def masker(self, masking: MaskingConfig, purpose: int, proposal: Proposal | None = None) -> Masker:
+        seed = self._key(purpose)
+        return create_masker(masking, self.sample.corpus, seed=seed, device=self.sample.device, proposal=proposal)
+
+    def check(self, specs: Sequence[StrategySpec]) -> None:
+        """Raise ConfigError for what cannot be measured here."""
+        for spec in specs:
+            self.copies(spec)
+            spec.floor(MapNetConfig().floor)
+            if spec.strategy == "mapnet" and not (self.folder / MAPNET_STATE).is_file():
+                raise ConfigError(
+                    f"{spec.text}: {self.folder} has no {MAPNET_STATE}; train with masking.strategy=mapnet (and "
+                    "mapnet.gate=never where the masks shall be uniform)"
+                )
+
+    def _mapnet(self) -> tuple[MapNetConfig, dict[str, torch.Tensor] | None]:
+        """The run's section, the default where it has no network, and the network's state."""
+        file = self.folder / MAPNET_STATE
+        if not file.is_file():
+            return MapNetConfig(), None
+        with safe_open(file, "pt") as content:
+            section = MapNetConfig.model_validate_json(content.metadata()["mapnet"])
+        return section, save.read_beside(self.folder, MAPNET_STATE)
+
+    def floor(self, spec: StrategySpec) -> float:
+        """λ of MAPNet or a token's oracle. Every rank calls."""
+        return spec.floor(distributed.agreed(self._mapnet)[0].floor)
+
+    def oracle(self, spec: StrategySpec) -> TokenOracle | None:
+        """Every rank calls."""
+        if spec.strategy not in TOKEN_ORACLES:
+            return None
+        head = spec.strategy == HEAD_ORACLE
+        return TokenOracle(
+            head_norms(self.model) if head else gradient_norms(self.sketcher, self.sample.micro_size),
+            self.masker(MaskingConfig.model_validate({**self.common, "strategy": "fully_explored"}), _ORACLE),
+            rounds=self.arguments.oracle_rounds,
+            floor=self.floor(spec),
+        )
+
+    def network(self, spec: StrategySpec) -> Proposer | None:
+        """The checkpoint's MAPNet. Every rank calls."""
+        if spec.strategy != "mapnet":
+            return None
+        trained, tensors = distributed.agreed(self._mapnet)
+        assert tensors is not None
+        proposer = Proposer(
+            trained.model_copy(update={"floor": spec.floor(trained.floor), "gate": "always"}),
+            vocab_size=self.sample.corpus.manifest.vocab_size,
+            max_length=self.model.mlm.config.max_position_embeddings,
+            seed=0,
+            device=self.sample.device,
+        )
+        distributed.agreed(lambda: proposer.load(tensors))
+        return proposer
+
+    def strategy(self, spec: StrategySpec) -> tuple[Moments, dict[str, Any]]:
+        """Moments and what they cost. Every rank calls."""
+        draws, copies, begun = self.arguments.masks, self.copies(spec), time.perf_counter()
+        oracle = self.oracle(spec)
+        proposer = oracle or self.network(spec)
+        masker = self.masker(spec.masking(self.common), _MASKS, None if proposer is None else proposer.propose)
+        moments, predictions = measure(self.sample, self.sketcher, masker, draws=draws, copies=copies)
+        looked = torch.tensor([0 if oracle is None else oracle.predictions])
+        head_only = spec.strategy == HEAD_ORACLE
+        cost = {
+            "segments": copies,
+            "predictions": predictions,
+            "passes": len(self.sample.rows) * draws * copies,
+            "oracle_passes": 0 if head_only else int(distributed.all_reduce_sum(looked.to(self.sample.device))),
+            "seconds": round(time.perf_counter() - begun, 2),
+        }
+        return moments, cost
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and write; → what variance.json holds. Every rank calls, after `distributed.initialize`."""
+    specs = distributed.agreed(lambda: parse_strategies(arguments.strategies, first=BASELINE))
+    measurement = Measurement(arguments)
+    # Faults in the last strategy must show now.
+    distributed.agreed(lambda: measurement.check(specs))
+    resampling = distributed.agreed(
+        lambda: Resampling(
+            arguments.sequences, seed=hashing.fold(arguments.seed, _BOOTSTRAP), level=arguments.confidence
+        )
+    )
+    names = [*measurement.sketcher.layers, "whole"]
+    baseline: Moments | None = None
+    strategies: dict[str, Any] = {}
+    # Of MAPNet and of the oracle that knows its target, by floor.
+    proposals: dict[tuple[str, float], Moments] = {}
+    for spec in specs:
+        if spec.strategy == MASK_ORACLE:
+            assert baseline is not None
+            found: dict[str, Any] = {"layers": _named(["whole"], resampling, partial(oracle_figures, baseline))}
+        else:
+            moments, cost = measurement.strategy(spec)
+            baseline = baseline or moments
+            if spec.strategy in ("mapnet", HEAD_ORACLE):
+                proposals[spec.strategy, measurement.floor(spec)] = moments
+            layers = _named(names, resampling, partial(figures, moments, baseline))
+            found = {
+                **cost,
+                "median_mask": float(np.median(moments.within.sum(1)) * moments.segments),
+                "layers": layers,
+            }
+        strategies[spec.text] = found
+        say(f"{spec.text}: {found.get('passes', 0)} passes, {found.get('seconds', 0):g} s")
+    shares = {}
+    for (strategy, floor), moments in proposals.items():
+        if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
+            (interval,) = resampling.interval(partial(reduction_share, moments, oracle, baseline))
+            shares[f"{floor:g}"] = [x if np.isfinite(x) else None for x in interval]
+    report = {
+        "checkpoint": str(arguments.checkpoint),
+        "step": measurement.state.step,
+        "corpus": str(arguments.corpus),
+        "masking": measurement.common,
+        "sequences": arguments.sequences,
+        "masks": arguments.masks,
+        "oracle_rounds": arguments.oracle_rounds,
+        "seed": arguments.seed,
+        "confidence": arguments.confidence,
+        "sketch_size": measurement.sketcher.size,
+        "parameters": sum(p.numel() for p in measurement.model.parameters()),
+        "ranks": distributed.world_size(),
+        "strategies": strategies,
+        # Floor → MAPNet's reduction of the total variance ÷ oracle_head's.
+        "mapnet_of_oracle_head": shares,
+    }
+    if arguments.hamming_rounds:
+        uniform = MaskingConfig.model_validate(measurement.common)
+        report["hamming_rounds"] = arguments.hamming_rounds
+        report["hamming"] = measure_covariance(
+            measurement.sample,
+            measurement.sketcher,
+            measurement.masker(uniform, _HAMMING),
+            arguments.hamming_rounds,
+            resampling,
+        )
+    report["peak_memory_bytes"] = _peak_memory(measurement.sample.device)
+    distributed.agreed(lambda: _write(report, Path(arguments.output)), on=0)
+    say(table(report))
+    return report
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Of this rank: of the device where there is one, of the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write(report: dict[str, Any], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    plot(report, output / PLOT)
+    partial_file = output / f".{RESULT}.partial"
+    partial_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial_file.replace(output / RESULT)
+
+
+def say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of every rank. Returns the exit status: 0 done, 1 error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m maskvr_ds.analysis.gradient_variance.measure", description="One rank of `maskvr variance`."
+    )
+    add_variance_options(parser)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+
+    def measure_and_write() -> None:
+        run(arguments)
+
+    return distributed.run_as_rank(measure_and_write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

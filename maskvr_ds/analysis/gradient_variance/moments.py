@@ -1,0 +1,129 @@
+"""Moments of single rows' gradients under a strategy's masks, the rows divided over the ranks.
+
+N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
+world group: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1], `measure_covariance` float64
+[N, 2 W], once a call.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.gradient_variance.mask_covariance import WINDOWS, covariances, shifts, windows
+from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Moments, Resampling
+from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
+from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.data.loader import read_rows, to_device
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.strategies import prediction_counts, segments
+from maskvr_ds.runtime import distributed
+
+# Draws of a row are this many epochs apart (times J): each is of a round of fully_explored of its own, and the segments
+# that it begins with take turns, as they do in training.
+APART = 1021
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What all strategies are measured on. rows: int64 [N], of the corpus. seed: of everything."""
+
+    corpus: Corpus
+    rows: np.ndarray
+    seed: int
+    micro_size: int
+    device: torch.device
+
+    def mine(self) -> range:
+        """This rank's share of 0 … N − 1."""
+        return range(distributed.rank(), len(self.rows), distributed.world_size())
+
+    def repeated(self, number: int, epochs: np.ndarray) -> TokenBatch:
+        """Row `number` as often as there are epochs, int64 [·], each in its own."""
+        rows = np.full_like(epochs, self.rows[number])
+        return to_device(read_rows(self.corpus, rows, epochs), self.device)
+
+    def segments(self, masker: Masker, number: int) -> int:
+        """S, of fully_explored's rounds of row `number`."""
+        n = int(masker.maskable(self.repeated(number, np.zeros(1, dtype=np.int64))).sum())
+        return max(1, segments(n, masker.rate))
+
+    def sketches(self, sketcher: Sketcher, masker: Masker, number: int, epochs: np.ndarray) -> tuple[torch.Tensor, int]:
+        """Gradients of a row's masks, float32 [len(epochs), G, s], and how many predictions they are of."""
+        masked = masker(self.repeated(number, epochs))
+        found = torch.cat([sketcher(part) for part in masked.split(self.micro_size)])
+        return found, int((masked.weights != 0).sum())
+
+
+def measure(sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int) -> tuple[Moments, float]:
+    """Moments of the gradients per prediction, and predictions a mask; the same on every rank. Every rank calls."""
+    moments, _, a_mask = measure_segments(sample, sketcher, masker, draws=draws, copies=copies)
+    return moments, a_mask
+
+
+def measure_segments(
+    sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int, one_round: bool = False
+) -> tuple[Moments, Floats, float]:
+    """As `measure`, from the same passes also what single masks vary by, float64 [N, G]: the variance over draws (each
+    of a round of its own), as if copies were 1, averaged over the copies. Second of the results.
+
+    one_round: whether the copies of a draw are the first segments of one round of fully_explored; otherwise they take
+    turns as in training, where some draws begin with the last segments of a round and end with the first of the next.
+    """
+    N, G = len(sample.rows), len(sketcher.layers)
+    means = torch.zeros((N, G, sketcher.size), device=sample.device)
+    spread = torch.zeros((N, 2 * G + 1), dtype=torch.float64, device=sample.device)
+    predictions = torch.zeros(1, dtype=torch.int64, device=sample.device)
+    for number in sample.mine():
+        apart = APART * (sample.segments(masker, number) if one_round else copies)
+        epochs = (np.arange(draws)[:, None] * apart + np.arange(copies)).ravel()
+        found, count = sample.sketches(sketcher, masker, number, epochs)
+        single = found.view(draws, copies, G, -1)
+        spread[number, G + 1 :] = (single - single.mean(0)).double().square().sum((0, 1, 3)) / (copies * (draws - 1))
+        found = single.mean(1)
+        means[number] = found.mean(0)
+        deviation = (found - means[number]).double().square().sum((0, 2)) / (draws - 1)
+        spread[number, :G] = deviation
+        spread[number, G] = found.double().square().sum((1, 2)).sqrt().var()
+        predictions += count
+    for total in (means, spread, predictions):
+        distributed.all_reduce_sum(total)
+    a_mask = predictions.item() / (N * draws * copies)
+    if not a_mask:
+        raise ValueError("no row of the sample has a maskable token; measure on more --sequences")
+    of_layers = means.cpu().double().transpose(0, 1) / a_mask
+    numbers = spread.cpu().numpy() / a_mask**2
+    moments = Moments(
+        within=numbers[:, :G],
+        gram=torch.stack([layer @ layer.T for layer in of_layers]).numpy(),
+        norm_variance=numbers[:, G],
+        draws=draws,
+        segments=copies,
+    )
+    return moments, numbers[:, G + 1 :], a_mask
+
+
+def measure_covariance(
+    sample: Sample, sketcher: Sketcher, masker: Masker, rounds: int, resampling: Resampling
+) -> list[dict[str, Any]]:
+    """Correlation of two masks' gradients of a row against their Hamming distance. Every rank calls."""
+    masker.strategy = windows
+    found = torch.zeros((len(sample.rows), 2 * WINDOWS), dtype=torch.float64, device=sample.device)
+    number_of_window = torch.arange(WINDOWS, device=sample.device)
+    for number in sample.mine():
+        sketches, _ = sample.sketches(sketcher, masker, number, np.arange(rounds * WINDOWS))
+        found[number, :WINDOWS] = covariances(sketches.view(rounds, WINDOWS, len(sketcher.layers), -1))
+        n = masker.maskable(sample.repeated(number, np.zeros(1, dtype=np.int64))).sum(1)
+        found[number, WINDOWS:] = 2 * shifts(n, prediction_counts(n, masker.rate), number_of_window)
+    values = distributed.all_reduce_sum(found).cpu().numpy()
+
+    def correlation(ways: Counts) -> Floats:
+        covariance = ways.counts @ values[:, :WINDOWS]
+        return covariance[:, 1:] / covariance[:, :1]
+
+    return [
+        {"distance": float(distance), "correlation": list(interval)}
+        for distance, interval in zip(values[:, WINDOWS + 1 :].mean(0), resampling.interval(correlation), strict=True)
+    ]

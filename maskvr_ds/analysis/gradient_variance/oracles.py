@@ -1,0 +1,96 @@
+"""Proposals that look at what they are to predict: the least variance that a learnt proposal could reach.
+
+B sequences, L positions, K predictions a sequence. For every maskable position i of a row x the oracle knows
+√E[‖g_i‖² | x], from masks of its own that no other measurement draws: rounds of fully_explored, so that every position
+is predicted equally often. Then π = (1 − λ) min(1, c · √E‖g_i‖²) + λ k/n, as MAPNet's proposal is formed.
+
+    oracle_gradient   ‖g_i‖ = ‖∂ℓ_i/∂θ‖, of all parameters: what the variance is made of. A pass a prediction.
+    oracle_head       ‖g_i‖ = ‖∂ℓ_i/∂h_i‖, the hidden state entering the head: MAPNet's target. Passes of the head.
+
+The norms are estimates from `rounds` masks each, so a perfectly informed proposal is a little better still. The third
+oracle, of whole masks, needs no masks of its own: random_effects.whole_mask_variance. No collectives.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
+from maskvr_ds.data.batch import MaskedBatch, TokenBatch
+from maskvr_ds.masking.gradient_norms import GradientNorms
+from maskvr_ds.masking.mapnet import inclusion_from_scores
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.strategies import segments
+from maskvr_ds.models.bert import MaskedLanguageModel
+
+# norms(masked) → float32 [B, K], ‖g_i‖² of every prediction, whatever in unused slots.
+Norms = Callable[[MaskedBatch], torch.Tensor]
+
+
+def gradient_norms(sketcher: Sketcher, micro_size: int) -> Norms:
+    """‖∂ℓ_i/∂θ‖² up to the sketch: every prediction as a row of its own, with the weights of the others 0."""
+
+    def norms(masked: MaskedBatch) -> torch.Tensor:
+        batch, width = masked.positions.shape
+        single = masked.map(lambda column: column.repeat_interleave(width, 0))
+        weights = torch.eye(width, device=masked.positions.device).repeat(batch, 1)
+        single = replace(single, weights=weights)
+        found = [sketcher(part).square().sum((1, 2)) for part in single.split(micro_size)]
+        return torch.cat(found).view(batch, width)
+
+    return norms
+
+
+def head_norms(model: MaskedLanguageModel) -> Norms:
+    """‖∂ℓ_i/∂h_i‖²: what gradient_norm.py reads in training."""
+
+    def norms(masked: MaskedBatch) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model.hidden(masked.input_ids, masked.positions, masked.attention_mask)
+        hidden.requires_grad_()
+        logits = model.mlm.cls(hidden).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), masked.labels.flatten(), reduction="none")
+        reader = GradientNorms()
+        reader.watch(hidden, losses := losses.view_as(masked.labels))
+        losses.sum().backward()
+        return reader.take().square()
+
+    return norms
+
+
+class TokenOracle:
+    """`propose` is a strategies.Proposal, for batches that hold one row of the corpus, however often.
+
+    Args:
+        norms: of the predictions of a batch.
+        masker: of strategy fully_explored, with a seed of its own.
+        rounds: A, how often every position is predicted.
+        floor: λ.
+
+    predictions: gradients of single predictions formed so far.
+    """
+
+    def __init__(self, norms: Norms, masker: Masker, *, rounds: int, floor: float) -> None:
+        self._norms, self._masker, self._rounds, self._floor = norms, masker, rounds, floor
+        self.predictions = 0
+
+    def mean_square(self, batch: TokenBatch, maskable: torch.Tensor) -> torch.Tensor:
+        """E[‖g_i‖² | x] of the first row: float64 [L], 0 where not maskable."""
+        masks = self._rounds * segments(int(maskable[0].sum()), self._masker.rate)
+        row = batch.map(lambda column: column[:1].expand(masks, *column.shape[1:]))
+        masked = self._masker(replace(row, epochs=torch.arange(masks, device=maskable.device)))
+        used = masked.weights != 0
+        self.predictions += int(used.sum())
+        squares = torch.where(used, self._norms(masked), 0.0).double()
+        total = torch.zeros(maskable.shape[1], dtype=torch.float64, device=maskable.device)
+        return total.scatter_add_(0, masked.positions.flatten(), squares.flatten()) / self._rounds
+
+    def propose(self, batch: TokenBatch, maskable: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        assert (batch.sample_ids == batch.sample_ids[0]).all(), "an oracle is asked about one row at a time"
+        if not maskable[0].any():
+            return share
+        scores = self.mean_square(batch, maskable).clamp(min=torch.finfo(torch.float64).tiny).log() / 2
+        counts = (share[:, 0] * maskable.sum(1)).round().long()
+        return inclusion_from_scores(scores.expand_as(maskable), maskable, counts, self._floor)

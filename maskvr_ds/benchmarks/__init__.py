@@ -1,0 +1,1 @@
+"""Benchmarks of training steps, optimizer, masks and strategies."""

@@ -1,0 +1,155 @@
+"""`maskvr benchmark lamb`: what an optimizer step costs, on the flat fp32 partitions that a real ZeRO engine holds.
+
+Every optimizer steps on the same partitions with the same gradients, each with state of its own, in turn. Several
+ranks, each with its share of the model: `deepspeed --no_local_rank --module maskvr_ds.cli benchmark lamb`.
+
+Collective: one barrier before each timed step, so that ranks which wait for each other in LAMB's all-reduce start as
+one.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+from maskvr_ds.engine.engine import create_engine, read_deepspeed_config
+from maskvr_ds.models.bert import bert_config
+from maskvr_ds.runtime import distributed
+
+# What LAMB is measured against, and whether it needs a GPU.
+PEERS = {"adamw_foreach": False, "fused_adam": True, "fused_lamb": True}
+_VOCABULARY = 30_522
+_LR = 1e-6  # weights hardly move over the rounds
+
+
+def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds: int, threads: int | None) -> Any:
+    """Milliseconds a step of Lamb and its peers, their ratios round by round, and the memory that a step takes on top.
+
+    On a CPU ratios of CPU time, of all threads, stand beside those of elapsed time: others' load disturbs them less.
+    against: names in PEERS; None: all that this machine can run. threads: on a CPU; None: the machine's cores divided
+    among the ranks. "extra_partitions" is the greatest memory allocated within a step and not held before it, divided
+    by the partitions' size.
+
+    Raises ValueError where a peer needs a GPU and there is none.
+    """
+    distributed.initialize()
+    device = distributed.device()
+    on_gpu = device.type == "cuda"
+    if against is None:
+        against = [name for name, needs_gpu in PEERS.items() if on_gpu or not needs_gpu]
+    if refused := [name for name in against if PEERS[name] and not on_gpu]:
+        raise ValueError(f"--against {', '.join(refused)}: a CUDA kernel of DeepSpeed's, and there is no GPU here")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = ModelConfig.model_validate({"preset": preset})
+    engine = create_engine(
+        bert_config(model, vocab_size=_VOCABULARY, pad_id=0),
+        read_deepspeed_config(deepspeed_config_path(deepspeed)),
+        model=model,
+        batch=BatchConfig(global_size=distributed.world_size(), micro_size=1),
+        optimizer=OptimizerConfig(lr=_LR),
+        accumulation=1,
+        seed=0,
+    )
+    groups = engine.basic_optimizer.param_groups
+    partitions = [p for group in groups for p in group["params"]]
+    if not partitions:
+        raise ValueError(f"--deepspeed {deepspeed}: ZeRO 3 hands its partitions out one by one; name a stage 0, 1 or 2")
+    torch.manual_seed(0)
+    for p in partitions:
+        p.grad = torch.randn_like(p).mul_(1e-3)
+    optimizers = {"lamb": engine.basic_optimizer}
+    for name in against:
+        optimizers[name] = _peer(name, [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups])
+
+    steps = {name: partial(_step_as_zero_does, optimizer) for name, optimizer in optimizers.items()}
+    for step in steps.values():
+        step()  # makes the optimizer's state
+    figures: dict[str, Any] = {
+        "what": f"optimizer step, {preset}, {deepspeed}, rank 0 of {distributed.world_size()}",
+        "partitions": ", ".join(f"{p.numel():,} elements" for p in partitions),
+        "tensors": len(engine.basic_optimizer.tensor_names),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}",
+        "rounds": rounds,
+    }
+    size = sum(p.numel() * p.element_size() for p in partitions)
+    for name, step in steps.items():
+        figures[f"{name}_extra_partitions"] = _peak_bytes(step, device) / size
+    elapsed: dict[str, list[float]] = {name: [] for name in optimizers}
+    cpu_time: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            distributed.barrier()
+            distributed.wait_for_device()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            step()
+            distributed.wait_for_device()
+            elapsed[name].append(time.perf_counter() - start)
+            cpu_time[name].append(time.process_time() - cpu_start)
+    for name in optimizers:
+        figures |= _spread(f"{name}_milliseconds", [1e3 * t for t in elapsed[name]])
+    for name in against:
+        figures |= _spread(f"lamb_over_{name}", _quotients(elapsed["lamb"], elapsed[name]))
+        if not on_gpu:
+            figures |= _spread(f"lamb_over_{name}_cpu_time", _quotients(cpu_time["lamb"], cpu_time[name]))
+    return figures
+
+
+def _step_as_zero_does(optimizer: torch.optim.Optimizer) -> None:
+    """One parameter group after the other, the others hidden, as ZeRO 1 and 2 have it. LAMB then copies what it changes
+    after its turn into the model once more."""
+    groups = optimizer.param_groups
+    for group in groups:
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = groups
+
+
+def _quotients(ours: list[float], theirs: list[float]) -> list[float]:
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def _peer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if name == "adamw_foreach":
+        return torch.optim.AdamW(groups, lr=_LR, foreach=True)
+    # Compiled at first use: needs nvcc.
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.lamb import FusedLamb
+
+    return FusedAdam(groups, lr=_LR) if name == "fused_adam" else FusedLamb(groups, lr=_LR)
+
+
+def _peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """The most memory on `device` that `step` holds at one time beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # torch keeps no such statistics of the CPU; its profiler sees every allocation, temporaries inside kernels too.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: float(e["ts"])):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}_min": min(values), f"{name}_median": statistics.median(values), f"{name}_max": max(values)}

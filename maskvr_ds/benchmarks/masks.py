@@ -1,0 +1,227 @@
+"""`maskvr benchmark masking` and `masks`: what drawing costs by itself, and what a strategy adds to a training step."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.benchmarks.corpus import (
+    FIRST_ORDINARY,
+    SPECIAL,
+    VOCABULARY,
+    make_corpus,
+    one_thread,
+    rows_per_cpu_second,
+)
+from maskvr_ds.config import BatchConfig, MapNetConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.data.loader import Loader
+from maskvr_ds.engine.engine import create_engine, read_deepspeed_config
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.strategies import Parameters, span_thresholds
+from maskvr_ds.models.bert import bert_config
+from maskvr_ds.runtime import distributed
+from maskvr_ds.training.step import run_step
+
+# Name → strategy, sampler, estimator. uniform is what the others are compared with.
+_CASES = {
+    "uniform": ("uniform", "pareto", "horvitz_thompson"),
+    "fully_explored": ("fully_explored", "pareto", "horvitz_thompson"),
+    "whole_word": ("whole_word", "pareto", "horvitz_thompson"),
+    "span": ("span", "pareto", "horvitz_thompson"),
+    "frequency": ("frequency", "pareto", "horvitz_thompson"),
+    "frequency_exact": ("frequency", "conditional_poisson", "hajek"),
+    "mapnet": ("mapnet", "pareto", "horvitz_thompson"),
+}
+
+
+def _parameters(**options: Any) -> Parameters:
+    """Words of one and a half tokens, scores by Zipf's law."""
+    order = torch.arange(VOCABULARY)
+    return Parameters(
+        token_scores=(order + 1.0).double().sqrt(),
+        floor=0.3,
+        word_starts=order % 3 < 2,
+        span_thresholds=span_thresholds(0.2, 10),
+        **options,
+    )
+
+
+def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
+    """Masks at 15%, corruption 80/10/10, other rows each time. mapnet: with its own learning, a step a batch."""
+    proposer = None
+    if strategy == "mapnet":
+        proposer = Proposer(
+            MapNetConfig(), vocab_size=VOCABULARY, max_length=sequence_length, seed=0, device=torch.device("cpu")
+        )
+    masker = Masker(
+        vocab_size=VOCABULARY,
+        mask_id=SPECIAL.mask,
+        special_ids=SPECIAL.all,
+        sequence_length=sequence_length,
+        seed=0,
+        strategy=strategy,
+        parameters=_parameters(proposal=None if proposer is None else proposer.propose),
+    )
+    batches = 300 if proposer is None else 5
+    ids = np.random.default_rng(0).integers(FIRST_ORDINARY, VOCABULARY, (batch_size, sequence_length))
+    ids[:, 0], ids[:, -1] = SPECIAL.cls, SPECIAL.sep
+    input_ids = torch.from_numpy(ids.astype(np.uint16))
+    samples = torch.arange(batch_size)
+    epochs = torch.zeros(batch_size, dtype=torch.int64)
+
+    def round_() -> int:
+        nonlocal samples
+        for _ in range(batches):
+            samples = samples + batch_size
+            batch = TokenBatch(input_ids, samples, epochs)
+            masked = masker(batch)
+            if proposer is not None:
+                # In place of BERT: gradients of the right number, whose computing costs nothing.
+                hidden = torch.rand(*masked.positions.shape, 1, requires_grad=True)
+                losses = hidden.square().sum(-1)
+                proposer.norms.watch(hidden, losses)
+                (losses * masked.weights).sum().backward()
+                proposer.observe(batch, masker.maskable(batch), masked)
+                proposer.step()
+        return batches * batch_size
+
+    with one_thread():
+        figures = rows_per_cpu_second(round_)
+    what = f"masking ({strategy}) and corruption, L = {sequence_length}, batches of {batch_size}"
+    return {"what": what, **figures}
+
+
+class _Stopwatch:
+    """CPU time that this process spends in calls of some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **options)
+            self.seconds += time.process_time() - start
+            return result
+
+        return call
+
+    @contextmanager
+    def on(self, owner: type, *names: str) -> Iterator[None]:
+        """Time these methods of a class."""
+        originals = {name: getattr(owner, name) for name in names}
+        for name, method in originals.items():
+            setattr(owner, name, self.timed(method))
+        try:
+            yield
+        finally:
+            for name, method in originals.items():
+                setattr(owner, name, method)
+
+
+def strategy_cost(
+    *, preset: str, deepspeed: str, micro_size: int, rounds: int, sequence_length: int, threads: int | None
+) -> dict[str, Any]:
+    """Optimizer steps of one engine, one micro-batch a rank, with each strategy in turn; a first round does not count.
+
+    Figures: how much longer a step took than the one with uniform masks of its own round, elapsed and CPU time
+    (`adds`), which resolves what exceeds the noise of whole steps; and on CPUs, which resolves more, the CPU time
+    within a step of all that draws masks, corrupts and learns to propose, divided by that of the rest (`share`).
+    """
+    distributed.initialize()
+    device, world_size = distributed.device(), distributed.world_size()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = ModelConfig.model_validate({"preset": preset, "max_position_embeddings": max(512, sequence_length)})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(distributed.broadcast_object(scratch))
+        if distributed.rank() == 0:
+            make_corpus(folder / "corpus", rows=4_096, sequence_length=sequence_length)
+        distributed.barrier()
+        corpus = Corpus(folder / "corpus")
+        engine = create_engine(
+            bert_config(model, vocab_size=VOCABULARY, pad_id=SPECIAL.pad),
+            read_deepspeed_config(deepspeed_config_path(deepspeed)),
+            model=model,
+            batch=BatchConfig(global_size=micro_size * world_size, micro_size=micro_size),
+            optimizer=OptimizerConfig(),
+            accumulation=1,
+            seed=0,
+        )
+        engine.train()
+        proposer = Proposer(
+            MapNetConfig(), vocab_size=VOCABULARY, max_length=model.max_position_embeddings, seed=0, device=device
+        )
+        maskers = {
+            name: Masker.for_corpus(
+                corpus.manifest,
+                seed=0,
+                strategy=strategy,
+                parameters=_parameters(sampler=sampler, estimator=estimator, proposal=proposer.propose),
+                device=device,
+            )
+            for name, (strategy, sampler, estimator) in _CASES.items()
+        }
+        loader = Loader(
+            corpus,
+            seed=0,
+            global_size=micro_size * world_size,
+            rank=distributed.rank(),
+            world_size=world_size,
+            device=device,
+        )
+        batches = loader.batches()
+        elapsed: dict[str, list[float]] = {name: [] for name in maskers}
+        cpu_time: dict[str, list[float]] = {name: [] for name in maskers}
+        shares: dict[str, list[float]] = {name: [] for name in maskers}
+        names = list(maskers)
+        for round_ in range(rounds + 1):
+            # Another one first each time: what a step finds in the caches depends on the step before.
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                batch, masker = next(batches), maskers[name]
+                engine.module.observer = None
+                if name == "mapnet":
+                    proposer.attach(engine.module)
+                distributed.barrier()
+                distributed.wait_for_device()
+                masks = _Stopwatch()
+                with masks.on(Masker, "__call__"), masks.on(Proposer, "observe", "step"):
+                    start, cpu_start = time.perf_counter(), time.process_time()
+                    run_step(engine, masker, batch, micro_size, proposer if name == "mapnet" else None)
+                    if name == "mapnet":
+                        proposer.step()
+                    distributed.wait_for_device()
+                    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+                if round_:
+                    elapsed[name].append(seconds)
+                    cpu_time[name].append(cpu_seconds)
+                    shares[name].append(masks.seconds / (cpu_seconds - masks.seconds))
+        batches.close()
+    threads_used = f"cpu, {torch.get_num_threads()} threads"
+    figures: dict[str, Any] = {
+        "what": f"step of {preset}, L = {sequence_length}, {deepspeed}, {world_size} ranks × {micro_size} sequences",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads_used,
+        "versions": f"torch {torch.__version__}",
+        "rounds": rounds,
+        "uniform_seconds_median": statistics.median(elapsed["uniform"]),
+    }
+    for name in names[1:]:
+        for kind, times in (("", elapsed), ("_cpu_time", cpu_time)):
+            ratios = [own / uniform - 1 for own, uniform in zip(times[name], times["uniform"], strict=True)]
+            for statistic in (min, statistics.median, max):
+                figures[f"{name}_adds{kind}_{statistic.__name__}"] = statistic(ratios)
+    if device.type == "cpu":
+        for name in names:
+            for statistic in (min, statistics.median, max):
+                figures[f"{name}_share_{statistic.__name__}"] = statistic(shares[name])
+    return figures

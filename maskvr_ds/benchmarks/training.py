@@ -1,0 +1,222 @@
+"""`maskvr benchmark`: what loader, masking and training steps reach on this machine. Synthetic rows, real code.
+
+The loader is counted in rows per CPU-second of one thread; a training step in tokens per second, in model FLOPs, and in
+the share of what this machine's matrix products reach. Masks: benchmark_masks.py. The optimizer's step:
+benchmark_lamb.py.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from data_pipeline.shards import Corpus
+from maskvr_ds import train
+from maskvr_ds.benchmarks.corpus import make_corpus, one_thread, rows_per_cpu_second
+from maskvr_ds.benchmarks.lamb import lamb_cost
+from maskvr_ds.benchmarks.masks import masking_speed, strategy_cost
+from maskvr_ds.config import RunConfig, deepspeed_config_path
+from maskvr_ds.data.loader import Loader
+from maskvr_ds.engine.engine import model_dtype, read_deepspeed_config
+from maskvr_ds.runtime import distributed
+from maskvr_ds.telemetry.metrics import METRICS, read_lines
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command: measure, print, perhaps write JSON."""
+    length = arguments.sequence_length
+    if arguments.what == "loader":
+        figures = loader_speed(sequence_length=length)
+    elif arguments.what == "masking":
+        figures = masking_speed(strategy=arguments.strategy, sequence_length=length)
+    elif arguments.what == "masks":
+        figures = strategy_cost(
+            preset=arguments.preset,
+            deepspeed=arguments.deepspeed,
+            micro_size=arguments.micro_size,
+            rounds=arguments.rounds,
+            sequence_length=length,
+            threads=arguments.threads,
+        )
+    elif arguments.what == "lamb":
+        figures = lamb_cost(
+            preset=arguments.preset,
+            deepspeed=arguments.deepspeed,
+            against=arguments.against,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+        )
+    else:
+        figures = training_speed(
+            preset=arguments.preset,
+            deepspeed=arguments.deepspeed,
+            micro_size=arguments.micro_size,
+            steps=arguments.steps,
+            sequence_length=length,
+        )
+    if distributed.rank() != 0:
+        return 0
+    for name, value in figures.items():
+        print(f"{name:32} {value:,.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
+    """Shuffled rows out of a memory-mapped corpus into batches on the host."""
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        corpus = Corpus(make_corpus(Path(folder) / "corpus", rows=rows, sequence_length=sequence_length))
+        batches = Loader(corpus, seed=0, global_size=batch_size).batches()
+
+        def round_() -> int:
+            for _ in range(2000):
+                next(batches)
+            return 2000 * batch_size
+
+        figures = rows_per_cpu_second(round_)
+    return {"what": f"loader, L = {sequence_length}, batches of {batch_size}, {rows:,} rows", **figures}
+
+
+def matrix_product_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """Best of 10 of a large square product: 2n³ operations."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        _wait(device)
+        best = min(best, (time.perf_counter() - start) / 5)
+    return 2 * n**3 / best / 1e12
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _host_device_synchronisations(device: torch.device) -> Iterator[Callable[[], Counter[str]]]:
+    """Gives a function that counts, by file and line, where the host has waited for the GPU so far: implicitly (a value
+    read), or by synchronising.
+
+    Copies from pageable memory wait too, and are not seen here.
+    """
+    sites: Counter[str] = Counter()
+    if device.type != "cuda":
+        yield lambda: sites
+        return
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            sites[f"{caller.f_code.co_filename}:{caller.f_lineno}"] += 1
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    patches = [
+        mock.patch.object(owner, "synchronize", counting(owner.synchronize))
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+    ]
+    with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
+
+        def so_far() -> Counter[str]:
+            told = (f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+            return sites + Counter(told)
+
+        for patch in patches:
+            stack.enter_context(patch)
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield so_far
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def _before_each_step(count: Callable[[], Counter[str]]) -> Iterator[list[Counter[str]]]:
+    """Gives a list that has, after training, what `count` gave before each of its steps."""
+    counts: list[Counter[str]] = []
+    run_step = train.run_step
+
+    def counted(*args: Any, **options: Any) -> Any:
+        counts.append(count())
+        return run_step(*args, **options)
+
+    with mock.patch.object(train, "run_step", counted):
+        yield counts
+
+
+def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, sequence_length: int) -> dict[str, Any]:
+    """The training command itself on synthetic rows, one micro-batch a rank and step; 10 warm-up steps not counted.
+
+    Raises ValueError for fewer than 3 steps.
+    """
+    if steps < 3:
+        raise ValueError(f"--steps {steps}: at least 3 needed, to tell what happens in each")
+    distributed.initialize()
+    device, world_size = distributed.device(), distributed.world_size()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(distributed.broadcast_object(scratch))
+        if distributed.rank() == 0:
+            make_corpus(folder / "corpus", rows=50_000, sequence_length=sequence_length)
+        distributed.barrier()
+        values = {
+            "output_dir": folder / "run",
+            "deepspeed": deepspeed,
+            "data": {"path": folder / "corpus"},
+            "model": {"preset": preset, "max_position_embeddings": max(512, sequence_length)},
+            "batch": {"global_size": micro_size * world_size, "micro_size": micro_size},
+            "optimizer": {"name": "lamb", "lr": 4e-3},
+            "schedule": {"warmup_steps": min(10, steps)},
+            "training": {"steps": steps},
+            "evaluation": {"every_steps": 0},
+            "checkpoint": {"every_steps": 0},
+            "monitor": {"tensorboard": False},
+        }
+        with _host_device_synchronisations(device) as count, _before_each_step(count) as counts:
+            train.train(RunConfig.model_validate(values))
+        lines = read_lines(folder / "run" / METRICS)
+        distributed.barrier()
+    timed = lines[min(10, steps // 2) :]
+    dtype = model_dtype(read_deepspeed_config(deepspeed_config_path(deepspeed)))
+    peak = matrix_product_tflops(dtype, device)
+    tflops = statistics.median(line["model_tflops_per_rank"] for line in timed)
+    figures = {
+        "what": f"{preset}, L = {sequence_length}, {deepspeed}, {world_size} ranks × {micro_size} sequences",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": f"torch {torch.__version__}",
+        "tokens_per_second_median": statistics.median(line["tokens_per_second"] for line in timed),
+        "tokens_per_second_min": min(line["tokens_per_second"] for line in timed),
+        "tokens_per_second_max": max(line["tokens_per_second"] for line in timed),
+        "model_tflops_per_rank": tflops,
+        "matrix_product_tflops": peak,
+        "share_of_matrix_product_rate": tflops / peak,
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+    }
+    if device.type == "cuda":
+        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        # From the second step on: the first makes buffers.
+        between = {site: (n - counts[1][site]) / (steps - 2) for site, n in counts[-1].items()}
+        each_step = {site: n for site, n in between.items() if n >= 1}
+        figures["synchronisations_in_each_step"] = (
+            ", ".join(f"{site} × {n:g}" for site, n in each_step.items()) or "none"
+        )
+    return figures

@@ -1,0 +1,236 @@
+"""Going on from a checkpoint at another number of ranks, ZeRO stage or partitioning.
+
+DeepSpeed's own converter (deepspeed.checkpoint.ds_to_universal) puts the partitions of all ranks together, tensor by
+tensor; what comes out is written as one safetensors file, from which every rank copies its pieces to where
+partitions.py says that they lie. DeepSpeed's loader of universal checkpoints is not used: it cannot cross from stages
+1, 2 to 3 or back, unpickles a file a tensor on every rank, and gives all parameter groups the settings of the first.
+
+    RUN/checkpoints/.universal/
+        universal.safetensors     "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME": float32, whole tensors
+        checkpoint.json           of which checkpoint; counters; size and SHA-256 of the above
+
+It is made by rank 0 under `.converting/` and renamed when whole, so that a conversion that was killed has never begun;
+one that is there, and of the same checkpoint, is used again. The next save removes it.
+
+Collectives: `load` has DeepSpeed gather stage 3's persistent parameters; nothing else.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from maskvr_ds.optim.lamb import parameter_groups
+from maskvr_ds.optim.partitions import Layout, layout_of, trained
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
+
+UNIVERSAL = ".universal"
+CONVERTING = ".converting"
+TENSORS = "universal.safetensors"
+_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+# Of the engine, in DeepSpeed's file of the model.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+FLATTENED = "a fused optimizer (FP16_Optimizer), which keeps its master weights end to end"
+
+
+def same_layout(was: CheckpointState, now: CheckpointState) -> bool:
+    """Whether DeepSpeed can load the checkpoint as it is. At stage 0 every rank has everything."""
+    if was.zero_stage == now.zero_stage == 0:
+        return True
+    return (was.world_size, was.zero_stage, was.partitions) == (now.world_size, now.zero_stage, now.partitions)
+
+
+def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState) -> Path:
+    """A verified checkpoint → the folder of its universal form, under `run`. On one rank.
+
+    Raises CheckpointError where there is no room on the disk, and where DeepSpeed's files have another form.
+    """
+    source = checkpoints.sha256(folder / checkpoints.MANIFEST)
+    target, temporary = run / checkpoints.FOLDER / UNIVERSAL, run / checkpoints.FOLDER / CONVERTING
+    if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
+        print(f"conversion of {folder} found in {target}", flush=True)
+        return target
+    print(
+        f"converting {folder}: written by {was.world_size} ranks at ZeRO stage {was.zero_stage}, "
+        f"read by {now.world_size} at stage {now.zero_stage}",
+        flush=True,
+    )
+    for rest in (target, temporary):
+        shutil.rmtree(rest, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # DeepSpeed's converter writes every tensor twice, as fragments and whole.
+    checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
+    tensors, content = (_from_partitions if was.zero_stage else _from_whole)(folder, temporary / "pieces")
+    shutil.rmtree(temporary / "pieces", ignore_errors=True)
+    save_file(tensors, temporary / TENSORS)
+    checkpoints.write_manifest(temporary, {"source": source, **content})
+    temporary.rename(target)
+    checkpoints.synchronise(target.parent)
+    print(f"converted: {len(tensors)} tensors in {target}", flush=True)
+    return target
+
+
+def remove(run: Path) -> None:
+    """Delete what a conversion has left."""
+    for name in (UNIVERSAL, CONVERTING):
+        shutil.rmtree(run / checkpoints.FOLDER / name, ignore_errors=True)
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    """DeepSpeed's own file, of a checkpoint that was verified: named and hashed in its manifest."""
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Stages 1 to 3 → tensors by "kind/NAME"; step, loss scale and counters."""
+    from deepspeed.checkpoint.ds_to_universal import main as to_universal
+
+    arguments = Namespace(
+        input_folder=str(folder),
+        output_folder=str(work),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        with _silence():
+            to_universal(arguments)
+    except (AssertionError, LookupError, NotImplementedError, AttributeError) as error:
+        # What it runs into where files have another form than it knows, as another version of DeepSpeed may write.
+        raise CheckpointError(f"{folder}: DeepSpeed could not convert it: {error!r}") from error
+    tensors = {}
+    for path in sorted((work / "zero").rglob("*.pt")):
+        if path.stem in _KINDS:
+            name = path.parent.relative_to(work / "zero").as_posix()
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            tensor = content["param"] if isinstance(content, dict) else content
+            tensors[f"{path.stem}/{name}"] = tensor.float().contiguous()
+    model = _unpickle(min(folder.glob("*_model_states.pt")))
+    optimizer = _unpickle(min(folder.glob("*_optim_states.pt")))["optimizer_state_dict"]
+    inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
+    scaler = optimizer.get("loss_scaler")
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    # Tied parameters come under their second name too; at stage 3 all come flat.
+    named = [(key, key.partition("/")[2], t) for key, t in tensors.items()]
+    tensors = {key: t.view(shapes[name]) for key, name, t in named if name in shapes}
+    return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
+
+
+def _from_whole(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The same from stage 0, where every rank has everything: in fp32 the model's weights are the masters, in bf16
+    DeepSpeed keeps these tensor by tensor beside them."""
+    model = _unpickle(folder / "mp_rank_00_model_states.pt")
+    outer = model["optimizer"]
+    if "fp32_groups_flat" in outer:
+        raise CheckpointError(f"{folder}: stage 0 in bf16 with {FLATTENED}; resume at stage 0")
+    inner = outer.get("optimizer_state_dict", outer)
+    tensors = {}
+    for number, group in enumerate(inner["param_groups"]):
+        for place, (index, name) in enumerate(zip(group["params"], group["param_names"], strict=True)):
+            master = outer["fp32_groups"][number][place] if "fp32_groups" in outer else model["module"][name]
+            tensors[f"fp32/{name}"] = master.detach().clone()
+            for kind in _KINDS[1:]:
+                # torch's optimizers make them at their first step.
+                moment = inner["state"].get(index, {}).get(kind)
+                tensors[f"{kind}/{name}"] = torch.zeros_like(master) if moment is None else moment.clone()
+    return tensors, _content(inner, model, {})
+
+
+def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str, Any]) -> dict[str, Any]:
+    state = optimizer["state"]
+    first: dict[str, Any] = next(iter(state.values() if isinstance(state, dict) else state), {})
+    # FusedAdam counts in the group.
+    step = first["step"] if "step" in first else optimizer["param_groups"][0].get("step", 0)
+    return {
+        "step": int(step),
+        "counters": {name: int(model[name]) for name in _COUNTERS},
+        "loss_scaler": {k: v for k, v in scaler.items() if isinstance(v, bool | int | float)},
+    }
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed's converter prints a line a step and two progress bars."""
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+        stderr, sys.stderr = sys.stderr, nothing
+        try:
+            yield
+        finally:
+            sys.stderr = stderr
+
+
+def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Copy a universal form into the engine, whatever its stage and ranks. Every rank calls."""
+    content = checkpoints.read_manifest(universal)
+    zero = engine.optimizer
+    optimizer = engine.basic_optimizer
+    if isinstance(zero, FP16_Optimizer):
+        raise CheckpointError(f"going on at stage 0 in bf16 with {FLATTENED}; resume at stage 1, 2 or 3")
+    given = [p for group in parameter_groups(engine.module) for _, p in group["params"]]
+    layout = layout_of(engine, trained([{"params": given}]), optimizer.param_groups)
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        zero.checkpoint_event_prologue()  # every parameter is partitioned, the small ones too
+    with safe_open(universal / TENSORS, framework="pt") as file, torch.no_grad():
+        expected = {f"{kind}/{name}" for kind in _KINDS for name in layout.names}
+        if unlike := expected.symmetric_difference(file.keys()):
+            raise CheckpointError(f"{universal}: of another model: {', '.join(sorted(unlike)[:3])}")
+        for flat, partition in layout.partitions.items():
+            state = _state_of(optimizer, flat)
+            for kind in _KINDS:
+                target = flat.detach() if kind == "fp32" else state[kind]
+                for fragment in partition.fragments:
+                    whole = file.get_tensor(f"{kind}/{layout.names[fragment.tensor]}").view(-1)
+                    here = fragment.of_partition(target)
+                    here.copy_(whole.narrow(0, fragment.tensor_start, fragment.length).view(here.shape))
+            _set_step(state, content["step"])
+        _fill_model(layout, stage, lambda name: file.get_tensor(f"fp32/{name}"))
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = content["step"]
+    if stage == 3:
+        zero.checkpoint_event_epilogue()
+    if engine.fp16_enabled():
+        vars(zero.loss_scaler).update(content["loss_scaler"])
+    for name in _COUNTERS:
+        setattr(engine, name, content["counters"][name])
+
+
+def _state_of(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
+    """The state of a partition, made where the optimizer has not stepped yet: Lamb's is there, torch's is not."""
+    state = optimizer.state[flat]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state |= {kind: torch.zeros_like(flat) for kind in _KINDS[1:]}
+    return state
+
+
+def _set_step(state: dict[str, Any], step: int) -> None:
+    if isinstance(state.get("step"), torch.Tensor):
+        state["step"].fill_(step)
+    elif "step" in state:
+        state["step"] = step
+
+
+def _fill_model(layout: Layout, stage: int, whole: Callable[[str], torch.Tensor]) -> None:
+    """The weights that the model computes with, rounded from the masters."""
+    if stage == 3:
+        for flat, partition in layout.partitions.items():
+            for fragment in partition.fragments:
+                fragment.of_model(layout.tensors[fragment.tensor]).copy_(fragment.of_partition(flat))
+        return
+    for name, tensor in zip(layout.names, layout.tensors, strict=True):
+        tensor.copy_(whole(name))

@@ -1,0 +1,139 @@
+"""The model that a run trains: its sizes given, by preset, or those of an existing model. Loads no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, model_validator
+
+from maskvr_ds.config.loading import Section
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+# Layers, hidden size, heads: Turc et al. 2019 (arXiv 1908.08962), base and large: Devlin et al. 2018.
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "bert-tiny": (2, 128, 2),
+    "bert-mini": (4, 256, 4),
+    "bert-small": (4, 512, 8),
+    "bert-medium": (8, 512, 8),
+    "bert-base": (12, 768, 12),
+    "bert-large": (24, 1024, 16),
+}
+_OF_PRESET = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+
+BERT_CONFIG = "config.json"
+# What of an existing model's config.json the weights are made for, with what a file without the key means.
+_FIXED: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+}
+# What a run may have otherwise.
+_FREE: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+# Values with which a model is the one that is trained here; the first is that of a file without the key.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+}
+
+
+def read_bert_config(folder: Path) -> dict[str, Any] | None:
+    """A Hugging Face folder's config.json, checked to be of a BERT that can be trained here; None where there is none.
+
+    Raises ValueError naming the key.
+    """
+    path = folder / BERT_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object expected, found {type(content).__name__}")
+    for key, allowed in _ONLY.items():
+        if (value := content.get(key, allowed[0])) not in allowed:
+            expected = "no such key" if allowed[0] is None else repr(allowed[0])
+            raise ValueError(
+                f"{path}: {key} is {value!r}, {expected} expected: only weights of transformers' BertForMaskedLM can "
+                "be gone on with"
+            )
+    return content
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """Fields of ModelConfig that an existing model's config.json gives; none where there is no such file."""
+    content = read_bert_config(folder)
+    if content is None:
+        return {}
+    return {key: content.get(key, default) for key, default in {**_FIXED, **_FREE}.items()}
+
+
+class ModelConfig(Section):
+    """transformers' BertConfig; the vocabulary comes from the corpus. A preset gives sizes, fields override it."""
+
+    preset: Literal["bert-tiny", "bert-mini", "bert-small", "bert-medium", "bert-base", "bert-large"] | None = None
+    # A Hugging Face folder (config.json, model.safetensors) whose weights the run begins with; the sizes below are then
+    # the folder's, and only dropout may differ. A resume needs it no more, so it may be missing when this is read.
+    initialize_from: Path | None = None
+    num_hidden_layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    num_attention_heads: PositiveInt = 12
+    # None: 4 × hidden_size.
+    intermediate_size: PositiveInt | None = None
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+    max_position_embeddings: PositiveInt = 512
+    type_vocab_size: PositiveInt = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take_sizes(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Where the section has no size: the preset's, then the folder's. Those that it has must be the folder's."""
+        if not isinstance(values, Mapping):
+            return validate(values)
+        values = dict(values)
+        preset = values.get("preset")
+        if preset in PRESETS:
+            values = {**dict(zip(_OF_PRESET, PRESETS[preset], strict=True)), **values}
+        folder = values.get("initialize_from")
+        sizes = {}
+        if isinstance(folder, (str, Path)):
+            sizes = _sizes(Path(folder))
+            values = {**sizes, **{key: v for key, v in values.items() if v is not None or key not in _FIXED}}
+        model = validate(values)
+        for key in _FIXED:
+            if key in sizes and (given := getattr(model, key)) != sizes[key]:
+                by_preset = f" (preset {preset})" if preset and key in _OF_PRESET else ""
+                raise ValueError(
+                    f"{key} is {given!r}{by_preset}, and {folder}/{BERT_CONFIG} has {sizes[key]!r}: its weights are "
+                    f"made for that; leave it{' and preset' if by_preset else ''} out, or set it to null"
+                )
+        return model
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        # Of a folder that is gone the sizes are not known here, but to the checkpoint.
+        known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
+        if known and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Corpus to batches: data order, mixtures, vocabulary statistics."""

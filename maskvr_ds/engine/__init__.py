@@ -1,0 +1,1 @@
+"""The DeepSpeed engine: the only package that initialises or patches DeepSpeed."""

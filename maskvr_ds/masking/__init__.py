@@ -1,0 +1,1 @@
+"""Which tokens are predicted: strategies, samplers, estimators, the mask proposal network."""

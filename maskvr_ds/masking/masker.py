@@ -1,0 +1,177 @@
+"""Masks: strategies choose what is predicted and with which weights; here corruption, and digests of both.
+
+B sequences, L positions, K predictions a sequence, V vocabulary. A row without a maskable position gets no prediction;
+the caller counts such rows. A mask is a function of (seed, epoch, sample id, position) and of π alone (strategies.py):
+not of rank, world size, batch layout, device or call order.
+
+Nothing here waits for the device: K, the width of the result, follows from L and the rate alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from data_pipeline.shards import Manifest
+from maskvr_ds import hashing
+from maskvr_ds.data.batch import MaskedBatch, TokenBatch
+from maskvr_ds.masking.pareto import POSITION_BITS, pareto_sample
+from maskvr_ds.masking.strategies import (
+    CORRUPTION,
+    STRATEGIES,
+    Parameters,
+    Rows,
+    maximum_predictions,
+    prediction_counts,
+    row_keys,
+)
+
+__all__ = [
+    "STRATEGIES",
+    "Corruption",
+    "Masker",
+    "data_digest",
+    "mask_digest",
+    "maximum_predictions",
+    "pareto_sample",
+    "prediction_counts",
+    "row_keys",
+]
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What stands at a position to predict: [MASK], a random ordinary token, or (the rest) the token itself."""
+
+    mask_probability: float = 0.8
+    random_probability: float = 0.1
+
+
+class Masker:
+    """Draws masks and corrupts inputs on the device that the batch lies on.
+
+    Args:
+        vocab_size, mask_id, special_ids: of the tokenizer; special tokens are neither masked nor put in at random.
+        sequence_length: L.
+        seed: keys the masks, together with epoch and sample id.
+        strategy: a name in STRATEGIES. parameters: what it needs, on any device.
+        rate: share of the maskable positions to predict; `set_rate` changes it within [rate, final_rate].
+        final_rate: None where the rate does not change.
+        corruption: what the model sees in their place.
+        device: where batches will lie.
+
+    Raises ValueError for an unknown strategy, a rate outside (0, 1), or L above 4,096.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        mask_id: int,
+        special_ids: Sequence[int],
+        sequence_length: int,
+        seed: int,
+        strategy: str = "uniform",
+        parameters: Parameters | None = None,
+        rate: float = 0.15,
+        final_rate: float | None = None,
+        corruption: Corruption | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"masking.strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
+        for name, value in (("rate", rate), ("final_rate", rate if final_rate is None else final_rate)):
+            if not 0 < value < 1:
+                raise ValueError(f"masking.{name} is {value}; it must lie between 0 and 1, both excluded")
+        if sequence_length > 1 << POSITION_BITS:
+            raise ValueError(f"sequences of {sequence_length} tokens; masks are drawn for at most {1 << POSITION_BITS}")
+        self.strategy = STRATEGIES[strategy]
+        self.parameters = (parameters or Parameters()).to(device)
+        self.rate, self.final_rate = rate, final_rate
+        self._greatest_rate = max(rate, final_rate or rate)
+        self.seed = seed
+        self.mask_id = mask_id
+        corruption = corruption or Corruption()
+        # Thresholds on 24 random bits.
+        self._mask_below = round(corruption.mask_probability * 2**24)
+        self._random_below = round((corruption.mask_probability + corruption.random_probability) * 2**24)
+        self.maximum_predictions = maximum_predictions(sequence_length, self._greatest_rate)
+        special = torch.zeros(vocab_size, dtype=torch.bool)
+        special[list(special_ids)] = True
+        self._maskable_ids = (~special).to(device)
+        self._ordinary_ids = torch.nonzero(~special).squeeze(1).to(device)
+
+    @classmethod
+    def for_corpus(cls, manifest: Manifest, **options: Any) -> Self:
+        """A masker for the corpus' vocabulary and length. options: those of __init__."""
+        special = manifest.special_tokens
+        return cls(
+            vocab_size=manifest.vocab_size,
+            mask_id=special.mask,
+            special_ids=special.all,
+            sequence_length=manifest.sequence_length,
+            **options,
+        )
+
+    def set_rate(self, rate: float) -> None:
+        """The rate from now on."""
+        assert 0 < rate <= self._greatest_rate, (rate, self._greatest_rate)
+        self.rate = rate
+
+    def maskable(self, batch: TokenBatch) -> torch.Tensor:
+        """bool [B, L]: which positions hold ordinary tokens."""
+        # index_select: the same as indexing with a tensor, and three times as fast on a CPU.
+        ids = batch.input_ids.long()
+        return self._maskable_ids.index_select(0, ids.view(-1)).view_as(ids)
+
+    def __call__(self, batch: TokenBatch) -> MaskedBatch:
+        """Choose positions, take the labels away, corrupt: see the module's text. All on batch's device."""
+        input_ids = batch.input_ids.long()
+        maskable = self.maskable(batch)
+        n = maskable.sum(1)
+        rows = Rows(
+            batch=batch,
+            input_ids=input_ids,
+            maskable=maskable,
+            n=n,
+            counts=prediction_counts(n, self.rate),
+            seed=self.seed,
+            keys=row_keys(self.seed, batch)[:, None],
+            width=self.maximum_predictions,
+        )
+        choice = self.strategy(rows, self.parameters)
+        positions, used = choice.positions, choice.used
+        labels = input_ids.gather(1, positions)
+        replaced = self._corrupt(labels, hashing.stream(rows.keys, positions + CORRUPTION))
+        sampling = choice.sampling_weights
+        return MaskedBatch(
+            input_ids=input_ids.scatter(1, positions, torch.where(used, replaced, labels)),
+            positions=positions,
+            labels=labels,
+            weights=torch.where(used, choice.weights, 0.0).float(),
+            attention_mask=batch.attention_mask,
+            sampling_weights=None if sampling is None else sampling.float(),
+        )
+
+    def _corrupt(self, labels: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        """What stands in the place of `labels` (int64 [B, K]), by hash bits of the same shape and dtype."""
+        # One hash serves twice: the upper 24 bits say what happens, the lower 32 which random token, by
+        # multiplication instead of a remainder (Lemire 2019); both are even to better than 2^-12 relative.
+        kind = (bits >> 40) & 0xFF_FFFF
+        draw = ((bits & 0xFFFF_FFFF) * len(self._ordinary_ids)) >> 32
+        random_ids = self._ordinary_ids.index_select(0, draw.view(-1)).view_as(labels)
+        kept_or_random = torch.where(kind < self._random_below, random_ids, labels)
+        return kept_or_random.masked_fill_(kind < self._mask_below, self.mask_id)
+
+
+def data_digest(batch: TokenBatch) -> torch.Tensor:
+    """Order-free int64 sum (wrapping) over rows of hash(epoch, sample id): scalar tensor. Sums add over ranks."""
+    return row_keys(0, batch).sum()
+
+
+def mask_digest(batch: TokenBatch, masked: MaskedBatch) -> torch.Tensor:
+    """Order-free int64 sum (wrapping) over rows of hash(epoch, sample id, set of masked positions): scalar."""
+    position_hash = hashing.stream(0, masked.positions)
+    chosen = torch.where(masked.weights != 0, position_hash, 0).sum(1)
+    return hashing.mix(row_keys(0, batch) ^ hashing.mix(chosen)).sum()

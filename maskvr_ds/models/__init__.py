@@ -1,0 +1,1 @@
+"""Encoders, prediction heads, losses, pretrained weights."""

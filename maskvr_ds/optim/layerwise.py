@@ -1,0 +1,339 @@
+"""What LAMB and LARS share: steps scaled by the trust ratios of whole tensors, wherever their pieces lie.
+
+Collective: one all-reduce (sum) per optimizer step, over the data-parallel group, of one fp32 vector of 2 × tensors
+values: Σw² of every tensor, then Σu² of every tensor. None where each rank holds whole tensors (no DeepSpeed, ZeRO 0).
+
+Shapes: T tensors being trained.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, groupby
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+
+from maskvr_ds.optim.partitions import Fragment, Partition, trained, whole_tensors
+from maskvr_ds.optim.variants import Variant
+
+# Summing squares of fp32 in one go loses digits on CPUs: 4e-4 relative for a vocabulary embedding. Norms are
+# therefore taken over pieces of this many elements, and then over the pieces' norms.
+NORM_CHUNK = 1 << 20
+# Launching an operation takes a GPU's host longer than the GPU takes for a bias. So in partitions of small tensors, of
+# fewer elements on average than the first, ratios are spread over the elements. The index for that is kept, hence the
+# second: only for partitions up to so many elements.
+_SPREAD_BELOW, _SPREAD_AT_MOST = 1 << 15, 1 << 22
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What some partitions of one parameter group are about to subtract."""
+
+    partitions: list[Tensor]  # those that have had their turn
+    updates: list[Tensor]  # u, laid out like them
+    layouts: list[Partition]  # what lies where in them
+    lr: float
+    adapted: bool
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        return [fragment for layout in self.layouts for fragment in layout.fragments]
+
+    def views(self, flats: list[Tensor]) -> list[Tensor]:
+        """The fragments of `partitions` or `updates`, one behind the other."""
+        return [view for layout, flat in zip(self.layouts, flats, strict=True) for view in layout.views(flat)]
+
+
+class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
+    """Base class. A subclass says what its state is and how u is made of it; this one scales u and subtracts it."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
+        if defaults["lr"] < 0.0:
+            raise ValueError(f"lr = {defaults['lr']}: the learning rate must be at least 0")
+        if defaults["weight_decay"] < 0.0:
+            raise ValueError(f"weight_decay = {defaults['weight_decay']}: must be at least 0")
+        self.variant = variant
+        self._bound = False
+        self._given: list[dict[str, Any]] = []  # the groups' settings as constructed
+        self._pending: list[_Update] = []
+        self._trust_ratios: Tensor | None = None
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._refuse_after_zero("get another parameter group")
+        param_group["group_index"] = len(self.param_groups)
+        super().add_param_group(param_group)
+        self._given.append({k: v for k, v in self.param_groups[-1].items() if k not in ("params", "param_names")})
+        self._layout = whole_tensors(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_after_zero("be copied or pickled")
+        return {**super().__getstate__(), "variant": self.variant, "_given": self._given}
+
+    def _refuse_after_zero(self, what: str) -> None:
+        """What takes the tensors of `param_groups` for the model's must not happen once DeepSpeed has replaced them."""
+        given = trained([{"params": self._layout.tensors}]) if "_layout" in self.__dict__ else []
+        if given and set(trained(self.param_groups)) != set(given):
+            raise RuntimeError(
+                f"{type(self).__name__} cannot {what} any more: DeepSpeed has replaced its parameters by partitions or "
+                "master weights. Do it before deepspeed.initialize, or use state_dict()"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch calls this to load a state dict too; only a copied or unpickled optimizer lacks a layout.
+        super().__setstate__(state)
+        if "_layout" not in self.__dict__:
+            self._bound, self._pending, self._trust_ratios = False, [], None
+            self._layout = whole_tensors(self.param_groups)
+
+    @property
+    def trust_ratios(self) -> Tensor | None:
+        """Trust ratios of the last step: fp32 [T] on the device of the optimizer's state, equal on all ranks, in the
+        order of `tensor_names`; 1 for tensors without a gradient. None before the first step.
+
+        DeepSpeed fills missing gradients with zeros: such a tensor decays, by its ratio 1/λ a factor 1 − η a step."""
+        return self._trust_ratios
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the T tensors: DeepSpeed's after `bind`, else those given, else "group.position"."""
+        return self._layout.names
+
+    @abstractmethod
+    def _new_state(self, partition: Tensor) -> dict[str, Any]:
+        """State of a partition before its first step."""
+
+    @abstractmethod
+    def _advance(self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor]) -> None:
+        """Take the gradients into the moments."""
+
+    @abstractmethod
+    def _updates(self, group: dict[str, Any], partitions: list[Tensor], step: int) -> list[Tensor]:
+        """u of step number `step` (1-based), shaped like the partitions."""
+
+    def _rate(self, group: dict[str, Any], step: int) -> float:
+        """η of step number `step` (1-based)."""
+        return group["lr"]
+
+    def _adapts(self, group: dict[str, Any]) -> bool:
+        return self.variant.adapt_undecayed or group["weight_decay"] != 0
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimizer step; `closure`, if given, recomputes the loss, which is returned.
+
+        ZeRO calls this once per parameter group (stages 1, 2) or sub-group (stage 3), the others hidden from
+        `param_groups`. The updates wait until the last one is in, so that all of them share one all-reduce.
+
+        Raises:
+            RuntimeError: not bound under ZeRO; sparse gradients; a ZeRO step that was broken off half-way.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._knows_parameters():
+            return loss
+        self._restore_groups()
+        earlier_calls = len(self._pending)
+        scale = self._gradient_scale()
+        for group in self.param_groups:
+            self._accumulate(group, scale)
+        sharded = self._layout.process_group is not None
+        if not sharded or sum(len(u.partitions) for u in self._pending) == len(self._layout.partitions):
+            self._apply(earlier_calls)
+        return loss
+
+    def _knows_parameters(self) -> bool:
+        """True if `param_groups` holds what the layout describes; False for DeepSpeed's initial dry step."""
+        held = trained(self.param_groups)
+        if all(p in self._layout.partitions for p in held):
+            return True
+        given = trained([{"params": self._layout.tensors}])
+        whole = not any(hasattr(t, "ds_tensor") for t in given)
+        if whole and not self.state and [p.shape for p in held] == [t.shape for t in given]:
+            # FP16_UnfusedOptimizer (ZeRO 0 in bf16) swaps in fp32 master weights and steps once on zero
+            # gradients while `deepspeed.initialize` runs, only to allocate the state. A real step would decay
+            # the weights: with g = 0, u = λw and the ratio 1/λ take away η·w. The next call needs `bind`.
+            for p in held:
+                self._state_of(p)
+            return False
+        raise RuntimeError(
+            f"The tensors in param_groups are not the ones {type(self).__name__} was given: DeepSpeed replaced them by "
+            "flat partitions or master weights, whose norms mean nothing. Call maskvr_ds.lamb.bind(engine) once, right "
+            "after deepspeed.initialize."
+        )
+
+    def _restore_groups(self) -> None:
+        """Undo what DeepSpeed does on loading a universal checkpoint at stage 3: it gives all groups the settings of
+        the first, weight decay for instance (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""
+        indices = [group.get("group_index") for group in self.param_groups]
+        if indices.count(indices[0]) < 2 or indices[0] is None:  # None: loaded from another optimizer's state
+            return
+        warnings.warn("parameter groups lost their settings in loading; restored as constructed", stacklevel=3)
+        rates = [group["lr"] for group in self.param_groups]
+        first = self._given[0]["lr"]
+        for group, given in zip(self.param_groups, self._given, strict=True):
+            # Rates that differ were set after loading; equal ones were, like all else, those of the first group.
+            scale = given["lr"] / first if len(set(rates)) == 1 and first else 1.0
+            group.update(given, lr=group["lr"] * scale)
+
+    def _state_of(self, partition: Tensor) -> dict[str, Any]:
+        state = self.state[partition]
+        if not state:
+            state.update(self._new_state(partition))
+        return state
+
+    def _gradient_scale(self) -> Tensor | None:
+        """What brings the joint gradient norm down to `max_grad_norm`: fp32 scalar; None where DeepSpeed does it."""
+        if self._bound or self.variant.max_grad_norm == 0:
+            return None
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return None
+        norm = _squared_norms([gradients], range(len(gradients)), len(gradients), gradients[0].device).sum().sqrt()
+        return (self.variant.max_grad_norm / norm).clamp(max=1.0)
+
+    def _accumulate(self, group: dict[str, Any], scale: Tensor | None) -> None:
+        """Update the moments of one group's partitions and leave their u in `_pending`."""
+        partitions: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        if any(p is waiting for u in self._pending for waiting in u.partitions for p in partitions):
+            raise RuntimeError(f"{type(self).__name__}.step came twice for one partition before all had their turn")
+        if any(cast(Tensor, p.grad).is_sparse for p in partitions):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use Embedding(sparse=False)")
+        # All in one, but for tensors that had no gradient in some step.
+        steps = {p: self._state_of(p)["step"] + 1 for p in partitions}
+        for step, members in groupby(sorted(partitions, key=steps.__getitem__), key=steps.__getitem__):
+            chosen = list(members)
+            gradients = [cast(Tensor, p.grad) for p in chosen]
+            if scale is not None:
+                gradients = list(torch._foreach_mul(gradients, scale))
+            for p in chosen:
+                self.state[p]["step"] = step
+            self._advance(group, chosen, gradients)
+            del gradients  # scaled ones would stand beside u
+            updates = self._updates(group, chosen, step)
+            layouts = [self._layout.partitions[p] for p in chosen]
+            self._pending.append(_Update(chosen, updates, layouts, self._rate(group, step), self._adapts(group)))
+
+    def _apply(self, earlier_calls: int) -> None:
+        """Scale the pending updates by their trust ratios and subtract them from the weights.
+
+        The first `earlier_calls` entries came in before the current call of `step()`: ZeRO has already copied
+        those partitions, not yet updated, into the model's weights, so they are copied once more.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        layout, device = self._layout, pending[0].partitions[0].device
+        weights = [entry.views(entry.partitions) for entry in pending]
+        updates = [entry.views(entry.updates) for entry in pending]
+        lists = [list(chain.from_iterable(views)) for views in (weights, updates)]
+        indices = [fragment.tensor for entry in pending for fragment in entry.fragments]
+        squares = _squared_norms(lists, indices, len(layout.tensors), device).view(-1)
+        weight_squares, update_squares = layout.all_reduce(squares).chunk(2)
+        ratios = (weight_squares.sqrt() / update_squares.sqrt()).clamp(self.variant.min_ratio, self.variant.max_ratio)
+        # NaN stays NaN: a run that has diverged shall show it.
+        ratios = torch.where((weight_squares == 0) | (update_squares == 0), 1.0, ratios)
+        for entry in pending:
+            if not entry.adapted:
+                for partition in entry.layouts:
+                    # By index ranges, not by an index tensor: that would have to be copied to the device.
+                    for first, last in _ranges(partition.members):
+                        ratios[first:last] = 1.0
+        self._trust_ratios = ratios
+
+        for number, entry in enumerate(pending):
+            _subtract(entry, weights[number], updates[number], ratios)
+            if number < earlier_calls and weights[number]:
+                targets = [fragment.of_model(layout.tensors[fragment.tensor]) for fragment in entry.fragments]
+                torch._foreach_copy_(targets, weights[number])
+
+
+def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], ratios: Tensor) -> None:
+    """w ← w − η · ratio · u. weights, updates: the views of the entry's fragments; ratios: fp32 [T]."""
+    single: list[int] = []  # of the fragments, those that are not done with their whole partition
+    first = 0
+    for flat, update, layout in zip(entry.partitions, entry.updates, entry.layouts, strict=True):
+        count = len(layout.fragments)
+        if _spreads(layout, flat.device):
+            end = layout.end
+            owners = _owners(tuple((f.tensor, f.length) for f in layout.fragments), flat.device)
+            spread = ratios.index_select(0, owners).to(flat.dtype)
+            flat.narrow(0, 0, end).addcmul_(update.narrow(0, 0, end), spread, value=-entry.lr)
+        else:
+            single += range(first, first + count)
+        first += count
+    if single:
+        by_tensor, fragments = ratios.unbind(), entry.fragments
+        scales = [by_tensor[fragments[i].tensor] for i in single]
+        torch._foreach_addcmul_([weights[i] for i in single], [updates[i] for i in single], scales, value=-entry.lr)
+
+
+def _spreads(layout: Partition, device: torch.device) -> bool:
+    """Whether ratios are spread over a partition's elements. Not on a CPU, where it would only take memory."""
+    count, end = len(layout.fragments), layout.end
+    return device.type != "cpu" and count > 1 and end <= min(_SPREAD_BELOW * count, _SPREAD_AT_MOST) and layout.is_dense
+
+
+@lru_cache(maxsize=64)
+def _owners(fragments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(tensor, length) of fragments → int32 [Σ length]: the tensor of every element."""
+    tensors, lengths = torch.tensor(fragments).unbind(1)
+    return tensors.int().repeat_interleave(lengths).to(device)
+
+
+def _squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Σx² of each view at the index of its tensor, 0 elsewhere: fp32 [len(lists), count].
+
+    lists: views, in all of them the same shapes, of the tensors that `indices` names.
+    """
+    if not indices:
+        return torch.zeros((len(lists), count), device=device)
+    chunks = [
+        chunk
+        for x in chain.from_iterable(lists)
+        for chunk in (x.flatten().split(NORM_CHUNK) if x.numel() > NORM_CHUNK else (x,))
+    ]
+    norms = torch.stack(torch._foreach_norm(chunks, 2, dtype=torch.float32)).view(len(lists), -1)
+    numbers = tuple(max(1, -(-x.numel() // NORM_CHUNK)) for x in lists[0])
+    # One zero more, for tensors of fewer chunks than others.
+    norms = torch.nn.functional.pad(norms, (0, 1))
+    return norms[:, _chunks_of(tuple(indices), numbers, count, device)].square().sum(2)
+
+
+@lru_cache(maxsize=64)
+def _chunks_of(indices: tuple[int, ...], numbers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Where each tensor's chunks are in the list of all: int64 [count, most chunks of one], −1 behind the last.
+
+    indices: the tensor of each view; numbers: its chunks. Adding up by a table is the same on every device in every
+    run, which adding by index is not.
+    """
+    places: list[list[int]] = [[] for _ in range(count)]
+    start = 0
+    for index, number in zip(indices, numbers, strict=True):
+        places[index] += range(start, start + number)
+        start += number
+    most = max(map(len, places))
+    return torch.tensor([p + [-1] * (most - len(p)) for p in places], device=device)
+
+
+def _ranges(indices: list[int]) -> list[tuple[int, int]]:
+    """Sorted indices as ranges [first, last)."""
+    ranges: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return ranges

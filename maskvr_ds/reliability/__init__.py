@@ -1,0 +1,1 @@
+"""Fault tolerance: divergence guard, signals, watchdog, local launcher."""

@@ -1,0 +1,200 @@
+"""What becomes of a step whose loss or gradient norm is not finite, or far above the median of late.
+
+1. Its update is left out: neither weights nor moments see it (MAPNet learns from those of its gradient norms that are
+   finite). The loss is known to all ranks before the optimizer steps, and so is the norm that DeepSpeed has taken by
+   then; the optimizer's step is held back between the two.
+2. Where more than `skip_updates` of the last `history` steps were so, the run goes back to its last checkpoint, and
+   passes over the batches of those steps from there on. After `max_rollbacks` to one checkpoint it ends.
+3. Nothing is saved after a step whose update was left out: the fault may be the weights'. What is due is saved after
+   the next good step; a phase that would end on such a step goes back too.
+
+A resume is exact: figures and bad steps of late stand in the checkpoint, roll-backs in RUN/rollbacks.json, which is
+written before the run goes back; which batches are read is a function of the roll-backs and of the number trained.
+
+No collective: all ranks hold the same figures. The host waits for the loss of every step.
+"""
+
+import itertools
+import json
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskvr_ds.config.reliability import DivergenceConfig
+from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.data.loader import Loader
+
+ROLLBACKS = "rollbacks.json"
+Window = tuple[int, int]
+
+
+class DivergedError(ArithmeticError):
+    """The run goes back. Raised on every rank alike, at the end of a step."""
+
+    def __init__(self, step: int, reason: str, windows: list[Window]) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.reason, self.windows = step, reason, windows
+
+
+class Guard:
+    """Judges the steps of one phase.
+
+    Args:
+        config: the section. restored: `state` of the checkpoint that the phase goes on from; empty: it begins.
+    """
+
+    def __init__(self, config: DivergenceConfig, restored: dict[str, Any]) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(restored.get("losses", ()), config.history)
+        self._norms: deque[float] = deque(restored.get("norms", ()), config.history)
+        # (step, number of its batch in the phase) of those that were left out.
+        self._bad: list[tuple[int, int]] = [(step, batch) for step, batch in restored.get("bad", ())]
+        self._loss = 0.0
+        self._held = False
+        # Why the last update was left out.
+        self._fault: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of it, in JSON types."""
+        return {"losses": list(self._losses), "norms": list(self._norms), "bad": self._bad}
+
+    def attach(self, engine: Any) -> None:
+        """From now on the engine's optimizer steps only where loss and norm allow it. ZeRO calls it once a group."""
+        if not self._config.enabled:
+            return
+        optimizer = engine.basic_optimizer
+        update = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self._held and self._reason(self._norm_of(engine)) is None:
+                return update(*args, **kwargs)
+            self._held = True
+            return None
+
+        optimizer.step = step
+
+    def _norm_of(self, engine: Any) -> float:
+        # ZeRO 0 in fp32 has none yet: `before_update` was given it, and has judged it.
+        if engine.optimizer is engine.basic_optimizer:
+            return 0.0
+        return float(engine.optimizer._global_grad_norm)
+
+    @property
+    def enabled(self) -> bool:
+        return self._config.enabled
+
+    def before_update(self, loss: float, norm: float | None) -> None:
+        """The loss of the step whose update comes next; its gradient norm, where that is known already."""
+        self._loss = loss
+        self._held = self._reason(norm or 0.0) is not None
+
+    def _reason(self, norm: float) -> str | None:
+        for name, value, past, factor in (
+            ("loss", self._loss, self._losses, self._config.loss_factor),
+            ("grad_norm", norm, self._norms, self._config.norm_factor),
+        ):
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+            if len(past) * 5 >= self._config.history and value > factor * (median := statistics.median(past)):
+                return f"{name} is {value:.4g}, more than {factor:g} times the median {median:.4g}"
+        return None
+
+    def after_update(
+        self, step: int, batch: int, norm: torch.Tensor | float, *, loss_scale: float | None
+    ) -> dict[str, str]:
+        """Take the step in; → what its line in metrics.jsonl says of it: why its update was left out, if it was.
+
+        batch: number of its batch in the phase. loss_scale: of fp16, which leaves out updates by itself to find it.
+        """
+        self._fault = None
+        if not self._config.enabled:
+            return {}
+        norm = float(norm)
+        if loss_scale is not None and norm == math.inf and math.isfinite(self._loss):
+            return {}
+        reason = self._reason(norm)
+        self._held, self._fault = reason is not None, reason
+        if reason is None:
+            self._losses.append(self._loss)
+            self._norms.append(norm)
+            return {}
+        self._bad = [(s, b) for s, b in self._bad if s > step - self._config.history] + [(step, batch)]
+        return {"update_left_out": reason}
+
+    def check(self, step: int, *, is_last: bool) -> None:
+        """Raise DivergedError, on every rank alike, where updates were left out too often, or that of a phase's last
+        step."""
+        if self._fault is not None and (is_last or len(self._bad) > self._config.skip_updates):
+            margin = self._config.margin
+            windows = [(max(0, b - margin), b + margin + 1) for _, b in self._bad]
+            raise DivergedError(step, self._fault, windows)
+
+    @property
+    def held(self) -> bool:
+        """Whether the last update was left out."""
+        return self._held
+
+    def forget(self) -> None:
+        """After a roll-back: those that led to it are passed over."""
+        self._bad = []
+
+
+def merge(windows: list[Window]) -> list[Window]:
+    """Windows [first, end) of batches, ascending, those that touch as one."""
+    merged: list[Window] = []
+    for first, end in sorted(windows):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((first, end))
+    return merged
+
+
+def position(trained: int, windows: list[Window]) -> int:
+    """Number of the batch that comes after `trained` batches, with `windows` passed over."""
+    for first, end in merge(windows):
+        if first > trained:
+            break
+        trained += end - first
+    return trained
+
+
+def batches(loader: Loader, trained: int, windows: list[Window]) -> Generator[tuple[int, TokenBatch], None, None]:
+    """Endless: (number, batch) of each step after `trained` steps of the phase, with `windows` passed over."""
+    number = position(trained, windows)
+    for end, after in [*(w for w in merge(windows) if w[0] > number), (None, None)]:
+        reader = loader.batches(number * loader.global_size)
+        count = None if end is None else end - number
+        try:
+            yield from enumerate(itertools.islice(reader, count), number)
+        finally:
+            reader.close()
+        number = after or 0
+
+
+def read_rollbacks(run: Path, restored: dict[str, Any]) -> list[dict[str, Any]]:
+    """All roll-backs of the run: phase, step, to_step, reason, passed_over. restored: `guard` of the checkpoint, for a
+    run that goes on in another folder."""
+    path = run / ROLLBACKS
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return restored.get("rollbacks", [])
+
+
+def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:
+    temporary = run / f".{ROLLBACKS}.partial"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(rollbacks, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run / ROLLBACKS)
+
+
+def windows_of(rollbacks: list[dict[str, Any]], phase: int) -> list[Window]:
+    return [(first, end) for entry in rollbacks if entry["phase"] == phase for first, end in entry["passed_over"]]

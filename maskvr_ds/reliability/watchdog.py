@@ -1,0 +1,162 @@
+"""Ranks that stop answering end the job, by name, before a collective's timeout (or nothing at all) does.
+
+Every rank has a thread that writes a small file, its heartbeat, in RUN/heartbeats/JOB/: beat, step, place. Rank 0 reads
+those of all others, the others that of rank 0. A rank whose beat has stood still for `hangs.timeout` seconds (process
+stopped, machine gone), and ranks that stay behind the others within a step for as long (stuck in reading, in a kernel),
+are told, and all end with status 1. So is a rank that leaves with an error of its own while the others go on, who would
+wait for it in a collective. Files, because they work where the network or rank 0 is what hangs; ages are measured by
+the reader's own clock, so clocks of nodes may differ. No collective.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from maskvr_ds.run_folder.status import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT
+from maskvr_ds.runtime import distributed
+
+_ABORT = "abort"
+# Every record has this length: written over the last one it takes no room on a full disk.
+_LENGTH = 256
+# Beats within a timeout; a slow file system may lose some.
+_BEATS = 8
+# Seconds that ranks have to end by themselves once one has failed: an error of all of them is told by its own rank.
+_GRACE = 5.0
+
+
+class Watchdog:
+    """Beats and watches from `with` to its end. Every rank makes one; timeout 0: none of it.
+
+    run: the run's folder, on a file system that all nodes share. timeout: seconds. orderly: exceptions that all ranks
+    raise alike, and that are no failures.
+    """
+
+    def __init__(self, run: Path, timeout: float, orderly: tuple[type[Exception], ...] = ()) -> None:
+        self._timeout, self._orderly = timeout, orderly
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._active = timeout > 0
+        self._progress: tuple[int, int, str] = (0, 0, "starting")
+        self._end = threading.Event()
+        if not self._active:
+            return
+        job = distributed.broadcast_object(f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}")
+        self._folder = run / HEARTBEATS / job
+
+        def make() -> None:
+            shutil.rmtree(run / HEARTBEATS, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+
+        distributed.agreed(make, on=0)
+        self._file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        self._interval = min(timeout / _BEATS, LONGEST_BEAT)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05d}"
+
+    def mark(self, step: int, place: str) -> None:
+        """The main thread has come here: place "step" is watched for ranks that stay behind, others are not."""
+        self._progress = (self._progress[0] + 1, step, place)
+
+    def pause(self) -> None:
+        """As `mark`, in the same step: other things than training are to be done."""
+        self.mark(self._progress[1], "pause")
+
+    def __enter__(self) -> "Watchdog":
+        if self._active:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._active:
+            self.mark(self._progress[1], ENDED if error is None or isinstance(error, self._orderly) else FAILED)
+            self._end.set()
+            self._thread.join()
+            os.close(self._file)
+
+    def _beat(self, number: int) -> None:
+        marks, step, place = self._progress
+        record = {"beat": number, "marks": marks, "step": step, "place": place, "host": socket.gethostname()}
+        os.pwrite(self._file, json.dumps(record)[:_LENGTH].ljust(_LENGTH).encode(), 0)
+
+    def _run(self) -> None:
+        others = range(1, self._world_size) if self._rank == 0 else [0]
+        seen: dict[int, dict[str, Any]] = {}
+        since = dict.fromkeys(others, time.monotonic())
+        marks: list[int] = []
+        marks_since = last = time.monotonic()
+        number = 0
+        while True:
+            ended = self._end.is_set()
+            number += 1
+            with contextlib.suppress(OSError):  # the others will notice
+                self._beat(number)
+            if ended:
+                return
+            if (self._folder / _ABORT).exists():
+                os._exit(1)
+            now = time.monotonic()
+            if now - last > self._timeout / 2:
+                # It was this process that stood still.
+                since, marks_since = dict.fromkeys(others, now), now
+            last = now
+            for rank in others:
+                record = self._read(rank)
+                if record is not None and record["beat"] != seen.get(rank, {}).get("beat"):
+                    seen[rank], since[rank] = record, now
+                place, silent = seen.get(rank, {}).get("place"), now - since[rank]
+                if place == FAILED and silent > min(_GRACE, self._timeout):
+                    self._abort(f"{_describe(rank, seen[rank])} has ended with an error, and the others wait for it")
+                if place not in (ENDED, FAILED) and silent > self._timeout:
+                    who = _describe(rank, seen.get(rank))
+                    self._abort(f"{who} has not answered for {self._timeout:g} s (hangs.timeout)")
+            if self._rank == 0:
+                records = {0: self._own(), **seen}
+                if (present := [r["marks"] for r in records.values()]) != marks:
+                    marks, marks_since = present, now
+                watched = all(r["place"] in ("step", "data") for r in records.values())
+                if watched and len(records) == self._world_size and now - marks_since > self._timeout:
+                    behind = [rank for rank, r in records.items() if r["marks"] == min(present)]
+                    names = ", ".join(_describe(rank, records[rank]) for rank in behind)
+                    self._abort(f"no progress for {self._timeout:g} s (hangs.timeout); behind or alike: {names}")
+            self._end.wait(self._interval)
+
+    def _own(self) -> dict[str, Any]:
+        marks, step, place = self._progress
+        return {"marks": marks, "step": step, "place": place, "host": socket.gethostname()}
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._path(rank).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # not there yet, or half a record
+
+    def _abort(self, why: str) -> None:
+        """Tell it, have all ranks end, end."""
+        try:
+            # Of several that notice, the first one tells.
+            os.close(os.open(self._folder / _ABORT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:
+            os._exit(1)
+        except OSError:
+            pass
+        text = f"error: {why}. The job ends; go on from the last checkpoint with --resume auto\n"
+        with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        os._exit(1)
+
+
+def _describe(rank: int, record: dict[str, Any] | None) -> str:
+    if record is None:
+        return f"rank {rank} (never heard of)"
+    return f"rank {rank} on {record['host']} (last step {record['step']}, {record['place']})"

@@ -1,0 +1,1 @@
+"""A process and its process group: collectives, files, terminal, Slurm's environment."""

@@ -1,0 +1,187 @@
+"""Rank, world size and the few reductions of a training step.
+
+Collectives here, all over the world group: `all_reduce_sum`, `broadcast` (dtype and frequency: the caller's),
+`agreed` and `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
+"""
+
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from maskvr_ds.runtime import slurm_env
+
+T = TypeVar("T")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RemoteError(RuntimeError):
+    """Another rank failed where this one did not. The message names it."""
+
+
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or
+    Slurm does for the tasks of an `srun`.
+
+    Started without a launcher, the process is a world of one. Raises ValueError where only a part of it is set,
+    where tasks of one `srun` would be worlds of their own, each of them training the same run, and where a job that was
+    given GPUs would train without.
+    """
+    os.environ.update(slurm_env.ranks(os.environ))
+    if "RANK" in os.environ:
+        if missing := [name for name in _LAUNCHER if name not in os.environ]:
+            raise ValueError(
+                f"RANK is set, but not {', '.join(missing)}; use a launcher that sets {', '.join(_LAUNCHER)}"
+            )
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        if (gpus := slurm_env.gpus(os.environ)) and os.environ.get("DS_ACCELERATOR") != "cpu":
+            raise ValueError(
+                f"{socket.gethostname()}: Slurm gave the job {gpus} GPUs of this node, and torch {torch.__version__} "
+                "sees none: look at the driver and at which torch is installed there, or set DS_ACCELERATOR=cpu to "
+                "train on its CPUs"
+            )
+        # On CPUs DeepSpeed compiles a shared-memory all-reduce for a minute at first use. Only its inference
+        # engine calls it, and a build that was killed leaves a lock that later runs wait for without end. Asked for
+        # the table of such operations, DeepSpeed would try them all, with the compiler; it reads no other entry.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks share the machine's cores; without this each would start a thread per core.
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    else:
+        # Before any collective: NCCL takes the current device, which is the first one for every rank until set.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
+
+
+def run_as_rank(
+    action: Callable[[], int | None],
+    *,
+    timeout: timedelta = timedelta(minutes=30),
+    errors: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """What every program that runs as a rank does around its work; → its exit status, `action`'s or 1.
+
+    Joins the process group, has faults told once for the whole job, and leaves the group. errors: what the user can
+    mend; ArithmeticError is what all ranks find alike. Other exceptions keep their traceback.
+    """
+    # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        initialize(timeout)
+        return action() or 0
+    except RemoteError:
+        return 1  # the rank that failed tells it
+    except ArithmeticError as error:  # FloatingPointError, ReplicaError
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        shut_down()
+
+
+def rank() -> int:
+    """This process's number; what the launcher said before `initialize`, 0 without a launcher."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place; the tensor itself. int64 wraps."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """The tensor of rank `source`, on every rank, in place; the tensor itself."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The value of rank `source`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, by rank, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_device() -> None:
+    """Until everything queued on this rank's device is done. For clocks, at pauses of the training; never in a step."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
+    """Run `action` on every rank (or on rank `on` alone) and raise on every rank if it failed on any.
+
+    The first failing rank raises its own error, so that it is told once; the others raise RemoteError with its words.
+    Without this they would wait for it in the next collective. Every rank calls. Returns what `action` returned;
+    with `on`, that rank's result on every rank.
+    """
+    error: Exception | None = None
+    result: Any = None
+    try:
+        if on in (None, rank()):
+            result = action()
+    except Exception as fault:
+        error = fault
+    for failed, message in enumerate(gather_objects(None if error is None else str(error))):
+        if message is None:
+            continue
+        if failed == rank() and error is not None:
+            raise error
+        raise RemoteError(f"rank {failed}: {message}")
+    return result if on is None else broadcast_object(result, source=on)
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,358 @@
+"""Metrics of a run → metrics.jsonl (a line a step), trust_ratios.jsonl (a line now and then), DeepSpeed's monitors, a
+progress bar, a plot. T tensors being trained.
+
+Figures that lie on the device are copied to the host beside the computation and read one step later, so that
+logging never makes the device wait.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from maskvr_ds.config import MonitorConfig
+from maskvr_ds.runtime import terminal
+from maskvr_ds.telemetry.monitors import open_monitors
+
+METRICS = "metrics.jsonl"
+TRUST_RATIOS = "trust_ratios.jsonl"
+_TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
+# Of MAPNet's telemetry, what is 1 for uniform masks (proposer.py).
+_PROPOSAL_FIGURES = ("variance_ratio", "effective_sample_size", "proposal_entropy")
+_HISTOGRAM = "train/trust_ratio_log10"
+# Seconds between the lines that stand in for the progress bar where stderr is no terminal.
+_LINE_EVERY = 30.0
+
+
+class DeferredTensor:
+    """A small tensor on its way to the host. `values()` waits for it, and for nothing queued after it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = tensor.clone()
+
+    def values(self) -> list[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class DeferredFigures:
+    """Names and their values, a float tensor [len(names)], on its way to the host."""
+
+    def __init__(self, names: Sequence[str], tensor: torch.Tensor) -> None:
+        self._names = names
+        self._tensor = DeferredTensor(tensor)
+
+    def values(self) -> dict[str, float]:
+        return dict(zip(self._names, self._tensor.values(), strict=True))
+
+
+@dataclass
+class StepRecord:
+    """One step, figures on the device still pending.
+
+    counters: int64 [4], all-reduced: data_digest, mask_digest, predictions, sequences without a maskable token.
+    loss_sum: float64 [1], all-reduced: Σ w ℓ over the global batch, in nats.
+    grad_norm: global norm before clipping; float, or scalar tensor.
+    trust_ratios: fp32 [T], of the optimizers that have them.
+    proposal: of the mask proposal, where there is one.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    lr: float
+    counters: DeferredTensor
+    loss_sum: DeferredTensor
+    grad_norm: "DeferredTensor | float"
+    extra: dict[str, Any]
+    trust_ratios: DeferredTensor | None = None
+    proposal: DeferredFigures | None = None
+
+    def resolve(self) -> dict[str, Any]:
+        data_digest, mask_digest, predictions, skipped = self.counters.values()
+        norm = self.grad_norm.values() if isinstance(self.grad_norm, DeferredTensor) else self.grad_norm
+        ratios = {} if self.trust_ratios is None else trust_ratio_figures(self.trust_ratios.values())
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "loss": self.loss_sum.values()[0] / max(predictions, 1),
+            "lr": self.lr,
+            "grad_norm": norm,
+            "predictions": predictions,
+            "skipped_sequences": skipped,
+            "data_digest": f"{data_digest & (1 << 64) - 1:016x}",
+            "mask_digest": f"{mask_digest & (1 << 64) - 1:016x}",
+            **ratios,
+            **({} if self.proposal is None else self.proposal.values()),
+            **self.extra,
+        }
+
+
+def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
+    """Least, median and greatest trust ratio of the tensors that were adapted; NaN if one of them is.
+
+    A ratio of exactly 1 says that the tensor was not adapted: a norm was 0 or, in the variants that leave biases and
+    LayerNorms alone, it never is. Those are more than half of BERT's tensors, and the median would always be 1. Where
+    no tensor was adapted all figures are 1.
+    """
+    values = np.asarray(ratios)
+    adapted = values[values != 1] if (values != 1).any() else values
+    figures = (adapted.min(), np.median(adapted), adapted.max())
+    return {key: float(value) for key, value in zip(_TRUST_RATIO_FIGURES, figures, strict=True)}
+
+
+class MetricsLog:
+    """Writes on rank 0; on the others every method returns at once.
+
+    Args:
+        folder: the run's.
+        resume_step, resume_samples, resume_tokens: what is already done: later lines of an existing metrics.jsonl are
+            dropped, and later figures of the monitors.
+        total_steps: for the progress bar.
+        monitor: which of DeepSpeed's monitors to feed.
+        token_flops: floating-point operations that one token of the global batch costs each rank.
+        tensor_names: T names, what the trust ratios are of.
+        rollbacks: events "rollback" of the run so far: they stand in metrics.jsonl behind the step gone back to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        resume_step: int,
+        resume_samples: int,
+        resume_tokens: int,
+        total_steps: int,
+        monitor: MonitorConfig,
+        token_flops: float,
+        tensor_names: Sequence[str] = (),
+        rollbacks: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.active = rank == 0
+        self._pending: StepRecord | None = None
+        self._tokens = resume_tokens
+        self._token_flops = token_flops
+        self._tensor_names = tensor_names
+        self._histogram_every = monitor.histogram_every
+        if not self.active:
+            return
+        self.path = folder / METRICS
+        self._ratios_path = folder / TRUST_RATIOS
+        _keep_until(resume_step, self.path, rollbacks)
+        if self._ratios_path.exists():
+            _keep_until(resume_step, self._ratios_path)
+        # Line buffered: what was logged before a kill is on disk.
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        # Kept open like the other: where another job takes the run, it replaces both, and no line goes to the new ones.
+        self._ratios_file: TextIO | None = None
+        self._monitor = open_monitors(folder, monitor, resume_samples)
+        self._bar = tqdm(
+            total=total_steps, initial=resume_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+        self._clock = self._last_line = time.perf_counter()
+
+    def step(self, record: StepRecord) -> None:
+        """Hand over a step; the one before it is written."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tokens, self._tokens = record.tokens - self._tokens, record.tokens
+        rate = tokens / seconds
+        record.extra.update(
+            tokens_per_second=rate, step_seconds=seconds, model_tflops_per_rank=rate * self._token_flops / 1e12
+        )
+        self.flush()
+        self._pending = record
+
+    def event(self, **content: Any) -> None:
+        """A line that is not of a step: `event` says what of."""
+        if self.active:
+            self.flush()
+            self._file.write(json.dumps(content) + "\n")
+
+    def add(self, **figures: float | str) -> None:
+        """Add figures to the line of the present step."""
+        if self._pending is not None:
+            self._pending.extra.update(figures)
+
+    def flush(self) -> None:
+        """Write the pending step, waiting for its figures."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        line = pending.resolve()
+        # JSON knows no NaN; null says that there was no finite figure.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
+        if pending.trust_ratios is not None and self._histogram_every and pending.step % self._histogram_every == 0:
+            self._write_trust_ratios(line, pending.trust_ratios.values())
+        self._monitor.write_events([e for e in events if e[0] not in ("train/step", "train/samples")])
+        self._show(line)
+
+    def _write_trust_ratios(self, line: dict[str, Any], ratios: list[float]) -> None:
+        """All ratios by name, and their histogram to the monitors that show histograms (the CSV one does not)."""
+        finite = [ratio if math.isfinite(ratio) else None for ratio in ratios]
+        by_name = dict(zip(self._tensor_names, finite, strict=True))
+        if self._ratios_file is None:
+            self._ratios_file = self._ratios_path.open("a", buffering=1, encoding="utf-8")
+        content = {"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}
+        self._ratios_file.write(json.dumps(content) + "\n")
+        # They spread over decades. MonitorMaster.write_events takes scalars only, hence past it.
+        logarithms = np.log10([ratio for ratio in finite if ratio is not None and ratio > 0])
+        if not len(logarithms):
+            return
+        if self._monitor.tb_monitor is not None:
+            self._monitor.tb_monitor.summary_writer.add_histogram(_HISTOGRAM, logarithms, line["samples"])
+        if self._monitor.wandb_monitor is not None:
+            import wandb
+
+            self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["samples"])
+
+    def synchronise(self) -> None:
+        """Have everything so far on disk, to survive what a checkpoint survives."""
+        if self.active:
+            self.flush()
+            os.fsync(self._file.fileno())
+
+    def exclude(self, seconds: float) -> None:
+        """Keep time that was not training (evaluation, saving) out of the next step's tokens_per_second."""
+        if self.active:
+            self._clock += seconds
+
+    def _show(self, line: dict[str, Any]) -> None:
+        text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        if "held_out_loss" in line:
+            text += f"  held-out {line['held_out_loss']:.4f}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._last_line > _LINE_EVERY or "held_out_loss" in line):
+            self._last_line = now
+            terminal.say(f"step {line['step']}/{self._bar.total}  {text}")
+
+    def close(self) -> None:
+        if self.active:
+            self.flush()
+            self._bar.close()
+            self._file.close()
+            if self._ratios_file is not None:
+                self._ratios_file.close()
+            if self._monitor.tb_monitor is not None:
+                self._monitor.tb_monitor.summary_writer.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of the steps, in a metrics.jsonl or trust_ratios.jsonl."""
+    return [line for line in _read(path) if "event" not in line]
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The other lines of a metrics.jsonl: checkpoints written, roll-backs, divergence."""
+    return [line for line in _read(path) if "event" in line]
+
+
+def append_event(path: Path, content: dict[str, Any]) -> None:
+    """`MetricsLog.event` where no log is open."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(text) for text in texts if text.endswith("\n")]
+
+
+def _keep_until(step: int, path: Path, rollbacks: Sequence[dict[str, Any]] = ()) -> None:
+    """Drop the lines of later steps; all of them where `step` is 0. The file is there afterwards.
+
+    rollbacks: exactly these stand in it then, each behind the lines of the step that it went back to.
+    """
+    lines = [line for line in _read(path) if line["step"] <= step and line.get("event") != "rollback"] if step else []
+    for rollback in reversed(rollbacks):
+        behind = sum(line["step"] <= rollback["to_step"] for line in lines)
+        if behind < len(lines) or rollback["to_step"] <= step:
+            lines.insert(behind, dict(rollback))
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
+    """Training and held-out loss over steps → PNG; below it LAMB's trust ratios and MAPNet's telemetry, where there are
+    any.
+
+    reference: label → loss, drawn as horizontal lines.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_lines(metrics)
+    steps = [x["step"] for x in lines]
+    with_ratios = any(_TRUST_RATIO_FIGURES[0] in x for x in lines)
+    with_proposal = any(_PROPOSAL_FIGURES[0] in x for x in lines)
+    rows = 1 + with_ratios + with_proposal
+    figure, panels = plt.subplots(rows, figsize=(7, 2 + 2.2 * rows), dpi=120, sharex=True, squeeze=False)
+    axes = panels[0, 0]
+    axes.plot(steps, _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
+    held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
+    for before, after in pairwise(lines):
+        if after.get("phase") != before.get("phase"):
+            axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
+            top = axes.get_xaxis_transform()  # y from 0 to 1 whatever the losses
+            axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
+    for label, value in (reference or {}).items():
+        axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
+    axes.set_ylabel("masked-token loss [nats]")
+    if with_ratios:
+        axes = panels[1, 0]
+        lowest, median, highest = (_column(lines, key) for key in _TRUST_RATIO_FIGURES)
+        axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="least to greatest tensor")
+        axes.plot(steps, median, linewidth=0.8, label="median tensor")
+        axes.set_yscale("log")
+        axes.set_ylabel("LAMB's trust ratio")
+    if with_proposal:
+        axes = panels[-1, 0]
+        for key in _PROPOSAL_FIGURES:
+            axes.plot(steps, _column(lines, key), linewidth=0.8, alpha=0.8, label=key.replace("_", " "))
+        axes.set_ylabel("MAPNet, uniform masks = 1")
+    axes.set_xlabel("step")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(output)
+    plt.close(figure)
+
+
+def _column(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """A figure of every line; NaN where it is null or missing."""
+    return [math.nan if x.get(key) is None else x[key] for x in lines]

@@ -1,0 +1,1 @@
+"""What the training loop uses: set-up, step, resume, evaluation, checkpoints."""

@@ -1,0 +1,197 @@
+"""masking.strategy auto: now and then measures what masks do to the gradient's variance, and goes on with the best.
+
+J disjoint segments of a row in one batch, V_d the data's part of the variance, V_m the masks', e_a the deviation that
+segment a of a round causes given the row (random_effects.py), c = E⟨e_a, e_b⟩ for two segments of one round. The mean
+of J segments deviates by V_m/J + c (J − 1)/J, a batch of B passes has B/J rows, so its gradient has the variance
+
+    total(J) / B,   total(J) = J V_d + V_m + (J − 1) c.
+
+That is linear in J: the best is one segment where V_d + c > 0, else as many as there are, and pairs of segments tell
+which. c is negative, as disjoint masks make up for each other; V_d is what J rows instead of one would have averaged.
+
+The baseline is one segment a batch (`fully_explored` an epoch apart: within a step, uniform masks). Another choice
+(all segments; the proposal, its own cost added) is better where the interval of its total, divided by the baseline's,
+lies below 1; the least estimate among those wins. It is taken where the measurement before said the same: of many
+measurements of a few rows some are far off, and what is taken for no reason stays for long.
+
+Cost: `rows` · `draws` · 2 forward and backward passes, as many again for the proposal, a whole fp32 copy of the model
+for the time. Collectives, over the world group: a broadcast a tensor of the model, those of moments.py, one broadcast
+of the decision, which rank 0 makes: sums of other orders must not part the ranks.
+"""
+
+import copy
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskvr_ds import hashing
+from maskvr_ds.analysis.gradient_variance.moments import Sample, measure, measure_segments
+from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Moments, Resampling, variances
+from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
+from maskvr_ds.config import AutoConfig
+from maskvr_ds.data.loader import KeyedPermutation, Loader, Stretch
+from maskvr_ds.engine.engine import full_fp32_weights
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.strategies import STRATEGIES
+from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.runtime import distributed
+
+EVENT = "auto"
+SEGMENTS, PROPOSAL = "fully_explored", "mapnet"
+# Strategy and segments a batch.
+Choice = tuple[str, int]
+BASELINE: Choice = (SEGMENTS, 1)
+# What a key is for, so that no two uses share random numbers.
+_ROWS, _MASKS, _SKETCH, _BOOTSTRAP = range(4)
+_FIGURES = ("data", "mask", "segment_covariance", "all_segments", "proposal")
+
+
+class Chooser:
+    """The masks of a phase. Every rank makes one and calls alike.
+
+    Args:
+        config: the section.
+        engine: DeepSpeed's, around a MaskedLanguageModel.
+        masker, loader: the phase's; they are told what is chosen.
+        proposer: MAPNet, which learns whatever the masks are; None: it is no choice.
+        most: the largest J that is a choice.
+        proposal_cost: time of MAPNet relative to that of the rest of a step.
+        micro_size: rows a pass.
+        seed: of everything here.
+    """
+
+    def __init__(
+        self,
+        config: AutoConfig,
+        *,
+        engine: Any,
+        masker: Masker,
+        loader: Loader,
+        proposer: Proposer | None,
+        most: int,
+        proposal_cost: float,
+        micro_size: int,
+        seed: int,
+    ) -> None:
+        self._config, self._engine, self._masker, self._loader = config, engine, masker, loader
+        self._proposer, self._most, self._cost = proposer, most, proposal_cost
+        self._micro_size, self._seed = micro_size, seed
+        self._best = BASELINE  # by the last measurement
+        self._take(SEGMENTS)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of it, in JSON types."""
+        return {"strategy": self._strategy, "stretch": asdict(self._loader.stretch), "best": list(self._best)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._loader.stretch = Stretch(**state["stretch"])
+        strategy, segments = state.get("best", BASELINE)  # earlier checkpoints have none
+        self._best = strategy, segments
+        self._take(state["strategy"])
+
+    def _take(self, strategy: str) -> None:
+        self._strategy = strategy
+        self._masker.strategy = STRATEGIES[strategy]
+        if self._proposer is not None:
+            self._proposer.gate = "always" if strategy == PROPOSAL else "never"
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether to measure after so many steps."""
+        return step % self._config.every_steps == 0 and step < last_step
+
+    def choose(self, step: int, samples: int) -> dict[str, Any]:
+        """Measure, choose, tell masker and loader; → the event for metrics.jsonl. Every rank calls.
+
+        step: of the run. samples: consumed by the phase's loader, those passed over included.
+        """
+        begun, key = time.perf_counter(), hashing.fold(self._seed, step)
+        figures, passes = self._measure(key)
+        best, figures = distributed.broadcast_object((better(figures, self._most), figures))
+        current = self._strategy, self._loader.stretch.copies
+        strategy, segments = settle(best, self._best, current)
+        self._best = best
+        if segments != self._loader.stretch.copies:
+            self._loader.turn(samples, segments)
+        self._take(strategy)
+        return {
+            "event": EVENT,
+            "step": step,
+            "strategy": strategy,
+            "segments": segments,
+            "best": list(best),
+            "most_segments": self._most,
+            **figures,
+            "passes": passes,
+            "seconds": round(time.perf_counter() - begun, 3),
+        }
+
+    def _measure(self, key: int) -> tuple[dict[str, list[float] | None], int]:
+        """Name of _FIGURES → [estimate, low, high], None where it is no choice; passes, over all ranks."""
+        config, corpus = self._config, self._loader.corpus
+        rows = KeyedPermutation(corpus.rows, hashing.fold(key, _ROWS))(np.arange(config.rows))
+        sample = Sample(corpus, rows, key, self._micro_size, distributed.device())
+        sketcher = Sketcher(self._twin(), size=config.sketch_size, seed=hashing.fold(key, _SKETCH))
+        masker = copy.copy(self._masker)
+        masker.seed, masker.strategy = hashing.fold(key, _MASKS), STRATEGIES[SEGMENTS]
+        pairs, single, _ = measure_segments(sample, sketcher, masker, draws=config.draws, copies=2, one_round=True)
+        passes = 2 * config.rows * config.draws
+        proposed = None
+        if self._proposer is not None:
+            masker.strategy = STRATEGIES[PROPOSAL]
+            gate, self._proposer.gate = self._proposer.gate, "always"
+            proposed, _ = measure(sample, sketcher, masker, draws=2 * config.draws, copies=1)
+            self._proposer.gate = gate
+            passes *= 2
+        resampling = Resampling(config.rows, seed=hashing.fold(key, _BOOTSTRAP), level=config.confidence)
+        found = resampling.interval(partial(_figures, pairs, single, proposed, self._most, self._cost))
+        named: dict[str, list[float] | None] = {n: list(f) for n, f in zip(_FIGURES, found, strict=True)}
+        for name, possible in (("all_segments", self._most > 1), ("proposal", proposed is not None)):
+            if not possible:
+                named[name] = None
+        return named, passes
+
+    def _twin(self) -> MaskedLanguageModel:
+        """The model with its fp32 weights, whole, on this rank's device."""
+        weights = full_fp32_weights(self._engine)
+        with torch.random.fork_rng(devices=[]):
+            twin = MaskedLanguageModel(self._engine.module.mlm.config).float()
+        twin.to(distributed.device())
+        for name, parameter in twin.mlm.named_parameters():
+            if distributed.rank() == 0:
+                parameter.data.copy_(weights[name])
+            distributed.broadcast(parameter.data)
+        return twin
+
+
+def _figures(pairs: Moments, single: Floats, proposed: Moments | None, most: int, cost: float, ways: Counts) -> Floats:
+    """_FIGURES of the whole gradient, the last two relative to the baseline's total: float64 [C, 5]."""
+    data, of_pairs = (v[:, -1] for v in variances(pairs, ways))
+    mask = (ways.counts @ single).sum(1) / ways.counts.sum(1)
+    covariance = of_pairs - mask
+    baseline = data + mask
+    everything = most * data + mask + (most - 1) * covariance
+    by_proposal = baseline if proposed is None else sum(v[:, -1] for v in variances(proposed, ways))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = everything / baseline, by_proposal * (1 + cost) / baseline
+    return np.stack([data, mask, covariance, *ratios], 1)
+
+
+def better(figures: dict[str, list[float] | None], most: int) -> Choice:
+    """The least of those whose interval lies below 1, else the baseline."""
+    found = []
+    for name, choice in (("all_segments", (SEGMENTS, most)), ("proposal", (PROPOSAL, 1))):
+        interval = figures[name]
+        # A comparison with what is not a number is false: nothing is better then.
+        if interval is not None and interval[2] < 1:
+            found.append((interval[0], choice))
+    return min(found)[1] if found else BASELINE
+
+
+def settle(best: Choice, best_before: Choice, current: Choice) -> Choice:
+    """What to go on with, by what the last two measurements found best: to leave the baseline takes both."""
+    return best if best in (BASELINE, best_before) else current

@@ -1,0 +1,73 @@
+"""One optimizer step: masks, micro-batches, reductions, update.
+
+Collectives, over the world group: one all-reduce of int64 [6] (digests, predictions, requests to stop, ranks at
+writing) before the first backward pass, one of float64 [1] (loss) after the last; DeepSpeed's gradient reduction;
+LAMB's norms; MAPNet's, where it proposes the masks (proposer.py).
+"""
+
+from typing import Any
+
+import torch
+
+from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.engine.engine import step_and_norm, whole_norm
+from maskvr_ds.masking.masker import Masker, data_digest, mask_digest
+from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.models.bert import weighted_loss
+from maskvr_ds.reliability.divergence import Guard
+from maskvr_ds.runtime import distributed
+
+
+def run_step(
+    engine: Any,
+    masker: Masker,
+    batch: TokenBatch,
+    micro_size: int,
+    proposer: Proposer | None = None,
+    *,
+    guard: Guard | None = None,
+    stop: bool = False,
+    writing: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """One optimizer step on this rank's share of the global batch.
+
+    Nothing here makes the host wait for the device but a guard, for the loss; DeepSpeed's own step may, for its
+    overflow check. stop: whether this rank was asked to stop. writing: whether it still writes a checkpoint.
+
+    Returns all-reduced counters int64 [6] (data_digest, mask_digest, predictions, skipped sequences, ranks asked to
+    stop, ranks that write), all-reduced Σ w ℓ float64 [1], and the gradient norm before clipping.
+    """
+    micro_batches = list(batch.split(micro_size))
+    masked_batches = [masker(micro) for micro in micro_batches]
+    counters = torch.stack(
+        [
+            data_digest(batch),
+            _total(mask_digest(micro, masked) for micro, masked in zip(micro_batches, masked_batches, strict=True)),
+            _total((masked.weights != 0).sum() for masked in masked_batches),
+            _total((masked.weights == 0).all(1).sum() for masked in masked_batches),
+            *(torch.full((), int(flag), device=batch.sample_ids.device) for flag in (stop, writing)),
+        ]
+    )
+    distributed.all_reduce_sum(counters)
+    # DeepSpeed averages over micro-batches and ranks; this turns its mean of sums into Σ w ℓ / Σ k over the global
+    # batch, however the predictions are spread over micro-batches and ranks.
+    scale = len(micro_batches) * distributed.world_size() / counters[2].clamp(min=1).double()
+    loss_sum = torch.zeros(1, dtype=torch.float64, device=counters.device)
+    for number, (micro, masked) in enumerate(zip(micro_batches, masked_batches, strict=True), 1):
+        loss = weighted_loss(engine, masked)
+        engine.backward(loss * scale.float())
+        loss_sum += loss.detach()
+        if proposer is not None:
+            proposer.observe(micro, masker.maskable(micro), masked)
+        if number < len(masked_batches):
+            engine.step()
+    distributed.all_reduce_sum(loss_sum)
+    norm = whole_norm(engine)
+    if guard is not None and guard.enabled:
+        predictions = max(int(counters[2]), 1)
+        guard.before_update(float(loss_sum) / predictions, None if norm is None else float(norm))
+    return counters, loss_sum, step_and_norm(engine, norm)
+
+
+def _total(terms: Any) -> torch.Tensor:
+    return torch.stack(list(terms)).sum()

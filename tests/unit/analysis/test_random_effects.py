@@ -1,0 +1,108 @@
+"""Variance components from inner products, against formulas on the vectors themselves and against known truth."""
+
+import numpy as np
+import pytest
+
+from maskvr_ds.analysis.gradient_variance.random_effects import (
+    Counts,
+    Moments,
+    Resampling,
+    variances,
+    whole_mask_variance,
+)
+
+
+def moments_of(vectors: np.ndarray, segments: int = 1) -> Moments:
+    """vectors: [N, R, G, s]."""
+    means = vectors.mean(1)
+    return Moments(
+        within=vectors.var(1, ddof=1).sum(-1),
+        gram=np.einsum("ngs,mgs->gnm", means, means),
+        norm_variance=np.linalg.norm(vectors.reshape(*vectors.shape[:2], -1), axis=2).var(1, ddof=1),
+        draws=vectors.shape[1],
+        segments=segments,
+    )
+
+
+def draw(random: np.random.Generator, sequences: int, draws: int, data: float, mask: float) -> np.ndarray:
+    """Two layers of 3 numbers: V_d = 3 data², V_m = 3 mask² in the first layer, twice as much in the second."""
+    scale = np.array([1.0, 2.0**0.5])[:, None]
+    a = data * scale * random.standard_normal((sequences, 1, 2, 3))
+    return 5.0 + a + mask * scale * random.standard_normal((sequences, draws, 2, 3))
+
+
+def test_unbiased_for_few_sequences_and_draws() -> None:
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(3000):
+        m = moments_of(draw(random, 4, 2, data=1.0, mask=3.0))
+        found.append(np.concatenate(variances(m, Counts(np.ones((1, 4)))), axis=1)[0])
+    found = np.array(found)
+    exact = np.array([3, 6, 9, 27, 54, 81])
+    error = found.std(0) / len(found) ** 0.5
+    assert (np.abs(found.mean(0) - exact) < 4 * error).all()
+
+
+def test_counting_twice_is_having_twice() -> None:
+    random = np.random.default_rng(1)
+    vectors = draw(random, 5, 3, 1.0, 1.0)
+    counts = np.array([[2.0, 0, 1, 1, 1]])
+    repeated = moments_of(vectors[[0, 0, 2, 3, 4]])
+    for function in (variances, lambda *a: (whole_mask_variance(*a),)):
+        weighted = function(moments_of(vectors), Counts(counts))
+        plain = function(repeated, Counts(np.ones((1, 5))))
+        np.testing.assert_allclose(np.concatenate(weighted, 1), np.concatenate(plain, 1), rtol=1e-12)
+
+
+def test_segments_multiply_the_mask_part() -> None:
+    vectors = draw(np.random.default_rng(2), 5, 3, 1.0, 1.0)
+    ones = Counts(np.ones((1, 5)))
+    data, mask = variances(moments_of(vectors), ones)
+    data_of_three, mask_of_three = variances(moments_of(vectors, segments=3), ones)
+    np.testing.assert_allclose(mask_of_three, 3 * mask)
+    np.testing.assert_allclose(data_of_three, data)
+
+
+def test_whole_mask_oracle_equals_weighting_by_the_norm() -> None:
+    """All masks of a sequence known: q ∝ ‖g‖ over them, and the variance of g p/q written out."""
+    random = np.random.default_rng(3)
+    gradients = random.standard_normal((2000, 4)) * random.uniform(0.2, 3, (2000, 1))
+    norms = np.linalg.norm(gradients, axis=1)
+    q = norms / norms.sum()
+    second = (q * (norms / (2000 * q)) ** 2).sum()
+    exact = second - (gradients.mean(0) ** 2).sum()
+    vectors = np.broadcast_to(gradients[None, :, None], (3, 2000, 1, 4))
+    found = whole_mask_variance(moments_of(vectors), Counts(np.ones((1, 3))))[0, 0]
+    assert found == pytest.approx(exact, rel=2e-3)  # divisor R − 1
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_intervals_cover(heavy: bool) -> None:
+    """200 experiments of 40 sequences × 4 draws; heavy: sequences whose gradients differ in scale."""
+    random = np.random.default_rng(4)
+    exact = np.array([9.0, 81.0, 90.0, 9.0])
+    covered = np.zeros(4)
+    for seed in range(200):
+        vectors = draw(random, 40, 4, 1.0, 3.0)
+        if heavy:  # E of the factor's square is 1
+            vectors = 5 + (vectors - 5) * (random.gamma(2.0, 0.5, (40, 1, 1, 1)) ** 0.5)
+        m = moments_of(vectors)
+
+        def figures(ways: Counts, m: Moments = m) -> np.ndarray:
+            data, mask = (v[:, -1] for v in variances(m, ways))
+            return np.stack([data, mask, data + mask, mask / data], 1)
+
+        intervals = Resampling(40, seed=seed, level=0.95).interval(figures)
+        covered += [low <= x <= high for x, (_, low, high) in zip(exact, intervals, strict=True)]
+    assert (covered >= 0.88 * 200).all(), covered
+    assert (covered <= 199).all(), covered
+
+
+def test_a_figure_that_does_not_vary() -> None:
+    resampling = Resampling(5, seed=0, level=0.9)
+    assert resampling.interval(lambda ways: np.full((len(ways.counts), 1), 2.5)) == [(2.5, 2.5, 2.5)]
+
+
+def test_too_few_sequences() -> None:
+    with pytest.raises(ValueError, match="2 sequences; intervals need at least 3"):
+        Resampling(2, seed=0, level=0.95)

@@ -1,0 +1,258 @@
+"""Which checkpoints count, and how damage is told. The folders here are made by hand; test_train.py makes real ones."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.checkpoints import (
+    CheckpointError,
+    CheckpointState,
+    complete_checkpoints,
+    faults,
+    find,
+    point_latest,
+    read_state,
+    remove_from,
+    remove_old,
+    verify,
+    write_manifest,
+    write_origin,
+)
+
+STATE = CheckpointState(
+    step=20, samples=640, world_size=2, zero_stage=2, dtype="float32", partitions=[100, 8], identity={"seed": 0}
+)
+
+
+def write(run: Path, step: int, *, complete: bool = True) -> Path:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    (folder / "bert").mkdir(parents=True)
+    (folder / "optimizer.pt").write_bytes(b"moments" * 100)
+    (folder / "bert" / "config.json").write_text("{}")
+    if complete:
+        write_manifest(folder, vars(STATE))
+    return folder
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest as one who can compute a SHA-256 could."""
+    path = folder / "checkpoint.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    rest = json.dumps(content).removeprefix("{")
+    path.write_text(f'{{"sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}')
+
+
+def test_what_was_written_is_read_and_verified(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    assert read_state(folder) == STATE
+    verify(folder)
+    listed = json.loads((folder / "checkpoint.json").read_text())["files"]
+    assert set(listed) == {"optimizer.pt", "bert/config.json"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.unlink(), "optimizer.pt: missing; take an earlier checkpoint"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-1]), "700 bytes expected, 699 found"),
+        (lambda f: f.write_bytes(b"M" + f.read_bytes()[1:]), "optimizer.pt: the SHA-256 differs"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
+    folder = write(tmp_path, 20)
+    damage(folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=message):
+        verify(folder)
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    rewrite(folder, lambda content: content["files"].update({"../../../secret": {"bytes": 1, "sha256": "0"}}))
+    with pytest.raises(CheckpointError, match="leaves the checkpoint's folder"):
+        verify(folder)
+
+
+def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
+    assert find(tmp_path / "run", "auto") is None, "nothing yet: begin"
+    write(tmp_path / "run", 5)
+    newest = write(tmp_path / "run", 10)
+    write(tmp_path / "run", 15, complete=False)
+    (tmp_path / "run" / "checkpoints" / ".saving" / "step-00000020").mkdir(parents=True)
+    assert find(tmp_path / "run", "auto") == newest
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000010"]
+
+
+def test_auto_never_begins_anew_over_broken_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path / "run", 15, complete=False)
+    with pytest.raises(CheckpointError, match=r"none of step-00000015 is whole .*checkpoint.json is missing.*; remove"):
+        find(tmp_path / "run", "auto")
+
+
+def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "old", 10)
+    assert find(tmp_path / "new", str(folder)) == folder
+    assert find(tmp_path / "new", str(tmp_path / "old")) == folder
+    (tmp_path / "empty").mkdir()
+    later = write(tmp_path / "old", 20)
+    with pytest.raises(CheckpointError, match="is not empty, and this is not its newest checkpoint"):
+        find(tmp_path / "old", str(folder))
+    assert find(tmp_path / "old", str(later)) == later
+    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
+        find(tmp_path / "new", str(tmp_path / "empty"))
+
+
+def test_a_run_that_went_on_from_another_one_does_so_until_it_has_saved(tmp_path: Path) -> None:
+    """Killed before that, it begins where it had begun: by "auto", and by the words of its first start."""
+    run, folder = tmp_path / "run", write(tmp_path / "old", 10)
+    other = write(tmp_path / "old", 20)
+    run.mkdir()
+    write_origin(run, folder)
+    (run / "config.yaml").touch()
+    assert find(run, "auto") == find(run, str(folder)) == folder
+    with pytest.raises(CheckpointError, match="is not empty, and this is not its newest checkpoint"):
+        find(run, str(other))
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"which it had gone on from, is gone or another one now; put it back"):
+        find(run, "auto")
+    (tmp_path / "moved").rename(folder)
+    (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 found; take an earlier checkpoint"):
+        find(run, "auto")
+    own = write(run, 30)
+    assert find(run, "auto") == own
+    write_origin(run, own)
+    assert json.loads((run / "origin.json").read_text())["checkpoint"] == str(folder), "own ones are no origin"
+
+
+def test_copies_under_other_names_are_not_the_runs(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", 10)
+    copy = folder.rename(folder.with_name("step-00000010.bak"))
+    assert find(tmp_path / "run", "auto") is None
+    folder = write(tmp_path / "run", 10)
+    assert find(tmp_path / "run", "auto") == folder
+    assert complete_checkpoints(tmp_path / "run") == [folder]
+    remove_from(tmp_path / "run", 0)
+    assert copy.exists()
+    assert not folder.exists()
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    rewrite(folder, lambda content: content.update(format=99))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 3"):
+        read_state(folder)
+
+
+def test_any_damaged_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    path = folder / "checkpoint.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert str(path) in faults(folder)[0], position
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert str(path) in faults(folder)[0], length
+    path.write_bytes(whole)
+    assert faults(folder) == []
+
+
+def test_every_fault_is_named_and_files_of_others_too(tmp_path: Path) -> None:
+    folder = write(tmp_path, 20)
+    (folder / "optimizer.pt").unlink()
+    (folder / "bert" / "config.json").write_text("[]")
+    # DeepSpeed would open it by its pattern.
+    (folder / "mp_rank_01_model_states.pt").write_bytes(b"cos\nsystem")
+    found = faults(folder)
+    assert len(found) == 3
+    for name in ("bert/config.json", "optimizer.pt", "mp_rank_01_model_states.pt"):
+        assert any(text.startswith(f"{folder / name}: ") for text in found), name
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states.pt: not in checkpoint.json|missing|SHA-256"):
+        verify(folder)
+
+
+def test_a_damaged_one_is_told_and_the_newest_whole_one_taken(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step, complete=step != 20)
+    (tmp_path / "checkpoints" / "step-00000015" / "optimizer.pt").write_bytes(b"moments")
+    told: list[str] = []
+    found = find(tmp_path, "auto", told.append)
+    assert found == tmp_path / "checkpoints" / "step-00000010"
+    assert len(told) == 2
+    assert "step-00000020: not a complete checkpoint" in told[0]
+    assert "step-00000015/optimizer.pt: 700 bytes expected, 7 found" in told[1]
+
+
+def test_retention_by_count_and_by_every_n_steps(tmp_path: Path) -> None:
+    for step in range(5, 45, 5):
+        write(tmp_path, step)
+    remove_old(tmp_path, keep_last=2, keep_every_steps=15)
+    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["15", "30", "35", "40"]
+    remove_old(tmp_path, keep_last=1, keep_every_steps=0)
+    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["40"]
+
+
+def test_a_save_removes_what_kills_and_abandoned_histories_left(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    for name in (".saving", ".deleting-step-00000001"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    remove_from(tmp_path, 10)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_latest_names_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10):
+        point_latest(write(tmp_path, step))
+        assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{step:08d}\n"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from maskvr_ds.cli import main
+
+    folder = write(tmp_path, 10)
+    write(tmp_path, 20)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "step-00000010: whole\nstep-00000020: whole\n"
+    assert main(["checkpoint", "inspect", str(folder)]) == 0
+    assert "optimizer.pt" in capsys.readouterr().out
+    (folder / "optimizer.pt").unlink()
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "step-00000010: damaged\nstep-00000020: whole\n"
+    assert "step-00000010/optimizer.pt: missing" in captured.err
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["checkpoint", "list", str(tmp_path / "nothing")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_what_is_hashed_while_written_is_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_CHUNK", 7)
+    for length in (0, 1, 7, 20):
+        content, path = bytes(range(length)), tmp_path / f"{length}.pt"
+        expected = (length, hashlib.sha256(content).hexdigest())
+        assert checkpoints.write_hashed(path, memoryview(content)) == expected
+        assert path.read_bytes() == content
+        assert checkpoints.write_hashed(path) == expected, "as it stands"
+
+
+def test_hashes_that_ranks_bring_are_not_taken_on_trust(tmp_path: Path) -> None:
+    """A file that changed on its way to the disk is damage like any other."""
+    folder = write(tmp_path, 20, complete=False)
+    brought = checkpoints.write_hashed(folder / "optimizer.pt")
+    write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
+    assert faults(folder) == []
+    (folder / "checkpoint.json").unlink()
+    (folder / "optimizer.pt").write_bytes(b"momentX" * 100)
+    write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
+    (found,) = faults(folder)
+    assert "optimizer.pt: the SHA-256 differs" in found

@@ -1,0 +1,220 @@
+"""The command `slurm`: what cannot work is told before it is queued, and a job keeps what it was submitted with."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cluster.__main__ import main
+from cluster.slurm.command import config_file, follow, parse_nodes, parse_time
+from cluster.slurm.script import SlurmError
+from maskvr_ds.config import RunConfig, load_config
+from tests.support.corpora import make_corpus
+from tests.support.scripts import build_words
+from tests.unit.cluster.test_script import run_script
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("10:30", 630), ("1:00:00", 3600), ("1-2", 93600), ("1-2:30", 95400), ("2-0:0:5", 172805)],
+)
+def test_time_limits_as_sbatch_has_them(text: str, seconds: int) -> None:
+    assert parse_time(text) == seconds
+
+
+def test_nodes() -> None:
+    assert list(parse_nodes("2-4")) == [2, 3, 4]
+    for text in ("0", "4-2", "-1", "2-", "two", "1,2", ""):
+        with pytest.raises(SlurmError, match="N or N-M"):
+            parse_nodes(text)
+
+
+SCRIPTS = ["data.sbatch", "job.sbatch"]
+# Of a run on a corpus that is there.
+BASE = ["slurm", "--config", "demo_cpu", "--set", "evaluation.every_steps=0"]
+ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data") / "corpus", rows=10, words=10)
+
+
+def on(corpus: Path) -> list[str]:
+    return [*BASE, "--set", f"data.path={corpus}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--nodes", "1-3", *ON_CPUS, "--set", "batch.global_size=64", "--set", "batch.micro_size=16"],
+            "3 nodes: --no",
+        ),
+        (["--nodes", "3", *ON_CPUS, "--set", "batch.global_size=64", "--set", "batch.micro_size=16"], "3 nodes: batch"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "--tasks-per-node with CPU ranks"),
+        (["--nodes", "1", "--gpus-per-node", "2", "--tasks-per-node", "1"], "a rank has one GPU"),
+        (["--nodes", "1", *ON_CPUS, "--time", "5"], "300 s, and the last checkpoint begins 300 s before"),
+        (["--nodes", "1", *ON_CPUS, "--time", "soon"], "--time soon"),
+        (["--nodes", "1", *ON_CPUS, "--seeds", "1", "1"], "different numbers"),
+        (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: at least 0"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "--sbatch nodes=3: nodes is not to be set so: say --nodes"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "time=10"], "--sbatch time=10: time is not to be set so: say --time"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "array=0-3"], "say --seeds for a run each"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "comment="], "--comment '': "),
+        (["--nodes", "1", *ON_CPUS, "--job-name", "a\nb"], "--job-name 'a"),
+        (["--nodes", "1", *ON_CPUS, "--build-data", "'open"], "--build-data"),
+        (["--nodes", "1", *ON_CPUS, "--build-data", "--output corpus"], "arguments are required: --tokenizer"),
+        (["--nodes", "1", *ON_CPUS, "--set", "data.path=none"], "none: no corpus there (manifest.json is missing); "),
+        (["--nodes", "1", *ON_CPUS, "--set", "evaluation.every_steps=9"], "held_out: no held-out corpus there"),
+        (["--nodes", "1", *ON_CPUS, "--set", "model.max_position_embeddings=16"], "sequences of 32 tokens exceed"),
+        (
+            ["--nodes", "1", *ON_CPUS, "--container", "i.sif", "--set", "output_dir=a:b"],
+            "cannot be shown in a container",
+        ),
+        (["--nodes", "1", *ON_CPUS, "--venv", "nowhere"], "--venv nowhere: no virtual environment there"),
+        (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
+        (["--nodes", "1", *ON_CPUS, "--set", "no.such=1"], "unknown key"),
+    ],
+)
+def test_what_cannot_work_is_told_before(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*on(corpus), "--print", *options]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ("--held-out 1", "held-out share 1.0: must be from 0 to below 1"),
+        ("--bins 16", "bins (16,): must be left out: only packing documents has them"),
+        ("--tokenizer none", "none: no such file or folder"),
+        ("--tokenizer texts", "texts: no tokenizer there (neither tokenizer.json nor vocab.txt)"),
+        ("--output texts", "texts: output folder is not empty, and no build began it"),
+        ("--output texts/a.txt", "texts/a.txt: is a file"),
+    ],
+)
+def test_a_build_that_would_fail_is_told_before(
+    build: str,
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = build_words(tmp_path, corpus)
+    (tmp_path / "my texts").rename("texts")
+    words[1] = "texts"
+    options = ["--nodes", "1", *ON_CPUS, "--build-data", f"{shlex.join(words)} {build}"]
+    assert main([*on(tmp_path / "built"), "--print", *options]) == 1
+    assert f"error: --build-data: {message}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "texts"]
+
+
+def directives(text: str) -> list[list[str]]:
+    """Of each script."""
+    scripts = text.split("#!/bin/bash\n")[1:]
+    return [[line.removeprefix("#SBATCH --") for line in s.splitlines() if line.startswith("#SBATCH")] for s in scripts]
+
+
+def test_options_of_sbatch_reach_the_jobs_that_they_are_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*on(tmp_path / "built"), "--print", "--nodes", "1", *ON_CPUS, "--partition", "gpu", "--qos", "high"]
+    words += ["--build-data", shlex.join(build_words(tmp_path, corpus)), "--mem", "900G"]
+    both, training = ["reservation=big", "comment=mine"], ["exclusive", "gres=gpu:8"]
+    words += [word for option in both + training for word in ("--sbatch", option)]
+    assert main(words) == 0
+    data, job = directives(capsys.readouterr().out)
+    assert set(job) >= {"qos=high", "mem=900G", *both, *training}
+    assert set(data) >= {"qos=high", "partition=gpu", *both}
+    assert not {"mem=900G", *training} & set(data)
+    assert main([*words, "--build-partition", "cpu", "--build-qos", "low", "--build-mem", "4G"]) == 0
+    data, job = directives(capsys.readouterr().out)
+    assert set(job) >= {"qos=high", "mem=900G", "partition=gpu", *both}
+    assert set(data) >= {"qos=low", "mem=4G", "partition=cpu", "comment=mine"}
+    assert "reservation=big" not in data
+
+
+def test_without_sbatch_the_error_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert main([*on(corpus), "--nodes", "1", *ON_CPUS, "--submit"]) == 1
+    assert "sbatch: not found" in capsys.readouterr().err
+
+
+def test_saved_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build = shlex.join(build_words(tmp_path, corpus))
+    more = ["--build-data", build, "--dependency", "afterok:5"]
+    sets = ["evaluation.every_steps=0", "data.path=built", "output_dir=my run"]
+    assert main([*on(Path("built")), "--set", "output_dir=my run", "--nodes", "1-2", *ON_CPUS, *more]) == 0
+    folder = tmp_path / "my run" / "slurm"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [config_file(load_config("demo_cpu", sets)).name, *SCRIPTS]
+    assert f"arguments=({build})" in (folder / "data.sbatch").read_text()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"sbatch '{folder}/data.sbatch'",
+        f"sbatch --dependency=afterok:5,afterok:JOB_ID --kill-on-invalid-dep=yes '{folder}/job.sbatch'",
+    ]
+    assert follow("9", None)[0] == "--dependency=afterok:9"
+
+
+def test_a_job_keeps_the_settings_that_it_was_submitted_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
+) -> None:
+    """run.yaml changes, is submitted again, is removed: each script goes on with its own, at every start."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    file, job = tmp_path / "run.yaml", tmp_path / "run" / "slurm" / "job.sbatch"
+
+    def submitted(rate: float, *more: str) -> str:
+        file.write_text(f"base: demo_cpu\noutput_dir: run\noptimizer: {{lr: {rate}}}\n")
+        words = ["run.yaml" if word == "demo_cpu" else word for word in on(corpus)]
+        assert main([*words, "--nodes", "1", *ON_CPUS, *more]) == 0
+        return job.read_text()
+
+    def started(script: str) -> RunConfig:
+        words = run_script(script, tmp_path / "bin")
+        words = words[words.index("maskvr_ds.train") + 1 : -2]
+        return load_config(words[1], words[3::2])
+
+    first, seeds, second = submitted(0.25), submitted(0.25, "--seeds", "3", "4"), submitted(0.5)
+    assert submitted(0.25) == first
+    file.unlink()
+    assert [started(script).optimizer.lr for script in (first, seeds, second)] == [0.25, 0.25, 0.5]
+    assert started(first).data.path == corpus
+    # The stand-in for Slurm starts task 1.
+    assert (started(seeds).seed, started(seeds).output_dir) == (4, tmp_path / "run" / "seed-4")
+    configs = list(job.parent.glob("config-*.yaml"))
+    assert len(configs) == 2
+
+
+def test_an_edited_configuration_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*on(corpus), "--set", "output_dir=run", "--nodes", "1", *ON_CPUS]
+    assert main(words) == 0
+    (path,) = (tmp_path / "run" / "slurm").glob("config-*.yaml")
+    path.write_text(path.read_text() + "# mine\n")
+    assert main(words) == 1
+    assert f"{path}: edited since it was written" in capsys.readouterr().err
+    assert path.read_text().endswith("# mine\n")

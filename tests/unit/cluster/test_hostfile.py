@@ -1,0 +1,159 @@
+"""Hostfiles: what DeepSpeed reads is read alike; what would make it go wrong is an error."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.__main__ import main
+from cluster.hosts.hostfile import HostfileError, expand, hostfile_text, hosts_from_words, read_hostfile, slurm_hosts
+
+GOOD = "# two nodes\nnode-1 slots=8\n\nuser@10.0.0.2 slots=4  # the small one\n"
+
+
+def test_reads_what_deepspeed_reads(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_text(GOOD)
+    assert read_hostfile(path) == {"node-1": 8, "user@10.0.0.2": 4}
+    assert list(read_hostfile(path).items()) == list(fetch_hostfile(str(path)).items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("# nothing\n\n", "names no host"),
+        ("node-1\n", ":1: 'node-1' is not `host slots=N`"),
+        ("node-1 slots=8\nnode-2 slots=eight\n", ":2: "),
+        ("node-1 slots=8\nnode-1 slots=8\n", ":2: node-1 is listed twice"),
+        ("node-1 slots=0\n", "has no slots"),
+        ("-oProxyCommand=sh slots=1\n", "is not `host slots=N`"),
+        ("a$(reboot) slots=1\n", "is not `host slots=N`"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(HostfileError, match=message.replace("$", r"\$").replace("(", r"\(")):
+        read_hostfile(path)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hosts"
+    assert main(["hostfile", str(path)]) == 1
+    assert "no such file" in capsys.readouterr().err
+    path.write_text(GOOD)
+    assert main(["hostfile", str(path)]) == 0
+    assert "2 hosts, 12 ranks" in capsys.readouterr().out
+    assert main(["hostfile", str(path), "--slots", "4"]) == 1
+    said = capsys.readouterr()
+    assert f"--slots 4: {path} says the slots of each host" in said.err
+    assert said.out == ""
+    path.write_bytes(b"node-1 slots=8\n\xff\xfe")
+    assert main(["hostfile", str(path)]) == 1
+    assert f"{path}: not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "hosts"),
+    [
+        (["a", "b"], {"a": 8, "b": 8}),
+        (["a:2,b:4"], {"a": 2, "b": 4}),
+        (["node[08-11]:4", "c"], {"node08": 4, "node09": 4, "node10": 4, "node11": 4, "c": 8}),
+        (["r[1-2]n[1,3]"], {"r1n1": 8, "r1n3": 8, "r2n1": 8, "r2n3": 8}),
+        (
+            ["ip-10-0-[3-4]-7.eu-west-1.compute.internal:1"],
+            {f"ip-10-0-{i}-7.eu-west-1.compute.internal": 1 for i in (3, 4)},
+        ),
+        (["ubuntu@10.0.0.4,ubuntu@10.0.0.5"], {"ubuntu@10.0.0.4": 8, "ubuntu@10.0.0.5": 8}),
+    ],
+)
+def test_names_and_ranges(words: list[str], hosts: dict[str, int]) -> None:
+    made = hosts_from_words(words, 8)
+    assert list(made.items()) == list(hosts.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a:b"], "'b' slots"),
+        (["a:0"], "'0' slots"),
+        (["a[3-1]"], "runs backwards"),
+        (["a[1-99999999]"], "more than"),
+        (["a[x]"], "no number"),
+        (["a[1"], "no host's name"),
+        (["-oProxyCommand=x"], "no host's name"),
+        (["a b"], "no host's name"),
+        (["a$(reboot)"], "no host's name"),
+        (["a", "b,a"], "a is named twice"),
+    ],
+)
+def test_faulty_names(words: list[str], message: str) -> None:
+    with pytest.raises(HostfileError, match=message):
+        hosts_from_words(words, 8)
+
+
+def test_slots_must_be_said() -> None:
+    with pytest.raises(HostfileError, match="how many ranks"):
+        hosts_from_words(["a"], None)
+
+
+@given(st.text())
+def test_what_is_made_can_be_read(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    """Any text as a host: refused, or a hostfile of just these hosts."""
+    try:
+        hosts = dict.fromkeys(expand(name), 2)
+    except HostfileError:
+        return
+    path = tmp_path_factory.mktemp("made") / "hosts"
+    path.write_text(hostfile_text(hosts), encoding="utf-8")
+    assert read_hostfile(path) == hosts
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prints the nodes that its last word names, one a line."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho \"$3\" | tr , '\\n'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "slots", "counts"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "8"}, None, [8, 8, 8]),
+        ({"SLURM_TASKS_PER_NODE": "2(x2),1"}, None, [2, 2, 1]),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_TASKS_PER_NODE": "1(x3)"}, None, [4, 4, 4]),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, 2, [2, 2, 2]),
+    ],
+)
+@pytest.mark.usefixtures("scontrol")
+def test_from_slurm(variables: dict[str, str], slots: int | None, counts: list[int]) -> None:
+    hosts = slurm_hosts({"SLURM_JOB_NODELIST": "n1,n2,n3", **variables}, slots)
+    assert hosts == dict(zip(("n1", "n2", "n3"), counts, strict=True))
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_slurm_that_says_too_little() -> None:
+    with pytest.raises(HostfileError, match="SLURM_JOB_NODELIST"):
+        slurm_hosts({}, None)
+    with pytest.raises(HostfileError, match="give --slots"):
+        slurm_hosts({"SLURM_JOB_NODELIST": "n1"}, None)
+    with pytest.raises(HostfileError, match="2 nodes and tasks for 1"):
+        slurm_hosts({"SLURM_JOB_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "1"}, None)
+
+
+def test_command_that_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hosts"
+    assert main(["hostfile", "--hosts", "n[1-2]", "--slots", "4", "--output", str(path)]) == 0
+    assert "2 hosts, 8 ranks" in capsys.readouterr().out
+    assert path.read_text() == "n1 slots=4\nn2 slots=4\n"
+    assert main(["hostfile", "--hosts", "n1:4"]) == 0
+    assert capsys.readouterr().out == "n1 slots=4\n"

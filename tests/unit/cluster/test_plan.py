@@ -1,0 +1,108 @@
+"""What `launch` and `preflight` make of the same answers of hosts: either refuses what is wrong, one ends processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.__main__ import main
+from cluster.hosts import launch, plan, remote
+from cluster.hosts.checks import GIB
+from tests.unit.cluster.test_launch import value
+
+
+class Hosts:
+    """Two hosts that answer as they are told to; what they were asked stands in `asked`."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        gpus = {"names": ["H100"], "driver": "1"}
+        self.values: dict[str, dict[str, Any]] = {
+            host: value(manifests={}, addresses=["10.0.0.1"], gpus=gpus) for host in "ab"
+        }
+        self.clocks = {"a": (0.0, 0.1), "b": (0.0, 0.1)}
+        # Whether it still has ranks of an earlier launch.
+        self.busy = ""
+        # What does not end there.
+        self.left: list[dict[str, Any]] = []
+
+    def answer(self, hosts: Any, request: dict[str, Any], **more: Any) -> dict[str, remote.Answer]:
+        self.asked.append(request)
+        if request["action"] == "end":
+            return {host: remote.Answer({"found": [], "left": self.left}) for host in hosts}
+        jobs = [{"pid": 6, "user": 0, "mark": f"{self.busy}-earlier"}] if self.busy else []
+        common = {"hostname": "x", "free_bytes": 20 * GIB, "jobs": jobs}
+        return {host: remote.Answer({**common, **self.values[host]}, clock=self.clocks[host]) for host in hosts}
+
+    @property
+    def ended(self) -> list[str]:
+        return [request["mark"] for request in self.asked if request["action"] == "end"]
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
+    hosts = Hosts()
+    for fields in hosts.values.values():
+        del fields["jobs"]
+    monkeypatch.setattr(remote, "ask", hosts.answer)
+    monkeypatch.setattr(plan.checks, "launcher_fault", lambda *_: None)
+    monkeypatch.setattr(plan, "passed_on", lambda *_: {})
+    monkeypatch.setattr(launch, "watch", lambda *_: 0)
+    return hosts
+
+
+def run(command: str, folder: Path, *more: str) -> int:
+    (folder / "hosts").write_text("a slots=1\nb slots=1\n")
+    words = [command, "--hostfile", str(folder / "hosts"), "--config", "demo_cpu", "--set", f"output_dir={folder}/run"]
+    return main([*words, *more, *(["--no-interconnect"] if command == "preflight" else [])])
+
+
+@pytest.mark.parametrize("command", ["launch", "preflight"])
+def test_launch_alone_ends_what_a_run_has_left(
+    command: str, hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For preflight it may be the run at its work."""
+    assert run(command, tmp_path) == 0
+    hosts.busy = plan.run_key(tmp_path / "run")
+    assert run(command, tmp_path) == 1
+    assert hosts.ended == []
+    told = "a: ranks of an earlier launch of this run are still there (pid 6)"
+    assert told in capsys.readouterr().err
+    assert run(command, tmp_path, "--force") == 0
+    assert f"warning: {told}" in capsys.readouterr().err
+    assert hosts.ended == ([f"{hosts.busy}-"] if command == "launch" else [])
+
+
+def test_what_does_not_end_keeps_a_launch_from_beginning(
+    hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts.busy, hosts.left = plan.run_key(tmp_path / "run"), [{"pid": 6, "state": "D"}]
+    assert run("launch", tmp_path, "--force") == 1
+    assert "b: processes 6 do not end; they wait for a device" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["launch", "preflight"])
+def test_a_full_disk_stops_both(command: str, hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hosts.values["b"]["free_bytes"] = GIB
+    assert run(command, tmp_path) == 1
+    assert "b: 1 GiB free on the disk of" in capsys.readouterr().err
+    assert run(command, tmp_path, "--minimum-free", "0.5") == 0
+
+
+def test_what_slows_a_run_stops_preflight_and_warns_at_launch(
+    hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts.clocks["b"] = (-7.0, 0.1)
+    for host, name in (("a", "H100"), ("b", "A100")):
+        hosts.values[host]["gpus"] = {"names": [name], "driver": "1"}
+    lines = {}
+    for command, status, kind in (("launch", 0, "warning"), ("preflight", 1, "error")):
+        assert run(command, tmp_path) == status
+        said = capsys.readouterr().err.splitlines()
+        assert all(line.startswith(f"{kind}: ") for line in said)
+        lines[command] = [line.removeprefix(f"{kind}: ") for line in said]
+    assert lines["launch"] == lines["preflight"]
+    assert [line.split(" ")[0] for line in lines["launch"]] == ["b:", "hosts"]
+    assert run("launch", tmp_path, "--clock", "8") == 0
+    assert "clock" not in capsys.readouterr().err

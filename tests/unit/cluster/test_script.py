@@ -1,0 +1,322 @@
+"""Job scripts: any value comes through as data or is refused; how a start ends is read from the run's folder."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cluster.slurm.options import parse_options
+from cluster.slurm.script import (
+    SlurmError,
+    Surroundings,
+    TrainingJob,
+    data_script,
+    directive,
+    log_pattern,
+    render,
+    training_script,
+)
+from tests.support.scripts import job_scripts
+
+HOSTILE = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$(touch injected)",
+    "`touch injected`",
+    "a\nb",
+    "\n#SBATCH --uid=0\n",
+    "a; touch injected #",
+    "-rf",
+    "*",
+    "~",
+    "!!",
+    "\\",
+    "%j",
+    "<<RUN>>",
+    "ü",
+]
+# Whatever a file's name or an argument can be.
+texts = st.one_of(
+    st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+)
+# Prints its arguments, each ended by a NUL byte; of srun those of the trainer only.
+STUB = """#!/bin/bash
+printf '%s\\0' "$@" >>"$STUB_LOG"
+"""
+
+
+def stubs(folder: Path) -> dict[str, str]:
+    """Stand-ins for Slurm's commands → the environment of a job's first start."""
+    for name in ("srun", "squeue", "scontrol"):
+        path = folder / name
+        path.write_text(STUB if name == "srun" else "#!/bin/bash\necho n1\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "STUB_LOG": str(folder / "log"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_ARRAY_JOB_ID": "6",
+        "SLURM_ARRAY_TASK_ID": "1",
+    }
+
+
+def run_script(text: str, folder: Path) -> list[str]:
+    """What the script starts ranks with."""
+    folder.joinpath("log").unlink(missing_ok=True)
+    # By a file, as Slurm does.
+    (folder / "script").write_text(text)
+    subprocess.run(["bash", "script"], cwd=folder, env=stubs(folder), capture_output=True, check=False, timeout=60)
+    return (folder / "log").read_bytes().decode().split("\0")[:-1]
+
+
+@settings(max_examples=25)
+@given(arguments=st.lists(texts, max_size=3), name=texts, venv=texts, seeds=st.booleans())
+@example(arguments=HOSTILE, name="plain", venv="plain", seeds=True)
+@example(arguments=[], name="a\nb", venv="$(touch injected)", seeds=False)
+def test_values_come_through_as_data(
+    tmp_path_factory: pytest.TempPathFactory, arguments: list[str], name: str, venv: str, seeds: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("script")
+    # Names of single folders: a slash would only make more of them.
+    run, environment = folder / ("run" + name.replace("/", "_")), folder / ("venv" + venv.replace("/", "_"))
+    job = TrainingJob(
+        options={"nodes": "1"},
+        run=run,
+        arguments=arguments,
+        surroundings=Surroundings(folder=folder, python="python", venv=environment),
+        tasks_per_node=1,
+        max_restarts=3,
+        signal_seconds=60,
+        seeds=(3, 4) if seeds else (),
+    )
+    if not str(run).isprintable() or "\\" in str(run):
+        with pytest.raises(SlurmError, match="--output"):
+            training_script(job)
+        return
+    started = run_script(training_script(job), folder)
+    at = started.index("maskvr_ds.train")
+    given = started[at + 1 : at + 1 + len(arguments)]
+    rest = started[at + 1 + len(arguments) :]
+    assert (started[at - 2 : at], given) == ([f"{environment}/bin/python", "-m"], arguments)
+    if seeds:
+        assert rest[:3:2] == ["--set", "--set"]
+        assert rest[1] == "seed=4"
+        assert yaml.safe_load(rest[3].removeprefix("output_dir=")) == str(run / "seed-4")
+        rest = rest[4:]
+    assert rest == ["--resume", "auto"]
+    # An array that a script without one was submitted from is none of its own.
+    attempt = (run / "seed-4" if seeds else run) / "slurm" / "attempt"
+    assert attempt.read_text() == ("6_1 0\n" if seeds else "7 0\n")
+    assert not list(folder.rglob("injected"))
+
+
+@given(value=texts)
+def test_a_directive_is_one_line_or_refused(value: str) -> None:
+    try:
+        line = directive("job-name", value)
+    except SlurmError:
+        assert not value.isprintable() or "\\" in value
+        return
+    assert len(line.splitlines()) == 1
+    assert line.startswith("#SBATCH --job-name=")
+
+
+def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
+    for value in ("", "a\nb", "a\\b", "a\x1bb"):
+        with pytest.raises(SlurmError, match="line of a job script"):
+            directive("job-name", value)
+    for name in ("", "x y", "-x", "a=b", "9a"):
+        for flag_or_not in ("1", None):
+            with pytest.raises(SlurmError, match="long name"):
+                directive(name, flag_or_not)
+    assert directive("exclusive", None) == "#SBATCH --exclusive"
+    assert directive("comment", 'a "b" #c') == '#SBATCH --comment="a \\"b\\" #c"'
+    assert log_pattern(Path("/a%j"), "%j.log") == "/a%%j/%j.log"
+
+
+def test_options_that_the_script_sets_itself_are_refused() -> None:
+    """All that it lays over the rest, under whatever name sbatch takes them by."""
+    common = {"run": Path("/r"), "arguments": [], "surroundings": Surroundings(Path("/r"), "python")}
+    own = set()
+    for nodes, seeds in (("1", ()), ("1-2", (3, 4))):
+        job = TrainingJob({"nodes": nodes}, **common, tasks_per_node=1, max_restarts=1, signal_seconds=9, seeds=seeds)  # type: ignore[arg-type]
+        for cpus in (None, 2):
+            script = training_script(replace(job, cpus_per_task=cpus))
+            own |= set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    assert own >= {"output", "signal", "open-mode", "mincpus", "ntasks-per-node", "cpus-per-task", "requeue", "array"}
+    for name in (*own, "error", "no-requeue", "tasks-per-node", "ntasks", "chdir", "time"):
+        for text in (f"{name}=1", name, name[:-1]):
+            with pytest.raises(
+                SlurmError, match=f"^--sbatch {text}: .* is not to be set so: .*(say|leave it out|made of)"
+            ):
+                parse_options([text], ["time"])
+
+
+def test_options_of_sbatch_and_flags() -> None:
+    given = ["gres=gpu:8", "exclusive", "comment=a=b", "gpus=8", "exclude=n1", "nice"]
+    assert list(parse_options(given, ["time"]).items()) == [
+        *{"gres": "gpu:8", "exclusive": None, "comment": "a=b", "gpus": "8", "exclude": "n1", "nice": None}.items()
+    ]
+    for text in ("", "=1", "-N=1", "--exclusive", "N=4", "J", "n=4", "two words", "a\n#SBATCH --uid=0"):
+        with pytest.raises(SlurmError, match="NAME=VALUE expected"):
+            parse_options([text], [])
+    with pytest.raises(SlurmError, match="gres is given twice"):
+        parse_options(["gres=gpu:8", "gres=gpu:4"], [])
+
+
+def test_a_value_that_looks_like_a_place_stays(tmp_path: Path) -> None:
+    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], Surroundings(tmp_path, "python"))
+    assert "arguments=('<<FOLDER>>')" in script
+    with pytest.raises(KeyError):
+        render("data.sbatch", {})
+
+
+def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("shellcheck is not installed")
+        pytest.skip("shellcheck is not installed")
+    scripts = [path for folder in job_scripts(tmp_path).values() for path in folder]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    # SC2016: that `$(…)` in a path is not expanded is what is wanted.
+    found = subprocess.run(["shellcheck", "--exclude=SC2016", *scripts], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def behave(
+    tmp_path: Path, ranks: str, restarts: int = 0, seeds: tuple[int, ...] = (), **changes: str
+) -> tuple[int, str, str]:
+    """Run a whole job script whose srun does what `ranks` says, in the run's folder; → status, output, requeued id."""
+    commands, run = tmp_path / "bin", tmp_path / "run"
+    commands.mkdir(exist_ok=True)
+    environment = stubs(commands) | {"SLURM_RESTART_COUNT": str(restarts)} | changes
+    where = run / f"seed-{seeds[1]}" if seeds else run
+    (commands / "srun").write_text(f"#!/bin/bash\ncd '{where}' || exit 1\n{ranks}\n")
+    (commands / "squeue").write_text(f"#!/bin/bash\necho \"$*\" >>'{tmp_path}/asked'\nprintf '%s' \"${{QUEUE:-}}\"\n")
+    requeue = f"""if [ "$1" = requeue ]; then echo "$2" >>'{tmp_path}/requeued'; else echo n1; fi"""
+    (commands / "scontrol").write_text(f"#!/bin/bash\n{requeue}\n")
+    (tmp_path / "requeued").unlink(missing_ok=True)
+    job = TrainingJob(
+        options={"nodes": "1"},
+        run=run,
+        arguments=[],
+        surroundings=Surroundings(folder=tmp_path, python=sys.executable),
+        tasks_per_node=1,
+        max_restarts=2,
+        signal_seconds=60,
+        seeds=seeds,
+    )
+    script = tmp_path / "job"
+    script.write_text(training_script(job))
+    # A process group of its own, which a stand-in can signal as Slurm does a job.
+    result = subprocess.run(
+        ["bash", script], env=environment, capture_output=True, text=True, check=False, timeout=60, process_group=0
+    )
+    requeued = tmp_path / "requeued"
+    return result.returncode, result.stdout, requeued.read_text().strip() if requeued.is_file() else ""
+
+
+OURS = """echo '{"job": "7"}' >owner.json; mkdir -p checkpoints;"""
+STOP = OURS + " echo step-1 >checkpoints/latest; echo '{}' >stopped.json; exit 75"
+# As Slurm does with --signal=B:USR1, then as the trainer does.
+ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
+
+
+@pytest.mark.parametrize(
+    ("ranks", "restarts", "status", "requeued", "said"),
+    [
+        (OURS + "echo '{}' >completed.json; exit 1", 0, 0, "", "completed"),
+        (OURS + "exit 0", 0, 0, "7", "the ranks failed"),
+        (ASKED, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (ASKED, 2, 1, "", "as often as --max-restarts allows"),
+        (ASKED, 3, 1, "", "more than --max-restarts 2"),
+        (STOP, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (STOP.replace("{}", '{"step": 1, "requested": true}'), 0, 75, "", "stopped on request"),
+        ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
+        ("exit 1", 0, 1, "", "ended before they had the run"),
+        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job has it"),
+        (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
+    ],
+)
+def test_how_a_start_ends(tmp_path: Path, ranks: str, restarts: int, status: int, requeued: str, said: str) -> None:
+    """Decided by what stands in the run's folder, not by statuses."""
+    returned, output, again = behave(tmp_path, ranks, restarts)
+    assert (returned, again) == (status, requeued), output
+    assert said in output
+
+
+def test_failing_twice_at_a_checkpoint_ends_it(tmp_path: Path) -> None:
+    fail = OURS + "echo step-%d >checkpoints/latest; exit 1"
+    for restarts, step, again in ((0, 1, True), (1, 2, True), (2, 2, False)):
+        status, output, requeued = behave(tmp_path, fail % step, restarts)
+        assert (bool(requeued), status == 0) == (again, again), output
+    assert "failed twice at checkpoint: step-2" in output
+    # Submitted again, it is another job.
+    assert behave(tmp_path, (fail % 2).replace('"7"', '"9"'), SLURM_JOB_ID="9")[2] == "9"
+
+
+def test_a_run_has_one_job(tmp_path: Path) -> None:
+    assert behave(tmp_path, ASKED)[2] == "7"
+    status, output, requeued = behave(tmp_path, "touch started", SLURM_JOB_ID="8", QUEUE="7")
+    assert (status, requeued) == (1, "")
+    assert "job 7 is running the same run; end it first (scancel 7)" in output
+    assert not (tmp_path / "run" / "started").exists()
+    assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
+
+
+def test_a_task_of_an_array_speaks_of_itself_alone(tmp_path: Path) -> None:
+    """The id of the array, which one of its tasks has for its own, would requeue all of them."""
+    task = {"SLURM_JOB_ID": "6", "SLURM_ARRAY_JOB_ID": "6"}
+    owned = OURS.replace('"7"', '"6_1"')
+    status, output, requeued = behave(tmp_path, owned + "exit 1", seeds=(3, 4), **task)
+    assert (status, requeued) == (0, "6_1"), output
+    assert "failed" in output
+    assert "--jobs=6_1 " in (tmp_path / "asked").read_text()
+    assert "--jobs=6 " not in (tmp_path / "asked").read_text()
+    # Preempted: stays while Slurm says that the task runs, whatever the others do.
+    told = "kill -TERM $PPID; sleep 0.2; " + STOP.replace('"7"', '"6_1"')
+    (tmp_path / "asked").unlink()
+    assert behave(tmp_path, told, seeds=(3, 4), **task)[::2] == (1, "")
+    assert (tmp_path / "asked").read_text() == "--noheader --jobs=6_1 --format=%T\n"
+    # Another array's task on the same run.
+    status, output, _ = behave(tmp_path, owned, seeds=(3, 4), QUEUE="6_1", SLURM_ARRAY_JOB_ID="8")
+    assert status == 1
+    assert "job 6_1 is running the same run; end it first (scancel 6_1)" in output
+
+
+def test_a_job_that_is_being_cancelled_does_not_come_back(tmp_path: Path) -> None:
+    """Also where the script was not told."""
+    status, output, requeued = behave(tmp_path, STOP, QUEUE="COMPLETING")
+    assert (status, requeued) == (1, ""), output
+
+
+@pytest.mark.parametrize("ranks", [OURS, ASKED, STOP])
+def test_a_signal_to_all_processes_while_it_looks(tmp_path: Path, ranks: str) -> None:
+    """A node's loss: Slurm's SIGTERM comes late, and ends what the script has started to see how the ranks ended."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    kill = f"printf '#!/bin/bash\\nkill -TERM 0\\n' >'{commands}/squeue'"
+    for name in ("cat", "grep", "date"):
+        kill += f"; cp '{commands}/squeue' '{commands}/{name}'; chmod +x '{commands}/{name}'"
+    status, output, requeued = behave(tmp_path, f"{kill}\n{ranks}")
+    assert (status, requeued) == (1, ""), output
+    assert "error" not in output
+    assert "only Slurm may start it again" in output
+
+
+def test_an_old_end_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    assert behave(tmp_path, OURS + "echo '{}' >completed.json")[0] == 0
+    assert behave(tmp_path, OURS + "exit 1")[2] == "7"

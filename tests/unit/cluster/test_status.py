@@ -1,0 +1,134 @@
+"""What a run's folder and squeue say of a run."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.__main__ import main
+from cluster.status import last_step, read_status, runs_of
+from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder import status as outcome
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that a Slurm job on two nodes has begun, whose process is gone. No squeue here."""
+    monkeypatch.setenv("PATH", "")
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").write_text("step-00000020\n")
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "loss": 3.0, "tokens_per_second": 5.0},
+        {"step": 22, "loss": 2.5, "tokens_per_second": 1000.5},
+        {"event": "checkpoint", "step": 20, "seconds": 1.0},
+    ]
+    # A kill has cut off the last line.
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 23, "lo')
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "attempt").write_text("41 2\n")
+    fence.take(folder, 8, {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2]"})
+    gone(folder)
+    return folder
+
+
+def gone(run: Path) -> None:
+    """The owner's process is not there any more."""
+    owner = json.loads((run / fence.OWNER).read_text())
+    (run / fence.OWNER).write_text(json.dumps({**owner, "started": 0}))
+
+
+def queue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "squeue").write_text(f"#!/bin/sh\nprintf %s '{answer}'\n")
+    (folder / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+
+
+def beat(run: Path, age: float, rank: int = 0) -> None:
+    path = run / "heartbeats" / "job" / f"rank-{rank:05d}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"place": "step"}))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_everything_that_the_folder_says(run: Path) -> None:
+    status = read_status(run)
+    assert (status.state, status.job, status.restarts, status.ranks, status.nodes) == ("ended", "41", 2, 8, "n[1-2]")
+    assert (status.step, status.loss, status.tokens_per_second) == (22, 2.5, 1000.5)
+    assert status.checkpoint == "step-00000020"
+    assert status.heartbeat_ages is None
+
+
+def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat(run, 300)
+    beat(run, 200, rank=1)
+    assert read_status(run).state == "ended", "the beats are too old"
+    ages = read_status(run).heartbeat_ages
+    assert ages is not None
+    assert ages == pytest.approx((200, 300), abs=30)
+    beat(run, 3)
+    assert read_status(run).state == "running"
+    beat(run, 300)
+    outcome.write(run, outcome.STOPPED, 20)
+    assert read_status(run).state == "stopped"
+    outcome.clear(run)
+    outcome.write(run, outcome.COMPLETED, 30)
+    assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json names step 30")
+
+
+def test_a_process_of_this_host_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    fence.take(tmp_path, 1, {})
+    assert read_status(tmp_path).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "nodes"),
+    [
+        ("RUNNING|None|n[5-6]|1:02", "running", "n[5-6]"),
+        ("PENDING|BeginTime||0:00", "queued", "n[1-2]"),
+        ("", "ended", "n[1-2]"),
+    ],
+)
+def test_squeue_says_more(run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str, nodes: str) -> None:
+    queue(run.parent, monkeypatch, answer)
+    # Requeued, a job has saved before.
+    if answer.startswith("PENDING"):
+        outcome.write(run, outcome.STOPPED, 20)
+    status = read_status(run)
+    assert (status.state, status.nodes) == (state, nodes)
+    if state == "queued":
+        assert "BeginTime" in status.why
+
+
+def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(run), str(run), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["step"] == second["step"] == 22
+    assert main(["status", str(run)]) == 0
+    text = capsys.readouterr().out
+    for words in (": ended (", "job 41, restarts 2, nodes n[1-2], 8 ranks", "step 22, loss 2.5000, 1,000 tokens/s"):
+        assert words in text
+    assert main(["status", str(run / "nothing")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["status", str(run / "checkpoints")]) == 1
+    assert "neither a run's folder" in capsys.readouterr().err
+
+
+def test_runs_of_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 10):
+        (tmp_path / f"seed-{seed}").mkdir()
+    assert [path.name for path in runs_of(tmp_path)] == ["seed-0", "seed-10"]
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("not begun") == 2
+
+
+def test_reads_the_end_of_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n, "padding": "x" * 500}) + "\n" for n in range(1000)))
+    assert last_step(path)["step"] == 999
+    assert last_step(tmp_path / "none") == {}

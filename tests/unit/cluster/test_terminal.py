@@ -1,0 +1,125 @@
+"""Signals to `launch`, from whoever sends them, and terminals that hang up: the ranks save before they end."""
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.hosts import launch, remote, supervisor
+from maskvr_ds.reliability.echo import ECHO_SECONDS
+from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED
+from tests.unit.cluster.test_launch import make_plan
+
+ROOT = Path(__file__).parents[3]
+# In place of DeepSpeed's runner, with its one rank: says something all the time; asked to stop, it takes a while.
+RANK = """
+import json, sys, time
+from pathlib import Path
+from maskvr_ds import outcome
+run, asked, beat = Path(sys.argv[1]), 0, 0
+while asked < 30:
+    with (run / "rank-00000.log").open("a") as log:
+        log.write(f"step {beat}\\n")
+    beat += 1
+    (run / "rank-00000.json").write_text(json.dumps({"beat": beat, "state": "R"}))
+    time.sleep(0.1)
+    asked += (run / outcome.REQUEST).exists()
+outcome.write(run, outcome.STOPPED, 5)
+(run / "rank-00000.json").write_text(json.dumps({"beat": beat + 1, "state": "R", "status": 75}))
+"""
+
+
+def drive(run: Path) -> int:
+    """What `launch` does once it has a plan."""
+    supervisor.runner_command = lambda plan: [sys.executable, "-c", RANK, str(run)]
+    remote.ask = lambda *arguments, **more: {}
+    plan = make_plan(run, {"h1": 1}, environment={**os.environ, "PYTHONPATH": str(ROOT)})
+    return launch.watch(plan, steps=10)
+
+
+@contextmanager
+def launched(run: Path, stdin: int, out: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """`drive`, in a session of its own whose terminal is `stdin`, where that is one; its rank is at work."""
+
+    def take_terminal() -> None:
+        if os.isatty(0):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    code = f"import sys; from {__name__} import *; sys.exit(drive(Path({str(run)!r})))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=stdin,
+        stdout=out,
+        stderr=out,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "rank-00000.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(2 * supervisor.POLL)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        (run / REQUEST).touch()  # a rank that is left ends then
+
+
+def test_a_terminal_that_hangs_up_costs_nothing(tmp_path: Path) -> None:
+    """Its output cannot be written any more, neither by the handler nor by what prints rank 0's words."""
+    ours, theirs = pty.openpty()
+    with launched(tmp_path, theirs, theirs) as process:
+        os.close(theirs)
+        assert b"step 0" in os.read(ours, 1000)
+        os.close(ours)
+        assert process.wait(60) == EXIT_STOPPED
+    assert (tmp_path / STOPPED).exists()
+
+
+def test_a_reader_that_ends_costs_nothing(tmp_path: Path) -> None:
+    """As in `launch … | head`."""
+    ours, theirs = os.pipe()
+    with launched(tmp_path, subprocess.DEVNULL, theirs) as process:
+        os.close(theirs)
+        os.close(ours)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == EXIT_STOPPED
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_the_same_signal_at_once_is_an_echo(tmp_path: Path, second: signal.Signals) -> None:
+    with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(second)
+        assert process.wait(60) == EXIT_STOPPED
+    assert (tmp_path / STOPPED).exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "wait"), [(signal.SIGTERM, ECHO_SECONDS + 0.2), (signal.SIGUSR1, 0.2), (signal.SIGINT, 0)]
+)
+def test_a_second_one_or_another_ends_everything(tmp_path: Path, number: signal.Signals, wait: float) -> None:
+    with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:
+        if wait:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(wait)
+            assert (tmp_path / REQUEST).exists()
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    assert not (tmp_path / STOPPED).exists()

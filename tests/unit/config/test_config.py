@@ -1,0 +1,210 @@
+"""RunConfig: recipes valid, faults told in one line each with value, rule and remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ds_configs
+from maskvr_ds.config import (
+    ConfigError,
+    RunConfig,
+    deepspeed_config_path,
+    dump_config,
+    load_config,
+    recipe_text,
+    recipes,
+)
+
+MINIMAL = {"output_dir": "runs/x", "data": {"path": "corpus"}, "training": {"steps": 100}}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return path
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_are_valid(name: str) -> None:
+    config = load_config(name)
+    assert deepspeed_config_path(config.deepspeed).is_file()
+    assert yaml.safe_load(recipe_text(name))["output_dir"]
+
+
+def test_a_base_is_laid_under_the_file(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("base: demo_cpu\nseed: 7\nbatch: {micro_size: 8}\n")
+    (tmp_path / "run.yaml").write_text("base: below.yaml\nbatch: {global_size: 128}\nmasking: {strategy: span}\n")
+    config, demo = load_config(tmp_path / "run.yaml", ["optimizer.lr=0.02"]), load_config("demo_cpu")
+    assert (config.seed, config.batch.micro_size, config.batch.global_size) == (7, 8, 128)
+    assert (config.masking.strategy, config.optimizer.lr) == ("span", 0.02)
+    same = {"data", "model", "schedule", "training", "evaluation", "checkpoint"}
+    assert config.model_dump(include=same) == demo.model_dump(include=same)
+
+
+def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("base: two.yaml\n")
+    two.write_text("base: one.yaml\n")
+    with pytest.raises(ConfigError, match=r"base one\.yaml leads back to itself \(.*one\.yaml -> .*two\."):
+        load_config(one)
+    two.write_text("base: nowhere\n")
+    with pytest.raises(ConfigError, match="config 'nowhere': neither a file nor a recipe"):
+        load_config(one)
+    two.write_text("base: [demo_cpu]\n")
+    with pytest.raises(ConfigError, match="the name of a recipe or a file expected"):
+        load_config(one)
+
+
+def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, optimizer={"betas": [0.8, 0.9], "lr": 1e-5}, monitor={"wandb": {"project": "p"}})
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path), ["optimizer.lr=3e-4", "model.preset=bert-tiny", "model.num_hidden_layers=5", "data.path=a b"]
+    )
+    assert config.optimizer.lr == 3e-4
+    assert (config.model.hidden_size, config.model.num_hidden_layers) == (128, 5), "fields override the preset"
+    assert config.data.path == Path("a b")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; known here: name, lr, betas"),
+        ("optimiser.lr=1", "optimiser: unknown key; known here: output_dir"),
+        ("monitor.wandb={project: p, teem: x}", "monitor.wandb.teem: unknown key; known here: project, group, team"),
+        ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0 .given: 0."),
+        ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: 0 ≤ min ≤ max expected"),
+        ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
+        ("optimizer={variant: nvidia, gradient_clipping: 0}", "norm of at most 1, gradient_clipping is 0; set it to 1"),
+        ("optimizer={name: adam, variant: nvidia}", "are LAMB's; optimizer.name is adam"),
+        ("masking.rate=1", "masking.rate: Input should be less than 1 .given: 1."),
+        ("masking.rate=0", "masking.rate: Input should be greater than 0"),
+        ("masking.random_probability=0.3", "more than 1"),
+        ("masking.final_rate=0", "masking.final_rate: Input should be greater than 0"),
+        ("masking={strategy: frequency, floor: 0}", "masking.floor: Input should be greater than 0"),
+        ("masking={strategy: frequency, floor: 1.1}", "masking.floor: Input should be less than or equal to 1"),
+        ("masking.floor=0.2", "masking: floor belongs to strategy frequency; strategy is uniform"),
+        ("masking={strategy: span, placement: same_batch}", "placement belongs to strategy fully_explored; .* is span"),
+        (
+            "masking={strategy: fully_explored, segments_per_sequence: 2}",
+            "belongs to placement same_batch; leave it out",
+        ),
+        (
+            "masking={strategy: fully_explored, placement: same_batch, segments_per_sequence: 7}",
+            "batch.global_size 256 is not a multiple of masking.segments_per_sequence 7",
+        ),
+        ("masking.strategy=spam", "masking.strategy: Input should be 'uniform', 'whole_word', 'span'"),
+        ("model.num_attention_heads=7", "hidden_size 768 is not a multiple of num_attention_heads 7"),
+        ("model.preset=bert-huge", "model.preset: Input should be 'bert-tiny'"),
+        ("schedule.warmup_steps=101", "schedule.warmup_steps 101 exceeds the schedule's 100 steps"),
+        ("training.schedule_steps=50", "training.steps 100 exceeds training.schedule_steps 50"),
+        ("schedule.final_lr=1", "schedule.final_lr 1.0 exceeds optimizer.lr"),
+        ("training={}", "training.steps: required, but not given"),
+        ("seed", "section.field=value expected"),
+        ("seed.x=1", "seed: Input should be a valid integer"),
+        ("output_dir.x=1", "output_dir is a value, not a section"),
+        ("seed=[", "the value is not YAML"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path), [assignment])
+
+
+def test_config_that_is_neither_file_nor_recipe() -> None:
+    with pytest.raises(ConfigError, match=r"'no-such': neither a file nor a recipe \(.*demo_cpu"):
+        load_config("no-such")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
+def test_config_that_is_not_a_mapping(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"not YAML|a mapping of sections expected"):
+        load_config(path)
+
+
+def test_global_batch_divides() -> None:
+    config = RunConfig.model_validate({**MINIMAL, "batch": {"global_size": 32768, "micro_size": 64}})
+    assert config.accumulation_steps(8) == 64
+    with pytest.raises(ConfigError, match=r"32768 is not a multiple of .* 64 × 24 ranks = 1536.*32256 or 33792"):
+        config.accumulation_steps(24)
+    with pytest.raises(ConfigError, match=r"set batch\.global_size to 65536,"):
+        config.accumulation_steps(1024)
+
+
+def test_deepspeed_config_must_exist() -> None:
+    with pytest.raises(ConfigError, match="'zero9' is neither a file nor one of zero0_bf16, zero0_fp32"):
+        deepspeed_config_path("zero9")
+    with pytest.raises(ConfigError, match="neither a file"):
+        deepspeed_config_path("../ds_configs/zero1_fp32")
+
+
+def test_shipped_deepspeed_configs_leave_to_run_config_what_it_owns() -> None:
+    from maskvr_ds.engine.engine import model_dtype, read_deepspeed_config, zero_stage
+
+    files = sorted(Path(ds_configs.__file__).parent.glob("*.json"))
+    assert len(files) == 13
+    for name in (file.stem for file in files):
+        config = read_deepspeed_config(deepspeed_config_path(name))
+        stage, precision, *offload = name.split("_")
+        assert stage == f"zero{zero_stage(config)}"
+        assert (
+            str(model_dtype(config))
+            == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+        )
+        device = config["zero_optimization"].get("offload_optimizer", {}).get("device")
+        assert device == ("cpu" if offload == ["offload"] else None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"gradient_clipping": 0.5}, "sets gradient_clipping to 0.5.*set optimizer.gradient_clipping there"),
+        ({"train_batch_size": 8}, "sets train_batch_size to 8.*set batch.global_size there"),
+        ({"optimizer": {"type": "Adam"}}, "sets optimizer to"),
+        ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler to"),
+        ({"zero_optimization": {"stage": 4}}, "ZeRO stage 4; supported are 0, 1, 2, 3"),
+        ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0.*use stage 1, 2 or 3"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both fp16 and bf16 are enabled"),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast is set"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "cannot tell whose master weights are whose",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param is not supported"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "'nvme'; supported are .* 'cpu'",
+        ),
+        ({"zero_optimization": {"stage": "x"}}, 'zero_optimization.stage is "x"; a whole number expected'),
+        ({"zero_optimization": True}, "zero_optimization is true; an object expected"),
+        ({"fp16": None}, "fp16 is null; an object expected"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}, 'offload_optimizer is "cpu"; an object'),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto"; true or false expected'),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 is an old name; call the section bf16"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast is not supported"),
+        ({"managed_gradient_accumulation": False}, "every micro-batch would be an update"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is off"),
+        ([1], "a JSON object expected"),
+    ],
+)
+def test_deepspeed_config_faults(tmp_path: Path, content: object, message: str) -> None:
+    from maskvr_ds.engine.engine import read_deepspeed_config
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        read_deepspeed_config(path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_deepspeed_config(path)

@@ -1,0 +1,269 @@
+"""Faulty sources of a description: one error that names source, rule and remedy, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+
+from data_pipeline.__main__ import main
+from data_pipeline.build import build, pack, tokenize
+from data_pipeline.files import CorpusError
+from data_pipeline.shards import read_manifest
+from data_pipeline.tokenization.tokenizer import copy_tokenizer
+from tests.support.documents import describe_in, make_documents, write_text, write_tokenizer
+
+SIZES: dict[str, Any] = {"work_size": 0.003, "shard_size": 0.003, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
+    return folder
+
+
+def fault(folder: Path, path: Path, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        build(None, folder / "tok", 16, path.parent / "out", description=path, progress=False)
+    assert not (path.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": 0}, r"corpus\.yaml: sources\.0\.weight: Input should be greater than 0, found 0"),
+        ({"weight": -2.5}, r"sources\.0\.weight: .* found -2\.5"),
+        ({"colour": "red"}, r"sources\.0\.colour: unknown key; known here: name, inputs, format"),
+        ({"format": "docx"}, r"sources\.0\.format: .*'docx' is not one of auto, text"),
+        ({"format": "builder:no_such"}, "datasets has no builder 'no_such', only "),
+        ({"name": "../x"}, r"sources\.0\.name: String should match pattern"),
+        ({"inputs": []}, r"sources\.0\.inputs: Tuple should have at least 1 item"),
+        ({"inputs": ["missing.txt"]}, r"missing\.txt: no such file or folder"),
+        ({"split": "train"}, "split is for format dataset, this one is auto"),
+        ({"format": "dataset", "inputs": ["."]}, r"state\.json: no dataset saved by save_to_disk"),
+        ({"format": "wikiextractor"}, "an article begins with 'text', not with <doc"),
+        ({"documents": "page"}, r"sources\.0\.documents: Input should be"),
+    ],
+)
+def test_bad_sources(folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_text(tmp_path / "a.txt", ["text"])
+    fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"], **change}]), message)
+
+
+def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", ["text"])
+    one = {"name": "a", "inputs": ["a.txt"]}
+    fault(folder, describe_in(tmp_path, [one, one]), "source 'a' is there twice")
+    fault(folder, describe_in(tmp_path, [one, one | {"name": "b"}]), r"a\.txt: belongs to the sources a and b")
+    fault(folder, describe_in(tmp_path, []), r"sources: Tuple should have at least 1 item")
+    fault(
+        folder, describe_in(tmp_path, [one], documents={"bad_bytes": "keep"}), r"documents\.bad_bytes: Input should be"
+    )
+    fault(
+        folder,
+        describe_in(tmp_path, [one], documents={"min_characters": 100}),
+        r"every document was dropped \(too_short 1\)",
+    )
+    fault(folder, describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}), r"no\.tsv: must be a file of")
+    (tmp_path / "corpus.yaml").write_text("[")
+    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
+    (tmp_path / "corpus.yaml").write_text("- a")
+    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: needs the key sources")
+
+
+def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": ["one", "two", "three"], "n": [1, 2, 3]})
+    data.select([2, 0]).save_to_disk(tmp_path / "chosen")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "dict")
+    data.save_to_disk(tmp_path / "good")
+
+    def source(name: str, **others: str) -> Path:
+        return describe_in(tmp_path, [{"name": "a", "inputs": [name], "format": "dataset", **others}])
+
+    state = json.loads((tmp_path / "chosen/state.json").read_text())
+    if state.get("_indices_files"):
+        fault(folder, source("chosen"), "flatten_indices")
+    fault(folder, source("dict"), r"holds the splits test, train: say which")
+    fault(folder, source("dict", split="dev"), r"split 'dev' is not among them")
+    fault(folder, source("good", split="train"), "holds one dataset without splits")
+    fault(folder, source("good", text_field="body"), "has no column 'body', only text, n")
+    fault(folder, source("good", text_field="n"), "column 'n' holds int64, text")
+    file = next((tmp_path / "good").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:200])
+    fault(folder, source("good"), "broken Arrow file")
+    state = json.loads((tmp_path / "dict/train/state.json").read_text())
+    state["_data_files"] = [{"filename": "../test/data-00000-of-00001.arrow"}]
+    (tmp_path / "dict/train/state.json").write_text(json.dumps(state))
+    fault(folder, source("dict", split="train"), "names no data files in this folder")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.jsonl"], "format": "builder:json"}])
+    fault(folder, path, r"a\.jsonl \(builder json\): ")
+
+
+ARTICLE = b'<doc id="1" url="u" title="T">\nT\n\ntext\n</doc>\n'
+FILES: dict[str, tuple[str, str, bytes, str]] = {
+    "wiki empty": ("wiki_00", "wikiextractor", b"", "the corpus is empty: no text in .*wiki_00. Add text"),
+    "wiki latin-1": (
+        "wiki_00",
+        "wikiextractor",
+        ARTICLE.replace(b"text", b"t\xe4xt"),
+        r"wiki_00: not UTF-8 at byte 35 \(0xe4",
+    ),
+    "wiki cut": (
+        "wiki_00",
+        "wikiextractor",
+        ARTICLE * 2 + ARTICLE[:-9],
+        "wiki_00: ends within an article, without its",
+    ),
+    "csv empty": ("a.csv", "builder:csv", b"", r"a\.csv \(builder csv\): cannot be read"),
+    "csv header": ("a.csv", "builder:csv", b"id,text\n", "the corpus is empty: no text in .*a.csv"),
+    "csv latin-1": ("a.csv", "builder:csv", b"text\nt\xe4xt\n", r"a\.csv \(builder csv\): cannot be read \(Unicode"),
+    "csv column": ("a.csv", "builder:csv", b"id,body\n1,x\n", "record 0 has no text in 'text', only id, body"),
+    "csv null": ("a.csv", "builder:csv", b"id,text\n1,x\n2,\n", "record 1 has no text in 'text', NoneType"),
+    "json broken": ("a.json", "builder:json", b'{"text": "x"', r"a\.json \(builder json\): cannot be read"),
+    "parquet": ("a.pq", "builder:parquet", b"PAR1 no parquet", r"a\.pq \(builder parquet\): cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files_of_the_new_formats(case: str, folder: Path, tmp_path: Path) -> None:
+    name, kind, data, message = FILES[case]
+    (tmp_path / name).write_bytes(data)
+    fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": [name], "format": kind}]), message)
+
+
+def save_arrow(folder: Path, column: pa.Array) -> None:
+    """As `save_to_disk` leaves it, with whatever text there is."""
+    folder.mkdir()
+    table = pa.table({"text": column})
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (lambda: pa.array([], pa.string()), "the corpus is empty: no text in .*data.arrow. Add text"),
+        (lambda: pa.array(["x", None]), "row 1 of record batch 0 has no 'text' .null."),
+        (lambda: pa.array([b"x", b"t\xe4xt"]).view(pa.string()), "rows 0 to 1 of record batch 0: 'text' is not UTF-8"),
+        (lambda: pa.array([[1]]), "column 'text' holds list"),
+    ],
+)
+def test_bad_texts_of_a_dataset(column: Callable[[], pa.Array], message: str, folder: Path, tmp_path: Path) -> None:
+    save_arrow(tmp_path / "saved", column())
+    fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": ["saved"], "format": "dataset"}]), message)
+
+
+def test_a_source_that_is_given_twice(folder: Path, tmp_path: Path) -> None:
+    """By two names for one file, by a glob beside its file, as a dataset."""
+    write_text(tmp_path / "in/a.txt", ["text"])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    save_arrow(tmp_path / "saved", pa.array(["text"]))
+    one, message = {"name": "a", "inputs": ["in/a.txt"]}, "is given twice .the same file as .*. Name every input once"
+    fault(folder, describe_in(tmp_path, [one | {"inputs": ["in/*.txt", "in/a.txt"]}]), message)
+    fault(folder, describe_in(tmp_path, [one | {"inputs": ["in", "link/a.txt"]}]), message)
+    fault(folder, describe_in(tmp_path, [one | {"inputs": ["saved", "saved"], "format": "dataset"}]), message)
+    both = [{"name": n, "inputs": ["saved"], "format": "dataset"} for n in "ab"]
+    fault(folder, describe_in(tmp_path, both), r"data\.arrow: belongs to the sources a and b. Name it in one")
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "1001"])
+def test_weights_that_pack_refuses(
+    weight: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path / "a.txt", ["text"])
+    description = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}])
+    tokenize(None, folder / "tok", tmp_path / "tokens", description=description, progress=False)
+    words = [
+        "pack",
+        tmp_path / "tokens",
+        "--sequence-length",
+        16,
+        "--output",
+        tmp_path / "out",
+        "--weight",
+        f"a={weight}",
+    ]
+    assert main([str(word) for word in words]) == 1
+    assert "weight of 'a' " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "wikiextractor", "dataset", "builder:csv"])
+def test_a_source_that_vanishes(kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three files is gone when its turn comes; put back, the same command goes on."""
+    from data_pipeline.tokenization import stage
+
+    texts = [make_documents(20, seed=i) for i in range(3)]
+    data = tmp_path / "in"
+    data.mkdir()
+    for i, documents in enumerate(texts):
+        if kind == "dataset":
+            save_arrow(data / str(i), pa.array(documents))
+        elif kind == "builder:csv":
+            datasets.Dataset.from_dict({"text": documents}).to_csv(data / f"{i}.csv")
+        elif kind == "wikiextractor":
+            articles = [f'<doc id="{j}" url="u" title="T">\n{text}\n</doc>\n' for j, text in enumerate(documents)]
+            (data / str(i)).write_text("".join(articles))
+        else:
+            write_text(data / f"{i}.txt", documents)
+    inputs = [f"in/{i}" for i in range(3)] if kind == "dataset" else ["in/*"]
+    path = describe_in(tmp_path, [{"name": "a", "inputs": inputs, "format": kind}])
+    gone = sorted(file for file in data.rglob("*") if file.is_file() and file.suffix != ".json")[2]
+    plan = stage._plan
+
+    def vanish(*arguments: Any) -> Any:
+        found = plan(*arguments)
+        gone.rename(tmp_path / "away")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_plan", vanish)
+        with pytest.raises(CorpusError, match=f"{gone.name}: vanished during the build. Put it back and run again"):
+            build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
+    assert not (tmp_path / "out/manifest.json").exists()
+    (tmp_path / "away").rename(gone)
+    build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
+    assert read_manifest(tmp_path / "out").documents == 60
+
+
+@pytest.mark.parametrize("own_folder", [False, True])
+def test_a_stage_that_fails_at_once_may_be_run_again(
+    own_folder: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage fails with its own error, time after time; what the user had stays, nothing else does."""
+    from data_pipeline.packing import stage as pack_module
+
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}])
+    tokens, out = tmp_path / "tokens", tmp_path / "out"
+    if own_folder:
+        tokens.mkdir()
+        out.mkdir()
+    (tmp_path / "a.txt").write_bytes(b"good\n\nb\xe4d\n")
+    for _ in range(2):
+        with pytest.raises(CorpusError, match=r"a\.txt: not UTF-8 at byte 7"):
+            tokenize(None, folder / "tok", tokens, description=path, held_out=0.3, progress=False)
+        assert tokens.exists() == own_folder
+        assert not own_folder or not list(tokens.iterdir())
+    write_text(tmp_path / "a.txt", make_documents(60))
+    tokenize(None, folder / "tok", tokens, description=path, held_out=0.3, progress=False)
+
+    def fail(*_: object) -> None:
+        (out / "notes").write_text("precious")
+        raise OSError("the disk is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "lay_out", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is on fire"):
+                pack(tokens, 16, out, progress=False)
+            assert (out / "notes").read_text() == "precious"
+            assert not (out / "held_out").exists()
+    pack(tokens, 16, out, progress=False)

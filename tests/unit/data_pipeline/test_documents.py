@@ -1,0 +1,268 @@
+"""Sources, units of work and documents: which text comes out of which bytes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.files import CorpusError
+from data_pipeline.sources import documents as documents_module
+from data_pipeline.sources.inputs import Unit, cut_units, find_sources
+from tests.support.documents import make_documents, write_text
+
+
+def read(
+    inputs: Sequence[str | Path],
+    documents: str = "blank-line",
+    field: str = "text",
+    unit_bytes: int = 1 << 40,
+) -> list[str]:
+    """All documents of the inputs, unit by unit, the pieces of long ones joined."""
+    sources = find_sources(inputs)
+    found: list[str] = []
+    for unit in cut_units(sources, documents, field, unit_bytes):
+        for piece in unit:
+            begun: list[str] = []
+            source = sources[piece.source]
+            for text, end in documents_module.read_documents(source, piece, documents, field, lambda *_: None):
+                begun.append(text)
+                if end:
+                    found.append("".join(begun))
+                    begun = []
+            assert not begun
+    return found
+
+
+def write_all_formats(folder: Path, documents: list[str]) -> list[Path]:
+    folder.mkdir()
+    text = write_text(folder / "a.txt", documents).read_bytes()
+    lines = "".join(json.dumps({"id": i, "body": d}) + "\n" for i, d in enumerate(documents)).encode()
+    files = {"a.txt.gz": gzip.compress(text), "a.txt.zst": zstandard.compress(text)}
+    files |= {"a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.jsonl.zst": zstandard.compress(lines)}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    pq.write_table(pa.table({"id": range(len(documents)), "body": documents}), folder / "a.parquet", row_group_size=7)
+    return sorted(folder.iterdir())
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
+    documents = make_documents(50)
+    paths = write_all_formats(tmp_path / "in", documents)
+    assert len(paths) == 7
+    for path in paths:
+        for unit_bytes in (1 << 40, 1000, 1):
+            assert read([path], field="body", unit_bytes=unit_bytes) == documents
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("blank-line", ["a b\nc", "d", "e\nf"]),
+        ("line", ["a b", "c", "d", "e", "f"]),
+        ("file", ["a b\nc\n\n \t\n\nd\n\t\r\ne\nf"]),
+    ],
+)
+def test_what_a_document_is(tmp_path: Path, mode: str, expected: list[str]) -> None:
+    path = tmp_path / "a.txt"
+    # A byte order mark, blank lines first and last, blank lines made of white space, no line end at the end.
+    path.write_bytes(b"\xef\xbb\xbf\n\na b\nc\n\n \t\n\nd\n\t\r\ne\nf\n\n ")
+    assert read([path], mode) == expected
+    path.write_bytes(b"a b\r\n\r\nc\r\n")
+    assert read([path], "blank-line") == ["a b", "c"]
+
+
+@given(st.data())
+def test_units_and_blocks_do_not_matter(data: st.DataObject) -> None:
+    """Any cut of the bytes into units and blocks gives the documents, and the pieces, of the whole."""
+    text = data.draw(st.text(st.sampled_from("ab é漢\n\n\n \t"), max_size=120))
+    mode = data.draw(st.sampled_from(["blank-line", "line", "file"]))
+    separator = documents_module._SEPARATORS[mode]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_module, "PIECE", data.draw(st.integers(2, 20)))
+        whole = list(documents_module._text(iter([text]), separator))
+        size = data.draw(st.integers(1, 9))
+        blocks = (text[i : i + size] for i in range(0, len(text), size))
+        assert list(documents_module._text(blocks, separator)) == whole
+        assert all(len(piece) <= documents_module.PIECE for piece, _ in whole)
+    rule = {"blank-line": r"\n[ \t\r\f\v]*\n", "line": "\n", "file": r"(?!)"}[mode]
+    joined, begun = [], ""
+    for piece, end in whole:
+        begun += piece
+        if end:
+            joined.append(begun)
+            begun = ""
+    assert joined == [part.strip() for part in re.split(rule, text) if part.strip()]
+
+
+@given(st.text(st.sampled_from("ab é\n\n \t"), max_size=80).filter(str.strip), st.integers(1, 40))
+def test_units_join_to_the_file(tmp_path_factory: pytest.TempPathFactory, text: str, unit_bytes: int) -> None:
+    path = tmp_path_factory.mktemp("units") / "a.txt"
+    path.write_text(text, newline="")
+    for mode in ("blank-line", "line", "file"):
+        sources = find_sources([path])
+        units = cut_units(sources, mode, "text", unit_bytes)
+        cuts = [(piece.start, piece.stop) for unit in units for piece in unit]
+        assert [start for start, _ in cuts] == [0, *(stop for _, stop in cuts[:-1])]
+        assert cuts[-1][1] == len(text.encode())
+        assert read([path], mode, unit_bytes=unit_bytes) == read([path], mode)
+
+
+def test_long_line_ends_in_pieces_at_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "PIECE", 10)
+    assert list(documents_module._pieces("aaa bbb ccc dddddddddddd\nee")) == [
+        ("aaa bbb", False),
+        (" ccc", False),
+        (" ddddddddd", False),
+        ("ddd\nee", True),
+    ]
+
+
+def test_small_files_share_units_and_large_ones_are_cut(tmp_path: Path) -> None:
+    for i in range(10):
+        write_text(tmp_path / f"small{i}.txt", ["x" * 99])
+    write_text(tmp_path / "a_large.txt", ["y" * 99] * 30)
+    sources = find_sources([tmp_path])
+    units: list[Unit] = cut_units(sources, "blank-line", "text", 500)
+    assert len(units) > 5
+    assert max(len(unit) for unit in units) == 5
+    assert [piece.source for unit in units for piece in unit] == sorted(p.source for u in units for p in u)
+
+
+def test_names_and_order_do_not_depend_on_the_arguments(tmp_path: Path) -> None:
+    for name in (
+        "b/x.txt",
+        "a/y.jsonl",
+        "a/z.txt.gz",
+        "c.parquet",
+        "a/.hidden.txt",
+        "a/notes.md",
+        ".git/t.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    expected = ["a/y.jsonl", "a/z.txt.gz", "b/x.txt", "c.parquet"]
+    for inputs in ([tmp_path], [tmp_path / "c.parquet", tmp_path / "b", tmp_path / "a"], [f"{tmp_path}/*"]):
+        assert [source.name for source in find_sources(inputs)] == expected
+    deep = [source.name for source in find_sources([f"{tmp_path}/**/*.txt*"])]
+    assert deep == ["a/z.txt.gz", "b/x.txt"]
+
+
+def test_faulty_inputs(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.txt", ["text"])
+    (tmp_path / "b.md").write_text("text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="given twice"):
+        find_sources([path, tmp_path / "empty/../a.txt"])
+    with pytest.raises(CorpusError, match="given twice"):
+        find_sources([tmp_path, path])
+    with pytest.raises(CorpusError, match=r"b\.md: cannot be read as text"):
+        find_sources([tmp_path / "b.md"])
+    with pytest.raises(CorpusError, match="no such file"):
+        find_sources([tmp_path / "*.jsonl"])
+    with pytest.raises(CorpusError, match="the corpus is empty"):
+        find_sources([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\xaf"])
+def test_bad_utf8_is_named_with_its_place(tmp_path: Path, suffix: str, compression: str, bad: bytes) -> None:
+    before = '{"text": "é"}\n'.encode() * 90_000
+    data = before + bad
+    path = tmp_path / f"a{suffix}{compression}"
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[compression]
+    path.write_bytes(compress(data))
+    with pytest.raises(CorpusError, match=rf"a{suffix}{compression}: not UTF-8 at byte {len(before):,} .*iconv"):
+        read([path], "line")
+    if not compression:
+        with pytest.raises(CorpusError, match=rf"not UTF-8 at byte {len(before):,} "):
+            read([path], "line", unit_bytes=400_000)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_truncated_anywhere_or_broken(tmp_path: Path, suffix: str, compress: object) -> None:
+    assert callable(compress)
+    data = compress("\n\n".join(make_documents(300)).encode())
+    path = tmp_path / f"a.txt{suffix}"
+    for size in (0, 1, 4, 9, 20, len(data) // 2, len(data) - 5, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(CorpusError, match=rf"a\.txt{suffix}: broken .* file \(.*Copy or make it again"):
+            read([path])
+    path.write_bytes(b"this is not compressed at all")
+    with pytest.raises(CorpusError, match="broken"):
+        read([path])
+    path.write_bytes(data + compress(b" and more"))
+    assert read([path])[-1].endswith(" and more")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "not JSON"),
+        ("[1]", "a JSON object is needed, found list"),
+        ('{"title": "x", "url": "y"}', "has no field 'text', only title, url. Name it with --text-field"),
+        ('{"text": null}', "field 'text' must be a string, found NoneType"),
+        ('{"text": 3}', "field 'text' must be a string, found int"),
+        (r'{"text": "\ud800"}', "is not Unicode text"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n\n' * 50 + line + "\n" + '{"text": "good"}\n')
+    for unit_bytes in (1 << 40, 100):
+        with pytest.raises(CorpusError, match=re.escape(f"{path}:101: ") + ".*" + re.escape(message)):
+            read([path], unit_bytes=unit_bytes)
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": ["x"], "size": [3]}), path)
+    with pytest.raises(CorpusError, match=r"has no column 'text', only title, size\. Name the one"):
+        read([path])
+    with pytest.raises(CorpusError, match="column 'size' holds int64, text"):
+        read([path], field="size")
+    pq.write_table(pa.table({"text": ["x", "y", None]}), path)
+    with pytest.raises(CorpusError, match="row 2 of row group 0 has no"):
+        read([path])
+    bad = pa.array([b"good", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), path)
+    with pytest.raises(CorpusError, match="'text' is not UTF-8"):
+        read([path])
+    data = path.read_bytes()
+    for broken in (data[: len(data) // 2], b"", b"PAR1" + b"x" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(CorpusError, match=r"a\.parquet: broken parquet file"):
+            read([path])
+
+
+def test_parquet_strings_of_every_kind(tmp_path: Path) -> None:
+    texts = ["one", "two", "one"]
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        table = pa.table({"nested": [{"a": 1, "b": 2}] * 3, "text": pa.array(texts).cast(kind)})
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert read([tmp_path]) == texts
+    pq.write_table(table.slice(0, 0), tmp_path / "a.parquet")
+    assert read([tmp_path]) == []
+
+
+def test_source_that_changes_is_noticed(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.txt", ["text"])
+    (source,) = find_sources([path])
+    source.check_unchanged()
+    path.write_text("other text")
+    with pytest.raises(CorpusError, match="changed since the build began"):
+        source.check_unchanged()
+    path.unlink()
+    with pytest.raises(CorpusError, match="vanished"):
+        source.check_unchanged()

@@ -1,0 +1,130 @@
+"""Builds on several MPI ranks: the same bytes as one process. Skipped where there is no MPI."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data_pipeline import __main__ as cli
+from data_pipeline.build import build
+from data_pipeline.execution.mpi import join_team
+from data_pipeline.files import CorpusError
+from data_pipeline.tokenization.tokenizer import copy_tokenizer
+from tests.support.documents import ROOT, command, make_documents, tree, write_text, write_tokenizer
+
+_LAUNCHER = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(_LAUNCHER is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py here")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mpi")
+    for i in range(4):
+        write_text(folder / f"in/part{i}.txt", make_documents(60, seed=i))
+    copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
+    sizes: dict[str, Any] = {"work_size": 0.01, "shard_size": 0.01, "held_out": 0.2, "progress": False}
+    build([folder / "in"], folder / "tok", 16, folder / "whole", **sizes)
+    return folder
+
+
+def mpi_command(folder: Path, output: Path, ranks: int, workers: int) -> list[str]:
+    sizes = ["--work-size", "0.01", "--shard-size", "0.01", "--held-out", "0.2", "--workers", workers]
+    options = ["--tokenizer", folder / "tok", "--sequence-length", 16, "--output", output]
+    return [str(_LAUNCHER), "-n", str(ranks), *command("build", "--input", folder / "in", *options, *sizes)]
+
+
+@needs_mpi
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+def test_same_bytes_for_any_number_of_ranks(folder: Path, tmp_path: Path, ranks: int, workers: int) -> None:
+    run = [*mpi_command(folder, tmp_path / "out", ranks, workers), "--progress"]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    # One rank speaks, and shows one bar: bytes done, time left, tokens a second, for both stages.
+    assert len(found.stdout.splitlines()) == 1
+    assert found.stderr.count("tokenise:   0%") == 1
+    bar = r"pack: 100%\|█+\| [\d.]+k/[\d.]+k \[\d\d:\d\d<00:00, .*B/s, [\d,]+ tokens/s\]"
+    assert re.search(bar, found.stderr), found.stderr
+    assert tree(tmp_path / "out") == tree(folder / "whole")
+
+
+@needs_mpi
+def test_error_is_told_once_and_ends_every_rank(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "in", tmp_path / "in")
+    (tmp_path / "in/part2.txt").write_bytes(b"good\n\nb\xe4d\n")
+    run = mpi_command(folder, tmp_path / "out", 3, 1)
+    run[run.index(str(folder / "in"))] = str(tmp_path / "in")
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode != 0
+    assert [line for line in found.stderr.splitlines() if "not UTF-8" in line][1:] == []
+    assert "part2.txt: not UTF-8 at byte 7" in found.stderr
+
+
+def test_mpirun_without_mpi4py_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert join_team() is None
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(CorpusError, match="started by mpirun or srun with 4 ranks, but mpi4py is not there"):
+        join_team()
+    assert cli.main(["build", "--input", "x", "--tokenizer", "t", "--sequence-length", "16", "--output", "o"]) == 1
+    assert "mpi4py is not there" in capsys.readouterr().err
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any launcher that runs the tests."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("outside")
+def test_tasks_of_srun_without_mpi_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    words = ["build", "--input", "x", "--tokenizer", "t", "--sequence-length", "16", "--output", str(tmp_path / "o")]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err.startswith("error: started by srun with 3 tasks without MPI")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert join_team() is None
+    # A batch script that asked for three tasks.
+    monkeypatch.delenv("SLURM_STEP_ID")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert join_team() is None
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize(
+    ("world", "launcher"), [(3, {"PMIX_RANK": "1"}), (3, {"PMI_SIZE": "3"}), (1, {"PMIX_RANK": "1"})]
+)
+def test_tasks_of_srun_with_mpi(world: int, launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Comm:
+        def Get_rank(self) -> int:  # noqa: N802
+            return 1 % world
+
+        def Get_size(self) -> int:  # noqa: N802
+            return world
+
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=Comm())))
+    for name, value in {**STEP, **launcher}.items():
+        monkeypatch.setenv(name, value)
+    if world == 3:
+        team = join_team()
+        assert team is not None
+        assert (team.rank, team.size) == (1, 3)
+    else:
+        with pytest.raises(CorpusError, match="started with 3 ranks, but MPI makes a world of 1"):
+            join_team()

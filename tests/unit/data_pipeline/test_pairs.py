@@ -1,0 +1,215 @@
+"""Rows of sentence pairs, against the sentences of the documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.build import pack, tokenize
+from data_pipeline.files import CorpusError
+from data_pipeline.packing import pairs as pairs_module
+from data_pipeline.reports.scan import verify
+from data_pipeline.shards import Manifest
+from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
+from tests.support.documents import CLS, PAD, SEP, rows_of, write_text, write_tokenizer
+
+PAIR_LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
+    return folder / "tok"
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> tuple[Path, list[list[list[int]]]]:
+    """Token shards of 1,500 documents of distinct sentences, and these: documents of sentences of ids."""
+    path = tmp_path_factory.mktemp("sentences")
+    rng = np.random.default_rng(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [
+        [
+            f"{letters[i % 26]} {letters[i // 26 % 26]} {letters[i // 676]} {n} "
+            + "of " * int(rng.integers(0, 9))
+            + "."
+            for n in range(int(rng.integers(1, 40)))
+        ]
+        for i in range(1500)
+    ]
+    write_text(path / "a.txt", ["\n".join(sentences) for sentences in texts])
+    (path / "c.yaml").write_text("sources: [{name: a, inputs: [a.txt]}]\nsentences: line\n")
+    tokenize(None, tokenizer, path / "tokens", description=path / "c.yaml", work_size=0.05, progress=False)
+    words = Encoder(tokenizer).tokenizer
+    return path, [[words.encode(s, add_special_tokens=False).ids for s in document] for document in texts]
+
+
+def find_pairs(
+    path: Path, packing: str, probability: float
+) -> tuple[Manifest, list[tuple[list[int], list[int], bool]]]:
+    manifest = pack(
+        path / "tokens", PAIR_LENGTH, path / f"{packing}{probability}", packing=packing,
+        pair_probability=probability, shard_size=0.05, progress=False,
+    )  # fmt: skip
+    return manifest, read_pairs(path / f"{packing}{probability}")
+
+
+def read_pairs(path: Path) -> list[tuple[list[int], list[int], bool]]:
+    verify(path)
+    _, ids, columns = rows_of(path)
+    pairs = []
+    for row, start, label in zip(
+        ids.tolist(), columns["segment_start"].tolist(), columns["pair_label"].tolist(), strict=True
+    ):
+        used = PAIR_LENGTH - row.count(PAD)
+        assert (row[0], row[start - 1], row[used - 1]) == (CLS, SEP, SEP)
+        pairs.append((row[1 : start - 1], row[start : used - 1], label))
+    return pairs
+
+
+@pytest.mark.parametrize(("packing", "probability"), [("sop", 0.5), ("nsp", 0.5), ("nsp", 0.2)])
+def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, probability: float) -> None:
+    path, documents = sentences
+    manifest, pairs = find_pairs(path, packing, probability)
+    labels = [label for _, _, label in pairs]
+    assert len(labels) > 8_000
+    assert abs(np.mean(labels) - probability) < 0.01
+    assert manifest.labelled == sum(labels)
+    # Where each document's tokens may be cut: its sentences, in pieces of at most half of a row.
+    longest = (PAIR_LENGTH - 3) // 2
+    streams = [[token for sentence in document for token in sentence] for document in documents]
+    cuts = []
+    for document in documents:
+        bounds = [0]
+        for sentence in document:
+            begin = bounds[-1]
+            bounds += [begin + min(i + longest, len(sentence)) for i in range(0, len(sentence), longest)]
+        cuts.append(bounds)
+    document = position = used = 0
+    for one, two, label in pairs:
+        first, second = (two, one) if label and packing == "sop" else (one, two)
+        # Rows are in the order of the text: the next document begins where this one has no pair left.
+        while streams[document][position : position + len(first)] != first or position + len(first) > len(
+            streams[document]
+        ):
+            assert cuts[document].index(position) >= len(cuts[document]) - 2, "only a last sentence is left over"
+            document, position = document + 1, 0
+        assert position in cuts[document]
+        assert position + len(first) in cuts[document]
+        if label and packing == "nsp":
+            position += len(first)
+            used += len(first)
+            continue
+        assert streams[document][position + len(first) : position + len(first) + len(second)] == second
+        position += len(first) + len(second)
+        used += len(first) + len(second)
+        assert position in cuts[document]
+    assert manifest.unused == sum(map(len, streams)) - used
+    assert all(len(one) + len(two) + 3 <= PAIR_LENGTH and one and two for one, two, _ in pairs)
+    if packing == "nsp":
+        by_name = {tuple(s[:3]): i for i, s in enumerate(streams)}
+        strangers = [(one, two) for one, two, label in pairs if label]
+        # Most second segments are from many other documents; where they begin with a name, it is another one.
+        named = [(by_name.get(tuple(one[:3])), by_name.get(tuple(two[:3]))) for one, two in strangers]
+        known = [(a, b) for a, b in named if a is not None and b is not None]
+        assert len(known) > 50
+        assert all(a != b for a, b in known)
+        assert len({b for _, b in known}) > 40
+
+
+def test_planes_belong_to_the_ids(sentences: tuple[Path, list[list[list[int]]]], tmp_path: Path) -> None:
+    """In segments that begin with a sentence; its first five ids are no other's."""
+    path, documents = sentences
+    options = {"packing": "nsp", "columns": ("sentence_start",), "progress": False}
+    pack(path / "tokens", PAIR_LENGTH, tmp_path / "out", **options)
+    _, ids, columns = rows_of(tmp_path / "out")
+    behind = {
+        tuple(document[i][:5]): [place == 0 for sentence in document[i:] for place in range(len(sentence))]
+        for document in documents
+        for i in range(len(document))
+    }
+    assert len(behind) == sum(map(len, documents))
+    checked = {"own": 0, "random": 0}
+    for row, start, label, bits in zip(
+        ids.tolist(),
+        columns["segment_start"].tolist(),
+        columns["pair_label"].tolist(),
+        columns["sentence_start"].tolist(),
+        strict=True,
+    ):
+        for first, stop in ((1, start - 1), (start, PAIR_LENGTH - row.count(PAD) - 1)):
+            if expected := behind.get(tuple(row[first : first + 5])):
+                assert bits[first:stop] == expected[: stop - first]
+                checked["random" if label and first == start else "own"] += 1
+        assert not bits[0]
+        assert not bits[start - 1]
+    assert min(checked.values()) > 1000, checked
+
+
+def test_random_segments_come_from_the_neighbourhood(
+    sentences: tuple[Path, list[list[list[int]]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,500 documents are one; now they are 93 of 16, and the last 12 belong to the last of these."""
+    path, documents = sentences
+    monkeypatch.setattr("data_pipeline.packing.pairs.NEIGHBOURS", 16)
+    pack(path / "tokens", PAIR_LENGTH, tmp_path / "out", packing="nsp", progress=False)
+    pairs = read_pairs(tmp_path / "out")
+    by_name = {tuple(document[0][:3]): i for i, document in enumerate(documents)}
+    named = [(by_name.get(tuple(one[:3])), by_name.get(tuple(two[:3]))) for one, two, label in pairs if label]
+    known = [(a, b) for a, b in named if a is not None and b is not None]
+    assert len(known) > 50
+    assert all(a != b and min(a // 16, 92) == min(b // 16, 92) for a, b in known)
+
+
+@given(number=st.integers(0, 299), row=st.integers(0, 3), total=st.integers(2, 300), seed=st.integers(0, 2**64 - 1))
+def test_a_stranger_is_another_document_of_the_neighbourhood(number: int, row: int, total: int, seed: int) -> None:
+    number %= total
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs_module, "NEIGHBOURS", 32)
+        found = pairs_module.stranger_of(number, row, total, seed)
+    blocks = [range(first, first + 32) for first in range(0, total - 31, 32)] or [range(total)]
+    blocks[-1] = range(blocks[-1].start, total)
+    assert found != number
+    assert any(number in block and found in block for block in blocks)
+
+
+def test_strangers_are_drawn_evenly() -> None:
+    counts = np.bincount([pairs_module.stranger_of(3, row, 11, 5) for row in range(10_000)], minlength=11)
+    assert counts[3] == 0
+    # A thousand each, standard deviation 30.
+    assert abs(np.delete(counts, 3) - 1000).max() < 150
+
+
+@given(
+    sentences=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=5),
+    longest=st.integers(1, 10),
+    told=st.booleans(),
+)
+def test_cuts_are_sentences_and_pieces_of_them(sentences: list[list[int]], longest: int, told: bool) -> None:
+    """told: whether a document's first sentence is marked as one."""
+    marks, starts, ends, expected = [], [], [], []
+    for document in sentences:
+        starts.append(len(marks))
+        for i, size in enumerate(document):
+            expected += range(len(marks), len(marks) + size, longest)
+            marks += [told or i > 0, *[False] * (size - 1)]
+        ends.append(len(marks))
+        marks.append(False)
+    found = pairs_module.sentence_cuts(np.array(marks), np.array(starts), np.array(ends), longest)
+    assert found.tolist() == expected
+
+
+def test_pairs_need_sentences(tokenizer: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", ["one", "two"])
+    tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "tokens", progress=False)
+    with pytest.raises(CorpusError, match="makes no row of side train: no document has two sentences"):
+        pack(tmp_path / "tokens", 16, tmp_path / "out", packing="sop", progress=False)
+    write_text(tmp_path / "b.txt", ["only one document"])
+    tokenize([tmp_path / "b.txt"], tokenizer, tmp_path / "single", progress=False)
+    with pytest.raises(CorpusError, match="nsp needs two documents at least, side train has 1"):
+        pack(tmp_path / "single", 16, tmp_path / "out2", packing="nsp", progress=False)

@@ -1,0 +1,199 @@
+"""Masks against a plain Python sampler, counting and invariants."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskvr_ds import hashing
+from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.masking.masker import Corruption, Masker, data_digest, mask_digest, pareto_sample
+
+VOCABULARY, MASK, SPECIAL = 1000, 4, (0, 1, 2, 3, 4)
+ALL = (1 << 64) - 1
+
+
+def tokens(rows: int, length: int = 32, seed: int = 0) -> TokenBatch:
+    random = np.random.default_rng(seed)
+    ids = random.integers(5, VOCABULARY, (rows, length)).astype(np.uint16)
+    ids[:, 0], ids[:, -1] = 2, 3
+    ids[random.random((rows, length)) < 0.1] = 3
+    return TokenBatch(
+        torch.from_numpy(ids),
+        torch.from_numpy(random.permutation(10_000)[:rows].astype(np.int64)),
+        torch.from_numpy(random.integers(0, 3, rows)),
+    )
+
+
+def masker(length: int = 32, *, rate: float = 0.15, seed: int = 5, corruption: Corruption | None = None) -> Masker:
+    return Masker(
+        vocab_size=VOCABULARY,
+        mask_id=MASK,
+        special_ids=SPECIAL,
+        sequence_length=length,
+        seed=seed,
+        rate=rate,
+        corruption=corruption,
+    )
+
+
+def rows_of(batch: TokenBatch, index: torch.Tensor) -> TokenBatch:
+    return TokenBatch(batch.input_ids[index], batch.sample_ids[index], batch.epochs[index])
+
+
+def chosen(masked) -> list[set[int]]:
+    return [set(p[w != 0].tolist()) for p, w in zip(masked.positions, masked.weights, strict=True)]
+
+
+def unsigned_mix(z: int) -> int:
+    z &= ALL
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & ALL
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & ALL
+    return z ^ (z >> 31)
+
+
+def draw(key: int, counter: int) -> int:
+    return unsigned_mix(key + (counter + 1) * 0x9E3779B97F4A7C15)
+
+
+def plain_uniform_mask(ids: list[int], sample: int, epoch: int, seed: int, rate: float) -> set[int]:
+    """The definition, a position at a time: the k maskable positions with the smallest hashes."""
+    key = draw(hashing.fold(seed), (epoch << 40) + sample)
+    maskable = [i for i, t in enumerate(ids) if t not in SPECIAL]
+    k = min(max(1, math.floor(rate * len(maskable) + 0.5)), len(maskable))
+    # u is the upper 52 bits as a signed number, moved to (0, 1).
+    return set(sorted(maskable, key=lambda i: (((draw(key, i) >> 12) + (1 << 51)) % (1 << 52), i))[:k])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.01, 0.99), st.integers(0, 100))
+def test_uniform_masks_are_as_defined(seed: int, rate: float, data_seed: int) -> None:
+    batch = tokens(6, seed=data_seed)
+    found = chosen(masker(rate=rate, seed=seed)(batch))
+    for row, positions in enumerate(found):
+        ids = batch.input_ids[row].tolist()
+        expected = plain_uniform_mask(ids, int(batch.sample_ids[row]), int(batch.epochs[row]), seed, rate)
+        assert positions == expected
+
+
+def test_layout_does_not_matter() -> None:
+    batch = tokens(60)
+    whole = masker()(batch)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    shuffled = masker()(rows_of(batch, order))
+    assert torch.equal(shuffled.input_ids, whole.input_ids[order])
+    assert torch.equal(shuffled.positions, whole.positions[order])
+    pieces = [masker()(piece) for piece in batch.split(7)]
+    assert torch.equal(torch.cat([p.input_ids for p in pieces]), whole.input_ids)
+    assert mask_digest(batch, whole) == sum(mask_digest(b, p) for b, p in zip(batch.split(7), pieces, strict=True)), (
+        "digests add over parts of a batch"
+    )
+    assert data_digest(batch) == data_digest(rows_of(batch, order))
+
+
+def test_epoch_sample_and_seed_each_change_masks_and_digest() -> None:
+    batch = tokens(20)
+    whole = masker()(batch)
+    others = [
+        (TokenBatch(batch.input_ids, batch.sample_ids, batch.epochs + 1), masker()),
+        (TokenBatch(batch.input_ids, batch.sample_ids + 1, batch.epochs), masker()),
+        (batch, masker(seed=6)),
+    ]
+    for other, other_masker in others:
+        masked = other_masker(other)
+        assert chosen(masked) != chosen(whole)
+        assert mask_digest(other, masked) != mask_digest(batch, whole)
+
+
+def test_digest_sees_a_single_changed_position() -> None:
+    batch = tokens(20)
+    masked = masker()(batch)
+    digest = mask_digest(batch, masked)
+    free = (set(range(32)) - chosen(masked)[3]).pop()
+    masked.positions[3, 0] = free
+    assert mask_digest(batch, masked) != digest
+
+
+def test_labels_weights_and_inputs() -> None:
+    batch = tokens(200)
+    masked = masker()(batch)
+    ids = batch.input_ids.long()
+    assert torch.equal(masked.labels, ids.gather(1, masked.positions))
+    used = masked.weights != 0
+    assert torch.allclose(masked.weights[used], torch.ones(()))
+    assert not torch.isin(masked.labels[used], torch.tensor(SPECIAL)).any()
+    changed = masked.input_ids != ids
+    allowed = torch.zeros_like(changed)
+    for row, positions in enumerate(chosen(masked)):
+        allowed[row, list(positions)] = True
+    assert not (changed & ~allowed).any(), "only positions to predict are corrupted"
+
+
+def test_corruption_probabilities() -> None:
+    batch = tokens(4000)
+    masked = masker(corruption=Corruption(0.7, 0.2))(batch)
+    used = masked.weights != 0
+    shown = masked.input_ids.gather(1, masked.positions)[used]
+    labels = masked.labels[used]
+    n = len(labels)
+    random = (shown != MASK) & (shown != labels)
+    # A random token is the label itself once in the ordinary vocabulary.
+    for found, expected in [((shown == MASK).sum(), 0.7), (random.sum(), 0.2 * (1 - 1 / (VOCABULARY - 5)))]:
+        assert abs(found.item() / n - expected) < 5 * (expected * (1 - expected) / n) ** 0.5
+    assert not torch.isin(shown[random], torch.tensor(SPECIAL)).any()
+    counts = torch.bincount(shown[random], minlength=VOCABULARY)[5:].double()
+    chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()
+    assert chi_squared < len(counts) + 6 * (2 * len(counts)) ** 0.5, "random tokens are uniform"
+
+
+def test_a_row_without_maskable_tokens_gets_no_prediction() -> None:
+    batch = tokens(3)
+    batch.input_ids[1] = 3
+    masked = masker()(batch)
+    assert (masked.weights[1] == 0).all()
+    assert torch.equal(masked.input_ids[1], batch.input_ids[1].long())
+    assert torch.isfinite(masked.weights).all()
+    assert (masked.weights[0] != 0).any()
+
+
+def test_a_single_maskable_token_is_predicted() -> None:
+    batch = tokens(1)
+    batch.input_ids[0] = 3
+    batch.input_ids[0, 9] = 77
+    masked = masker(rate=0.01)(batch)
+    assert chosen(masked) == [{9}]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5])
+def test_rate_outside_of_zero_to_one(rate: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        masker(rate=rate)
+
+
+def test_unknown_strategy() -> None:
+    with pytest.raises(ValueError, match="'spam'; it must be one of uniform"):
+        Masker(vocab_size=9, mask_id=4, special_ids=SPECIAL, sequence_length=8, seed=0, strategy="spam", rate=0.15)
+
+
+def test_certain_and_varying_counts_in_one_batch() -> None:
+    inclusion = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5], [0.5, 0.25, 0.25, 0.5, 0.5]], dtype=torch.float64)
+    maskable = torch.tensor([[True] * 5, [False, True, True, True, False]])
+    counts = torch.tensor([3, 1])
+    bits = hashing.stream(torch.tensor([[3], [4]]), torch.arange(5))
+    positions, used = pareto_sample(inclusion, bits, maskable, counts, 3)
+    assert used.tolist() == [[True, True, True], [True, False, False]]
+    assert positions[0, 0] == 0, "π = 1 comes first"
+    assert positions[1, 0].item() in (1, 2, 3)
+
+
+def test_equal_probabilities_rank_as_the_general_path_does() -> None:
+    bits = hashing.stream(torch.arange(2000)[:, None], torch.arange(40))
+    maskable = torch.ones(2000, 40, dtype=torch.bool)
+    share = torch.full((2000, 1), 0.2, dtype=torch.float64)
+    counts = torch.full((2000,), 8)
+    general, _ = pareto_sample(share.expand(2000, 40), bits, maskable, counts, 8)
+    fast, _ = pareto_sample(share, bits, maskable, counts, 8)
+    assert torch.equal(general, fast)

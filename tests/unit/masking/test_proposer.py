@@ -1,0 +1,179 @@
+"""MAPNet in one process: it learns a known target, its masks, its state."""
+
+import numpy as np
+import pytest
+import torch
+
+from maskvr_ds.config import ConfigError, MapNetConfig, load_config
+from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.masking.gradient_norms import GradientNorms
+from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.proposer import Proposer, bits_hash
+from maskvr_ds.masking.strategies import Parameters, Proposal
+
+V, L, B, RATE = 40, 24, 32, 0.3
+SPECIAL = (0, 1, 2, 3, 4)
+
+
+def proposer(**section: object) -> Proposer:
+    config = MapNetConfig.model_validate({"hidden": 32, "layers": 1, **section})
+    return Proposer(config, vocab_size=V, max_length=L, seed=1, device=torch.device("cpu"))
+
+
+def masker(proposal: Proposal) -> Masker:
+    return Masker(
+        vocab_size=V,
+        mask_id=4,
+        special_ids=SPECIAL,
+        sequence_length=L,
+        seed=2,
+        strategy="mapnet",
+        rate=RATE,
+        parameters=Parameters(proposal=proposal),
+    )
+
+
+def tokens(seed: int) -> TokenBatch:
+    random = np.random.default_rng(seed)
+    # Frequencies as in texts: 1/rank.
+    share = 1 / np.arange(1, V - 4)
+    ids = random.choice(np.arange(5, V), size=(B, L), p=share / share.sum()).astype(np.uint16)
+    ids[:, 0], ids[:, -1] = 2, 3
+    rows = torch.arange(B) + 1000 * seed
+    return TokenBatch(torch.from_numpy(ids), rows, torch.zeros(B, dtype=torch.int64))
+
+
+def root_mean_square(batch: TokenBatch) -> torch.Tensor:
+    """The target: a function of the token and of its left neighbour's parity."""
+    ids = batch.input_ids.long()
+    left = ids.roll(1, dims=1) % 2
+    return torch.exp(0.5 * torch.sin(ids * 1.7) + 0.9 * left)
+
+
+def give(norms: GradientNorms, s: torch.Tensor, weights: torch.Tensor) -> None:
+    """Have `norms` read s [B, K] in a backward pass whose factors are arbitrary."""
+    hidden = torch.zeros(*s.shape, 3, requires_grad=True)
+    inner = hidden * 1
+    losses = (inner * s[..., None] * torch.tensor([0.6, 0.0, 0.8])).sum(-1)
+    norms.watch(inner, losses)
+    (losses * weights * 0.013).sum().backward()
+
+
+def train(of: Proposer, steps: int, first: int = 0) -> list[dict[str, float]]:
+    draw, lines = masker(of.propose), []
+    for step in range(first, first + steps):
+        random = torch.Generator().manual_seed(step)
+        batch = tokens(step)
+        masked = draw(batch)
+        noise = torch.exp(0.5 * torch.randn(masked.positions.shape, generator=random))
+        give(of.norms, root_mean_square(batch).gather(1, masked.positions) * noise, masked.weights)
+        of.observe(batch, draw.maskable(batch), masked)
+        lines.append(of.step().values())
+    return lines
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    ranks = [x.argsort(stable=True).argsort(stable=True).double() for x in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+@pytest.mark.parametrize(("objective", "least"), [("variance", 0.5), ("regression", 0.85)])
+def test_it_learns_what_frequency_cannot_tell(objective: str, least: float) -> None:
+    of = proposer(objective=objective, lr=3e-3, floor=0.1)
+    lines = train(of, 600)
+    batch = tokens(10_000)
+    inside = masker(of.propose).maskable(batch)
+    with torch.no_grad():
+        scores = of.net(batch.input_ids.long())[inside]
+    target = root_mean_square(batch)[inside]
+    frequency = -batch.input_ids.long()[inside].double()
+    learnt, known = rank_correlation(scores, target), abs(rank_correlation(frequency, target))
+    assert learnt > least > known + 0.3, (learnt, known)
+    ratios = [line["variance_ratio"] for line in lines]
+    assert ratios[0] == pytest.approx(1.0)
+    assert np.mean(ratios[-50:]) < 0.95
+    assert np.mean([line["mapnet_loss"] for line in lines[-50:]]) < np.mean([x["mapnet_loss"] for x in lines[:20]])
+
+
+def test_ratio_does_not_depend_on_who_draws() -> None:
+    """With the gate open and closed, the same network's second moment relative to uniform is estimated."""
+    taught = proposer(lr=5e-3)
+    train(taught, 300)
+    means = []
+    for gate in ("always", "never"):
+        of = proposer(lr=1e-12, gate=gate)
+        of.load(taught.state())
+        means.append(np.mean([line["variance_ratio"] for line in train(of, 60, first=500)]))
+    assert means[0] == pytest.approx(means[1], abs=0.02)
+    assert means[0] < 0.95
+
+
+def test_state_goes_on_to_the_bit() -> None:
+    whole, first = proposer(), proposer()
+    expected = train(whole, 10)
+    train(first, 6)
+    second = proposer()
+    second.load(first.state())
+    assert train(second, 4, first=6) == expected[6:]
+    assert bits_hash(second.parameters.detach()) == bits_hash(whole.parameters.detach())
+    with pytest.raises(ValueError, match=r"mapnet.safetensors: of another network than mapnet describes: .*expected"):
+        proposer(layers=2, hidden=64).load(first.state())
+
+
+def test_norms_that_overflowed_are_left_out() -> None:
+    of, draw = proposer(), None
+    draw, batch = masker(of.propose), tokens(0)
+    masked = draw(batch)
+    s = torch.ones(masked.positions.shape)
+    s[3] = torch.inf
+    give(of.norms, s, masked.weights)
+    of.observe(batch, draw.maskable(batch), masked)
+    line = of.step().values()
+    assert (line["gradient_norm_mean"], line["variance_ratio"]) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert bool(of.parameters.isfinite().all())
+
+
+def test_weights_are_those_of_the_proposal_and_bounded() -> None:
+    of = proposer(lr=0.05, floor=0.5)
+    train(of, 30)
+    draw, batch = masker(of.propose), tokens(77)
+    masked, again = draw(batch), draw(batch)
+    assert torch.equal(masked.positions, again.positions)
+    assert torch.equal(masked.weights, again.weights), "to propose changes nothing"
+    used = masked.weights[masked.weights != 0]
+    assert used.std() > 0.1
+    assert used.max() <= 2
+    inside = draw.maskable(batch)
+    share = torch.full((B, 1), 7 / (L - 2), dtype=torch.float64)
+    assert torch.allclose((of.propose(batch, inside, share) * inside).sum(1), torch.tensor(7.0, dtype=torch.float64))
+
+
+def test_same_inclusion_gives_the_same_mask_whatever_the_layout() -> None:
+    batch = tokens(5)
+    random = np.random.default_rng(0)
+    of_row = torch.from_numpy(random.dirichlet(np.ones(L - 2), B).clip(1e-3))
+
+    def strategy(part: TokenBatch, inside: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        pi = torch.ones(inside.shape, dtype=torch.float64)
+        pi[:, 1:-1] = (of_row[part.sample_ids % 1000] * 3).clamp(max=1)
+        return pi
+
+    draw = masker(strategy)
+    whole = draw(batch)
+    parts = [draw(part) for part in batch.split(5)]
+    assert torch.equal(whole.positions, torch.cat([part.positions for part in parts]))
+
+
+def test_hash_tells_every_bit_and_the_order() -> None:
+    values = torch.randn(1000)
+    changed = values.clone()
+    changed.view(torch.int32)[500] ^= 1
+    swapped = values.clone()
+    swapped[[3, 4]] = values[[4, 3]]
+    assert len({int(bits_hash(x)) for x in (values, changed, swapped)}) == 3
+
+
+@pytest.mark.parametrize("floor", ["0", "-0.1", "1.5", ".nan"])
+def test_a_floor_outside_its_range_is_refused(floor: str, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"mapnet\.floor"):
+        load_config("demo_cpu", [f"mapnet.floor={floor}", f"data.path={tmp_path}", f"output_dir={tmp_path}"])

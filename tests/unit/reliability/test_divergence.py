@@ -1,0 +1,179 @@
+"""Which batches are passed over, what counts as a bad step, and what of it a checkpoint carries."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.config.reliability import DivergenceConfig
+from maskvr_ds.data.loader import Loader
+from maskvr_ds.reliability.divergence import (
+    DivergedError,
+    Guard,
+    batches,
+    merge,
+    position,
+    read_rollbacks,
+    windows_of,
+    write_rollbacks,
+)
+from maskvr_ds.telemetry.metrics import METRICS, MetricsLog, append_event, read_events, read_lines
+from tests.support.corpora import make_corpus
+
+WINDOWS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)).map(lambda w: (w[0], w[0] + w[1])), max_size=6)
+
+
+@given(WINDOWS, st.integers(0, 40))
+def test_position_counts_what_is_not_passed_over(windows: list[tuple[int, int]], trained: int) -> None:
+    left = (n for n in itertools.count() if not any(first <= n < end for first, end in windows))
+    assert position(trained, windows) == next(itertools.islice(left, trained, None))
+
+
+@given(WINDOWS)
+def test_merged_windows_cover_the_same_and_do_not_touch(windows: list[tuple[int, int]]) -> None:
+    merged = merge(windows)
+    assert {n for w in merged for n in range(*w)} == {n for w in windows for n in range(*w)}
+    assert all(end < first for (_, end), (first, _) in itertools.pairwise(merged))
+
+
+def test_batches_are_those_of_the_loader_with_windows_left_out(tmp_path: Path) -> None:
+    corpus = Corpus(make_corpus(tmp_path / "corpus", rows=40, length=8))
+    loader = Loader(corpus, seed=3, global_size=4)
+    plain = [batch.sample_ids.tolist() for batch in itertools.islice(loader.batches(), 20)]
+    windows = [(2, 4), (9, 10), (4, 5), (13, 14)]
+    kept = [0, 1, 5, 6, 7, 8, 10, 11, 12, 14, 15, 16]
+    for trained in range(8):
+        reader = batches(loader, trained, windows)
+        found = list(itertools.islice(reader, 5))
+        reader.close()
+        assert [number for number, _ in found] == kept[trained : trained + 5]
+        assert [batch.sample_ids.tolist() for _, batch in found] == [plain[n] for n in kept[trained : trained + 5]]
+
+
+class Optimizer:
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+
+def make_guard(restored: dict[str, Any] | None = None, **settings: Any) -> tuple[Guard, Any]:
+    """A guard and an engine whose optimizer counts its steps, as at ZeRO 1."""
+    optimizer = Optimizer()
+    engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=SimpleNamespace(_global_grad_norm=0.0))
+    guard = Guard(DivergenceConfig(**settings), restored or {})
+    guard.attach(engine)
+    return guard, engine
+
+
+def one_step(
+    made: tuple[Guard, Any], step: int, loss: float, norm: float, scale: float | None = None
+) -> dict[str, str]:
+    guard, engine = made
+    guard.before_update(loss, None)
+    engine.optimizer._global_grad_norm = norm
+    for _ in range(2):  # a call a parameter group
+        engine.basic_optimizer.step()
+    line = guard.after_update(step, step + 100, norm, loss_scale=scale)
+    guard.check(step, is_last=False)
+    return line
+
+
+def test_bad_steps_update_nothing() -> None:
+    made = make_guard(history=10, skip_updates=9, loss_factor=2, norm_factor=5)
+    for step in range(4):
+        assert one_step(made, step, 3.0 + step / 10, 1.0) == {}
+    assert made[1].basic_optimizer.steps == 8
+    for loss, norm, reason in (
+        (math.nan, 1.0, "loss is nan"),
+        (3.0, math.inf, "grad_norm is inf"),
+        (7.0, 1.0, "loss is 7, more than 2 times the median 3.15"),
+        (3.0, 5.1, "grad_norm is 5.1, more than 5 times the median 1"),
+    ):
+        assert one_step(made, 5, loss, norm) == {"update_left_out": reason}
+        assert made[0].held
+    assert made[1].basic_optimizer.steps == 8
+    assert one_step(made, 6, 6.2, 4.9) == {}
+    assert made[1].basic_optimizer.steps == 10
+
+
+def test_nothing_is_far_above_the_median_of_a_few() -> None:
+    made = make_guard(history=10)
+    assert one_step(made, 0, 3.0, 1.0) == {}
+    assert one_step(made, 1, 30.0, 1000.0) == {}, "a fifth of the history is not there yet"
+
+
+def test_an_overflow_of_fp16_is_not_judged() -> None:
+    made = make_guard(skip_updates=0)
+    assert one_step(made, 0, 3.0, math.inf, scale=65536.0) == {}
+    with pytest.raises(DivergedError, match="step 1: loss is nan"):
+        one_step(made, 1, math.nan, math.inf, scale=65536.0)
+
+
+def test_too_many_in_the_history_go_back_with_their_batches_passed_over() -> None:
+    made = make_guard(history=10, skip_updates=2, margin=1)
+    for step in range(3):
+        one_step(made, step, 3.0, 1.0)
+    for step in (3, 20, 22):
+        assert one_step(made, step, math.nan, 1.0)
+    # A checkpoint in between carries what counts.
+    carried = json.loads(json.dumps(made[0].state()))
+    again = make_guard(carried, history=10, skip_updates=2, margin=1)
+    for guard in (made, again):
+        with pytest.raises(DivergedError) as caught:
+            one_step(guard, 24, math.nan, 1.0)
+        assert caught.value.windows == [(119, 122), (121, 124), (123, 126)], "that of step 3 is long ago"
+    again[0].forget()
+    assert one_step(again, 25, math.nan, 1.0)
+
+
+def test_a_guard_that_is_off_does_nothing() -> None:
+    made = make_guard(enabled=False, skip_updates=0)
+    assert one_step(made, 0, math.nan, math.nan) == {}
+    assert made[1].basic_optimizer.steps == 2
+
+
+def test_roll_backs_are_read_from_the_run_or_else_from_the_checkpoint(tmp_path: Path) -> None:
+    entry = {"phase": 1, "step": 9, "to_step": 4, "passed_over": [[5, 7]], "event": "rollback"}
+    assert read_rollbacks(tmp_path, {}) == []
+    assert read_rollbacks(tmp_path, {"rollbacks": [entry]}) == [entry]
+    write_rollbacks(tmp_path, [entry, {**entry, "phase": 0}])
+    assert len(read_rollbacks(tmp_path, {"rollbacks": [entry]})) == 2
+    assert windows_of(read_rollbacks(tmp_path, {}), 1) == [(5, 7)]
+
+
+def test_events_stand_in_metrics_and_are_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskvr_ds.config import MonitorConfig
+
+    # DeepSpeed's MonitorMaster asks for the rank.
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 0)
+
+    path = tmp_path / METRICS
+    lines = [{"step": n, "loss": 1.0} for n in (1, 2, 3, 4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    append_event(path, {"event": "checkpoint", "step": 4})
+    rollback = {"event": "rollback", "step": 9, "to_step": 2, "passed_over": []}
+    for resume in (4, 4, 2):
+        log = MetricsLog(
+            tmp_path,
+            rank=0,
+            resume_step=resume,
+            resume_samples=0,
+            resume_tokens=0,
+            total_steps=9,
+            monitor=MonitorConfig(tensorboard=False),
+            token_flops=1.0,
+            rollbacks=[rollback],
+        )
+        log.close()
+        assert [line["step"] for line in read_lines(path)] == list(range(1, resume + 1))
+        assert [event["event"] for event in read_events(path)] == ["rollback", "checkpoint"][: 2 if resume == 4 else 1]
+        assert json.loads(path.read_text().splitlines()[2]) == rollback, "behind step 2"

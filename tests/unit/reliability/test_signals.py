@@ -1,0 +1,57 @@
+"""What a rank makes of signals, in a process of its own each time."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from maskvr_ds.reliability.signals import StopRequest
+
+
+def in_a_fork(life: Callable[[StopRequest], None]) -> int:
+    """Status of a process that lives this life: 7 where it was asked to stop and came to its end."""
+    if (child := os.fork()) == 0:
+        try:
+            request = StopRequest()
+            life(request)
+            deadline = time.monotonic() + 10
+            while not request.heard(None) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            os._exit(7 if request.heard(None) else 8)
+        finally:
+            os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def send(*signals: signal.Signals) -> None:
+    for number in signals:
+        os.kill(os.getpid(), number)
+        # So that none is merged with the one before.
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [
+        ([signal.SIGTERM], 7),
+        ([signal.SIGUSR1], 7),
+        ([signal.SIGHUP], 7),
+        ([signal.SIGTERM, signal.SIGHUP], 7),
+        ([signal.SIGTERM, signal.SIGTERM], 7),
+        ([signal.SIGUSR1, signal.SIGTERM], 128 + signal.SIGTERM),
+    ],
+)
+def test_signals(signals: list[signal.Signals], status: int) -> None:
+    assert in_a_fork(lambda request: send(*signals)) == status
+
+
+def test_a_second_one_later_ends_at_once() -> None:
+    def life(request: StopRequest) -> None:
+        send(signal.SIGTERM)
+        time.sleep(1.2)
+        send(signal.SIGTERM)
+
+    assert in_a_fork(life) == 128 + signal.SIGTERM

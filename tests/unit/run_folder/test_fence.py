@@ -1,0 +1,159 @@
+"""One owner of a run at a time: who takes it, who is refused, and what a former owner may still write."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder.checkpoints import begun
+from maskvr_ds.run_folder.fence import OWNER, Fence, FencedError, Owner, read, take
+from maskvr_ds.run_folder.status import JOBS
+
+# Takes the run, says so, stays.
+HOLDER = """
+import sys, pathlib
+from maskvr_ds import fence
+fence.take(pathlib.Path(sys.argv[1]), 2)
+print("taken", flush=True)
+input()
+"""
+
+
+def slurm(job: int, restarts: int = 0) -> dict[str, str]:
+    return {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(restarts), "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+def hold(run: Path, environment: dict[str, str]) -> "subprocess.Popen[str]":
+    """Another process that has taken the run, and lives."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "taken\n"
+    return process
+
+
+def elsewhere(run: Path, **changes: object) -> Owner:
+    """An owner on another host."""
+    owner = replace(take(run, 2), **{"host": "other", "job": "", **changes})
+    (run / OWNER).write_text(json.dumps(asdict(owner)))
+    return owner
+
+
+def beat(run: Path, rank: int, number: int, place: str = "step") -> Path:
+    path = run / "heartbeats" / "job" / f"rank-{rank:05d}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"beat": number, "place": place}))
+    return path
+
+
+def test_another_task_of_an_array_is_another_job(tmp_path: Path) -> None:
+    first, other = ({**slurm(7), "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": number} for number in "01")
+    process = hold(tmp_path, first)
+    try:
+        assert str(read(tmp_path)).startswith("Slurm job 7_0 (restart 0)")
+        with pytest.raises(FencedError, match="in use by Slurm job 7_0"):
+            take(tmp_path, 2, {**other, "SLURM_RESTART_COUNT": "1"})
+        assert take(tmp_path, 2, {**first, "SLURM_RESTART_COUNT": "1"}).job == "7_0"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
+    former = Fence(tmp_path)
+    former.hold(former.take(4))
+    former.check()
+    assert former.take(4) == read(tmp_path), "taken once"
+    later = Fence(tmp_path)
+    later.hold(later.take(2))
+    later.check()
+    assert (read(tmp_path).epoch, read(tmp_path).ranks) == (2, 2)  # type: ignore[union-attr]
+    assert former.label != later.label
+    with pytest.raises(FencedError, match=rf"process {os.getpid()} on .*writes nothing more"):
+        former.check()
+    with pytest.raises(FencedError, match="writes nothing more"):
+        former.take(4)
+    (tmp_path / OWNER).unlink()
+    with pytest.raises(FencedError, match="is gone"):
+        later.check()
+    (tmp_path / JOBS).mkdir()
+    assert not begun(tmp_path), "a run that was only taken may be begun without --resume"
+    assert [path.name for path in tmp_path.iterdir()] == [JOBS], "nothing is left beside it"
+
+
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    process = hold(tmp_path, slurm(7))
+    for environment in ({}, slurm(8), slurm(7)):
+        with pytest.raises(FencedError, match=rf"in use by Slurm job 7 .*process {process.pid} on .*end that job"):
+            take(tmp_path, 2, environment)
+    # The scheduler itself has started the job again: what is left of the former start is half-dead.
+    assert take(tmp_path, 1, slurm(7, 1)).epoch == 2
+    process.communicate("\n")
+
+
+def test_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
+    process = hold(tmp_path, {})
+    beat(tmp_path, 0, 1)
+    process.kill()
+    process.wait()
+    begin = time.monotonic()
+    assert take(tmp_path, 2, {}).epoch == 2
+    assert time.monotonic() - begin < 2
+
+
+def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) -> None:
+    process = hold(tmp_path, {})
+    owner = read(tmp_path)
+    assert owner is not None
+    (tmp_path / OWNER).write_text(json.dumps(asdict(replace(owner, started=owner.started - 1))))
+    assert take(tmp_path, 2, {}).epoch == 2
+    process.communicate("\n")
+
+
+def test_on_another_host_heartbeats_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere(tmp_path)
+    assert take(tmp_path, 2, {}), "no heartbeat was ever there"
+    owner = elsewhere(tmp_path)
+    old = beat(tmp_path, 0, 5)
+    os.utime(old, (time.time() - 60,) * 2)
+    assert not fence.at_work(tmp_path, owner), "without waiting: the last beat is too old"
+    beat(tmp_path, 0, 6, place="ended")
+    assert not fence.at_work(tmp_path, owner)
+    beat(tmp_path, 0, 7)
+    # Time passes as far as the code waits; in between the other one beats, or does not.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert not fence.at_work(tmp_path, owner)
+    monkeypatch.setattr(time, "sleep", lambda seconds: beat(tmp_path, 0, 8))
+    assert fence.at_work(tmp_path, owner)
+    beat(tmp_path, 0, 9)
+    with pytest.raises(FencedError, match="on other, since"):
+        take(tmp_path, 2, {})
+
+
+def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / OWNER).write_text('{"epoch": 1')
+    with pytest.raises(FencedError, match=r"owner.json: damaged"):
+        take(tmp_path, 2)
+
+
+def test_the_age_of_a_process() -> None:
+    code = "from maskvr_ds.run_folder.fence import process_age as age; import time; a = age(); time.sleep(1); "
+    code += "print(a, age())"
+    begin = time.monotonic()
+    words = [sys.executable, "-c", code]
+    first, second = map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert second - first >= 1
+    assert 0 <= first < second < time.monotonic() - begin + 0.05

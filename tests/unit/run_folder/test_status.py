@@ -1,0 +1,47 @@
+"""Words that a run leaves of its end: what a launcher may take for its own."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from maskvr_ds.reliability import launch
+from maskvr_ds.run_folder import status
+from maskvr_ds.run_folder.status import COMPLETED, REQUEST, STOPPED
+
+
+def test_what_an_earlier_job_has_left_is_no_word_of_this_one(tmp_path: Path) -> None:
+    status.write(tmp_path, COMPLETED, 40)
+    # An old one: file systems may count time in seconds.
+    os.utime(tmp_path / COMPLETED, (1e9, 1e9))
+    before = status.written(tmp_path)
+    assert status.completed(tmp_path, 40)
+    assert not status.completed(tmp_path, 40, before)
+    status.write(tmp_path, STOPPED, 20)
+    assert status.step_of(tmp_path, STOPPED, before) == 20
+    status.write(tmp_path, COMPLETED, 40)
+    assert status.completed(tmp_path, 40, before)
+    assert not status.completed(tmp_path, 41, before)
+
+
+@pytest.mark.parametrize("end", [COMPLETED, STOPPED])
+def test_ranks_that_refuse_the_run_leave_its_end_as_it_was(tmp_path: Path, end: str) -> None:
+    """A module that does not know its options ends with status 2, before it has looked at the run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    status.write(run, end, 40)
+    assert launch.launch_here("data_pipeline", ["--no-such-option"], 2, run, 40) == 1
+    assert status.step_of(run, end) == 40
+
+
+def test_a_request_to_an_earlier_job_is_forgotten(tmp_path: Path) -> None:
+    status.forget_request(tmp_path, 0)
+    request = tmp_path / REQUEST
+    request.touch()
+    status.forget_request(tmp_path, 30)
+    assert request.exists(), "made since"
+    os.utime(request, (request.stat().st_mtime - 60,) * 2)
+    status.forget_request(tmp_path, 90)
+    assert request.exists(), "no older than the start"
+    status.forget_request(tmp_path, 30)
+    assert list(tmp_path.iterdir()) == []

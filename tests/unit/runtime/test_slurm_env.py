@@ -1,0 +1,82 @@
+"""What Slurm says of a task → what a launcher would set."""
+
+import re
+
+import pytest
+
+from maskvr_ds.runtime import slurm_env
+
+STEP = {
+    "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "20",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4",
+    "SLURM_STEP_NODELIST": "n[1-3]",
+}
+MASTER = {"MASTER_ADDR": "n1", "MASTER_PORT": "12345"}
+BATCH = {name: value for name, value in STEP.items() if "STEP" not in name} | {"SLURM_NTASKS": "20"}
+
+
+def test_a_task_is_a_rank() -> None:
+    ranks = {"RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    assert slurm_env.ranks(STEP | MASTER) == ranks
+    assert slurm_env.ranks(STEP | MASTER | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "4"
+    assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0", (
+        "it is the only one shown"
+    )
+    assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
+
+
+def test_a_task_of_an_array_has_a_name_of_its_own() -> None:
+    assert slurm_env.job_id({}) == ""
+    assert slurm_env.job_id({"SLURM_JOB_ID": "7"}) == "7"
+    tasks = [{"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": number} for number in "01"]
+    assert [slurm_env.job_id(task) for task in tasks] == ["7_0", "7_1"]
+
+
+def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_env, "_first_host", lambda nodes: f"first of {nodes}")
+    mapped = slurm_env.ranks(STEP)
+    assert mapped["MASTER_ADDR"] == "first of n[1-3]"
+    ports = {
+        slurm_env.ranks(STEP | changes)["MASTER_PORT"]
+        for changes in ({}, {"SLURM_JOB_ID": "42"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"})
+    }
+    assert len(ports) == 4
+    assert all(1024 < int(port) < 32768 for port in ports)
+
+
+def test_without_scontrol_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"MASTER_ADDR is not set.*set it to the first line"):
+        slurm_env.ranks(STEP)
+
+
+@pytest.mark.parametrize("environment", [{}, BATCH, MASTER, BATCH | {"RANK": "0"}])
+def test_outside_of_a_step_slurm_says_nothing(environment: dict[str, str]) -> None:
+    assert slurm_env.ranks(environment) == {}
+
+
+def test_tasks_must_not_be_worlds_of_their_own() -> None:
+    for launcher in ({"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3", "WORLD_SIZE": "8"}):
+        with pytest.raises(ValueError, match=re.escape("srun has started 20 tasks")):
+            slurm_env.ranks(STEP | launcher)
+    with pytest.raises(ValueError, match="for 160 ranks"):
+        slurm_env.ranks(STEP | {"RANK": "3", "WORLD_SIZE": "20", "LOCAL_SIZE": "8"})
+    assert slurm_env.ranks(STEP | {"RANK": "3", "WORLD_SIZE": "160", "LOCAL_SIZE": "8"}) == {}
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST"):
+        slurm_env.ranks({name: value for name, value in STEP.items() if name != "SLURM_STEP_NODELIST"})
+
+
+@pytest.mark.parametrize(("text", "counts"), [("4", [4]), ("8(x2),4", [8, 8, 4]), ("1,2(x3)", [1, 2, 2, 2])])
+def test_tasks_of_each_node(text: str, counts: list[int]) -> None:
+    assert slurm_env.task_counts(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "8(x2", "x2", "8;4"])
+def test_what_does_not_count_tasks(text: str) -> None:
+    with pytest.raises(ValueError, match="does not say how many tasks"):
+        slurm_env.task_counts(text)

@@ -1,0 +1,248 @@
+"""metrics.jsonl: a line a step, also over kills and resumes."""
+
+import json
+import math
+import os
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maskvr_ds.config import MonitorConfig
+from maskvr_ds.telemetry.metrics import (
+    METRICS,
+    TRUST_RATIOS,
+    DeferredTensor,
+    MetricsLog,
+    StepRecord,
+    plot_loss,
+    read_lines,
+    trust_ratio_figures,
+)
+
+QUIET = MonitorConfig(tensorboard=False, csv=False, histogram_every=2)
+NAMES = ["embeddings", "layer.weight", "layer.bias"]
+
+
+def log(folder: Path, resume_step: int = 0, monitor: MonitorConfig = QUIET) -> MetricsLog:
+    return MetricsLog(
+        folder,
+        rank=0,
+        resume_step=resume_step,
+        resume_samples=resume_step * 8,
+        resume_tokens=resume_step * 80,
+        total_steps=10,
+        monitor=monitor,
+        token_flops=1e6,
+        tensor_names=NAMES,
+    )
+
+
+def record(step: int, ratios: list[float] | None = None) -> StepRecord:
+    return StepRecord(
+        step=step,
+        samples=step * 8,
+        tokens=step * 80,
+        lr=0.1,
+        counters=DeferredTensor(torch.tensor([-1, 5, 4, 0])),
+        loss_sum=DeferredTensor(torch.tensor([10.0 * step], dtype=torch.float64)),
+        grad_norm=0.5,
+        extra={},
+        trust_ratios=None if ratios is None else DeferredTensor(torch.tensor(ratios)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    # DeepSpeed's MonitorMaster asks for the rank.
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 0)
+
+
+def test_figures_of_a_line(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    metrics.step(record(1))
+    metrics.add(held_out_loss=3.0)
+    metrics.close()
+    (line,) = read_lines(tmp_path / METRICS)
+    assert line["loss"] == 2.5
+    assert line["data_digest"] == "f" * 16
+    assert line["mask_digest"] == f"{5:016x}"
+    assert line["held_out_loss"] == 3.0
+    assert line["tokens_per_second"] == pytest.approx(80 / line["step_seconds"])
+    assert line["model_tflops_per_rank"] == pytest.approx(line["tokens_per_second"] * 1e-6)
+
+
+def test_a_step_is_written_when_the_next_one_comes(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    metrics.step(record(1))
+    assert read_lines(tmp_path / METRICS) == []
+    metrics.step(record(2))
+    assert [x["step"] for x in read_lines(tmp_path / METRICS)] == [1], "on disk at once"
+    metrics.close()
+    assert [x["step"] for x in read_lines(tmp_path / METRICS)] == [1, 2]
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    for step in range(1, 6):
+        metrics.step(record(step))
+    metrics.close()
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(json.dumps({"step": 6})[:-3])  # a kill in the middle of a line
+    metrics = log(tmp_path, resume_step=3)
+    metrics.step(record(4))
+    metrics.close()
+    lines = read_lines(tmp_path / METRICS)
+    assert [x["step"] for x in lines] == [1, 2, 3, 4]
+    assert lines[-1]["tokens_per_second"] == pytest.approx(80 / lines[-1]["step_seconds"])
+
+
+def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 1, "tokens": 5}\n')
+    log(tmp_path).close()
+    assert read_lines(tmp_path / METRICS) == []
+
+
+def test_trust_ratio_figures_are_those_of_numpy() -> None:
+    ratios = np.exp(np.random.default_rng(0).normal(size=8)).tolist()
+    figures = trust_ratio_figures(ratios)
+    assert list(figures) == ["trust_ratio_min", "trust_ratio_median", "trust_ratio_max"]
+    assert list(figures.values()) == pytest.approx(np.quantile(ratios, [0, 0.5, 1]))
+    assert trust_ratio_figures([*ratios, *[1.0] * 20]) == figures, "tensors that are not adapted do not count"
+    assert set(trust_ratio_figures([1.0, 1.0]).values()) == {1.0}
+    assert all(math.isnan(x) for x in trust_ratio_figures([0.5, math.nan, 1.0]).values())
+
+
+def test_trust_ratios_of_a_line(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    metrics.step(record(1))
+    metrics.step(record(2, [0.25, 2.0, 1.0]))
+    metrics.step(record(3, [0.25, math.nan, 1.0]))
+    metrics.close()
+    without, line, diverged = read_lines(tmp_path / METRICS)
+    keys = ["trust_ratio_min", "trust_ratio_median", "trust_ratio_max"]
+    assert not set(keys) & set(without)
+    assert [line[k] for k in keys] == [0.25, 1.125, 2.0]
+    assert [diverged[k] for k in keys] == [None] * 3
+
+
+def test_trust_ratios_by_name_each_nth_step_also_over_a_resume(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    for step in range(1, 7):
+        metrics.step(record(step, [step, math.inf, 1.0]))
+    metrics.close()
+    lines = read_lines(tmp_path / TRUST_RATIOS)
+    assert [x["step"] for x in lines] == [2, 4, 6]
+    assert lines[0] == {"step": 2, "samples": 16, "trust_ratios": dict(zip(NAMES, [2.0, None, 1.0], strict=True))}
+    log(tmp_path, resume_step=4).close()
+    assert read_lines(tmp_path / TRUST_RATIOS) == lines[:2]
+    log(tmp_path).close()
+    assert read_lines(tmp_path / TRUST_RATIOS) == []
+
+
+def test_histogram_every_0_is_never(tmp_path: Path) -> None:
+    metrics = log(tmp_path, monitor=MonitorConfig(tensorboard=False, histogram_every=0))
+    metrics.step(record(2, [0.5, 0.5, 0.5]))
+    metrics.close()
+    assert not (tmp_path / TRUST_RATIOS).exists()
+
+
+def test_histograms_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+
+    metrics = log(tmp_path, monitor=MonitorConfig(csv=True, histogram_every=2))
+    for step, ratios in enumerate([[9.0] * 3, [0.01, 10.0, 1.0], [9.0] * 3, [0.1, math.nan, 0.0], [9.0] * 3], 1):
+        metrics.step(record(step, ratios))
+    metrics.step(record(6, [math.nan] * 3))
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={HISTOGRAMS: 0}).Reload()
+    shown = events.Histograms("train/trust_ratio_log10")
+    assert [(h.step, h.histogram_value.num) for h in shown] == [(16, 3), (32, 1)], "finite, positive ratios"
+    assert shown[0].histogram_value.min == pytest.approx(-2)
+    assert shown[0].histogram_value.max == pytest.approx(1)
+    assert shown[0].histogram_value.sum == pytest.approx(-1)
+    medians = {e.step: e.value for e in events.Scalars("train/trust_ratio_median")}
+    assert medians[16] == pytest.approx(5.005)
+    assert (tmp_path / "csv" / "train_trust_ratio_median.csv").is_file()
+
+
+def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not installed with the tests: a double of the two calls.
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=lambda values: list(values)))
+    logged: list[Any] = []
+    metrics = log(tmp_path)
+    metrics._monitor.wandb_monitor = SimpleNamespace(
+        log=lambda data, step: logged.append((data, step)), write_events=lambda events: None
+    )
+    metrics.step(record(2, [0.01, 10.0, 1.0]))
+    metrics.close()
+    assert logged == [({"train/trust_ratio_log10": pytest.approx([-2, 1, 0])}, 16)]
+
+
+def test_monitors_drop_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = MonitorConfig(csv=True)
+    path = tmp_path / "csv" / "train_loss.csv"
+    # (step resumed from, steps made): killed, killed before the first checkpoint, rolled back.
+    for resume, steps in ((0, (1, 2, 3)), (0, (1, 2, 3, 4, 5)), (3, (4, 5, 6)), (4, (5,))):
+        metrics = log(tmp_path, resume_step=resume, monitor=monitor)
+        for step in steps:
+            metrics.step(record(step))
+        metrics.close()
+        with path.open("a") as file:
+            file.write("4")  # cut off by a kill
+    log(tmp_path, resume_step=5, monitor=monitor).close()
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert rows[0] == ["step", "loss"]
+    assert [int(row[0]) for row in rows[1:]] == [8, 16, 24, 32, 40]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in shown] == [8, 16, 24, 32, 40]
+
+
+def test_weights_and_biases_goes_on_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not installed with the tests: a double that notes what wandb.init reads.
+    runs: list[tuple[str | None, str | None]] = []
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **_: runs.append((os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_RESUME")))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.delenv("WANDB_RESUME", raising=False)
+    monitor = MonitorConfig.model_validate({"tensorboard": False, "wandb": {"project": "p"}})
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log(tmp_path / folder, monitor=monitor).close()
+    assert runs[0] == runs[1] == ((tmp_path / "a" / "wandb_run_id").read_text().strip(), "allow")
+    assert runs[2][0] not in (None, runs[0][0]), "another run is another one"
+    assert "WANDB_RUN_ID" not in os.environ
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    log(tmp_path / "a", monitor=monitor).close()
+    assert runs[3] == ("mine", None)
+
+
+def test_plot_has_panels_for_trust_ratios_and_the_proposal(tmp_path: Path) -> None:
+    ratios = {"trust_ratio_min": 0.1, "trust_ratio_median": None, "trust_ratio_max": 2.0}
+    proposal = {"variance_ratio": 0.97, "effective_sample_size": 0.9, "proposal_entropy": None}
+    heights = []
+    for extra in ({}, ratios, proposal, {**ratios, **proposal}):
+        lines = [{"step": s, "loss": None if s == 3 else 5.0, **(extra if s > 1 else {})} for s in range(1, 9)]
+        (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines))
+        plot_loss(tmp_path / METRICS, tmp_path / "loss.png")
+        heights.append(struct.unpack(">I", (tmp_path / "loss.png").read_bytes()[20:24])[0])
+    assert heights[0] < heights[1] == heights[2] < heights[3]
+
+
+def test_plot_is_a_png_of_some_size(tmp_path: Path) -> None:
+    lines = [{"step": s, "loss": 5 - s / 10, **({"held_out_loss": 5.0} if s % 5 == 0 else {})} for s in range(1, 20)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines))
+    plot_loss(tmp_path / METRICS, tmp_path / "loss.png", {"unigram entropy": 4.0})
+    data = (tmp_path / "loss.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width > 400
+    assert height > 300

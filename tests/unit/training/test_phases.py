@@ -1,0 +1,269 @@
+"""Phases as declared, resolved and counted; what is taken over between them. Real runs: distributed/test_phases.py."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from maskvr_ds.checkpoint.save import CheckpointError, CheckpointState
+from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
+from maskvr_ds.config.masking import STRATEGY_SETTINGS, MaskingConfig
+from maskvr_ds.config.phases import PhaseStart
+from maskvr_ds.training.phases import apply_start, done, next_phase, plan, tokens_done
+from maskvr_ds.training.schedule import learning_rate
+
+RESTART = {"moments": "keep", "step_counter": "zero", "schedule": "restart"}
+TWO: dict[str, Any] = {
+    "output_dir": "runs/x",
+    "data": {"prefetch": 5},
+    "batch": {"micro_size": 4},
+    "schedule": {"warmup_steps": 3},
+    "phases": [
+        {"name": "short", "data": {"path": "a"}, "batch": {"global_size": 16}, "training": {"steps": 10}},
+        {
+            "name": "long",
+            "start": RESTART,
+            "data": {"path": "b"},
+            "batch": {"global_size": 8},
+            "optimizer": {"lr": 5e-4},
+            "schedule": {"warmup_share": 0.5},
+            "training": {"steps": 4},
+        },
+    ],
+}
+
+
+def two(**long: Any) -> dict[str, Any]:
+    """TWO with changes in the second phase; None takes a section away."""
+    values = copy.deepcopy(TWO)
+    values["phases"][1].update(long)
+    values["phases"][1] = {k: v for k, v in values["phases"][1].items() if v is not None}
+    return values
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_phase_is_its_sections_over_the_runs() -> None:
+    config = RunConfig.model_validate(TWO)
+    assert config.training.steps == 14, "the whole run's"
+    short, long = config.phase(0), config.phase(1)
+    assert not short.phases
+    assert (str(short.data.path), short.data.prefetch, short.batch.micro_size) == ("a", 5, 4)
+    assert (str(long.data.path), long.data.prefetch, long.batch.global_size) == ("b", 5, 8)
+    assert (short.optimizer.lr, long.optimizer.lr) == (1e-3, 5e-4)
+    assert short.schedule.warmup(10) == 3
+    assert long.schedule.warmup(4) == 2, "a share in place of the inherited steps"
+
+
+def test_a_phase_with_another_strategy_does_not_inherit_what_belongs_to_the_first() -> None:
+    masking = {"strategy": "frequency", "floor": 0.2, "rate": 0.3, "final_rate": 0.15}
+    long = RunConfig.model_validate({**two(masking={"strategy": "span", "rate": 0.2}), "masking": masking}).phase(1)
+    assert (long.masking.strategy, long.masking.floor, long.masking.final_rate) == ("span", 0.3, None)
+    phases = plan(RunConfig.model_validate({**two(), "masking": masking}))
+    assert [phases[0].masking_rate(step) for step in (0, 9)] == [0.3, 0.15]
+    assert [phases[1].masking_rate(step) for step in (10, 13)] == [0.3, 0.15], "its schedule restarts"
+
+
+# Another value than the default, for each.
+OTHERS = {
+    "placement": "same_batch",
+    "segments_per_sequence": 2,
+    "frequency_power": 0.7,
+    "document_frequency_power": -0.2,
+    "floor": 0.2,
+    "span_probability": 0.3,
+    "span_maximum": 5,
+    "sampler": "conditional_poisson",
+    "estimator": "hajek",
+}
+
+
+def test_settings_go_over_to_the_strategies_that_they_belong_to() -> None:
+    assert OTHERS.keys() == STRATEGY_SETTINGS.keys()
+    default = MaskingConfig().model_dump()
+    for before in ("fully_explored", "frequency", "span", "mapnet"):
+        settings = {name: OTHERS[name] for name, strategies in STRATEGY_SETTINGS.items() if before in strategies}
+        for after in ("uniform", "whole_word", "fully_explored", "frequency", "mapnet"):
+            values = {**two(masking={"strategy": after}), "masking": {"strategy": before, **settings}}
+            found = RunConfig.model_validate(values).phase(1).masking
+            for name, value in settings.items():
+                assert getattr(found, name) == (value if after in STRATEGY_SETTINGS[name] else default[name])
+
+
+def test_a_run_without_phases_is_one_phase() -> None:
+    values = {"output_dir": "x", "data": {"path": "c"}, "training": {"steps": 7}}
+    config = RunConfig.model_validate(values)
+    (phase,) = plan(config)
+    assert phase.config == config
+    assert (phase.name, phase.first_step, phase.last_step, phase.first_sample) == (None, 0, 7, 0)
+
+
+def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TWO))
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_assignments_name_a_phase(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TWO), ["phases.long.training.steps=6", "phases.0.optimizer.lr=2e-3"])
+    assert [plan(config)[i].last_step for i in (0, 1)] == [10, 16]
+    assert config.phase(0).optimizer.lr == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**two(), "data": "corpus"}, r"data: a mapping of fields expected \(given: 'corpus'\)"),
+        (two(data="corpus"), r"phases.long.data: a mapping of fields expected \(given: 'corpus'\)"),
+        (two(start=None), r"phases.long.start: required: say what it takes over from phase 'short': moments"),
+        (two(start={"moments": "keep", "schedule": "restart"}), "phases.1.start.step_counter: required, but not given"),
+        (two(start={**RESTART, "moments": "half"}), "phases.1.start.moments: Input should be 'keep' or 'zero'"),
+        (two(name="short"), "two are named 'short'"),
+        (two(name="2"), "phases.1.name: String should match pattern"),
+        (two(model={"hidden_size": 8}), "phases.1.model: unknown key; known here: name, start, data, masking"),
+        (two(optimizer={"eps": 1e-8}), "phases.long.optimizer.eps: only lr may differ between phases"),
+        (two(batch={"globl_size": 8}), "phases.long: batch.globl_size: unknown key; known here: global_size"),
+        (two(masking={"rate": 2}), r"phases.long: masking.rate: Input should be less than 1 \(given: 2\)"),
+        (two(schedule={"warmup_steps": 5}), "phases.long: schedule.warmup_steps 5 exceeds the schedule's 4 steps"),
+        (two(training={}), r"phases.long.training.steps: a positive integer required \(given: None\)"),
+        (two(data={"prefetch": 3}), "phases.long.data.path: required, but not given"),
+        (two(start={**RESTART, "schedule": "continue"}), "phases.long.schedule: its schedule continues; remove it"),
+        ({**TWO, "training": {"steps": 9}}, r"training.steps: with phases each has its own; .*set phases.NAME"),
+        ({**TWO, "data": {"path": "c"}}, "data.path: with phases each has its own"),
+        ({**TWO, "phases": [{**TWO["phases"][1]}]}, "phases.long.start: the first phase has none before it"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        load_config(write(tmp_path, values))
+    assert len(str(told.value).splitlines()) == 2, "the file, then one fault"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("phases.lng.training.steps=6", "no 'lng' there; there are short, long"),
+        ("phases.long=1", "phases is a list; name the field of one entry"),
+        ("schedule.warmup_share=0.1", "warmup_steps 3 and warmup_share 0.1 both say how long"),
+        ("schedule.decay=exponential", "decay exponential needs decay_rate and decay_steps"),
+        ("schedule.decay_rate=0.9", "belong to decay exponential"),
+        ("phases.long.schedule.initial_lr=1", "phases.long: schedule.initial_lr 1.0 exceeds optimizer.lr 0.0005"),
+    ],
+)
+def test_faulty_assignments_are_named(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, TWO), [assignment])
+
+
+def test_counting() -> None:
+    short, long = plan(RunConfig.model_validate(TWO))
+    assert (short.first_step, short.last_step, long.first_step, long.last_step) == (0, 10, 10, 14)
+    assert (short.first_sample, long.first_sample) == (0, 160)
+    assert long.run_steps == 14
+    assert len({phase.key(use) for phase in (short, long) for use in (1, 2)}) == 4
+    assert tokens_done([done(short, 10, 32), done(long, 1, 64)]) == 10 * 16 * 32 + 8 * 64
+
+
+def test_a_schedule_restarts_or_continues() -> None:
+    restarting = plan(RunConfig.model_validate(TWO))[1]
+    own = restarting.config.schedule
+    assert [restarting.learning_rate(10 + s) for s in range(4)] == [
+        learning_rate(s, own, peak=5e-4, total_steps=4) for s in range(4)
+    ]
+    continuing = two(start={**RESTART, "schedule": "continue"}, schedule=None, optimizer=None)
+    phases = plan(RunConfig.model_validate(continuing))
+    joint = [learning_rate(s, phases[0].config.schedule, peak=1e-3, total_steps=14) for s in range(14)]
+    assert [phases[s >= 10].learning_rate(s) for s in range(14)] == joint
+    continuing["phases"][0]["training"]["schedule_steps"] = 13
+    with pytest.raises(ValueError, match=r"phases.short.training.schedule_steps 13: .* take 14 steps"):
+        RunConfig.model_validate(continuing)
+
+
+def state(step: int, *phases: dict[str, Any]) -> CheckpointState:
+    return CheckpointState(
+        step=step,
+        samples=0,
+        world_size=2,
+        zero_stage=1,
+        dtype="float32",
+        partitions=[],
+        identity={},
+        phases=list(phases),
+    )
+
+
+def test_where_a_run_goes_on() -> None:
+    phases = plan(RunConfig.model_validate(TWO))
+    short, long = phases
+    assert next_phase(phases, state(7, done(short, 7, 32))) == 0
+    assert next_phase(phases, state(10, done(short, 10, 32))) == 1, "at the boundary the next phase begins"
+    assert next_phase(phases, state(12, done(short, 10, 32), done(long, 2, 64))) == 1
+    assert next_phase(phases, state(14, done(short, 10, 32), done(long, 4, 64))) == 1, "over: the last one"
+    more = plan(RunConfig.model_validate({**TWO, "phases": [{**TWO["phases"][0], "training": {"steps": 12}}]}))
+    assert next_phase(more, state(10, done(short, 10, 32))) == 0, "the last phase reached may be made longer"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"steps": 8}}, r"phase 'short' is over: 10 steps of 16 sequences were trained, .* has 8 of 16"),
+        ({"batch": {"global_size": 32}}, "phase 'short' is over: .* has 10 of 32; restore phases.short"),
+        ({"name": "brief"}, "reached in phases short, long, the configuration has brief, long"),
+    ],
+)
+def test_a_finished_phase_cannot_change(changes: dict[str, Any], message: str) -> None:
+    short, long = plan(RunConfig.model_validate(TWO))
+    changed = {**TWO, "phases": [{**TWO["phases"][0], **changes}, TWO["phases"][1]]}
+    with pytest.raises(CheckpointError, match=message):
+        next_phase(plan(RunConfig.model_validate(changed)), state(12, done(short, 10, 32), done(long, 2, 64)))
+
+
+def test_a_run_without_phases_gets_none_later() -> None:
+    (single,) = plan(RunConfig.model_validate({"output_dir": "x", "data": {"path": "a"}, "training": {"steps": 9}}))
+    phases = plan(RunConfig.model_validate(TWO))
+    for written in (state(5, done(single, 5, 32)), state(5)):
+        assert next_phase([single], written) == 0
+        with pytest.raises(CheckpointError, match=r"reached in phases \(unnamed\), the configuration has short, long"):
+            next_phase(phases, written)
+
+
+@pytest.mark.parametrize("moments", ["keep", "zero"])
+@pytest.mark.parametrize("step_counter", ["keep", "zero"])
+def test_start_policy_on_each_kind_of_state(moments: Any, step_counter: Any) -> None:
+    """step: an int of the state (Lamb), a tensor of it (torch's AdamW), an int of the group (FusedAdam)."""
+    from maskvr_ds.lamb import Lamb
+
+    start = PhaseStart(moments=moments, step_counter=step_counter, schedule="restart")
+    optimizers: list[torch.optim.Optimizer] = []
+    for make in (Lamb, torch.optim.AdamW, torch.optim.AdamW):
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        optimizers.append(make([weight], lr=0.1))
+        optimizers[-1].step()
+    fused = optimizers[2]
+    fused.param_groups[0]["step"] = int(next(iter(fused.state.values())).pop("step"))
+    for optimizer in optimizers:
+        apply_start(optimizer, start)
+        (values,) = optimizer.state.values()
+        assert (values["exp_avg"] == 0).all() == (values["exp_avg_sq"] == 0).all() == (moments == "zero")
+        step = values["step"] if "step" in values else optimizer.param_groups[0]["step"]
+        assert step == (0 if step_counter == "zero" else 1)
+        assert (next(iter(optimizer.param_groups[0]["params"])) != 1).all(), "weights stay"
+
+
+def test_history_of_a_checkpoint_is_plain(tmp_path: Path) -> None:
+    import json
+
+    short, _ = plan(RunConfig.model_validate(TWO))
+    entry = done(short, 3, 32)
+    assert json.loads(json.dumps(entry)) == entry
+    assert replace(state(0), phases=[entry]).phases == [entry]
