@@ -182,11 +182,11 @@ def _run(arguments: argparse.Namespace) -> None:
     command = options.pop("command")
     if command in ("build", "tokenize", "pack"):
         from data_pipeline.execution.mpi import join_team
-        from data_pipeline.execution.workers import Pool
+        from data_pipeline.execution.workers import Pool, serve
 
         team = join_team()
         if team and team.rank:
-            team.serve(Pool(arguments.workers))
+            serve(team, Pool(arguments.workers))
             return
         try:
             _make(command, options, team)
@@ -204,7 +204,8 @@ def _run(arguments: argparse.Namespace) -> None:
         print(decoded_rows(arguments.folder, arguments.first, arguments.rows))
     else:
         from data_pipeline.execution.progress import ProgressBar
-        from data_pipeline.reports.scan import describe, verify
+        from data_pipeline.reports.describe import describe
+        from data_pipeline.reports.scan import verify
         from data_pipeline.shards import read_manifest
         from data_pipeline.tokenization.token_shards import is_tokens, read_tokens, verify_tokens
 

@@ -33,9 +33,8 @@ from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
 from data_pipeline.filters.ngrams import task_digests
 from data_pipeline.filters.rules import DocumentRules
-from data_pipeline.finished import check_inputs, finished_corpus
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
-from data_pipeline.outputs import claim
+from data_pipeline.outputs import check_inputs, claim, finished_corpus
 from data_pipeline.packing.stage import PackOptions, pack_side
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.description import (

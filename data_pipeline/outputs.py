@@ -6,13 +6,15 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import CorpusError, remove_partials, write_json
-from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, TOKENIZER
+from data_pipeline.files import CorpusError, remove_partials, sha256_file, write_json
+from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, TOKENIZER, Manifest, SourceEntry, read_manifest
+from data_pipeline.shards import check_shard
+from data_pipeline.sources.inputs import Source
 
 _WORK = ".build"
 _ARGUMENTS = "build.json"
@@ -104,3 +106,43 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
             f"{output}: output folder holds a build of another command: {key} {then} then, {now} now. "
             "Give the same arguments and inputs to go on, choose another folder, or remove this one first"
         )
+
+
+def finished_corpus(output: Path, held_out: bool) -> Manifest:
+    """The manifest of a finished corpus, whose shards are all there and of the right size; held_out: it has that side.
+
+    Raises CorpusError with a line for each shard that is not.
+    """
+    faults, sides = [], []
+    for folder in (output, *((output / HELD_OUT,) if held_out else ())):
+        if not (folder / MANIFEST).exists():
+            faults.append(f"{folder / MANIFEST}: is missing")
+            continue
+        sides.append(read_manifest(folder))
+        for entry in sides[-1].shards:
+            try:
+                check_shard(folder, entry, sides[-1], full=False)
+            except CorpusError as error:
+                faults.append(str(error))
+    if faults:
+        raise CorpusError("\n".join(f"{fault}: remove the folder {output}, then run this again" for fault in faults))
+    return sides[0]
+
+
+def check_inputs(output: Path, entries: Sequence[SourceEntry], sources: Sequence[Source]) -> None:
+    """Raise CorpusError where an input is not the one that a finished output was made of.
+
+    Only what was touched since is read. The time of the last change tells it too where a copy keeps the time of the
+    last modification.
+    """
+    made = (output / MANIFEST).stat().st_mtime_ns
+    sha256 = {entry.name: entry.sha256 for entry in entries}
+    for source in sources:
+        stat = Path(source.path).stat()
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) < made:
+            continue
+        if sha256_file(Path(source.path)) != sha256[source.name]:
+            raise CorpusError(
+                f"{source.path}: was written to since {output} was built of it. Restore it, choose another output "
+                "folder, or remove this one first"
+            )

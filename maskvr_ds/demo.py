@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.checkpoint.save import complete_checkpoints
-from maskvr_ds.telemetry.metrics import METRICS, plot_loss, read_lines
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
+from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
+from maskvr_ds.telemetry.plots import plot_loss
 
 _TEXT_BYTES = 8_000_000
 _SHORTEST = 80  # characters; below that docstrings are labels rather than English

@@ -15,21 +15,28 @@ from typing import Any
 import torch
 
 from maskvr_ds import hashing
-from maskvr_ds.checkpoint import save
 from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config
-from maskvr_ds.engine.engine import free_memory, loss_scale, read_deepspeed_config, set_learning_rate
-from maskvr_ds.models import pretrained
+from maskvr_ds.engine.deepspeed_patches import free_memory
+from maskvr_ds.engine.ds_config import read_deepspeed_config
+from maskvr_ds.engine.engine import loss_scale, set_learning_rate
 from maskvr_ds.models.pretrained import InitialWeights
-from maskvr_ds.reliability.divergence import DivergedError, batches, windows_of
+from maskvr_ds.reliability.divergence import DivergedError
 from maskvr_ds.reliability.signals import StoppedError, StopRequest
 from maskvr_ds.reliability.watchdog import Watchdog
-from maskvr_ds.run_folder import status
+from maskvr_ds.run_folder import checkpoints, status
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
-from maskvr_ds.telemetry.metrics import METRICS, DeferredTensor, StepRecord, plot_loss
-from maskvr_ds.training.phases import RunPhase, next_phase, plan
-from maskvr_ds.training.resume import go_back, say
-from maskvr_ds.training.run import check_corpora, end, find_checkpoint
+from maskvr_ds.runtime.deferred import DeferredTensor
+from maskvr_ds.runtime.distributed import say
+from maskvr_ds.telemetry.metrics import StepRecord
+from maskvr_ds.telemetry.metrics_file import METRICS
+from maskvr_ds.telemetry.plots import plot_loss
+from maskvr_ds.training import resume as resume
+from maskvr_ds.training.corpora import check_corpora
+from maskvr_ds.training.phases import RunPhase, plan
+from maskvr_ds.training.resume import find_checkpoint, phases_left, settle
+from maskvr_ds.training.rollback import batches, go_back, windows_of
+from maskvr_ds.training.run import end
 from maskvr_ds.training.saver import Saver, is_due
 from maskvr_ds.training.setup import DROPOUT, Parts, assemble
 from maskvr_ds.training.step import run_step
@@ -47,14 +54,14 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     """
     latest = distributed.agreed(lambda: find_checkpoint(config, resume), on=0)
     # Before anything asks for sizes, which the folder has, or the checkpoint. Rank 0's: it may be on one host.
-    model, initial = distributed.agreed(partial(pretrained.settle, config.model, latest), on=0)
+    model, initial = distributed.agreed(partial(settle, config.model, latest), on=0)
     config = config.model_copy(update={"model": model})
     phases = plan(config)
     world_size = distributed.world_size()
     for phase in phases:
         distributed.agreed(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
     deepspeed_config = distributed.agreed(lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed)))
-    left = _left(phases, latest)
+    left = phases_left(phases, latest)
     if len(left) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
         distributed.agreed(lambda: check_corpora(left), on=0)
@@ -65,22 +72,15 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             left = left[1:]
             if left and latest is not None:
                 # As at a resume, nothing is unpickled that is not what was written.
-                distributed.agreed(partial(save.verify, latest), on=0)
+                distributed.agreed(partial(checkpoints.verify, latest), on=0)
         except DivergedError as error:
             latest = go_back(left[0].config, left[0], error, latest, fence)
             # Where the phase has none of its own and the last one before it is damaged, that may be two phases back.
-            left = _left(phases, latest)
+            left = phases_left(phases, latest)
         free_memory()
     if distributed.rank() == 0:
         end(config.output_dir, status.COMPLETED, phases[-1].last_step, fence)
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
-
-
-def _left(phases: list[RunPhase], latest: Path | None) -> list[RunPhase]:
-    """The phases still to train after a checkpoint, perhaps the first of them in part. Every rank calls."""
-    if latest is None:
-        return phases
-    return phases[distributed.agreed(lambda: next_phase(phases, save.read_state(latest)), on=0) :]
 
 
 def train_phase(

@@ -17,7 +17,7 @@ from cluster.hosts.hostfile import read_hostfile
 from cluster.hosts.plan import CONFIG, Draft
 from cluster.hosts.supervisor import END_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
-from maskvr_ds.reliability.echo import Echoes
+from maskvr_ds.reliability.signals import Echoes
 from maskvr_ds.run_folder import status
 from maskvr_ds.runtime.terminal import ERR, alert, say
 

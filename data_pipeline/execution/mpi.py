@@ -14,22 +14,15 @@ worker process that dies is named with its rank and host.
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from data_pipeline.execution.tasks import Task
 from data_pipeline.files import CorpusError
-
-if TYPE_CHECKING:
-    from data_pipeline.execution.workers import Pool, Task
 
 # What launchers set: Open MPI; MPICH, Intel MPI and their like.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_PAUSE = 0.005
 
 
 class Team:
@@ -59,35 +52,16 @@ class Team:
         for rank in range(1, self.size):
             self._comm.send(("stop",), dest=rank)
 
-    def serve(self, pool: Pool) -> None:
-        """Work for rank 0 until it says stop."""
-        # Ctrl-C reaches every rank; rank 0 decides.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        slots: list[Connection] = []
-        busy: dict[Connection, Task] = {}
-        with pool:
-            while True:
-                if self._comm.iprobe(source=0):
-                    message = self._comm.recv(source=0)
-                    if message[0] == "stop":
-                        return
-                    _, slot, task, folder = message
-                    while len(slots) <= slot:
-                        slots.append(pool.start())
-                    busy[slots[slot]] = task
-                    slots[slot].send((task, folder))
-                for ready in wait(list(busy), _PAUSE) if busy else ():
-                    assert isinstance(ready, Connection)
-                    try:
-                        kind, value = ready.recv()
-                    except (EOFError, ConnectionResetError):
-                        where = f"rank {self.rank} ({socket.gethostname()}): "
-                        kind, value = "died", where + str(pool.death(ready, busy.pop(ready)))
-                    if kind != "progress":
-                        busy.pop(ready, None)
-                    self._comm.send((slots.index(ready), kind, value), dest=0)
-                if not busy:
-                    time.sleep(_PAUSE)
+    def receive(self) -> tuple[Any, ...] | None:
+        """The next message of rank 0, None while there is none."""
+        if not self._comm.iprobe(source=0):
+            return None
+        message: tuple[Any, ...] = self._comm.recv(source=0)
+        return message
+
+    def reply(self, slot: int, kind: str, value: Any) -> None:
+        """Report on a slot's task to rank 0."""
+        self._comm.send((slot, kind, value), dest=0)
 
 
 def join_team() -> Team | None:

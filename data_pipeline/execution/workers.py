@@ -11,36 +11,23 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from data_pipeline.execution.mpi import Team
+from data_pipeline.execution.tasks import Report, Task
 from data_pipeline.files import CorpusError, write_json
 
-if TYPE_CHECKING:
-    from data_pipeline.execution.mpi import Team
-
-Report = Callable[[int, int], object]
-
-
-@dataclass(frozen=True)
-class Task:
-    """`function(*arguments, report)` returns a JSON value; `size` is its share of the progress bar, in
-    bytes."""
-
-    name: str
-    what: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    size: int = 0
+_PAUSE = 0.005
 
 
 class Pool:
@@ -115,7 +102,7 @@ class Pool:
         for connection in self._processes:
             self._hand_out(connection, folder, waiting, busy)
         while busy or any(remote.values()):
-            for ready in wait(list(busy), 0.005):
+            for ready in wait(list(busy), _PAUSE):
                 assert isinstance(ready, Connection)
                 try:
                     kind, value = ready.recv()
@@ -124,7 +111,7 @@ class Pool:
                 if _is_done(kind, value, busy[ready], report):
                     self._hand_out(ready, folder, waiting, busy)
             if not busy:
-                time.sleep(0.005)
+                time.sleep(_PAUSE)
             for rank, slot, kind, value in team.messages():
                 at_work = remote[rank, slot]
                 assert at_work is not None
@@ -168,6 +155,36 @@ class Pool:
         process = self._processes[connection]
         process.join()
         return CorpusError(_obituary(process.exitcode, task))
+
+
+def serve(team: Team, pool: Pool) -> None:
+    """Work for rank 0 until it says stop."""
+    # Ctrl-C reaches every rank; rank 0 decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    slots: list[Connection] = []
+    busy: dict[Connection, Task] = {}
+    with pool:
+        while True:
+            if (message := team.receive()) is not None:
+                if message[0] == "stop":
+                    return
+                _, slot, task, folder = message
+                while len(slots) <= slot:
+                    slots.append(pool.start())
+                busy[slots[slot]] = task
+                slots[slot].send((task, folder))
+            for ready in wait(list(busy), _PAUSE) if busy else ():
+                assert isinstance(ready, Connection)
+                try:
+                    kind, value = ready.recv()
+                except (EOFError, ConnectionResetError):
+                    where = f"rank {team.rank} ({socket.gethostname()}): "
+                    kind, value = "died", where + str(pool.death(ready, busy.pop(ready)))
+                if kind != "progress":
+                    busy.pop(ready, None)
+                team.reply(slots.index(ready), kind, value)
+            if not busy:
+                time.sleep(_PAUSE)
 
 
 def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:

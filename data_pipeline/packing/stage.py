@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.execution.progress import ProgressBar
-from data_pipeline.execution.workers import Pool, Task
+from data_pipeline.execution.tasks import Task
+from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, write_json
 from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.packing.full_sequences import ShardLayout, pack_pieces

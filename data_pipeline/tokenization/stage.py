@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.execution.progress import ProgressBar
-from data_pipeline.execution.workers import Pool, Task
+from data_pipeline.execution.tasks import Task
+from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, sha256_file, write_json
 from data_pipeline.filters.minhash import PLACES, check_library, exact_duplicates, near_duplicates
 from data_pipeline.filters.ngrams import task_ngrams

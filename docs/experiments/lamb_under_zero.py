@@ -36,9 +36,11 @@ from data_pipeline.shards import Corpus
 from maskvr_ds import hashing, lamb
 from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, ScheduleConfig, deepspeed_config_path
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.engine.engine import complete_deepspeed_config, read_deepspeed_config, set_learning_rate
+from maskvr_ds.engine.ds_config import complete_deepspeed_config, read_deepspeed_config
+from maskvr_ds.engine.engine import set_learning_rate
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, weighted_loss
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.schedule import learning_rate

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.checkpoint.export import load_model
-from maskvr_ds.checkpoint.save import newest, read_beside
+from maskvr_ds.checkpoint.load import read_beside
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import Loader, read_rows, to_device
 from maskvr_ds.masking.gradient_norms import GradientNorms
@@ -30,6 +30,7 @@ from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import STATE
 from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.run_folder.checkpoints import newest
 
 CPU = torch.device("cpu")
 MASKS, FLOOR, ROWS = 64, 0.3, 48

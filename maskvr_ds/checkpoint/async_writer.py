@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from maskvr_ds.telemetry.metrics import DeferredTensor
+if TYPE_CHECKING:
+    from maskvr_ds.runtime.deferred import DeferredTensor
 
 
 class Background:
@@ -41,7 +42,7 @@ class Background:
         """Whether this rank is not through with its files."""
         return self._thread is not None and self._thread.is_alive()
 
-    def agreed(self, flag: DeferredTensor) -> bool:
+    def agreed(self, flag: "DeferredTensor") -> bool:
         """Whether all ranks have written, so that `finish` need not wait; the same on every rank, which all call once a
         step.
 

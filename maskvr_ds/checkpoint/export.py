@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
 from transformers.utils import logging
 
-from maskvr_ds.checkpoint import save
-from maskvr_ds.checkpoint.save import BERT, CheckpointError
+from maskvr_ds.checkpoint import load
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.checkpoints import BERT, CheckpointError
 
 # Case, accents, punctuation, another script, a special token spelled out.
 _SAMPLES = ("Hello World, naïve CAFÉ!", "tokens: don't, e-mail, 3.14\n\ttab", "Ünïcode 東京 привет", "a [MASK] b")
@@ -38,8 +39,8 @@ def export(source: str | Path, output: str | Path) -> float:
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output} exists and is not an empty folder; name another --output")
-    folder = save.newest(Path(source))
-    save.verify(folder)
+    folder = checkpoints.newest(Path(source))
+    checkpoints.verify(folder)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -56,7 +57,7 @@ def export(source: str | Path, output: str | Path) -> float:
 def load_model(folder: Path) -> BertForMaskedLM:
     """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError where weights do not fit."""
     model = BertForMaskedLM(AutoConfig.from_pretrained(folder / BERT))
-    missing, unexpected = model.load_state_dict(save.read_weights(folder), strict=False)
+    missing, unexpected = model.load_state_dict(load.read_weights(folder), strict=False)
     # Tied tensors are stored once; whatever else is missing would be random.
     untied = sorted(set(missing) - set(model._tied_weights_keys))
     if untied or unexpected:
@@ -96,9 +97,9 @@ def _write_tokenizer(source: Path, output: Path) -> None:
 
 @torch.no_grad()
 def _compare(folder: Path, output: Path) -> float:
-    dtype = save.read_state(folder).dtype
+    dtype = checkpoints.read_state(folder).dtype
     model = BertForMaskedLM.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
-    probe = save.read_probe(folder)
+    probe = load.read_probe(folder)
     logits = model(input_ids=probe["input_ids"], attention_mask=probe.get("attention_mask")).logits.float()
     K, V = probe["logits"].shape[1:]
     predicted = logits.gather(1, probe["positions"][..., None].expand(-1, K, V))

@@ -34,6 +34,7 @@ from maskvr_ds.optim.lamb import parameter_groups
 from maskvr_ds.optim.partitions import Layout, layout_of, trained
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
+from maskvr_ds.runtime import files
 
 UNIVERSAL = ".universal"
 CONVERTING = ".converting"
@@ -56,7 +57,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
 
     Raises CheckpointError where there is no room on the disk, and where DeepSpeed's files have another form.
     """
-    source = checkpoints.sha256(folder / checkpoints.MANIFEST)
+    source = files.sha256(folder / checkpoints.MANIFEST)
     target, temporary = run / checkpoints.FOLDER / UNIVERSAL, run / checkpoints.FOLDER / CONVERTING
     if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
         print(f"conversion of {folder} found in {target}", flush=True)
@@ -76,7 +77,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     save_file(tensors, temporary / TENSORS)
     checkpoints.write_manifest(temporary, {"source": source, **content})
     temporary.rename(target)
-    checkpoints.synchronise(target.parent)
+    files.synchronise(target.parent)
     print(f"converted: {len(tensors)} tensors in {target}", flush=True)
     return target
 

@@ -17,7 +17,7 @@ Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpee
 
 import io
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,43 +25,25 @@ from typing import Any
 
 import deepspeed
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.async_writer import Background
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.engine.engine import full_fp32_weights, not_rounded
+from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import (
-    MANIFEST,
+    BERT,
+    PROBE,
+    WEIGHTS,
     CheckpointError,
     CheckpointState,
-    complete_checkpoints,
-    find,
-    newest,
-    read_state,
-    verify,
 )
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import synchronise, write_hashed
 
-__all__ = [
-    "MANIFEST",
-    "CheckpointError",
-    "CheckpointState",
-    "complete_checkpoints",
-    "find",
-    "load",
-    "newest",
-    "read_state",
-    "save",
-    "verify",
-]
-
-WEIGHTS = "weights.safetensors"
-PROBE = "probe.safetensors"
-BERT = "bert"
 # Beside tensors: headers, tokenizer, manifest.
 _SMALL_FILES = 2 << 20
 
@@ -107,7 +89,7 @@ def save(
         """This rank's files. No collective: it may run beside training."""
         try:
             for path, content in files.items():
-                written[path.relative_to(folder).as_posix()] = checkpoints.write_hashed(path, content)
+                written[path.relative_to(folder).as_posix()] = write_hashed(path, content)
             if distributed.rank() == 0:
                 write_rest()
         except Exception as error:
@@ -123,7 +105,7 @@ def save(
             shutil.copyfile(file, folder / BERT / file.name)
         for path in checkpoints.files_of(folder):
             if path.parent != folder or path.name in (WEIGHTS, PROBE, *(beside or {})):
-                written[path.relative_to(folder).as_posix()] = checkpoints.write_hashed(path)
+                written[path.relative_to(folder).as_posix()] = write_hashed(path)
 
     def finish() -> Path:
         try:
@@ -148,7 +130,7 @@ def save(
             checkpoints.write_manifest(folder, vars(state), {k: v for of_rank in of_ranks for k, v in of_rank.items()})
             fence.check()
             folder.rename(final)
-            checkpoints.synchronise(final.parent)
+            synchronise(final.parent)
         except OSError as error:
             _raise_first([error], folder)
 
@@ -250,62 +232,3 @@ def probe_logits(module: Any, probe: MaskedBatch) -> torch.Tensor:
         return module(probe.input_ids, probe.positions, attention_mask=probe.attention_mask)
     finally:
         module.train(training)
-
-
-def load(
-    run: Path,
-    folder: Path,
-    engine: deepspeed.DeepSpeedEngine,
-    expected: CheckpointState,
-    may_differ: Collection[str] = (),
-) -> CheckpointState:
-    """Load a verified checkpoint into the engine. Every rank calls.
-
-    run: where a conversion goes, if one is needed. expected: the present run's identity, world size and stage; its step
-    and samples are not looked at. may_differ: keys of the identity that need not agree.
-    Raises CheckpointError where the checkpoint belongs to another run.
-    """
-    state = distributed.agreed(lambda: _read_compatible(folder, expected, may_differ))
-    if reshard.same_layout(state, expected):
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
-    else:
-        universal = distributed.agreed(lambda: reshard.convert(run, folder, state, expected), on=0)
-        reshard.load(universal, engine)
-    return state
-
-
-def _read_compatible(folder: Path, expected: CheckpointState, may_differ: Collection[str]) -> CheckpointState:
-    """The checkpoint's state. Raises CheckpointError naming every difference from the present run."""
-    state = read_state(folder)
-    differences = [
-        f"{key} was {state.identity.get(key)!r}, is {value!r}"
-        for key, value in expected.identity.items()
-        if key not in may_differ and state.identity.get(key) != value
-    ]
-    if state.dtype != expected.dtype:
-        differences.append(f"dtype was {state.dtype}, is {expected.dtype}")
-    if differences:
-        of_masks = any(difference.startswith(("masking ", "mapnet ")) for difference in differences)
-        raise CheckpointError(
-            f"{folder}: belongs to another run: {'; '.join(differences)}. "
-            "Restore these settings to resume, or start a new run in another output_dir"
-            + ("; masking.change_at_resume=true lets masks differ" if of_masks else "")
-        )
-    return state
-
-
-def read_probe(folder: Path) -> dict[str, torch.Tensor]:
-    """input_ids int64 [B, L], positions int64 [B, K], logits float32 [B, K, V], perhaps attention_mask."""
-    return load_file(folder / PROBE)
-
-
-def read_beside(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
-    """Tensors of a further safetensors file, as `save` was given them; None where the checkpoint has none."""
-    return load_file(folder / name) if (folder / name).is_file() else None
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Name → float32 weights of the BertForMaskedLM."""
-    return load_file(folder / WEIGHTS)

@@ -81,3 +81,18 @@ def _inspect(folder: Path) -> int:
     for name, entry in files.items():
         print(f"{entry['bytes']:>16,}  {entry['sha256'][:16]}  {name}")
     return 0
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face model")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run (its newest one)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for model and tokenizer")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from maskvr_ds.checkpoint.export import export
+
+    difference = export(arguments.checkpoint, arguments.output)
+    print(f"{arguments.output}: BertForMaskedLM and tokenizer; logits within {difference:.2g} of the engine's")
+    return 0

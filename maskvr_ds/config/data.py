@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from maskvr_ds.config.loading import Section
+from maskvr_ds.config.base import Section
 
 MAX_WEIGHT = 1000
 

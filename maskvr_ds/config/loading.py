@@ -1,22 +1,12 @@
 """A run's YAML: recipes and files → mappings, `--set` assignments, and faults in words. Loads no torch."""
 
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
-
-class ConfigError(ValueError):
-    """A fault in the configuration, in words for its author."""
-
-
-class Section(BaseModel):
-    """A component's settings: unknown keys are refused, values stay as they were checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from maskvr_ds.config.base import ConfigError
 
 
 def recipes() -> list[str]:
@@ -107,25 +97,3 @@ def _entry(entries: list[Any], name: str, assignment: str) -> Any:
     if name.isdigit() and int(name) < len(entries):
         return entries[int(name)]
     raise ConfigError(f"--set {assignment}: no {name!r} there; there are {', '.join(map(str, names))}")
-
-
-def describe(fault: Any, model: type[BaseModel]) -> str:
-    """One of pydantic's faults, found when validating `model`, in a line: where, which rule, the value."""
-    where = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; known here: {', '.join(_known_keys(model, fault['loc'][:-1]))}"
-    if fault["type"] == "missing":
-        return f"{where}: required, but not given"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = "" if fault["type"] == "value_error" else f" (given: {fault['input']!r})"
-    return f"{where}: {message}{given}" if where else message
-
-
-def _known_keys(model: Any, location: Sequence[str | int]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):  # an entry of a list: its type is the list's argument, found already
-            continue
-        annotation = model.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from maskvr_ds.config.loading import Section
+from maskvr_ds.config.base import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -90,3 +90,27 @@ class MaskingConfig(Section):
         if self.segments_per_sequence is not None and self.placement != "same_batch":
             raise ValueError("segments_per_sequence belongs to placement same_batch; leave it out, or set placement")
         return self
+
+
+class MapNetConfig(Section):
+    """The mask proposal network (mapnet.py), where masking.strategy is mapnet, or auto."""
+
+    layers: PositiveInt = 1
+    # Tokens on either side that a token is confronted with before the layers.
+    reach: PositiveInt = 4
+    # A multiple of the attention heads' size, 32.
+    hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 96
+    # Of its own AdamW, constant.
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    # λ: the uniform part of the proposal; importance weights are at most 1/λ.
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
+    # variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm, which has
+    # measured worse (docs/variance.md).
+    objective: Literal["variance", "regression"] = "variance"
+    # Masks by the proposal: always; never (it learns and is measured all the same); auto: while it pays for its time.
+    gate: Literal["always", "never", "auto"] = "always"
+    # auto: time that MAPNet adds, relative to the rest of a step. None: measured; a run is then not reproducible to
+    # the bit, since the clock decides.
+    cost: Annotated[float, Field(ge=0)] | None = None
+    # Steps between comparisons of the ranks' networks, for which the host waits.
+    check_every: PositiveInt = 100

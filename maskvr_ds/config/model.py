@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, model_validator
 
-from maskvr_ds.config.loading import Section
+from maskvr_ds.config.base import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 

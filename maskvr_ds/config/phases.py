@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from maskvr_ds.config.loading import Section
+from maskvr_ds.config.base import Section
 from maskvr_ds.config.masking import STRATEGY_SETTINGS
 
 

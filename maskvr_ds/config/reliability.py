@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from maskvr_ds.config.loading import Section
+from maskvr_ds.config.base import Section
 
 Factor = Annotated[float, Field(gt=1)]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipeline.shards import Corpus, OpenFiles, open_here
 from maskvr_ds import hashing
-from maskvr_ds.config.loading import ConfigError
+from maskvr_ds.config.base import ConfigError
 
 # What rows of one batch must have in common.
 _COMMON = ("tokenizer_sha256", "special_tokens", "sequence_length")

@@ -25,7 +25,7 @@ from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
 from maskvr_ds.runtime import distributed
-from maskvr_ds.telemetry.metrics import DeferredFigures, DeferredTensor
+from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
 
 # The file of its state in a checkpoint.
 STATE = "mapnet.safetensors"

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.config import ModelConfig
-from maskvr_ds.data.batch import MaskedBatch
 
 
 def bert_config(model: ModelConfig, *, vocab_size: int, pad_id: int) -> BertConfig:
@@ -79,20 +78,3 @@ class MaskedLanguageModel(nn.Module):
         if self.observer is not None and losses.requires_grad:
             self.observer(hidden, losses)
         return losses
-
-
-def weighted_loss(model: nn.Module, masked: MaskedBatch) -> torch.Tensor:
-    """Σ w_i ℓ_i over a batch: float32 scalar. Divide by the global batch's number of predictions."""
-    losses = model(masked.input_ids, masked.positions, masked.labels, masked.attention_mask)
-    return (losses * masked.weights).sum()
-
-
-def flops_per_sequence(config: BertConfig, sequence_length: int, predictions: int) -> float:
-    """Floating-point operations of one sequence's forward and backward pass (backward = 2 × forward).
-
-    Matrix products only, a multiply-add counting as two: in each of the layers QKVO 8LD², attention 4L²D, feed-forward
-    4LDI; in the head 2KD² + 2KDV (Narayanan et al. 2021, arXiv 2104.04473, appendix, without recomputation).
-    """
-    L, K, D, V = sequence_length, predictions, config.hidden_size, config.vocab_size
-    layer = 8 * L * D * D + 4 * L * L * D + 4 * L * D * config.intermediate_size
-    return 3.0 * (config.num_hidden_layers * layer + 2 * K * D * D + 2 * K * D * V)

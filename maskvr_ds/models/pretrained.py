@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, ModelConfig
+from maskvr_ds.config import ConfigError
 from maskvr_ds.config.model import BERT_CONFIG, read_bert_config
 from maskvr_ds.data.vocabulary import token_ids
-from maskvr_ds.run_folder.checkpoints import CheckpointError, read_state, sha256
 from maskvr_ds.runtime import distributed, terminal
+from maskvr_ds.runtime.files import sha256
 
 WEIGHTS = "model.safetensors"
 # Name in a file → the parameter that it shares its values with.
@@ -46,36 +46,7 @@ class InitialWeights:
     sha256: str
 
 
-def settle(model: ModelConfig, latest: Path | None) -> tuple[ModelConfig, InitialWeights | None]:
-    """The section with all sizes known, and what the run began or begins with; None: weights from the seed. One rank.
-
-    latest: the checkpoint to go on from. Without one the folder must be there; with one, it may be gone. Raises
-    ConfigError where it is missing or of a kind that is not read, CheckpointError where the run began otherwise.
-    """
-    folder = model.initialize_from
-    if latest is None:
-        return model, None if folder is None else InitialWeights(folder, sha256(_weights_file(folder)))
-    state = read_state(latest)
-    trained = dict(state.identity["model"])
-    began_with, named = trained.pop("initialize_from", None), state.settings.get("model.initialize_from")
-    found = sha256(folder / WEIGHTS) if folder is not None and (folder / WEIGHTS).is_file() else None
-    # Of a folder that is gone its name is all there is to compare.
-    if found is None and folder is not None and str(folder) == named:
-        found = began_with
-    if found != began_with or (folder is None) != (began_with is None):
-        was = "weights from the seed" if began_with is None else f"those of {named} (SHA-256 {began_with[:12]})"
-        now = "is not set" if folder is None else f"is {folder} ({f'SHA-256 {found[:12]}' if found else 'not there'})"
-        raise CheckpointError(
-            f"{latest}: belongs to another run: it began with {was}, and model.initialize_from {now}. Restore the "
-            "setting to resume, or start a new run in another output_dir"
-        )
-    if folder is None:
-        return model, None
-    given = model.model_dump(exclude_unset=True)
-    return ModelConfig.model_validate({**trained, **given}), InitialWeights(folder, began_with)
-
-
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
     """The folder's model.safetensors. Raises ConfigError where folder or file is missing, or of a kind not read."""
     where = f"model.initialize_from {folder}"
     if not folder.is_dir():
@@ -142,7 +113,7 @@ def load(module: nn.Module, initial: InitialWeights) -> None:
 @torch.no_grad()
 def _read(module: nn.Module, initial: InitialWeights) -> str:
     """Fill the module tensor by tensor; → what was loaded, in words."""
-    file = _weights_file(initial.folder)
+    file = weights_file(initial.folder)
     if (found := sha256(file)) != initial.sha256:
         raise ConfigError(
             f"{file}: changed since the run began (SHA-256 {initial.sha256[:12]}, now {found[:12]}); put it back"

@@ -14,23 +14,15 @@ written before the run goes back; which batches are read is a function of the ro
 No collective: all ranks hold the same figures. The host waits for the loss of every step.
 """
 
-import itertools
-import json
 import math
-import os
 import statistics
 from collections import deque
-from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from maskvr_ds.config.reliability import DivergenceConfig
-from maskvr_ds.data.batch import TokenBatch
-from maskvr_ds.data.loader import Loader
 
-ROLLBACKS = "rollbacks.json"
 Window = tuple[int, int]
 
 
@@ -143,58 +135,3 @@ class Guard:
     def forget(self) -> None:
         """After a roll-back: those that led to it are passed over."""
         self._bad = []
-
-
-def merge(windows: list[Window]) -> list[Window]:
-    """Windows [first, end) of batches, ascending, those that touch as one."""
-    merged: list[Window] = []
-    for first, end in sorted(windows):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((first, end))
-    return merged
-
-
-def position(trained: int, windows: list[Window]) -> int:
-    """Number of the batch that comes after `trained` batches, with `windows` passed over."""
-    for first, end in merge(windows):
-        if first > trained:
-            break
-        trained += end - first
-    return trained
-
-
-def batches(loader: Loader, trained: int, windows: list[Window]) -> Generator[tuple[int, TokenBatch], None, None]:
-    """Endless: (number, batch) of each step after `trained` steps of the phase, with `windows` passed over."""
-    number = position(trained, windows)
-    for end, after in [*(w for w in merge(windows) if w[0] > number), (None, None)]:
-        reader = loader.batches(number * loader.global_size)
-        count = None if end is None else end - number
-        try:
-            yield from enumerate(itertools.islice(reader, count), number)
-        finally:
-            reader.close()
-        number = after or 0
-
-
-def read_rollbacks(run: Path, restored: dict[str, Any]) -> list[dict[str, Any]]:
-    """All roll-backs of the run: phase, step, to_step, reason, passed_over. restored: `guard` of the checkpoint, for a
-    run that goes on in another folder."""
-    path = run / ROLLBACKS
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return restored.get("rollbacks", [])
-
-
-def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:
-    temporary = run / f".{ROLLBACKS}.partial"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(rollbacks, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run / ROLLBACKS)
-
-
-def windows_of(rollbacks: list[dict[str, Any]], phase: int) -> list[Window]:
-    return [(first, end) for entry in rollbacks if entry["phase"] == phase for first, end in entry["passed_over"]]

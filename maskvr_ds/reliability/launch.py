@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from maskvr_ds.reliability.echo import Echoes
+from maskvr_ds.reliability.signals import Echoes
 from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED

@@ -11,12 +11,15 @@ any node, and needs no process to be found.
 import os
 import signal
 import threading
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maskvr_ds.reliability.echo import Echoes
 from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST
 from maskvr_ds.runtime import terminal
-from maskvr_ds.telemetry.metrics import DeferredTensor
+
+if TYPE_CHECKING:
+    from maskvr_ds.runtime.deferred import DeferredTensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -62,10 +65,29 @@ class StopRequest:
         """Whether this process was asked to stop: by a signal, or by the file in the run's folder, if one is given."""
         return self._heard or (run is not None and (run / REQUEST).exists())
 
-    def agreed(self, flag: DeferredTensor) -> bool:
+    def agreed(self, flag: "DeferredTensor") -> bool:
         """Whether any rank had heard one in the step before; the same on every rank, which all call once a step.
 
         flag: int64 [1], all-reduced over this step: how many have.
         """
         before, self._flag = self._flag, flag
         return before is not None and before.values()[0] > 0
+
+
+# Slurm sends SIGTERM twice within milliseconds.
+ECHO_SECONDS = 1.0
+
+
+class Echoes:
+    """Tells echoes, signal by signal. A session that ends sends SIGHUP and SIGTERM, so these count as the same."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._since = 0.0
+
+    def is_one(self, number: int) -> bool:
+        """Whether a signal, heard now, is the echo of the one before it."""
+        kind = signal.SIGTERM if number == signal.SIGHUP else number
+        before, self._last = self._last, kind
+        since, self._since = self._since, time.monotonic()
+        return kind == before and self._since - since < ECHO_SECONDS

@@ -11,7 +11,6 @@ RUN/origin.json               of another run's checkpoint that this run went on 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 
 from maskvr_ds.run_folder.fence import OWNER
 from maskvr_ds.run_folder.status import JOBS, LOGS, REQUEST
+from maskvr_ds.runtime.files import sha256, synchronise, write_hashed
 
 FORMAT = 3
 MANIFEST = "checkpoint.json"
@@ -33,7 +33,6 @@ DELETING = ".deleting-"
 _NAME = re.compile(r"step-\d+")
 # What is hashed at once: hashlib lets other threads run.
 _THREADS = 8
-_CHUNK = 16 << 20
 
 
 class CheckpointError(ValueError):
@@ -65,39 +64,9 @@ class CheckpointState:
     auto: dict[str, Any] = field(default_factory=dict)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def synchronise(path: Path) -> None:
-    """Have a file, or a folder's list of names, on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def remove(folder: Path) -> None:
     """Delete a checkpoint. Hidden first: a deletion cut short must not leave half of it under its name."""
     shutil.rmtree(folder.rename(folder.with_name(DELETING + folder.name)))
-
-
-def write_hashed(path: Path, content: memoryview | None = None) -> tuple[int, str]:
-    """Write a file, or take it as it stands (None), and have it on disk; → bytes, SHA-256."""
-    if content is None:
-        synchronise(path)
-        return path.stat().st_size, sha256(path)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for start in range(0, len(content), _CHUNK):
-            piece = content[start : start + _CHUNK]
-            file.write(piece)
-            digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return len(content), digest.hexdigest()
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -328,3 +297,12 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         raise CheckpointError(
             f"{folder}: {what} takes about {needed:,} bytes, {free:,} are free; make space and go on with --resume auto"
         )
+
+
+WEIGHTS = "weights.safetensors"
+
+
+PROBE = "probe.safetensors"
+
+
+BERT = "bert"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from maskvr_ds.runtime import slurm_env
+from maskvr_ds.runtime import distributed, slurm_env, terminal
 
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -185,3 +185,8 @@ def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    if distributed.rank() == 0:
+        terminal.say(text)

@@ -12,56 +12,21 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from maskvr_ds.config import MonitorConfig
 from maskvr_ds.runtime import terminal
+from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
+from maskvr_ds.telemetry.metrics_file import METRICS, TRUST_RATIO_FIGURES, TRUST_RATIOS, keep_until
 from maskvr_ds.telemetry.monitors import open_monitors
 
-METRICS = "metrics.jsonl"
-TRUST_RATIOS = "trust_ratios.jsonl"
-_TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
-# Of MAPNet's telemetry, what is 1 for uniform masks (proposer.py).
-_PROPOSAL_FIGURES = ("variance_ratio", "effective_sample_size", "proposal_entropy")
 _HISTOGRAM = "train/trust_ratio_log10"
 # Seconds between the lines that stand in for the progress bar where stderr is no terminal.
 _LINE_EVERY = 30.0
-
-
-class DeferredTensor:
-    """A small tensor on its way to the host. `values()` waits for it, and for nothing queued after it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._event = None
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = tensor.clone()
-
-    def values(self) -> list[Any]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
-
-
-class DeferredFigures:
-    """Names and their values, a float tensor [len(names)], on its way to the host."""
-
-    def __init__(self, names: Sequence[str], tensor: torch.Tensor) -> None:
-        self._names = names
-        self._tensor = DeferredTensor(tensor)
-
-    def values(self) -> dict[str, float]:
-        return dict(zip(self._names, self._tensor.values(), strict=True))
 
 
 @dataclass
@@ -117,7 +82,7 @@ def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
     values = np.asarray(ratios)
     adapted = values[values != 1] if (values != 1).any() else values
     figures = (adapted.min(), np.median(adapted), adapted.max())
-    return {key: float(value) for key, value in zip(_TRUST_RATIO_FIGURES, figures, strict=True)}
+    return {key: float(value) for key, value in zip(TRUST_RATIO_FIGURES, figures, strict=True)}
 
 
 class MetricsLog:
@@ -158,9 +123,9 @@ class MetricsLog:
             return
         self.path = folder / METRICS
         self._ratios_path = folder / TRUST_RATIOS
-        _keep_until(resume_step, self.path, rollbacks)
+        keep_until(resume_step, self.path, rollbacks)
         if self._ratios_path.exists():
-            _keep_until(resume_step, self._ratios_path)
+            keep_until(resume_step, self._ratios_path)
         # Line buffered: what was logged before a kill is on disk.
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         # Kept open like the other: where another job takes the run, it replaces both, and no line goes to the new ones.
@@ -261,98 +226,3 @@ class MetricsLog:
                 self._ratios_file.close()
             if self._monitor.tb_monitor is not None:
                 self._monitor.tb_monitor.summary_writer.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of the steps, in a metrics.jsonl or trust_ratios.jsonl."""
-    return [line for line in _read(path) if "event" not in line]
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The other lines of a metrics.jsonl: checkpoints written, roll-backs, divergence."""
-    return [line for line in _read(path) if "event" in line]
-
-
-def append_event(path: Path, content: dict[str, Any]) -> None:
-    """`MetricsLog.event` where no log is open."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(text) for text in texts if text.endswith("\n")]
-
-
-def _keep_until(step: int, path: Path, rollbacks: Sequence[dict[str, Any]] = ()) -> None:
-    """Drop the lines of later steps; all of them where `step` is 0. The file is there afterwards.
-
-    rollbacks: exactly these stand in it then, each behind the lines of the step that it went back to.
-    """
-    lines = [line for line in _read(path) if line["step"] <= step and line.get("event") != "rollback"] if step else []
-    for rollback in reversed(rollbacks):
-        behind = sum(line["step"] <= rollback["to_step"] for line in lines)
-        if behind < len(lines) or rollback["to_step"] <= step:
-            lines.insert(behind, dict(rollback))
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
-
-
-def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
-    """Training and held-out loss over steps → PNG; below it LAMB's trust ratios and MAPNet's telemetry, where there are
-    any.
-
-    reference: label → loss, drawn as horizontal lines.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = read_lines(metrics)
-    steps = [x["step"] for x in lines]
-    with_ratios = any(_TRUST_RATIO_FIGURES[0] in x for x in lines)
-    with_proposal = any(_PROPOSAL_FIGURES[0] in x for x in lines)
-    rows = 1 + with_ratios + with_proposal
-    figure, panels = plt.subplots(rows, figsize=(7, 2 + 2.2 * rows), dpi=120, sharex=True, squeeze=False)
-    axes = panels[0, 0]
-    axes.plot(steps, _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
-    held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
-    for before, after in pairwise(lines):
-        if after.get("phase") != before.get("phase"):
-            axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
-            top = axes.get_xaxis_transform()  # y from 0 to 1 whatever the losses
-            axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
-    for label, value in (reference or {}).items():
-        axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
-    axes.set_ylabel("masked-token loss [nats]")
-    if with_ratios:
-        axes = panels[1, 0]
-        lowest, median, highest = (_column(lines, key) for key in _TRUST_RATIO_FIGURES)
-        axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="least to greatest tensor")
-        axes.plot(steps, median, linewidth=0.8, label="median tensor")
-        axes.set_yscale("log")
-        axes.set_ylabel("LAMB's trust ratio")
-    if with_proposal:
-        axes = panels[-1, 0]
-        for key in _PROPOSAL_FIGURES:
-            axes.plot(steps, _column(lines, key), linewidth=0.8, alpha=0.8, label=key.replace("_", " "))
-        axes.set_ylabel("MAPNet, uniform masks = 1")
-    axes.set_xlabel("step")
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(output)
-    plt.close(figure)
-
-
-def _column(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """A figure of every line; NaN where it is null or missing."""
-    return [math.nan if x.get(key) is None else x[key] for x in lines]

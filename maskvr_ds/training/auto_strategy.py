@@ -33,15 +33,16 @@ from maskvr_ds.analysis.gradient_variance.moments import Sample, measure, measur
 from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Moments, Resampling, variances
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.config import AutoConfig
-from maskvr_ds.data.loader import KeyedPermutation, Loader, Stretch
-from maskvr_ds.engine.engine import full_fp32_weights
+from maskvr_ds.data.loader import Loader, Stretch
+from maskvr_ds.data.permutation import KeyedPermutation
+from maskvr_ds.engine.master_weights import full_fp32_weights
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.runtime import distributed
+from maskvr_ds.telemetry.metrics_file import EVENT
 
-EVENT = "auto"
 SEGMENTS, PROPOSAL = "fully_explored", "mapnet"
 # Strategy and segments a batch.
 Choice = tuple[str, int]

@@ -12,9 +12,10 @@ from torch import nn
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
-from maskvr_ds.data.loader import KeyedPermutation, read_rows, to_device
+from maskvr_ds.data.loader import read_rows, to_device
+from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import weighted_loss
+from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.runtime import distributed
 
 # Part of the measure: with another seed or rate figures would no longer compare.

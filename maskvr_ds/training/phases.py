@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from maskvr_ds import hashing
-from maskvr_ds.checkpoint.save import CheckpointError, CheckpointState
 from maskvr_ds.config import RunConfig
 from maskvr_ds.config.phases import PhaseStart, schedule_span
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.training.schedule import learning_rate, masking_rate
 
 T = TypeVar("T")

@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskvr_ds.checkpoint import save
-from maskvr_ds.checkpoint.save import CheckpointError, CheckpointState
-from maskvr_ds.config import RunConfig
+from maskvr_ds.checkpoint import load
+from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.reliability.divergence import DivergedError, merge, position, read_rollbacks, windows_of, write_rollbacks
-from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.runtime import distributed, terminal
-from maskvr_ds.telemetry.metrics import METRICS, append_event
-from maskvr_ds.training.phases import RunPhase, apply_start, run_wide
+from maskvr_ds.models.pretrained import WEIGHTS, InitialWeights, weights_file
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder import checkpoints as manifest
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, read_state
+from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.distributed import say
+from maskvr_ds.runtime.files import sha256
+from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
+from maskvr_ds.training.run import CONFIG
 
 if TYPE_CHECKING:
     import deepspeed
@@ -29,11 +32,11 @@ def resume_from(
     At the start of a phase, with the last checkpoint of the one before, the phase's policy is applied. Until this
     phase has saved, every resume comes by here again, with that same checkpoint: it is applied once.
     """
-    begins = len(distributed.agreed(lambda: save.read_state(latest), on=0).phases) == phase.index > 0
+    begins = len(distributed.agreed(lambda: checkpoints.read_state(latest), on=0).phases) == phase.index > 0
     expected = replace(state, identity=run_wide(state.identity)) if begins else state
     masking = phase.config.masking
     may_differ = ("masking", "mapnet", "auto") if masking.change_at_resume and not begins else ()
-    loaded = save.load(run, latest, engine, expected, may_differ)
+    loaded = load.load(run, latest, engine, expected, may_differ)
     if may_differ:
         distributed.agreed(lambda: _check_order(latest, loaded.identity["masking"], state.identity["masking"]))
     say(f"resumed from {latest}: step {loaded.step}, {loaded.samples:,} samples")
@@ -96,59 +99,57 @@ def make_proposer(
 
 
 def _restore_proposer(proposer: Proposer, latest: Path, found: bool) -> None:
-    proposer.run_step = save.read_state(latest).step
+    proposer.run_step = checkpoints.read_state(latest).step
     if not found:
         return
-    if (tensors := save.read_beside(latest, MAPNET_STATE)) is None:
+    if (tensors := load.read_beside(latest, MAPNET_STATE)) is None:
         raise CheckpointError(f"{latest / MAPNET_STATE}: rank 0 sees it, {socket.gethostname()} does not (yet); resume")
     proposer.load(tensors)
 
 
-def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None, fence: Fence) -> Path | None:
-    """After a divergence → the checkpoint to go on from (None: the run's beginning), the roll-back on record. Every
-    rank calls.
-
-    latest: what the phase had gone on from. Raises FloatingPointError, on every rank alike, where the run has gone back
-    to that checkpoint as often as it may, FencedError where another job has taken the run.
-    """
+def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, if any. Raises ValueError where output_dir holds what must not be written over."""
     run = config.output_dir
+    used = manifest.begun(run)
+    if used and resume is None:
+        raise ConfigError(f"output_dir {run} is not empty; add --resume auto to go on, or name another folder")
+    latest = None if resume is None else checkpoints.find(run, resume)
+    if used and latest is None and not (run / CONFIG).is_file():
+        raise ConfigError(f"output_dir {run} is not empty and not a run's folder ({CONFIG} is missing)")
+    return latest
 
-    def decide() -> tuple[Path | None, dict[str, Any], bool]:
-        fence.check()
-        back_to = save.find(run, "auto") or latest
-        state = None if back_to is None else save.read_state(back_to)
-        rollbacks = read_rollbacks(run, {} if state is None else state.guard)
-        to_step = 0 if state is None else state.step
-        begin = position(max(0, to_step - phase.first_step), windows_of(rollbacks, phase.index))
-        entry = {
-            "event": "rollback",
-            "phase": phase.index,
-            "step": error.step,
-            "to_step": to_step,
-            "reason": error.reason,
-            # What was trained before that checkpoint stays trained.
-            "passed_over": [(max(first, begin), end) for first, end in merge(error.windows) if end > begin],
-        }
-        so_far = sum(before["to_step"] == to_step for before in rollbacks)
-        allowed = so_far < config.divergence.max_rollbacks
-        if allowed:
-            write_rollbacks(run, [*rollbacks, entry])
-        else:
-            append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": so_far, "passed_over": []})
-        return back_to, entry, allowed
 
-    back_to, entry, allowed = distributed.agreed(decide, on=0)
-    if not allowed:
-        raise FloatingPointError(
-            f"step {error.step}: {error.reason}, and the run has gone back to step {entry['to_step']} "
-            f"{config.divergence.max_rollbacks} times (divergence.max_rollbacks); other data did not help. Resume from "
-            "that checkpoint with a lower optimizer.lr or more schedule.warmup_steps"
+def settle(model: ModelConfig, latest: Path | None) -> tuple[ModelConfig, InitialWeights | None]:
+    """The section with all sizes known, and what the run began or begins with; None: weights from the seed. One rank.
+
+    latest: the checkpoint to go on from. Without one the folder must be there; with one, it may be gone. Raises
+    ConfigError where it is missing or of a kind that is not read, CheckpointError where the run began otherwise.
+    """
+    folder = model.initialize_from
+    if latest is None:
+        return model, None if folder is None else InitialWeights(folder, sha256(weights_file(folder)))
+    state = read_state(latest)
+    trained = dict(state.identity["model"])
+    began_with, named = trained.pop("initialize_from", None), state.settings.get("model.initialize_from")
+    found = sha256(folder / WEIGHTS) if folder is not None and (folder / WEIGHTS).is_file() else None
+    # Of a folder that is gone its name is all there is to compare.
+    if found is None and folder is not None and str(folder) == named:
+        found = began_with
+    if found != began_with or (folder is None) != (began_with is None):
+        was = "weights from the seed" if began_with is None else f"those of {named} (SHA-256 {began_with[:12]})"
+        now = "is not set" if folder is None else f"is {folder} ({f'SHA-256 {found[:12]}' if found else 'not there'})"
+        raise CheckpointError(
+            f"{latest}: belongs to another run: it began with {was}, and model.initialize_from {now}. Restore the "
+            "setting to resume, or start a new run in another output_dir"
         )
-    passed_over = ", ".join(f"{first} to {end - 1}" for first, end in entry["passed_over"]) or "none"
-    say(f"step {error.step}: {error.reason}; back to step {entry['to_step']}, batches passed over: {passed_over}")
-    return back_to
+    if folder is None:
+        return model, None
+    given = model.model_dump(exclude_unset=True)
+    return ModelConfig.model_validate({**trained, **given}), InitialWeights(folder, began_with)
 
 
-def say(text: str) -> None:
-    if distributed.rank() == 0:
-        terminal.say(text)
+def phases_left(phases: list[RunPhase], latest: Path | None) -> list[RunPhase]:
+    """The phases still to train after a checkpoint, perhaps the first of them in part. Every rank calls."""
+    if latest is None:
+        return phases
+    return phases[distributed.agreed(lambda: next_phase(phases, checkpoints.read_state(latest)), on=0) :]

@@ -12,7 +12,8 @@ from maskvr_ds.checkpoint import save as checkpoint
 from maskvr_ds.checkpoint.async_writer import Background
 from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.telemetry.metrics import DeferredTensor, StepRecord
+from maskvr_ds.runtime.deferred import DeferredTensor
+from maskvr_ds.telemetry.metrics import StepRecord
 from maskvr_ds.training.phases import RunPhase, done
 from maskvr_ds.training.setup import Parts
 

@@ -9,36 +9,33 @@ from typing import Any
 
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
-from maskvr_ds.checkpoint.save import CheckpointState
 from maskvr_ds.config import RunConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.engine.engine import create_engine, model_dtype, partition_sizes, zero_stage
+from maskvr_ds.engine.ds_config import model_dtype, zero_stage
+from maskvr_ds.engine.engine import create_engine
+from maskvr_ds.engine.master_weights import partition_sizes
 from maskvr_ds.masking import mapnet
+from maskvr_ds.masking.factory import create_masker, sequence_copies
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import segments
 from maskvr_ds.models import pretrained
-from maskvr_ds.models.bert import bert_config, flops_per_sequence
+from maskvr_ds.models.bert import bert_config
+from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.pretrained import InitialWeights
-from maskvr_ds.reliability.divergence import Guard, read_rollbacks
+from maskvr_ds.reliability.divergence import Guard
+from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.training.auto_strategy import Chooser
+from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import make_proposer, resume_from
-from maskvr_ds.training.run import (
-    begin,
-    check_same_corpora,
-    create_masker,
-    make_run_folder,
-    open_and_verify,
-    run_identity,
-    run_settings,
-    sequence_copies,
-)
+from maskvr_ds.training.rollback import read_rollbacks
+from maskvr_ds.training.run import begin, make_run_folder, run_identity, run_settings
 
 # What a key is for, so that no two uses share random numbers.
 WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET, AUTO = range(6)

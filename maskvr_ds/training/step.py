@@ -13,7 +13,7 @@ from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.engine.engine import step_and_norm, whole_norm
 from maskvr_ds.masking.masker import Masker, data_digest, mask_digest
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.models.bert import weighted_loss
+from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.runtime import distributed
 

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from cluster.hosts.node import MARK
-from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.checkpoint.load import read_weights
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.status import EXIT_STOPPED
 from tests.cluster import ssh_hosts
 from tests.cluster.ssh_hosts import SshHosts, send, wait_until
@@ -269,7 +270,7 @@ def _opens(corpora: list[str]) -> str | None:
     """On a rank: open the one of its own."""
     from data_pipeline.shards import Corpus
     from maskvr_ds.runtime import distributed
-    from maskvr_ds.training.run import check_same_corpora
+    from maskvr_ds.training.corpora import check_same_corpora
 
     distributed.initialize()
     try:

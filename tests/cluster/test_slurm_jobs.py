@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
-from maskvr_ds.run_folder.checkpoints import read_state
+from maskvr_ds.checkpoint.load import read_weights
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints, read_state
 from tests.cluster.slurm_cluster import NODES, Cluster, dump
 from tests.distributed.training import NO_DROPOUT, column, configuration, metrics
 from tests.support.corpora import make_corpus

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskvr_ds.runtime import files
+
 
 @dataclass
 class Act:
@@ -76,7 +78,7 @@ def _live(act: Act) -> str:
     from maskvr_ds.reliability.signals import StoppedError, StopRequest
     from maskvr_ds.run_folder.checkpoints import complete_checkpoints, step_of
     from maskvr_ds.runtime import distributed
-    from maskvr_ds.telemetry.metrics import METRICS, read_lines
+    from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
     from maskvr_ds.train import train
 
     logging.disable(logging.WARNING)
@@ -171,9 +173,7 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
     """kill_at: the call in which to die; 0: none."""
     import time
 
-    from maskvr_ds.run_folder import checkpoints
-
-    write_hashed, calls = checkpoints.write_hashed, [0]
+    write_hashed, calls = files.write_hashed, [0]
 
     def slow(path: Path, content: memoryview | None = None) -> tuple[int, str]:
         time.sleep(seconds)
@@ -184,7 +184,7 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_hashed(path, content)
 
-    checkpoints.write_hashed = slow
+    files.write_hashed = slow
 
 
 def _kill_in_conversion() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from maskvr_ds.checkpoint.save import complete_checkpoints
 from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, run_command, train_all
 from tests.support.corpora import make_corpus

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskvr_ds.telemetry.metrics import DeferredTensor, StepRecord
+from maskvr_ds.runtime.deferred import DeferredTensor
+from maskvr_ds.telemetry.metrics import StepRecord
 from maskvr_ds.training.saver import check_finite, is_due
 from tests.distributed.ranks import run_ranks
 from tests.support.corpora import make_corpus

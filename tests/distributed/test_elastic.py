@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from maskvr_ds.checkpoint import reshard
-from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.checkpoint.load import read_weights
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
     NO_DROPOUT,

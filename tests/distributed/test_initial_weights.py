@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskvr_ds.checkpoint import save
+from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export import export
-from maskvr_ds.checkpoint.save import complete_checkpoints
-from maskvr_ds.telemetry.metrics import METRICS, read_events
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
+from maskvr_ds.telemetry.metrics_file import METRICS, read_events
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
 from tests.support.corpora import make_corpus
@@ -73,10 +73,10 @@ def test_begins_where_the_model_ended(
         (begins_with(model, tmp_path / name, corpus, steps=1, deepspeed=name, **STANDS_STILL), None) for name in names
     ]
     assert run_ranks(train_all, world_size, jobs, True) == [[None] * len(jobs)] * world_size
-    expected = save.read_weights(complete_checkpoints(trained)[-1])
+    expected = load.read_weights(complete_checkpoints(trained)[-1])
     for name in names:
         run = tmp_path / name
-        weights = save.read_weights(complete_checkpoints(run)[-1])
+        weights = load.read_weights(complete_checkpoints(run)[-1])
         assert weights.keys() == expected.keys()
         differing = [key for key in expected if not torch.equal(weights[key], expected[key])]
         assert not differing, name
@@ -139,7 +139,7 @@ def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path:
     assert "no such folder; a local one expected" in answers[5][0]
     figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
     assert column(tmp_path / "killed", *figures) == column(tmp_path / "whole", *figures)
-    ends = [save.read_weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("killed", "whole")]
+    ends = [load.read_weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("killed", "whole")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.checkpoint.load import read_weights
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, command, configuration, environment, metrics, run_command, train_all

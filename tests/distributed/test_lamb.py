@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from maskvr_ds import lamb
-from maskvr_ds.engine.engine import free_memory
+from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.runtime import distributed
 from tests.distributed import trajectories
 from tests.distributed.ranks import run_ranks

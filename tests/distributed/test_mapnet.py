@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.checkpoint.save import complete_checkpoints
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, allow_fp16, column, configuration, metrics
 from tests.support.corpora import make_corpus

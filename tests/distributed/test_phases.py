@@ -13,13 +13,16 @@ import torch
 
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
-from maskvr_ds.checkpoint import save
-from maskvr_ds.checkpoint.save import complete_checkpoints
+from maskvr_ds.checkpoint import load
 from maskvr_ds.config import RunConfig
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, weighted_loss
-from maskvr_ds.telemetry.metrics import METRICS, plot_loss
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.losses import weighted_loss
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
+from maskvr_ds.telemetry.metrics_file import METRICS
+from maskvr_ds.telemetry.plots import plot_loss
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
     NO_DROPOUT,
@@ -178,7 +181,7 @@ def test_killed_anywhere_is_never_killed(runs: Runs) -> None:
     assert column(killed, *figures) == column(whole, *figures)
     held_out = [[line.get("held_out_loss") for line in metrics(run)] for run in (killed, whole)]
     assert held_out[0] == held_out[1]
-    weights = [save.read_weights(complete_checkpoints(run)[-1]) for run in (killed, whole)]
+    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (killed, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
@@ -186,8 +189,8 @@ def test_mapnet_goes_on_over_the_boundary(runs: Runs) -> None:
     steps = {}
     for run in (runs.folder / "whole", runs.folder / "zero1_fp32"):
         for saved in complete_checkpoints(run):
-            tensors = save.read_beside(saved, "mapnet.safetensors")
-            steps[run.name, save.read_state(saved).step] = tensors and tensors["step"].item()
+            tensors = load.read_beside(saved, "mapnet.safetensors")
+            steps[run.name, checkpoints.read_state(saved).step] = tensors and tensors["step"].item()
     assert steps == {
         ("whole", SHORT): SHORT,
         ("whole", SHORT + 4): SHORT + 4,
@@ -263,7 +266,7 @@ def test_each_policy_is_its_reference(runs: Runs) -> None:
     results, errors = {}, {}
     for policy, values in runs.policies.items():
         expected = reference(values, (runs.short, runs.long), policy)
-        found = save.read_weights(complete_checkpoints(Path(values["output_dir"]))[-1])
+        found = load.read_weights(complete_checkpoints(Path(values["output_dir"]))[-1])
         results[policy] = torch.cat([found[n.removeprefix("mlm.")].flatten() for n in expected])
         exact = torch.cat([w.flatten() for w in expected.values()])
         errors[policy] = (results[policy] - exact).norm() / exact.norm()

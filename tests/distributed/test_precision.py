@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import ds_configs
-from maskvr_ds.checkpoint import export, save
-from maskvr_ds.checkpoint.save import complete_checkpoints
+from maskvr_ds.checkpoint import export, load
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, metrics, train_all
 from tests.support.corpora import make_corpus
@@ -230,7 +231,7 @@ def test_resumed_is_never_killed(runs: Runs, name: str) -> None:
     figures = (*EXACT, "loss_scale") if "fp16" in name else EXACT
     assert column(resumed, *figures) == column(whole, *figures)
     assert metrics(resumed)[-1]["held_out_loss"] == metrics(whole)[-1]["held_out_loss"]
-    weights = [save.read_weights(complete_checkpoints(run)[-1]) for run in (whole, resumed)]
+    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -252,7 +253,7 @@ def test_overflow_halves_the_loss_scale_and_the_run_goes_on(runs: Runs, name: st
     assert norms[:skipped] == [None] * skipped, "infinite"
     assert all(0.5 < norm < 5 for norm in norms[skipped:])
     before = runs(name, 2).with_name(f"{name}-2-resumed")
-    at_start, at_end = (save.read_weights(folder) for folder in complete_checkpoints(before))
+    at_start, at_end = (load.read_weights(folder) for folder in complete_checkpoints(before))
     assert not all(torch.equal(at_start[name], at_end[name]) for name in at_start), "the last step did train"
 
 
@@ -263,7 +264,7 @@ def test_checkpoints_hold_masters_and_exports_compute_the_same(runs: Runs, name:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = complete_checkpoints(runs(name))[-1]
-    weights = save.read_weights(folder)
+    weights = load.read_weights(folder)
     # DeepSpeed's own way from the partitions' files to whole weights.
     masters = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     for parameter, weight in weights.items():
@@ -280,8 +281,8 @@ def test_a_checkpoint_without_a_rank_is_refused(runs: Runs, tmp_path: Path, miss
     folder = tmp_path / "step-00000006"
     shutil.copytree(complete_checkpoints(runs("zero3-bf16"))[-1], folder)
     next(folder.glob(f"*{missing}")).unlink()
-    with pytest.raises(save.CheckpointError, match=f"{missing}: missing; take an earlier checkpoint"):
-        save.verify(folder)
+    with pytest.raises(checkpoints.CheckpointError, match=f"{missing}: missing; take an earlier checkpoint"):
+        checkpoints.verify(folder)
 
 
 def test_sigkill_at_stage_3_in_fp16_loses_nothing(runs: Runs) -> None:

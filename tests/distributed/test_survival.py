@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from maskvr_ds.checkpoint.save import complete_checkpoints, read_weights
+from maskvr_ds.checkpoint.load import read_weights
 from maskvr_ds.data.loader import sample_rows
-from maskvr_ds.run_folder.checkpoints import faults, read_state
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints, faults, read_state
 from maskvr_ds.run_folder.status import STOPPED
-from maskvr_ds.telemetry.metrics import METRICS, read_events
+from maskvr_ds.telemetry.metrics_file import METRICS, read_events
 from tests.distributed.faults import Act, play
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, configuration, free_ports, metrics

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from maskvr_ds.checkpoint import save
-from maskvr_ds.checkpoint.save import complete_checkpoints
+from maskvr_ds.checkpoint import load
 from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.telemetry.metrics import TRUST_RATIOS, read_lines
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
+from maskvr_ds.telemetry.metrics_file import TRUST_RATIOS, read_lines
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
     NO_DROPOUT,
@@ -122,7 +122,7 @@ def test_export_computes_what_the_engine_computed(same_runs: dict[str, Path], na
     result = run_command("export", "--checkpoint", same_runs[name], "--output", output)
     assert result.returncode == 0, result.stderr
     (folder,) = complete_checkpoints(same_runs[name])
-    probe = save.read_probe(folder)
+    probe = load.read_probe(folder)
     dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
     model = BertForMaskedLM.from_pretrained(output, dtype=dtype).eval()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_export_computes_what_the_engine_computed(same_runs: dict[str, Path], na
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_bf16_checkpoints_hold_master_weights(same_runs: dict[str, Path], stage: int) -> None:
     (folder,) = complete_checkpoints(same_runs[f"bf16-zero{stage}-2"])
-    for name, weight in save.read_weights(folder).items():
+    for name, weight in load.read_weights(folder).items():
         assert not torch.equal(weight, weight.bfloat16().float()), f"{name}: only bf16 values"
 
 
@@ -151,11 +151,11 @@ def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path:
     run = tmp_path / "run"
     shutil.copytree(same_runs["zero2-2"], run)
     (folder,) = complete_checkpoints(run)
-    weights = load_file(folder / save.WEIGHTS)
+    weights = load_file(folder / checkpoints.WEIGHTS)
     weights["bert.encoder.layer.0.output.dense.weight"][3, 3] += 0.5
-    save_file(weights, folder / save.WEIGHTS)
-    state = save.read_state(folder)
-    (folder / save.MANIFEST).unlink()
+    save_file(weights, folder / checkpoints.WEIGHTS)
+    state = checkpoints.read_state(folder)
+    (folder / checkpoints.MANIFEST).unlink()
     checkpoints.write_manifest(folder, vars(state))
     with pytest.raises(export.ExportError, match="differ from the engine's"):
         export.export(run, tmp_path / "model")
@@ -194,5 +194,5 @@ def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> Non
     held_out = [[x.get("held_out_loss") for x in metrics(r)] for r in (killed, tmp_path / "whole")]
     assert held_out[0] == held_out[1]
     assert [p.name for p in complete_checkpoints(killed)] == ["step-00000030", "step-00000040"], "keep_last"
-    weights = [save.read_weights(complete_checkpoints(run)[-1]) for run in (killed, tmp_path / "whole")]
+    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (killed, tmp_path / "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

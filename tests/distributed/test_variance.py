@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.config.strategy_spec import add_variance_options
+from maskvr_ds.analysis.gradient_variance.options import add_variance_options
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import configuration, run_command, train_all
 from tests.support.corpora import make_corpus

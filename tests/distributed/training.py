@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.telemetry.metrics import METRICS, read_lines
+from maskvr_ds.engine import master_weights
+from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -197,15 +198,14 @@ def check_crossing() -> None:
     from safetensors.torch import load_file
 
     from maskvr_ds.checkpoint import reshard
-    from maskvr_ds.engine import engine
 
     load = reshard.load
 
     def checked(universal: Path, of_run: Any) -> None:
         load(universal, of_run)
         tensors = load_file(universal / reshard.TENSORS)
-        masters = engine.full_fp32_weights(of_run)
-        assert engine.not_rounded(of_run, masters) == []
+        masters = master_weights.full_fp32_weights(of_run)
+        assert master_weights.not_rounded(of_run, masters) == []
         for name, master in masters.items():
             assert torch.equal(master, tensors[f"fp32/mlm.{name}"]), name
         held = iter([p for group in of_run.basic_optimizer.param_groups for p in group["params"]])

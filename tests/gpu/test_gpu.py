@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from maskvr_ds.checkpoint.save import complete_checkpoints
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_precision import SAVED, STEPS, train_and_resume
 from tests.distributed.test_strategies import OTHERS, STRATEGIES

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.moments import APART, Sample, measure, measure_covariance
+from maskvr_ds.analysis.gradient_variance.options import add_variance_options
 from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_norms, head_norms
 from maskvr_ds.analysis.gradient_variance.random_effects import (
     Counts,
@@ -40,25 +41,19 @@ from maskvr_ds.analysis.gradient_variance.random_effects import (
 )
 from maskvr_ds.analysis.gradient_variance.report import plot, table
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
-from maskvr_ds.checkpoint import save
+from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export import load_model
 from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
-from maskvr_ds.config.strategy_spec import (
-    HEAD_ORACLE,
-    MASK_ORACLE,
-    TOKEN_ORACLES,
-    StrategySpec,
-    add_variance_options,
-    parse_strategies,
-)
-from maskvr_ds.data.loader import KeyedPermutation
+from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACLES, StrategySpec, parse_strategies
+from maskvr_ds.data.permutation import KeyedPermutation
+from maskvr_ds.masking.factory import create_masker, sequence_copies
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import Proposal, segments
 from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.runtime import distributed
-from maskvr_ds.training.run import create_masker, sequence_copies
 
 RESULT, PLOT = "variance.json", "variance.png"
 BASELINE = "uniform"
@@ -110,9 +105,9 @@ class Measurement:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         device = distributed.device()
-        self.folder = distributed.agreed(lambda: save.newest(Path(arguments.checkpoint)), on=0)
-        distributed.agreed(lambda: save.verify(self.folder), on=0)
-        self.state = distributed.agreed(lambda: save.read_state(self.folder))
+        self.folder = distributed.agreed(lambda: checkpoints.newest(Path(arguments.checkpoint)), on=0)
+        distributed.agreed(lambda: checkpoints.verify(self.folder), on=0)
+        self.state = distributed.agreed(lambda: checkpoints.read_state(self.folder))
         corpus = distributed.agreed(lambda: self._open(Path(arguments.corpus)))
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
@@ -177,7 +172,7 @@ class Measurement:
             return MapNetConfig(), None
         with safe_open(file, "pt") as content:
             section = MapNetConfig.model_validate_json(content.metadata()["mapnet"])
-        return section, save.read_beside(self.folder, MAPNET_STATE)
+        return section, load.read_beside(self.folder, MAPNET_STATE)
 
     def floor(self, spec: StrategySpec) -> float:
         """λ of MAPNet or a token's oracle. Every rank calls."""

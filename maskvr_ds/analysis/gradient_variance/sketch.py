@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from maskvr_ds import hashing
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.models.bert import MaskedLanguageModel, weighted_loss
+from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.losses import weighted_loss
 
 # 16 million fp32 numbers: 64 MiB.
 _ELEMENTS = 1 << 24

@@ -22,7 +22,8 @@ from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import read_rows
 from maskvr_ds.masking.masker import Corruption, Masker
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, weighted_loss
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.losses import weighted_loss
 from tests.support.corpora import CLS, MASK, SEP, make_corpus
 
 PAIRS = list(itertools.combinations(range(6), 2))

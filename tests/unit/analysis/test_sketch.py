@@ -7,7 +7,8 @@ from torch import nn
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher, largest_prime, layer_of
 from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, weighted_loss
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.losses import weighted_loss
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "max_position_embeddings": 20}
 

@@ -23,6 +23,7 @@ from maskvr_ds.run_folder.checkpoints import (
     write_manifest,
     write_origin,
 )
+from maskvr_ds.runtime import files
 
 STATE = CheckpointState(
     step=20, samples=640, world_size=2, zero_stage=2, dtype="float32", partitions=[100, 8], identity={"seed": 0}
@@ -236,19 +237,19 @@ def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.
 
 
 def test_what_is_hashed_while_written_is_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_CHUNK", 7)
+    monkeypatch.setattr(files, "_CHUNK", 7)
     for length in (0, 1, 7, 20):
         content, path = bytes(range(length)), tmp_path / f"{length}.pt"
         expected = (length, hashlib.sha256(content).hexdigest())
-        assert checkpoints.write_hashed(path, memoryview(content)) == expected
+        assert files.write_hashed(path, memoryview(content)) == expected
         assert path.read_bytes() == content
-        assert checkpoints.write_hashed(path) == expected, "as it stands"
+        assert files.write_hashed(path) == expected, "as it stands"
 
 
 def test_hashes_that_ranks_bring_are_not_taken_on_trust(tmp_path: Path) -> None:
     """A file that changed on its way to the disk is damage like any other."""
     folder = write(tmp_path, 20, complete=False)
-    brought = checkpoints.write_hashed(folder / "optimizer.pt")
+    brought = files.write_hashed(folder / "optimizer.pt")
     write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
     assert faults(folder) == []
     (folder / "checkpoint.json").unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.hosts import launch, remote, supervisor
-from maskvr_ds.reliability.echo import ECHO_SECONDS
+from maskvr_ds.reliability.signals import ECHO_SECONDS
 from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED
 from tests.unit.cluster.test_launch import make_plan
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 RANK = """
 import json, sys, time
 from pathlib import Path
-from maskvr_ds import outcome
+from maskvr_ds.run_folder import status as outcome
 run, asked, beat = Path(sys.argv[1]), 0, 0
 while asked < 30:
     with (run / "rank-00000.log").open("a") as log:

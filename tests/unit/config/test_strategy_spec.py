@@ -1,6 +1,6 @@
 import pytest
 
-from maskvr_ds.config.loading import ConfigError
+from maskvr_ds.config.base import ConfigError
 from maskvr_ds.config.strategy_spec import parse_strategies, parse_strategy
 
 COMMON = {"rate": 0.2, "mask_probability": 1.0, "random_probability": 0.0}

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.data.loader import KeyedPermutation, Loader, Stretch, sample_rows
+from maskvr_ds.data.loader import Loader, Stretch, sample_rows
 from maskvr_ds.data.mixture import Share
+from maskvr_ds.data.permutation import KeyedPermutation
 from tests.support.corpora import PAD, make_corpus
 
 ROWS, LENGTH = 257, 16

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from data_pipeline.build import build
 from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError
-from data_pipeline.reports.scan import describe, scan, verify
+from data_pipeline.reports.describe import describe
+from data_pipeline.reports.scan import scan, verify
 from data_pipeline.shards import Corpus
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 from tests.support.documents import (

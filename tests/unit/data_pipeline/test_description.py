@@ -16,7 +16,8 @@ import yaml
 
 from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
-from data_pipeline.reports.scan import describe, verify
+from data_pipeline.reports.describe import describe
+from data_pipeline.reports.scan import verify
 from data_pipeline.sources.description import read_description
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 from tests.support.documents import (

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
-from data_pipeline.reports.scan import describe, verify
+from data_pipeline.reports.describe import describe
+from data_pipeline.reports.scan import verify
 from data_pipeline.sources.sentences import sentence_starts
 from data_pipeline.tokenization.token_shards import SideReader, read_tokens, verify_tokens
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer

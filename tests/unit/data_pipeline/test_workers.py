@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.execution.workers import Pool, Task
+from data_pipeline.execution.tasks import Task
+from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError
 
 

@@ -7,7 +7,9 @@ from transformers import BertForMaskedLM
 
 from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config, flops_per_sequence, weighted_loss
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.flops import flops_per_sequence
+from maskvr_ds.models.losses import weighted_loss
 
 B, L, K, V = 3, 12, 4, 50
 

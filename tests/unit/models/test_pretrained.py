@@ -11,8 +11,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config
 from maskvr_ds.data.vocabulary import token_ids
-from maskvr_ds.models.pretrained import InitialWeights, settle
-from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, sha256, write_manifest
+from maskvr_ds.models.pretrained import InitialWeights
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, write_manifest
+from maskvr_ds.runtime.files import sha256
+from maskvr_ds.training.resume import settle
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
 OTHER = {"hidden_act": "relu", "max_position_embeddings": 40, "type_vocab_size": 1, "layer_norm_eps": 1e-5}

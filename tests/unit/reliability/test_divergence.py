@@ -14,17 +14,10 @@ from hypothesis import strategies as st
 from data_pipeline.shards import Corpus
 from maskvr_ds.config.reliability import DivergenceConfig
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.reliability.divergence import (
-    DivergedError,
-    Guard,
-    batches,
-    merge,
-    position,
-    read_rollbacks,
-    windows_of,
-    write_rollbacks,
-)
-from maskvr_ds.telemetry.metrics import METRICS, MetricsLog, append_event, read_events, read_lines
+from maskvr_ds.reliability.divergence import DivergedError, Guard
+from maskvr_ds.telemetry.metrics import MetricsLog
+from maskvr_ds.telemetry.metrics_file import METRICS, append_event, read_events, read_lines
+from maskvr_ds.training.rollback import batches, merge, position, read_rollbacks, windows_of, write_rollbacks
 from tests.support.corpora import make_corpus
 
 WINDOWS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)).map(lambda w: (w[0], w[0] + w[1])), max_size=6)

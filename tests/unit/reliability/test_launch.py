@@ -138,7 +138,7 @@ def test_a_job_that_was_given_gpus_does_not_train_without(tmp_path: Path) -> Non
 
 LAUNCHER = """
 import pathlib, sys
-from maskvr_ds import launch
+from maskvr_ds.reliability import launch
 sys.exit(launch.launch_here("a_rank", sys.argv[2:], 2, pathlib.Path(sys.argv[1]), 10))
 """
 

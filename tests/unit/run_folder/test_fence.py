@@ -18,7 +18,7 @@ from maskvr_ds.run_folder.status import JOBS
 # Takes the run, says so, stays.
 HOLDER = """
 import sys, pathlib
-from maskvr_ds import fence
+from maskvr_ds.run_folder import fence
 fence.take(pathlib.Path(sys.argv[1]), 2)
 print("taken", flush=True)
 input()

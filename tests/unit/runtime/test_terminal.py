@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import sys
-from maskvr_ds import terminal
+from maskvr_ds.runtime import terminal
 terminal.say("ready")
 sys.stdin.readline()
 print("held back", end="")

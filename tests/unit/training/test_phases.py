@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from maskvr_ds.checkpoint.save import CheckpointError, CheckpointState
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
 from maskvr_ds.config.masking import STRATEGY_SETTINGS, MaskingConfig
 from maskvr_ds.config.phases import PhaseStart
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.training.phases import apply_start, done, next_phase, plan, tokens_done
 from maskvr_ds.training.schedule import learning_rate
 

@@ -1,0 +1,82 @@
+"""Statistics of a corpus as text, and their plot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.files import CorpusError
+from data_pipeline.packing.source_counts import is_repeated
+from data_pipeline.reports.scan import QUANTILES, scan
+from data_pipeline.shards import Corpus, MixtureEntry
+from data_pipeline.tokenization.tokenizer import Encoder
+
+
+def describe(
+    folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None, png: Path | None = None
+) -> str:
+    """The table that `stats` prints: counts, unknown rate, repeated documents, what was dropped, each source, lengths
+    of documents, most frequent tokens; png: where to draw the last three."""
+    if top < 0:
+        raise CorpusError(f"--top {top}: 0 or more expected")
+    corpus = Corpus(folder)
+    manifest = corpus.manifest
+    found = scan(corpus, progress, hashes=True)
+    if found.faults:
+        raise CorpusError("\n".join(found.faults))
+    if png is not None:
+        from data_pipeline.reports.figures import draw
+
+        draw(folder, found, top, png)
+    special = manifest.special_tokens
+    # [CLS] and [SEP] are the packing's, not the text's.
+    text = found.counts.copy()
+    text[[i for i in special.all if i != special.unk]] = 0
+    total = int(text.sum())
+    size = sum(shard.bytes for shard in manifest.shards)
+    facts = {
+        "sequence length": f"{manifest.sequence_length:,}",
+        "vocabulary": f"{manifest.vocab_size:,}",
+        "shards": f"{len(manifest.shards):,}",
+        "rows": f"{manifest.rows:,}",
+        "documents": f"{manifest.documents:,}",
+        "tokens": f"{manifest.tokens:,} ({total:,} of text)",
+        "unknown": f"{text[special.unk]:,} ({text[special.unk] / total:.4%} of text)",
+        "bytes a token": f"{size / manifest.tokens:.4f} ({size:,} in all)",
+        "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
+    }
+    if found.hashes and (hashes := np.concatenate(found.hashes)).size:
+        share = is_repeated(hashes).mean()
+        of = "" if found.modulus == 1 else f", by a sample of {len(hashes):,}"
+        facts["repeated"] = f"{share * manifest.documents:,.0f} documents ({share:.2%}) equal an earlier one{of}"
+    facts |= {f"dropped, {reason}": f"{count:,}" for reason, count in manifest.dropped.items()}
+    if manifest.replaced:
+        facts["replaced bytes"] = f"{manifest.replaced:,} documents"
+    if manifest.pair_probability:
+        facts["labelled pairs"] = f"{manifest.labelled:,} ({manifest.labelled / manifest.rows:.2%})"
+        facts["unused tokens"] = f"{manifest.unused:,}"
+    used = sum(entry.tokens for entry in manifest.mixture)
+    for entry in manifest.mixture:
+        share = f"{entry.tokens:,} tokens ({entry.tokens / used:.2%}) of {entry.documents:,} documents"
+        facts[f"source {entry.name}"] = f"{share}, weight {entry.weight:g}{_of_source(entry)}"
+    quantiles = zip(QUANTILES, found.length_quantiles(), strict=True) if found.lengths else ()
+    width = max(16, *map(len, facts))
+    order = np.argsort(-text, kind="stable")[:top]
+    words = Encoder(corpus.tokenizer_folder).tokenizer
+    return "\n".join(
+        [
+            *(f"{name:{width}} {value}" for name, value in facts.items()),
+            *(["", "tokens a document"] if found.lengths else []),
+            *(f"  {quantile:>6.0%}  {length:>12,}" for quantile, length in quantiles),
+            "",
+            "most frequent tokens",
+            *(f"  {words.id_to_token(i):20} {text[i]:>14,}  {text[i] / total:.3%}" for i in order.tolist() if text[i]),
+        ]
+    )
+
+
+def _of_source(entry: MixtureEntry) -> str:
+    shares = {"unknown": entry.unknown, "repeated": entry.repeated}
+    found = [f"{name} {share:.2%}" for name, share in shares.items() if share is not None]
+    found += [f"{count:,} {reason}" for reason, count in entry.dropped.items()]
+    return "".join(f", {item}" for item in found)

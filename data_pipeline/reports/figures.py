@@ -1,0 +1,53 @@
+"""Plots of a corpus: lengths, frequent tokens, sources."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from data_pipeline.files import CorpusError, atomic_file
+from data_pipeline.reports.scan import Scan
+from data_pipeline.shards import Corpus
+from data_pipeline.tokenization.tokenizer import Encoder
+
+
+def draw(folder: str | Path, found: Scan, top: int, path: Path) -> None:
+    """A PNG of the documents' lengths, the most frequent tokens and, of a mixture, the sources' shares.
+
+    Raises CorpusError where matplotlib is missing or the disk is full.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise CorpusError("--png: needs the package matplotlib. Install it, or leave --png out") from None
+    corpus = Corpus(folder)
+    manifest = corpus.manifest
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    lengths, tokens, sources = figure.subplots(1, 3)
+    edges = 2.0 ** np.arange(0, np.log2(max(found.lengths, default=1)) + 2)
+    lengths.hist(list(found.lengths), bins=edges.tolist(), weights=list(found.lengths.values()))
+    lengths.set(xscale="log", xlabel="tokens a document", ylabel="documents", title="lengths")
+    _bars(tokens, *top_tokens(corpus, found, top), "tokens")
+    names = [entry.name for entry in manifest.mixture] or ["all"]
+    _bars(sources, names, [entry.tokens for entry in manifest.mixture] or [manifest.tokens], "tokens by source")
+    with atomic_file(path) as file:
+        figure.savefig(cast(Any, file), format="png", metadata={"Software": None})
+
+
+def top_tokens(corpus: Corpus, found: Scan, top: int) -> tuple[list[str], list[int]]:
+    """The most frequent tokens of the text, and how often each occurs."""
+    special = corpus.manifest.special_tokens
+    counts = found.counts.copy()
+    counts[[i for i in special.all if i != special.unk]] = 0
+    order = np.argsort(-counts, kind="stable")[:top].tolist()
+    words = Encoder(corpus.tokenizer_folder).tokenizer
+    return [words.id_to_token(i) or f"<{i}>" for i in order], counts[order].tolist()
+
+
+def _bars(axes: object, names: Sequence[str], values: Sequence[int], title: str) -> None:
+    # Names are text: "$" is no formula.
+    labels = [name.replace("$", r"\$") for name in names]
+    axes.barh(range(len(names)), list(values), tick_label=labels)  # type: ignore[attr-defined]
+    axes.invert_yaxis()  # type: ignore[attr-defined]
+    axes.set_title(title)  # type: ignore[attr-defined]

@@ -1,0 +1,88 @@
+"""Configuration to Masker."""
+
+from dataclasses import replace
+
+import torch
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig
+from maskvr_ds.data.vocabulary import frequency_scores, token_counts, word_starts
+from maskvr_ds.masking.masker import Corruption, Masker
+from maskvr_ds.masking.strategies import Parameters, Proposal, segments, span_thresholds
+from maskvr_ds.runtime import distributed
+
+
+def check_masking(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError for what sequence length and vocabulary do not allow."""
+    masking, longest = config.masking, corpus.sequence_length - 2
+    if masking.strategy in ("fully_explored", "auto"):
+        if masking.final_rate is not None:
+            for n in range(1, longest + 1):
+                if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
+                    raise ConfigError(
+                        f"masking.final_rate {masking.final_rate:g}: with strategy {masking.strategy} the rate must "
+                        f"not change the number of segments within a round, and rows of {n} tokens would go from "
+                        f"{before} to {after}; leave final_rate out, or change the rate from phase to phase"
+                    )
+        if (copies := sequence_copies(masking, corpus)) > (most := segments(longest, masking.rate)):
+            raise ConfigError(
+                f"masking.segments_per_sequence {copies}: a sequence of {corpus.sequence_length} tokens has {most} "
+                f"segments at rate {masking.rate:g}; that is the most"
+            )
+        if config.batch.global_size % copies:
+            below = config.batch.global_size // copies * copies
+            sizes = [size for size in (below, below + copies) if size]
+            raise ConfigError(
+                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the segments of a "
+                f"sequence that share a global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
+                "masking.segments_per_sequence to a divisor of it"
+            )
+    if masking.strategy == "auto" and config.auto.rows > corpus.rows:
+        raise ConfigError(f"auto.rows {config.auto.rows}: {corpus.folder} has {corpus.rows} rows")
+    if masking.strategy in ("whole_word", "span"):
+        word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
+
+
+def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
+    """J: how often a row comes in a global batch. All segments of a full row, where their number is not given."""
+    if masking.placement != "same_batch":
+        return 1
+    return masking.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
+
+
+def create_masker(
+    masking: MaskingConfig, corpus: Corpus, *, seed: int, device: torch.device, proposal: Proposal | None = None
+) -> Masker:
+    """The run's masks; of auto, those that it begins with. Every rank calls. proposal: of strategies mapnet and auto.
+
+    Collectives (strategy frequency): one all-reduce of int64 [2, V], what each rank counted in its share of the
+    shards; one broadcast of the scores, which a power on other hardware may round otherwise.
+    """
+    parameters = Parameters(
+        sampler=masking.sampler, estimator=masking.estimator, floor=masking.floor, proposal=proposal
+    )
+    vocab_size = corpus.manifest.vocab_size
+    if masking.strategy in ("whole_word", "span"):
+        starts = torch.from_numpy(word_starts(corpus.tokenizer_folder, vocab_size))
+        thresholds = span_thresholds(masking.span_probability, masking.span_maximum)
+        parameters = replace(parameters, word_starts=starts, span_thresholds=thresholds)
+    if masking.strategy == "frequency":
+        mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
+        of_passages = masking.document_frequency_power != 0
+        counted = distributed.agreed(lambda: token_counts(corpus, mine, of_passages=of_passages))
+        counts = distributed.all_reduce_sum(torch.from_numpy(counted).to(device)).cpu().numpy()
+        powers = masking.frequency_power, masking.document_frequency_power
+        scores = distributed.broadcast_object(frequency_scores(counts, *powers))
+        parameters = replace(parameters, token_scores=torch.from_numpy(scores))
+    return distributed.agreed(
+        lambda: Masker.for_corpus(
+            corpus.manifest,
+            seed=seed,
+            strategy="fully_explored" if masking.strategy == "auto" else masking.strategy,
+            parameters=parameters,
+            rate=masking.rate,
+            final_rate=masking.final_rate,
+            corruption=Corruption(masking.mask_probability, masking.random_probability),
+            device=device,
+        )
+    )

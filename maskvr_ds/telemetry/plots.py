@@ -1,0 +1,64 @@
+"""Plot of a run: losses, trust ratios, MAPNet's telemetry."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from maskvr_ds.telemetry.metrics_file import PROPOSAL_FIGURES, TRUST_RATIO_FIGURES, read_lines
+
+
+def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
+    """Training and held-out loss over steps → PNG; below it LAMB's trust ratios and MAPNet's telemetry, where there are
+    any.
+
+    reference: label → loss, drawn as horizontal lines.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_lines(metrics)
+    steps = [x["step"] for x in lines]
+    with_ratios = any(TRUST_RATIO_FIGURES[0] in x for x in lines)
+    with_proposal = any(PROPOSAL_FIGURES[0] in x for x in lines)
+    rows = 1 + with_ratios + with_proposal
+    figure, panels = plt.subplots(rows, figsize=(7, 2 + 2.2 * rows), dpi=120, sharex=True, squeeze=False)
+    axes = panels[0, 0]
+    axes.plot(steps, _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
+    held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
+    for before, after in pairwise(lines):
+        if after.get("phase") != before.get("phase"):
+            axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
+            top = axes.get_xaxis_transform()  # y from 0 to 1 whatever the losses
+            axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
+    for label, value in (reference or {}).items():
+        axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
+    axes.set_ylabel("masked-token loss [nats]")
+    if with_ratios:
+        axes = panels[1, 0]
+        lowest, median, highest = (_column(lines, key) for key in TRUST_RATIO_FIGURES)
+        axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="least to greatest tensor")
+        axes.plot(steps, median, linewidth=0.8, label="median tensor")
+        axes.set_yscale("log")
+        axes.set_ylabel("LAMB's trust ratio")
+    if with_proposal:
+        axes = panels[-1, 0]
+        for key in PROPOSAL_FIGURES:
+            axes.plot(steps, _column(lines, key), linewidth=0.8, alpha=0.8, label=key.replace("_", " "))
+        axes.set_ylabel("MAPNet, uniform masks = 1")
+    axes.set_xlabel("step")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(output)
+    plt.close(figure)
+
+
+def _column(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """A figure of every line; NaN where it is null or missing."""
+    return [math.nan if x.get(key) is None else x[key] for x in lines]
