@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import (
     CheckpointError,
     CheckpointState,
