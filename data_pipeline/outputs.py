@@ -59,11 +59,11 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
                     remove_partials(folder)
                 begun = any(results.iterdir()) if results.exists() else True
                 if not begun and not (output / MANIFEST).exists():
-                    _withdraw(output, new)
+                    _remove_output(output, new)
             raise
 
 
-def _withdraw(output: Path, new: bool) -> None:
+def _remove_output(output: Path, new: bool) -> None:
     """Remove what a build has made of which no task is finished; new: the folder too.
 
     Where something else lies there, build.json stays: the same command may still go on.

@@ -34,15 +34,15 @@ from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training import resume as resume
 from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.phases import RunPhase, plan
-from maskvr_ds.training.resume import find_checkpoint, phases_left, settle
-from maskvr_ds.training.rollback import batches, go_back, windows_of
-from maskvr_ds.training.run import end
+from maskvr_ds.training.resume import find_checkpoint, remaining_phases, resolve_model_config
+from maskvr_ds.training.rollback import batches, roll_back, windows_of
+from maskvr_ds.training.run import write_run_status
 from maskvr_ds.training.saver import Saver, is_due
-from maskvr_ds.training.setup import DROPOUT, Parts, assemble
+from maskvr_ds.training.setup import DROPOUT, PhaseContext, setup_phase
 from maskvr_ds.training.step import run_step
 
 # What ends a phase before its last step, on all ranks alike.
-_LEFT_ON_PURPOSE = (DivergedError, StoppedError)
+_EXPECTED_EXITS = (DivergedError, StoppedError)
 
 
 def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None = None) -> None:
@@ -52,19 +52,21 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     Raises ValueError (ConfigError, CorpusError, CheckpointError) for what the user can mend, RemoteError where another
     rank did, FloatingPointError where the run diverged, StoppedError where it was asked to stop and has saved.
     """
-    latest = distributed.agreed(lambda: find_checkpoint(config, resume), on=0)
+    latest = distributed.run_on_rank0(lambda: find_checkpoint(config, resume))
     # Before anything asks for sizes, which the folder has, or the checkpoint. Rank 0's: it may be on one host.
-    model, initial = distributed.agreed(partial(settle, config.model, latest), on=0)
+    model, initial = distributed.run_on_rank0(partial(resolve_model_config, config.model, latest))
     config = config.model_copy(update={"model": model})
     phases = plan(config)
     world_size = distributed.world_size()
     for phase in phases:
-        distributed.agreed(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
-    deepspeed_config = distributed.agreed(lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed)))
-    left = phases_left(phases, latest)
+        distributed.run_collectively(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
+    deepspeed_config = distributed.run_collectively(
+        lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed))
+    )
+    left = remaining_phases(phases, latest)
     if len(left) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
-        distributed.agreed(lambda: check_corpora(left), on=0)
+        distributed.run_on_rank0(lambda: check_corpora(left))
     fence = Fence(config.output_dir)
     while left:
         try:
@@ -72,14 +74,14 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             left = left[1:]
             if left and latest is not None:
                 # As at a resume, nothing is unpickled that is not what was written.
-                distributed.agreed(partial(checkpoints.verify, latest), on=0)
+                distributed.run_on_rank0(partial(checkpoints.verify, latest))
         except DivergedError as error:
-            latest = go_back(left[0].config, left[0], error, latest, fence)
+            latest = roll_back(left[0].config, left[0], error, latest, fence)
             # Where the phase has none of its own and the last one before it is damaged, that may be two phases back.
-            left = phases_left(phases, latest)
+            left = remaining_phases(phases, latest)
         free_memory()
     if distributed.rank() == 0:
-        end(config.output_dir, status.COMPLETED, phases[-1].last_step, fence)
+        write_run_status(config.output_dir, status.COMPLETED, phases[-1].last_step, fence)
         plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
 
 
@@ -99,13 +101,13 @@ def train_phase(
     or not. fence: taken here, or checked. Raises DivergedError where it shall be called again.
     """
     config = phase.config
-    parts = assemble(run, phase, deepspeed_config, initial, latest, fence)
+    parts = setup_phase(run, phase, deepspeed_config, initial, latest, fence)
     engine, masker, proposer, log, guard = parts.engine, parts.masker, parts.proposer, parts.log, parts.guard
     step, samples = parts.state.step, parts.state.samples
     reader = batches(parts.loader, step - phase.first_step, windows_of(parts.rollbacks, phase.index))
     saver = Saver(phase, parts, fence, latest)
     engine.train()
-    watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_LEFT_ON_PURPOSE)
+    watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
     with watchdog, _closing(parts, reader, saver, watchdog):
         while step < phase.last_step:
             watchdog.mark(step, "data")
@@ -163,19 +165,19 @@ def train_phase(
             if to_save:
                 saver.save(step, samples, record, wait=stopping or step == phase.last_step)
                 if stopping and step < phase.run_steps:
-                    distributed.agreed(partial(end, run.output_dir, status.STOPPED, step, fence), on=0)
+                    distributed.run_on_rank0(partial(write_run_status, run.output_dir, status.STOPPED, step, fence))
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {saver.latest}")
             log.exclude(time.perf_counter() - pause)
     return saver.latest
 
 
 @contextmanager
-def _closing(parts: Parts, reader: Any, saver: Saver, watchdog: Watchdog) -> Iterator[None]:
+def _closing(parts: PhaseContext, reader: Any, saver: Saver, watchdog: Watchdog) -> Iterator[None]:
     """Close them at the end, and where a phase is left on purpose; other errors leave everything as it is."""
     left: Exception | None = None
     try:
         yield
-    except _LEFT_ON_PURPOSE as error:
+    except _EXPECTED_EXITS as error:
         left = error
         # A checkpoint that is still being written is one to go back to.
         watchdog.pause()
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
 
     def run() -> int | None:
-        config = distributed.agreed(lambda: load_config(arguments.config, arguments.assignments))
+        config = distributed.run_collectively(lambda: load_config(arguments.config, arguments.assignments))
         try:
             train(config, arguments.resume, stop)
         except StoppedError as stopped:

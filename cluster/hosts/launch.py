@@ -17,7 +17,7 @@ from cluster.hosts.hostfile import read_hostfile
 from cluster.hosts.plan import CONFIG, Draft
 from cluster.hosts.supervisor import END_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
-from maskvr_ds.reliability.signals import Echoes
+from maskvr_ds.reliability.signals import SignalDebouncer
 from maskvr_ds.run_folder import status
 from maskvr_ds.runtime.terminal import ERR, alert, say
 
@@ -84,13 +84,13 @@ class Signals:
         self.last: int | None = None
         self.asked = False
         self._run = run
-        self._echoes = Echoes()
+        self._echoes = SignalDebouncer()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._echoes.is_one(number):
+        if self._echoes.is_duplicate(number):
             return
         if self.asked or number == signal.SIGINT:
             self.last = number

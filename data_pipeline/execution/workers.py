@@ -154,7 +154,7 @@ class Pool:
         """What to say of a process that died at a task."""
         process = self._processes[connection]
         process.join()
-        return CorpusError(_obituary(process.exitcode, task))
+        return CorpusError(_describe_exit(process.exitcode, task))
 
 
 def serve(team: Team, pool: Pool) -> None:
@@ -226,7 +226,7 @@ def _one_thread() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _obituary(code: int | None, task: Task) -> str:
+def _describe_exit(code: int | None, task: Task) -> str:
     how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     memory = " (SIGKILL often means that memory ran out: use fewer workers)" if code == -signal.SIGKILL else ""
     guard = "" if code is not None and code < 0 else ' (in a script, call build() under `if __name__ == "__main__":`)'

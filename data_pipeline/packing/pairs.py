@@ -36,7 +36,7 @@ _MASK = (1 << 64) - 1
 _BLOCK = 1 << 18
 
 
-def draw(*key: int) -> int:
+def hash_key(*key: int) -> int:
     """A 64-bit hash of integers (splitmix64's steps)."""
     state = 0
     for value in key:
@@ -175,8 +175,8 @@ def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> 
             j += 1
         if j - i < 2:  # pieces are at most half of a row: only the last one can be alone
             break
-        middle = i + 1 + draw(options.seed, number, len(pairs), 0) % (j - i - 1)
-        label = draw(options.seed, number, len(pairs), 1) < options.probability * 2.0**64
+        middle = i + 1 + hash_key(options.seed, number, len(pairs), 0) % (j - i - 1)
+        label = hash_key(options.seed, number, len(pairs), 1) < options.probability * 2.0**64
         pairs.append((bounds[i], bounds[middle], bounds[j], int(label)))
         i = middle if label and options.objective == "nsp" else j
     return pairs, bounds[-1] - bounds[i]
@@ -186,7 +186,7 @@ def stranger_of(number: int, row: int, total: int, seed: int) -> int:
     """The document that a row of document `number` takes its random second segment from."""
     first = NEIGHBOURS * max(min(number // NEIGHBOURS, total // NEIGHBOURS - 1), 0)
     stop = first + NEIGHBOURS if first + 2 * NEIGHBOURS <= total else total
-    drawn = first + draw(seed, number, row, 2) % (stop - first - 1)
+    drawn = first + hash_key(seed, number, row, 2) % (stop - first - 1)
     return drawn + (drawn >= number)
 
 
@@ -212,7 +212,7 @@ def pair_rows(
         begin, end = reader.start(index), int(reader.ends[index])
         whole = reader.plane("sentence_start", begin, end)
         cuts = sentence_cuts(whole, np.array([0]), np.array([end - begin]), longest)
-        begin += int(cuts[draw(options.seed, number, row, 3) % len(cuts)])
+        begin += int(cuts[hash_key(options.seed, number, row, 3) % len(cuts)])
         stop = min(begin + longest_segment, end)
         return _Segment(reader.ids(begin, stop), {plane: reader.plane(plane, begin, stop) for plane in planes})
 

@@ -25,9 +25,9 @@ def describe(
     if found.faults:
         raise CorpusError("\n".join(found.faults))
     if png is not None:
-        from data_pipeline.reports.figures import draw
+        from data_pipeline.reports.figures import plot
 
-        draw(folder, found, top, png)
+        plot(folder, found, top, png)
     special = manifest.special_tokens
     # [CLS] and [SEP] are the packing's, not the text's.
     text = found.counts.copy()

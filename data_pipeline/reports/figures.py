@@ -12,7 +12,7 @@ from data_pipeline.shards import Corpus
 from data_pipeline.tokenization.tokenizer import Encoder
 
 
-def draw(folder: str | Path, found: Scan, top: int, path: Path) -> None:
+def plot(folder: str | Path, found: Scan, top: int, path: Path) -> None:
     """A PNG of the documents' lengths, the most frequent tokens and, of a mixture, the sources' shares.
 
     Raises CorpusError where matplotlib is missing or the disk is full.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from maskvr_ds.runtime.deferred import DeferredTensor
 
 
-class Background:
+class AsyncCheckpointWriter:
     """At most one checkpoint on its way. Every rank makes one."""
 
     def __init__(self) -> None:

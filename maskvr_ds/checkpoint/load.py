@@ -25,13 +25,13 @@ def load(
     and samples are not looked at. may_differ: keys of the identity that need not agree.
     Raises CheckpointError where the checkpoint belongs to another run.
     """
-    state = distributed.agreed(lambda: _read_compatible(folder, expected, may_differ))
+    state = distributed.run_collectively(lambda: _read_compatible(folder, expected, may_differ))
     if reshard.same_layout(state, expected):
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
     else:
-        universal = distributed.agreed(lambda: reshard.convert(run, folder, state, expected), on=0)
+        universal = distributed.run_on_rank0(lambda: reshard.convert(run, folder, state, expected))
         reshard.load(universal, engine)
     return state
 

@@ -77,7 +77,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     save_file(tensors, temporary / TENSORS)
     checkpoints.write_manifest(temporary, {"source": source, **content})
     temporary.rename(target)
-    files.synchronise(target.parent)
+    files.fsync_path(target.parent)
     print(f"converted: {len(tensors)} tensors in {target}", flush=True)
     return target
 

@@ -12,7 +12,7 @@ All of it is written under `checkpoints/.saving-OWNER/`, every rank its own file
 then rank 0 describes them in checkpoint.json and renames the folder.
 Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
 
-Collectives: `distributed.agreed` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
+Collectives: `distributed.run_collectively` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
 """
 
 import io
@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskvr_ds.checkpoint import reshard
-from maskvr_ds.checkpoint.async_writer import Background
+from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
@@ -42,7 +42,7 @@ from maskvr_ds.run_folder.checkpoints import (
 )
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import synchronise, write_hashed
+from maskvr_ds.runtime.files import fsync_path, write_hashed
 
 # Beside tensors: headers, tokenizer, manifest.
 _SMALL_FILES = 2 << 20
@@ -58,7 +58,7 @@ def save(
     keep: CheckpointConfig,
     fence: Fence,
     beside: Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]] | None = None,
-    background: Background | None = None,
+    background: AsyncCheckpointWriter | None = None,
 ) -> Path | None:
     """Write a checkpoint of the run, then delete those that `keep` does not keep. Every rank calls.
 
@@ -109,13 +109,13 @@ def save(
 
     def finish() -> Path:
         try:
-            distributed.agreed(lambda: _raise_first(failed, folder))
+            distributed.run_collectively(lambda: _raise_first(failed, folder))
             of_ranks = distributed.gather_objects(written)
-            distributed.agreed(partial(complete, of_ranks), on=0)
+            distributed.run_on_rank0(partial(complete, of_ranks))
         except Exception:
             forget()
             raise
-        distributed.agreed(tidy, on=0)
+        distributed.run_on_rank0(tidy)
         return final
 
     def complete(of_ranks: list[dict[str, tuple[int, str]]]) -> None:
@@ -130,7 +130,7 @@ def save(
             checkpoints.write_manifest(folder, vars(state), {k: v for of_rank in of_ranks for k, v in of_rank.items()})
             fence.check()
             folder.rename(final)
-            synchronise(final.parent)
+            fsync_path(final.parent)
         except OSError as error:
             _raise_first([error], folder)
 
@@ -146,13 +146,13 @@ def save(
             shutil.rmtree(saving, ignore_errors=True)
 
     try:
-        distributed.agreed(prepare, on=0)
+        distributed.run_on_rank0(prepare)
         with _writing(engine, files, failed, in_memory=background is not None):
             engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
         weights = full_fp32_weights(engine)
         differing = not_rounded(engine, weights)
         probed = _probed(engine, probe)
-        distributed.agreed(lambda: _check_rounded(differing), on=0)
+        distributed.run_on_rank0(lambda: _check_rounded(differing))
     except Exception:
         forget()
         raise

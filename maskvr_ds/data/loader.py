@@ -9,7 +9,7 @@ the corpora come in the proportions of their weights everywhere, and a place lea
 
 With J copies every row comes J times running: s div J takes the place of s, and copy j = s mod J of the row's epoch e
 bears the epoch number eJ + j, so that it has a mask, and a share in digests, of its own. J may change on the way, at
-the beginning of a step: see `Stretch`.
+the beginning of a step: see `RepeatSchedule`.
 """
 
 import itertools
@@ -33,7 +33,7 @@ _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Stretch:
+class RepeatSchedule:
     """Samples from `sample` on, over which every row comes `copies` times running.
 
     sample: the first one. place: how many places of epochs the samples before have taken. base: what epoch numbers
@@ -45,8 +45,8 @@ class Stretch:
     place: int = 0
     base: int = 0
 
-    def turn(self, sample: int, copies: int, shares: Sequence[Share]) -> "Stretch":
-        """The stretch that follows this one at `sample`.
+    def change_copies(self, sample: int, copies: int, shares: Sequence[Share]) -> "RepeatSchedule":
+        """The repeats that follows this one at `sample`.
 
         Its base is a multiple of its copies, so that where those are all segments of a row they are of one round.
         """
@@ -54,28 +54,28 @@ class Stretch:
         begun = place // sum(share.places for share in shares) + 1
         passes = max(-(-begun * share.places // share.rows) for share in shares)
         beyond = self.base + passes * self.copies
-        return Stretch(copies, sample, place, -(-beyond // copies) * copies)
+        return RepeatSchedule(copies, sample, place, -(-beyond // copies) * copies)
 
 
-_ONE_COPY = Stretch()
+_ONE_COPY = RepeatSchedule()
 
 # A run needs that of the present epoch and of the next, of a mixture also those of its corpora; they are small.
 _permutation = lru_cache(maxsize=256)(KeyedPermutation)
 
 
 def sample_rows(
-    samples: NDArray[np.int64], rows: int | Sequence[Share], seed: int, stretch: Stretch = _ONE_COPY
+    samples: NDArray[np.int64], rows: int | Sequence[Share], seed: int, repeats: RepeatSchedule = _ONE_COPY
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Samples of a run, int64 [n] ascending → (rows int64 [n], epochs int64 [n]) of a corpus of `rows` rows, or of a
     mixture's shares.
 
-    epochs: of a mixture, passes over the row's own corpus. stretch: that of the samples; epochs then count the times
+    epochs: of a mixture, passes over the row's own corpus. repeats: that of the samples; epochs then count the times
     that the row was read before, J an epoch.
     """
     shares = (Share(rows, rows),) if isinstance(rows, int) else rows
     total = sum(share.places for share in shares)
-    samples, copy = np.divmod(samples - stretch.sample, stretch.copies)
-    epochs, index = np.divmod(samples + stretch.place, total)
+    samples, copy = np.divmod(samples - repeats.sample, repeats.copies)
+    epochs, index = np.divmod(samples + repeats.place, total)
     places = np.empty_like(samples)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
@@ -91,7 +91,7 @@ def sample_rows(
                 row[now] = _permutation(share.rows, hashing.fold(seed, turn, number))(row[now])
         out[here], passes[here] = first_row + row, turns
         first_place, first_row = first_place + share.places, first_row + share.rows
-    return out, stretch.base + passes * stretch.copies + copy
+    return out, repeats.base + passes * repeats.copies + copy
 
 
 def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64], *, pin: bool = False) -> TokenBatch:
@@ -153,19 +153,19 @@ class Loader:
             )
         self.corpus, self.shares = corpus, shares(corpus)
         self.seed = seed
-        self.stretch = Stretch(copies)
+        self.repeats = RepeatSchedule(copies)
         self.global_size = global_size
         self.rank, self.share = rank, global_size // world_size
         self.device = torch.device(device)
         self.prefetch = prefetch
 
-    def _read(self, samples_consumed: int, stretch: Stretch) -> Iterator[TokenBatch]:
+    def _read(self, samples_consumed: int, repeats: RepeatSchedule) -> Iterator[TokenBatch]:
         # Rows are found for several small steps at once: NumPy costs microseconds a call whatever the size.
         steps = max(1, _ROWS_AT_ONCE // self.share)
         share = self.rank * self.share + np.arange(self.share)
         for first in itertools.count(samples_consumed, steps * self.global_size):
             samples = first + np.arange(steps)[:, None] * self.global_size + share
-            rows, epochs = sample_rows(samples.ravel(), self.shares, self.seed, stretch)
+            rows, epochs = sample_rows(samples.ravel(), self.shares, self.seed, repeats)
             for step in np.split(np.arange(len(rows)), steps):
                 yield read_rows(self.corpus, rows[step], epochs[step], pin=self.device.type == "cuda")
 
@@ -178,18 +178,18 @@ class Loader:
         """Endless: the share [global_size / world_size, L] of each step after `samples_consumed` samples."""
         with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=self._on_own_device) as pool:
             while True:
-                stretch = self.stretch
-                reader = self._read(samples_consumed, stretch)
+                repeats = self.repeats
+                reader = self._read(samples_consumed, repeats)
                 ahead = deque(pool.submit(next, reader) for _ in range(max(1, self.prefetch)))
-                while stretch is self.stretch:
+                while repeats is self.repeats:
                     batch = ahead.popleft().result()
                     ahead.append(pool.submit(next, reader))
                     samples_consumed += self.global_size
                     yield to_device(batch, self.device)
-                # What was read ahead is of the stretch before.
+                # What was read ahead is of the repeats before.
                 for future in ahead:
                     future.result()
 
-    def turn(self, samples_consumed: int, copies: int) -> None:
+    def change_copies(self, samples_consumed: int, copies: int) -> None:
         """Have every row come `copies` times running in the batches after `samples_consumed` samples."""
-        self.stretch = self.stretch.turn(samples_consumed, copies, self.shares)
+        self.repeats = self.repeats.change_copies(samples_consumed, copies, self.shares)

@@ -42,7 +42,7 @@ def create_engine(
 
     Raises ConfigError, on every rank alike, where this machine cannot compute in the precision, or weights do not fit.
     """
-    distributed.agreed(lambda: check_device(deepspeed_config))
+    distributed.run_collectively(lambda: check_device(deepspeed_config))
     # Its warnings here are that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
@@ -65,11 +65,11 @@ def create_engine(
         optimizer=client,
         config=complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation),
     )
-    distributed.agreed(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
+    distributed.run_collectively(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
     if exact:
-        distributed.agreed(lambda: set_masters(engine, exact))
+        distributed.run_collectively(lambda: set_masters(engine, exact))
     if client is not None:
-        distributed.agreed(lambda: lamb.bind(engine))
+        distributed.run_collectively(lambda: lamb.bind(engine))
     if loss_scale(engine) is not None:
         hold_loss_scale(engine.optimizer)
     return engine

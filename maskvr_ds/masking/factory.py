@@ -69,12 +69,12 @@ def create_masker(
     if masking.strategy == "frequency":
         mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
         of_passages = masking.document_frequency_power != 0
-        counted = distributed.agreed(lambda: token_counts(corpus, mine, of_passages=of_passages))
+        counted = distributed.run_collectively(lambda: token_counts(corpus, mine, of_passages=of_passages))
         counts = distributed.all_reduce_sum(torch.from_numpy(counted).to(device)).cpu().numpy()
         powers = masking.frequency_power, masking.document_frequency_power
         scores = distributed.broadcast_object(frequency_scores(counts, *powers))
         parameters = replace(parameters, token_scores=torch.from_numpy(scores))
-    return distributed.agreed(
+    return distributed.run_collectively(
         lambda: Masker.for_corpus(
             corpus.manifest,
             seed=seed,

@@ -4,7 +4,7 @@ Rank 0 alone reads the folder, the others receive what it read: all begin with e
 host. Only safetensors are read, so nothing is unpickled; nothing is downloaded. A run that has a checkpoint needs the
 folder no more: sizes, weights and the SHA-256 of what it began with stand there.
 
-Collectives: `load`, one fp32 broadcast a parameter; `distributed.agreed` before it.
+Collectives: `load`, one fp32 broadcast a parameter; `distributed.run_collectively` before it.
 """
 
 import re
@@ -103,7 +103,7 @@ def load(module: nn.Module, initial: InitialWeights) -> None:
     Raises ConfigError (on the other ranks RemoteError) where tensors are missing, unexpected, of another shape, not
     finite, or the file is not the one that the run began with.
     """
-    told = distributed.agreed(lambda: _read(module, initial), on=0)
+    told = distributed.run_on_rank0(lambda: _read(module, initial))
     for parameter in module.parameters():
         parameter.data.copy_(distributed.broadcast(parameter.data.to(distributed.device())))
     if distributed.rank() == 0:

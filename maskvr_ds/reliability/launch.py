@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from maskvr_ds.reliability.signals import Echoes
+from maskvr_ds.reliability.signals import SignalDebouncer
 from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED
@@ -106,11 +106,11 @@ def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Pa
     (run / REQUEST).unlink(missing_ok=True)
     before_start = status.written(run)
     processes = _start(commands, places)
-    asked, echoes = False, Echoes()
+    asked, echoes = False, SignalDebouncer()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if echoes.is_one(number):
+        if echoes.is_duplicate(number):
             return
         if asked or number == signal.SIGINT or not run.is_dir():
             _end(processes)

@@ -48,11 +48,11 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
-        echoes = Echoes()
+        echoes = SignalDebouncer()
         while received := os.read(self._read, 1):
             if received[0] not in SIGNALS:
                 continue
-            if echoes.is_one(received[0]):
+            if echoes.is_duplicate(received[0]):
                 continue
             name = signal.Signals(received[0]).name
             if self._heard:
@@ -75,19 +75,19 @@ class StopRequest:
 
 
 # Slurm sends SIGTERM twice within milliseconds.
-ECHO_SECONDS = 1.0
+DEBOUNCE_SECONDS = 1.0
 
 
-class Echoes:
+class SignalDebouncer:
     """Tells echoes, signal by signal. A session that ends sends SIGHUP and SIGTERM, so these count as the same."""
 
     def __init__(self) -> None:
         self._last = 0
         self._since = 0.0
 
-    def is_one(self, number: int) -> bool:
+    def is_duplicate(self, number: int) -> bool:
         """Whether a signal, heard now, is the echo of the one before it."""
         kind = signal.SIGTERM if number == signal.SIGHUP else number
         before, self._last = self._last, kind
         since, self._since = self._since, time.monotonic()
-        return kind == before and self._since - since < ECHO_SECONDS
+        return kind == before and self._since - since < DEBOUNCE_SECONDS

@@ -54,7 +54,7 @@ class Watchdog:
             shutil.rmtree(run / HEARTBEATS, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
-        distributed.agreed(make, on=0)
+        distributed.run_on_rank0(make)
         self._file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
         self._interval = min(timeout / _BEATS, LONGEST_BEAT)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)

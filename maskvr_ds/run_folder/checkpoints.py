@@ -21,7 +21,7 @@ from typing import Any
 
 from maskvr_ds.run_folder.fence import OWNER
 from maskvr_ds.run_folder.status import JOBS, LOGS, REQUEST
-from maskvr_ds.runtime.files import sha256, synchronise, write_hashed
+from maskvr_ds.runtime.files import fsync_path, sha256, write_hashed
 
 FORMAT = 3
 MANIFEST = "checkpoint.json"
@@ -87,14 +87,14 @@ def write_manifest(
         hashed |= zip(left, pool.map(write_hashed, [names[name] for name in left]), strict=True)
     files = {name: {"bytes": hashed[name][0], "sha256": hashed[name][1]} for name in names}
     for path in {path.parent for path in names.values()}:
-        synchronise(path)
+        fsync_path(path)
     rest = json.dumps({"format": FORMAT, **content, "files": files}, indent=1).removeprefix("{") + "\n"
     own = hashlib.sha256(rest.encode()).hexdigest()
     temporary = folder / f".{MANIFEST}.partial"
     temporary.write_text(f'{{"sha256": "{own}",{rest}', encoding="utf-8")
-    synchronise(temporary)
+    fsync_path(temporary)
     temporary.rename(folder / MANIFEST)
-    synchronise(folder)
+    fsync_path(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def write_origin(run: Path, latest: Path) -> None:
     temporary.write_text(
         json.dumps({"checkpoint": str(folder), "sha256": sha256(folder / MANIFEST)}) + "\n", encoding="utf-8"
     )
-    synchronise(temporary)
+    fsync_path(temporary)
     temporary.replace(run / ORIGIN)
 
 
@@ -282,7 +282,7 @@ def point_latest(folder: Path) -> None:
     """Have the file `latest` beside a checkpoint's folder name it, whole at every moment."""
     temporary = folder.with_name(f".{LATEST}.partial")
     temporary.write_text(folder.name + "\n", encoding="utf-8")
-    synchronise(temporary)
+    fsync_path(temporary)
     temporary.replace(folder.with_name(LATEST))
 
 

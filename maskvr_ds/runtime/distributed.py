@@ -1,7 +1,8 @@
 """Rank, world size and the few reductions of a training step.
 
 Collectives here, all over the world group: `all_reduce_sum`, `broadcast` (dtype and frequency: the caller's),
-`agreed` and `gather_objects` (object all-gather, at start-up and around checkpoints only), `barrier`.
+`run_collectively`, `run_on_rank0` and `gather_objects` (object all-gather, at start-up and around checkpoints only),
+`barrier`.
 """
 
 import os
@@ -159,12 +160,12 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
-    """Run `action` on every rank (or on rank `on` alone) and raise on every rank if it failed on any.
+def run_collectively(action: Callable[[], T], *, on: int | None = None) -> T:
+    """Run `action` on every rank (or on rank `on` alone) and raise on all ranks if it failed on any.
 
-    The first failing rank raises its own error, so that it is told once; the others raise RemoteError with its words.
-    Without this they would wait for it in the next collective. Every rank calls. Returns what `action` returned;
-    with `on`, that rank's result on every rank.
+    The first failing rank re-raises its own exception; the others raise RemoteError with its message. Without this
+    they would wait for the failed rank in the next collective. Collective: call on all ranks. Returns what `action`
+    returned; with `on`, that rank's result on all ranks.
     """
     error: Exception | None = None
     result: Any = None
@@ -180,6 +181,11 @@ def agreed(action: Callable[[], T], *, on: int | None = None) -> T:
             raise error
         raise RemoteError(f"rank {failed}: {message}")
     return result if on is None else broadcast_object(result, source=on)
+
+
+def run_on_rank0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0; returns its result, or raises its exception, on all ranks (see `run_collectively`)."""
+    return run_collectively(action, on=0)
 
 
 def shut_down() -> None:

@@ -12,7 +12,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def synchronise(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Have a file, or a folder's list of names, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -24,7 +24,7 @@ def synchronise(path: Path) -> None:
 def write_hashed(path: Path, content: memoryview | None = None) -> tuple[int, str]:
     """Write a file, or take it as it stands (None), and have it on disk; → bytes, SHA-256."""
     if content is None:
-        synchronise(path)
+        fsync_path(path)
         return path.stat().st_size, sha256(path)
     digest = hashlib.sha256()
     with path.open("wb") as file:

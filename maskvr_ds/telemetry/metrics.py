@@ -195,7 +195,7 @@ class MetricsLog:
 
             self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["samples"])
 
-    def synchronise(self) -> None:
+    def fsync_path(self) -> None:
         """Have everything so far on disk, to survive what a checkpoint survives."""
         if self.active:
             self.flush()

@@ -30,10 +30,16 @@ import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.moments import Sample, measure, measure_segments
-from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Moments, Resampling, variances
+from maskvr_ds.analysis.gradient_variance.random_effects import (
+    Counts,
+    Floats,
+    Resampling,
+    VarianceComponents,
+    variances,
+)
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.config import AutoConfig
-from maskvr_ds.data.loader import Loader, Stretch
+from maskvr_ds.data.loader import Loader, RepeatSchedule
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.engine.master_weights import full_fp32_weights
 from maskvr_ds.masking.masker import Masker
@@ -45,8 +51,8 @@ from maskvr_ds.telemetry.metrics_file import EVENT
 
 SEGMENTS, PROPOSAL = "fully_explored", "mapnet"
 # Strategy and segments a batch.
-Choice = tuple[str, int]
-BASELINE: Choice = (SEGMENTS, 1)
+MaskingPlan = tuple[str, int]
+BASELINE: MaskingPlan = (SEGMENTS, 1)
 # What a key is for, so that no two uses share random numbers.
 _ROWS, _MASKS, _SKETCH, _BOOTSTRAP = range(4)
 _FIGURES = ("data", "mask", "segment_covariance", "all_segments", "proposal")
@@ -87,10 +93,10 @@ class Chooser:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it, in JSON types."""
-        return {"strategy": self._strategy, "stretch": asdict(self._loader.stretch), "best": list(self._best)}
+        return {"strategy": self._strategy, "stretch": asdict(self._loader.repeats), "best": list(self._best)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._loader.stretch = Stretch(**state["stretch"])
+        self._loader.repeats = RepeatSchedule(**state["stretch"])
         strategy, segments = state.get("best", BASELINE)  # earlier checkpoints have none
         self._best = strategy, segments
         self._take(state["strategy"])
@@ -113,11 +119,11 @@ class Chooser:
         begun, key = time.perf_counter(), hashing.fold(self._seed, step)
         figures, passes = self._measure(key)
         best, figures = distributed.broadcast_object((better(figures, self._most), figures))
-        current = self._strategy, self._loader.stretch.copies
-        strategy, segments = settle(best, self._best, current)
+        current = self._strategy, self._loader.repeats.copies
+        strategy, segments = confirm_choice(best, self._best, current)
         self._best = best
-        if segments != self._loader.stretch.copies:
-            self._loader.turn(samples, segments)
+        if segments != self._loader.repeats.copies:
+            self._loader.change_copies(samples, segments)
         self._take(strategy)
         return {
             "event": EVENT,
@@ -136,7 +142,7 @@ class Chooser:
         config, corpus = self._config, self._loader.corpus
         rows = KeyedPermutation(corpus.rows, hashing.fold(key, _ROWS))(np.arange(config.rows))
         sample = Sample(corpus, rows, key, self._micro_size, distributed.device())
-        sketcher = Sketcher(self._twin(), size=config.sketch_size, seed=hashing.fold(key, _SKETCH))
+        sketcher = Sketcher(self._full_precision_copy(), size=config.sketch_size, seed=hashing.fold(key, _SKETCH))
         masker = copy.copy(self._masker)
         masker.seed, masker.strategy = hashing.fold(key, _MASKS), STRATEGIES[SEGMENTS]
         pairs, single, _ = measure_segments(sample, sketcher, masker, draws=config.draws, copies=2, one_round=True)
@@ -156,7 +162,7 @@ class Chooser:
                 named[name] = None
         return named, passes
 
-    def _twin(self) -> MaskedLanguageModel:
+    def _full_precision_copy(self) -> MaskedLanguageModel:
         """The model with its fp32 weights, whole, on this rank's device."""
         weights = full_fp32_weights(self._engine)
         with torch.random.fork_rng(devices=[]):
@@ -169,7 +175,9 @@ class Chooser:
         return twin
 
 
-def _figures(pairs: Moments, single: Floats, proposed: Moments | None, most: int, cost: float, ways: Counts) -> Floats:
+def _figures(
+    pairs: VarianceComponents, single: Floats, proposed: VarianceComponents | None, most: int, cost: float, ways: Counts
+) -> Floats:
     """_FIGURES of the whole gradient, the last two relative to the baseline's total: float64 [C, 5]."""
     data, of_pairs = (v[:, -1] for v in variances(pairs, ways))
     mask = (ways.counts @ single).sum(1) / ways.counts.sum(1)
@@ -182,7 +190,7 @@ def _figures(pairs: Moments, single: Floats, proposed: Moments | None, most: int
     return np.stack([data, mask, covariance, *ratios], 1)
 
 
-def better(figures: dict[str, list[float] | None], most: int) -> Choice:
+def better(figures: dict[str, list[float] | None], most: int) -> MaskingPlan:
     """The least of those whose interval lies below 1, else the baseline."""
     found = []
     for name, choice in (("all_segments", (SEGMENTS, most)), ("proposal", (PROPOSAL, 1))):
@@ -193,6 +201,6 @@ def better(figures: dict[str, list[float] | None], most: int) -> Choice:
     return min(found)[1] if found else BASELINE
 
 
-def settle(best: Choice, best_before: Choice, current: Choice) -> Choice:
+def confirm_choice(best: MaskingPlan, best_before: MaskingPlan, current: MaskingPlan) -> MaskingPlan:
     """What to go on with, by what the last two measurements found best: to leave the baseline takes both."""
     return best if best in (BASELINE, best_before) else current

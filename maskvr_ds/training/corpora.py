@@ -43,7 +43,7 @@ def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
                     opened.verify(range(rank, len(opened.manifest.shards), world_size))
         return corpus, held_out
 
-    return distributed.agreed(partial(phase.naming, open_phase))
+    return distributed.run_collectively(partial(phase.naming, open_phase))
 
 
 def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
@@ -63,7 +63,7 @@ def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
                     f"than rank 0 on {expected[0]}; all nodes must see one corpus: copy it anew, or share it"
                 )
 
-    distributed.agreed(compare)
+    distributed.run_collectively(compare)
 
 
 def _fingerprint(corpus: Corpus) -> tuple[str, int, dict[str, Any]]:

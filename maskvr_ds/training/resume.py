@@ -32,13 +32,15 @@ def resume_from(
     At the start of a phase, with the last checkpoint of the one before, the phase's policy is applied. Until this
     phase has saved, every resume comes by here again, with that same checkpoint: it is applied once.
     """
-    begins = len(distributed.agreed(lambda: checkpoints.read_state(latest), on=0).phases) == phase.index > 0
+    begins = len(distributed.run_on_rank0(lambda: checkpoints.read_state(latest)).phases) == phase.index > 0
     expected = replace(state, identity=run_wide(state.identity)) if begins else state
     masking = phase.config.masking
     may_differ = ("masking", "mapnet", "auto") if masking.change_at_resume and not begins else ()
     loaded = load.load(run, latest, engine, expected, may_differ)
     if may_differ:
-        distributed.agreed(lambda: _check_order(latest, loaded.identity["masking"], state.identity["masking"]))
+        distributed.run_collectively(
+            lambda: _check_order(latest, loaded.identity["masking"], state.identity["masking"])
+        )
     say(f"resumed from {latest}: step {loaded.step}, {loaded.samples:,} samples")
     if begins:
         assert phase.start is not None
@@ -94,7 +96,7 @@ def make_proposer(
     if latest is not None:
         # Rank 0 says whether there is one: what other nodes see of a shared folder may be older.
         found = distributed.broadcast_object((latest / MAPNET_STATE).is_file())
-        distributed.agreed(lambda: _restore_proposer(proposer, latest, found))
+        distributed.run_collectively(lambda: _restore_proposer(proposer, latest, found))
     return proposer
 
 
@@ -119,7 +121,7 @@ def find_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
     return latest
 
 
-def settle(model: ModelConfig, latest: Path | None) -> tuple[ModelConfig, InitialWeights | None]:
+def resolve_model_config(model: ModelConfig, latest: Path | None) -> tuple[ModelConfig, InitialWeights | None]:
     """The section with all sizes known, and what the run began or begins with; None: weights from the seed. One rank.
 
     latest: the checkpoint to go on from. Without one the folder must be there; with one, it may be gone. Raises
@@ -148,8 +150,8 @@ def settle(model: ModelConfig, latest: Path | None) -> tuple[ModelConfig, Initia
     return ModelConfig.model_validate({**trained, **given}), InitialWeights(folder, began_with)
 
 
-def phases_left(phases: list[RunPhase], latest: Path | None) -> list[RunPhase]:
+def remaining_phases(phases: list[RunPhase], latest: Path | None) -> list[RunPhase]:
     """The phases still to train after a checkpoint, perhaps the first of them in part. Every rank calls."""
     if latest is None:
         return phases
-    return phases[distributed.agreed(lambda: next_phase(phases, checkpoints.read_state(latest)), on=0) :]
+    return phases[distributed.run_on_rank0(lambda: next_phase(phases, checkpoints.read_state(latest))) :]

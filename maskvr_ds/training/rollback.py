@@ -76,7 +76,9 @@ def windows_of(rollbacks: list[dict[str, Any]], phase: int) -> list[Window]:
     return [(first, end) for entry in rollbacks if entry["phase"] == phase for first, end in entry["passed_over"]]
 
 
-def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None, fence: Fence) -> Path | None:
+def roll_back(
+    config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None, fence: Fence
+) -> Path | None:
     """After a divergence → the checkpoint to go on from (None: the run's beginning), the roll-back on record. Every
     rank calls.
 
@@ -109,7 +111,7 @@ def go_back(config: RunConfig, phase: RunPhase, error: DivergedError, latest: Pa
             append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": so_far, "passed_over": []})
         return back_to, entry, allowed
 
-    back_to, entry, allowed = distributed.agreed(decide, on=0)
+    back_to, entry, allowed = distributed.run_on_rank0(decide)
     if not allowed:
         raise FloatingPointError(
             f"step {error.step}: {error.reason}, and the run has gone back to step {entry['to_step']} "

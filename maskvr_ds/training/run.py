@@ -28,12 +28,12 @@ def make_run_folder(run: Path, fence: Fence) -> None:
         if not run.is_dir():
             raise ConfigError(f"output_dir {run}: not on a file system that all nodes share")
 
-    distributed.agreed(lambda: run.mkdir(parents=True, exist_ok=True), on=0)
-    distributed.agreed(look)
-    fence.hold(distributed.agreed(partial(fence.take, distributed.world_size()), on=0))
+    distributed.run_on_rank0(lambda: run.mkdir(parents=True, exist_ok=True))
+    distributed.run_collectively(look)
+    fence.hold(distributed.run_on_rank0(partial(fence.take, distributed.world_size())))
 
 
-def begin(config: RunConfig, fence: Fence, latest: Path | None) -> None:
+def mark_running(config: RunConfig, fence: Fence, latest: Path | None) -> None:
     """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped, nor that
     it should. latest: the checkpoint that it goes on from."""
     fence.check()
@@ -46,7 +46,7 @@ def begin(config: RunConfig, fence: Fence, latest: Path | None) -> None:
     status.forget_request(config.output_dir, process_age() + launching)
 
 
-def end(run: Path, name: str, step: int, fence: Fence) -> None:
+def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:
     """`outcome.write`, unless another job has taken the run: then raises FencedError."""
     fence.check()
     status.write(run, name, step)

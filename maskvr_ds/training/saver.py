@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskvr_ds.checkpoint import save as checkpoint
-from maskvr_ds.checkpoint.async_writer import Background
+from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import StepRecord
 from maskvr_ds.training.phases import RunPhase, done
-from maskvr_ds.training.setup import Parts
+from maskvr_ds.training.setup import PhaseContext
 
 
 class Saver:
@@ -24,10 +24,10 @@ class Saver:
     latest: the newest checkpoint that counts, at first the one that the phase goes on from.
     """
 
-    def __init__(self, phase: RunPhase, parts: Parts, fence: Fence, latest: Path | None) -> None:
+    def __init__(self, phase: RunPhase, parts: PhaseContext, fence: Fence, latest: Path | None) -> None:
         self.latest = latest
         self._phase, self._parts, self._fence = phase, parts, fence
-        self._background = Background() if phase.config.checkpoint.asynchronous else None
+        self._background = AsyncCheckpointWriter() if phase.config.checkpoint.asynchronous else None
         self._due = False
 
     @property
@@ -58,7 +58,7 @@ class Saver:
         parts, config = self._parts, self._phase.config
         saving, self._due = time.perf_counter(), False
         # The figures of the steps that a checkpoint contains must not be lost with the process.
-        parts.log.synchronise()
+        parts.log.fsync_path()
         check_finite(record)
         beside = None
         if parts.proposer is not None:

@@ -35,7 +35,7 @@ from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import make_proposer, resume_from
 from maskvr_ds.training.rollback import read_rollbacks
-from maskvr_ds.training.run import begin, make_run_folder, run_identity, run_settings
+from maskvr_ds.training.run import make_run_folder, mark_running, run_identity, run_settings
 
 # What a key is for, so that no two uses share random numbers.
 WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET, AUTO = range(6)
@@ -43,7 +43,7 @@ _PROBE_ROWS = 2
 
 
 @dataclass(frozen=True)
-class Parts:
+class PhaseContext:
     """chooser: of the masks, where masking.strategy is auto. state: where the phase begins or goes on. tokens_before:
     of the phases before it. probe: a few fixed rows, masked: what an export's logits are compared on."""
 
@@ -62,14 +62,14 @@ class Parts:
     guard: Guard
 
 
-def assemble(
+def setup_phase(
     run: RunConfig,
     phase: RunPhase,
     deepspeed_config: dict[str, Any],
     initial: InitialWeights | None,
     latest: Path | None,
     fence: Fence,
-) -> Parts:
+) -> PhaseContext:
     """Open, check, make and restore; the run's folder is this job's from here on. Every rank calls.
 
     initial: what the run began, or begins, with. latest: the checkpoint to go on from, of this phase or the last one of
@@ -81,7 +81,7 @@ def assemble(
     check_same_corpora((corpus, held_out))
     begins_with = initial if latest is None else None
     if begins_with is not None:
-        distributed.agreed(lambda: pretrained.check_vocabulary(begins_with, corpus), on=0)
+        distributed.run_on_rank0(lambda: pretrained.check_vocabulary(begins_with, corpus))
     make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest
@@ -109,7 +109,7 @@ def assemble(
     if latest is not None:
         state = resume_from(run.output_dir, latest, engine, phase, state)
     proposer = make_proposer(config, manifest.vocab_size, engine, latest, hashing.fold(config.seed, MAPNET))
-    distributed.agreed(lambda: begin(run, fence, latest), on=0)
+    distributed.run_on_rank0(lambda: mark_running(run, fence, latest))
 
     masker = create_masker(
         config.masking,
@@ -146,7 +146,7 @@ def assemble(
         )
     probe = Loader(held_out or corpus, seed=0, global_size=min(_PROBE_ROWS, (held_out or corpus).rows), device=device)
     tokens_before = tokens_done(state.phases[: phase.index])
-    rollbacks = distributed.agreed(lambda: read_rollbacks(run.output_dir, state.guard), on=0)
+    rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = Guard(config.divergence, state.guard if len(state.phases) > phase.index else {})
     if any(entry["to_step"] == state.step for entry in rollbacks):
         guard.forget()
@@ -165,7 +165,7 @@ def assemble(
     )
     if begins_with is not None:
         log.event(event="initialized", step=0, folder=str(begins_with.folder), sha256=begins_with.sha256)
-    return Parts(
+    return PhaseContext(
         corpus=corpus,
         engine=engine,
         masker=masker,

@@ -29,12 +29,12 @@ def fail_on(failing: list[int], corpus: Path | None = None) -> list[Any]:
         return distributed.rank() * 10
 
     try:
-        outcome: Any = distributed.agreed(action)
+        outcome: Any = distributed.run_collectively(action)
     except (ValueError, distributed.RemoteError) as error:
         outcome = f"{type(error).__name__}: {error}"
     return [
         outcome,
-        distributed.agreed(lambda: "from " + str(distributed.rank()), on=1),
+        distributed.run_collectively(lambda: "from " + str(distributed.rank()), on=1),
         distributed.all_reduce_sum(torch.ones(1, dtype=torch.int64)).item(),
         *([] if corpus is None else open_on_node(corpus)),
     ]
@@ -48,7 +48,7 @@ def open_on_node(folder: Path) -> list[int]:
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     with NodeFiles(distributed.gather_objects, distributed.rank()) as files:
-        corpus = distributed.agreed(lambda: Corpus(folder, files.open))
+        corpus = distributed.run_collectively(lambda: Corpus(folder, files.open))
     corpus.verify()
     maps = Path("/proc/self/maps").read_text()
     return [sum(name.endswith(".arrow") for name in opened), maps.count(".arrow")]

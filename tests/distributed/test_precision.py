@@ -110,7 +110,7 @@ def train_and_resume(
     for values in jobs:
         outcomes += train_all([(values, None)], fp16=True)
         if resume:
-            copy = distributed.agreed(lambda run=values["output_dir"]: interrupted(Path(run)), on=0)
+            copy = distributed.run_on_rank0(lambda run=values["output_dir"]: interrupted(Path(run)))
             outcomes += train_all([({**values, "output_dir": str(copy)}, "auto")], fp16=True)
     return outcomes + train_all(more, fp16=True)
 

@@ -34,8 +34,8 @@ from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_n
 from maskvr_ds.analysis.gradient_variance.random_effects import (
     Counts,
     Floats,
-    Moments,
     Resampling,
+    VarianceComponents,
     variances,
     whole_mask_variance,
 )
@@ -62,7 +62,7 @@ FIGURES = ("data", "mask", "total", "mask_over_data", "mask_ratio", "total_ratio
 _ROWS, _MASKS, _ORACLE, _HAMMING, _SKETCH, _BOOTSTRAP = range(6)
 
 
-def figures(moments: Moments, baseline: Moments, ways: Counts) -> Floats:
+def figures(moments: VarianceComponents, baseline: VarianceComponents, ways: Counts) -> Floats:
     """FIGURES of every layer and of the whole: float64 [C, (G + 1) · 6]."""
     (data, mask), (data_0, mask_0) = (variances(m, ways) for m in (moments, baseline))
     columns = _figures(moments.segments * data, mask, data, data_0 + mask_0, mask_0)
@@ -75,14 +75,16 @@ def _figures(batch_data: Floats, mask: Floats, data: Floats, total_0: Floats, ma
         return [data, mask, total, mask / data, mask / mask_0, total / total_0]
 
 
-def oracle_figures(baseline: Moments, ways: Counts) -> Floats:
+def oracle_figures(baseline: VarianceComponents, ways: Counts) -> Floats:
     """FIGURES of the ideal proposal of whole masks, of the whole gradient: float64 [C, 6]."""
     data, mask_0 = (v[:, -1:] for v in variances(baseline, ways))
     mask = whole_mask_variance(baseline, ways)
     return np.concatenate(_figures(data, mask, data, data + mask_0, mask_0), 1)
 
 
-def reduction_share(moments: Moments, oracle: Moments, baseline: Moments, ways: Counts) -> Floats:
+def reduction_share(
+    moments: VarianceComponents, oracle: VarianceComponents, baseline: VarianceComponents, ways: Counts
+) -> Floats:
     """What a proposal takes off the whole gradient's total variance, divided by what an oracle does: float64 [C, 1]."""
     own, best, whole = (
         data[:, -1:] + mask[:, -1:] for data, mask in (variances(m, ways) for m in (moments, oracle, baseline))
@@ -105,13 +107,13 @@ class Measurement:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         device = distributed.device()
-        self.folder = distributed.agreed(lambda: checkpoints.newest(Path(arguments.checkpoint)), on=0)
-        distributed.agreed(lambda: checkpoints.verify(self.folder), on=0)
-        self.state = distributed.agreed(lambda: checkpoints.read_state(self.folder))
-        corpus = distributed.agreed(lambda: self._open(Path(arguments.corpus)))
+        self.folder = distributed.run_on_rank0(lambda: checkpoints.newest(Path(arguments.checkpoint)))
+        distributed.run_on_rank0(lambda: checkpoints.verify(self.folder))
+        self.state = distributed.run_collectively(lambda: checkpoints.read_state(self.folder))
+        corpus = distributed.run_collectively(lambda: self._open(Path(arguments.corpus)))
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
-        mlm = distributed.agreed(lambda: load_model(self.folder))
+        mlm = distributed.run_collectively(lambda: load_model(self.folder))
         with torch.device("meta"):  # no second set of weights
             self.model = MaskedLanguageModel(mlm.config)
         self.model.mlm = mlm
@@ -176,7 +178,7 @@ class Measurement:
 
     def floor(self, spec: StrategySpec) -> float:
         """λ of MAPNet or a token's oracle. Every rank calls."""
-        return spec.floor(distributed.agreed(self._mapnet)[0].floor)
+        return spec.floor(distributed.run_collectively(self._mapnet)[0].floor)
 
     def oracle(self, spec: StrategySpec) -> TokenOracle | None:
         """Every rank calls."""
@@ -194,7 +196,7 @@ class Measurement:
         """The checkpoint's MAPNet. Every rank calls."""
         if spec.strategy != "mapnet":
             return None
-        trained, tensors = distributed.agreed(self._mapnet)
+        trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
         proposer = Proposer(
             trained.model_copy(update={"floor": spec.floor(trained.floor), "gate": "always"}),
@@ -203,11 +205,11 @@ class Measurement:
             seed=0,
             device=self.sample.device,
         )
-        distributed.agreed(lambda: proposer.load(tensors))
+        distributed.run_collectively(lambda: proposer.load(tensors))
         return proposer
 
-    def strategy(self, spec: StrategySpec) -> tuple[Moments, dict[str, Any]]:
-        """Moments and what they cost. Every rank calls."""
+    def strategy(self, spec: StrategySpec) -> tuple[VarianceComponents, dict[str, Any]]:
+        """VarianceComponents and what they cost. Every rank calls."""
         draws, copies, begun = self.arguments.masks, self.copies(spec), time.perf_counter()
         oracle = self.oracle(spec)
         proposer = oracle or self.network(spec)
@@ -227,20 +229,20 @@ class Measurement:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure and write; → what variance.json holds. Every rank calls, after `distributed.initialize`."""
-    specs = distributed.agreed(lambda: parse_strategies(arguments.strategies, first=BASELINE))
+    specs = distributed.run_collectively(lambda: parse_strategies(arguments.strategies, first=BASELINE))
     measurement = Measurement(arguments)
     # Faults in the last strategy must show now.
-    distributed.agreed(lambda: measurement.check(specs))
-    resampling = distributed.agreed(
+    distributed.run_collectively(lambda: measurement.check(specs))
+    resampling = distributed.run_collectively(
         lambda: Resampling(
             arguments.sequences, seed=hashing.fold(arguments.seed, _BOOTSTRAP), level=arguments.confidence
         )
     )
     names = [*measurement.sketcher.layers, "whole"]
-    baseline: Moments | None = None
+    baseline: VarianceComponents | None = None
     strategies: dict[str, Any] = {}
     # Of MAPNet and of the oracle that knows its target, by floor.
-    proposals: dict[tuple[str, float], Moments] = {}
+    proposals: dict[tuple[str, float], VarianceComponents] = {}
     for spec in specs:
         if spec.strategy == MASK_ORACLE:
             assert baseline is not None
@@ -291,7 +293,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             resampling,
         )
     report["peak_memory_bytes"] = _peak_memory(measurement.sample.device)
-    distributed.agreed(lambda: _write(report, Path(arguments.output)), on=0)
+    distributed.run_on_rank0(lambda: _write(report, Path(arguments.output)))
     say(table(report))
     return report
 

@@ -1,4 +1,4 @@
-"""Moments of single rows' gradients under a strategy's masks, the rows divided over the ranks.
+"""VarianceComponents of single rows' gradients under a strategy's masks, the rows divided over the ranks.
 
 N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
 world group: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1], `measure_covariance` float64
@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.analysis.gradient_variance.mask_covariance import WINDOWS, covariances, shifts, windows
-from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Moments, Resampling
+from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Resampling, VarianceComponents
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
@@ -57,15 +57,20 @@ class Sample:
         return found, int((masked.weights != 0).sum())
 
 
-def measure(sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int) -> tuple[Moments, float]:
-    """Moments of the gradients per prediction, and predictions a mask; the same on every rank. Every rank calls."""
+def measure(
+    sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int
+) -> tuple[VarianceComponents, float]:
+    """Variance components of the gradients per prediction, and predictions per mask, identical on all ranks.
+
+    Collective: call on all ranks.
+    """
     moments, _, a_mask = measure_segments(sample, sketcher, masker, draws=draws, copies=copies)
     return moments, a_mask
 
 
 def measure_segments(
     sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int, one_round: bool = False
-) -> tuple[Moments, Floats, float]:
+) -> tuple[VarianceComponents, Floats, float]:
     """As `measure`, from the same passes also what single masks vary by, float64 [N, G]: the variance over draws (each
     of a round of its own), as if copies were 1, averaged over the copies. Second of the results.
 
@@ -95,7 +100,7 @@ def measure_segments(
         raise ValueError("no row of the sample has a maskable token; measure on more --sequences")
     of_layers = means.cpu().double().transpose(0, 1) / a_mask
     numbers = spread.cpu().numpy() / a_mask**2
-    moments = Moments(
+    moments = VarianceComponents(
         within=numbers[:, :G],
         gram=torch.stack([layer @ layer.T for layer in of_layers]).numpy(),
         norm_variance=numbers[:, G],

@@ -33,7 +33,7 @@ _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Moments:
+class VarianceComponents:
     """What is kept of N × R gradients.
 
     within: float64 [N, G], W_n. gram: float64 [G, N, N], inner products of the sequences' means.
@@ -98,7 +98,7 @@ class Resampling:
         return float(estimate), float(low), float(high)
 
 
-def variances(moments: Moments, ways: Counts) -> tuple[Floats, Floats]:
+def variances(moments: VarianceComponents, ways: Counts) -> tuple[Floats, Floats]:
     """V_d and V_m(J) of the layers, and last of the whole gradient: two float64 [C, G + 1]."""
     counts = ways.counts
     total = counts.sum(1, keepdims=True)
@@ -110,7 +110,7 @@ def variances(moments: Moments, ways: Counts) -> tuple[Floats, Floats]:
     return tuple(np.concatenate([v, v.sum(1, keepdims=True)], axis=1) for v in (data, mask))  # type: ignore[return-value]
 
 
-def whole_mask_variance(moments: Moments, ways: Counts) -> Floats:
+def whole_mask_variance(moments: VarianceComponents, ways: Counts) -> Floats:
     """V_m of an ideal proposal of whole masks, q(M) ∝ p(M) ‖g(M)‖ with weights p/q: float64 [C, 1].
 
     The second moment of its weighted gradient is (E_p‖g‖)² instead of E_p‖g‖²: of each sequence the variance of the

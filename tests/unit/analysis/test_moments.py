@@ -16,7 +16,13 @@ from maskvr_ds.analysis.gradient_variance.mask_covariance import WINDOWS
 from maskvr_ds.analysis.gradient_variance.measure import figures
 from maskvr_ds.analysis.gradient_variance.moments import Sample, measure, measure_covariance, measure_segments
 from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_norms, head_norms
-from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, Moments, Resampling, whole_mask_variance
+from maskvr_ds.analysis.gradient_variance.random_effects import (
+    Counts,
+    Floats,
+    Resampling,
+    VarianceComponents,
+    whole_mask_variance,
+)
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher, layer_of
 from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
@@ -105,7 +111,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return Toy(tmp_path_factory.mktemp("toy") / "corpus")
 
 
-def all_figures(moments: Moments, ways: Counts) -> Floats:
+def all_figures(moments: VarianceComponents, ways: Counts) -> Floats:
     return figures(moments, moments, ways)
 
 

@@ -5,17 +5,17 @@ import pytest
 
 from maskvr_ds.analysis.gradient_variance.random_effects import (
     Counts,
-    Moments,
     Resampling,
+    VarianceComponents,
     variances,
     whole_mask_variance,
 )
 
 
-def moments_of(vectors: np.ndarray, segments: int = 1) -> Moments:
+def moments_of(vectors: np.ndarray, segments: int = 1) -> VarianceComponents:
     """vectors: [N, R, G, s]."""
     means = vectors.mean(1)
-    return Moments(
+    return VarianceComponents(
         within=vectors.var(1, ddof=1).sum(-1),
         gram=np.einsum("ngs,mgs->gnm", means, means),
         norm_variance=np.linalg.norm(vectors.reshape(*vectors.shape[:2], -1), axis=2).var(1, ddof=1),
@@ -88,7 +88,7 @@ def test_intervals_cover(heavy: bool) -> None:
             vectors = 5 + (vectors - 5) * (random.gamma(2.0, 0.5, (40, 1, 1, 1)) ** 0.5)
         m = moments_of(vectors)
 
-        def figures(ways: Counts, m: Moments = m) -> np.ndarray:
+        def figures(ways: Counts, m: VarianceComponents = m) -> np.ndarray:
             data, mask = (v[:, -1] for v in variances(m, ways))
             return np.stack([data, mask, data + mask, mask / data], 1)
 

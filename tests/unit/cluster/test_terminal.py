@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.hosts import launch, remote, supervisor
-from maskvr_ds.reliability.signals import ECHO_SECONDS
+from maskvr_ds.reliability.signals import DEBOUNCE_SECONDS
 from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED
 from tests.unit.cluster.test_launch import make_plan
 
@@ -112,7 +112,7 @@ def test_the_same_signal_at_once_is_an_echo(tmp_path: Path, second: signal.Signa
 
 
 @pytest.mark.parametrize(
-    ("number", "wait"), [(signal.SIGTERM, ECHO_SECONDS + 0.2), (signal.SIGUSR1, 0.2), (signal.SIGINT, 0)]
+    ("number", "wait"), [(signal.SIGTERM, DEBOUNCE_SECONDS + 0.2), (signal.SIGUSR1, 0.2), (signal.SIGINT, 0)]
 )
 def test_a_second_one_or_another_ends_everything(tmp_path: Path, number: signal.Signals, wait: float) -> None:
     with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:

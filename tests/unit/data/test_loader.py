@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.data.loader import Loader, Stretch, sample_rows
+from maskvr_ds.data.loader import Loader, RepeatSchedule, sample_rows
 from maskvr_ds.data.mixture import Share
 from maskvr_ds.data.permutation import KeyedPermutation
 from tests.support.corpora import PAD, make_corpus
@@ -164,13 +164,13 @@ def test_copies_that_change_on_the_way(
     """Rows go on where they were, whatever copies they came in; no row has an epoch number twice, all copies of a row
     are of one round of as many segments, and without a change nothing changes."""
     shares = [Share(rows, places) for rows, places in mixture]
-    stretch, sample = Stretch(stretches[0][1]), 0
+    repeats, sample = RepeatSchedule(stretches[0][1]), 0
     found: list[tuple[int, int]] = []
     order: list[int] = []
     for number, (rows_long, copies) in enumerate(stretches):
         if number:
-            stretch = stretch.turn(sample, copies, shares)
-        rows, epochs = sample_rows(np.arange(sample, sample + rows_long * copies), shares, seed, stretch)
+            repeats = repeats.change_copies(sample, copies, shares)
+        rows, epochs = sample_rows(np.arange(sample, sample + rows_long * copies), shares, seed, repeats)
         sample += rows_long * copies
         by_row = list(zip(rows.tolist(), epochs.tolist(), strict=True))
         found += by_row
@@ -190,11 +190,11 @@ def test_a_reader_turns_at_once_whatever_it_has_read_ahead(corpus: Corpus) -> No
     loader = Loader(corpus, seed=3, global_size=12, prefetch=4)
     reader = loader.batches()
     before = [next(reader) for _ in range(7)]
-    loader.turn(7 * 12, 3)
+    loader.change_copies(7 * 12, 3)
     after = [next(reader) for _ in range(5)]
     again = islice(loader.batches(9 * 12), 3)
     assert all(torch.equal(a.epochs, b.epochs) for a, b in zip(after[2:], again, strict=True))
-    rows, epochs = sample_rows(np.arange(7 * 12, 12 * 12), ROWS, 3, loader.stretch)
+    rows, epochs = sample_rows(np.arange(7 * 12, 12 * 12), ROWS, 3, loader.repeats)
     read = [(int(e), int(s)) for batch in after for e, s in zip(batch.epochs, batch.sample_ids, strict=True)]
     assert sorted(read) == sorted(zip(epochs.tolist(), rows.tolist(), strict=True))
     plain, _ = sample_rows(np.arange(7 * 12 + 5 * 4), ROWS, 3)

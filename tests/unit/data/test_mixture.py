@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
-from maskvr_ds.data.loader import Loader, Stretch, sample_rows
+from maskvr_ds.data.loader import Loader, RepeatSchedule, sample_rows
 from maskvr_ds.data.mixture import Mixture, Share, corpora_identity, open_mixture
 from maskvr_ds.training.corpora import open_corpora
 from tests.support.corpora import make_corpus
@@ -63,7 +63,7 @@ def test_weights_hold_exactly(corpora: list[tuple[int, float]], seed: int, copie
     """Every epoch has round(w N) rows of each corpus, every pass every row once, in orders of their own."""
     shares = [Share(n, max(1, round(w * n))) for n, w in corpora]
     total, epochs = sum(share.places for share in shares), 7
-    rows, passes = sample_rows(np.arange(epochs * total * copies), shares, seed, Stretch(copies))
+    rows, passes = sample_rows(np.arange(epochs * total * copies), shares, seed, RepeatSchedule(copies))
     assert len(set(zip(rows.tolist(), passes.tolist(), strict=True))) == len(rows)
     bounds = np.cumsum([0, *(share.rows for share in shares)])
     of = np.searchsorted(bounds, rows, side="right") - 1
@@ -75,16 +75,16 @@ def test_weights_hold_exactly(corpora: list[tuple[int, float]], seed: int, copie
         assert readings.tolist() == [share.rows * copies] * whole + [rest * copies]
     # Any sample can be found by itself: nothing is remembered from one to the next.
     at = seed % len(rows)
-    assert sample_rows(np.array([at]), shares, seed, Stretch(copies)) == (rows[at], passes[at])
+    assert sample_rows(np.array([at]), shares, seed, RepeatSchedule(copies)) == (rows[at], passes[at])
 
 
 def test_corpora_come_in_proportion_and_in_another_order_each_pass() -> None:
-    """Weight 0.5 of 4,000 rows beside 2,000 at weight 1, 400 at 2.5: 2 : 2 : 1 in any stretch, passes shuffled."""
+    """Weight 0.5 of 4,000 rows beside 2,000 at weight 1, 400 at 2.5: 2 : 2 : 1 in any repeats, passes shuffled."""
     shares = [Share(4000, 2000), Share(2000, 2000), Share(400, 1000)]
     rows, passes = sample_rows(np.arange(20_000), shares, seed=1)
     of = np.searchsorted([4000, 6000], rows, side="right")
-    for stretch in np.split(of, 8):
-        counts = np.bincount(stretch, minlength=3) / len(stretch)
+    for repeats in np.split(of, 8):
+        counts = np.bincount(repeats, minlength=3) / len(repeats)
         assert np.abs(counts - (0.4, 0.4, 0.2)).max() < 0.05
     # What half a pass reads comes from all over the corpus, and is another half in the next pass.
     halves = [rows[(of == 0) & (passes == p)][:2000] for p in (0, 1)]

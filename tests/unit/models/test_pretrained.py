@@ -14,7 +14,7 @@ from maskvr_ds.data.vocabulary import token_ids
 from maskvr_ds.models.pretrained import InitialWeights
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, write_manifest
 from maskvr_ds.runtime.files import sha256
-from maskvr_ds.training.resume import settle
+from maskvr_ds.training.resume import resolve_model_config
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
 OTHER = {"hidden_act": "relu", "max_position_embeddings": 40, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
@@ -123,7 +123,7 @@ def test_folders_that_cannot_be_begun_with(tmp_path: Path, folder: Path) -> None
 
     def refused(path: Path, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            settle(ModelConfig(initialize_from=path), None)
+            resolve_model_config(ModelConfig(initialize_from=path), None)
 
     refused(tmp_path / "bert-base-uncased", "no such folder; a local one expected.*nothing is downloaded")
     weights.rename(folder / "kept")
@@ -133,13 +133,13 @@ def test_folders_that_cannot_be_begun_with(tmp_path: Path, folder: Path) -> None
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     refused(folder, r"unpickling runs whatever code.*from_pretrained\('.*bert'\).save_pretrained\('NEW'\)")
     (folder / "kept").rename(weights)
-    assert settle(ModelConfig(initialize_from=folder), None)[1] == InitialWeights(folder, sha256(weights))
+    assert resolve_model_config(ModelConfig(initialize_from=folder), None)[1] == InitialWeights(folder, sha256(weights))
     (folder / "config.json").unlink()
     refused(folder, r"has no config.json")
 
 
 def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path) -> None:
-    model, initial = settle(ModelConfig(initialize_from=folder), None)
+    model, initial = resolve_model_config(ModelConfig(initialize_from=folder), None)
     assert initial is not None
     trained = model.model_dump(exclude={"preset", "activation_checkpointing", "initialize_from"})
 
@@ -152,12 +152,12 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
     began = {**trained, "initialize_from": initial.sha256}
     latest = checkpoint("latest", began, **{"model.initialize_from": str(folder)})
     from_seed = checkpoint("from_seed", trained)
-    assert settle(model, latest) == (model, initial)
-    assert settle(ModelConfig(), from_seed) == (ModelConfig(), None)
+    assert resolve_model_config(model, latest) == (model, initial)
+    assert resolve_model_config(ModelConfig(), from_seed) == (ModelConfig(), None)
     moved = folder.rename(tmp_path / "moved")
-    assert settle(ModelConfig(initialize_from=moved), latest)[1] == InitialWeights(moved, initial.sha256)
+    assert resolve_model_config(ModelConfig(initialize_from=moved), latest)[1] == InitialWeights(moved, initial.sha256)
     gone = ModelConfig(initialize_from=folder, attention_probs_dropout_prob=0.3)
-    settled, known = settle(gone, latest)
+    settled, known = resolve_model_config(gone, latest)
     assert known == initial
     assert settled == model.model_copy(update={"attention_probs_dropout_prob": 0.3})
     for other, at, message in (
@@ -171,10 +171,10 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
         (gone, from_seed, r"began with weights from the seed"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            settle(other, at)
+            resolve_model_config(other, at)
     save_file({}, moved / "model.safetensors")
     with pytest.raises(CheckpointError, match="began with those of"):
-        settle(ModelConfig(initialize_from=moved), latest)
+        resolve_model_config(ModelConfig(initialize_from=moved), latest)
 
 
 def test_the_readmes_example_is_a_configuration(tmp_path: Path) -> None:

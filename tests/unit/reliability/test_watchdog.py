@@ -36,13 +36,13 @@ def start(run: Path, number: int, ranks: int, life: Life) -> int:
         distributed.rank, distributed.world_size = lambda: number, lambda: ranks
         distributed.broadcast_object = lambda value, source=0: "job"
 
-        def agreed(action: Callable[[], object], *, on: int) -> None:
-            while number != on and not (run / HEARTBEATS / "job").exists():
+        def on_rank0(action: Callable[[], object]) -> None:
+            while number != 0 and not (run / HEARTBEATS / "job").exists():
                 time.sleep(0.01)
-            if number == on:
+            if number == 0:
                 action()
 
-        distributed.agreed = agreed  # type: ignore[assignment]
+        distributed.run_on_rank0 = on_rank0  # type: ignore[assignment]
         try:
             with Watchdog(run, TIMEOUT, orderly=(OrderlyError,)) as dog:
                 life(dog)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Moments
+from maskvr_ds.analysis.gradient_variance.random_effects import Counts, VarianceComponents
 from maskvr_ds.config import AutoConfig
-from maskvr_ds.data.loader import Stretch
+from maskvr_ds.data.loader import RepeatSchedule
 from maskvr_ds.data.mixture import Share
 from maskvr_ds.masking.strategies import STRATEGIES
-from maskvr_ds.training.auto_strategy import BASELINE, PROPOSAL, SEGMENTS, Chooser, _figures, better, settle
+from maskvr_ds.training.auto_strategy import BASELINE, PROPOSAL, SEGMENTS, Chooser, _figures, better, confirm_choice
 
 # Rows, positions, positions a segment, dimensions of a gradient.
 N, n, k, D = 3, 6, 2, 4
@@ -78,7 +78,7 @@ def test_figures_are_unbiased(seed: int) -> None:
         means = drawn.mean(2)
         within = means.var(1, ddof=1).sum(1)[:, None]
         of_rows = means.mean(1)
-        moments = Moments(within, (of_rows @ of_rows.T)[None], np.zeros(4), draws, segments=2)
+        moments = VarianceComponents(within, (of_rows @ of_rows.T)[None], np.zeros(4), draws, segments=2)
         found.append(_figures(moments, single, None, 3, 0.0, Counts(np.ones((1, 4))))[0, :3])
     mean, error = np.mean(found, 0), np.std(found, 0) / samples**0.5
     # The mean over rows of a population of N: its variance has the divisor N, as drawn with replacement.
@@ -116,7 +116,7 @@ def test_leaving_the_baseline_takes_two_measurements() -> None:
     everything, proposal = (SEGMENTS, 7), (PROPOSAL, 1)
     current, before, taken = BASELINE, BASELINE, []
     for best in (everything, BASELINE, everything, everything, proposal, proposal, everything, BASELINE):
-        current = settle(best, before, current)
+        current = confirm_choice(best, before, current)
         before = best
         taken.append(current)
     assert taken == [BASELINE] * 3 + [everything] * 2 + [proposal] * 2 + [BASELINE]
@@ -127,7 +127,7 @@ class Doubles:
 
     strategy: Any = None
     gate = "?"
-    stretch = Stretch()
+    repeats = RepeatSchedule()
 
 
 def chooser(proposer: Any = None) -> tuple[Chooser, Doubles, Doubles]:
@@ -145,7 +145,7 @@ def test_state_is_restored_to_masker_loader_and_proposal() -> None:
     proposer = Doubles()
     first, masker, loader = chooser(proposer)
     assert (masker.strategy, proposer.gate) == (STRATEGIES[SEGMENTS], "never")
-    loader.stretch = loader.stretch.turn(120, 3, [Share(50, 50)])
+    loader.repeats = loader.repeats.change_copies(120, 3, [Share(50, 50)])
     first._take(PROPOSAL)
     first._best = SEGMENTS, 3
     assert (masker.strategy, proposer.gate) == (STRATEGIES[PROPOSAL], "always")
@@ -153,9 +153,9 @@ def test_state_is_restored_to_masker_loader_and_proposal() -> None:
     second, masker, other = chooser(second_proposer)
     second.restore(json.loads(json.dumps(first.state())))
     assert (masker.strategy, second_proposer.gate) == (STRATEGIES[PROPOSAL], "always")
-    assert other.stretch == loader.stretch
+    assert other.repeats == loader.repeats
     assert second._best == (SEGMENTS, 3)
-    assert other.stretch.place == 120
+    assert other.repeats.place == 120
 
 
 def test_it_is_due_every_so_many_steps_but_not_at_the_last() -> None:
