@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder import fence, layout
 from maskvr_ds.run_folder import status as outcome
-from maskvr_ds.run_folder.status import COMPLETED, JOBS, STOPPED
+from maskvr_ds.run_folder.layout import COMPLETED, JOBS, STOPPED
 
 # As metrics.py and manifest.py write them; neither is imported here, since the former loads torch.
 _METRICS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -69,7 +69,7 @@ def runs_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise StatusError(f"{folder}: no such folder; that of a run expected")
     seeds = sorted(path for path in folder.glob("seed-*") if path.is_dir())
-    if any((folder / name).exists() for name in (fence.OWNER, _METRICS, "config.yaml")):
+    if any((folder / name).exists() for name in (layout.OWNER, _METRICS, "config.yaml")):
         return [folder]
     if seeds:
         return seeds
@@ -124,7 +124,7 @@ def _state(
     if owner is not None and fence.at_work(run, owner):
         return "running", f"process {owner.pid} runs on this host"
     if owner is None:
-        return "not begun", f"no {fence.OWNER}"
+        return "not begun", f"no {layout.OWNER}"
     return "ended", "no word of its end, and no sign of life; --resume auto goes on"
 
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
+from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.telemetry.metrics_file import read_lines
 from maskvr_ds.telemetry.plots import plot_loss
 
 _TEXT_BYTES = 8_000_000

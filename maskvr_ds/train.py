@@ -23,13 +23,13 @@ from maskvr_ds.models.pretrained import InitialWeights
 from maskvr_ds.reliability.divergence import DivergedError
 from maskvr_ds.reliability.signals import StoppedError, StopRequest
 from maskvr_ds.reliability.watchdog import Watchdog
-from maskvr_ds.run_folder import checkpoints, status
+from maskvr_ds.run_folder import checkpoints, layout, status
 from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.layout import LOSS_PLOT, METRICS
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.runtime.distributed import say
 from maskvr_ds.telemetry.metrics import StepRecord
-from maskvr_ds.telemetry.metrics_file import METRICS
 from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training import resume as resume
 from maskvr_ds.training.corpora import check_corpora
@@ -81,8 +81,8 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             left = remaining_phases(phases, latest)
         free_memory()
     if distributed.rank() == 0:
-        write_run_status(config.output_dir, status.COMPLETED, phases[-1].last_step, fence)
-        plot_loss(config.output_dir / METRICS, config.output_dir / "loss.png")
+        write_run_status(config.output_dir, layout.COMPLETED, phases[-1].last_step, fence)
+        plot_loss(config.output_dir / METRICS, config.output_dir / LOSS_PLOT)
 
 
 def train_phase(
@@ -165,7 +165,7 @@ def train_phase(
             if to_save:
                 saver.save(step, samples, record, wait=stopping or step == phase.last_step)
                 if stopping and step < phase.run_steps:
-                    distributed.run_on_rank0(partial(write_run_status, run.output_dir, status.STOPPED, step, fence))
+                    distributed.run_on_rank0(partial(write_run_status, run.output_dir, layout.STOPPED, step, fence))
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {saver.latest}")
             log.exclude(time.perf_counter() - pause)
     return saver.latest

@@ -18,7 +18,7 @@ from cluster.hosts.plan import CONFIG, Draft
 from cluster.hosts.supervisor import END_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 from maskvr_ds.reliability.signals import SignalDebouncer
-from maskvr_ds.run_folder import status
+from maskvr_ds.run_folder import layout, status
 from maskvr_ds.runtime.terminal import ERR, alert, say
 
 _EXAMPLES = """examples:
@@ -48,7 +48,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     hosts = read_hostfile(arguments.hostfile)
     config = load_config(arguments.config, arguments.assignments)
     plan = _prepare(arguments, hosts, config)
-    (plan.run / status.REQUEST).unlink(missing_ok=True)
+    (plan.run / layout.STOP_REQUEST).unlink(missing_ok=True)
     longest = plan.timeout + plan.grace + END_SECONDS
     ends = f"a rank or host that is lost ends the job within {longest:g} s" if plan.timeout else "hangs.timeout is off"
     print(f"{plan.world_size} ranks on {len(hosts)} hosts, logs in {plan.folder}; {ends}", flush=True)
@@ -99,7 +99,7 @@ class Signals:
 
     def ask(self, why: str) -> None:
         self.asked = True
-        (self._run / status.REQUEST).write_text(why + "\n", encoding="utf-8")
+        (self._run / layout.STOP_REQUEST).write_text(why + "\n", encoding="utf-8")
         alert(f"{why}: the ranks were asked to save and stop; a second signal ends them at once")
 
 
@@ -115,11 +115,11 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
             time.sleep(POLL)
     finally:
         answers = job.end()
-    (plan.run / status.REQUEST).unlink(missing_ok=True)
+    (plan.run / layout.STOP_REQUEST).unlink(missing_ok=True)
     if status.completed(plan.run, steps, before):
         say(f"done: {steps} steps, {plan.run}")
         return 0
-    if (step := status.step_of(plan.run, status.STOPPED, before)) is not None:
+    if (step := status.step_of(plan.run, layout.STOPPED, before)) is not None:
         say(f"stopped at step {step}, as a signal asked; --resume auto goes on", ERR)
         return status.EXIT_STOPPED
     if signals.last is not None:

@@ -18,7 +18,7 @@ from cluster.hosts import checks, node, rank, remote
 from cluster.hosts.checks import LaunchError
 from cluster.hosts.supervisor import LAUNCHERS, Plan
 from maskvr_ds.config import RunConfig, dump_config
-from maskvr_ds.run_folder import status
+from maskvr_ds.run_folder import layout
 
 CONFIG = "config.yaml"
 # What of this machine's environment goes to the ranks. No secrets: `ps` shows them on every host.
@@ -85,7 +85,7 @@ class Draft:
         self.passed[node.MARK] = f"{self.key}-{job}"
         check_plain(self.passed, arguments.launcher)
         self.by = "srun" if arguments.launcher == "slurm" else "ssh"
-        self.folder = Path(arguments.log_dir or self.run / status.LOGS).absolute() / job
+        self.folder = Path(arguments.log_dir or self.run / layout.LOGS).absolute() / job
         self._made = [self.folder, *(p for p in self.folder.parents if not p.exists())]
         self.folder.mkdir(parents=True)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.hosts import rank, remote
-from maskvr_ds.run_folder.status import HEARTBEATS
+from maskvr_ds.run_folder.layout import HEARTBEATS
 from maskvr_ds.runtime.terminal import say
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")

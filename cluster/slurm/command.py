@@ -30,7 +30,7 @@ from maskvr_ds.config import (
     dump_config,
     load_config,
 )
-from maskvr_ds.run_folder.status import JOBS
+from maskvr_ds.run_folder.layout import JOBS
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 --partition gpu --submit

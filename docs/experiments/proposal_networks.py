@@ -28,9 +28,9 @@ from maskvr_ds.data.loader import Loader, read_rows, to_device
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.masking.proposer import STATE
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.run_folder.checkpoints import newest
+from maskvr_ds.run_folder.layout import STATE
 
 CPU = torch.device("cpu")
 MASKS, FLOOR, ROWS = 64, 0.3, 48

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.demo import kill_when_saved
-from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
+from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.telemetry.metrics_file import read_lines
 from maskvr_ds.telemetry.plots import plot_loss
 
 STRATEGIES: dict[str, list[str]] = {

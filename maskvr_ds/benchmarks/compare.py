@@ -29,10 +29,10 @@ from maskvr_ds.analysis.gradient_variance.report import folded
 from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
+from maskvr_ds.run_folder.layout import CONFIG, METRICS
 from maskvr_ds.telemetry.metrics_file import EVENT as MEASURED
-from maskvr_ds.telemetry.metrics_file import METRICS, read_events, read_lines
+from maskvr_ds.telemetry.metrics_file import read_events, read_lines
 from maskvr_ds.training.corpora import open_corpora
-from maskvr_ds.training.run import CONFIG
 
 RESULT, PLOT = "compare.json", "compare.png"
 _SPREAD = ("final", "difference", "fewer_steps", "less_time")

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from maskvr_ds.checkpoint import load
 from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.run_folder.checkpoints import BERT, CheckpointError
+from maskvr_ds.run_folder.checkpoints import CheckpointError
+from maskvr_ds.run_folder.layout import BERT
 
 # Case, accents, punctuation, another script, a special token spelled out.
 _SAMPLES = ("Hello World, naïve CAFÉ!", "tokens: don't, e-mail, 3.14\n\ttab", "Ünïcode 東京 привет", "a [MASK] b")

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from maskvr_ds.checkpoint import reshard
-from maskvr_ds.run_folder.checkpoints import PROBE, WEIGHTS, CheckpointError, CheckpointState, read_state
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, read_state
+from maskvr_ds.run_folder.layout import PROBE, WEIGHTS
 from maskvr_ds.runtime import distributed
 
 

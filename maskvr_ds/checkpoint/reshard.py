@@ -34,10 +34,9 @@ from maskvr_ds.optim.lamb import parameter_groups
 from maskvr_ds.optim.partitions import Layout, layout_of, trained
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
+from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL
 from maskvr_ds.runtime import files
 
-UNIVERSAL = ".universal"
-CONVERTING = ".converting"
 TENSORS = "universal.safetensors"
 _KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 # Of the engine, in DeepSpeed's file of the model.
@@ -57,8 +56,8 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
 
     Raises CheckpointError where there is no room on the disk, and where DeepSpeed's files have another form.
     """
-    source = files.sha256(folder / checkpoints.MANIFEST)
-    target, temporary = run / checkpoints.FOLDER / UNIVERSAL, run / checkpoints.FOLDER / CONVERTING
+    source = files.sha256(folder / MANIFEST)
+    target, temporary = run / CHECKPOINTS / UNIVERSAL, run / CHECKPOINTS / CONVERTING
     if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
         print(f"conversion of {folder} found in {target}", flush=True)
         return target
@@ -85,7 +84,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
 def remove(run: Path) -> None:
     """Delete what a conversion has left."""
     for name in (UNIVERSAL, CONVERTING):
-        shutil.rmtree(run / checkpoints.FOLDER / name, ignore_errors=True)
+        shutil.rmtree(run / CHECKPOINTS / name, ignore_errors=True)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:

@@ -32,15 +32,10 @@ from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
-from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.run_folder.checkpoints import (
-    BERT,
-    PROBE,
-    WEIGHTS,
-    CheckpointError,
-    CheckpointState,
-)
+from maskvr_ds.run_folder import checkpoints, layout
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.layout import BERT, PROBE, WEIGHTS
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import fsync_path, write_hashed
 
@@ -71,8 +66,8 @@ def save(
     run; nothing of it is left then, and earlier checkpoints are as they were.
     """
     tag = f"step-{state.step:08d}"
-    final = run / checkpoints.FOLDER / tag
-    saving = run / checkpoints.FOLDER / f"{checkpoints.SAVING}-{fence.label}"
+    final = run / layout.CHECKPOINTS / tag
+    saving = run / layout.CHECKPOINTS / f"{layout.SAVING}-{fence.label}"
     folder = saving / tag
     failed: list[Exception] = []
     # Of this rank: file → its bytes, None where they are on the disk already; and what it has written: size, SHA-256.

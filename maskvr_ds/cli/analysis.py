@@ -14,13 +14,13 @@ def add_plot(commands: argparse._SubParsersAction) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from maskvr_ds.telemetry.metrics_file import METRICS
+    from maskvr_ds.run_folder.layout import LOSS_PLOT, METRICS
     from maskvr_ds.telemetry.plots import plot_loss
 
     run = Path(arguments.run_folder)
     if not (run / METRICS).is_file():
         raise ValueError(f"{run}: no {METRICS} there; a run's folder expected")
-    output = Path(arguments.output or run / "loss.png")
+    output = Path(arguments.output or run / LOSS_PLOT)
     plot_loss(run / METRICS, output)
     print(output)
     return 0

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder import checkpoints, layout
 
 EXAMPLES = """examples:
   maskvr checkpoint list runs/mine
@@ -41,7 +41,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     if folder.name.startswith("step-"):
         return [folder]
     if not (found := checkpoints.checkpoints(folder)):
-        raise checkpoints.CheckpointError(f"{folder}: no checkpoint there (nor in its {checkpoints.FOLDER}/)")
+        raise checkpoints.CheckpointError(f"{folder}: no checkpoint there (nor in its {layout.CHECKPOINTS}/)")
     return found
 
 

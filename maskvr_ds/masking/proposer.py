@@ -24,11 +24,10 @@ from maskvr_ds.config import MapNetConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
+from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
 
-# The file of its state in a checkpoint.
-STATE = "mapnet.safetensors"
 _NAMES = (
     "gradient_norm_mean",
     "mapnet_loss",
@@ -289,7 +288,9 @@ class Proposer:
             n for n in {*mine, *tensors} if n not in mine or n not in tensors or mine[n].shape != tensors[n].shape
         ]
         if unlike:
-            raise ValueError(f"{STATE}: of another network than mapnet describes: {', '.join(sorted(unlike)[:3])}")
+            raise ValueError(
+                f"{MAPNET_STATE}: of another network than mapnet describes: {', '.join(sorted(unlike)[:3])}"
+            )
         adam: dict[str, torch.Tensor] = {"step": tensors["step"].clone()}
         for key in ("exp_avg", "exp_avg_sq"):
             adam[key] = torch.zeros_like(self.parameters.detach())

@@ -25,7 +25,8 @@ from types import FrameType
 from maskvr_ds.reliability.signals import SignalDebouncer
 from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED
+from maskvr_ds.run_folder.layout import STOP_REQUEST, STOPPED
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime import terminal
 
 # Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
@@ -103,7 +104,7 @@ def _prepare(parent: int | None) -> None:
 
 
 def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Path, steps: int) -> int:
-    (run / REQUEST).unlink(missing_ok=True)
+    (run / STOP_REQUEST).unlink(missing_ok=True)
     before_start = status.written(run)
     processes = _start(commands, places)
     asked, echoes = False, SignalDebouncer()
@@ -116,12 +117,12 @@ def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Pa
             _end(processes)
             sys.exit(128 + number)
         asked, name = True, signal.Signals(number).name
-        (run / REQUEST).write_text(name + "\n", encoding="utf-8")
+        (run / STOP_REQUEST).write_text(name + "\n", encoding="utf-8")
         terminal.alert(f"{name}: the ranks were asked to save and stop; a second signal ends them at once")
 
     with _handling(pass_on, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         _wait(processes)
-    (run / REQUEST).unlink(missing_ok=True)
+    (run / STOP_REQUEST).unlink(missing_ok=True)
     if status.completed(run, steps, before_start):
         return 0
     if (step := status.step_of(run, STOPPED, before_start)) is not None:

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST
+from maskvr_ds.run_folder.layout import STOP_REQUEST
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime import terminal
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class StopRequest:
 
     def heard(self, run: Path | None) -> bool:
         """Whether this process was asked to stop: by a signal, or by the file in the run's folder, if one is given."""
-        return self._heard or (run is not None and (run / REQUEST).exists())
+        return self._heard or (run is not None and (run / STOP_REQUEST).exists())
 
     def agreed(self, flag: "DeferredTensor") -> bool:
         """Whether any rank had heard one in the step before; the same on every rank, which all call once a step.

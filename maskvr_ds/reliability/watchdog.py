@@ -20,7 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from maskvr_ds.run_folder.status import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT
+from maskvr_ds.run_folder.layout import HEARTBEATS
+from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT
 from maskvr_ds.runtime import distributed
 
 _ABORT = "abort"

@@ -19,17 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.run_folder.fence import OWNER
-from maskvr_ds.run_folder.status import JOBS, LOGS, REQUEST
+from maskvr_ds.run_folder.layout import (
+    CHECKPOINTS,
+    DELETING,
+    JOBS,
+    LATEST,
+    LOGS,
+    MANIFEST,
+    ORIGIN,
+    OWNER,
+    SAVING,
+    STOP_REQUEST,
+)
 from maskvr_ds.runtime.files import fsync_path, sha256, write_hashed
 
 FORMAT = 3
-MANIFEST = "checkpoint.json"
-FOLDER = "checkpoints"
-LATEST = "latest"
-ORIGIN = "origin.json"
-SAVING = ".saving"
-DELETING = ".deleting-"
 _NAME = re.compile(r"step-\d+")
 # What is hashed at once: hashlib lets other threads run.
 _THREADS = 8
@@ -158,7 +162,7 @@ def verify(folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Folders of the run's checkpoints, whole or not, oldest first. A copy under another name is none of them."""
-    return sorted(p for p in (run / FOLDER).glob("step-*") if _NAME.fullmatch(p.name))
+    return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(p.name))
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -199,7 +203,7 @@ def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | 
     if broken:
         names = ", ".join(folder.name for folder, _ in reversed(broken))
         raise CheckpointError(
-            f"{run / FOLDER}: none of {names} is whole ({broken[0][1]}); "
+            f"{run / CHECKPOINTS}: none of {names} is whole ({broken[0][1]}); "
             "remove the run's folder to begin anew, or give --resume another checkpoint"
         )
     if (found_origin := origin(run)) is not None:
@@ -242,10 +246,10 @@ def begun(run: Path) -> bool:
     what a launcher puts there first, and what a kill during a conversion leaves."""
     if not run.exists():
         return False
-    early = (FOLDER, OWNER, JOBS, LOGS, REQUEST)
+    early = (CHECKPOINTS, OWNER, JOBS, LOGS, STOP_REQUEST)
     if any(not p.name.endswith(".partial") and p.name not in early for p in run.iterdir()):
         return True
-    return (run / FOLDER).exists() and any(not p.name.startswith(".") for p in (run / FOLDER).iterdir())
+    return (run / CHECKPOINTS).exists() and any(not p.name.startswith(".") for p in (run / CHECKPOINTS).iterdir())
 
 
 def newest(folder: Path) -> Path:
@@ -254,7 +258,7 @@ def newest(folder: Path) -> Path:
         return folder
     if complete := complete_checkpoints(folder):
         return complete[-1]
-    raise CheckpointError(f"{folder}: no complete checkpoint there (nor in its {FOLDER}/)")
+    raise CheckpointError(f"{folder}: no complete checkpoint there (nor in its {CHECKPOINTS}/)")
 
 
 def remove_old(run: Path, *, keep_last: int, keep_every_steps: int) -> None:
@@ -269,9 +273,9 @@ def remove_from(run: Path, step: int) -> None:
 
     Such are there where a resume has passed them over; their history is not the one that goes on.
     """
-    for rest in (run / FOLDER).glob(f"{SAVING}*"):
+    for rest in (run / CHECKPOINTS).glob(f"{SAVING}*"):
         shutil.rmtree(rest, ignore_errors=True)
-    for rest in (run / FOLDER).glob(f"{DELETING}*"):
+    for rest in (run / CHECKPOINTS).glob(f"{DELETING}*"):
         shutil.rmtree(rest)
     for folder in checkpoints(run):
         if step_of(folder) >= step:
@@ -297,12 +301,3 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         raise CheckpointError(
             f"{folder}: {what} takes about {needed:,} bytes, {free:,} are free; make space and go on with --resume auto"
         )
-
-
-WEIGHTS = "weights.safetensors"
-
-
-PROBE = "probe.safetensors"
-
-
-BERT = "bert"

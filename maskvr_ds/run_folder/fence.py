@@ -23,10 +23,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from maskvr_ds.run_folder.status import ENDED, FAILED, HEARTBEATS, LONGEST_BEAT, clock
+from maskvr_ds.run_folder.layout import HEARTBEATS, OWNER
+from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT, clock
 from maskvr_ds.runtime import slurm_env
 
-OWNER = "owner.json"
 # Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
 FRESH = 2.5 * LONGEST_BEAT
 _RANKS = f"{HEARTBEATS}/*/rank-*"

@@ -13,35 +13,25 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from maskvr_ds.run_folder.layout import COMPLETED, STOP_REQUEST, STOPPED
+
 # sysexits.h: "temporary failure, the user is invited to retry".
 EXIT_STOPPED = os.EX_TEMPFAIL
-# Made by anyone, asks a run to save and stop.
-REQUEST = "stop_requested"
-# {"step": n}: stopped and saved as a signal, or the file above, asked; then also "requested": true.
-STOPPED = "stopped.json"
-# {"step": n}: all that the configuration asked for is done.
-COMPLETED = "completed.json"
-# HEARTBEATS/JOB/rank-00000: signs of life of the ranks (watchdog.py), LONGEST_BEAT seconds apart or less.
-HEARTBEATS = "heartbeats"
 LONGEST_BEAT = 10.0
 # Where a rank is in its last beat: it has left as all do, or with an error of its own.
 ENDED, FAILED = "ended", "failed"
-# Folder of what starts the run's jobs and how that went: `python -m cluster slurm`.
-JOBS = "slurm"
-# Folder of what `python -m cluster launch` and its ranks say, launch by launch.
-LOGS = "logs"
 
 
 def write(run: Path, name: str, step: int) -> None:
     """Leave word of how the run ended: `name` is STOPPED or COMPLETED."""
-    content = {"step": step, **({"requested": True} if (run / REQUEST).exists() else {})}
+    content = {"step": step, **({"requested": True} if (run / STOP_REQUEST).exists() else {})}
     temporary = run / f".{name}.partial"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(run / name)
-    (run / REQUEST).unlink(missing_ok=True)
+    (run / STOP_REQUEST).unlink(missing_ok=True)
 
 
 def clear(run: Path) -> None:
@@ -51,10 +41,10 @@ def clear(run: Path) -> None:
 
 
 def forget_request(run: Path, seconds: float) -> None:
-    """Remove a REQUEST that is older: it was made of an earlier job, which was killed before it heeded it."""
+    """Remove a STOP_REQUEST that is older: it was made of an earlier job, which was killed before it heeded it."""
     with contextlib.suppress(FileNotFoundError):
-        if clock(run) - (run / REQUEST).stat().st_mtime > seconds:
-            (run / REQUEST).unlink()
+        if clock(run) - (run / STOP_REQUEST).stat().st_mtime > seconds:
+            (run / STOP_REQUEST).unlink()
 
 
 def clock(run: Path) -> float:

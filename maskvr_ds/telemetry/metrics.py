@@ -19,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from maskvr_ds.config import MonitorConfig
+from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime import terminal
 from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
-from maskvr_ds.telemetry.metrics_file import METRICS, TRUST_RATIO_FIGURES, TRUST_RATIOS, keep_until
+from maskvr_ds.telemetry.metrics_file import TRUST_RATIO_FIGURES, keep_until
 from maskvr_ds.telemetry.monitors import open_monitors
 
 _HISTOGRAM = "train/trust_ratio_log10"

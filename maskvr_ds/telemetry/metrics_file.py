@@ -8,12 +8,6 @@ from typing import Any
 EVENT = "auto"
 
 
-METRICS = "metrics.jsonl"
-
-
-TRUST_RATIOS = "trust_ratios.jsonl"
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of the steps, in a metrics.jsonl or trust_ratios.jsonl."""
     return [line for line in _read(path) if "event" not in line]

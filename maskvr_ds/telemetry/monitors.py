@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.config import MonitorConfig
-
-_TENSORBOARD, _CSV = "tensorboard", "csv"
-# Which of Weights & Biases' runs this one is.
-WANDB_ID = "wandb_run_id"
+from maskvr_ds.run_folder.layout import CSV, TENSORBOARD, WANDB_ID
 
 
 def open_monitors(folder: Path, monitor: MonitorConfig, samples: int) -> Any:
@@ -24,17 +21,17 @@ def open_monitors(folder: Path, monitor: MonitorConfig, samples: int) -> Any:
     # Given to the engine, they would log its per-rank loss too, and wait for the device at every step.
     wandb = monitor.wandb.model_dump(exclude_none=True) if monitor.wandb else {}
     sections = {
-        "tensorboard": {"enabled": monitor.tensorboard, "output_path": str(folder), "job_name": _TENSORBOARD},
-        "csv_monitor": {"enabled": monitor.csv, "output_path": str(folder), "job_name": _CSV},
+        "tensorboard": {"enabled": monitor.tensorboard, "output_path": str(folder), "job_name": TENSORBOARD},
+        "csv_monitor": {"enabled": monitor.csv, "output_path": str(folder), "job_name": CSV},
         "wandb": {"enabled": monitor.wandb is not None, **wandb},
     }
-    earlier = (folder / _TENSORBOARD).is_dir()
+    earlier = (folder / TENSORBOARD).is_dir()
     with _wandb_run(folder, wanted=monitor.wandb is not None):
         master = MonitorMaster(get_monitor_config(sections))
     if master.tb_monitor is not None and earlier:
         _purge(master.tb_monitor, samples)
     if master.csv_monitor is not None:
-        _cut(master.csv_monitor, folder / _CSV, samples)
+        _cut(master.csv_monitor, folder / CSV, samples)
     return master
 
 

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from maskvr_ds.checkpoint import load
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
-from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.pretrained import WEIGHTS, InitialWeights, weights_file
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder import checkpoints as manifest
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, read_state
+from maskvr_ds.run_folder.layout import CONFIG, MAPNET_STATE
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.distributed import say
 from maskvr_ds.runtime.files import sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
-from maskvr_ds.training.run import CONFIG
 
 if TYPE_CHECKING:
     import deepspeed

@@ -13,12 +13,11 @@ from maskvr_ds.data.loader import Loader
 from maskvr_ds.reliability.divergence import DivergedError, Window
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.layout import METRICS, ROLLBACKS
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.distributed import say
-from maskvr_ds.telemetry.metrics_file import METRICS, append_event
+from maskvr_ds.telemetry.metrics_file import append_event
 from maskvr_ds.training.phases import RunPhase
-
-ROLLBACKS = "rollbacks.json"
 
 
 def merge(windows: list[Window]) -> list[Window]:

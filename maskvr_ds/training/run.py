@@ -12,10 +12,10 @@ from maskvr_ds.models.pretrained import InitialWeights
 from maskvr_ds.run_folder import checkpoints as manifest
 from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.fence import Fence, process_age
+from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.phases import RunPhase
 
-CONFIG = "config.yaml"
 # Seconds that ranks may come to life later than what launches them.
 _LAUNCHING = 60.0
 _MAPNET_MAY_CHANGE = {"lr", "check_every"}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from maskvr_ds.checkpoint import save as checkpoint
 from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
-from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import StepRecord
 from maskvr_ds.training.phases import RunPhase, done

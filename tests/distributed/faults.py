@@ -77,8 +77,9 @@ def _live(act: Act) -> str:
     from maskvr_ds.config import RunConfig
     from maskvr_ds.reliability.signals import StoppedError, StopRequest
     from maskvr_ds.run_folder.checkpoints import complete_checkpoints, step_of
+    from maskvr_ds.run_folder.layout import METRICS
     from maskvr_ds.runtime import distributed
-    from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
+    from maskvr_ds.telemetry.metrics_file import read_lines
     from maskvr_ds.train import train
 
     logging.disable(logging.WARNING)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from maskvr_ds.telemetry.metrics_file import METRICS, read_events
+from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.telemetry.metrics_file import read_events
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, metrics, train_all
 from tests.support.corpora import make_corpus

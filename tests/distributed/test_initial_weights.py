@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export import export
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.telemetry.metrics_file import METRICS, read_events
+from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.telemetry.metrics_file import read_events
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
 from tests.support.corpora import make_corpus

@@ -14,7 +14,8 @@ import yaml
 
 from maskvr_ds.checkpoint.load import read_weights
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST
+from maskvr_ds.run_folder.layout import STOP_REQUEST
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, command, configuration, environment, metrics, run_command, train_all
 from tests.support.corpora import make_corpus
@@ -139,9 +140,9 @@ def test_a_request_that_a_killed_job_has_left_stops_no_other(tmp_path: Path) -> 
     corpus = make_corpus(tmp_path / "corpus", rows=200, words=20)
     config = write_config(tmp_path, corpus, "alone", training={"steps": 6})
     (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / REQUEST).touch()
+    (tmp_path / "alone" / STOP_REQUEST).touch()
     time.sleep(1)
     words = ("train", "--config", config, "--num-gpus", 1, "--resume", "auto")
     assert run_command(*words).returncode == 0
     assert len(metrics(tmp_path / "alone")) == 6
-    assert not (tmp_path / "alone" / REQUEST).exists()
+    assert not (tmp_path / "alone" / STOP_REQUEST).exists()

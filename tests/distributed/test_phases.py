@@ -21,7 +21,7 @@ from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
 from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.telemetry.metrics_file import METRICS
+from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.telemetry.plots import plot_loss
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (

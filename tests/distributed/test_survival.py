@@ -14,8 +14,8 @@ import torch
 from maskvr_ds.checkpoint.load import read_weights
 from maskvr_ds.data.loader import sample_rows
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints, faults, read_state
-from maskvr_ds.run_folder.status import STOPPED
-from maskvr_ds.telemetry.metrics_file import METRICS, read_events
+from maskvr_ds.run_folder.layout import METRICS, STOPPED
+from maskvr_ds.telemetry.metrics_file import read_events
 from tests.distributed.faults import Act, play
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import column, configuration, free_ports, metrics

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from maskvr_ds.checkpoint import load
-from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder import checkpoints, layout
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.telemetry.metrics_file import TRUST_RATIOS, read_lines
+from maskvr_ds.run_folder.layout import TRUST_RATIOS
+from maskvr_ds.telemetry.metrics_file import read_lines
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
     NO_DROPOUT,
@@ -151,11 +152,11 @@ def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path:
     run = tmp_path / "run"
     shutil.copytree(same_runs["zero2-2"], run)
     (folder,) = complete_checkpoints(run)
-    weights = load_file(folder / checkpoints.WEIGHTS)
+    weights = load_file(folder / layout.WEIGHTS)
     weights["bert.encoder.layer.0.output.dense.weight"][3, 3] += 0.5
-    save_file(weights, folder / checkpoints.WEIGHTS)
+    save_file(weights, folder / layout.WEIGHTS)
     state = checkpoints.read_state(folder)
-    (folder / checkpoints.MANIFEST).unlink()
+    (folder / layout.MANIFEST).unlink()
     checkpoints.write_manifest(folder, vars(state))
     with pytest.raises(export.ExportError, match="differ from the engine's"):
         export.export(run, tmp_path / "model")

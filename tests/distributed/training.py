@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.engine import master_weights
-from maskvr_ds.telemetry.metrics_file import METRICS, read_lines
+from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.telemetry.metrics_file import read_lines
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {

@@ -48,11 +48,11 @@ from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACL
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.factory import create_masker, sequence_copies
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.masking.proposer import STATE as MAPNET_STATE
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import Proposal, segments
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.runtime import distributed
 
 RESULT, PLOT = "variance.json", "variance.png"

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.status import last_step, read_status, runs_of
-from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder import fence, layout
 from maskvr_ds.run_folder import status as outcome
 
 
@@ -37,8 +37,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def gone(run: Path) -> None:
     """The owner's process is not there any more."""
-    owner = json.loads((run / fence.OWNER).read_text())
-    (run / fence.OWNER).write_text(json.dumps({**owner, "started": 0}))
+    owner = json.loads((run / layout.OWNER).read_text())
+    (run / layout.OWNER).write_text(json.dumps({**owner, "started": 0}))
 
 
 def queue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
@@ -73,10 +73,10 @@ def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beat(run, 3)
     assert read_status(run).state == "running"
     beat(run, 300)
-    outcome.write(run, outcome.STOPPED, 20)
+    outcome.write(run, layout.STOPPED, 20)
     assert read_status(run).state == "stopped"
     outcome.clear(run)
-    outcome.write(run, outcome.COMPLETED, 30)
+    outcome.write(run, layout.COMPLETED, 30)
     assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json names step 30")
 
 
@@ -98,7 +98,7 @@ def test_squeue_says_more(run: Path, monkeypatch: pytest.MonkeyPatch, answer: st
     queue(run.parent, monkeypatch, answer)
     # Requeued, a job has saved before.
     if answer.startswith("PENDING"):
-        outcome.write(run, outcome.STOPPED, 20)
+        outcome.write(run, layout.STOPPED, 20)
     status = read_status(run)
     assert (status.state, status.nodes) == (state, nodes)
     if state == "queued":

@@ -16,7 +16,8 @@ import pytest
 
 from cluster.hosts import launch, remote, supervisor
 from maskvr_ds.reliability.signals import DEBOUNCE_SECONDS
-from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST, STOPPED
+from maskvr_ds.run_folder.layout import STOP_REQUEST, STOPPED
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 from tests.unit.cluster.test_launch import make_plan
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 RANK = """
 import json, sys, time
 from pathlib import Path
-from maskvr_ds.run_folder import status as outcome
+from maskvr_ds.run_folder import layout, status
 run, asked, beat = Path(sys.argv[1]), 0, 0
 while asked < 30:
     with (run / "rank-00000.log").open("a") as log:
@@ -32,8 +33,8 @@ while asked < 30:
     beat += 1
     (run / "rank-00000.json").write_text(json.dumps({"beat": beat, "state": "R"}))
     time.sleep(0.1)
-    asked += (run / outcome.REQUEST).exists()
-outcome.write(run, outcome.STOPPED, 5)
+    asked += (run / layout.STOP_REQUEST).exists()
+status.write(run, layout.STOPPED, 5)
 (run / "rank-00000.json").write_text(json.dumps({"beat": beat + 1, "state": "R", "status": 75}))
 """
 
@@ -75,7 +76,7 @@ def launched(run: Path, stdin: int, out: int) -> Iterator["subprocess.Popen[byte
     finally:
         process.kill()
         process.wait()
-        (run / REQUEST).touch()  # a rank that is left ends then
+        (run / STOP_REQUEST).touch()  # a rank that is left ends then
 
 
 def test_a_terminal_that_hangs_up_costs_nothing(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_second_one_or_another_ends_everything(tmp_path: Path, number: signal.
         if wait:
             process.send_signal(signal.SIGTERM)
             time.sleep(wait)
-            assert (tmp_path / REQUEST).exists()
+            assert (tmp_path / STOP_REQUEST).exists()
         process.send_signal(number)
         assert process.wait(60) == 128 + number
     assert not (tmp_path / STOPPED).exists()

@@ -15,8 +15,9 @@ from data_pipeline.shards import Corpus
 from maskvr_ds.config.reliability import DivergenceConfig
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.reliability.divergence import DivergedError, Guard
+from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.telemetry.metrics import MetricsLog
-from maskvr_ds.telemetry.metrics_file import METRICS, append_event, read_events, read_lines
+from maskvr_ds.telemetry.metrics_file import append_event, read_events, read_lines
 from maskvr_ds.training.rollback import batches, merge, position, read_rollbacks, windows_of, write_rollbacks
 from tests.support.corpora import make_corpus
 

@@ -17,7 +17,8 @@ import pytest
 from maskvr_ds import cli
 from maskvr_ds.config import load_config
 from maskvr_ds.reliability import launch
-from maskvr_ds.run_folder.status import EXIT_STOPPED, REQUEST
+from maskvr_ds.run_folder.layout import STOP_REQUEST
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 
 RANK = """
 import json, os, pathlib, signal, sys, time
@@ -162,7 +163,7 @@ def test_echoes_of_a_signal_are_one_request(tmp_path: Path, signals: Sequence[st
         process.send_signal(signal.Signals[f"SIG{name}"])
         time.sleep(0.1)
     assert process.wait(60) == EXIT_STOPPED
-    assert not (tmp_path / "run" / REQUEST).exists()
+    assert not (tmp_path / "run" / STOP_REQUEST).exists()
 
 
 @pytest.mark.usefixtures("module")

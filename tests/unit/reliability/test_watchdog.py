@@ -10,7 +10,7 @@ import pytest
 from maskvr_ds.reliability import watchdog
 from maskvr_ds.reliability.watchdog import Watchdog
 from maskvr_ds.run_folder import fence
-from maskvr_ds.run_folder.status import HEARTBEATS
+from maskvr_ds.run_folder.layout import HEARTBEATS
 from maskvr_ds.runtime import distributed
 
 # Far longer than a test waits.

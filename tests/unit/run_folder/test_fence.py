@@ -12,8 +12,8 @@ import pytest
 
 from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.checkpoints import begun
-from maskvr_ds.run_folder.fence import OWNER, Fence, FencedError, Owner, read, take
-from maskvr_ds.run_folder.status import JOBS
+from maskvr_ds.run_folder.fence import Fence, FencedError, Owner, read, take
+from maskvr_ds.run_folder.layout import JOBS, OWNER
 
 # Takes the run, says so, stays.
 HOLDER = """

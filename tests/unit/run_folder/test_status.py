@@ -7,7 +7,7 @@ import pytest
 
 from maskvr_ds.reliability import launch
 from maskvr_ds.run_folder import status
-from maskvr_ds.run_folder.status import COMPLETED, REQUEST, STOPPED
+from maskvr_ds.run_folder.layout import COMPLETED, STOP_REQUEST, STOPPED
 
 
 def test_what_an_earlier_job_has_left_is_no_word_of_this_one(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_ranks_that_refuse_the_run_leave_its_end_as_it_was(tmp_path: Path, end: 
 
 def test_a_request_to_an_earlier_job_is_forgotten(tmp_path: Path) -> None:
     status.forget_request(tmp_path, 0)
-    request = tmp_path / REQUEST
+    request = tmp_path / STOP_REQUEST
     request.touch()
     status.forget_request(tmp_path, 30)
     assert request.exists(), "made since"

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from maskvr_ds.config import MonitorConfig
+from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import MetricsLog, StepRecord, trust_ratio_figures
-from maskvr_ds.telemetry.metrics_file import METRICS, TRUST_RATIOS, read_lines
+from maskvr_ds.telemetry.metrics_file import read_lines
 from maskvr_ds.telemetry.plots import plot_loss
 
 QUIET = MonitorConfig(tensorboard=False, csv=False, histogram_every=2)
