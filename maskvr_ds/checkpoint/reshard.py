@@ -16,6 +16,7 @@ Collectives: `load` has DeepSpeed gather stage 3's persistent parameters; nothin
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -36,6 +37,8 @@ from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL
 from maskvr_ds.runtime import files
+
+logger = logging.getLogger(__name__)
 
 TENSORS = "universal.safetensors"
 _KINDS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -59,12 +62,15 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     source = files.sha256(folder / MANIFEST)
     target, temporary = run / CHECKPOINTS / UNIVERSAL, run / CHECKPOINTS / CONVERTING
     if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
-        print(f"conversion of {folder} found in {target}", flush=True)
+        logger.info("conversion of %s found in %s", folder, target)
         return target
-    print(
-        f"converting {folder}: written by {was.world_size} ranks at ZeRO stage {was.zero_stage}, "
-        f"read by {now.world_size} at stage {now.zero_stage}",
-        flush=True,
+    logger.info(
+        "converting %s: written by %d ranks at ZeRO stage %d, read by %d at stage %d",
+        folder,
+        was.world_size,
+        was.zero_stage,
+        now.world_size,
+        now.zero_stage,
     )
     for rest in (target, temporary):
         shutil.rmtree(rest, ignore_errors=True)
@@ -77,7 +83,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     checkpoints.write_manifest(temporary, {"source": source, **content})
     temporary.rename(target)
     files.fsync_path(target.parent)
-    print(f"converted: {len(tensors)} tensors in {target}", flush=True)
+    logger.info("converted: %d tensors in %s", len(tensors), target)
     return target
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from maskvr_ds.run_folder.layout import COMPLETED, STOP_REQUEST, STOPPED
+from maskvr_ds.runtime.files import atomic_write
 
 # sysexits.h: "temporary failure, the user is invited to retry".
 EXIT_STOPPED = os.EX_TEMPFAIL
@@ -25,12 +26,7 @@ ENDED, FAILED = "ended", "failed"
 def write(run: Path, name: str, step: int) -> None:
     """Leave word of how the run ended: `name` is STOPPED or COMPLETED."""
     content = {"step": step, **({"requested": True} if (run / STOP_REQUEST).exists() else {})}
-    temporary = run / f".{name}.partial"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run / name)
+    atomic_write(run / name, json.dumps(content))
     (run / STOP_REQUEST).unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from maskvr_ds.runtime import distributed, slurm_env, terminal
+from maskvr_ds.runtime import slurm_env
 
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -191,8 +191,3 @@ def run_on_rank0(action: Callable[[], T]) -> T:
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def say(text: str) -> None:
-    if distributed.rank() == 0:
-        terminal.say(text)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import atomic_write
 
 MIB = 2**20
 _LENGTHS = (1, 1_003, 262_147)
@@ -151,9 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = measure(size)
         if distributed.rank() == 0:
             output = Path(arguments.output)
-            temporary = output.with_name(f".{output.name}.partial")
-            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            temporary.replace(output)
+            atomic_write(output, json.dumps(result, indent=1))
         distributed.barrier()
 
     # RuntimeError: what a link that fails in the middle of a collective comes as.

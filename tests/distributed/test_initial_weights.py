@@ -134,7 +134,7 @@ def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path:
     assert answers[0] == [None, None]
     assert answers[1] == answers[3] == "killed"
     for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not there)", "is not set"), strict=True):
-        assert f"it began with those of {once} (SHA-256 " in refused
+        assert f"it was initialised from {once} (SHA-256 " in refused
         assert now in refused
     assert answers[4] == [None]
     assert "no such folder; a local one expected" in answers[5][0]

@@ -189,7 +189,7 @@ def test_mapnet_goes_on_over_the_boundary(runs: Runs) -> None:
     steps = {}
     for run in (runs.folder / "whole", runs.folder / "zero1_fp32"):
         for saved in complete_checkpoints(run):
-            tensors = load.read_beside(saved, "mapnet.safetensors")
+            tensors = load.read_extra(saved, "mapnet.safetensors")
             steps[run.name, checkpoints.read_state(saved).step] = tensors and tensors["step"].item()
     assert steps == {
         ("whole", SHORT): SHORT,
