@@ -233,7 +233,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(played: Pl
         pytest.skip("no right to mount a tmpfs")
     run = played.disk / "run"
     assert any("could not be written and was discarded" in said for said in played.said["full"]), played.said
-    assert any("checkpoint step-00000008 takes about" in said for said in played.said["no room"]), played.said
+    assert any("checkpoint step-00000008 needs about" in said for said in played.said["no room"]), played.said
     assert played.said["room"] == ["done", "done"]
     played.same_as_whole(run)
 
