@@ -26,10 +26,12 @@ from pathlib import Path
 from maskvr_ds.run_folder.layout import HEARTBEATS, OWNER
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT, clock
 from maskvr_ds.runtime import slurm_env
+from maskvr_ds.runtime.heartbeats import RANK_FILES, rank_of, read_record
+from maskvr_ds.runtime.processes import pid_namespace, start_time
 
 # Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
 FRESH = 2.5 * LONGEST_BEAT
-_RANKS = f"{HEARTBEATS}/*/rank-*"
+_RANKS = f"{HEARTBEATS}/*/{RANK_FILES}"
 
 
 class FencedError(ValueError):
@@ -117,8 +119,8 @@ def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> 
         token=secrets.token_hex(8),
         host=socket.gethostname(),
         pid=os.getpid(),
-        started=_started(os.getpid()) or 0,
-        namespace=_namespace(),
+        started=start_time(os.getpid()) or 0,
+        namespace=pid_namespace(),
         job=job,
         restarts=restarts,
         nodes=environment.get("SLURM_JOB_NODELIST", "") if job else "",
@@ -151,7 +153,7 @@ def at_work(run: Path, owner: Owner) -> bool:
     heartbeats (one that is still loading, or has hangs.timeout 0) cannot be seen.
     """
     if _is_here(owner):
-        return owner.started == _started(owner.pid)
+        return owner.started == start_time(owner.pid)
     ages = heartbeat_ages(run)
     if not ages or min(ages.values()) > FRESH:
         return False
@@ -168,9 +170,10 @@ def heartbeat_ages(run: Path) -> dict[int, float]:
     """Rank → seconds since its last sign of life, by the clock of the file system; ranks that have ended left out."""
     now, ages = clock(run), {}
     for path in run.glob(_RANKS):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text(encoding="utf-8"))["place"] not in (ENDED, FAILED):
-                ages[int(path.name.removeprefix("rank-"))] = max(0.0, now - path.stat().st_mtime)
+        record = read_record(path)
+        if record is not None and record["place"] not in (ENDED, FAILED):
+            with contextlib.suppress(OSError, ValueError):
+                ages[rank_of(path)] = max(0.0, now - path.stat().st_mtime)
     return ages
 
 
@@ -184,28 +187,4 @@ def _beats(run: Path) -> dict[str, str]:
 
 def _is_here(owner: Owner) -> bool:
     """Whether its process id is one of this host's."""
-    return (owner.host, owner.namespace) == (socket.gethostname(), _namespace())
-
-
-def _namespace() -> str:
-    """Of process ids."""
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def process_age() -> float:
-    """Seconds since this process started: to a clock tick, which the time of boot, in whole seconds, does not allow."""
-    started = _started(os.getpid())
-    return 0.0 if started is None else time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None where it does not run (any more)."""
-    try:
-        # The name in parentheses may hold blanks and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return (owner.host, owner.namespace) == (socket.gethostname(), pid_namespace())

@@ -13,10 +13,11 @@ from maskvr_ds.config import ConfigError, RunConfig, dump_config
 from maskvr_ds.data.mixture import corpora_identity
 from maskvr_ds.models.pretrained import InitialWeights
 from maskvr_ds.run_folder import checkpoints, status
-from maskvr_ds.run_folder.fence import Fence, process_age
+from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.processes import process_age
 from maskvr_ds.training.phases import RunPhase
 
 # Seconds by which ranks may start later than their launcher.
