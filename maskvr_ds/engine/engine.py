@@ -14,7 +14,7 @@ from transformers import BertConfig
 
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
-from maskvr_ds.engine.deepspeed_patches import hold_loss_scale, import_muon
+from maskvr_ds.engine.deepspeed_patches import check_deepspeed, hold_loss_scale, import_muon, update_loss_scale
 from maskvr_ds.engine.ds_config import check_device, complete_deepspeed_config, model_dtype
 from maskvr_ds.engine.master_weights import set_masters
 from maskvr_ds.models import pretrained
@@ -42,6 +42,7 @@ def create_engine(
 
     Raises ConfigError, on every rank alike, where this machine cannot compute in the precision, or weights do not fit.
     """
+    check_deepspeed()
     distributed.run_collectively(lambda: check_device(deepspeed_config))
     # Its warnings here are that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
@@ -119,5 +120,5 @@ def step_and_norm(engine: deepspeed.DeepSpeedEngine, norm: torch.Tensor | float 
             f"gradients overflow at the loss scale {scale:g}, which cannot fall further (fp16.loss_scale, "
             "fp16.min_loss_scale); resume from the last checkpoint with a lower optimizer.lr, or in bf16"
         )
-    type(engine.optimizer)._update_scale(engine.optimizer, overflow)
+    update_loss_scale(engine.optimizer, overflow)
     return norm
