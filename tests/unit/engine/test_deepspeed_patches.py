@@ -138,7 +138,7 @@ def test_installed_version_has_every_part(caplog: pytest.LogCaptureFixture) -> N
     ):
         patches.hold_loss_scale(object.__new__(zero_optimizer))
     engine = Engine()
-    engine.checkpoint_engine = TorchCheckpointEngine()  # type: ignore[assignment]
+    engine.checkpoint_engine = TorchCheckpointEngine()
     capture(engine)
 
 
@@ -181,7 +181,7 @@ def test_optimizer_steps_only_if_allowed(norm: Any, expected: float) -> None:
         asked.append(float(norm))
         return next(answers)
 
-    patches.gate_optimizer_step(engine, allow)  # type: ignore[arg-type]
+    patches.gate_optimizer_step(engine, allow)
     assert [engine.basic_optimizer.step() for _ in range(3)] == ["stepped", None, "stepped"]
     assert engine.basic_optimizer.steps == 2
     assert asked == [expected] * 3
@@ -192,7 +192,7 @@ def test_saved_files_are_captured(tmp_path: Path, in_memory: bool) -> None:
     engine, good, bad = Engine(), tmp_path / "good.pt", tmp_path / "no" / "folder.pt"
     files: dict[Path, memoryview | None] = {}
     failed: list[Exception] = []
-    with patches.capture_saved_files(engine, files, failed, in_memory=in_memory):  # type: ignore[arg-type]
+    with patches.capture_saved_files(engine, files, failed, in_memory=in_memory):
         engine.checkpoint_engine.save(state_dict={"a": torch.ones(3)}, path=str(good))
         engine.checkpoint_engine.save(lambda: None if in_memory else {}, str(bad))  # what fails: pickling, or the path
         engine._copy_recovery_script(str(tmp_path))
@@ -212,7 +212,7 @@ def test_saved_files_are_captured(tmp_path: Path, in_memory: bool) -> None:
 
 def test_parts_are_restored_after_an_error() -> None:
     engine = Engine()
-    context = patches.capture_saved_files(engine, {}, [], in_memory=True)  # type: ignore[arg-type]
+    context = patches.capture_saved_files(engine, {}, [], in_memory=True)
     with suppress(ZeroDivisionError), context:
         raise ZeroDivisionError
     assert "save" not in vars(engine.checkpoint_engine)
