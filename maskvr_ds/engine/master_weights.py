@@ -11,7 +11,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch._utils import _unflatten_dense_tensors
 
 from maskvr_ds.optim import lamb
-from maskvr_ds.optim.partitions import layout_of, trained
+from maskvr_ds.optim.partitions import layout_of, trainable
 from maskvr_ds.runtime import distributed
 
 
@@ -66,7 +66,7 @@ def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tens
             separate[parameter].copy_(weights[name])
         return
     given = [p for group in lamb.parameter_groups(engine.module) for _, p in group["params"]]
-    layout = layout_of(engine, trained([{"params": given}]), engine.basic_optimizer.param_groups)
+    layout = layout_of(engine, trainable([{"params": given}]), engine.basic_optimizer.param_groups)
     for flat, partition in layout.partitions.items():
         for fragment in partition.fragments:
             source = weights[layout.names[fragment.tensor]].view(-1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from maskvr_ds.data.batch import TokenBatch
-from maskvr_ds.engine.engine import step_and_norm, replicated_grad_norm
+from maskvr_ds.engine.engine import replicated_grad_norm, step_and_norm
 from maskvr_ds.masking.masker import Masker, data_digest, mask_digest
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.losses import weighted_loss

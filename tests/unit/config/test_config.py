@@ -82,7 +82,7 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("optimiser.lr=1", "optimiser: unknown key; known here: output_dir"),
         ("monitor.wandb={project: p, teem: x}", "monitor.wandb.teem: unknown key; known here: project, group, team"),
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0 .given: 0."),
-        ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: 0 ≤ min ≤ max expected"),
+        ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: expected 0 ≤ min ≤ max"),
         ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
         ("optimizer={variant: nvidia, gradient_clipping: 0}", "norm of at most 1, gradient_clipping is 0; set it to 1"),
         ("optimizer={name: adam, variant: nvidia}", "are LAMB's; optimizer.name is adam"),
