@@ -186,7 +186,7 @@ def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     if isinstance(zero, FP16_Optimizer):
         raise CheckpointError(f"going on at stage 0 in bf16 with {FLATTENED}; resume at stage 1, 2 or 3")
     given = [p for group in parameter_groups(engine.module) for _, p in group["params"]]
-    layout = layout_of(engine, trained([{"params": given}]), optimizer.param_groups)
+    layout = layout_of(engine, trainable([{"params": given}]), optimizer.param_groups)
     stage = engine.zero_optimization_stage()
     if stage == 3:
         zero.checkpoint_event_prologue()  # every parameter is partitioned, the small ones too

@@ -182,9 +182,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         indices = [group.get("group_index") for group in self.param_groups]
         if indices.count(indices[0]) < 2 or indices[0] is None:  # None: loaded from another optimizer's state
             return
-        warnings.warn(
-            "loading a checkpoint overwrote the settings of parameter groups; restored as constructed", stacklevel=3
-        )
+        warnings.warn("loading overwrote the settings of parameter groups; restored as constructed", stacklevel=3)
         rates = [group["lr"] for group in self.param_groups]
         first = self._given[0]["lr"]
         for group, given in zip(self.param_groups, self._given, strict=True):

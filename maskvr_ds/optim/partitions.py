@@ -166,9 +166,9 @@ def _check(layout: Layout) -> None:
             in_model = fragment.of_model(layout.tensors[fragment.tensor])
             if not torch.equal(fragment.of_partition(flat.detach()).to(in_model), in_model):
                 raise RuntimeError(
-                    f"{layout.names[fragment.tensor]}: the optimizer's fragment differs from the model's weights. Either "
-                    "the weights were changed after deepspeed.initialize (call bind before), or this version of DeepSpeed "
-                    "partitions differently (tested with 0.19)"
+                    f"{layout.names[fragment.tensor]}: the optimizer's fragment differs from the model's weights. "
+                    "Either the weights were changed after deepspeed.initialize (call bind before), or this version "
+                    "of DeepSpeed partitions differently (tested with 0.19)"
                 )
 
 
