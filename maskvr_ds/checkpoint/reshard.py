@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from maskvr_ds.optim.lamb import parameter_groups
-from maskvr_ds.optim.partitions import Layout, layout_of, trained
+from maskvr_ds.optim.partitions import Layout, layout_of, trainable
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL
