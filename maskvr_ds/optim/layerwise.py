@@ -210,9 +210,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         """Update the moments of one group's partitions and append their u to `_pending`."""
         partitions: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if any(p is pending for u in self._pending for pending in u.partitions for p in partitions):
-            raise RuntimeError(
-                f"{type(self).__name__}.step was called twice for one partition before all others"
-            )
+            raise RuntimeError(f"{type(self).__name__}.step was called twice for one partition before all others")
         if any(cast(Tensor, p.grad).is_sparse for p in partitions):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use Embedding(sparse=False)")
         # Usually a single group; tensors without a gradient in some step lag behind.
