@@ -85,7 +85,7 @@ def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
     with pytest.raises(FencedError, match="writes nothing more"):
         former.take(4)
     (tmp_path / OWNER).unlink()
-    with pytest.raises(FencedError, match="is gone"):
+    with pytest.raises(FencedError, match="is missing"):
         later.check()
     (tmp_path / JOBS).mkdir()
     assert not is_started(tmp_path), "a run that was only taken may be started without --resume"
