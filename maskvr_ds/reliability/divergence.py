@@ -3,7 +3,7 @@
 1. Its update is left out: neither weights nor moments see it (MAPNet learns from those of its gradient norms that are
    finite). The loss is known to all ranks before the optimizer steps, and so is the norm that DeepSpeed has taken by
    then; the optimizer's step is held back between the two.
-2. Where more than `skip_updates` of the last `history` steps were so, the run goes back to its last checkpoint, and
+2. Where more than `max_skipped` of the last `history` steps were so, the run goes back to its last checkpoint, and
    passes over the batches of those steps from there on. After `max_rollbacks` to one checkpoint it ends.
 3. Nothing is saved after a step whose update was left out: the fault may be the weights'. What is due is saved after
    the next good step; a phase that would end on such a step goes back too.
@@ -111,7 +111,7 @@ class Guard:
     def check(self, step: int, *, is_last: bool) -> None:
         """Raise DivergedError, on every rank alike, where updates were left out too often, or that of a phase's last
         step."""
-        if self._fault is not None and (is_last or len(self._bad) > self._config.skip_updates):
+        if self._fault is not None and (is_last or len(self._bad) > self._config.max_skipped):
             margin = self._config.margin
             windows = [(max(0, b - margin), b + margin + 1) for _, b in self._bad]
             raise DivergedError(step, self._fault, windows)

@@ -226,12 +226,13 @@ def make_chooser(
     """sequence_flops: of the model's forward and backward pass over one sequence."""
     config, length = phase.config, loader.corpus.sequence_length
     most = segments(length - 2, config.masking.rate)
-    cost = config.mapnet.cost
+    mapnet_config = config.masking.mapnet
+    cost = mapnet_config.cost
     if cost is None:
-        network = {name: getattr(config.mapnet, name) for name in ("layers", "hidden", "reach")}
+        network = {name: getattr(mapnet_config, name) for name in ("layers", "hidden", "reach")}
         cost = mapnet.flops_per_sequence(**network, sequence_length=length) / sequence_flops
     return Chooser(
-        config.auto,
+        config.masking.auto,
         engine=engine,
         masker=masker,
         loader=loader,
