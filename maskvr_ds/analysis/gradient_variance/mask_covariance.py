@@ -16,13 +16,13 @@ import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.masking.pareto import NEVER, POSITION_MASK, ascending
-from maskvr_ds.masking.strategies import CHOICE, Choice, Parameters, Rows, row_keys
+from maskvr_ds.masking.strategies import SELECTION, Parameters, Rows, Selection, row_keys
 
 WINDOWS = 8
 _STEPS = WINDOWS - 2
 
 
-def windows(rows: Rows, _: Parameters) -> Choice:
+def windows(rows: Rows, _: Parameters) -> Selection:
     """A strategy: epoch e draws window e mod W of round e div W. Weights 1.
 
     With rates above 1/2 the last windows are no further apart than a row allows.
@@ -30,11 +30,11 @@ def windows(rows: Rows, _: Parameters) -> Choice:
     number = rows.batch.epochs % WINDOWS
     round_ = rows.batch.epochs.div(WINDOWS, rounding_mode="floor")
     keys = row_keys(rows.seed, replace(rows.batch, epochs=round_))[:, None]
-    bits = hashing.stream(keys, rows.places + CHOICE)
+    bits = hashing.stream(keys, rows.places + SELECTION)
     order = ascending((bits & ~POSITION_MASK).masked_fill_(~rows.maskable, NEVER) + rows.places) & POSITION_MASK
     slots = torch.arange(rows.width, device=order.device)
     positions = order.gather(1, (shifts(rows.n, rows.counts, number)[:, None] + slots) % order.shape[1])
-    return Choice(positions, slots < rows.counts[:, None], torch.ones_like(positions, dtype=torch.float64))
+    return Selection(positions, slots < rows.counts[:, None], torch.ones_like(positions, dtype=torch.float64))
 
 
 def shifts(n: torch.Tensor, counts: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
