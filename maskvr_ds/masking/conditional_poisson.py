@@ -101,7 +101,7 @@ class ConditionalPoisson:
         self._table = self._suffixes()
 
     def _suffixes(self) -> torch.Tensor:
-        """T, float64 [L + 1, K + 2, B]: entry [i, j + 1] is T_i(j); [i, 0] is T_i(−1) = 0, which avoids a special case."""
+        """T, float64 [L + 1, K + 2, B]: entry [i, j + 1] is T_i(j); [i, 0] is T_i(−1) = 0, to avoid a special case."""
         length, rows = self._p.shape
         table = self._p.new_empty(length + 1, self.width + 2, rows)
         table[length] = 0

@@ -33,8 +33,8 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
             below = config.batch.global_size // copies * copies
             sizes = [size for size in (below, below + copies) if size]
             raise ConfigError(
-                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the number of segments of "
-                f"a sequence in one global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
+                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the number of segments "
+                f"of a sequence in one global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
                 "masking.segments_per_sequence to a divisor of it"
             )
     if masking.strategy == "auto" and config.auto.rows > corpus.rows:

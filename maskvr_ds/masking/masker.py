@@ -86,7 +86,7 @@ class Masker:
                 raise ValueError(f"masking.{name} is {value}; it must lie between 0 and 1, both excluded")
         if sequence_length > 1 << POSITION_BITS:
             raise ValueError(
-                f"sequence length {sequence_length} exceeds {1 << POSITION_BITS}, the maximum that masks can be drawn for"
+                f"sequence length {sequence_length} exceeds {1 << POSITION_BITS}, the maximum for drawing masks"
             )
         self.strategy = STRATEGIES[strategy]
         self.parameters = (parameters or Parameters()).to(device)

@@ -85,7 +85,7 @@ class Proposer:
                 reach=config.reach,
             )
         self.net = net.to(device)
-        # One flat tensor of all parameters, and one of the sums and all gradients: reduction and optimizer copy nothing.
+        # One flat tensor of all parameters, one of the sums and all gradients: reduction and optimizer need no copies.
         self._head = _SUMS + 2 * distributed.world_size()
         self.parameters = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.net.parameters()]))
         self._buffer = torch.zeros(self._head + len(self.parameters), device=device)
@@ -253,7 +253,7 @@ class Proposer:
             )
 
     def check_replicas(self) -> None:
-        """Compare the ranks' parameters. Raises ReplicaError on all ranks, naming those that differ from the majority."""
+        """Compare the ranks' parameters. Raises ReplicaError on all ranks, naming those unlike the most common."""
         hashes = torch.zeros(distributed.world_size(), dtype=torch.int64, device=self._buffer.device)
         hashes[distributed.rank()] = bits_hash(self.parameters.detach())
         all_hashes = distributed.all_reduce_sum(hashes).tolist()
@@ -315,7 +315,7 @@ def bits_hash(flat: torch.Tensor) -> torch.Tensor:
 
 
 class _Clock(AbstractContextManager["_Clock"]):
-    """Seconds spent inside `with`, measured without synchronisation: by CUDA events on a GPU, else by the host's clock."""
+    """Seconds spent inside `with`, without synchronisation: by CUDA events on a GPU, else by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         mark: Callable[[], Any] = time.perf_counter

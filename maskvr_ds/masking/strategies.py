@@ -45,7 +45,7 @@ def round_half_up(x: float) -> int:
 
 
 def maximum_predictions(sequence_length: int, rate: float) -> int:
-    """K: the maximum number of predictions in a row of `sequence_length` tokens, of which [CLS] and [SEP] are special."""
+    """K: maximum number of predictions in a row of `sequence_length` tokens, of which [CLS] and [SEP] are special."""
     return max(1, round_half_up(rate * (sequence_length - 2)))
 
 
