@@ -30,8 +30,7 @@ from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import CONFIG, METRICS
-from maskvr_ds.telemetry.metrics_file import EVENT as MEASURED
-from maskvr_ds.telemetry.metrics_file import read_events, read_lines
+from maskvr_ds.telemetry.metrics_file import AUTO_EVENT, read_events, read_lines
 from maskvr_ds.training.corpora import open_corpora
 
 RESULT, PLOT = "compare.json", "compare.png"
@@ -115,7 +114,7 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
     """(step, seconds of training until then, held-out loss) of every evaluation."""
     seconds, points = 0.0, []
     measuring = {
-        event["step"]: event["seconds"] for event in read_events(folder / METRICS) if event["event"] == MEASURED
+        event["step"]: event["seconds"] for event in read_events(folder / METRICS) if event["event"] == AUTO_EVENT
     }
     for line in read_lines(folder / METRICS):
         # What is measured after a step counts from the next one on.
