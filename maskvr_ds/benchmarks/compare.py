@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.analysis.gradient_variance.report import folded
+from maskvr_ds.analysis.gradient_variance.report import wrapped_label
 from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
@@ -225,7 +225,7 @@ def plot(result: dict[str, Any], output: Path) -> None:
         steps = [point[0] for point in runs[0]["curve"]]
         losses = list(zip(*([point[2] for point in run["curve"]] for run in runs), strict=False))
         (line,) = left.plot(
-            steps[: len(losses)], [statistics.fmean(x) for x in losses], linewidth=1.2, label=folded(name)
+            steps[: len(losses)], [statistics.fmean(x) for x in losses], linewidth=1.2, label=wrapped_label(name)
         )
         left.fill_between(
             steps[: len(losses)], list(map(min, losses)), list(map(max, losses)), alpha=0.15, color=line.get_color()
@@ -240,7 +240,7 @@ def plot(result: dict[str, Any], output: Path) -> None:
     left.set_xlabel("step")
     left.set_ylabel("held-out loss [nats]")
     right.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    right.set_yticks(range(len(names)), [folded(name) for name in names], fontsize=6)
+    right.set_yticks(range(len(names)), [wrapped_label(name) for name in names], fontsize=6)
     right.set_ylim(len(names) - 0.5, -0.5)
     right.set_xlabel(f"× fewer than {result['baseline']} to its last loss; a mark a seed", fontsize=8)
     middle.set_ylabel(f"held-out loss − that of {result['baseline']}")
