@@ -42,7 +42,7 @@ def wrapped_label(name: str) -> str:
 
 
 def plot(report: dict[str, Any], output: Path) -> None:
-    """Plot data and mask variance by strategy, ratios by layer, and correlation by Hamming distance if measured: PNG."""
+    """Plot data and mask variance by strategy, ratios by layer and, if measured, correlation by Hamming distance."""
     import matplotlib
 
     matplotlib.use("Agg")
