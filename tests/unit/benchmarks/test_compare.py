@@ -34,7 +34,7 @@ def arguments(tmp_path: Path, corpus: Path, **others: object) -> Namespace:
     values = {
         "config": "demo_cpu",
         "assignments": [f"data.path={corpus}", "training.steps=60"],
-        "strategies": ["uniform", "span:span_maximum=3"],
+        "strategies": ["uniform", "span:max_length=3"],
         "seeds": [0, 1],
         "output": str(tmp_path / "out"),
         "target": None,
@@ -62,13 +62,13 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     jobs = plan(arguments(tmp_path, corpus))
     assert [(job.spec.text, job.seed) for job in jobs] == [
         ("uniform", 0),
-        ("span:span_maximum=3", 0),
+        ("span:max_length=3", 0),
         ("uniform", 1),
-        ("span:span_maximum=3", 1),
+        ("span:max_length=3", 1),
     ]
     assert jobs[3].config.seed == 1
-    assert jobs[3].config.masking.span_maximum == 3
-    assert jobs[3].folder == tmp_path / "out" / "runs" / "span_span_maximum=3" / "seed-1"
+    assert jobs[3].config.masking.span.max_length == 3
+    assert jobs[3].folder == tmp_path / "out" / "runs" / "span_max_length=3" / "seed-1"
     write_run(jobs[0].folder, [5.0, 4.0, 3.0], 1.0)
     write_run(jobs[1].folder, [4.0, 2.0, 2.5], 2.0)
     write_run(jobs[2].folder, [5.0, 3.0, 2.0], 1.0)
@@ -88,8 +88,8 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     assert second["steps_to_target"] is None
     assert (second["fewer_steps"], second["less_time"]) == (pytest.approx(52 / 60), pytest.approx(52 / 60))
     text = table(result)
-    assert "span:span_maximum=3  2.450 [2.400, 2.500]  -0.050 [-0.500, 0.400]  1/2" in text
-    absolute = compare(jobs, 4.0)["strategies"]["span:span_maximum=3"]
+    assert "span:max_length=3  2.450 [2.400, 2.500]  -0.050 [-0.500, 0.400]  1/2" in text
+    absolute = compare(jobs, 4.0)["strategies"]["span:max_length=3"]
     assert [run["steps_to_target"] for run in absolute["runs"]] == [20, 40]
     plot(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
@@ -112,7 +112,7 @@ def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> 
     write_run(jobs[3].folder, [5.0, 4.0, 3.0], 1.0)  # its baseline is missing
     result = compare(jobs, None)
     assert [found["seeds"] for found in result["strategies"].values()] == [1, 0]
-    assert "span:span_maximum=3  –" in table(result)
+    assert "span:max_length=3  –" in table(result)
     plot(result, tmp_path / "picture.png")
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> 
     [
         ({"seeds": [0, 1, 0]}, "--seeds 0 1 0: a seed is listed twice"),
         ({"strategies": ["uniform", "oracle_head"]}, "oracle_head: oracles cannot be used in training"),
-        ({"strategies": ["uniform", "span:span_maximum=0"]}, "span_maximum"),
+        ({"strategies": ["uniform", "span:max_length=0"]}, "span.max_length"),
         ({"strategies": ["span:rate=0.2", "span::rate=0.2"]}, "two names differ only in punctuation"),
     ],
 )
