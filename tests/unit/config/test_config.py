@@ -101,7 +101,7 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: expected 0 ≤ min ≤ max"),
         ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
         ("optimizer={variant: nvidia, gradient_clipping: 0}", "norm of at most 1, gradient_clipping is 0; set it to 1"),
-        ("optimizer={name: adam, variant: nvidia}", "are LAMB's; optimizer.name is adam"),
+        ("optimizer={name: adam, variant: nvidia}", "belong to LAMB; optimizer.name is adam"),
         ("masking.rate=1", "masking.rate: Input should be less than 1 .given: 1."),
         ("masking.rate=0", "masking.rate: Input should be greater than 0"),
         ("masking.random_probability=0.3", "more than 1"),

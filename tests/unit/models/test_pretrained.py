@@ -59,7 +59,7 @@ def test_a_file_without_keys_means_what_transformers_takes_it_for(tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"hidden_size": 64}, r"model: hidden_size is 64, and .*bert/config.json has 48: .*; leave it out"),
+        ({"hidden_size": 64}, r"model: hidden_size is 64, and .*bert/config.json has 48, which its weights require; remove hidden_size"),
         ({"num_hidden_layers": 12}, "num_hidden_layers is 12, and"),  # the default, but said
         (
             {"preset": "bert-base"},
