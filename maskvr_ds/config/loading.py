@@ -11,7 +11,6 @@ from maskvr_ds.config.masking import without_foreign
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, JOBS, METRICS, OWNER
 from maskvr_ds.run_folder.migration import SCHEMA, migrate_config
 
-
 _RECIPES = "maskvr_ds.recipes"
 _PARTS = "parts"
 

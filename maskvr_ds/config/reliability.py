@@ -47,5 +47,5 @@ class HangsConfig(Section):
     """Detection of hanging ranks."""
 
     timeout: Annotated[float, Field(ge=0)] = 900.0
-    """Seconds without a heartbeat, or without progress while other ranks wait, after which the job is ended. Must exceed
-    the duration of the slowest step; 0: never."""
+    """Seconds without a heartbeat, or without progress while other ranks wait, after which the job is ended. Must
+    exceed the duration of the slowest step; 0: never."""

@@ -94,7 +94,7 @@ def _migrate_phase(phase: Mapping[str, Any], run: Mapping[str, Any], moved: Mapp
 
 
 def _nest(masking: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings and `moved` sections as subsections. Drops the settings of other strategies, which had no effect."""
+    """Flat settings and `moved` sections as subsections, without those of other strategies, which had no effect."""
     nested = {key: value for key, value in masking.items() if key not in _OF_MASKING}
     for section, content in moved.items():
         if strategy in _MOVED[section]:
