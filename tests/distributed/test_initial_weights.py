@@ -133,7 +133,7 @@ def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path:
     answers = run_ranks(live, 2, lives, free_ports(len(lives)), timeout=600)[0]
     assert answers[0] == [None, None]
     assert answers[1] == answers[3] == "killed"
-    for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not there)", "is not set"), strict=True):
+    for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not found)", "is not set"), strict=True):
         assert f"it was initialised from {once} (SHA-256 " in refused
         assert now in refused
     assert answers[4] == [None]
