@@ -22,11 +22,9 @@ from typing import Any
 from maskvr_ds.run_folder.layout import HEARTBEATS
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.heartbeats import HeartbeatWriter, rank_path, read_record
+from maskvr_ds.runtime.heartbeats import BEATS_PER_TIMEOUT, HeartbeatWriter, rank_path, read_record
 
 _ABORT = "abort"
-# Beats within a timeout; a slow file system may lose some.
-_BEATS = 8
 # Seconds that ranks have to end by themselves once one has failed: an error of all of them is told by its own rank.
 _GRACE = 5.0
 
@@ -55,7 +53,7 @@ class Watchdog:
 
         distributed.run_on_rank0(make)
         self._heartbeat = HeartbeatWriter(rank_path(self._folder, self._rank))
-        self._interval = min(timeout / _BEATS, LONGEST_BEAT)
+        self._interval = min(timeout / BEATS_PER_TIMEOUT, LONGEST_BEAT)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def mark(self, step: int, place: str) -> None:
