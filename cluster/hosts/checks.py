@@ -104,9 +104,7 @@ def inconsistencies(answers: Mapping[str, Answer], clock: float) -> list[str]:
         kinds = ", ".join(
             f"{host}: {', '.join(names)} with driver {driver}" for host, (driver, names) in drivers.items()
         )
-        lines.append(
-            f"hosts differ in GPUs or drivers ({kinds}); the slowest one limits the run: remove or update it"
-        )
+        lines.append(f"hosts differ in GPUs or drivers ({kinds}); the slowest one limits the run: remove or update it")
     return lines
 
 
@@ -132,7 +130,7 @@ def launcher_error(launcher: str, path: str) -> str | None:
     }
     missing = [program for program in programs[launcher] if shutil.which(program, path=path) is None]
     if missing:
-        return f"--launcher {launcher}: {', '.join(missing)} not found on this machine; install it, or use another launcher"
+        return f"--launcher {launcher}: {', '.join(missing)} not found on this machine; install it, or choose another"
     if launcher == "mpich":
         program = shutil.which("mpirun", path=path)
         assert program is not None

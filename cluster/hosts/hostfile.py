@@ -56,7 +56,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
 
 def expand(pattern: str) -> list[str]:
-    """Expand a range: `a[1-3,7]-eth` -> a1-eth, a2-eth, a3-eth, a7-eth; leading zeros are kept. Raises HostfileError."""
+    """`a[1-3,7]-eth` -> a1-eth, a2-eth, a3-eth, a7-eth; leading zeros are kept. Raises HostfileError."""
     if (match := re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", pattern)) is None:
         if not _HOST.fullmatch(pattern):
             raise HostfileError(
@@ -78,7 +78,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
-    """Parse `h1 h2`, `h[1-4]:8`, `a:8,b:8` into host -> slots. slots: of hosts without a number. Raises HostfileError."""
+    """`h1 h2`, `h[1-4]:8`, `a:8,b:8` as host -> slots. slots: of hosts without a number. Raises HostfileError."""
     hosts: dict[str, int] = {}
     for word in _split(",".join(words)):
         name, colon, count = word.partition(":")
@@ -118,9 +118,7 @@ def slurm_hosts(environment: Mapping[str, str], slots: int | None) -> dict[str, 
     elif tasks := environment.get("SLURM_TASKS_PER_NODE"):
         counts = slurm_env.task_counts(tasks)
     else:
-        raise HostfileError(
-            "the number of ranks per node is unknown; pass --slots, or --ntasks-per-node to sbatch"
-        )
+        raise HostfileError("the number of ranks per node is unknown; pass --slots, or --ntasks-per-node to sbatch")
     if len(counts) != len(names):
         raise HostfileError(f"Slurm lists {len(names)} nodes, but tasks of {len(counts)}; pass --slots")
     return dict(zip(names, counts, strict=True))
@@ -148,7 +146,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("file", nargs="?", help="hostfile to check")
-    source.add_argument("--hosts", nargs="+", metavar="HOST[:SLOTS]", help="host names and ranges: node[01-16], a:8,b:4")
+    source.add_argument("--hosts", nargs="+", metavar="HOST[:SLOTS]", help="names and ranges: node[01-16], a:8,b:4")
     source.add_argument("--from-slurm", action="store_true", help="nodes of the current Slurm job")
     parser.add_argument(
         "--slots", type=int, metavar="N", help="with --hosts, --from-slurm: ranks of every host without a number"

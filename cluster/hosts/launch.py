@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_options(parser)
-    parser.add_argument("--hostfile", required=True, metavar="FILE", help="one `host slots=N` per line, the master first")
+    parser.add_argument("--hostfile", required=True, metavar="FILE", help="one `host slots=N` per line, master first")
     add_launch_options(parser, force="start although other jobs run on the hosts; kill processes left by this run")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="stop then with a checkpoint, exit status 75")
     parser.set_defaults(run=_launch)

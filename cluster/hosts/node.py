@@ -91,8 +91,8 @@ def kill(mark: str, seconds: float = 10) -> dict[str, Any]:
 
 
 def deepspeed_jobs() -> list[dict[str, Any]]:
-    """DeepSpeed jobs of all users on this host: pid of one process, user id, mark (None: not started by `launch`, or not
-    readable).
+    """DeepSpeed jobs of all users on this host: pid of one process, user id, mark (None: not started by `launch`, or
+    not readable).
 
     Jobs started by MPI or Slurm have no process of DeepSpeed's launcher; they are found only if they have a mark.
     """

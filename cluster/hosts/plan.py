@@ -42,9 +42,9 @@ def add_launch_options(parser: argparse.ArgumentParser, force: str) -> None:
     """Options of the commands that start ranks. force: help of --force."""
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: pdsh")
     parser.add_argument("--launcher-args", default="", metavar="WORDS", help="further options for pdsh, mpirun or srun")
-    parser.add_argument("--master-addr", metavar="ADDRESS", help="default: first address of `hostname -I` on the master")
-    parser.add_argument("--master-port", type=int, default=0, metavar="PORT", help="default: any free port on the master")
-    parser.add_argument("--log-dir", metavar="DIR", help="default: RUN/logs; must be on a file system that all nodes share")
+    parser.add_argument("--master-addr", metavar="ADDRESS", help="default: the master's first one, by `hostname -I`")
+    parser.add_argument("--master-port", type=int, default=0, metavar="PORT", help="default: a free one on the master")
+    parser.add_argument("--log-dir", metavar="DIR", help="default: RUN/logs; on a file system that all nodes share")
     parser.add_argument(
         "--export",
         action="append",
@@ -53,7 +53,11 @@ def add_launch_options(parser: argparse.ArgumentParser, force: str) -> None:
         help="further environment variable for the ranks; may be repeated. PATH, NCCL_* and others are always passed",
     )
     parser.add_argument(
-        "--start-timeout", type=float, default=1800, metavar="SECONDS", help="until all ranks are training (default: 1800)"
+        "--start-timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="until all ranks train (default: 1800)",
     )
     parser.add_argument(
         "--grace",
@@ -62,7 +66,13 @@ def add_launch_options(parser: argparse.ArgumentParser, force: str) -> None:
         metavar="SECONDS",
         help="from the first failure of a rank until the others are killed (default: 15)",
     )
-    parser.add_argument("--minimum-free", type=float, default=10, metavar="GIB", help="free space required on the run's disk (default: 10)")
+    parser.add_argument(
+        "--minimum-free",
+        type=float,
+        default=10,
+        metavar="GIB",
+        help="required on the run's disk (default: 10)",
+    )
     parser.add_argument("--clock", type=float, default=2, metavar="SECONDS", help="clock offset allowed (default: 2)")
     parser.add_argument("--force", action="store_true", help=force)
 
@@ -192,7 +202,7 @@ def warn(lines: Iterable[str]) -> None:
 
 
 def exported_variables(environment: Mapping[str, str], exports: Sequence[str]) -> dict[str, str]:
-    """Environment of the ranks. exports: further NAME or NAME=VALUE. Raises LaunchError if one is malformed or unset."""
+    """Environment of the ranks. exports: more NAME or NAME=VALUE. Raises LaunchError if one is malformed or unset."""
     variables = {name: value for name, value in environment.items() if _EXPORTED.fullmatch(name)}
     variables["PATH"] = _path()
     home = Path(cluster.__file__).resolve().parents[1]
@@ -226,7 +236,7 @@ def check_exportable(variables: Mapping[str, str], launcher: str = "pdsh") -> No
         if launcher == "slurm" and "," in value:
             raise LaunchError(f"{name}={value!r} cannot be passed: srun --export starts the next variable at a comma")
     if not _PLAIN.fullmatch(sys.executable):
-        raise LaunchError(f"{sys.executable}: DeepSpeed's launchers need a Python path without spaces and special characters")
+        raise LaunchError(f"{sys.executable}: DeepSpeed's launchers need a Python path without special characters")
 
 
 def runner_environment(variables: Path) -> dict[str, str]:

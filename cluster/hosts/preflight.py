@@ -57,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_run_options(parser)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--hostfile", metavar="FILE", help="one `host slots=N` per line, the master first")
+    where.add_argument("--hostfile", metavar="FILE", help="one `host slots=N` per line, master first")
     where.add_argument("--slurm", action="store_true", help="nodes of the current Slurm job")
     parser.add_argument("--slots", type=int, metavar="N", help="with --slurm: ranks per node; default: as in the job")
     add_launch_options(parser, force="measure although other jobs run on the hosts")
@@ -111,8 +111,8 @@ def _preflight(arguments: argparse.Namespace) -> int:
             print(summary(links))
         elif errors and not arguments.no_interconnect:
             print("interconnect: not measured; fix the errors first")
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    for line in errors:
+        print(f"error: {line}", file=sys.stderr)
     return 1 if errors else 0
 
 

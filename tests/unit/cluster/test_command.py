@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.__main__ import main
-from cluster.slurm.command import config_file, follow, parse_nodes, parse_time
+from cluster.slurm.command import config_file, dependency_options, parse_nodes, parse_time
 from cluster.slurm.script import SlurmError
 from maskvr_ds.config import RunConfig, load_config
 from tests.support.corpora import make_corpus
@@ -52,15 +52,15 @@ def on(corpus: Path) -> list[str]:
             "3 nodes: --no",
         ),
         (["--nodes", "3", *ON_CPUS, "--set", "batch.global_size=64", "--set", "batch.micro_size=16"], "3 nodes: batch"),
-        (["--nodes", "1", "--gpus-per-node", "0"], "--tasks-per-node with CPU ranks"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "or 0 and --tasks-per-node for CPUs"),
         (["--nodes", "1", "--gpus-per-node", "2", "--tasks-per-node", "1"], "a rank has one GPU"),
-        (["--nodes", "1", *ON_CPUS, "--time", "5"], "300 s, and the last checkpoint begins 300 s before"),
+        (["--nodes", "1", *ON_CPUS, "--time", "5"], "300 s, but the last checkpoint starts 300 s before"),
         (["--nodes", "1", *ON_CPUS, "--time", "soon"], "--time soon"),
         (["--nodes", "1", *ON_CPUS, "--seeds", "1", "1"], "different numbers"),
-        (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: at least 0"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "--sbatch nodes=3: nodes is not to be set so: say --nodes"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "time=10"], "--sbatch time=10: time is not to be set so: say --time"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "array=0-3"], "say --seeds for a run each"),
+        (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: expected at least 0"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "--sbatch nodes=3: nodes cannot be set here: use --nodes"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "time=10"], "--sbatch time=10: time cannot be set here: use --time"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "array=0-3"], "use --seeds for one run per task"),
         (["--nodes", "1", *ON_CPUS, "--sbatch", "comment="], "--comment '': "),
         (["--nodes", "1", *ON_CPUS, "--job-name", "a\nb"], "--job-name 'a"),
         (["--nodes", "1", *ON_CPUS, "--build-data", "'open"], "--build-data"),
@@ -70,7 +70,7 @@ def on(corpus: Path) -> list[str]:
         (["--nodes", "1", *ON_CPUS, "--set", "model.max_position_embeddings=16"], "sequences of 32 tokens exceed"),
         (
             ["--nodes", "1", *ON_CPUS, "--container", "i.sif", "--set", "output_dir=a:b"],
-            "cannot be shown in a container",
+            "cannot be bound into a container",
         ),
         (["--nodes", "1", *ON_CPUS, "--venv", "nowhere"], "--venv nowhere: no virtual environment there"),
         (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
@@ -174,7 +174,7 @@ def test_saved_beside_the_run(
         f"sbatch '{folder}/data.sbatch'",
         f"sbatch --dependency=afterok:5,afterok:JOB_ID --kill-on-invalid-dep=yes '{folder}/job.sbatch'",
     ]
-    assert follow("9", None)[0] == "--dependency=afterok:9"
+    assert dependency_options("9", None)[0] == "--dependency=afterok:9"
 
 
 def test_a_job_keeps_the_settings_that_it_was_submitted_with(

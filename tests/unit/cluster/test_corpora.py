@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"data.path": "none"},
             r"none: no corpus there \(manifest.json is missing\); correct the path, build it first",
         ),
-        ({"data.path": "short"}, r"short/held_out: no held-out corpus there .*; build with --held-out"),
+        ({"data.path": "short"}, r"short/held_out: no held-out corpus there .*; build it with --held-out"),
         ({"data.held_out_path": "none"}, "none: no corpus there"),
         ({"data.held_out_path": "short"}, "short: sequences of 16 tokens, those of .*good have 32"),
         ({"data.held_out_path": "other"}, "other: tokenizer .* differs from .* of .*good"),
@@ -91,7 +91,7 @@ def test_a_corpus_that_is_yet_to_be_built(folder: Path, tmp_path: Path) -> None:
     assert build == Build(
         words=tuple(words),
         output=tmp_path / "built",
-        reads=(folder / "good" / "tokenizer", tmp_path / "my texts"),
+        inputs=(folder / "good" / "tokenizer", tmp_path / "my texts"),
         sequence_length=32,
         held_out=False,
     )
@@ -100,7 +100,7 @@ def test_a_corpus_that_is_yet_to_be_built(folder: Path, tmp_path: Path) -> None:
     check_corpora(without, build)
     with pytest.raises(ConfigError, match="no corpus there"):
         check_corpora(without)
-    with pytest.raises(ConfigError, match="--build-data makes no held-out corpus; add --held-out"):
+    with pytest.raises(ConfigError, match="--build-data creates no held-out corpus; add --held-out"):
         check_corpora(load_config("demo_cpu", sets), build)
     check_corpora(load_config("demo_cpu", sets), dataclasses.replace(build, held_out=True))
     with pytest.raises(ConfigError, match="sequences of 1024 tokens exceed"):
@@ -124,7 +124,7 @@ def test_what_a_build_reads(folder: Path, tmp_path: Path) -> None:
         )
     )
     rest = f"--tokenizer {folder}/good/tokenizer --sequence-length 32 --output corpus"
-    reads = parse_build(f"--description {tmp_path}/corpus.yaml {rest}").reads
+    reads = parse_build(f"--description {tmp_path}/corpus.yaml {rest}").inputs
     named = ["corpus.yaml", "texts", "texts/b.txt", "task.txt"]
     assert reads == (folder / "good" / "tokenizer", *(tmp_path / name for name in named))
     for wrong in (f"--input {tmp_path}/none", f"--input '{tmp_path}/texts/*.jsonl'"):

@@ -14,10 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.__main__ import main
-from cluster.hosts import node, rank, remote, supervisor
-from cluster.hosts import plan as preparation
-from cluster.hosts.checks import LaunchError, faults, job_faults
-from cluster.hosts.plan import Draft, check_plain, passed_on
+from cluster.hosts import node, plan, rank, remote, supervisor
+from cluster.hosts.checks import LaunchError, host_errors, job_errors
+from cluster.hosts.plan import Draft, check_exportable, exported_variables
 from cluster.hosts.supervisor import Plan, Ranks, runner_command
 from maskvr_ds.config import load_config
 
@@ -53,7 +52,7 @@ def make_plan(folder: Path, hosts: dict[str, int] | None = None, **changes: Any)
         "environment": {},
         "timeout": 10.0,
         "grace": 5.0,
-        "start": 60.0,
+        "start_timeout": 60.0,
     }
     return Plan(**{**values, **changes})
 
@@ -85,7 +84,7 @@ def test_paths_and_values_come_through_the_shells_of_pdsh_as_data(
 ) -> None:
     """The command line that ssh would hand to a remote shell, handed to one."""
     try:
-        check_plain({"NCCL_DEBUG": value})
+        check_exportable({"NCCL_DEBUG": value})
         variables = {"NCCL_DEBUG": value}
     except LaunchError:
         variables = {}
@@ -121,28 +120,27 @@ def test_requests_to_nodes_come_through_ssh_as_data(name: str, value: str) -> No
 def test_values_that_shells_would_read_are_refused(value: str) -> None:
     plain = all(character.isascii() and (character.isalnum() or character in "_@+=:,./~-") for character in value)
     if plain:
-        check_plain({"NCCL_DEBUG": value})
+        check_exportable({"NCCL_DEBUG": value})
     else:
         with pytest.raises(LaunchError, match="NCCL_DEBUG"):
-            check_plain({"NCCL_DEBUG": value})
+            check_exportable({"NCCL_DEBUG": value})
 
 
 def test_srun_takes_no_commas() -> None:
-    check_plain({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "mpich")
+    check_exportable({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "mpich")
     with pytest.raises(LaunchError, match="comma"):
-        check_plain({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "slurm")
+        check_exportable({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "slurm")
 
 
 def test_a_stated_list_of_variables_is_passed() -> None:
     here = {"NCCL_DEBUG": "INFO", "AWS_SECRET_ACCESS_KEY": "x", "WANDB_API_KEY": "x", "HF_TOKEN": "x", "HOME": "/root"}
     here |= {"PATH": "/usr/bin", "OMP_NUM_THREADS": "4", "SSH_AUTH_SOCK": "/x", "CUDA_VISIBLE_DEVICES": "0"}
-    assert set(passed_on(here, [])) - {"PYTHONPATH"} == {"NCCL_DEBUG", "PATH", "OMP_NUM_THREADS"}
-    assert passed_on(here, ["HOME", "FI_PROVIDER=efa"]) | {"HOME": "/root", "FI_PROVIDER": "efa"} == passed_on(
-        here, ["HOME", "FI_PROVIDER=efa"]
-    )
+    assert set(exported_variables(here, [])) - {"PYTHONPATH"} == {"NCCL_DEBUG", "PATH", "OMP_NUM_THREADS"}
+    more = exported_variables(here, ["HOME", "FI_PROVIDER=efa"])
+    assert (more["HOME"], more["FI_PROVIDER"]) == ("/root", "efa")
     for export in ("NOT_SET_HERE", "a b=c", "=x", "$(x)=y"):
         with pytest.raises(LaunchError, match="--export"):
-            passed_on(here, [export])
+            exported_variables(here, [export])
 
 
 @pytest.mark.parametrize("launcher", ["openmpi", "mpich", "slurm"])
@@ -181,33 +179,33 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
 
     for number in range(3):
         say(number, 1)
-    ranks.look()
+    ranks.poll()
     now[0] += 11
     say(0, 2)
     say(1, 2, status=0)
     (tmp_path / "rank-00002.json").write_text('{"beat": 2, "sta')
-    ranks.look()
+    ranks.poll()
     assert ranks.silent(10) == [2]
     assert ranks.ended == {1: 0}
     say(2, 3, state="T")
     now[0] += 1
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
     now[0] += 11
     say(0, 3)
     say(2, 4, state="T")
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [2])
     # This process stood still, not the ranks.
     now[0] += 21
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
     now[0] += 11
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0, 2], [2])
     say(2, 5, state="R")
     now[0] += 1
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0], [])
 
 
@@ -221,10 +219,10 @@ def test_only_marked_processes_are_ended() -> None:
             assert ours.poll() is None
         jobs = {job["mark"]: job for job in node.deepspeed_jobs()}
         assert jobs[f"ours-{os.getpid()}"] == {"pid": ours.pid, "user": os.getuid(), "mark": f"ours-{os.getpid()}"}
-        found = node.end(f"ours-{os.getpid()}")
+        found = node.kill(f"ours-{os.getpid()}")
         # A zombie until we wait for it, without an environment.
         assert [process["pid"] for process in found["found"]] == [ours.pid]
-        assert found["left"] == []
+        assert found["alive"] == []
         assert ours.wait(30) == -9
         assert other.poll() is None
     finally:
@@ -245,32 +243,32 @@ def test_faults_of_hosts_name_host_and_remedy() -> None:
     good = {host: remote.Answer(value(gpus=eight)) for host in hosts}
 
     def told(**changed: Any) -> list[str]:
-        return faults(hosts, {**good, **changed}, folder=Path("/r"), port=0, on_cpus=False)
+        return host_errors(hosts, {**good, **changed}, folder=Path("/r"), port=0, on_cpus=False)
 
     assert told() == []
     few = {"names": ["H100"] * 7, "driver": "1"}
     assert told(b=remote.Answer(value(gpus=few))) == ["b: slots=8, but it has 7 GPUs; correct the hostfile"]
-    assert told(b=remote.Answer(fault="is away")) == ["b: is away"]
+    assert told(b=remote.Answer(error="is away")) == ["b: is away"]
     packages = {**value()["packages"], "torch": "1"}
     (line,) = told(c=remote.Answer(value(gpus=eight, packages=packages)))
-    assert line == "c: torch is 1, on a it is 2; install the same on all hosts"
+    assert line == "c: torch is 1, on a it is 2; install the same version on all hosts"
     (line,) = told(d=remote.Answer(value(gpus=eight, manifests={"/c": "b" * 64})))
     assert line.startswith("d: /c/manifest.json is sha256 bbbbbbbbbbbb, on a it is sha256 aaaaaaaaaaaa; ")
     (line,) = told(d=remote.Answer(value(gpus=eight, manifests={"/c": None})))
     assert line.startswith("d: /c: no corpus there")
     assert len(told(a=remote.Answer(value(gpus=eight, port=None)))) == 1
     jobs = [{"pid": 5, "user": 7, "mark": None}, {"pid": 6, "user": 0, "mark": "key-x"}]
-    assert job_faults({"a": remote.Answer(value(jobs=jobs))}, "key") == [
-        "a: another DeepSpeed job is there (pid 5, user 7)",
-        "a: ranks of an earlier launch of this run are still there (pid 6)",
+    assert job_errors({"a": remote.Answer(value(jobs=jobs))}, "key") == [
+        "a: another DeepSpeed job is running (pid 5, user 7)",
+        "a: ranks of an earlier launch of this run are still running (pid 6)",
     ]
 
 
 def test_nothing_stays_of_a_draft_that_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation.checks, "launcher_fault", lambda *_: None)
-    monkeypatch.setattr(preparation, "passed_on", lambda *_: {})
+    monkeypatch.setattr(plan.checks, "launcher_error", lambda *_: None)
+    monkeypatch.setattr(plan, "exported_variables", lambda *_: {})
     parser = argparse.ArgumentParser()
-    preparation.add_options(parser, force="")
+    plan.add_launch_options(parser, force="")
     arguments = parser.parse_args([])
     run = tmp_path / "a b" / "$(x)"
     config = load_config("demo_cpu", [f"output_dir={json.dumps(str(run))}"])
@@ -298,24 +296,24 @@ def test_a_job_that_waits_at_its_start_ends(tmp_path: Path, monkeypatch: pytest.
     for number in range(2):
         (old / f"rank-{number:05d}").touch()
         (folder / f"rank-{number:05d}.json").write_text(json.dumps({"beat": 1, "state": "S"}))
-    plan = make_plan(folder, {"h1": 1, "h2": 1}, run=run, timeout=1000.0, start=0.0)
+    plan = make_plan(folder, {"h1": 1, "h2": 1}, run=run, timeout=1000.0, start_timeout=0.0)
     monkeypatch.setattr(supervisor, "runner_command", lambda plan: ["sleep", "600"])
     monkeypatch.setattr(remote, "ask", lambda *args, **more: {})
     job = supervisor.Job(plan)
     try:
-        assert job.look() == "not begun within 0 s: rank 0 on h1, rank 1 on h2"
+        assert job.poll() == "not started within 0 s: rank 0 on h1, rank 1 on h2"
         new = run / "heartbeats" / "now"
         new.mkdir()
         record = json.dumps({"marks": 1, "step": 0, "place": "data"})
         (new / "rank-00000").write_text(record)
         (new / "rank-00001").touch()
-        assert job.look() == "not begun within 0 s: rank 0 on h1 (last step 0, data), rank 1 on h2"
+        assert job.poll() == "not started within 0 s: rank 0 on h1 (last step 0, data), rank 1 on h2"
         (new / "rank-00001").write_text(record)
-        assert job.look() is None
+        assert job.poll() is None
     finally:
-        job.end()
+        job.kill()
     assert job.process.returncode == -9, "no signal that DeepSpeed's runner could hear"
-    assert (folder / rank.END).exists()
+    assert (folder / rank.ABORT).exists()
 
 
 def test_hosts_are_asked_where_training_does_not_get_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +323,7 @@ def test_hosts_are_asked_where_training_does_not_get_on(tmp_path: Path, monkeypa
 
     def ask(hosts: Any, request: Any, **more: Any) -> dict[str, remote.Answer]:
         asked.append(request)
-        return {"h1": remote.Answer(), "h2": remote.Answer(fault="is away")}
+        return {"h1": remote.Answer(), "h2": remote.Answer(error="is away")}
 
     monkeypatch.setattr(remote, "ask", ask)
     progress = supervisor.Progress(make_plan(tmp_path, {"h1": 1, "h2": 1}, timeout=10.0))
@@ -338,16 +336,16 @@ def test_hosts_are_asked_where_training_does_not_get_on(tmp_path: Path, monkeypa
         lost: list[str] = []
         for _ in range(seconds // 2):
             now[0] += 2
-            lost += progress.lost()
-            if progress._question is not None:
-                progress._question.result()
+            lost += progress.unreachable_hosts()
+            if progress._ping is not None:
+                progress._ping.result()
         return lost
 
     assert after(10, 1) == []
     assert after(10, 2) == []
     assert asked == [], "it gets on"
     assert after(14, 2) == ["h2"]
-    assert asked == [{"action": "answer"}]
+    assert asked == [{"action": "ping"}]
     assert after(10, 3) == []
     now[0] += 100  # this process stood still
     assert after(10, 3) == []

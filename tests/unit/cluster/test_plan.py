@@ -28,15 +28,15 @@ class Hosts:
 
     def answer(self, hosts: Any, request: dict[str, Any], **more: Any) -> dict[str, remote.Answer]:
         self.asked.append(request)
-        if request["action"] == "end":
-            return {host: remote.Answer({"found": [], "left": self.left}) for host in hosts}
+        if request["action"] == "kill":
+            return {host: remote.Answer({"found": [], "alive": self.left}) for host in hosts}
         jobs = [{"pid": 6, "user": 0, "mark": f"{self.busy}-earlier"}] if self.busy else []
         common = {"hostname": "x", "free_bytes": 20 * GIB, "jobs": jobs}
         return {host: remote.Answer({**common, **self.values[host]}, clock=self.clocks[host]) for host in hosts}
 
     @property
     def ended(self) -> list[str]:
-        return [request["mark"] for request in self.asked if request["action"] == "end"]
+        return [request["mark"] for request in self.asked if request["action"] == "kill"]
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     for fields in hosts.values.values():
         del fields["jobs"]
     monkeypatch.setattr(remote, "ask", hosts.answer)
-    monkeypatch.setattr(plan.checks, "launcher_fault", lambda *_: None)
-    monkeypatch.setattr(plan, "passed_on", lambda *_: {})
+    monkeypatch.setattr(plan.checks, "launcher_error", lambda *_: None)
+    monkeypatch.setattr(plan, "exported_variables", lambda *_: {})
     monkeypatch.setattr(launch, "watch", lambda *_: 0)
     return hosts
 
@@ -66,7 +66,7 @@ def test_launch_alone_ends_what_a_run_has_left(
     hosts.busy = plan.run_key(tmp_path / "run")
     assert run(command, tmp_path) == 1
     assert hosts.ended == []
-    told = "a: ranks of an earlier launch of this run are still there (pid 6)"
+    told = "a: ranks of an earlier launch of this run are still running (pid 6)"
     assert told in capsys.readouterr().err
     assert run(command, tmp_path, "--force") == 0
     assert f"warning: {told}" in capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_what_does_not_end_keeps_a_launch_from_beginning(
 ) -> None:
     hosts.busy, hosts.left = plan.run_key(tmp_path / "run"), [{"pid": 6, "state": "D"}]
     assert run("launch", tmp_path, "--force") == 1
-    assert "b: processes 6 do not end; they wait for a device" in capsys.readouterr().err
+    assert "b: processes 6 of this run cannot be killed; they are blocked in a device" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

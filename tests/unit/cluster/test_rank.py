@@ -25,10 +25,10 @@ from cluster.hosts import rank
 )
 def test_place_by_launcher(names: tuple[str, str, str]) -> None:
     environment = dict(zip(names, ("3", "4", "1"), strict=True))
-    assert rank.place({**environment, "HOME": "/"}) == (3, 4, 1)
+    assert rank.read_ranks({**environment, "HOME": "/"}) == (3, 4, 1)
     del environment[names[0]]
-    with pytest.raises(ValueError, match="no launcher has said"):
-        rank.place(environment)
+    with pytest.raises(ValueError, match="no launcher has set the rank"):
+        rank.read_ranks(environment)
 
 
 def run_rank(folder: Path, code: str, world: int = 1, **variables: str) -> "subprocess.Popen[str]":
@@ -58,10 +58,10 @@ def test_a_rank_ends_where_the_launch_has_ended_and_with_its_parent(tmp_path: Pa
     process = run_rank(tmp_path, forever)
     while not (tmp_path / "rank-00000.json").exists() or not (tmp_path / "rank-00000.json").read_text():
         assert process.poll() is None
-    (tmp_path / rank.END).touch()
+    (tmp_path / rank.ABORT).touch()
     assert process.wait(60) == 128 + 9
     assert record_of(tmp_path)["status"] == -9
-    (tmp_path / rank.END).unlink()
+    (tmp_path / rank.ABORT).unlink()
     (tmp_path / "rank-00000.json").unlink()
     process = run_rank(tmp_path, forever)
     while not (tmp_path / "rank-00000.json").exists() or not (tmp_path / "rank-00000.json").read_text():
@@ -77,5 +77,5 @@ def test_a_world_of_another_size_does_not_train(tmp_path: Path) -> None:
     process = run_rank(tmp_path, "open('trained', 'w')", world=2)
     assert process.wait(60) == 1
     assert process.stderr is not None
-    assert "made a world of 1 ranks, the hostfile has 2" in process.stderr.read()
+    assert "started a world of 1 ranks, the hostfile has 2" in process.stderr.read()
     assert not (tmp_path / "trained").exists()

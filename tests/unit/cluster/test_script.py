@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from cluster.slurm.options import parse_options
 from cluster.slurm.script import (
+    JobEnvironment,
     SlurmError,
-    Surroundings,
     TrainingJob,
     data_script,
     directive,
@@ -95,7 +95,7 @@ def test_values_come_through_as_data(
         options={"nodes": "1"},
         run=run,
         arguments=arguments,
-        surroundings=Surroundings(folder=folder, python="python", venv=environment),
+        environment=JobEnvironment(folder=folder, python="python", venv=environment),
         tasks_per_node=1,
         max_restarts=3,
         signal_seconds=60,
@@ -135,7 +135,7 @@ def test_a_directive_is_one_line_or_refused(value: str) -> None:
 
 def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
     for value in ("", "a\nb", "a\\b", "a\x1bb"):
-        with pytest.raises(SlurmError, match="line of a job script"):
+        with pytest.raises(SlurmError, match="directive in a job script"):
             directive("job-name", value)
     for name in ("", "x y", "-x", "a=b", "9a"):
         for flag_or_not in ("1", None):
@@ -148,7 +148,7 @@ def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
 
 def test_options_that_the_script_sets_itself_are_refused() -> None:
     """All that it lays over the rest, under whatever name sbatch takes them by."""
-    common = {"run": Path("/r"), "arguments": [], "surroundings": Surroundings(Path("/r"), "python")}
+    common = {"run": Path("/r"), "arguments": [], "environment": JobEnvironment(Path("/r"), "python")}
     own = set()
     for nodes, seeds in (("1", ()), ("1-2", (3, 4))):
         job = TrainingJob({"nodes": nodes}, **common, tasks_per_node=1, max_restarts=1, signal_seconds=9, seeds=seeds)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def test_options_that_the_script_sets_itself_are_refused() -> None:
     for name in (*own, "error", "no-requeue", "tasks-per-node", "ntasks", "chdir", "time"):
         for text in (f"{name}=1", name, name[:-1]):
             with pytest.raises(
-                SlurmError, match=f"^--sbatch {text}: .* is not to be set so: .*(say|leave it out|made of)"
+                SlurmError, match=f"^--sbatch {text}: .* cannot be set here: .*(use|remove this option|follows from)"
             ):
                 parse_options([text], ["time"])
 
@@ -170,14 +170,14 @@ def test_options_of_sbatch_and_flags() -> None:
         *{"gres": "gpu:8", "exclusive": None, "comment": "a=b", "gpus": "8", "exclude": "n1", "nice": None}.items()
     ]
     for text in ("", "=1", "-N=1", "--exclusive", "N=4", "J", "n=4", "two words", "a\n#SBATCH --uid=0"):
-        with pytest.raises(SlurmError, match="NAME=VALUE expected"):
+        with pytest.raises(SlurmError, match="expected NAME=VALUE"):
             parse_options([text], [])
     with pytest.raises(SlurmError, match="gres is given twice"):
         parse_options(["gres=gpu:8", "gres=gpu:4"], [])
 
 
 def test_a_value_that_looks_like_a_place_stays(tmp_path: Path) -> None:
-    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], Surroundings(tmp_path, "python"))
+    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], JobEnvironment(tmp_path, "python"))
     assert "arguments=('<<FOLDER>>')" in script
     with pytest.raises(KeyError):
         render("data.sbatch", {})
@@ -213,7 +213,7 @@ def behave(
         options={"nodes": "1"},
         run=run,
         arguments=[],
-        surroundings=Surroundings(folder=tmp_path, python=sys.executable),
+        environment=JobEnvironment(folder=tmp_path, python=sys.executable),
         tasks_per_node=1,
         max_restarts=2,
         signal_seconds=60,
@@ -240,14 +240,14 @@ ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
     [
         (OURS + "echo '{}' >completed.json; exit 1", 0, 0, "", "completed"),
         (OURS + "exit 0", 0, 0, "7", "the ranks failed"),
-        (ASKED, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (ASKED, 0, 0, "7", "requeuing, checkpoint: step-1"),
         (ASKED, 2, 1, "", "as often as --max-restarts allows"),
         (ASKED, 3, 1, "", "more than --max-restarts 2"),
-        (STOP, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (STOP, 0, 0, "7", "requeuing, checkpoint: step-1"),
         (STOP.replace("{}", '{"step": 1, "requested": true}'), 0, 75, "", "stopped on request"),
         ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
-        ("exit 1", 0, 1, "", "ended before they had the run"),
-        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job has it"),
+        ("exit 1", 0, 1, "", "ended before they took ownership of the run"),
+        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job owns it"),
         (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from cluster.__main__ import main
 from cluster.status import last_step, read_status, runs_of
 from maskvr_ds.run_folder import fence, layout
-from maskvr_ds.run_folder import status as outcome
+from maskvr_ds.run_folder.status import clear, write
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beat(run, 3)
     assert read_status(run).state == "running"
     beat(run, 300)
-    outcome.write(run, layout.STOPPED, 20)
+    write(run, layout.STOPPED, 20)
     assert read_status(run).state == "stopped"
-    outcome.clear(run)
-    outcome.write(run, layout.COMPLETED, 30)
-    assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json names step 30")
+    clear(run)
+    write(run, layout.COMPLETED, 30)
+    assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json: step 30")
 
 
 def test_a_process_of_this_host_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_squeue_says_more(run: Path, monkeypatch: pytest.MonkeyPatch, answer: st
     queue(run.parent, monkeypatch, answer)
     # Requeued, a job has saved before.
     if answer.startswith("PENDING"):
-        outcome.write(run, layout.STOPPED, 20)
+        write(run, layout.STOPPED, 20)
     status = read_status(run)
     assert (status.state, status.nodes) == (state, nodes)
     if state == "queued":
@@ -124,7 +124,7 @@ def test_runs_of_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (tmp_path / f"seed-{seed}").mkdir()
     assert [path.name for path in runs_of(tmp_path)] == ["seed-0", "seed-10"]
     assert main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("not begun") == 2
+    assert capsys.readouterr().out.count("not started") == 2
 
 
 def test_reads_the_end_of_a_long_file(tmp_path: Path) -> None:
