@@ -1,8 +1,8 @@
 """Find what would stop or slow a run before it starts.
 
 Collects a report of every host in parallel; then starts ranks that all-reduce known numbers and time every link. Prints
-a table, and one line per error with its remedy. Trains nothing, kills no other job, leaves no files. Takes the options
-of `launch`, so that the same command line can be checked; --resume, --quiet and --verbose have no effect.
+a table, and one line per error with its remedy. Trains nothing, kills no other job, leaves no files. Accepts --resume,
+--quiet and --verbose as `launch` does, without effect.
 """
 
 import argparse

@@ -62,7 +62,7 @@ class Plan:
         return sum(self.hosts.values())
 
     def host_of(self, number: int) -> str:
-        """The host of a rank: launchers fill the hosts in the order of the hostfile."""
+        """Host of a rank: launchers fill the hosts in the order of the hostfile."""
         for host, slots in self.hosts.items():
             if number < slots:
                 return host
@@ -101,17 +101,21 @@ def runner_command(plan: Plan) -> list[str]:
 
 @dataclass
 class Ranks:
-    """The latest heartbeat of every rank (written by rank.py), and when it changed, by the clock of this machine."""
+    """Heartbeats of the ranks as written by rank.py.
+
+    records: rank -> latest record. since: rank -> when that changed, by the clock of this machine. stopped_since: rank
+    -> since when it has been suspended. ended: rank -> return code, in the order in which the ranks ended.
+    """
 
     plan: Plan
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
     since: dict[int, float] = field(default_factory=dict)
     stopped_since: dict[int, float] = field(default_factory=dict)
-    # Rank -> return code, in the order in which the ranks ended.
     ended: dict[int, int] = field(default_factory=dict)
     _last_poll: float = field(default_factory=lambda: time.monotonic())
 
     def poll(self) -> None:
+        """Read the records of all ranks that have not ended."""
         now = time.monotonic()
         if now - self._last_poll > self.plan.timeout / 2:
             # This process was suspended, not the ranks.
@@ -164,12 +168,12 @@ class Progress:
 
     def records(self) -> dict[int, dict[str, Any]]:
         """Heartbeats of the ranks that train, by rank: step, place, marks."""
-        found = {}
+        records = {}
         for folder in self._all() - self._earlier:
             for path in folder.glob(RANK_FILES):
                 if (record := read_record(path)) is not None:
-                    found[rank_of(path)] = record
-        return found
+                    records[rank_of(path)] = record
+        return records
 
     def all_training(self) -> bool:
         """Whether all ranks train. Until then ranks that wait for each other are ended by the start timeout only."""
@@ -253,7 +257,7 @@ class Job:
         return None
 
     def _all_started(self) -> bool:
-        """Whether all ranks train or, if they have no watchdog and so write no heartbeats of their own, run."""
+        """Whether all ranks train; if hangs are not watched (hangs.timeout 0, or one rank), whether all run."""
         if self.plan.timeout == 0 or self.plan.world_size == 1:
             return len(self.ranks.records) == self.plan.world_size
         return self.progress.all_training()

@@ -59,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "slurm",
         help="write and submit the job script of a training",
         description="Train in one Slurm job: it saves a checkpoint and requeues itself before the time limit, and "
-        "resumes after preemption and after losing nodes, if need be on fewer nodes.",
+        "resumes\nafter preemption and lost nodes, on fewer nodes if --nodes allows it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -110,7 +110,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build-partition",
         metavar="NAME",
-        help="partition of the build job (without --sbatch reservation=); default: --partition",
+        help="partition of the build job, which then ignores --sbatch reservation; default: --partition",
     )
     parser.add_argument("--build-qos", metavar="NAME", help="quality of service of the build job; default: --qos")
 

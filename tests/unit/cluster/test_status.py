@@ -1,4 +1,4 @@
-"""What a run's folder and squeue say of a run."""
+"""Run status from the run's folder and squeue."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from maskvr_ds.run_folder.status import clear, write
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that a Slurm job on two nodes has begun, whose process is gone. No squeue here."""
+    """Folder of a run started by a Slurm job on two nodes, whose process has ended. Without squeue."""
     monkeypatch.setenv("PATH", "")
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"step": 22, "loss": 2.5, "tokens_per_second": 1000.5},
         {"event": "checkpoint", "step": 20, "seconds": 1.0},
     ]
-    # A kill has cut off the last line.
+    # A kill has truncated the last line.
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 23, "lo')
     (folder / "slurm").mkdir()
     (folder / "slurm" / "attempt").write_text("41 2\n")
@@ -36,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gone(run: Path) -> None:
-    """The owner's process is not there any more."""
+    """Make the owner's process look ended."""
     owner = json.loads((run / layout.OWNER).read_text())
     (run / layout.OWNER).write_text(json.dumps({**owner, "started": 0}))
 
@@ -55,7 +55,7 @@ def beat(run: Path, age: float, rank: int = 0) -> None:
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_everything_that_the_folder_says(run: Path) -> None:
+def test_status_from_the_folder(run: Path) -> None:
     status = read_status(run)
     assert (status.state, status.job, status.restarts, status.ranks, status.nodes) == ("ended", "41", 2, 8, "n[1-2]")
     assert (status.step, status.loss, status.tokens_per_second) == (22, 2.5, 1000.5)
@@ -66,7 +66,7 @@ def test_everything_that_the_folder_says(run: Path) -> None:
 def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beat(run, 300)
     beat(run, 200, rank=1)
-    assert read_status(run).state == "ended", "the beats are too old"
+    assert read_status(run).state == "ended", "the heartbeats are too old"
     ages = read_status(run).heartbeat_ages
     assert ages is not None
     assert ages == pytest.approx((200, 300), abs=30)
@@ -80,7 +80,7 @@ def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json: step 30")
 
 
-def test_a_process_of_this_host_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     fence.take(tmp_path, 1, {})
     assert read_status(tmp_path).state == "running"
@@ -94,9 +94,9 @@ def test_a_process_of_this_host_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
         ("", "ended", "n[1-2]"),
     ],
 )
-def test_squeue_says_more(run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str, nodes: str) -> None:
+def test_status_from_squeue(run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str, nodes: str) -> None:
     queue(run.parent, monkeypatch, answer)
-    # Requeued, a job has saved before.
+    # A requeued job has stopped before.
     if answer.startswith("PENDING"):
         write(run, layout.STOPPED, 20)
     status = read_status(run)
