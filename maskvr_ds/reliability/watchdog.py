@@ -23,11 +23,9 @@ from typing import Any
 from maskvr_ds.run_folder.layout import HEARTBEATS
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.heartbeats import HeartbeatWriter, rank_path, read_record
+from maskvr_ds.runtime.heartbeats import BEATS_PER_TIMEOUT, HeartbeatWriter, rank_path, read_record
 
 _ABORT = "abort"
-# Beats per timeout; a slow file system may lose some.
-_BEATS = 8
 # Seconds for the other ranks to exit once one has failed: if all fail, each reports its own error.
 _GRACE = 5.0
 
@@ -56,7 +54,7 @@ class Watchdog:
 
         distributed.run_on_rank0(create)
         self._heartbeat = HeartbeatWriter(rank_path(self._folder, self._rank))
-        self._interval = min(timeout / _BEATS, LONGEST_BEAT)
+        self._interval = min(timeout / BEATS_PER_TIMEOUT, LONGEST_BEAT)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def mark(self, step: int, place: str) -> None:
