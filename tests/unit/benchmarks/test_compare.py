@@ -146,9 +146,9 @@ def test_no_held_out_losses(tmp_path: Path, corpus: Path) -> None:
         plan(options)
 
 
-def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, corpus: Path) -> None:
+def test_a_run_with_different_settings_is_refused(tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(recipe_text("demo_cpu"))
     check_same(path, load_config("demo_cpu", ["output_dir=elsewhere"]))
-    with pytest.raises(ConfigError, match=r"optimizer.lr 0.01 -> 0.5, training.steps 800 -> 70\); name another"):
+    with pytest.raises(ConfigError, match=r"optimizer.lr 0.01 -> 0.5, training.steps 800 -> 70\); use another"):
         check_same(path, load_config("demo_cpu", ["optimizer.lr=0.5", "training.steps=70"]))
