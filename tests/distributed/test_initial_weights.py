@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tm
     (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
     cases = {
         "its tokenizer has 26 tokens, the model in .* has 25": (model, tmp_path / "larger"),
-        "sequences of 80 tokens exceed .* 64, those of .*; build the corpus with --sequence-length 64 at most": (
+        "sequences of 80 tokens exceed .* 64 of .*; build the corpus with --sequence-length 64 or less": (
             model,
             tmp_path / "longer",
         ),

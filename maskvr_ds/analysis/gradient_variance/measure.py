@@ -164,7 +164,6 @@ class Measurement:
         """Raise ConfigError if a strategy cannot be measured on this checkpoint and corpus."""
         for spec in specs:
             self.copies(spec)
-            spec.floor(MapNetConfig().floor)
             if spec.strategy == "mapnet" and not (self.folder / MAPNET_STATE).is_file():
                 raise ConfigError(
                     f"{spec.text}: {self.folder} has no {MAPNET_STATE}; train with masking.strategy=mapnet (and "
@@ -182,7 +181,8 @@ class Measurement:
 
     def floor(self, spec: StrategySpec) -> float:
         """λ of MAPNet or of a token oracle. Collective: call on all ranks."""
-        return spec.floor(distributed.run_collectively(self._mapnet)[0].floor)
+        trained = distributed.run_collectively(self._mapnet)[0]
+        return spec.masking(self.common, floor=trained.floor).mapnet.floor
 
     def oracle(self, spec: StrategySpec) -> TokenOracle | None:
         """The strategy's token oracle, or None. Collective: call on all ranks."""
@@ -203,7 +203,7 @@ class Measurement:
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
         proposer = Proposer(
-            trained.model_copy(update={"floor": spec.floor(trained.floor), "gate": "always"}),
+            trained.model_copy(update={"floor": spec.masking(self.common, floor=trained.floor).mapnet.floor, "gate": "always"}),
             vocab_size=self.sample.corpus.manifest.vocab_size,
             max_length=self.model.mlm.config.max_position_embeddings,
             seed=0,
