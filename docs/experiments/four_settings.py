@@ -65,14 +65,11 @@ def compare(output: Path, data: str, batch: int, seeds: list[int], strategies: l
         "model.num_attention_heads": 2,
         "model.max_position_embeddings": LENGTH,
         "masking.rate": RATE,
-        "mapnet.layers": 1,
-        "mapnet.hidden": 32,
         "batch.global_size": batch,
         "batch.micro_size": min(batch, 256),
         "optimizer.lr": LEARNING_RATES[batch],
         "schedule.warmup_steps": steps // 10,
         "training.steps": steps,
-        "auto.every_steps": steps // 8,
         "evaluation.every_steps": steps // 24,
         "evaluation.rows": 1024,
         "checkpoint.every_steps": 0,
@@ -90,7 +87,9 @@ def compare(output: Path, data: str, batch: int, seeds: list[int], strategies: l
     ]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
-    words += ["--strategies", *(strategies or (FRESH if data == "fresh" else SMALL)), "--seeds", *map(str, seeds)]
+    own = {"mapnet": "mapnet:layers=1,hidden=32", "auto": f"auto:every_steps={steps // 8},layers=1,hidden=32"}
+    names = strategies or (FRESH if data == "fresh" else SMALL)
+    words += ["--strategies", *(own.get(name, name) for name in names), "--seeds", *map(str, seeds)]
     run([*words, "--output", output / f"{data}_{batch}"])
 
 
@@ -98,11 +97,16 @@ def cell(spread: dict[str, float], digits: int) -> str:
     return "{mean:.{d}f} [{min:.{d}f}, {max:.{d}f}]".format(**spread, d=digits)
 
 
+def is_auto(name: str) -> bool:
+    return name.partition(":")[0] == "auto"
+
+
 def of_best(strategies: dict[str, Any]) -> str:
     """Steps of auto relative to those of the fixed strategy with the fewest steps on average over seeds."""
-    best = max((x["fewer_steps"]["mean"], name) for name, x in strategies.items() if name != "auto")[1]
+    auto = next(x for name, x in strategies.items() if is_auto(name))
+    best = max((x["fewer_steps"]["mean"], name) for name, x in strategies.items() if not is_auto(name))[1]
     theirs = {run["seed"]: run["fewer_steps"] for run in strategies[best]["runs"]}
-    ratios = [theirs[run["seed"]] / run["fewer_steps"] for run in strategies["auto"]["runs"]]
+    ratios = [theirs[run["seed"]] / run["fewer_steps"] for run in auto["runs"]]
     spread = {"mean": statistics.fmean(ratios), "min": min(ratios), "max": max(ratios)}
     return f"\nsteps of auto ÷ steps of {best}, the best fixed strategy on average: {cell(spread, 2)}"
 
@@ -123,7 +127,7 @@ def summary(output: Path) -> str:
             steps, time = cell(strategy["fewer_steps"], 2), cell(strategy["less_time"], 2)
             hits = f"{strategy['reached']} of {strategy['seeds']}"
             lines.append(f"| {name} | {strategy['seeds']} | {loss} | {difference} | {hits} | {steps} | {time} |")
-        if "auto" in strategies:
+        if any(map(is_auto, strategies)):
             lines.append(of_best(strategies))
     return "\n".join(lines) + "\n"
 

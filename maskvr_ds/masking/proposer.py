@@ -249,7 +249,7 @@ class Proposer:
         if bad := [rank for rank, count in enumerate(counts) if count]:
             raise FloatingPointError(
                 f"step {step}: MAPNet's scores are not finite on rank {', '.join(map(str, bad))}; resume from the last "
-                "checkpoint with a lower mapnet.lr"
+                "checkpoint with a lower masking.mapnet.lr"
             )
 
     def check_replicas(self) -> None:
@@ -291,7 +291,7 @@ class Proposer:
         ]
         if different:
             raise ValueError(
-                f"{MAPNET_STATE} does not match the network described by the config section mapnet; different tensors: "
+                f"{MAPNET_STATE} does not match the network described by the config section masking.mapnet; different tensors: "
                 f"{', '.join(sorted(different)[:3])}"
             )
         adam: dict[str, torch.Tensor] = {"step": tensors["step"].clone()}

@@ -167,7 +167,7 @@ class Measurement:
             if spec.strategy == "mapnet" and not (self.folder / MAPNET_STATE).is_file():
                 raise ConfigError(
                     f"{spec.text}: {self.folder} has no {MAPNET_STATE}; train with masking.strategy=mapnet (and "
-                    "mapnet.gate=never to keep masks uniform)"
+                    "masking.mapnet.gate=never to keep masks uniform)"
                 )
 
     def _mapnet(self) -> tuple[MapNetConfig, dict[str, torch.Tensor] | None]:
@@ -202,8 +202,9 @@ class Measurement:
             return None
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
+        floor = spec.masking(self.common, floor=trained.floor).mapnet.floor
         proposer = Proposer(
-            trained.model_copy(update={"floor": spec.masking(self.common, floor=trained.floor).mapnet.floor, "gate": "always"}),
+            trained.model_copy(update={"floor": floor, "gate": "always"}),
             vocab_size=self.sample.corpus.manifest.vocab_size,
             max_length=self.model.mlm.config.max_position_embeddings,
             seed=0,
