@@ -291,7 +291,7 @@ class Proposer:
         ]
         if different:
             raise ValueError(
-                f"{MAPNET_STATE} does not match the network described by the config section masking.mapnet; different tensors: "
+                f"{MAPNET_STATE} does not match the network described by masking.mapnet; different tensors: "
                 f"{', '.join(sorted(different)[:3])}"
             )
         adam: dict[str, torch.Tensor] = {"step": tensors["step"].clone()}

@@ -134,9 +134,12 @@ FAULTS = [
     (["--confidence", "1"], "--confidence 1.0: must lie between 0 and 1"),
     (["--hamming-rounds", "1"], "--hamming-rounds 1: must be 0 (off) or at least 2"),
     (["--strategies", "unifrom"], "unifrom: strategy: Input should be 'uniform'"),
-    (["--strategies", "fully_explored:placement=same_batch,segments_per_sequence=9"], "16 tokens has only 7 segments"),
+    (
+        ["--strategies", "fully_explored:placement=same_batch,segments_per_sequence=9"],
+        "of 16 tokens has only 7 segments",
+    ),
     (["--masks", "9999"], "--masks 9999: must be at most 8216 for uniform"),
-    (["--strategies", "mapnet:layers=1"], "only floor counts here"),
+    (["--strategies", "mapnet:layers=1"], "layers belongs to training"),
 ]
 
 
