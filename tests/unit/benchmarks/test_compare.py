@@ -1,4 +1,4 @@
-"""Curves and comparisons from metrics.jsonl files made by hand."""
+"""Curves and comparisons from hand-written metrics.jsonl files."""
 
 import json
 from argparse import Namespace
@@ -34,7 +34,7 @@ def arguments(tmp_path: Path, corpus: Path, **others: object) -> Namespace:
     values = {
         "config": "demo_cpu",
         "assignments": [f"data.path={corpus}", "training.steps=60"],
-        "strategies": ["uniform", "span:span_maximum=3"],
+        "strategies": ["uniform", "span:max_length=3"],
         "seeds": [0, 1],
         "output": str(tmp_path / "out"),
         "target": None,
@@ -44,7 +44,7 @@ def arguments(tmp_path: Path, corpus: Path, **others: object) -> Namespace:
 
 
 def write_run(folder: Path, losses: list[float], seconds: float, *, done: bool = True) -> None:
-    """An evaluation each 20 steps."""
+    """Write a run with an evaluation every 20 steps."""
     checkpoint = folder / "checkpoints" / f"step-{20 * len(losses):08d}"
     checkpoint.mkdir(parents=True)
     if done:
@@ -62,13 +62,13 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     jobs = plan(arguments(tmp_path, corpus))
     assert [(job.spec.text, job.seed) for job in jobs] == [
         ("uniform", 0),
-        ("span:span_maximum=3", 0),
+        ("span:max_length=3", 0),
         ("uniform", 1),
-        ("span:span_maximum=3", 1),
+        ("span:max_length=3", 1),
     ]
     assert jobs[3].config.seed == 1
-    assert jobs[3].config.masking.span_maximum == 3
-    assert jobs[3].folder == tmp_path / "out" / "runs" / "span_span_maximum=3" / "seed-1"
+    assert jobs[3].config.masking.span.max_length == 3
+    assert jobs[3].folder == tmp_path / "out" / "runs" / "span_max_length=3" / "seed-1"
     write_run(jobs[0].folder, [5.0, 4.0, 3.0], 1.0)
     write_run(jobs[1].folder, [4.0, 2.0, 2.5], 2.0)
     write_run(jobs[2].folder, [5.0, 3.0, 2.0], 1.0)
@@ -84,18 +84,18 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     assert (first["target"], second["target"]) == (3.0, 2.0)
     assert first["steps_to_target"] == pytest.approx(30)
     assert (first["fewer_steps"], first["less_time"]) == (pytest.approx(2), pytest.approx(1))
-    # It ended at 2.4, where the baseline was after 52 of the 60 steps.
+    # It ended at 2.4, which the baseline had after 52 of the 60 steps.
     assert second["steps_to_target"] is None
     assert (second["fewer_steps"], second["less_time"]) == (pytest.approx(52 / 60), pytest.approx(52 / 60))
     text = table(result)
-    assert "span:span_maximum=3  2.450 [2.400, 2.500]  -0.050 [-0.500, 0.400]  1/2" in text
-    absolute = compare(jobs, 4.0)["strategies"]["span:span_maximum=3"]
+    assert "span:max_length=3  2.450 [2.400, 2.500]  -0.050 [-0.500, 0.400]  1/2" in text
+    absolute = compare(jobs, 4.0)["strategies"]["span:max_length=3"]
     assert [run["steps_to_target"] for run in absolute["runs"]] == [20, 40]
     plot(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_what_auto_measures_takes_time(tmp_path: Path) -> None:
+def test_measurements_of_auto_count_as_time(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [4.0, 3.0], 1.0)
     metrics = tmp_path / "run" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -105,14 +105,14 @@ def test_what_auto_measures_takes_time(tmp_path: Path) -> None:
     assert curve(tmp_path / "run") == [(20, 20.0, 4.0), (40, 45.0, 3.0)]
 
 
-def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> None:
+def test_incomplete_runs_do_not_count(tmp_path: Path, corpus: Path) -> None:
     jobs = plan(arguments(tmp_path, corpus))
     write_run(jobs[0].folder, [5.0, 4.0, 3.0], 1.0)
     write_run(jobs[1].folder, [5.0, 4.0, 3.0], 1.0, done=False)
     write_run(jobs[3].folder, [5.0, 4.0, 3.0], 1.0)  # its baseline is missing
     result = compare(jobs, None)
     assert [found["seeds"] for found in result["strategies"].values()] == [1, 0]
-    assert "span:span_maximum=3  –" in table(result)
+    assert "span:max_length=3  –" in table(result)
     plot(result, tmp_path / "picture.png")
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> 
     [
         ({"seeds": [0, 1, 0]}, "--seeds 0 1 0: a seed is listed twice"),
         ({"strategies": ["uniform", "oracle_head"]}, "oracle_head: oracles cannot be used in training"),
-        ({"strategies": ["uniform", "span:span_maximum=0"]}, "span_maximum"),
+        ({"strategies": ["uniform", "span:max_length=0"]}, "max_length"),
         ({"strategies": ["span:rate=0.2", "span::rate=0.2"]}, "two names differ only in punctuation"),
     ],
 )
@@ -131,7 +131,7 @@ def test_faults_before_the_first_run(tmp_path: Path, corpus: Path, others: dict[
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_lie_under_the_output_whatever_its_name(tmp_path: Path, corpus: Path) -> None:
+def test_output_folder_may_have_any_name(tmp_path: Path, corpus: Path) -> None:
     options = arguments(tmp_path, corpus)
     options.output = str(tmp_path / "a: #1")
     jobs = plan(options)
