@@ -159,7 +159,7 @@ def tables(figures: dict[str, Any]) -> str:
     lines += [f"| {key} | {_shown(x, '.2g')} |" for key, x in figures["largest_training_loss_difference"].items()]
     lines += ["", "| ratio applied by unaware ÷ ratio of the tensor | median (min to max) |", "|---|---|"]
     lines += [f"| {key} | {_shown(x, '.2g')} |" for key, x in figures["trust_ratios"]["applied_over_true"].items()]
-    lines += ["", "| tensor cut between two ranks | larger ÷ smaller scale: median (min to max) |", "|---|---|"]
+    lines += ["", "| tensor split between two ranks | larger ÷ smaller scale: median (min to max) |", "|---|---|"]
     cut = figures["trust_ratios"]["tensors_cut_between_ranks"]
     lines += [f"| `{key}` | {_shown(x, '.3g')} |" for key, x in cut.items()]
     return "\n".join(lines) + "\n"

@@ -39,7 +39,7 @@ _NAMES = (
     "proposal_cost",
 )
 # Σ over the global batch: w s, w s², w u s², loss, weights of the losses, their squares, entropies, rows, predictions;
-# over ranks: seconds of MAPNet, of the whole step.
+# over ranks: seconds of MAPNet, of the complete step.
 _SUMS = 11
 # Decay per step of the gate's moving averages.
 _DECAY = 0.99

@@ -25,7 +25,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    sections: dict[str, Any] = {"masking": {"strategy": "mapnet"}, "mapnet": {"gate": "never"}}
+    sections: dict[str, Any] = {"masking": {"strategy": "mapnet", "mapnet": {"gate": "never"}}}
     values = configuration(folder, corpus, steps=6, evaluation={"every_steps": 0}, **sections)
     assert run_ranks(train_all, 1, [(values, None)]) == [[None]]
     return folder
