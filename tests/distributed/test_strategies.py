@@ -40,11 +40,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "too many segments": (
         {"strategy": "fully_explored", "placement": "same_batch", "segments_per_sequence": 6},
-        "masking.fully_explored.segments_per_sequence 6 exceeds the maximum: a sequence of 32 tokens has 5 segments at rate 0.2",
+        "masking.fully_explored.segments_per_sequence 6 exceeds the maximum: a sequence of 32 tokens has 5 segments",
     ),
     "does not divide": (
         {"strategy": "fully_explored", "placement": "same_batch", "rate": 0.13},
-        r"batch.global_size 60 is not a multiple of 8, .* set it to 56 or 64, or masking.fully_explored.segments_per_sequence",
+        r"batch.global_size 60 is not a multiple of 8, .* set it to 56 or 64, or masking.fully_explored.segments",
     ),
     "no probability": (
         {"strategy": "frequency", "estimator": "whole_mask"},
