@@ -54,7 +54,7 @@ class Runs:
             faulty = self.values(f"faulty-{ranks}", ranks) | {"masking": {"strategy": "auto", "auto": {"rows": 201}}}
             told = run_ranks(train_all, ranks, [(measured, None), (faulty, None)])
             assert [answer[0] for answer in told] == [None] * ranks
-            assert any("auto.rows 201: " in str(answer[1]) and "has 200 rows" in str(answer[1]) for answer in told)
+            assert any("auto.rows 201: " in str(answer[1]) and "has only 200 rows" in str(answer[1]) for answer in told)
 
     def values(self, name: str, ranks: int) -> dict[str, Any]:
         return configuration(
