@@ -130,7 +130,7 @@ def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pyt
         (["--sequence-length", -1], "sequence length -1: must be at least 8"),
         (["--sequence-length", 16, "--workers", 0], "workers 0: must be at least 1"),
         (["--sequence-length", 16, "--held-out", 1], r"held-out share 1\.0: must be from 0 to below 1"),
-        (["--sequence-length", 16, "--held-out", 1e-12], "no document falls on the side held_out"),
+        (["--sequence-length", 16, "--held-out", 1e-12], "side held_out gets no documents"),
         (["--sequence-length", 16, "--seed", -1], "seed -1: must be from 0"),
         (["--sequence-length", 16, "--shard-size", 0], r"shard size 0\.0: must be above 0"),
     ],
@@ -170,9 +170,9 @@ def test_output_folder_that_is_not_ours(
         "--output",
     ]
     for folder, message in (
-        (tokenizer, "output folder is not empty, and no build began it. Choose another, or remove it"),
+        (tokenizer, "output folder is not empty and holds no build. Choose another, or remove it"),
         (tmp_path / "a.txt", "is a file, the output must be a folder"),
-        (corpus, "output folder holds a build of another command: sequence_length 16 then, 32 now"),
+        (corpus, "output folder holds a build with other arguments: sequence_length was 16, is now 32"),
     ):
         before = tree(folder)
         fails(capsys, [*start, folder], message)
@@ -231,7 +231,7 @@ Damage = Callable[[Path], object]
         ),
         (
             lambda c: (c / "manifest.json").unlink(),
-            r"manifest\.json: not found\. .*run the same build command again",
+            r"manifest\.json: not found\. .*rerun the build command",
         ),
     ],
 )

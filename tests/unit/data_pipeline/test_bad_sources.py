@@ -70,7 +70,11 @@ def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
         describe_in(tmp_path, [one], documents={"min_characters": 100}),
         r"every document was dropped \(too_short 1\)",
     )
-    fault(folder, describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}), r"no\.tsv: must be a file of")
+    fault(
+        folder,
+        describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}),
+        r"no\.tsv: decontamination needs",
+    )
     (tmp_path / "corpus.yaml").write_text("[")
     fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
     (tmp_path / "corpus.yaml").write_text("- a")
