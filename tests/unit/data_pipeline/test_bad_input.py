@@ -70,12 +70,12 @@ INPUTS: dict[str, tuple[str, bytes, str]] = {
     "gzip cut": (
         "a.txt.gz",
         gzip.compress(BIG)[:-9],
-        r"a\.txt\.gz: broken gzip file \(Truncated.*Copy or make",
+        r"a\.txt\.gz: corrupt gzip file \(Truncated.*Copy or create",
     ),
-    "gzip broken": ("a.txt.gz", gzip.compress(BIG)[:-9] + b"x" * 9, r"a\.txt\.gz: broken gzip file"),
-    "no gzip": ("a.txt.gz", BIG, r"a\.txt\.gz: broken gzip file"),
-    "zstd cut": ("a.txt.zst", zstandard.compress(BIG)[:-9], r"a\.txt\.zst: broken zstd file \(Truncated"),
-    "no zstd": ("a.jsonl.zst", BIG, r"a\.jsonl\.zst: broken zstd file"),
+    "gzip broken": ("a.txt.gz", gzip.compress(BIG)[:-9] + b"x" * 9, r"a\.txt\.gz: corrupt gzip file"),
+    "no gzip": ("a.txt.gz", BIG, r"a\.txt\.gz: corrupt gzip file"),
+    "zstd cut": ("a.txt.zst", zstandard.compress(BIG)[:-9], r"a\.txt\.zst: corrupt zstd file \(Truncated"),
+    "no zstd": ("a.jsonl.zst", BIG, r"a\.jsonl\.zst: corrupt zstd file"),
     "no json": (
         "a.jsonl",
         json_lines({"text": "x"}) + b"{text}\n",
@@ -86,8 +86,8 @@ INPUTS: dict[str, tuple[str, bytes, str]] = {
         json_lines({"text": "x"}, {"body": "x"}),
         r"a\.jsonl:2: has no field 'text', only body",
     ),
-    "no parquet": ("a.parquet", BIG, r"a\.parquet: broken parquet file"),
-    "other suffix": ("a.doc", BIG, r"a\.doc: cannot be read as text\. Known are \.txt"),
+    "no parquet": ("a.parquet", BIG, r"a\.parquet: corrupt Parquet file"),
+    "other suffix": ("a.doc", BIG, r"a\.doc: unknown file type\. Supported: \.txt"),
 }
 
 
@@ -117,7 +117,7 @@ def test_bad_input(
 def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     options = ["--tokenizer", tokenizer, "--sequence-length", 16, "--output", tmp_path / "out"]
-    message = r"a\.parquet: has no column 'text', only body\. Name the one that holds the text with --text-field"
+    message = r"a\.parquet: has no column 'text', only body\. Set --text-field to the column that holds the text"
     fails(capsys, ["build", "--input", tmp_path, *options], message)
     assert not (tmp_path / "out").exists()
     assert main([str(x) for x in ["build", "--input", tmp_path, *options, "--text-field", "body"]]) == 0

@@ -194,7 +194,7 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path, tokenizer: Path, capsy
     for name in ("b.bz2", "deep/c.JSON", "d.json", "README", ".hidden"):
         write_text(tmp_path / "in" / name, ["text"])
     build([tmp_path / "in"], tokenizer, 16, tmp_path / "out", progress=False)
-    assert capsys.readouterr().err == "passed over 4 files: .bz2 1, .json 2, without suffix 1\n"
+    assert capsys.readouterr().err == "skipped 4 files: .bz2 1, .json 2, without suffix 1\n"
     build([tmp_path / "in/a.txt"], tokenizer, 16, tmp_path / "one", progress=False)
     assert capsys.readouterr().err == ""
 
