@@ -120,15 +120,15 @@ def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) 
     from data_pipeline import build
     from data_pipeline.tokenization.stage import find_groups
 
-    description, named = build.described(given.input, given.description, given.documents, given.text_field)
-    description = build.with_needs(description, given.columns, given.packing)
-    groups = find_groups(description, (Path(given.output), Path(given.tokenizer)), named)
+    about, named = build.resolve_description(given.input, given.description, given.documents, given.text_field)
+    about = build.with_required_planes(about, given.columns, given.packing)
+    groups = find_groups(about, (Path(given.output), Path(given.tokenizer)), named)
     same = ("sequence_length", "seed", "held_out", "documents", "text_field", "shard_size")
     return {
         **{name: getattr(given, name) for name in same},
         "tokenizer": tokenizer,
         "sources": [[source.name, source.bytes] for files in groups for source in files],
-        **build.new_arguments(options, description, named),
+        **build.recorded_options(options, about, named),
     }
 
 

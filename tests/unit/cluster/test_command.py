@@ -97,10 +97,10 @@ def test_invalid_options_are_rejected(
     ("build", "message"),
     [
         ("--held-out 1", "held-out share 1.0: must be from 0 to below 1"),
-        ("--bins 16", "bins (16,): must be left out: only packing documents has them"),
+        ("--bins 16", "bins (16,): must be omitted: only packing documents uses them"),
         ("--tokenizer none", "none: no such file or folder"),
         ("--tokenizer texts", "texts: no tokenizer there (neither tokenizer.json nor vocab.txt)"),
-        ("--output texts", "texts: output folder is not empty, and no build began it"),
+        ("--output texts", "texts: output folder is not empty and holds no build"),
         ("--output texts/a.txt", "texts/a.txt: is a file"),
     ],
 )

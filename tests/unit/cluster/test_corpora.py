@@ -153,8 +153,11 @@ def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path
     parse_build(shlex.join(words))
     (output / "manifest.json").rename(tmp_path / "manifest.json")
     parse_build(shlex.join(words))
-    for change, what in ((["--seed", "5"], "seed 0 then, 5 now"), (["--packing", "nsp"], "packing sop then, nsp now")):
-        with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* of another command: {what}"):
+    for change, what in (
+        (["--seed", "5"], "seed was 0, is now 5"),
+        (["--packing", "nsp"], "packing was sop, is now nsp"),
+    ):
+        with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* with other arguments: {what}"):
             parse_build(shlex.join([*words, *change]))
     (tmp_path / "my texts" / "b.txt").write_text("w3\n")
     with pytest.raises(SlurmError, match="sources"):
