@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.checkpoint.export import load_model
-from maskvr_ds.checkpoint.load import read_beside
+from maskvr_ds.checkpoint.load import read_extra
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import Loader, read_rows, to_device
 from maskvr_ds.masking.gradient_norms import GradientNorms
@@ -30,7 +30,7 @@ from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.run_folder.checkpoints import newest
-from maskvr_ds.run_folder.layout import STATE
+from maskvr_ds.run_folder.layout import MAPNET_STATE
 
 CPU = torch.device("cpu")
 MASKS, FLOOR, ROWS = 64, 0.3, 48
@@ -188,7 +188,7 @@ def main() -> None:
     batches = Loader(corpus, seed=5, global_size=ROWS, device=CPU).batches()
     draw = masker(2)
     lines: list[dict[str, str | float]] = [{"network": "reference", "second_moment": round(best, 4), "share": 1}]
-    if state := read_beside(folder, STATE):
+    if state := read_extra(folder, MAPNET_STATE):
         # What learnt beside this BERT, while it was learning itself.
         positions = len(state["parameters.positions.weight"])
         own = MapNet(vocab_size=V, max_length=positions, layers=1, hidden=96, reach=4)

@@ -1,8 +1,8 @@
-"""A checkpoint → a Hugging Face folder that `transformers` loads by itself, checked before it is called done.
+"""Export of a checkpoint as a Hugging Face folder, verified before it appears under its name.
 
-Every checkpoint carries a few masked rows and the logits that the engine gave on them. The exported folder is loaded
-through `from_pretrained`, cast to the engine's precision, and must give the same logits through transformers' own
-forward pass; otherwise nothing is written under the output's name.
+Every checkpoint stores a few masked rows and the engine's logits on them. The exported folder is loaded with
+`from_pretrained`, cast to the engine's precision, and must reproduce these logits through transformers' own forward
+pass; otherwise nothing is written.
 """
 
 import json
@@ -19,27 +19,27 @@ from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import BERT
 
-# Case, accents, punctuation, another script, a special token spelled out.
+# Case, accents, punctuation, other scripts, a special token in plain text.
 _SAMPLES = ("Hello World, naïve CAFÉ!", "tokens: don't, e-mail, 3.14\n\ttab", "Ünïcode 東京 привет", "a [MASK] b")
-# Largest difference of a logit, relative to the largest logit (absolute below 1). One rounding: 2^-8 in bf16, 2^-11
+# Maximum difference of a logit, relative to the largest logit (absolute below 1). One rounding: 2^-8 in bf16, 2^-11
 # in fp16.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 
 
 class ExportError(ValueError):
-    """The export could not be made, or does not compute what the engine computed."""
+    """The export could not be written, or its logits differ from the engine's."""
 
 
 def export(source: str | Path, output: str | Path) -> float:
-    """Write a BertForMaskedLM (fp32, safetensors) with its tokenizer; → largest difference of a logit.
+    """Write a BertForMaskedLM (fp32, safetensors) with its tokenizer; returns the maximum difference of a logit.
 
-    source: a checkpoint's folder, or a run's (its newest complete checkpoint). output: must not exist or be empty.
-    Raises CheckpointError for a missing or damaged checkpoint, ExportError where logits differ or output is taken.
+    source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
+    Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use.
     """
     logging.disable_progress_bar()
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} exists and is not an empty folder; name another --output")
+        raise ExportError(f"{output} exists and is not an empty folder; choose another --output")
     folder = checkpoints.newest(Path(source))
     checkpoints.verify(folder)
     partial = output.with_name(f".{output.name}.partial")
@@ -56,10 +56,10 @@ def export(source: str | Path, output: str | Path) -> float:
 
 
 def load_model(folder: Path) -> BertForMaskedLM:
-    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError where weights do not fit."""
+    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit."""
     model = BertForMaskedLM(AutoConfig.from_pretrained(folder / BERT))
     missing, unexpected = model.load_state_dict(load.read_weights(folder), strict=False)
-    # Tied tensors are stored once; whatever else is missing would be random.
+    # Tied tensors are stored once; anything else that is missing would stay random.
     untied = sorted(set(missing) - set(model._tied_weights_keys))
     if untied or unexpected:
         raise CheckpointError(f"{folder}: weights do not fit the model: missing {untied}, unexpected {unexpected}")
@@ -73,10 +73,10 @@ def _write(folder: Path, output: Path) -> None:
 
 
 def _write_tokenizer(source: Path, output: Path) -> None:
-    """Copy the tokenizer's files; make sure that transformers reads them as the tokenizer that made the ids.
+    """Copy the tokenizer's files and ensure that transformers encodes as the tokenizer that built the corpus.
 
-    Raises ExportError where it does not: beside a BERT's config.json, AutoTokenizer may rebuild a lower-casing
-    BertTokenizer out of the vocabulary, whatever tokenizer.json says.
+    Next to a BERT's config.json, AutoTokenizer may build a lower-casing BertTokenizer from the vocabulary and ignore
+    tokenizer.json. Raises ExportError if that cannot be prevented.
     """
     for file in source.iterdir():
         if file.name != "config.json":
@@ -91,8 +91,8 @@ def _write_tokenizer(source: Path, output: Path) -> None:
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if [AutoTokenizer.from_pretrained(output)(text)["input_ids"] for text in _SAMPLES] != expected:
         raise ExportError(
-            f"{source}: transformers does not read this tokenizer as tokenizer.json says; "
-            "make tokenizer_config.json agree with it, in the corpus, and train from there"
+            f"{source}: transformers encodes with this folder otherwise than its tokenizer.json; "
+            "correct tokenizer_config.json in the corpus, and resume training from there"
         )
 
 
@@ -109,7 +109,7 @@ def _compare(folder: Path, output: Path) -> float:
     # "not <=" also refuses NaN.
     if not difference <= allowed:
         raise ExportError(
-            f"logits of the export differ from the engine's by {difference:.3g}, more than {allowed:.3g}: not written. "
+            f"the export's logits differ from the engine's by {difference:.3g}, more than {allowed:.3g}: not written. "
             f"The checkpoint {folder} and the installed transformers do not compute the same model"
         )
     return difference

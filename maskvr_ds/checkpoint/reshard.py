@@ -1,21 +1,22 @@
-"""Going on from a checkpoint at another number of ranks, ZeRO stage or partitioning.
+"""Resharding: resume with another world size, ZeRO stage or partitioning.
 
-DeepSpeed's own converter (deepspeed.checkpoint.ds_to_universal) puts the partitions of all ranks together, tensor by
-tensor; what comes out is written as one safetensors file, from which every rank copies its pieces to where
-partitions.py says that they lie. DeepSpeed's loader of universal checkpoints is not used: it cannot cross from stages
-1, 2 to 3 or back, unpickles a file a tensor on every rank, and gives all parameter groups the settings of the first.
+DeepSpeed's converter (deepspeed.checkpoint.ds_to_universal) assembles the partitions of all ranks, tensor by tensor;
+the result is written as one safetensors file, from which every rank copies its fragments to the addresses given by
+optim/partitions.py. DeepSpeed's loader of universal checkpoints is not used: it cannot cross between stages 1, 2 and
+stage 3, unpickles one file per tensor on every rank, and gives all parameter groups the settings of the first.
 
     RUN/checkpoints/.universal/
-        universal.safetensors     "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME": float32, whole tensors
-        checkpoint.json           of which checkpoint; counters; size and SHA-256 of the above
+        universal.safetensors     "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME": float32, full tensors
+        checkpoint.json           source checkpoint; counters; size and SHA-256 of the file above
 
-It is made by rank 0 under `.converting/` and renamed when whole, so that a conversion that was killed has never begun;
-one that is there, and of the same checkpoint, is used again. The next save removes it.
+Rank 0 writes it under `.converting/` and renames it when complete, so a conversion that was killed leaves nothing that
+counts; an existing conversion of the same checkpoint is reused. The next save removes it.
 
-Collectives: `load` has DeepSpeed gather stage 3's persistent parameters; nothing else.
+Collectives: `load` has DeepSpeed gather stage 3's persistent parameters; no others.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -37,39 +38,44 @@ from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL
 from maskvr_ds.runtime import files
 
+logger = logging.getLogger(__name__)
+
 TENSORS = "universal.safetensors"
 _KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-# Of the engine, in DeepSpeed's file of the model.
+# Counters of the engine, stored in DeepSpeed's model file.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-FLATTENED = "a fused optimizer (FP16_Optimizer), which keeps its master weights end to end"
+FLATTENED = "a fused optimizer (FP16_Optimizer), which keeps its master weights in one flat tensor"
 
 
 def same_layout(was: CheckpointState, now: CheckpointState) -> bool:
-    """Whether DeepSpeed can load the checkpoint as it is. At stage 0 every rank has everything."""
+    """Whether DeepSpeed can load the checkpoint without conversion. At stage 0 every rank holds everything."""
     if was.zero_stage == now.zero_stage == 0:
         return True
     return (was.world_size, was.zero_stage, was.partitions) == (now.world_size, now.zero_stage, now.partitions)
 
 
 def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState) -> Path:
-    """A verified checkpoint → the folder of its universal form, under `run`. On one rank.
+    """Convert a verified checkpoint to its universal form under `run`; returns the folder. Call on one rank.
 
-    Raises CheckpointError where there is no room on the disk, and where DeepSpeed's files have another form.
+    Raises CheckpointError if the disk has no room, or if DeepSpeed's files have an unknown form.
     """
     source = files.sha256(folder / MANIFEST)
     target, temporary = run / CHECKPOINTS / UNIVERSAL, run / CHECKPOINTS / CONVERTING
     if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
-        print(f"conversion of {folder} found in {target}", flush=True)
+        logger.info("conversion of %s found in %s", folder, target)
         return target
-    print(
-        f"converting {folder}: written by {was.world_size} ranks at ZeRO stage {was.zero_stage}, "
-        f"read by {now.world_size} at stage {now.zero_stage}",
-        flush=True,
+    logger.info(
+        "converting %s: written by %d ranks at ZeRO stage %d, read by %d at stage %d",
+        folder,
+        was.world_size,
+        was.zero_stage,
+        now.world_size,
+        now.zero_stage,
     )
     for rest in (target, temporary):
         shutil.rmtree(rest, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # DeepSpeed's converter writes every tensor twice, as fragments and whole.
+    # DeepSpeed's converter writes every tensor twice: as fragments and assembled.
     checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
     tensors, content = (_from_partitions if was.zero_stage else _from_whole)(folder, temporary / "pieces")
     shutil.rmtree(temporary / "pieces", ignore_errors=True)
@@ -77,23 +83,23 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     checkpoints.write_manifest(temporary, {"source": source, **content})
     temporary.rename(target)
     files.fsync_path(target.parent)
-    print(f"converted: {len(tensors)} tensors in {target}", flush=True)
+    logger.info("converted: %d tensors in %s", len(tensors), target)
     return target
 
 
 def remove(run: Path) -> None:
-    """Delete what a conversion has left."""
+    """Delete finished and unfinished conversions."""
     for name in (UNIVERSAL, CONVERTING):
         shutil.rmtree(run / CHECKPOINTS / name, ignore_errors=True)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    """DeepSpeed's own file, of a checkpoint that was verified: named and hashed in its manifest."""
+    """Load a file of DeepSpeed from a checkpoint that was verified: listed and hashed in its manifest."""
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Stages 1 to 3 → tensors by "kind/NAME"; step, loss scale and counters."""
+    """Convert stages 1 to 3: tensors by "kind/NAME"; step, loss scale and counters."""
     from deepspeed.checkpoint.ds_to_universal import main as to_universal
 
     arguments = Namespace(
@@ -109,7 +115,7 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
         with _silence():
             to_universal(arguments)
     except (AssertionError, LookupError, NotImplementedError, AttributeError) as error:
-        # What it runs into where files have another form than it knows, as another version of DeepSpeed may write.
+        # Raised on files of an unknown form, as another version of DeepSpeed may write them.
         raise CheckpointError(f"{folder}: DeepSpeed could not convert it: {error!r}") from error
     tensors = {}
     for path in sorted((work / "zero").rglob("*.pt")):
@@ -123,15 +129,15 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
     scaler = optimizer.get("loss_scaler")
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    # Tied parameters come under their second name too; at stage 3 all come flat.
+    # Tied parameters also appear under their second name; at stage 3 all tensors are flat.
     named = [(key, key.partition("/")[2], t) for key, t in tensors.items()]
     tensors = {key: t.view(shapes[name]) for key, name, t in named if name in shapes}
     return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
 
 
 def _from_whole(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same from stage 0, where every rank has everything: in fp32 the model's weights are the masters, in bf16
-    DeepSpeed keeps these tensor by tensor beside them."""
+    """Convert stage 0, where every rank holds everything: in fp32 the model's weights are the masters, in bf16
+    DeepSpeed stores the masters tensor by tensor in addition."""
     model = _unpickle(folder / "mp_rank_00_model_states.pt")
     outer = model["optimizer"]
     if "fp32_groups_flat" in outer:
@@ -143,7 +149,7 @@ def _from_whole(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict
             master = outer["fp32_groups"][number][place] if "fp32_groups" in outer else model["module"][name]
             tensors[f"fp32/{name}"] = master.detach().clone()
             for kind in _KINDS[1:]:
-                # torch's optimizers make them at their first step.
+                # torch's optimizers create moments at their first step.
                 moment = inner["state"].get(index, {}).get(kind)
                 tensors[f"{kind}/{name}"] = torch.zeros_like(master) if moment is None else moment.clone()
     return tensors, _content(inner, model, {})
@@ -152,7 +158,7 @@ def _from_whole(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict
 def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str, Any]) -> dict[str, Any]:
     state = optimizer["state"]
     first: dict[str, Any] = next(iter(state.values() if isinstance(state, dict) else state), {})
-    # FusedAdam counts in the group.
+    # FusedAdam counts steps in the parameter group.
     step = first["step"] if "step" in first else optimizer["param_groups"][0].get("step", 0)
     return {
         "step": int(step),
@@ -163,7 +169,7 @@ def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str,
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """DeepSpeed's converter prints a line a step and two progress bars."""
+    """Suppress the converter's output: one line per stage and two progress bars."""
     with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
         stderr, sys.stderr = sys.stderr, nothing
         try:
@@ -173,21 +179,21 @@ def _silence() -> Iterator[None]:
 
 
 def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Copy a universal form into the engine, whatever its stage and ranks. Every rank calls."""
+    """Copy a universal checkpoint into an engine of any stage and world size. Collective: call on all ranks."""
     content = checkpoints.read_manifest(universal)
     zero = engine.optimizer
     optimizer = engine.basic_optimizer
     if isinstance(zero, FP16_Optimizer):
-        raise CheckpointError(f"going on at stage 0 in bf16 with {FLATTENED}; resume at stage 1, 2 or 3")
+        raise CheckpointError(f"cannot resume at stage 0 in bf16 with {FLATTENED}; resume at stage 1, 2 or 3")
     given = [p for group in parameter_groups(engine.module) for _, p in group["params"]]
     layout = layout_of(engine, trained([{"params": given}]), optimizer.param_groups)
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        zero.checkpoint_event_prologue()  # every parameter is partitioned, the small ones too
+        zero.checkpoint_event_prologue()  # partitions all parameters, including persistent ones
     with safe_open(universal / TENSORS, framework="pt") as file, torch.no_grad():
         expected = {f"{kind}/{name}" for kind in _KINDS for name in layout.names}
         if unlike := expected.symmetric_difference(file.keys()):
-            raise CheckpointError(f"{universal}: of another model: {', '.join(sorted(unlike)[:3])}")
+            raise CheckpointError(f"{universal}: belongs to another model: {', '.join(sorted(unlike)[:3])}")
         for flat, partition in layout.partitions.items():
             state = _state_of(optimizer, flat)
             for kind in _KINDS:
@@ -210,7 +216,7 @@ def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _state_of(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
-    """The state of a partition, made where the optimizer has not stepped yet: Lamb's is there, torch's is not."""
+    """The optimizer state of a partition, created if the optimizer has not stepped yet (torch's; Lamb's exists)."""
     state = optimizer.state[flat]
     if "exp_avg" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
@@ -226,7 +232,7 @@ def _set_step(state: dict[str, Any], step: int) -> None:
 
 
 def _fill_model(layout: Layout, stage: int, whole: Callable[[str], torch.Tensor]) -> None:
-    """The weights that the model computes with, rounded from the masters."""
+    """Fill the weights that the model computes with, rounded from the masters."""
     if stage == 3:
         for flat, partition in layout.partitions.items():
             for fragment in partition.fragments:

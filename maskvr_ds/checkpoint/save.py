@@ -1,18 +1,11 @@
-"""Checkpoints that count only when whole: what is in them, saving, loading. Their folders: manifest.py.
+"""Writing checkpoints that count only when complete. Files of a checkpoint: run_folder/layout.py.
 
-    step-00000100/
-        checkpoint.json           written last: step, samples, what the run is, size and SHA-256 of every file
-        *.pt                      DeepSpeed's: module, optimizer partitions
-        weights.safetensors       fp32 weights, for export and evaluation
-        mapnet.safetensors        the mask proposal network, its optimizer and gate (where there is one)
-        probe.safetensors         a few rows and the engine's logits on them: what an export is held against
-        bert/                     config.json of the model, tokenizer
+Everything is written under `checkpoints/.saving-OWNER/`: every rank writes, fsyncs and hashes its own files; then
+rank 0 lists them in checkpoint.json and renames the folder. There is no random state to save: data order, masks and
+dropout are functions of (seed, step, rank).
 
-All of it is written under `checkpoints/.saving-OWNER/`, every rank its own files, which it synchronises and hashes;
-then rank 0 describes them in checkpoint.json and renames the folder.
-Randomness needs no state of its own: data order, masks and dropout are functions of (seed, step, rank).
-
-Collectives: `distributed.run_collectively` and `barrier` around each phase; what DeepSpeed and `full_fp32_weights` do.
+Collectives: `distributed.run_on_rank0` and `run_collectively` around each stage; those of DeepSpeed's save_checkpoint
+and of `full_fp32_weights`.
 """
 
 import io
@@ -32,15 +25,16 @@ from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
-from maskvr_ds.run_folder import checkpoints, layout
+from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.run_folder.layout import BERT, PROBE, WEIGHTS
-from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import fsync_path, write_hashed
+from maskvr_ds.run_folder.layout import BERT, CHECKPOINTS, PROBE, SAVING, WEIGHTS
+from maskvr_ds.runtime import distributed, files
 
-# Beside tensors: headers, tokenizer, manifest.
+# Headers, tokenizer and checkpoint.json: what a checkpoint takes besides tensors.
 _SMALL_FILES = 2 << 20
+# File name -> (tensors on the CPU, metadata) of a further safetensors file.
+ExtraFiles = Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
 
 
 def save(
@@ -52,120 +46,154 @@ def save(
     tokenizer: Path,
     keep: CheckpointConfig,
     fence: Fence,
-    beside: Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]] | None = None,
+    extra: ExtraFiles | None = None,
     background: AsyncCheckpointWriter | None = None,
 ) -> Path | None:
-    """Write a checkpoint of the run, then delete those that `keep` does not keep. Every rank calls.
+    """Write a checkpoint of the run, then delete those that `keep` does not retain. Collective: call on all ranks.
 
-    probe: a few rows on the device, the same on every rank. tokenizer: folder to copy.
-    fence: this job's right to write here.
-    beside: file name → (tensors on the CPU, metadata): further safetensors files, those of rank 0.
-    background: where to go on with it once everything is in host memory; None is returned then, and `finish` of it has
-    the rest, errors too. Returns the checkpoint's folder. Raises, on every rank, CheckpointError (one its own, the
-    others RemoteError) where the disk has no room for it or writing failed, FencedError where another job has taken the
-    run; nothing of it is left then, and earlier checkpoints are as they were.
+    Args:
+        probe: a few rows on the device, the same on all ranks; their logits are stored.
+        tokenizer: folder to copy.
+        fence: this job's right to write to the run.
+        extra: further safetensors files, written by rank 0.
+        background: if given, only host copies are made here; writing continues in its thread, and its `finish`
+            completes the checkpoint and raises its errors.
+
+    Returns the checkpoint's folder; None with `background`. Raises, on all ranks, CheckpointError (RemoteError on the
+    others) if the disk lacks room or writing failed, FencedError if another job owns the run; then nothing is left of
+    the new checkpoint and earlier ones are unchanged.
     """
-    tag = f"step-{state.step:08d}"
-    final = run / layout.CHECKPOINTS / tag
-    saving = run / layout.CHECKPOINTS / f"{layout.SAVING}-{fence.label}"
-    folder = saving / tag
-    failed: list[Exception] = []
-    # Of this rank: file → its bytes, None where they are on the disk already; and what it has written: size, SHA-256.
-    files: dict[Path, memoryview | None] = {}
-    written: dict[str, tuple[int, str]] = {}
+    writer = CheckpointWriter(run, state, keep=keep, fence=fence)
+    writer.collect(engine, probe, tokenizer, extra or {}, in_memory=background is not None)
+    if background is not None:
+        background.start(state.step, writer.write, writer.commit)
+        return None
+    writer.write()
+    return writer.commit()
 
-    def prepare() -> None:
-        fence.check()
-        checkpoints.remove_from(run, state.step)
-        folder.mkdir(parents=True)
-        checkpoints.check_space(folder, _expected_size(engine), f"checkpoint {tag}")
 
-    def write() -> None:
-        """This rank's files. No collective: it may run beside training."""
+class CheckpointWriter:
+    """One checkpoint on its way to disk: `collect`, `write`, `commit`, in this order."""
+
+    def __init__(self, run: Path, state: CheckpointState, *, keep: CheckpointConfig, fence: Fence) -> None:
+        self._run, self._state, self._keep, self._fence = run, state, keep, fence
+        tag = f"step-{state.step:08d}"
+        self._final = run / CHECKPOINTS / tag
+        self._saving = run / CHECKPOINTS / f"{SAVING}-{fence.label}"
+        self._folder = self._saving / tag
+        self._tokenizer = Path()
+        self._failed: list[Exception] = []
+        # Files of this rank: path -> content; None if it is on disk already.
+        self._files: dict[Path, memoryview | None] = {}
+        # Safetensors files of rank 0.
+        self._tensors: ExtraFiles = {}
+        self._model_config: Any = None
+        # Name -> (bytes, SHA-256) of what this rank has written.
+        self._written: dict[str, tuple[int, str]] = {}
+
+    def collect(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        probe: MaskedBatch,
+        tokenizer: Path,
+        extra: ExtraFiles,
+        *,
+        in_memory: bool,
+    ) -> None:
+        """Bring all content to the host: DeepSpeed's files (to disk, unless `in_memory`), fp32 weights, the probe's
+        logits. Collective: call on all ranks."""
         try:
-            for path, content in files.items():
-                written[path.relative_to(folder).as_posix()] = write_hashed(path, content)
-            if distributed.rank() == 0:
-                write_rest()
-        except Exception as error:
-            failed.append(error)
-
-    def write_rest() -> None:
-        save_file(weights, folder / WEIGHTS)
-        save_file(probed, folder / PROBE)
-        for name, (content, metadata) in (beside or {}).items():
-            save_file(content, folder / name, metadata)
-        engine.module.mlm.config.save_pretrained(folder / BERT)
-        for file in tokenizer.iterdir():
-            shutil.copyfile(file, folder / BERT / file.name)
-        for path in checkpoints.files_of(folder):
-            if path.parent != folder or path.name in (WEIGHTS, PROBE, *(beside or {})):
-                written[path.relative_to(folder).as_posix()] = write_hashed(path)
-
-    def finish() -> Path:
-        try:
-            distributed.run_collectively(lambda: _raise_first(failed, folder))
-            of_ranks = distributed.gather_objects(written)
-            distributed.run_on_rank0(partial(complete, of_ranks))
+            distributed.run_on_rank0(partial(self._prepare, _expected_size(engine)))
+            with _writing(engine, self._files, self._failed, in_memory=in_memory):
+                engine.save_checkpoint(str(self._saving), tag=self._final.name, save_latest=False)
+            weights = full_fp32_weights(engine)
+            differing = not_rounded(engine, weights)
+            probed = _probed(engine, probe)
+            distributed.run_on_rank0(lambda: _check_rounded(differing))
         except Exception:
-            forget()
+            self._discard()
             raise
-        distributed.run_on_rank0(tidy)
-        return final
+        self._tokenizer, self._model_config = tokenizer, engine.module.mlm.config
+        self._tensors = {WEIGHTS: (weights, {}), PROBE: (probed, {}), **extra}
 
-    def complete(of_ranks: list[dict[str, tuple[int, str]]]) -> None:
+    def write(self) -> None:
+        """Write this rank's files. No collective, raises nothing: it may run in a thread during training; `commit`
+        raises what failed."""
+        try:
+            for path, content in self._files.items():
+                self._written[path.relative_to(self._folder).as_posix()] = files.write_hashed(path, content)
+            if distributed.rank() == 0:
+                self._write_rank0()
+        except Exception as error:
+            self._failed.append(error)
+
+    def commit(self) -> Path:
+        """List all files in checkpoint.json, rename the folder, delete old checkpoints. Collective: call on all
+        ranks."""
+        try:
+            distributed.run_collectively(lambda: _raise_first(self._failed, self._folder))
+            of_ranks = distributed.gather_objects(self._written)
+            distributed.run_on_rank0(partial(self._complete, of_ranks))
+        except Exception:
+            self._discard()
+            raise
+        distributed.run_on_rank0(self._tidy)
+        return self._final
+
+    def _prepare(self, expected_size: int) -> None:
+        self._fence.check()
+        checkpoints.remove_from(self._run, self._state.step)
+        self._folder.mkdir(parents=True)
+        checkpoints.check_space(self._folder, expected_size, f"checkpoint {self._final.name}")
+
+    def _write_rank0(self) -> None:
+        for name, (tensors, metadata) in self._tensors.items():
+            save_file(tensors, self._folder / name, metadata or None)
+        self._model_config.save_pretrained(self._folder / BERT)
+        for file in self._tokenizer.iterdir():
+            shutil.copyfile(file, self._folder / BERT / file.name)
+        for path in checkpoints.files_of(self._folder):
+            if path.parent != self._folder or path.name in self._tensors:
+                self._written[path.relative_to(self._folder).as_posix()] = files.write_hashed(path)
+
+    def _complete(self, of_ranks: list[dict[str, tuple[int, str]]]) -> None:
         try:
             for number, of_rank in enumerate(of_ranks):
                 for name, (size, _) in of_rank.items():
-                    if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                    path = self._folder / name
+                    if not path.is_file() or path.stat().st_size != size:
                         raise CheckpointError(
-                            f"{folder / name}: rank {number} of {state.world_size} has written it, and it did not "
-                            "arrive; output_dir must lie on a file system that all nodes share"
+                            f"{path}: written by rank {number} of {self._state.world_size}, but not visible to rank 0; "
+                            "output_dir must lie on a file system that all nodes share"
                         )
-            checkpoints.write_manifest(folder, vars(state), {k: v for of_rank in of_ranks for k, v in of_rank.items()})
-            fence.check()
-            folder.rename(final)
-            fsync_path(final.parent)
+            hashed = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
+            checkpoints.write_manifest(self._folder, vars(self._state), hashed)
+            self._fence.check()
+            self._folder.rename(self._final)
+            files.fsync_path(self._final.parent)
         except OSError as error:
-            _raise_first([error], folder)
+            _raise_first([error], self._folder)
 
-    def tidy() -> None:
-        fence.check()
-        checkpoints.point_latest(final)
-        shutil.rmtree(saving)
-        reshard.remove(run)
-        checkpoints.remove_old(run, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+    def _tidy(self) -> None:
+        self._fence.check()
+        checkpoints.point_latest(self._final)
+        shutil.rmtree(self._saving)
+        reshard.remove(self._run)
+        checkpoints.remove_old(self._run, keep_last=self._keep.keep_last, keep_every_steps=self._keep.keep_every_steps)
 
-    def forget() -> None:
+    def _discard(self) -> None:
         if distributed.rank() == 0:
-            shutil.rmtree(saving, ignore_errors=True)
-
-    try:
-        distributed.run_on_rank0(prepare)
-        with _writing(engine, files, failed, in_memory=background is not None):
-            engine.save_checkpoint(str(saving), tag=tag, save_latest=False)
-        weights = full_fp32_weights(engine)
-        differing = not_rounded(engine, weights)
-        probed = _probed(engine, probe)
-        distributed.run_on_rank0(lambda: _check_rounded(differing))
-    except Exception:
-        forget()
-        raise
-    if background is not None:
-        background.start(state.step, write, finish)
-        return None
-    write()
-    return finish()
+            shutil.rmtree(self._saving, ignore_errors=True)
 
 
 def _check_rounded(differing: list[str]) -> None:
-    # What an export shall be worth: the master weights are those that the model computes with.
+    # An export is worth something only if its fp32 weights are those that the model computes with.
     if differing:
         raise CheckpointError(f"{', '.join(differing)}: the engine's weights are not its rounded fp32 weights")
 
 
 def _probed(engine: deepspeed.DeepSpeedEngine, probe: MaskedBatch) -> dict[str, torch.Tensor]:
-    """What `read_probe` gives. Every rank calls."""
+    """Content of probe.safetensors, see `load.read_probe`. Collective: call on all ranks."""
     logits = probe_logits(engine.module, probe)
     tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
     if probe.attention_mask is not None:
@@ -183,8 +211,8 @@ def _expected_size(engine: deepspeed.DeepSpeedEngine) -> int:
 def _writing(
     engine: deepspeed.DeepSpeedEngine, files: dict[Path, memoryview | None], failed: list[Exception], *, in_memory: bool
 ) -> Iterator[None]:
-    """DeepSpeed's files go to the disk, or in `files` as bytes. What is raised in writing them goes in `failed`: raised
-    here, the other ranks would wait in DeepSpeed's barriers for a rank whose disk is full."""
+    """Have DeepSpeed's files go to disk, or into `files` as bytes. Errors in writing them go to `failed`: raised here,
+    they would leave the other ranks waiting in DeepSpeed's barriers for a rank whose disk is full."""
     writer = engine.checkpoint_engine
     original = writer.save
 
@@ -213,14 +241,14 @@ def _raise_first(failed: list[Exception], folder: Path) -> None:
     if failed:
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"{folder}: the checkpoint could not be written, nothing of it is kept: {failed[0]} ({free:,} bytes are "
-            "free there); --resume auto goes on from the one before"
+            f"{folder}: the checkpoint could not be written and was discarded: {failed[0]} ({free:,} bytes are free "
+            "there); --resume auto continues from the previous one"
         ) from failed[0]
 
 
 @torch.no_grad()
 def probe_logits(module: Any, probe: MaskedBatch) -> torch.Tensor:
-    """The module's logits [B, K, V] on the probe, dropout off."""
+    """The module's logits [B, K, V] on the probe, without dropout."""
     training = module.training
     module.eval()
     try:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from maskvr_ds.cli.options import positive_integer, visible_gpus
+from maskvr_ds.runtime.logs import verbosity_words
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -36,6 +37,7 @@ def _train(arguments: argparse.Namespace) -> int:
         options += ["--set", assignment]
     if arguments.resume:
         options += ["--resume", arguments.resume]
+    options += verbosity_words(arguments.verbosity)
     if arguments.hostfile:
         # DeepSpeed runs locally, as a world of one machine, where the file it is given does not exist.
         _check_hostfile(Path(arguments.hostfile))

@@ -7,6 +7,7 @@ folder no more: sizes, weights and the SHA-256 of what it began with stand there
 Collectives: `load`, one fp32 broadcast a parameter; `distributed.run_collectively` before it.
 """
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.model import BERT_CONFIG, read_bert_config
 from maskvr_ds.data.vocabulary import token_ids
-from maskvr_ds.runtime import distributed, terminal
+from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import sha256
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 # Name in a file → the parameter that it shares its values with.
@@ -103,11 +106,10 @@ def load(module: nn.Module, initial: InitialWeights) -> None:
     Raises ConfigError (on the other ranks RemoteError) where tensors are missing, unexpected, of another shape, not
     finite, or the file is not the one that the run began with.
     """
-    told = distributed.run_on_rank0(lambda: _read(module, initial))
+    summary = distributed.run_on_rank0(lambda: _read(module, initial))
     for parameter in module.parameters():
         parameter.data.copy_(distributed.broadcast(parameter.data.to(distributed.device())))
-    if distributed.rank() == 0:
-        terminal.say(told)
+    logger.info("%s", summary)
 
 
 @torch.no_grad()

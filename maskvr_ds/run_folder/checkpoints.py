@@ -1,19 +1,11 @@
-"""Checkpoint folders and what they say of themselves: which are complete, whole, newest, to be kept. Loads no torch.
-
-RUN/checkpoints/
-    step-00000100/            complete once it has its checkpoint.json, which is written last
-        checkpoint.json       state, size and SHA-256 of all other files; in line one the SHA-256 of the rest
-    latest                    the newest one's name: for people and scripts; a resume looks at the folders
-    .saving*, .deleting-*     on the way; a kill may leave them, the next save removes them
-    .universal, .converting   elastic.py
-RUN/origin.json               of another run's checkpoint that this run went on from: where it lay, and its SHA-256
-"""
+"""Checkpoint folders: which are complete, intact, newest, kept. Loads no torch. Their files: layout.py."""
 
 import hashlib
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +23,14 @@ from maskvr_ds.run_folder.layout import (
     SAVING,
     STOP_REQUEST,
 )
-from maskvr_ds.runtime.files import fsync_path, sha256, write_hashed
+from maskvr_ds.runtime.files import PARTIAL, atomic_write, fsync_path, sha256, write_hashed
 
 FORMAT = 3
 _NAME = re.compile(r"step-\d+")
-# What is hashed at once: hashlib lets other threads run.
+# Files hashed in parallel: hashlib releases the GIL.
 _THREADS = 8
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -45,14 +39,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says of itself beside its tensors.
+    """Everything that checkpoint.json stores besides the list of files.
 
-    step: updates done. samples: sequences consumed. world_size, zero_stage, partitions: how it was written
-    (engine.partition_sizes).
-    dtype: what the model computed in. identity: what must be equal for a run to go on from it. settings: the rest of
-    the configuration that bears on training, flat; it may change, and a change is told. phases: what has been trained,
-    a mapping a phase (phases.done), the last one perhaps in part. guard: divergence.Guard.state. auto:
-    auto.Chooser.state, where it chooses the masks.
+    step: optimizer steps done. samples: sequences consumed. world_size, zero_stage, partitions: layout in which it was
+    written (`engine.master_weights.partition_sizes`). dtype: of the model's computations. identity: settings that must
+    be equal to resume. settings: all other settings that affect training, flat; they may differ on resume, and
+    differences are logged. phases: what has been trained, one mapping per phase (`training.phases.done`), the last
+    one possibly unfinished. guard: `divergence.Guard.state`. auto: `auto_strategy.Chooser.state`.
     """
 
     step: int
@@ -68,8 +61,16 @@ class CheckpointState:
     auto: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were verified, with its state."""
+
+    folder: Path
+    state: CheckpointState
+
+
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. Hidden first: a deletion cut short must not leave half of it under its name."""
+    """Delete a checkpoint. Renamed first, so that an interrupted deletion leaves no partial checkpoint behind."""
     shutil.rmtree(folder.rename(folder.with_name(DELETING + folder.name)))
 
 
@@ -80,29 +81,25 @@ def files_of(folder: Path) -> list[Path]:
 def write_manifest(
     folder: Path, content: Mapping[str, Any], hashed: Mapping[str, tuple[int, str]] | None = None
 ) -> None:
-    """Write checkpoint.json with `content` and every file's size and SHA-256, all of it synchronised.
+    """Write checkpoint.json: `content`, and the size and SHA-256 of every file; all files are fsynced.
 
-    hashed: what `write_hashed` said of files, by name; the others are hashed now.
+    hashed: name -> result of `write_hashed` for files that were hashed while written; the others are hashed here.
     """
     hashed = dict(hashed or {})
     names = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
-    left = [name for name in names if name not in hashed]
+    missing = [name for name in names if name not in hashed]
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashed |= zip(left, pool.map(write_hashed, [names[name] for name in left]), strict=True)
+        hashed |= zip(missing, pool.map(write_hashed, [names[name] for name in missing]), strict=True)
     files = {name: {"bytes": hashed[name][0], "sha256": hashed[name][1]} for name in names}
     for path in {path.parent for path in names.values()}:
         fsync_path(path)
     rest = json.dumps({"format": FORMAT, **content, "files": files}, indent=1).removeprefix("{") + "\n"
     own = hashlib.sha256(rest.encode()).hexdigest()
-    temporary = folder / f".{MANIFEST}.partial"
-    temporary.write_text(f'{{"sha256": "{own}",{rest}', encoding="utf-8")
-    fsync_path(temporary)
-    temporary.rename(folder / MANIFEST)
-    fsync_path(folder)
+    atomic_write(folder / MANIFEST, f'{{"sha256": "{own}",{rest}')
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of checkpoint.json. Raises CheckpointError where it is missing, damaged, or of another version."""
+    """The content of checkpoint.json. Raises CheckpointError if it is missing, damaged, or of another format."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing)")
@@ -111,62 +108,74 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(text)
         written = content.pop("sha256", None)
     except (ValueError, AttributeError):
-        raise CheckpointError(f"{path}: damaged, not JSON any more; take an earlier checkpoint") from None
+        raise CheckpointError(f"{path}: damaged (not valid JSON); use an earlier checkpoint") from None
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}")
     head = f'{{"sha256": "{written}",'.encode()
     if not text.startswith(head) or hashlib.sha256(text[len(head) :]).hexdigest() != written:
-        raise CheckpointError(f"{path}: damaged, it differs from the SHA-256 in its first line; take an earlier one")
+        raise CheckpointError(
+            f"{path}: damaged, its content differs from the SHA-256 in its first line; use an earlier checkpoint"
+        )
     return content
 
 
+def _state_of(manifest: Mapping[str, Any]) -> CheckpointState:
+    return CheckpointState(**{key: value for key, value in manifest.items() if key not in ("format", "files")})
+
+
 def read_state(folder: Path) -> CheckpointState:
-    """What a checkpoint says of itself. Raises CheckpointError where it is not a complete checkpoint."""
-    return CheckpointState(**{k: v for k, v in read_manifest(folder).items() if k not in ("format", "files")})
+    """The state of a checkpoint. Raises CheckpointError if it is not a complete checkpoint."""
+    return _state_of(read_manifest(folder))
 
 
 def faults(folder: Path) -> list[str]:
-    """Everything about a checkpoint's files that is not as written, a sentence each; none where it is whole."""
+    """Every difference between a checkpoint and its checkpoint.json, one sentence each; empty if it is intact."""
     try:
-        listed = read_manifest(folder)["files"]
+        return _faults(folder, read_manifest(folder))
     except CheckpointError as error:
         return [str(error)]
+
+
+def _faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    listed = manifest["files"]
     found = []
     to_hash = []
     for name, entry in listed.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            found.append(f"{folder / MANIFEST}: {name!r} leaves the checkpoint's folder")
+            found.append(f"{folder / MANIFEST}: {name!r} lies outside the checkpoint's folder")
         elif not path.is_file():
-            found.append(f"{path}: missing; take an earlier checkpoint")
+            found.append(f"{path}: missing; use an earlier checkpoint")
         elif (size := path.stat().st_size) != entry["bytes"]:
-            found.append(f"{path}: {entry['bytes']} bytes expected, {size} found; take an earlier checkpoint")
+            found.append(f"{path}: {entry['bytes']} bytes expected, {size} found; use an earlier checkpoint")
         else:
             to_hash.append((path, entry["sha256"]))
     with ThreadPoolExecutor(_THREADS) as pool:
         for (path, expected), actual in zip(to_hash, pool.map(sha256, [p for p, _ in to_hash]), strict=True):
             if actual != expected:
-                found.append(f"{path}: the SHA-256 differs from {MANIFEST}; take an earlier checkpoint")
+                found.append(f"{path}: the SHA-256 differs from {MANIFEST}; use an earlier checkpoint")
     for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
-        # DeepSpeed opens by pattern, and unpickles what it opens.
+        # DeepSpeed opens files by pattern, and unpickles what it opens.
         if (name := path.relative_to(folder).as_posix()) not in listed and name != MANIFEST:
-            found.append(f"{path}: not in {MANIFEST}; remove it, or take an earlier checkpoint")
+            found.append(f"{path}: not listed in {MANIFEST}; remove it, or use an earlier checkpoint")
     return found
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming the first that is not as written."""
-    if found := faults(folder):
+def verify(folder: Path) -> Checkpoint:
+    """Compare every file with checkpoint.json. Raises CheckpointError naming the first difference."""
+    manifest = read_manifest(folder)
+    if found := _faults(folder, manifest):
         raise CheckpointError(found[0])
+    return Checkpoint(folder, _state_of(manifest))
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Folders of the run's checkpoints, whole or not, oldest first. A copy under another name is none of them."""
+    """Folders of the run's checkpoints, complete or not, oldest first; copies under other names are ignored."""
     return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(p.name))
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Of the run's `checkpoints` those that are complete."""
+    """Folders of the run's complete checkpoints, oldest first."""
     return [folder for folder in checkpoints(run) if (folder / MANIFEST).is_file()]
 
 
@@ -174,47 +183,46 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def find(run: Path, resume: str, tell: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint to go on from, verified.
+def find(run: Path, resume: str) -> Checkpoint | None:
+    """The verified checkpoint to resume from.
 
-    "auto": the run's newest whole one, the others told; where it has not written any yet the one of another run that it
-    had gone on from; None where there is neither. Otherwise the path of a checkpoint or of a run's folder, which must
-    hold a complete one; it must be what "auto" would take, or this run's folder must be empty: else older and newer
-    states of two histories would stand side by side.
+    resume: "auto": the run's newest intact checkpoint (damaged ones are logged); if the run has none yet, the
+    checkpoint of another run that it was started from; None if there is neither. Otherwise the path of a checkpoint
+    or of a run. Such a path must be what "auto" would use, or the run's folder must be empty: the checkpoints of two
+    histories must not mix.
     Raises CheckpointError.
     """
     if resume != "auto":
+        folder = newest(Path(resume))
         own = complete_checkpoints(run)
-        found = newest(Path(resume))
-        going_on = own[-1] if own else origin(run)
-        if begun(run) and (going_on is None or found.resolve() != going_on.resolve()):
+        expected = own[-1] if own else origin(run)
+        if is_started(run) and (expected is None or folder.resolve() != expected.resolve()):
             raise CheckpointError(
                 f"--resume {resume}: output_dir {run} is not empty, and this is not its newest checkpoint; "
-                "name another output_dir"
+                "choose another output_dir"
             )
-        verify(found)
-        return found
-    broken = []
+        return verify(folder)
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(run)):
-        if not (wrong := faults(folder)):
-            return folder
-        broken.append((folder, wrong[0]))
-        tell(f"passed over: {wrong[0]}")
-    if broken:
-        names = ", ".join(folder.name for folder, _ in reversed(broken))
+        try:
+            return verify(folder)
+        except CheckpointError as error:
+            damaged.append((folder, str(error)))
+            logger.info("skipped: %s", error)
+    if damaged:
+        names = ", ".join(folder.name for folder, _ in reversed(damaged))
         raise CheckpointError(
-            f"{run / CHECKPOINTS}: none of {names} is whole ({broken[0][1]}); "
-            "remove the run's folder to begin anew, or give --resume another checkpoint"
+            f"{run / CHECKPOINTS}: none of {names} is intact ({damaged[0][1]}); "
+            "remove the run's folder to start over, or give --resume another checkpoint"
         )
-    if (found_origin := origin(run)) is not None:
-        verify(found_origin)
-    return found_origin
+    source = origin(run)
+    return None if source is None else verify(source)
 
 
 def origin(run: Path) -> Path | None:
-    """The checkpoint of another run that this one went on from; None where it had none.
+    """The checkpoint of another run that this run was started from; None if there is none.
 
-    Raises CheckpointError where it is not there any more.
+    Raises CheckpointError if it no longer exists.
     """
     if not (run / ORIGIN).is_file():
         return None
@@ -222,43 +230,39 @@ def origin(run: Path) -> Path | None:
     folder = Path(entry["checkpoint"])
     if not (folder / MANIFEST).is_file() or sha256(folder / MANIFEST) != entry["sha256"]:
         raise CheckpointError(
-            f"{run}: has no checkpoint of its own yet, and {folder}, which it had gone on from, is gone or another one "
-            "now; put it back, or remove the run's folder and name another checkpoint"
+            f"{run}: has no checkpoint of its own yet, and {folder}, from which it was started, is missing or has "
+            "changed; restore it, or remove the run's folder and choose another checkpoint"
         )
     return folder
 
 
-def write_origin(run: Path, latest: Path) -> None:
-    """Remember a checkpoint that a run goes on from, unless it is the run's own."""
-    folder = latest.resolve()
-    if folder.is_relative_to(run.resolve()):
-        return
-    temporary = run / f".{ORIGIN}.partial"
-    temporary.write_text(
-        json.dumps({"checkpoint": str(folder), "sha256": sha256(folder / MANIFEST)}) + "\n", encoding="utf-8"
-    )
-    fsync_path(temporary)
-    temporary.replace(run / ORIGIN)
+def write_origin(run: Path, checkpoint: Path) -> None:
+    """Record the checkpoint that a run is resumed from, unless it is the run's own."""
+    folder = checkpoint.resolve()
+    if not folder.is_relative_to(run.resolve()):
+        entry = {"checkpoint": str(folder), "sha256": sha256(folder / MANIFEST)}
+        atomic_write(run / ORIGIN, json.dumps(entry) + "\n")
 
 
-def begun(run: Path) -> bool:
-    """Whether a run's folder holds more than what stands there before config.yaml does: who took it, its job script,
-    what a launcher puts there first, and what a kill during a conversion leaves."""
+def is_started(run: Path) -> bool:
+    """Whether a run's folder holds more than what is there before config.yaml is written: the fencing record, job
+    scripts, files of a launcher, remains of an interrupted conversion."""
     if not run.exists():
         return False
     early = (CHECKPOINTS, OWNER, JOBS, LOGS, STOP_REQUEST)
-    if any(not p.name.endswith(".partial") and p.name not in early for p in run.iterdir()):
+    if any(not p.name.endswith(PARTIAL) and p.name not in early for p in run.iterdir()):
         return True
     return (run / CHECKPOINTS).exists() and any(not p.name.startswith(".") for p in (run / CHECKPOINTS).iterdir())
 
 
 def newest(folder: Path) -> Path:
-    """A checkpoint's own folder, or the newest complete one of a run. Raises CheckpointError where there is none."""
+    """The folder itself if it is a checkpoint, otherwise a run's newest complete one. Raises CheckpointError if there
+    is none."""
     if (folder / MANIFEST).is_file():
         return folder
     if complete := complete_checkpoints(folder):
         return complete[-1]
-    raise CheckpointError(f"{folder}: no complete checkpoint there (nor in its {CHECKPOINTS}/)")
+    raise CheckpointError(f"{folder}: contains no complete checkpoint (nor does its {CHECKPOINTS}/)")
 
 
 def remove_old(run: Path, *, keep_last: int, keep_every_steps: int) -> None:
@@ -269,9 +273,9 @@ def remove_old(run: Path, *, keep_last: int, keep_every_steps: int) -> None:
 
 
 def remove_from(run: Path, step: int) -> None:
-    """Delete what is left of saves that were cut short, and checkpoints of `step` and later.
+    """Delete remains of interrupted saves, and checkpoints of `step` and later.
 
-    Such are there where a resume has passed them over; their history is not the one that goes on.
+    The latter exist if a resume skipped them as damaged; they belong to a history that was abandoned.
     """
     for rest in (run / CHECKPOINTS).glob(f"{SAVING}*"):
         shutil.rmtree(rest, ignore_errors=True)
@@ -283,21 +287,18 @@ def remove_from(run: Path, step: int) -> None:
 
 
 def point_latest(folder: Path) -> None:
-    """Have the file `latest` beside a checkpoint's folder name it, whole at every moment."""
-    temporary = folder.with_name(f".{LATEST}.partial")
-    temporary.write_text(folder.name + "\n", encoding="utf-8")
-    fsync_path(temporary)
-    temporary.replace(folder.with_name(LATEST))
+    """Write the name of a checkpoint's folder to the file `latest` next to it, atomically."""
+    atomic_write(folder.with_name(LATEST), folder.name + "\n")
 
 
 def size(folder: Path) -> int:
-    """Bytes of a complete checkpoint, by its manifest."""
+    """Bytes of a complete checkpoint, according to its checkpoint.json."""
     return (folder / MANIFEST).stat().st_size + sum(e["bytes"] for e in read_manifest(folder)["files"].values())
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise CheckpointError where the folder's file system has less than `needed` bytes free."""
+    """Raise CheckpointError if the folder's file system has less than `needed` bytes free."""
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(
-            f"{folder}: {what} takes about {needed:,} bytes, {free:,} are free; make space and go on with --resume auto"
+            f"{folder}: {what} needs about {needed:,} bytes, {free:,} are free; free some space and use --resume auto"
         )

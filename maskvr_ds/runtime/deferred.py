@@ -1,4 +1,4 @@
-"""Small device tensors on their way to the host."""
+"""Asynchronous copies of small device tensors to the host: reading them never stalls the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 class DeferredTensor:
-    """A small tensor on its way to the host. `values()` waits for it, and for nothing queued after it."""
+    """A small tensor being copied to the host. `values()` waits for this copy, not for work queued after it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._event = None
@@ -26,7 +26,7 @@ class DeferredTensor:
 
 
 class DeferredFigures:
-    """Names and their values, a float tensor [len(names)], on its way to the host."""
+    """Named values: a float tensor [len(names)] being copied to the host."""
 
     def __init__(self, names: Sequence[str], tensor: torch.Tensor) -> None:
         self._names = names

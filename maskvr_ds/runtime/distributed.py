@@ -1,6 +1,6 @@
-"""Rank, world size and the few reductions of a training step.
+"""Process group: rank, world size, reductions of a training step, errors that concern all ranks.
 
-Collectives here, all over the world group: `all_reduce_sum`, `broadcast` (dtype and frequency: the caller's),
+Collectives, all over the world group: `all_reduce_sum`, `broadcast` (dtype and frequency: see the callers),
 `run_collectively`, `run_on_rank0` and `gather_objects` (object all-gather, at start-up and around checkpoints only),
 `barrier`.
 """
@@ -16,23 +16,22 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from maskvr_ds.runtime import distributed, slurm_env, terminal
+from maskvr_ds.runtime import slurm_env
 
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RemoteError(RuntimeError):
-    """Another rank failed where this one did not. The message names it."""
+    """Another rank failed and this one did not. The message names it."""
 
 
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or
-    Slurm does for the tasks of an `srun`.
+    Slurm for the tasks of an `srun`.
 
-    Started without a launcher, the process is a world of one. Raises ValueError where only a part of it is set,
-    where tasks of one `srun` would be worlds of their own, each of them training the same run, and where a job that was
-    given GPUs would train without.
+    Without a launcher, the process is a world of one rank. Raises ValueError if only some of the variables are set, if
+    tasks of one `srun` would form separate worlds that train the same run, or if a job with GPUs would train on CPUs.
     """
     os.environ.update(slurm_env.ranks(os.environ))
     if "RANK" in os.environ:
@@ -52,19 +51,19 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
         if (gpus := slurm_env.gpus(os.environ)) and os.environ.get("DS_ACCELERATOR") != "cpu":
             raise ValueError(
                 f"{socket.gethostname()}: Slurm gave the job {gpus} GPUs of this node, and torch {torch.__version__} "
-                "sees none: look at the driver and at which torch is installed there, or set DS_ACCELERATOR=cpu to "
-                "train on its CPUs"
+                "sees none: check the driver and which torch is installed there, or set DS_ACCELERATOR=cpu to train on "
+                "CPUs"
             )
-        # On CPUs DeepSpeed compiles a shared-memory all-reduce for a minute at first use. Only its inference
-        # engine calls it, and a build that was killed leaves a lock that later runs wait for without end. Asked for
-        # the table of such operations, DeepSpeed would try them all, with the compiler; it reads no other entry.
+        # On CPUs DeepSpeed compiles a shared-memory all-reduce at first use, which takes a minute. Only its inference
+        # engine calls it, and a build that was killed leaves a lock on which later runs wait forever. Were DeepSpeed
+        # to fill this table itself, it would probe all such ops with the compiler; it reads no other entry.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            # Ranks share the machine's cores; without this each would start a thread per core.
+            # Ranks share the machine's cores; otherwise each would start one thread per core.
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     else:
-        # Before any collective: NCCL takes the current device, which is the first one for every rank until set.
+        # Before any collective: NCCL uses the current device, which is device 0 on every rank until set.
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
@@ -76,18 +75,19 @@ def run_as_rank(
     timeout: timedelta = timedelta(minutes=30),
     errors: tuple[type[Exception], ...] = (ValueError, OSError),
 ) -> int:
-    """What every program that runs as a rank does around its work; → its exit status, `action`'s or 1.
+    """Run `action` as one rank of a program: join the process group, report errors once per job, leave the group.
 
-    Joins the process group, has faults told once for the whole job, and leaves the group. errors: what the user can
-    mend; ArithmeticError is what all ranks find alike. Other exceptions keep their traceback.
+    errors: exceptions that the user can correct, reported in one line by the rank that raised them. ArithmeticError is
+    raised on all ranks and reported by rank 0. Other exceptions keep their traceback. Returns the exit status:
+    `action`'s, or 1.
     """
-    # Renamings inside torch that DeepSpeed has yet to follow: nothing that the user of a run could mend.
+    # Deprecations inside torch that DeepSpeed has yet to follow: the user of a run cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         initialize(timeout)
         return action() or 0
     except RemoteError:
-        return 1  # the rank that failed tells it
+        return 1  # reported by the rank that failed
     except ArithmeticError as error:  # FloatingPointError, ReplicaError
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def run_as_rank(
 
 
 def rank() -> int:
-    """This process's number; what the launcher said before `initialize`, 0 without a launcher."""
+    """This process's rank; before `initialize` according to the launcher, 0 without one."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
@@ -109,7 +109,7 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device of this rank."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -119,7 +119,7 @@ def device() -> torch.device:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; the tensor itself. int64 wraps."""
+    """Sum over all ranks, in place; returns the tensor. int64 wraps around."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -131,14 +131,14 @@ def barrier() -> None:
 
 
 def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-    """The tensor of rank `source`, on every rank, in place; the tensor itself."""
+    """Copy the tensor of rank `source` to all ranks, in place; returns the tensor."""
     if world_size() > 1:
         dist.broadcast(tensor, src=source)
     return tensor
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The value of rank `source`, on every rank."""
+    """The value of rank `source`, on all ranks. The value must be picklable."""
     if world_size() == 1:
         return value
     box = [value]
@@ -147,7 +147,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, by rank, on every rank."""
+    """The values of all ranks, in rank order, on all ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -155,7 +155,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def wait_for_device() -> None:
-    """Until everything queued on this rank's device is done. For clocks, at pauses of the training; never in a step."""
+    """Block until all work queued on this rank's device is done: for timing between steps, never within a step."""
     if device().type == "cuda":
         torch.cuda.synchronize()
 
@@ -191,8 +191,3 @@ def run_on_rank0(action: Callable[[], T]) -> T:
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def say(text: str) -> None:
-    if distributed.rank() == 0:
-        terminal.say(text)

@@ -1,8 +1,9 @@
-"""Do the ranks add up right, how fast, and which link is the slowest: `python -m cluster preflight` starts it as ranks.
+"""Interconnect test of `python -m cluster preflight`: all-reduces correct and how fast, and the slowest link.
 
-Collectives, all over the world group: all-reduces of int64, fp32 and bf16 vectors; barriers between rounds; point to
-point, both ways at once, between one rank of every host (every rank, where there is one host) and each of the others.
-A round of pairs in which everyone takes part once (a tournament) measures n/2 links at a time, as training uses them.
+Collectives, all over the world group: all-reduces of int64, fp32 and bf16 vectors; barriers between rounds;
+point-to-point transfers in both directions between one rank per host (all ranks if there is a single host) and each of
+the others. In each round every rank is in at most one pair (a round-robin tournament), so that n/2 links are measured
+at a time, as training uses them.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import atomic_write
 
 MIB = 2**20
 _LENGTHS = (1, 1_003, 262_147)
@@ -27,14 +29,14 @@ _REPEATS = 5
 
 
 def wrong_sums() -> list[str]:
-    """All-reduces whose result is known; → what is wrong with this rank's. Every rank calls.
+    """Faults in all-reduces with a known result, as seen by this rank. Collective: call on all ranks.
 
-    Element i of rank r is (i + 7 r) mod 61: all sums are whole numbers that the type holds exactly.
+    Element i of rank r is (i + 7 r) mod 61: all sums are integers that the type represents exactly.
     """
     n, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
     faults = []
     for dtype in (torch.int64, torch.float32, torch.bfloat16):
-        # bf16 has 8 bits: up to 256 it counts exactly (beyond 128 ranks little is left of this one).
+        # bf16 has 8 bits: integers up to 256 are exact (beyond 128 ranks this check loses most of its power).
         modulus = 61 if dtype != torch.bfloat16 else max(1, 257 // n)
         for length in _LENGTHS:
             position = torch.arange(length, device=device)
@@ -48,9 +50,9 @@ def wrong_sums() -> list[str]:
 
 
 def all_reduce_bandwidth(size: int) -> tuple[float, float]:
-    """Median seconds of an all-reduce of `size` bytes of fp32, and its bus bandwidth in bytes a second.
+    """Median seconds of an all-reduce of `size` bytes of fp32, and its bus bandwidth in bytes per second.
 
-    Bus bandwidth, as nccl-tests count it: 2 (n − 1)/n · size / seconds, what each link carries in a ring.
+    Bus bandwidth as in nccl-tests: 2 (n − 1)/n · size / seconds, the load of each link in a ring.
     """
     n = distributed.world_size()
     vector = torch.ones(size // 4, device=distributed.device())
@@ -59,7 +61,7 @@ def all_reduce_bandwidth(size: int) -> tuple[float, float]:
 
 
 def rounds(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """Every pair once, everyone at most once a round: the circle method."""
+    """All pairs, each player at most once per round: the circle method."""
     circle: list[int | None] = [*players] + ([None] if len(players) % 2 else [])
     half = len(circle) // 2
     for _ in range(len(circle) - 1):
@@ -69,7 +71,7 @@ def rounds(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 
 
 def link_bandwidths(players: Sequence[int], size: int) -> dict[tuple[int, int], float]:
-    """Bytes a second, one way, of each pair of ranks while both send `size` bytes; the same on every rank."""
+    """Bytes per second, one way, of each pair of ranks while both send `size` bytes; identical on all ranks."""
     rank, device = distributed.rank(), distributed.device()
     found: dict[tuple[int, int], float] = {}
     outgoing, incoming = torch.ones(size // 4, device=device), torch.empty(size // 4, device=device)
@@ -85,7 +87,7 @@ def link_bandwidths(players: Sequence[int], size: int) -> dict[tuple[int, int], 
                         work.wait()
 
                 found[pair] = size / _median(exchange)
-    # Both ends have timed it; the slower one counts.
+    # Timed at both ends; the slower figure counts.
     merged: dict[tuple[int, int], float] = {}
     for each in distributed.gather_objects(found):
         for pair, value in each.items():
@@ -97,37 +99,39 @@ def _median(action: Callable[[], Any]) -> float:
     times = []
     for _ in range(_REPEATS + 1):
         distributed.wait_for_device()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         action()
         distributed.wait_for_device()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])  # the first one connects
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])  # the first repeat connects
 
 
 def nccl_version() -> str | None:
-    """Of the library that is loaded, None on CPUs."""
+    """Version of the loaded library; None on CPUs."""
     if distributed.device().type != "cuda":
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def measure(size: int) -> dict[str, Any]:
-    """Everything, in JSON types; the same on every rank. size: bytes of the bandwidths' vectors."""
+    """All results, in JSON types, identical on all ranks. size: bytes of the vectors for bandwidths."""
     n = distributed.world_size()
     mine = {"host": socket.gethostname(), "faults": wrong_sums(), "nccl": nccl_version()}
-    said = distributed.gather_objects(mine)
-    hosts = [each["host"] for each in said]
+    reports = distributed.gather_objects(mine)
+    hosts = [each["host"] for each in reports]
     first = [hosts.index(host) for host in dict.fromkeys(hosts)]
     seconds, bus = all_reduce_bandwidth(size)
-    # Ranks time it alike but for noise; rank 0's counts.
+    # Ranks differ by noise only; rank 0's figures count.
     seconds, bus = distributed.broadcast_object((seconds, bus))
     links = link_bandwidths(first if len(first) > 1 else range(n), size)
     return {
         "world_size": n,
         "bytes": size,
         "backend": str(dist.get_backend()),
-        "faults": [f"rank {r} on {each['host']}: {fault}" for r, each in enumerate(said) for fault in each["faults"]],
-        "nccl": [each["nccl"] for each in said],
+        "faults": [
+            f"rank {r} on {each['host']}: {fault}" for r, each in enumerate(reports) for fault in each["faults"]
+        ],
+        "nccl": [each["nccl"] for each in reports],
         "hosts": hosts,
         "all_reduce_seconds": seconds,
         "bus_bytes_per_second": bus,
@@ -140,23 +144,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskvr_ds.runtime.interconnect", description="One rank of a preflight."
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON, written by rank 0")
-    parser.add_argument("--bytes", type=int, help="of the bandwidths' vectors; default: 256 MiB on GPUs, 4 MiB on CPUs")
+    parser.add_argument("--bytes", type=int, help="size of the vectors; default: 256 MiB on GPUs, 4 MiB on CPUs")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
 
     def run() -> None:
         if distributed.world_size() == 1:
-            raise ValueError("a world of one rank has no interconnect; give --hostfile more slots")
+            raise ValueError("a single rank has no interconnect; use a --hostfile with more slots")
         size = arguments.bytes or (4 * MIB if distributed.device().type == "cpu" else 256 * MIB)
         result = measure(size)
         if distributed.rank() == 0:
-            output = Path(arguments.output)
-            temporary = output.with_name(f".{output.name}.partial")
-            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            temporary.replace(output)
+            atomic_write(Path(arguments.output), json.dumps(result, indent=1))
         distributed.barrier()
 
-    # RuntimeError: what a link that fails in the middle of a collective comes as.
+    # RuntimeError: raised when a link fails during a collective.
     return distributed.run_as_rank(run, timeout=timedelta(minutes=2), errors=(ValueError, OSError, RuntimeError))
 
 

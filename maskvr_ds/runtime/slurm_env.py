@@ -1,7 +1,7 @@
-"""What Slurm says in the environment of a job and of the tasks of an `srun`. Loads no torch.
+"""Slurm's environment variables, translated to those of a launcher (RANK, WORLD_SIZE, …). Loads no torch.
 
-DeepSpeed reads none of it: without this, the tasks of one `srun` would be worlds of one rank each, all of them training
-the same run.
+DeepSpeed does not read them: without this module, each task of an `srun` would form a world of one rank, and all of
+them would train the same run.
 """
 
 import re
@@ -10,25 +10,25 @@ from collections.abc import Mapping
 
 _STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
 _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
-# Below the ports that systems give out by themselves (Linux: from 32768).
+# Below the ephemeral ports (Linux: from 32768).
 _PORTS = range(10_000, 30_000)
 
 
 def job_id(environment: Mapping[str, str]) -> str:
-    """What this job is called, for squeue and scontrol too; "" outside of one. A task of an array goes by the array's
-    id and its number: SLURM_JOB_ID of one of the tasks is the array's own id, which stands for all of them."""
+    """The job's id as squeue and scontrol accept it; "" outside a job. An array task is identified by the array's id
+    and its index: SLURM_JOB_ID of one of the tasks equals the array's id, which denotes all tasks."""
     array = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array[0]}_{array[1]}" if all(array) else environment.get("SLURM_JOB_ID", "")
 
 
 def gpus(environment: Mapping[str, str]) -> int:
-    """How many GPUs of this node the job was given; 0 where Slurm does not say."""
+    """Number of GPUs on this node that were allocated to the job; 0 if Slurm does not tell."""
     count = environment.get("SLURM_GPUS_ON_NODE", "")
     return int(count) if count.isdecimal() else 0
 
 
 def hostnames(nodes: str) -> list[str]:
-    """ "n[1-3]" → n1, n2, n3. Raises ValueError where scontrol does not say."""
+    """ "n[1-3]" -> n1, n2, n3. Raises ValueError if scontrol fails."""
     words = ["scontrol", "show", "hostnames", nodes]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
@@ -37,7 +37,7 @@ def hostnames(nodes: str) -> list[str]:
 
 
 def task_counts(text: str) -> list[int]:
-    """Tasks of each node: "8(x2),4" → 8, 8, 4. Raises ValueError."""
+    """Tasks per node: "8(x2),4" -> 8, 8, 4. Raises ValueError if `text` has another form."""
     counts: list[int] = []
     for part in text.split(","):
         if (match := _COUNT.fullmatch(part)) is None:
@@ -47,11 +47,11 @@ def task_counts(text: str) -> list[int]:
 
 
 def ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher would set, for a task of an `srun`; nothing outside of one, or where RANK is set already.
+    """The variables that a launcher would set, for a task of an `srun`; empty outside one, or if RANK is set already.
 
-    MASTER_ADDR and MASTER_PORT are kept where they are set, else the step's first node and a port that follows from
-    job, restart and step. Raises ValueError where RANK comes from elsewhere and the world is smaller than the step, and
-    where the first node is not to be found out.
+    MASTER_ADDR and MASTER_PORT are kept if set; otherwise they are the step's first node, and a port derived from job,
+    restart and step. Raises ValueError if RANK was set by something else and the world is smaller than the step, or if
+    the first node cannot be determined.
     """
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return {}
@@ -59,26 +59,27 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
         raise ValueError(f"SLURM_STEP_ID is set, but not {', '.join(missing)}; start ranks with srun or a launcher")
     tasks = int(environment["SLURM_STEP_NUM_TASKS"])
     if "RANK" in environment:
-        # LOCAL_SIZE: ranks that one `deepspeed` in a task has started.
+        # LOCAL_SIZE: ranks started by one `deepspeed` within a task.
         world, expected = int(environment.get("WORLD_SIZE", "1")), tasks * int(environment.get("LOCAL_SIZE", "1"))
         if tasks > 1 and world < expected:
             raise ValueError(
                 f"WORLD_SIZE is {world}, but srun has started {tasks} tasks, for {expected} ranks: each would train "
-                "the run by itself. Unset RANK and WORLD_SIZE, or start one task a node with a launcher that joins them"
+                "the run on its own. Unset RANK and WORLD_SIZE, or start one task per node with a launcher that joins "
+                "them"
             )
         return {}
     here = task_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
     mapped = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
-        # Where Slurm shows each task one GPU, that is number 0.
+        # If Slurm exposes one GPU per task, its index is 0.
         "LOCAL_RANK": "0" if _one_device(environment) else environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(here[int(environment.get("SLURM_NODEID", "0"))]),
     }
     if "MASTER_ADDR" not in environment:
         mapped["MASTER_ADDR"] = "127.0.0.1" if tasks == 1 else _first_host(environment["SLURM_STEP_NODELIST"])
     if "MASTER_PORT" not in environment:
-        # Neighbouring jobs and steps get ports of their own.
+        # Different ports for neighbouring jobs and steps.
         number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_RESTART_COUNT", "0")) * 7
         mapped["MASTER_PORT"] = str(_PORTS[(number + int(environment["SLURM_STEP_ID"])) % len(_PORTS)])
     return mapped
@@ -93,6 +94,6 @@ def _first_host(nodes: str) -> str:
         return hostnames(nodes)[0]
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"MASTER_ADDR is not set, and the first of {nodes} is not to be found out ({error}); set it to the first "
+            f"MASTER_ADDR is not set, and the first of {nodes} cannot be determined ({error}); set it to the first "
             "line of `scontrol show hostnames` before srun"
         ) from None

@@ -1,5 +1,7 @@
-"""Words to a terminal that may hang up, a pipe whose reader may go, a file whose disk may be full: none of them ends a
-run that is about to save. Loads no torch."""
+"""Printing that never raises: broken pipes, closed terminals and full disks are ignored. Loads no torch.
+
+None of them may end a run that is about to save.
+"""
 
 import contextlib
 import os
@@ -11,24 +13,24 @@ OUT, ERR = 1, 2
 
 @contextlib.contextmanager
 def _outlived(descriptor: int) -> Iterator[None]:
-    """What is written to it in here goes nowhere where that fails, and all that comes later."""
+    """If writing to `descriptor` fails, discard this output and all later output to it."""
     try:
         yield
     except OSError:
-        # What Python's streams still hold would fail again when the interpreter ends, with a status of its own.
+        # Output still buffered by Python would fail again at exit, and change the exit status.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, descriptor)
         os.close(null)
 
 
 def say(text: str, descriptor: int = OUT, *, end: str = "\n") -> None:
-    """A line to standard output, or standard error."""
+    """Print a line to standard output or standard error."""
     with _outlived(descriptor):
         print(text, end=end, file=sys.stdout if descriptor == OUT else sys.stderr, flush=True)
 
 
 def alert(text: str) -> None:
-    """A line to standard error, past Python's streams: a signal's handler may have interrupted a print, and a thread
-    that waits for ever may hold their lock."""
+    """Print a line to standard error, bypassing Python's streams: a signal handler may have interrupted a print, and a
+    thread that hangs may hold their lock."""
     with _outlived(ERR):
         os.write(ERR, f"{text}\n".encode())

@@ -6,6 +6,7 @@ logging never makes the device wait.
 """
 
 import json
+import logging
 import math
 import os
 import sys
@@ -20,10 +21,12 @@ from tqdm import tqdm
 
 from maskvr_ds.config import MonitorConfig
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
-from maskvr_ds.runtime import terminal
+from maskvr_ds.runtime import logs
 from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
 from maskvr_ds.telemetry.metrics_file import TRUST_RATIO_FIGURES, keep_until
 from maskvr_ds.telemetry.monitors import open_monitors
+
+logger = logging.getLogger(__name__)
 
 _HISTOGRAM = "train/trust_ratio_log10"
 # Seconds between the lines that stand in for the progress bar where stderr is no terminal.
@@ -133,7 +136,11 @@ class MetricsLog:
         self._ratios_file: TextIO | None = None
         self._monitor = open_monitors(folder, monitor, resume_samples)
         self._bar = tqdm(
-            total=total_steps, initial=resume_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=total_steps,
+            initial=resume_step,
+            unit="step",
+            disable=logs.is_quiet() or not sys.stderr.isatty(),
+            dynamic_ncols=True,
         )
         self._clock = self._last_line = time.perf_counter()
 
@@ -196,7 +203,7 @@ class MetricsLog:
 
             self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["samples"])
 
-    def fsync_path(self) -> None:
+    def flush_to_disk(self) -> None:
         """Have everything so far on disk, to survive what a checkpoint survives."""
         if self.active:
             self.flush()
@@ -216,7 +223,7 @@ class MetricsLog:
         now = time.perf_counter()
         if self._bar.disable and (now - self._last_line > _LINE_EVERY or "held_out_loss" in line):
             self._last_line = now
-            terminal.say(f"step {line['step']}/{self._bar.total}  {text}")
+            logger.info("step %d/%d  %s", line["step"], self._bar.total, text)
 
     def close(self) -> None:
         if self.active:

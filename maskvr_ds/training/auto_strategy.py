@@ -1,22 +1,23 @@
-"""masking.strategy auto: now and then measures what masks do to the gradient's variance, and goes on with the best.
+"""masking.strategy auto: measures the gradient's variance at intervals and continues with the best masks.
 
-J disjoint segments of a row in one batch, V_d the data's part of the variance, V_m the masks', e_a the deviation that
-segment a of a round causes given the row (random_effects.py), c = E⟨e_a, e_b⟩ for two segments of one round. The mean
-of J segments deviates by V_m/J + c (J − 1)/J, a batch of B passes has B/J rows, so its gradient has the variance
+Let J disjoint segments of a row share a batch; V_d is the data part of the variance, V_m the mask part, e_a the
+deviation caused by segment a of a round given the row (random_effects.py), c = E⟨e_a, e_b⟩ for two segments of one
+round. The mean of J segments has variance V_m/J + c (J − 1)/J, a batch of B passes contains B/J rows, so its gradient
+has the variance
 
     total(J) / B,   total(J) = J V_d + V_m + (J − 1) c.
 
-That is linear in J: the best is one segment where V_d + c > 0, else as many as there are, and pairs of segments tell
-which. c is negative, as disjoint masks make up for each other; V_d is what J rows instead of one would have averaged.
+It is linear in J: the best J is 1 if V_d + c > 0, otherwise the maximum, and pairs of segments decide which. c is
+negative, since disjoint masks complement each other; V_d is the price: J different rows would have averaged it out.
 
-The baseline is one segment a batch (`fully_explored` an epoch apart: within a step, uniform masks). Another choice
-(all segments; the proposal, its own cost added) is better where the interval of its total, divided by the baseline's,
-lies below 1; the least estimate among those wins. It is taken where the measurement before said the same: of many
-measurements of a few rows some are far off, and what is taken for no reason stays for long.
+The baseline is one segment per batch (`fully_explored` across epochs: within a step, uniform masks). An alternative
+(all segments; the proposal, with its cost added) is better if the confidence interval of its total, divided by the
+baseline's, lies below 1; among those the smallest estimate wins. It is adopted once two consecutive measurements agree:
+among many measurements on few rows some are far off, and a plan adopted by chance would stay for long.
 
-Cost: `rows` · `draws` · 2 forward and backward passes, as many again for the proposal, a whole fp32 copy of the model
-for the time. Collectives, over the world group: a broadcast a tensor of the model, those of moments.py, one broadcast
-of the decision, which rank 0 makes: sums of other orders must not part the ranks.
+Cost: `rows` · `draws` · 2 forward and backward passes, the same again for the proposal, and temporarily a full fp32
+copy of the model. Collectives, over the world group: one broadcast per tensor of the model, those of moments.py, one
+broadcast of the decision, which rank 0 makes: rounding must not lead the ranks to different plans.
 """
 
 import copy
@@ -50,26 +51,26 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics_file import EVENT
 
 SEGMENTS, PROPOSAL = "fully_explored", "mapnet"
-# Strategy and segments a batch.
+# Strategy, and segments of a row per global batch.
 MaskingPlan = tuple[str, int]
 BASELINE: MaskingPlan = (SEGMENTS, 1)
-# What a key is for, so that no two uses share random numbers.
+# Purposes of keys: no two uses share random numbers.
 _ROWS, _MASKS, _SKETCH, _BOOTSTRAP = range(4)
 _FIGURES = ("data", "mask", "segment_covariance", "all_segments", "proposal")
 
 
 class Chooser:
-    """The masks of a phase. Every rank makes one and calls alike.
+    """Chooses the masks of a phase. Every rank has one; all ranks make the same calls.
 
     Args:
         config: the section.
         engine: DeepSpeed's, around a MaskedLanguageModel.
-        masker, loader: the phase's; they are told what is chosen.
-        proposer: MAPNet, which learns whatever the masks are; None: it is no choice.
-        most: the largest J that is a choice.
-        proposal_cost: time of MAPNet relative to that of the rest of a step.
-        micro_size: rows a pass.
-        seed: of everything here.
+        masker, loader: the phase's; set to the plan that is chosen.
+        proposer: MAPNet, trained under any masks; None: not a candidate.
+        most: the largest J to consider.
+        proposal_cost: time of MAPNet relative to the rest of a step.
+        micro_size: rows per pass.
+        seed: for rows, masks, projections and bootstrap.
     """
 
     def __init__(
@@ -92,12 +93,12 @@ class Chooser:
         self._take(SEGMENTS)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint says of it, in JSON types."""
+        """State stored in checkpoints, in JSON types."""
         return {"strategy": self._strategy, "stretch": asdict(self._loader.repeats), "best": list(self._best)}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._loader.repeats = RepeatSchedule(**state["stretch"])
-        strategy, segments = state.get("best", BASELINE)  # earlier checkpoints have none
+        strategy, segments = state.get("best", BASELINE)  # absent in old checkpoints
         self._best = strategy, segments
         self._take(state["strategy"])
 
@@ -108,15 +109,15 @@ class Chooser:
             self._proposer.gate = "always" if strategy == PROPOSAL else "never"
 
     def due(self, step: int, last_step: int) -> bool:
-        """Whether to measure after so many steps."""
+        """Whether to measure after `step` steps."""
         return step % self._config.every_steps == 0 and step < last_step
 
     def choose(self, step: int, samples: int) -> dict[str, Any]:
-        """Measure, choose, tell masker and loader; → the event for metrics.jsonl. Every rank calls.
+        """Measure, choose, set masker and loader; returns the event for metrics.jsonl. Collective: call on all ranks.
 
-        step: of the run. samples: consumed by the phase's loader, those passed over included.
+        step: of the run. samples: consumed by the phase's loader, including skipped ones.
         """
-        begun, key = time.perf_counter(), hashing.fold(self._seed, step)
+        started, key = time.perf_counter(), hashing.fold(self._seed, step)
         figures, passes = self._measure(key)
         best, figures = distributed.broadcast_object((better(figures, self._most), figures))
         current = self._strategy, self._loader.repeats.copies
@@ -134,11 +135,11 @@ class Chooser:
             "most_segments": self._most,
             **figures,
             "passes": passes,
-            "seconds": round(time.perf_counter() - begun, 3),
+            "seconds": round(time.perf_counter() - started, 3),
         }
 
     def _measure(self, key: int) -> tuple[dict[str, list[float] | None], int]:
-        """Name of _FIGURES → [estimate, low, high], None where it is no choice; passes, over all ranks."""
+        """_FIGURES by name: [estimate, low, high], None if not a candidate; and the number of passes over all ranks."""
         config, corpus = self._config, self._loader.corpus
         rows = KeyedPermutation(corpus.rows, hashing.fold(key, _ROWS))(np.arange(config.rows))
         sample = Sample(corpus, rows, key, self._micro_size, distributed.device())
@@ -163,16 +164,16 @@ class Chooser:
         return named, passes
 
     def _full_precision_copy(self) -> MaskedLanguageModel:
-        """The model with its fp32 weights, whole, on this rank's device."""
+        """The model with its full fp32 weights, on this rank's device."""
         weights = full_fp32_weights(self._engine)
         with torch.random.fork_rng(devices=[]):
-            twin = MaskedLanguageModel(self._engine.module.mlm.config).float()
-        twin.to(distributed.device())
-        for name, parameter in twin.mlm.named_parameters():
+            copied = MaskedLanguageModel(self._engine.module.mlm.config).float()
+        copied.to(distributed.device())
+        for name, parameter in copied.mlm.named_parameters():
             if distributed.rank() == 0:
                 parameter.data.copy_(weights[name])
             distributed.broadcast(parameter.data)
-        return twin
+        return copied
 
 
 def _figures(
@@ -191,16 +192,16 @@ def _figures(
 
 
 def better(figures: dict[str, list[float] | None], most: int) -> MaskingPlan:
-    """The least of those whose interval lies below 1, else the baseline."""
+    """The candidate with the smallest estimate among those whose interval lies below 1, otherwise the baseline."""
     found = []
     for name, choice in (("all_segments", (SEGMENTS, most)), ("proposal", (PROPOSAL, 1))):
         interval = figures[name]
-        # A comparison with what is not a number is false: nothing is better then.
+        # Comparisons with NaN are false: then nothing is better.
         if interval is not None and interval[2] < 1:
             found.append((interval[0], choice))
     return min(found)[1] if found else BASELINE
 
 
 def confirm_choice(best: MaskingPlan, best_before: MaskingPlan, current: MaskingPlan) -> MaskingPlan:
-    """What to go on with, by what the last two measurements found best: to leave the baseline takes both."""
+    """The plan to continue with: leaving the baseline requires that the last two measurements agree."""
     return best if best in (BASELINE, best_before) else current

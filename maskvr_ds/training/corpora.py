@@ -1,4 +1,7 @@
-"""Corpora of a run: opened, verified, compared over ranks."""
+"""Corpora of a run: opened, verified, compared across ranks.
+
+Collectives: object all-gathers and broadcasts at the start of a phase.
+"""
 
 import socket
 from collections.abc import Sequence
@@ -15,11 +18,12 @@ from maskvr_ds.training.phases import RunPhase
 
 
 def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[Corpus, Corpus | None]:
-    """Training and held-out corpora, several as one; opening reads no token data. open_files: see `Corpus`."""
+    """Open the training corpora (as one mixture) and the held-out corpus; reads no token data. open_files: see
+    `Corpus`."""
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
     if corpus.sequence_length > (positions := config.model.max_position_embeddings):
         folder = config.model.initialize_from
-        theirs = f", those of {folder}; build the corpus with --sequence-length {positions} at most" if folder else ""
+        theirs = f" of {folder}; build the corpus with --sequence-length {positions} or less" if folder else ""
         raise ConfigError(
             f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
             f"model.max_position_embeddings {positions}{theirs}"
@@ -29,8 +33,8 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
 
 
 def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
-    """As `open_corpora`, each shard opened once on each node, and verified as data.verify says: once in the whole job,
-    the work divided among the ranks. Every rank calls."""
+    """`open_corpora`, with each shard opened once per node and verified according to data.verify, once per job, the
+    work divided among the ranks. Collective: call on all ranks."""
     config, rank, world_size = phase.config, distributed.rank(), distributed.world_size()
     files = NodeFiles(distributed.gather_objects, rank)
 
@@ -47,10 +51,10 @@ def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
 
 
 def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
-    """Raise ConfigError where a rank sees other ones under these paths than rank 0 does. Every rank calls.
+    """Raise ConfigError if a rank sees other corpora under these paths than rank 0. Collective: call on all ranks.
 
-    Each may be whole by itself; what they would train on together is none of them. Collectives: one broadcast, one
-    object all-gather.
+    Each of them may be intact, but the ranks would train on a mixture of both. Collectives: one broadcast, one object
+    all-gather.
     """
     found = [None if corpus is None else _fingerprint(corpus) for corpus in corpora]
     expected = distributed.broadcast_object((socket.gethostname(), found))
@@ -60,7 +64,7 @@ def check_same_corpora(corpora: Sequence[Corpus | None]) -> None:
             if ours != theirs and corpus is not None:
                 raise ConfigError(
                     f"{corpus.folder}: rank {distributed.rank()} on {socket.gethostname()} sees another manifest there "
-                    f"than rank 0 on {expected[0]}; all nodes must see one corpus: copy it anew, or share it"
+                    f"than rank 0 on {expected[0]}; all nodes must see the same corpus: copy it again, or share it"
                 )
 
     distributed.run_collectively(compare)
@@ -71,9 +75,9 @@ def _fingerprint(corpus: Corpus) -> tuple[str, int, dict[str, Any]]:
 
 
 def check_corpora(phases: Sequence[RunPhase]) -> None:
-    """Open what every phase will need, so that no fault waits for the end of the phase before it.
+    """Open the corpora of all phases, so that faults show before the first one and not when a phase starts.
 
-    Raises ValueError naming the phase, also where its tokenizer is not that of the first of them.
+    Raises ValueError naming the phase, also if its tokenizer differs from that of the first.
     """
     first: Corpus | None = None
     for phase in phases:

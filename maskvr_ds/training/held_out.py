@@ -1,6 +1,6 @@
-"""Held-out loss: uniform masks that depend on the row alone, so that every run is measured with the same ones.
+"""Held-out loss under uniform masks that depend on the row alone, so that all runs are measured with the same masks.
 
-Collective: one all-reduce of [Σ ℓ, predictions], float64, over the world group per evaluation.
+Collective: one all-reduce of float64 [2] (Σ ℓ, predictions) over the world group per evaluation.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from maskvr_ds.masking.masker import Masker
 from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.runtime import distributed
 
-# Part of the measure: with another seed or rate figures would no longer compare.
+# Part of the measurement: with another seed or rate, figures would not be comparable.
 _SEED = 0
 _RATE = 0.15
 
 
 def held_out_masker(corpus: Corpus, device: torch.device) -> Masker:
-    """Uniform masks at 15%, 80/10/10, whatever the run trains with."""
+    """Uniform masks at 15%, 80/10/10, independent of what the run trains with."""
     return Masker.for_corpus(corpus.manifest, seed=_SEED, rate=_RATE, device=device)
 
 
@@ -33,8 +33,8 @@ class HeldOut:
 
     Args:
         corpus: held-out rows.
-        rows: how many to use at most.
-        micro_size: sequences a forward pass.
+        rows: maximum number to use.
+        micro_size: sequences per forward pass.
         rank, world_size, device: as for the loader.
     """
 
@@ -44,8 +44,8 @@ class HeldOut:
         rows = min(rows, corpus.rows)
         chosen = KeyedPermutation(corpus.rows, _SEED)(np.arange(rows))
         self._mine = chosen[rank::world_size]
-        # Under ZeRO 3 a forward pass is a collective: every rank makes as many as the rank with the most rows. One that
-        # has none left takes a row again, with weights of 0.
+        # Under ZeRO 3 a forward pass is a collective: every rank runs as many as the rank with the most rows. A rank
+        # without further rows repeats one with weight 0.
         self._passes = -(-len(chosen[::world_size]) // micro_size)
         self._filler = chosen[:1]
         self._corpus = corpus
@@ -67,7 +67,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:
-        """Mean cross-entropy of the masked tokens in nats, the same on every rank. Every rank calls."""
+        """Mean cross-entropy of the masked tokens in nats, identical on all ranks. Collective: call on all ranks."""
         training = module.training
         module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self._device)

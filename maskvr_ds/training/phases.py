@@ -1,7 +1,8 @@
-"""The phases of a run, counted: which steps, samples and learning rates are whose, and what one hands to the next.
+"""Phases of a run: their steps, samples and learning rates, and what one passes on to the next.
 
-Steps and samples count over the whole run. Where a phase begins is a function of the configuration alone; what has been
-done stands in every checkpoint (CheckpointState.phases), so the corpora of finished phases are not needed any more.
+Steps and samples are counted over the entire run. Where a phase starts is a function of the configuration alone; what
+has been trained is stored in every checkpoint (`CheckpointState.phases`), so the corpora of finished phases are no
+longer needed.
 """
 
 from collections.abc import Callable
@@ -17,16 +18,16 @@ from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.training.schedule import learning_rate, masking_rate
 
 T = TypeVar("T")
-# What of a run's identity (run.run_identity) holds beyond a phase.
+# Keys of a run's identity (`run.run_identity`) that must be equal across phases.
 _RUN_WIDE = ("tokenizer", "model", "seed", "optimizer")
 
 
 @dataclass(frozen=True)
 class RunPhase:
-    """One phase with its place in the run; a run without phases is one of them, without a name.
+    """One phase and its place in the run; a run without phases is a single unnamed one.
 
-    config: resolved, without phases. start: None for the first. first_step, first_sample: done before it begins.
-    schedule_begin: the run's step at which its schedule began. run_steps: steps of all phases.
+    config: resolved, without phases. start: None for the first phase. first_step, first_sample: trained before it
+    starts. schedule_begin: the run's step at which its schedule starts. run_steps: steps of all phases.
     """
 
     index: int
@@ -43,7 +44,7 @@ class RunPhase:
         return self.first_step + self.config.training.steps
 
     def key(self, use: int) -> int:
-        """Seed of one use of randomness, another one in every phase."""
+        """Seed for one use of randomness; differs between phases."""
         return hashing.fold(self.config.seed, use, *([self.index] if self.index else []))
 
     def learning_rate(self, step: int) -> float:
@@ -56,14 +57,14 @@ class RunPhase:
         )
 
     def masking_rate(self, step: int) -> float:
-        """Share of the maskable positions that the run's 0-based update `step` predicts."""
+        """Fraction of the maskable positions predicted in the run's 0-based update `step`."""
         masking = self.config.masking
         return masking_rate(
             step - self.schedule_begin, masking.rate, masking.final_rate, total_steps=self.config.schedule_steps
         )
 
     def naming(self, action: Callable[[], T]) -> T:
-        """What `action` returns; a ValueError that it raises says in its words which phase it is about."""
+        """Run `action` and return its result; a ValueError that it raises is prefixed with the phase's name."""
         try:
             return action()
         except ValueError as error:
@@ -96,7 +97,7 @@ def plan(config: RunConfig) -> list[RunPhase]:
 
 
 def done(phase: RunPhase, steps: int, sequence_length: int) -> dict[str, Any]:
-    """A line of CheckpointState.phases: `steps` steps of this phase are done."""
+    """Entry of `CheckpointState.phases` after `steps` steps of this phase."""
     return {
         "name": phase.name,
         "steps": steps,
@@ -110,10 +111,10 @@ def tokens_done(history: list[dict[str, Any]]) -> int:
 
 
 def next_phase(phases: list[RunPhase], state: CheckpointState) -> int:
-    """Index of the phase in which a run goes on from a checkpoint.
+    """Index of the phase in which a run continues from a checkpoint: the checkpoint's own if it has steps left,
+    otherwise the following one.
 
-    That of the checkpoint where steps of it are left, the one after it where not. Raises CheckpointError where a
-    phase that is over by then is not the one that was trained.
+    Raises CheckpointError if a phase that is finished by then differs from the one that was trained.
     """
     history = state.phases or [{"name": None}]
     index = len(history) - 1
@@ -121,7 +122,7 @@ def next_phase(phases: list[RunPhase], state: CheckpointState) -> int:
     if (trained := [entry["name"] for entry in history]) != names[: index + 1]:
         raise CheckpointError(
             f"step {state.step} was reached in phases {_list(trained)}, the configuration has {_list(names)}; "
-            "restore the names of phases that have begun"
+            "restore the names of phases that were started"
         )
     if state.step >= phases[index].last_step and index + 1 < len(phases):
         index += 1
@@ -129,8 +130,9 @@ def next_phase(phases: list[RunPhase], state: CheckpointState) -> int:
         was = (entry["steps"], entry["global_size"])
         if was != (now := (phase.config.training.steps, phase.config.batch.global_size)):
             raise CheckpointError(
-                f"phase {phase.name!r} is over: {was[0]} steps of {was[1]} sequences were trained, the configuration "
-                f"has {now[0]} of {now[1]}; restore phases.{phase.name}.training.steps and batch.global_size"
+                f"phase {phase.name!r} is finished: {was[0]} steps of {was[1]} sequences were trained, the "
+                f"configuration has {now[0]} of {now[1]}; restore phases.{phase.name}.training.steps and "
+                "batch.global_size"
             )
     return index
 
@@ -140,15 +142,15 @@ def _list(names: list[str | None]) -> str:
 
 
 def run_wide(identity: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's identity must hold when one phase goes on from the last checkpoint of another."""
+    """The part of a run's identity that must be equal when a phase continues from the previous one's checkpoint."""
     return {key: identity[key] for key in _RUN_WIDE}
 
 
 def apply_start(optimizer: torch.optim.Optimizer, start: PhaseStart) -> None:
-    """Zero what the phase does not take over. Call with the loaded state, at the start of a phase alone.
+    """Zero the optimizer state that the phase does not keep. Call once, at the start of a phase, on the loaded state.
 
-    optimizer: the innermost one (engine.basic_optimizer), whose state holds this rank's partitions. Its moments are
-    all tensors beside `step`; `step` is an int (Lamb) or a tensor (torch's AdamW) of the state, or an int of the
+    optimizer: the innermost one (engine.basic_optimizer), whose state holds this rank's partitions. All its tensors
+    except `step` are moments; `step` is an int (Lamb) or a tensor (torch's AdamW) in the state, or an int in the
     parameter group (FusedAdam).
     """
     for state in optimizer.state.values():

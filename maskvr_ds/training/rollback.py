@@ -1,13 +1,15 @@
-"""Rollbacks after a divergence: where to resume, which batches to skip."""
+"""Rollbacks after divergence: which checkpoint to return to, and which batches to skip from then on.
+
+Collectives: `distributed.run_on_rank0`.
+"""
 
 import itertools
 import json
-import os
+import logging
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.config import RunConfig
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.reliability.divergence import DivergedError, Window
@@ -15,13 +17,16 @@ from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import METRICS, ROLLBACKS
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.distributed import say
+from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.telemetry.metrics_file import append_event
 from maskvr_ds.training.phases import RunPhase
+from maskvr_ds.training.resume import ResumePoint
+
+logger = logging.getLogger(__name__)
 
 
 def merge(windows: list[Window]) -> list[Window]:
-    """Windows [first, end) of batches, ascending, those that touch as one."""
+    """Sort windows [first, end) of batches and join those that overlap or touch."""
     merged: list[Window] = []
     for first, end in sorted(windows):
         if merged and first <= merged[-1][1]:
@@ -32,7 +37,7 @@ def merge(windows: list[Window]) -> list[Window]:
 
 
 def position(trained: int, windows: list[Window]) -> int:
-    """Number of the batch that comes after `trained` batches, with `windows` passed over."""
+    """Index of the batch that follows `trained` batches if `windows` are skipped."""
     for first, end in merge(windows):
         if first > trained:
             break
@@ -41,7 +46,7 @@ def position(trained: int, windows: list[Window]) -> int:
 
 
 def batches(loader: Loader, trained: int, windows: list[Window]) -> Generator[tuple[int, TokenBatch], None, None]:
-    """Endless: (number, batch) of each step after `trained` steps of the phase, with `windows` passed over."""
+    """Endless (index, batch) of the steps after the first `trained` steps of the phase; `windows` are skipped."""
     number = position(trained, windows)
     for end, after in [*(w for w in merge(windows) if w[0] > number), (None, None)]:
         reader = loader.batches(number * loader.global_size)
@@ -54,8 +59,10 @@ def batches(loader: Loader, trained: int, windows: list[Window]) -> Generator[tu
 
 
 def read_rollbacks(run: Path, restored: dict[str, Any]) -> list[dict[str, Any]]:
-    """All roll-backs of the run: phase, step, to_step, reason, passed_over. restored: `guard` of the checkpoint, for a
-    run that goes on in another folder."""
+    """All rollbacks of the run: phase, step, to_step, reason, passed_over (windows of skipped batches).
+
+    restored: the checkpoint's `guard`, used if the run continues in another folder.
+    """
     path = run / ROLLBACKS
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -63,60 +70,52 @@ def read_rollbacks(run: Path, restored: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:
-    temporary = run / f".{ROLLBACKS}.partial"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(rollbacks, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run / ROLLBACKS)
+    atomic_write(run / ROLLBACKS, json.dumps(rollbacks, indent=1) + "\n")
 
 
 def windows_of(rollbacks: list[dict[str, Any]], phase: int) -> list[Window]:
+    """Windows of batches to skip in a phase."""
     return [(first, end) for entry in rollbacks if entry["phase"] == phase for first, end in entry["passed_over"]]
 
 
-def roll_back(
-    config: RunConfig, phase: RunPhase, error: DivergedError, latest: Path | None, fence: Fence
-) -> Path | None:
-    """After a divergence → the checkpoint to go on from (None: the run's beginning), the roll-back on record. Every
-    rank calls.
+def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: Fence) -> ResumePoint:
+    """Choose the checkpoint to return to after a divergence and record the rollback. Collective: call on all ranks.
 
-    latest: what the phase had gone on from. Raises FloatingPointError, on every rank alike, where the run has gone back
-    to that checkpoint as often as it may, FencedError where another job has taken the run.
+    point: where the phase was resumed from. Returns the run's newest intact checkpoint; `point` if the phase has not
+    saved one. Raises, on all ranks, FloatingPointError if the run has returned to that checkpoint
+    `divergence.max_rollbacks` times already, FencedError if another job owns the run.
     """
-    run = config.output_dir
+    run, maximum = phase.config.output_dir, phase.config.divergence.max_rollbacks
 
-    def decide() -> tuple[Path | None, dict[str, Any], bool]:
+    def decide() -> tuple[ResumePoint, dict[str, Any], bool]:
         fence.check()
-        back_to = checkpoints.find(run, "auto") or latest
-        state = None if back_to is None else checkpoints.read_state(back_to)
-        rollbacks = read_rollbacks(run, {} if state is None else state.guard)
-        to_step = 0 if state is None else state.step
-        begin = position(max(0, to_step - phase.first_step), windows_of(rollbacks, phase.index))
+        back_to = point.at(checkpoints.find(run, "auto") or point.checkpoint)
+        rollbacks = read_rollbacks(run, {} if back_to.checkpoint is None else back_to.checkpoint.state.guard)
+        begin = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
         entry = {
             "event": "rollback",
             "phase": phase.index,
             "step": error.step,
-            "to_step": to_step,
+            "to_step": back_to.step,
             "reason": error.reason,
-            # What was trained before that checkpoint stays trained.
+            # Batches trained before that checkpoint remain trained.
             "passed_over": [(max(first, begin), end) for first, end in merge(error.windows) if end > begin],
         }
-        so_far = sum(before["to_step"] == to_step for before in rollbacks)
-        allowed = so_far < config.divergence.max_rollbacks
-        if allowed:
+        before = sum(rollback["to_step"] == back_to.step for rollback in rollbacks)
+        if before < maximum:
             write_rollbacks(run, [*rollbacks, entry])
         else:
-            append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": so_far, "passed_over": []})
-        return back_to, entry, allowed
+            append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": before, "passed_over": []})
+        return back_to, entry, before < maximum
 
     back_to, entry, allowed = distributed.run_on_rank0(decide)
     if not allowed:
         raise FloatingPointError(
-            f"step {error.step}: {error.reason}, and the run has gone back to step {entry['to_step']} "
-            f"{config.divergence.max_rollbacks} times (divergence.max_rollbacks); other data did not help. Resume from "
-            "that checkpoint with a lower optimizer.lr or more schedule.warmup_steps"
+            f"step {error.step}: {error.reason}, after {maximum} rollbacks to step {back_to.step} "
+            "(divergence.max_rollbacks); skipping data did not help. Resume from that checkpoint with a lower "
+            "optimizer.lr or more schedule.warmup_steps"
         )
-    passed_over = ", ".join(f"{first} to {end - 1}" for first, end in entry["passed_over"]) or "none"
-    say(f"step {error.step}: {error.reason}; back to step {entry['to_step']}, batches passed over: {passed_over}")
+    skipped = ", ".join(f"{first} to {end - 1}" for first, end in entry["passed_over"]) or "none"
+    message = "step %d: %s; rolled back to step %d, skipping batches: %s"
+    logger.info(message, error.step, error.reason, back_to.step, skipped)
     return back_to

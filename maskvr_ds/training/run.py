@@ -1,4 +1,7 @@
-"""What a run stands on: its corpora, its folder, and what of it must not change."""
+"""Run directory and run identity: preparing the folder, and the settings that must not change on resume.
+
+Collectives: `distributed.run_on_rank0` and `run_collectively` at start-up.
+"""
 
 import json
 from functools import partial
@@ -9,59 +12,56 @@ from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig, dump_config
 from maskvr_ds.data.mixture import corpora_identity
 from maskvr_ds.models.pretrained import InitialWeights
-from maskvr_ds.run_folder import checkpoints as manifest
-from maskvr_ds.run_folder import status
+from maskvr_ds.run_folder import checkpoints, status
 from maskvr_ds.run_folder.fence import Fence, process_age
 from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.training.phases import RunPhase
 
-# Seconds that ranks may come to life later than what launches them.
-_LAUNCHING = 60.0
+# Seconds by which ranks may start later than their launcher.
+_LAUNCH_SECONDS = 60.0
 _MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
 
 def make_run_folder(run: Path, fence: Fence) -> None:
-    """Have the run's folder, and be its owner. Every rank calls. Raises FencedError where another job is."""
+    """Create the run's folder and take ownership of it. Collective: call on all ranks.
 
-    def look() -> None:
+    Raises ConfigError if a rank does not see the folder, FencedError if another job owns the run.
+    """
+
+    def check_shared() -> None:
         if not run.is_dir():
             raise ConfigError(f"output_dir {run}: not on a file system that all nodes share")
 
     distributed.run_on_rank0(lambda: run.mkdir(parents=True, exist_ok=True))
-    distributed.run_collectively(look)
+    distributed.run_collectively(check_shared)
     fence.hold(distributed.run_on_rank0(partial(fence.take, distributed.world_size())))
 
 
-def mark_running(config: RunConfig, fence: Fence, latest: Path | None) -> None:
-    """Training begins, or goes on: the folder says with which configuration, and no more that it was stopped, nor that
-    it should. latest: the checkpoint that it goes on from."""
+def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> None:
+    """Write config.yaml and clear stop markers from earlier jobs. checkpoint: the one that the run resumes from.
+
+    Raises FencedError if another job owns the run.
+    """
     fence.check()
-    if latest is not None:
-        manifest.write_origin(config.output_dir, latest)
-    write_config(config)
+    if checkpoint is not None:
+        checkpoints.write_origin(config.output_dir, checkpoint)
+    atomic_write(config.output_dir / CONFIG, dump_config(config))
     status.clear(config.output_dir)
-    # Launchers do so too, before they start ranks, and may be asked before this one has started.
-    launching = _LAUNCHING if distributed.world_size() > 1 else 0.0
+    # Launchers clear it too before they start ranks, and a request may be made before this process has started.
+    launching = _LAUNCH_SECONDS if distributed.world_size() > 1 else 0.0
     status.forget_request(config.output_dir, process_age() + launching)
 
 
 def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:
-    """`outcome.write`, unless another job has taken the run: then raises FencedError."""
+    """Write `status` file `name`. Raises FencedError if another job owns the run."""
     fence.check()
     status.write(run, name, step)
 
 
-def write_config(config: RunConfig) -> None:
-    """The run's resolved configuration, whole or not at all."""
-    path = config.output_dir / CONFIG
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    temporary.replace(path)
-
-
 def run_settings(config: RunConfig) -> dict[str, Any]:
-    """What may change between the parts of a run and bears on training, flat: name → value."""
+    """Settings that affect training and may change on resume, flat: name -> value."""
     dump = config.model_dump(mode="json", include={"optimizer", "schedule", "training", "batch", "deepspeed"})
     if config.learns_proposal:
         dump["mapnet"] = config.mapnet.model_dump(include=_MAPNET_MAY_CHANGE)
@@ -72,7 +72,7 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None) -> dict[str, Any]:
-    """What must not change within a phase, in JSON types. initial: by its SHA-256, since a folder may move."""
+    """Settings that must not change within a phase, in JSON types. Initial weights by SHA-256: a folder may move."""
     config, manifest = phase.config, corpus.manifest
     identity = {
         "tokenizer": manifest.tokenizer_sha256,
@@ -83,7 +83,7 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "masking": config.masking.model_dump(exclude={"change_at_resume"}),
-        # Moments, decay and clipping come from the checkpoint: a change would go unheeded, or be another optimizer.
+        # Moments, decay and clipping come from the checkpoint: a change would be ignored, or be another optimizer.
         "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
     if config.masking.strategy == "auto":
@@ -91,6 +91,6 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
     if config.learns_proposal:
         identity["mapnet"] = config.mapnet.model_dump(exclude=_MAPNET_MAY_CHANGE)
     if phase.start is not None:
-        # What was zeroed stays zeroed: a change would go unheeded.
+        # What was zeroed stays zeroed: a change would be ignored.
         identity["start"] = phase.start.model_dump(include={"moments", "step_counter"})
     return json.loads(json.dumps(identity))

@@ -1,6 +1,6 @@
-"""When a phase's checkpoints are written, in a pause or beside training, and what of the run goes into them.
+"""Checkpoint scheduling, synchronous or asynchronous, and the state that goes into a checkpoint.
 
-Collectives: those of checkpoint.py.
+Collectives: those of checkpoint/save.py.
 """
 
 import math
@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from maskvr_ds.checkpoint import save as checkpoint
+from maskvr_ds.checkpoint import save
 from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import MAPNET_STATE
@@ -19,92 +19,92 @@ from maskvr_ds.training.setup import PhaseContext
 
 
 class Saver:
-    """The checkpoints of a phase. Every rank makes one and calls alike.
+    """The checkpoints of a phase. Every rank has one; all ranks make the same calls.
 
-    latest: the newest checkpoint that counts, at first the one that the phase goes on from.
+    latest: the newest complete checkpoint; initially the one that the phase was resumed from.
     """
 
-    def __init__(self, phase: RunPhase, parts: PhaseContext, fence: Fence, latest: Path | None) -> None:
+    def __init__(self, phase: RunPhase, context: PhaseContext, fence: Fence, latest: Path | None) -> None:
         self.latest = latest
-        self._phase, self._parts, self._fence = phase, parts, fence
+        self._phase, self._context, self._fence = phase, context, fence
         self._background = AsyncCheckpointWriter() if phase.config.checkpoint.asynchronous else None
         self._due = False
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes files of a checkpoint beside training."""
+        """Whether this rank is writing files of an asynchronous checkpoint."""
         return self._background is not None and self._background.writing
 
-    def written(self, flag: DeferredTensor) -> bool:
-        """Whether all ranks have written theirs, so that `finish` need not wait; the same on every rank, once a step.
+    def all_written(self, flag: DeferredTensor) -> bool:
+        """Whether all ranks have written their files, so that `finish` will not wait; identical on all ranks.
 
-        flag: int64 [1], all-reduced over this step: on how many ranks `writing` was true.
+        Call once per step. flag: int64 [1], all-reduced in this step: the number of ranks that are `writing`.
         """
-        return self._background is not None and self._background.agreed(flag)
+        return self._background is not None and self._background.all_written(flag)
 
     def due(self, step: int, *, stopping: bool) -> bool:
-        """Whether a checkpoint is to be written now: every n-th step, after the last, and where the run stops.
+        """Whether to write a checkpoint now: every n-th step, after the last one, and when the run is stopping.
 
-        One that falls on a step that was left out waits for the next good one: the fault may be the weights'.
+        A checkpoint that falls on a skipped update waits for the next good step: the weights may be at fault.
         """
         self._due |= stopping or is_due(step, self._phase.config.checkpoint.every_steps, self._phase.last_step)
-        return self._due and not self._parts.guard.held
+        return self._due and not self._context.guard.held
 
     def save(self, step: int, samples: int, record: StepRecord, *, wait: bool) -> None:
-        """Write a checkpoint. wait: until it counts, also where checkpoints are written beside training.
+        """Write a checkpoint. wait: until it is complete, also if checkpoints are asynchronous.
 
-        Raises FloatingPointError (`check_finite`), ReplicaError, and what `checkpoint.save` raises.
+        Raises FloatingPointError (`check_finite`), ReplicaError, and what `checkpoint.save.save` raises.
         """
-        parts, config = self._parts, self._phase.config
-        saving, self._due = time.perf_counter(), False
-        # The figures of the steps that a checkpoint contains must not be lost with the process.
-        parts.log.fsync_path()
+        context, config = self._context, self._phase.config
+        started, self._due = time.perf_counter(), False
+        # Metrics of the steps that a checkpoint contains must survive the process.
+        context.log.flush_to_disk()
         check_finite(record)
-        beside = None
-        if parts.proposer is not None:
-            parts.proposer.check()
-            beside = {MAPNET_STATE: (parts.proposer.state(), parts.proposer.metadata())}
-        before = parts.state.phases[: self._phase.index]
-        history = [*before, done(self._phase, step - self._phase.first_step, parts.corpus.sequence_length)]
-        guarded = {**parts.guard.state(), "rollbacks": parts.rollbacks}
-        auto = {} if parts.chooser is None else parts.chooser.state()
-        saved = checkpoint.save(
+        extra = None
+        if context.proposer is not None:
+            context.proposer.check()
+            extra = {MAPNET_STATE: (context.proposer.state(), context.proposer.metadata())}
+        before = context.state.phases[: self._phase.index]
+        history = [*before, done(self._phase, step - self._phase.first_step, context.corpus.sequence_length)]
+        guard = {**context.guard.state(), "rollbacks": context.rollbacks}
+        auto = {} if context.chooser is None else context.chooser.state()
+        saved = save.save(
             config.output_dir,
-            parts.engine,
-            replace(parts.state, step=step, samples=samples, phases=history, guard=guarded, auto=auto),
-            probe=parts.probe,
-            tokenizer=parts.corpus.tokenizer_folder,
+            context.engine,
+            replace(context.state, step=step, samples=samples, phases=history, guard=guard, auto=auto),
+            probe=context.probe,
+            tokenizer=context.corpus.tokenizer_folder,
             keep=config.checkpoint,
             fence=self._fence,
-            beside=beside,
+            extra=extra,
             background=self._background,
         )
-        seconds = time.perf_counter() - saving
+        seconds = time.perf_counter() - started
         if self._background is None:
             self.latest = saved
-            parts.log.event(event="checkpoint", step=step, seconds=seconds)
+            context.log.event(event="checkpoint", step=step, seconds=seconds)
             return
-        self._background.pausing(seconds)
+        self._background.add_pause(seconds)
         if wait:
             self.finish()
 
     def finish(self) -> None:
-        """Have the checkpoint that is being written count, if there is one."""
+        """Complete the asynchronous checkpoint in flight, if there is one."""
         if self._background is not None and (finished := self._background.finish()) is not None:
             self.latest, event = finished
-            self._parts.log.event(**event)
+            self._context.log.event(**event)
 
 
 def is_due(step: int, every_steps: int, last_step: int) -> bool:
-    """Whether something that happens after every n-th step (0: never) and after the last is to happen now."""
+    """Whether something that happens every n-th step (0: never) and after the last step happens now."""
     return step == last_step or (every_steps > 0 and step % every_steps == 0)
 
 
 def check_finite(record: StepRecord) -> None:
-    """Raise FloatingPointError, on every rank alike, where the step's loss or gradient norm is not finite.
+    """Raise FloatingPointError, on all ranks, if the step's loss or gradient norm is not finite.
 
-    Called before saving: a checkpoint of a diverged model must not push a good one out. In fp16 an infinite norm is no
-    divergence but the search for the loss scale: the update was left out (`step_and_norm` knows when that must end).
+    Called before saving: a checkpoint of a diverged model must not displace a good one. In fp16 an infinite norm is not
+    divergence but part of the search for the loss scale: that update was skipped (`engine.step_and_norm`).
     """
     line = record.resolve()
     for name in ("loss", "grad_norm"):

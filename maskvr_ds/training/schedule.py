@@ -1,23 +1,23 @@
-"""Learning rate as a function of the step alone, so that a resumed run needs no scheduler state.
+"""Learning-rate schedules, functions of the step alone: a resumed run needs no scheduler state.
 
-η(s) is the rate of update s = 0, 1, 2, … of a schedule of T steps, with W warm-up steps, peak η* = optimizer.lr:
+η(s) is the rate of update s = 0, 1, 2, … of a schedule of T steps with W warm-up steps and peak η* = optimizer.lr:
 
     warm-up, s < W       η = η₀ + (η* − η₀) · ((s + 1) / W)^q          η₀ initial_lr, q warmup_power
     polynomial           η = η₁ + (η* − η₁) · (1 − t)^p                η₁ final_lr, p power
-        t = (s − W) / (T − W), or s / T where decay_from is "start"; η₁ from s = T on
+        t = (s − W) / (T − W), or s / T if decay_from is "start"; η₁ from s = T
     exponential          η = η₁ + (η* − η₁) · r^((s − W) / D)          r decay_rate, D decay_steps
 
 Linear warm-up and polynomial decay: Devlin et al. 2018; You et al. 2019, arXiv 1904.00962, §4.
 
 Differences from NVIDIA's (NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT/schedulers.py,
 PolyWarmUpScheduler), which is polynomial with q = 1, p = 0.5 and decay_from "start": it counts updates from 1,
-x = (s + 1) / T. The warm-up, η* x / share while x < share, is ours but for the rounding of W = share · T: 1 update in
-7,038. The decay is (1 − x)^p: ours gives update s what theirs gives update s − 1, and their last one has rate 0 and
-changes nothing. At the end of the warm-up both fall from η* to (1 − share)^p η* at once.
+x = (s + 1) / T. The warm-up, η* x / share while x < share, is equal to ours up to the rounding of W = share · T: 1
+update in 7,038. The decay is (1 − x)^p: our update s has the rate of their update s − 1, and their last update has
+rate 0 and changes nothing. At the end of the warm-up both drop from η* to (1 − share)^p η*.
 
 Differences from bing_bert's "EE" (deepspeedai/DeepSpeedExamples, training/bing_bert/deepspeed_train.py,
 update_learning_rate: warmup_exp_decay_exp + lr_offset), which is exponential with q = 2: its warm-up is (s / W)^q, so
-its first update has rate η₀; ours is one update ahead. The decay is the same. Its lr_offset o is added to all of it:
+its first update has rate η₀; ours is one update ahead. The decay is equal. Its lr_offset o is added throughout: set
 initial_lr = final_lr = o, and optimizer.lr = its learning rate + o.
 """
 
@@ -25,7 +25,7 @@ from maskvr_ds.config import ScheduleConfig
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float, total_steps: int) -> float:
-    """η of update number `step` (0-based) of a schedule of `total_steps` steps that rises to `peak`.
+    """η of the 0-based update `step` of a schedule of `total_steps` steps that rises to `peak`.
 
     The first update of a warm-up from 0 has rate peak / W^q, so that no update is wasted on a rate of 0.
     """
@@ -46,9 +46,9 @@ def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float, total_ste
 
 
 def masking_rate(step: int, rate: float, final_rate: float | None, *, total_steps: int) -> float:
-    """Linear from `rate` at step 0 to `final_rate` (None: `rate`) at the last, total_steps − 1, and constant behind."""
+    """Linear from `rate` at step 0 to `final_rate` (None: `rate`) at step total_steps − 1, constant afterwards."""
     if final_rate is None:
         return rate
     t = min(1.0, step / max(1, total_steps - 1))
-    # Rounding must not leave the interval: masks have room for the greater rate's predictions and no more.
+    # Rounding must not leave the interval: masks have room for the predictions of the larger rate only.
     return min(max((1 - t) * rate + t * final_rate, min(rate, final_rate)), max(rate, final_rate))

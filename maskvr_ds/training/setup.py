@@ -1,11 +1,12 @@
-"""What a phase trains with: all that is made, or restored, before its first step.
+"""Phase set-up: everything that is opened, created or restored before the first step of a phase.
 
-Collectives: those of opening corpora (run.py), of loading (checkpoint.py, restore.py) and of the masker's statistics.
+Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/factory.py.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from transformers import BertConfig
 
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
@@ -33,19 +34,22 @@ from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
-from maskvr_ds.training.resume import make_proposer, resume_from
+from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, run_identity, run_settings
 
-# What a key is for, so that no two uses share random numbers.
+# Purposes of keys: no two uses share random numbers.
 WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET, AUTO = range(6)
 _PROBE_ROWS = 2
 
 
 @dataclass(frozen=True)
 class PhaseContext:
-    """chooser: of the masks, where masking.strategy is auto. state: where the phase begins or goes on. tokens_before:
-    of the phases before it. probe: a few fixed rows, masked: what an export's logits are compared on."""
+    """What the training loop of a phase uses.
+
+    chooser: chooses the masks if masking.strategy is auto. state: where the phase starts or continues. tokens_before:
+    tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
+    """
 
     corpus: Corpus
     engine: Any
@@ -63,108 +67,49 @@ class PhaseContext:
 
 
 def setup_phase(
-    run: RunConfig,
-    phase: RunPhase,
-    deepspeed_config: dict[str, Any],
-    initial: InitialWeights | None,
-    latest: Path | None,
-    fence: Fence,
+    run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], point: ResumePoint, fence: Fence
 ) -> PhaseContext:
-    """Open, check, make and restore; the run's folder is this job's from here on. Every rank calls.
+    """Open, check, create and restore; from here on the run's folder belongs to this job. Collective: call on all
+    ranks.
 
-    initial: what the run began, or begins, with. latest: the checkpoint to go on from, of this phase or the last one of
-    the phase before. Raises ValueError (of whatever kind) on every rank alike for what the user can mend.
+    point: at a checkpoint of this phase, at the last one of the previous phase, or at step 0. Raises ValueError (or a
+    subclass) on all ranks for faults that the user can correct.
     """
     config = phase.config
-    rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
     corpus, held_out = open_and_verify(phase)
     check_same_corpora((corpus, held_out))
-    begins_with = initial if latest is None else None
-    if begins_with is not None:
-        distributed.run_on_rank0(lambda: pretrained.check_vocabulary(begins_with, corpus))
+    initial = point.initial if point.checkpoint is None else None
+    if initial is not None:
+        distributed.run_on_rank0(lambda: pretrained.check_vocabulary(initial, corpus))
     make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest
     bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
-    engine = create_engine(
-        bert,
-        deepspeed_config,
-        model=config.model,
-        batch=config.batch,
-        optimizer=config.optimizer,
-        accumulation=config.accumulation_steps(world_size),
-        seed=hashing.fold(config.seed, WEIGHTS),
-        initial=begins_with,
-    )
-    state = CheckpointState(
-        step=0,
-        samples=0,
-        world_size=world_size,
-        zero_stage=zero_stage(deepspeed_config),
-        dtype=str(model_dtype(deepspeed_config)).removeprefix("torch."),
-        partitions=partition_sizes(engine),
-        identity=run_identity(phase, corpus, initial),
-        settings=run_settings(config),
-    )
-    if latest is not None:
-        state = resume_from(run.output_dir, latest, engine, phase, state)
-    proposer = make_proposer(config, manifest.vocab_size, engine, latest, hashing.fold(config.seed, MAPNET))
-    distributed.run_on_rank0(lambda: mark_running(run, fence, latest))
+    engine = _make_engine(phase, bert, deepspeed_config, initial)
+    state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
+    if point.checkpoint is not None:
+        state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+    proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
+    distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
 
     masker = create_masker(
         config.masking,
         corpus,
         seed=phase.key(MASKS),
-        device=device,
+        device=distributed.device(),
         proposal=None if proposer is None else proposer.propose,
     )
-    loader = Loader(
-        corpus,
-        seed=phase.key(ORDER),
-        global_size=config.batch.global_size,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        prefetch=config.data.prefetch,
-        copies=sequence_copies(config.masking, corpus),
-    )
+    loader = _make_loader(phase, corpus)
     sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
     chooser = None
     if config.masking.strategy == "auto":
         chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
         if state.auto:
             chooser.restore(state.auto)
-    evaluation = None
-    if held_out is not None:
-        evaluation = HeldOut(
-            held_out,
-            rows=config.evaluation.rows,
-            micro_size=config.batch.micro_size,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
-    probe = Loader(held_out or corpus, seed=0, global_size=min(_PROBE_ROWS, (held_out or corpus).rows), device=device)
-    tokens_before = tokens_done(state.phases[: phase.index])
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
-    guard = Guard(config.divergence, state.guard if len(state.phases) > phase.index else {})
-    if any(entry["to_step"] == state.step for entry in rollbacks):
-        guard.forget()
-    guard.attach(engine)
-    log = MetricsLog(
-        config.output_dir,
-        rank=rank,
-        resume_step=state.step,
-        resume_samples=state.samples,
-        resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
-        total_steps=phase.run_steps,
-        monitor=config.monitor,
-        token_flops=sequence_flops / corpus.sequence_length / world_size,
-        tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
-        rollbacks=rollbacks,
-    )
-    if begins_with is not None:
-        log.event(event="initialized", step=0, folder=str(begins_with.folder), sha256=begins_with.sha256)
+    log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
+    if initial is not None:
+        log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256)
     return PhaseContext(
         corpus=corpus,
         engine=engine,
@@ -172,20 +117,112 @@ def setup_phase(
         proposer=proposer,
         loader=loader,
         chooser=chooser,
-        evaluation=evaluation,
-        probe=masker(next(probe.batches())),
+        evaluation=None if held_out is None else _make_evaluation(phase, held_out),
+        probe=masker(next(_probe_rows(held_out or corpus).batches())),
         state=state,
-        tokens_before=tokens_before,
+        tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
-        guard=guard,
+        guard=_make_guard(phase, engine, state, rollbacks),
+    )
+
+
+def _make_engine(
+    phase: RunPhase, bert: BertConfig, deepspeed_config: dict[str, Any], initial: InitialWeights | None
+) -> Any:
+    config = phase.config
+    return create_engine(
+        bert,
+        deepspeed_config,
+        model=config.model,
+        batch=config.batch,
+        optimizer=config.optimizer,
+        accumulation=config.accumulation_steps(distributed.world_size()),
+        seed=hashing.fold(config.seed, WEIGHTS),
+        initial=initial,
+    )
+
+
+def _initial_state(
+    phase: RunPhase, corpus: Corpus, deepspeed_config: dict[str, Any], engine: Any, initial: InitialWeights | None
+) -> CheckpointState:
+    """The state of a run at step 0, in the present layout."""
+    return CheckpointState(
+        step=0,
+        samples=0,
+        world_size=distributed.world_size(),
+        zero_stage=zero_stage(deepspeed_config),
+        dtype=str(model_dtype(deepspeed_config)).removeprefix("torch."),
+        partitions=partition_sizes(engine),
+        identity=run_identity(phase, corpus, initial),
+        settings=run_settings(phase.config),
+    )
+
+
+def _make_loader(phase: RunPhase, corpus: Corpus) -> Loader:
+    config = phase.config
+    return Loader(
+        corpus,
+        seed=phase.key(ORDER),
+        global_size=config.batch.global_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=distributed.device(),
+        prefetch=config.data.prefetch,
+        copies=sequence_copies(config.masking, corpus),
+    )
+
+
+def _make_evaluation(phase: RunPhase, held_out: Corpus) -> HeldOut:
+    return HeldOut(
+        held_out,
+        rows=phase.config.evaluation.rows,
+        micro_size=phase.config.batch.micro_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=distributed.device(),
+    )
+
+
+def _probe_rows(corpus: Corpus) -> Loader:
+    return Loader(corpus, seed=0, global_size=min(_PROBE_ROWS, corpus.rows), device=distributed.device())
+
+
+def _make_guard(phase: RunPhase, engine: Any, state: CheckpointState, rollbacks: list[dict[str, Any]]) -> Guard:
+    guard = Guard(phase.config.divergence, state.guard if len(state.phases) > phase.index else {})
+    if any(entry["to_step"] == state.step for entry in rollbacks):
+        guard.forget()
+    guard.attach(engine)
+    return guard
+
+
+def _make_log(
+    phase: RunPhase,
+    corpus: Corpus,
+    engine: Any,
+    state: CheckpointState,
+    rollbacks: list[dict[str, Any]],
+    sequence_flops: float,
+) -> MetricsLog:
+    tokens_before = tokens_done(state.phases[: phase.index])
+    return MetricsLog(
+        phase.config.output_dir,
+        rank=distributed.rank(),
+        resume_step=state.step,
+        resume_samples=state.samples,
+        resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
+        total_steps=phase.run_steps,
+        monitor=phase.config.monitor,
+        token_flops=sequence_flops / corpus.sequence_length / distributed.world_size(),
+        tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
+        rollbacks=rollbacks,
     )
 
 
 def make_chooser(
     phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, sequence_flops: float
 ) -> Chooser:
-    """sequence_flops: of the model's forward and backward pass of a sequence."""
+    """sequence_flops: of the model's forward and backward pass over one sequence."""
     config, length = phase.config, loader.corpus.sequence_length
     most = segments(length - 2, config.masking.rate)
     cost = config.mapnet.cost
@@ -198,7 +235,7 @@ def make_chooser(
         masker=masker,
         loader=loader,
         proposer=proposer,
-        # A batch has whole rows.
+        # A global batch consists of whole rows.
         most=next(j for j in range(most, 0, -1) if config.batch.global_size % j == 0),
         proposal_cost=cost,
         micro_size=config.batch.micro_size,

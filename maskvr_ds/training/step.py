@@ -1,10 +1,11 @@
 """One optimizer step: masks, micro-batches, reductions, update.
 
-Collectives, over the world group: one all-reduce of int64 [6] (digests, predictions, requests to stop, ranks at
-writing) before the first backward pass, one of float64 [1] (loss) after the last; DeepSpeed's gradient reduction;
-LAMB's norms; MAPNet's, where it proposes the masks (proposer.py).
+Collectives, over the world group: one all-reduce of int64 [6] (digests, predictions, skipped rows, ranks asked to
+stop, ranks writing a checkpoint) before the first backward pass, one of float64 [1] (loss) after the last; DeepSpeed's
+gradient reduction; LAMB's norms; MAPNet's, if it proposes the masks (masking/proposer.py).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.runtime import distributed
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step over the global batch, still on the device.
+
+    counters: int64 [4]: data_digest, mask_digest, predictions, rows without predictions. stop_requests: int64 [1],
+    ranks that were asked to stop. writing_ranks: int64 [1], ranks writing a checkpoint. loss_sum: float64 [1],
+    Σ w ℓ. grad_norm: L2 norm of the gradients before clipping.
+    """
+
+    counters: torch.Tensor
+    stop_requests: torch.Tensor
+    writing_ranks: torch.Tensor
+    loss_sum: torch.Tensor
+    grad_norm: torch.Tensor | float
+
+
 def run_step(
     engine: Any,
     masker: Masker,
@@ -28,14 +45,11 @@ def run_step(
     guard: Guard | None = None,
     stop: bool = False,
     writing: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """One optimizer step on this rank's share of the global batch.
+) -> StepResult:
+    """One optimizer step on this rank's share of the global batch. Collective: call on all ranks.
 
-    Nothing here makes the host wait for the device but a guard, for the loss; DeepSpeed's own step may, for its
-    overflow check. stop: whether this rank was asked to stop. writing: whether it still writes a checkpoint.
-
-    Returns all-reduced counters int64 [6] (data_digest, mask_digest, predictions, skipped sequences, ranks asked to
-    stop, ranks that write), all-reduced Σ w ℓ float64 [1], and the gradient norm before clipping.
+    Only the guard makes the host wait for the device, for the loss; DeepSpeed's own step may wait for its overflow
+    check. stop: whether this rank was asked to stop. writing: whether it is writing a checkpoint.
     """
     micro_batches = list(batch.split(micro_size))
     masked_batches = [masker(micro) for micro in micro_batches]
@@ -66,7 +80,13 @@ def run_step(
     if guard is not None and guard.enabled:
         predictions = max(int(counters[2]), 1)
         guard.before_update(float(loss_sum) / predictions, None if norm is None else float(norm))
-    return counters, loss_sum, step_and_norm(engine, norm)
+    return StepResult(
+        counters=counters[:4],
+        stop_requests=counters[4:5],
+        writing_ranks=counters[5:],
+        loss_sum=loss_sum,
+        grad_norm=step_and_norm(engine, norm),
+    )
 
 
 def _total(terms: Any) -> torch.Tensor:

@@ -78,11 +78,12 @@ def _live(act: Act) -> str:
     from maskvr_ds.reliability.signals import StoppedError, StopRequest
     from maskvr_ds.run_folder.checkpoints import complete_checkpoints, step_of
     from maskvr_ds.run_folder.layout import METRICS
-    from maskvr_ds.runtime import distributed
+    from maskvr_ds.runtime import distributed, logs
     from maskvr_ds.telemetry.metrics_file import read_lines
     from maskvr_ds.train import train
 
-    logging.disable(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logs.configure(rank=int(os.environ["RANK"]))
     if act.empty is not None and os.environ["RANK"] == "0":
         act.empty.unlink(missing_ok=True)
     if act.note is not None and os.environ["RANK"] == "0":

@@ -152,14 +152,14 @@ def test_a_conversion_holds_what_the_ranks_held(crossed: Crossed, tmp_path: Path
     """Against the export's weights, which are gathered in another way; and it is made once."""
     for name in crossed.runs:
         folder = complete_checkpoints(crossed(name))[0]
-        state = reshard.manifest.read_state(folder)
+        state = reshard.checkpoints.read_state(folder)
         run = tmp_path / name
         universal = reshard.convert(run, folder, state, state)
         tensors = load_file(universal / reshard.TENSORS)
         for key, weight in read_weights(folder).items():
             assert torch.equal(tensors[f"fp32/mlm.{key}"], weight), key
             assert tensors[f"exp_avg/mlm.{key}"].shape == tensors[f"exp_avg_sq/mlm.{key}"].shape == weight.shape
-        content = reshard.manifest.read_manifest(universal)
+        content = reshard.checkpoints.read_manifest(universal)
         # Under ZeRO, DeepSpeed has torch's Adam make a step of zeros before the first, and count it.
         steps = {EVERY, EVERY + 1} if crossed.runs[name][1].get("optimizer") == ADAM else {EVERY}
         assert content["step"] in steps, name
@@ -169,5 +169,5 @@ def test_a_conversion_holds_what_the_ranks_held(crossed: Crossed, tmp_path: Path
         assert (universal / reshard.TENSORS).stat().st_mtime_ns == before, "found, not made again"
         (universal / reshard.TENSORS).write_bytes(b"half")
         reshard.convert(run, folder, state, state)
-        assert not reshard.manifest.faults(universal), "made again where it was damaged"
+        assert not reshard.checkpoints.faults(universal), "made again where it was damaged"
         shutil.rmtree(run)

@@ -134,7 +134,7 @@ def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path:
     assert answers[0] == [None, None]
     assert answers[1] == answers[3] == "killed"
     for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not there)", "is not set"), strict=True):
-        assert f"it began with those of {once} (SHA-256 " in refused
+        assert f"it was initialised from {once} (SHA-256 " in refused
         assert now in refused
     assert answers[4] == [None]
     assert "no such folder; a local one expected" in answers[5][0]
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tm
     (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
     cases = {
         "its tokenizer has 26 tokens, the model in .* has 25": (model, tmp_path / "larger"),
-        "sequences of 80 tokens exceed .* 64, those of .*; build the corpus with --sequence-length 64 at most": (
+        "sequences of 80 tokens exceed .* 64 of .*; build the corpus with --sequence-length 64 or less": (
             model,
             tmp_path / "longer",
         ),

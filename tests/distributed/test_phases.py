@@ -189,7 +189,7 @@ def test_mapnet_goes_on_over_the_boundary(runs: Runs) -> None:
     steps = {}
     for run in (runs.folder / "whole", runs.folder / "zero1_fp32"):
         for saved in complete_checkpoints(run):
-            tensors = load.read_beside(saved, "mapnet.safetensors")
+            tensors = load.read_extra(saved, "mapnet.safetensors")
             steps[run.name, checkpoints.read_state(saved).step] = tensors and tensors["step"].item()
     assert steps == {
         ("whole", SHORT): SHORT,
@@ -288,8 +288,8 @@ EXPECTED = {
     "no corpus": "CorpusError: phase 'long': .*manifest.json: not found",
     "no held-out": "ConfigError: phase 'long': .*no held-out corpus",
     "does not divide": "ConfigError: phase 'long': batch.global_size 6 is not a multiple of batch.micro_size 2 ×",
-    "changed steps": "CheckpointError: phase 'short' is over: 8 steps of 12 sequences were trained, .* has 7 of 12",
-    "changed batch": "CheckpointError: phase 'short' is over: .* has 8 of 24",
+    "changed steps": "CheckpointError: phase 'short' is finished: 8 steps of 12 sequences were trained, .* has 7 of 12",
+    "changed batch": "CheckpointError: phase 'short' is finished: .* has 8 of 24",
     "changed policy": "CheckpointError: .*start was .*'moments': 'keep'.* is .*'moments': 'zero'",
     "changed order": "CheckpointError: step 14 was reached in phases short, long, the configuration has brief, long",
 }

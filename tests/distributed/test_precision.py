@@ -58,7 +58,7 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
     "rolled back": (
         {},
         {"optimizer": {"lr": 1e6}, "divergence": {"max_rollbacks": 1}},
-        "step 4: loss is nan, and the run has gone back to step 0 1 times",
+        "step 4: loss is nan, after 1 rollbacks to step 0",
     ),
 }
 
@@ -281,7 +281,7 @@ def test_a_checkpoint_without_a_rank_is_refused(runs: Runs, tmp_path: Path, miss
     folder = tmp_path / "step-00000006"
     shutil.copytree(complete_checkpoints(runs("zero3-bf16"))[-1], folder)
     next(folder.glob(f"*{missing}")).unlink()
-    with pytest.raises(checkpoints.CheckpointError, match=f"{missing}: missing; take an earlier checkpoint"):
+    with pytest.raises(checkpoints.CheckpointError, match=f"{missing}: missing; use an earlier checkpoint"):
         checkpoints.verify(folder)
 
 

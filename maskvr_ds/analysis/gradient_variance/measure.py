@@ -174,7 +174,7 @@ class Measurement:
             return MapNetConfig(), None
         with safe_open(file, "pt") as content:
             section = MapNetConfig.model_validate_json(content.metadata()["mapnet"])
-        return section, load.read_beside(self.folder, MAPNET_STATE)
+        return section, load.read_extra(self.folder, MAPNET_STATE)
 
     def floor(self, spec: StrategySpec) -> float:
         """λ of MAPNet or a token's oracle. Every rank calls."""

@@ -39,6 +39,12 @@ def write(run: Path, step: int, *, complete: bool = True) -> Path:
     return folder
 
 
+def found(run: Path, resume: str) -> Path | None:
+    checkpoint = find(run, resume)
+    assert checkpoint is None or checkpoint.state == read_state(checkpoint.folder)
+    return None if checkpoint is None else checkpoint.folder
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a manifest as one who can compute a SHA-256 could."""
     path = folder / "checkpoint.json"
@@ -60,7 +66,7 @@ def test_what_was_written_is_read_and_verified(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: f.unlink(), "optimizer.pt: missing; take an earlier checkpoint"),
+        (lambda f: f.unlink(), "optimizer.pt: missing; use an earlier checkpoint"),
         (lambda f: f.write_bytes(f.read_bytes()[:-1]), "700 bytes expected, 699 found"),
         (lambda f: f.write_bytes(b"M" + f.read_bytes()[1:]), "optimizer.pt: the SHA-256 differs"),
     ],
@@ -75,7 +81,7 @@ def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
     rewrite(folder, lambda content: content["files"].update({"../../../secret": {"bytes": 1, "sha256": "0"}}))
-    with pytest.raises(CheckpointError, match="leaves the checkpoint's folder"):
+    with pytest.raises(CheckpointError, match="lies outside the checkpoint's folder"):
         verify(folder)
 
 
@@ -85,26 +91,26 @@ def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
     newest = write(tmp_path / "run", 10)
     write(tmp_path / "run", 15, complete=False)
     (tmp_path / "run" / "checkpoints" / ".saving" / "step-00000020").mkdir(parents=True)
-    assert find(tmp_path / "run", "auto") == newest
+    assert found(tmp_path / "run", "auto") == newest
     assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000010"]
 
 
 def test_auto_never_begins_anew_over_broken_checkpoints(tmp_path: Path) -> None:
     write(tmp_path / "run", 15, complete=False)
-    with pytest.raises(CheckpointError, match=r"none of step-00000015 is whole .*checkpoint.json is missing.*; remove"):
+    with pytest.raises(CheckpointError, match=r"none of step-00000015 is intact .*json is missing.*; remove"):
         find(tmp_path / "run", "auto")
 
 
 def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
     folder = write(tmp_path / "old", 10)
-    assert find(tmp_path / "new", str(folder)) == folder
-    assert find(tmp_path / "new", str(tmp_path / "old")) == folder
+    assert found(tmp_path / "new", str(folder)) == folder
+    assert found(tmp_path / "new", str(tmp_path / "old")) == folder
     (tmp_path / "empty").mkdir()
     later = write(tmp_path / "old", 20)
     with pytest.raises(CheckpointError, match="is not empty, and this is not its newest checkpoint"):
         find(tmp_path / "old", str(folder))
-    assert find(tmp_path / "old", str(later)) == later
-    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
+    assert found(tmp_path / "old", str(later)) == later
+    with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
         find(tmp_path / "new", str(tmp_path / "empty"))
 
 
@@ -115,18 +121,18 @@ def test_a_run_that_went_on_from_another_one_does_so_until_it_has_saved(tmp_path
     run.mkdir()
     write_origin(run, folder)
     (run / "config.yaml").touch()
-    assert find(run, "auto") == find(run, str(folder)) == folder
+    assert found(run, "auto") == found(run, str(folder)) == folder
     with pytest.raises(CheckpointError, match="is not empty, and this is not its newest checkpoint"):
         find(run, str(other))
     folder.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"which it had gone on from, is gone or another one now; put it back"):
+    with pytest.raises(CheckpointError, match=r"from which it was started, is missing or has changed; restore it"):
         find(run, "auto")
     (tmp_path / "moved").rename(folder)
     (folder / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="0 found; take an earlier checkpoint"):
+    with pytest.raises(CheckpointError, match="0 found; use an earlier checkpoint"):
         find(run, "auto")
     own = write(run, 30)
-    assert find(run, "auto") == own
+    assert found(run, "auto") == own
     write_origin(run, own)
     assert json.loads((run / "origin.json").read_text())["checkpoint"] == str(folder), "own ones are no origin"
 
@@ -136,7 +142,7 @@ def test_copies_under_other_names_are_not_the_runs(tmp_path: Path) -> None:
     copy = folder.rename(folder.with_name("step-00000010.bak"))
     assert find(tmp_path / "run", "auto") is None
     folder = write(tmp_path / "run", 10)
-    assert find(tmp_path / "run", "auto") == folder
+    assert found(tmp_path / "run", "auto") == folder
     assert complete_checkpoints(tmp_path / "run") == [folder]
     remove_from(tmp_path / "run", 0)
     assert copy.exists()
@@ -174,20 +180,19 @@ def test_every_fault_is_named_and_files_of_others_too(tmp_path: Path) -> None:
     assert len(found) == 3
     for name in ("bert/config.json", "optimizer.pt", "mp_rank_01_model_states.pt"):
         assert any(text.startswith(f"{folder / name}: ") for text in found), name
-    with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states.pt: not in checkpoint.json|missing|SHA-256"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states.pt: not listed in|missing|SHA-256"):
         verify(folder)
 
 
-def test_a_damaged_one_is_told_and_the_newest_whole_one_taken(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_logged_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (5, 10, 15, 20):
         write(tmp_path, step, complete=step != 20)
     (tmp_path / "checkpoints" / "step-00000015" / "optimizer.pt").write_bytes(b"moments")
-    told: list[str] = []
-    found = find(tmp_path, "auto", told.append)
-    assert found == tmp_path / "checkpoints" / "step-00000010"
-    assert len(told) == 2
-    assert "step-00000020: not a complete checkpoint" in told[0]
-    assert "step-00000015/optimizer.pt: 700 bytes expected, 7 found" in told[1]
+    with caplog.at_level("INFO", logger="maskvr_ds"):
+        assert found(tmp_path, "auto") == tmp_path / "checkpoints" / "step-00000010"
+    first, second = caplog.messages
+    assert "step-00000020: not a complete checkpoint" in first
+    assert "step-00000015/optimizer.pt: 700 bytes expected, 7 found" in second
 
 
 def test_retention_by_count_and_by_every_n_steps(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config
 from maskvr_ds.data.vocabulary import token_ids
 from maskvr_ds.models.pretrained import InitialWeights
-from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState, write_manifest
+from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.runtime.files import sha256
 from maskvr_ds.training.resume import resolve_model_config
 
@@ -143,11 +143,9 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
     assert initial is not None
     trained = model.model_dump(exclude={"preset", "activation_checkpointing", "initialize_from"})
 
-    def checkpoint(name: str, identity: dict[str, Any], **settings: Any) -> Path:
+    def checkpoint(name: str, identity: dict[str, Any], **settings: Any) -> Checkpoint:
         state = CheckpointState(1, 1, 1, 0, "float32", [], {"model": identity}, settings)
-        (path := tmp_path / name).mkdir()
-        write_manifest(path, vars(state))
-        return path
+        return Checkpoint(tmp_path / name, state)
 
     began = {**trained, "initialize_from": initial.sha256}
     latest = checkpoint("latest", began, **{"model.initialize_from": str(folder)})
@@ -164,16 +162,16 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
         (
             ModelConfig(initialize_from=tmp_path / "x"),
             latest,
-            r"began with those of .*bert .*, and .* is .*x \(not there",
+            r"initialised from .*bert .*, and .* is .*x \(not found",
         ),
         (ModelConfig(), latest, "model.initialize_from is not set"),
-        (ModelConfig(initialize_from=moved), from_seed, r"began with weights from the seed, and .*moved \(SHA-256"),
-        (gone, from_seed, r"began with weights from the seed"),
+        (ModelConfig(initialize_from=moved), from_seed, r"initialised from scratch, and .*moved \(SHA-256"),
+        (gone, from_seed, r"initialised from scratch"),
     ):
         with pytest.raises(CheckpointError, match=message):
             resolve_model_config(other, at)
     save_file({}, moved / "model.safetensors")
-    with pytest.raises(CheckpointError, match="began with those of"):
+    with pytest.raises(CheckpointError, match="initialised from"):
         resolve_model_config(ModelConfig(initialize_from=moved), latest)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from maskvr_ds.run_folder import fence
-from maskvr_ds.run_folder.checkpoints import begun
+from maskvr_ds.run_folder.checkpoints import is_started
 from maskvr_ds.run_folder.fence import Fence, FencedError, Owner, read, take
 from maskvr_ds.run_folder.layout import JOBS, OWNER
 
@@ -88,7 +88,7 @@ def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
     with pytest.raises(FencedError, match="is gone"):
         later.check()
     (tmp_path / JOBS).mkdir()
-    assert not begun(tmp_path), "a run that was only taken may be begun without --resume"
+    assert not is_started(tmp_path), "a run that was only taken may be started without --resume"
     assert [path.name for path in tmp_path.iterdir()] == [JOBS], "nothing is left beside it"
 
 

@@ -215,8 +215,11 @@ def test_where_a_run_goes_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": {"steps": 8}}, r"phase 'short' is over: 10 steps of 16 sequences were trained, .* has 8 of 16"),
-        ({"batch": {"global_size": 32}}, "phase 'short' is over: .* has 10 of 32; restore phases.short"),
+        (
+            {"training": {"steps": 8}},
+            r"phase 'short' is finished: 10 steps of 16 sequences .* has 8 of 16",
+        ),
+        ({"batch": {"global_size": 32}}, "phase 'short' is finished: .* has 10 of 32; restore phases.short"),
         ({"name": "brief"}, "reached in phases short, long, the configuration has brief, long"),
     ],
 )
