@@ -1,7 +1,7 @@
 """The generated parts of the reference: settings from the configuration classes, help texts from argument parsers.
 
-A page has a marker, `<!-- generated: configuration -->` or `<!-- generated: cli PROGRAM -->`; `expand` replaces it. Needs
-neither torch nor mkdocs.
+A page has a marker, `<!-- generated: configuration -->` or `<!-- generated: cli PROGRAM -->`, which `expand` replaces.
+Needs neither torch nor mkdocs.
 """
 
 import argparse
@@ -167,7 +167,8 @@ def _shown_type(annotation: Any) -> str:
 def _limit(constraint: Any) -> str:
     if isinstance(constraint, FieldInfo):
         return ", ".join(text for text in map(_limit, constraint.metadata) if text)
-    parts = [f"{sign} {value:g}" for key, sign in _SYMBOLS.items() if (value := getattr(constraint, key, None)) is not None]
+    bounds = ((sign, getattr(constraint, key, None)) for key, sign in _SYMBOLS.items())
+    parts = [f"{sign} {value:g}" for sign, value in bounds if value is not None]
     if (pattern := getattr(constraint, "pattern", None)) is not None:
         parts.append(f"matching `{pattern}`")
     return ", ".join(parts)
