@@ -157,7 +157,9 @@ def test_every_yaml_block_is_of_a_known_kind() -> None:
     assert [str(block) for block, values in YAML if not is_run(values) and "sources" not in values] == []
 
 
-@pytest.mark.parametrize(("block", "values"), [pair for pair in YAML if is_run(pair[1])], ids=str)
+@pytest.mark.parametrize(
+    ("block", "values"), [pytest.param(*pair, id=str(pair[0])) for pair in YAML if is_run(pair[1])]
+)
 def test_a_configuration_validates(block: Block, values: dict[str, Any], tmp_path: Path) -> None:
     """Fragments are completed: with a recipe, or, where they have phases of their own, with a folder."""
     if "phases" in values:
