@@ -1,4 +1,4 @@
-"""LAMB and LARS for DeepSpeed: the public names of `maskvr_ds.optim.lamb`."""
+"""LAMB and LARS for DeepSpeed: public names of `maskvr_ds.optim.lamb`."""
 
 from maskvr_ds.optim.lamb import VARIANTS, Lamb, Lars, Variant, bind, parameter_groups
 

@@ -168,7 +168,7 @@ def _record(
     skipped before it."""
     engine = context.engine
     # A skipped step leaves the trust ratios of the last update in place.
-    updated = engine.skipped_steps == skipped and not context.guard.held
+    updated = engine.skipped_steps == skipped and not context.guard.update_skipped
     ratios = getattr(engine.basic_optimizer, "trust_ratios", None) if updated else None
     norm = result.grad_norm
     return StepRecord(

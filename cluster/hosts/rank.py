@@ -8,8 +8,6 @@ library.
 
 import argparse
 import base64
-import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -17,15 +15,17 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from maskvr_ds.runtime.heartbeats import HeartbeatWriter, rank_path
+from maskvr_ds.runtime.processes import die_with_parent, state
 
 PLAN = "launch.json"
 END = "end"
 # Seconds between two looks for END, and the most between two beats.
 LOOK, BEAT = 1.0, 10.0
-_LENGTH = 256
-_PR_SET_PDEATHSIG = 1
 # Rank, world size, place on the node, as launchers say them.
 _NAMES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -42,6 +42,14 @@ def place(environment: dict[str, str]) -> tuple[int, int, int]:
             rank, world_size, local = (int(environment[name]) for name in names)
             return rank, world_size, local
     raise ValueError("no launcher has said which rank this is: " + ", or ".join(" ".join(names) for names in _NAMES))
+
+
+def record_path(folder: Path, rank: int) -> Path:
+    return rank_path(folder, rank).with_suffix(".json")
+
+
+def log_path(folder: Path, rank: int) -> Path:
+    return rank_path(folder, rank).with_suffix(".log")
 
 
 def supervise(folder: Path, environment: dict[str, str]) -> int:
@@ -64,8 +72,8 @@ def supervise(folder: Path, environment: dict[str, str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         # The rank hears them too and knows better; not SIG_IGN, which it would inherit.
         signal.signal(number, lambda *_: None)
-    log = os.open(folder / f"rank-{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    record = os.open(folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+    log = os.open(log_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    heartbeat = HeartbeatWriter(record_path(folder, rank), fsync=True)
     child = subprocess.Popen(
         [sys.executable, "-u", "-m", plan["module"], *plan["arguments"]],
         cwd=plan["cwd"],
@@ -73,7 +81,7 @@ def supervise(folder: Path, environment: dict[str, str]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        preexec_fn=_die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     said: dict[str, Any] = {"beat": 0, "rank": rank, "host": socket.gethostname(), "pid": child.pid, "state": "R"}
     looked = beaten = -BEAT
@@ -85,29 +93,11 @@ def supervise(folder: Path, environment: dict[str, str]) -> int:
                 child.kill()
         if now - beaten >= plan["beat"]:
             beaten = now
-            said.update(beat=said["beat"] + 1, state=_state(child.pid))
-            _write(record, said)
+            said.update(beat=said["beat"] + 1, state=state(child.pid))
+            heartbeat.write(said)
         time.sleep(0.1)
-    _write(record, {**said, "beat": said["beat"] + 1, "state": "ended", "status": status})
+    heartbeat.write({**said, "beat": said["beat"] + 1, "state": "ended", "status": status})
     return status if status >= 0 else 128 - status
-
-
-def _write(file: int, record: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a full disk is the rank's to tell
-        os.pwrite(file, json.dumps(record).ljust(_LENGTH).encode(), 0)
-        os.fsync(file)  # NFS would keep it for half a minute
-
-
-def _state(pid: int) -> str:
-    """The letter of ps: T stopped, D waiting for a device or file system."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "?"
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:

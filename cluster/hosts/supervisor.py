@@ -7,8 +7,6 @@ host, which ends other jobs too. It gets SIGKILL; processes on the hosts are fou
 """
 
 import base64
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +20,8 @@ from typing import Any
 
 from cluster.hosts import rank, remote
 from maskvr_ds.run_folder.layout import HEARTBEATS
+from maskvr_ds.runtime.heartbeats import RANK_FILES, rank_of, read_record
+from maskvr_ds.runtime.processes import describe_exit
 from maskvr_ds.runtime.terminal import say
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
@@ -117,7 +117,7 @@ class Ranks:
         for number in range(self.plan.world_size):
             if number in self.ended:
                 continue
-            record = self._read(number)
+            record = read_record(rank.record_path(self.plan.folder, number))
             if record is None or record["beat"] == self.records.get(number, {}).get("beat"):
                 continue
             self.records[number], self.since[number] = record, now
@@ -127,12 +127,6 @@ class Ranks:
                 self.stopped_since.pop(number, None)
             if "status" in record:
                 self.ended[number] = int(record["status"])
-
-    def _read(self, number: int) -> dict[str, Any] | None:
-        try:
-            return json.loads((self.plan.folder / f"rank-{number:05d}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None  # not there yet, or half a record
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks that have said nothing for so long."""
@@ -165,9 +159,10 @@ class Progress:
     def records(self) -> dict[int, dict[str, Any]]:
         """Of the ranks that train: step, place, marks."""
         found = {}
-        for path in (path for folder in self._all() - self._earlier for path in folder.glob("rank-*")):
-            with contextlib.suppress(OSError, ValueError):
-                found[int(path.name.removeprefix("rank-"))] = json.loads(path.read_text(encoding="utf-8"))
+        for folder in self._all() - self._earlier:
+            for path in folder.glob(RANK_FILES):
+                if (record := read_record(path)) is not None:
+                    found[rank_of(path)] = record
         return found
 
     def under_way(self) -> bool:
@@ -261,7 +256,7 @@ class Job:
 
     def show(self) -> None:
         """Print what rank 0 has said since the last time."""
-        path = self.plan.folder / "rank-00000.log"
+        path = rank.log_path(self.plan.folder, 0)
         if path.exists() and not self._quiet:
             with path.open("rb") as file:
                 file.seek(self._shown)
@@ -307,31 +302,23 @@ class Job:
             lines.append(f"{self.names([number])}: was stopped (SIGSTOP), and did not go on")
         for number, status in ended.items():
             if status < 0:
-                lines.append(f"{self.names([number])}: killed by {_signal_name(-status)}")
+                lines.append(f"{self.names([number])}: {describe_exit(status)}")
         for number, status in ended.items():
             if status > 0:
-                lines.append(f"{self.names([number])}: ended with status {status}{self._last_words(number)}")
+                lines.append(f"{self.names([number])}: {describe_exit(status)}{self._last_words(number)}")
         never = [n for n in range(self.plan.world_size) if n not in self.ranks.records]
         if never:
             lines.append(f"never begun: {self.names(never)}{_last_line(self.log, _TROUBLE)} ({self.log})")
         return lines
 
     def _last_words(self, number: int) -> str:
-        return _last_line(self.plan.folder / f"rank-{number:05d}.log")
+        return _last_line(rank.log_path(self.plan.folder, number))
 
 
 def _ignore_signals() -> None:
     # A scheduler may signal the whole job; the runner would answer by pkill on every host.
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    return f"{name} (by hand, or where memory ran out)" if number == signal.SIGKILL else name
 
 
 def _last_line(path: Path, words: Sequence[str] = ("error",)) -> str:

@@ -6,6 +6,7 @@ Collectives: `distributed.run_collectively` and `run_on_rank0`; those of DeepSpe
 import socket
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -53,20 +54,29 @@ def _check_visible(folder: Path) -> None:
 def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_differ: Collection[str]) -> None:
     """Raise CheckpointError naming every difference from the present run."""
     state = checkpoint.state
-    differences = [
-        f"{key} was {state.identity.get(key)!r}, is {value!r}"
+    found = [
+        f"{name} was {was!r}, is {now!r}"
         for key, value in expected.identity.items()
-        if key not in may_differ and state.identity.get(key) != value
+        if key not in may_differ
+        for name, was, now in differences(key, state.identity.get(key), value)
     ]
     if state.dtype != expected.dtype:
-        differences.append(f"dtype was {state.dtype}, is {expected.dtype}")
-    if differences:
-        of_masks = any(difference.startswith(("masking ", "mapnet ")) for difference in differences)
+        found.append(f"dtype was {state.dtype}, is {expected.dtype}")
+    if found:
+        of_masks = any(difference.startswith("masking.") for difference in found)
         raise CheckpointError(
-            f"{checkpoint.folder}: belongs to another run: {'; '.join(differences)}. "
+            f"{checkpoint.folder}: belongs to another run: {'; '.join(found)}. "
             "Restore these settings to resume, or start a new run in another output_dir"
             + ("; masking.change_at_resume=true lets masks differ" if of_masks else "")
         )
+
+
+def differences(key: str, was: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted key, earlier value, present value) of everything that differs, in mappings key by key."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        nested = (differences(f"{key}.{name}", was.get(name), now.get(name)) for name in {**was, **now})
+        return [difference for found in nested for difference in found]
+    return [] if was == now else [(key, was, now)]
 
 
 def read_probe(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from maskvr_ds.optim.lamb import parameter_groups
-from maskvr_ds.optim.partitions import Layout, layout_of, trained
+from maskvr_ds.optim.partitions import Layout, layout_of, trainable
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL
@@ -186,7 +186,7 @@ def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     if isinstance(zero, FP16_Optimizer):
         raise CheckpointError(f"cannot resume at stage 0 in bf16 with {FLATTENED}; resume at stage 1, 2 or 3")
     given = [p for group in parameter_groups(engine.module) for _, p in group["params"]]
-    layout = layout_of(engine, trained([{"params": given}]), optimizer.param_groups)
+    layout = layout_of(engine, trainable([{"params": given}]), optimizer.param_groups)
     stage = engine.zero_optimization_stage()
     if stage == 3:
         zero.checkpoint_event_prologue()  # partitions all parameters, including persistent ones

@@ -8,10 +8,8 @@ Collectives: `distributed.run_on_rank0` and `run_collectively` around each stage
 and of `full_fp32_weights`.
 """
 
-import io
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
+from maskvr_ds.engine.deepspeed_patches import capture_saved_files
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
@@ -104,7 +103,7 @@ class CheckpointWriter:
         logits. Collective: call on all ranks."""
         try:
             distributed.run_on_rank0(partial(self._prepare, _expected_size(engine)))
-            with _writing(engine, self._files, self._failed, in_memory=in_memory):
+            with capture_saved_files(engine, self._files, self._failed, in_memory=in_memory):
                 engine.save_checkpoint(str(self._saving), tag=self._final.name, save_latest=False)
             weights = full_fp32_weights(engine)
             differing = not_rounded(engine, weights)
@@ -205,36 +204,6 @@ def _expected_size(engine: deepspeed.DeepSpeedEngine) -> int:
     """Bytes: the model's weights in its dtype; fp32 masters and two moments; fp32 weights for export."""
     parameters = list(engine.module.parameters())
     return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 16) for p in parameters) + _SMALL_FILES
-
-
-@contextmanager
-def _writing(
-    engine: deepspeed.DeepSpeedEngine, files: dict[Path, memoryview | None], failed: list[Exception], *, in_memory: bool
-) -> Iterator[None]:
-    """Have DeepSpeed's files go to disk, or into `files` as bytes. Errors in writing them go to `failed`: raised here,
-    they would leave the other ranks waiting in DeepSpeed's barriers for a rank whose disk is full."""
-    writer = engine.checkpoint_engine
-    original = writer.save
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            if in_memory:
-                buffer = io.BytesIO()
-                torch.save(state_dict, buffer, _use_new_zipfile_serialization=writer.zipfile_serialization)
-                files[Path(path)] = buffer.getbuffer()
-            else:
-                original(state_dict, path)
-                files[Path(path)] = None
-        except Exception as error:
-            failed.append(error)
-
-    writer.save = save
-    # Rank 0 would copy a script beside the checkpoint, with the same fault.
-    engine._copy_recovery_script = lambda *_: None
-    try:
-        yield
-    finally:
-        del writer.save, engine._copy_recovery_script
 
 
 def _raise_first(failed: list[Exception], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Base class of configuration sections, and errors in words."""
+"""Base class of configuration sections, and pydantic's errors in plain words. Loads no torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,20 +7,23 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ConfigError(ValueError):
-    """A fault in the configuration, in words for its author."""
+    """A fault in the configuration, described for its author."""
 
 
 class Section(BaseModel):
-    """A component's settings: unknown keys are refused, values stay as they were checked."""
+    """Settings of one component. Unknown keys are errors; instances are immutable.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A field is documented by the string below it, which becomes its description in the generated reference.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def describe(fault: Any, model: type[BaseModel]) -> str:
-    """One of pydantic's faults, found when validating `model`, in a line: where, which rule, the value."""
+    """One fault found by pydantic in validating `model`, as a line: location, rule, value."""
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; known here: {', '.join(_known_keys(model, fault['loc'][:-1]))}"
+        return f"{where}: unknown key; known keys are {', '.join(_known_keys(model, fault['loc'][:-1]))}"
     if fault["type"] == "missing":
         return f"{where}: required, but not given"
     message = fault["msg"].removeprefix("Value error, ")
@@ -30,7 +33,7 @@ def describe(fault: Any, model: type[BaseModel]) -> str:
 
 def _known_keys(model: Any, location: Sequence[str | int]) -> list[str]:
     for part in location:
-        if isinstance(part, int):  # an entry of a list: its type is the list's argument, found already
+        if isinstance(part, int):  # entry of a list, whose item type was found in the previous round
             continue
         annotation = model.model_fields[part].annotation
         options = getattr(annotation, "__args__", (annotation,))

@@ -1,4 +1,4 @@
-"""A run's YAML: recipes and files → mappings, `--set` assignments, and faults in words. Loads no torch."""
+"""Reading a run's YAML: recipes, files, `base`, and `--set` assignments. Loads no torch."""
 
 from importlib import resources
 from pathlib import Path
@@ -7,6 +7,9 @@ from typing import Any
 import yaml
 
 from maskvr_ds.config.base import ConfigError
+from maskvr_ds.config.masking import without_foreign
+from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, JOBS, METRICS, OWNER
+from maskvr_ds.run_folder.migration import SCHEMA, migrate_config
 
 
 def recipes() -> list[str]:
@@ -16,37 +19,46 @@ def recipes() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a recipe. Raises ConfigError where there is none of that name."""
+    """The YAML text of a recipe. Raises ConfigError if there is none of that name."""
     if name not in recipes():
         raise ConfigError(f"{name!r}: no such recipe; there are {', '.join(recipes())}")
     return (resources.files("maskvr_ds.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_yaml(config: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the recipe of that name, laid over its `base` where it names one.
+    """The mapping in a YAML file, or in the recipe of that name, laid over those that its `base` names.
 
-    base: a recipe or a file (from the folder of the file that names it); its sections are merged field by field,
-    lists are replaced. above: the files that led here. Raises ConfigError where there is none, or a base leads back.
+    base: a recipe, a file (relative to the folder of the file that names it), or a list of them, each laid over the
+    ones before: recipes compose as model, data, schedule. Sections are merged field by field, lists are replaced.
+    above: the files that led here. Raises ConfigError if a base is missing or leads back to itself.
     """
     values = _read_mapping(config)
-    if (base := values.pop("base", None)) is None:
-        return values
-    if not isinstance(base, str):
-        raise ConfigError(f"config {config}: base is {base!r}; the name of a recipe or a file expected")
-    beside = Path(config).parent / base
-    named = str(beside) if beside.is_file() else base
+    bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"config {config}: base is {bases!r}; the name of a recipe, a file, or a list of them expected")
     above = (*above, str(config))
-    if named in above:
-        raise ConfigError(f"config {config}: base {base} leads back to itself ({' -> '.join((*above, named))})")
-    return _merged(read_yaml(named, above), values)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        relative = Path(config).parent / base
+        name = str(relative) if relative.is_file() else base
+        if name in above:
+            raise ConfigError(f"config {config}: base {base} leads back to itself ({' -> '.join((*above, name))})")
+        merged = _merged(merged, read_yaml(name, above))
+    return _merged(merged, values)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections field by field; `above` has its way."""
+    """Sections field by field; `above` takes precedence. A masking.strategy in `above` drops the subsections of other
+    strategies from `below`."""
     merged = dict(below)
     for key, value in above.items():
         before = merged.get(key)
-        merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        if isinstance(before, dict) and isinstance(value, dict):
+            if key == "masking" and isinstance(value.get("strategy"), str):
+                before = without_foreign(before, value["strategy"])
+            value = _merged(before, value)
+        merged[key] = value
     return merged
 
 
@@ -67,12 +79,26 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {config}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
-    return values
+    schema = values.pop("schema", 1 if _stored_by_run(path) else SCHEMA)
+    if schema not in range(1, SCHEMA + 1):
+        raise ConfigError(f"config {config}: schema {schema!r}, this version reads 1 to {SCHEMA}; update maskvr_ds")
+    return values if schema == SCHEMA else migrate_config(values)
+
+
+def _stored_by_run(path: Path) -> bool:
+    """Whether a version that stored no schema may have written the file: slurm/config-*.yaml of a run, or config.yaml in
+    its folder or in logs/LAUNCH/."""
+    if path.parent.name == JOBS and path.name.startswith("config-"):
+        return True
+    markers = (METRICS, OWNER, CHECKPOINTS)
+    folders = path.resolve().parents[:3]
+    return path.name == CONFIG and any((folder / marker).exists() for folder in folders for marker in markers)
 
 
 def assign(values: dict[str, Any], assignment: str) -> None:
-    """Put `section.field=value` (the value in YAML) into the nested mapping. An entry of a list (a phase) goes by its
-    `name` or its number: phases.long.optimizer.lr=4e-3. Raises ConfigError where that is not possible."""
+    """Set `section.field=value` (the value in YAML) in the nested mapping. Entries of a list (phases) are addressed by
+    `name` or index: phases.long.optimizer.lr=4e-3. Setting masking.strategy drops the subsections of other strategies
+    that were set before. Raises ConfigError if the assignment is not possible."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {assignment}: section.field=value expected")
@@ -88,6 +114,8 @@ def assign(values: dict[str, Any], assignment: str) -> None:
         place[field] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {assignment}: the value is not YAML: {error}") from None
+    if sections == ["masking"] and field == "strategy" and isinstance(place[field], str):
+        values["masking"] = without_foreign(place, place[field])
 
 
 def _entry(entries: list[Any], name: str, assignment: str) -> Any:

@@ -1,75 +1,152 @@
-"""The section `masking`: which tokens are predicted. Loads no torch."""
+"""Section `masking`: which tokens are predicted, with one subsection per strategy. Loads no torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from maskvr_ds.config.base import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
-# Settings that only some strategies heed.
-STRATEGY_SETTINGS = {
-    "placement": ("fully_explored",),
-    "segments_per_sequence": ("fully_explored",),
-    "frequency_power": ("frequency",),
-    "document_frequency_power": ("frequency",),
-    "floor": ("frequency",),
-    "span_probability": ("span",),
-    "span_maximum": ("span",),
-    "sampler": ("frequency", "mapnet"),
-    "estimator": ("frequency", "mapnet"),
+# Strategy -> its subsections of `masking`.
+SUBSECTIONS: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "whole_word": (),
+    "span": ("span",),
+    "fully_explored": ("fully_explored",),
+    "frequency": ("frequency",),
+    "mapnet": ("mapnet",),
+    "auto": ("auto", "mapnet"),
 }
+# Settings of the proposal network that may change on resume.
+MAPNET_MAY_CHANGE = {"lr", "check_every"}
+
+
+class SpanConfig(Section):
+    """Strategy span: lengths g in words, P(g) ∝ p (1 − p)^(g−1) for g ≤ max_length (SpanBERT, arXiv 1907.10529)."""
+
+    geometric_p: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """p of the geometric distribution."""
+    max_length: Annotated[int, Field(ge=1, le=512)] = 10
+    """Longest span, in words."""
+
+
+class FullyExploredConfig(Section):
+    """Strategy fully_explored: disjoint segments of a row's tokens (arXiv 2010.06040)."""
+
+    placement: Literal["across_epochs", "same_batch"] = "across_epochs"
+    """across_epochs: one segment of a row per epoch; same_batch: several segments of a row in one global batch, which
+    then contains correspondingly fewer distinct rows."""
+    segments_per_sequence: PositiveInt | None = None
+    """same_batch: number of segments of a row per global batch; null: all of them."""
+
+    @model_validator(mode="after")
+    def _segments_need_same_batch(self) -> Self:
+        if self.segments_per_sequence is not None and self.placement != "same_batch":
+            raise ValueError("segments_per_sequence belongs to placement same_batch; remove it, or set placement")
+        return self
+
+
+class WeightedSampling(Section):
+    """Sampling with unequal inclusion probabilities π, for strategies frequency and mapnet."""
+
+    sampler: Literal["pareto", "conditional_poisson"] = "pareto"
+    """How a mask with given π is drawn: pareto is fast and approximates π; conditional_poisson is exact and slower."""
+    estimator: Literal["horvitz_thompson", "hajek", "whole_mask"] = "horvitz_thompson"
+    """Importance weights of the losses; see masking/estimators.py for what each is unbiased for."""
+
+    @model_validator(mode="after")
+    def _whole_mask_needs_probabilities(self) -> Self:
+        if self.estimator == "whole_mask" and self.sampler != "conditional_poisson":
+            raise ValueError(
+                f"estimator whole_mask needs the probability of a mask, which sampler {self.sampler} does not provide; "
+                "set sampler to conditional_poisson"
+            )
+        return self
+
+
+class FrequencyConfig(WeightedSampling):
+    """Strategy frequency: π ∝ (tokens + 1)^−power · (passages + 1)^−document_power.
+
+    tokens: occurrences of the token in the corpus; passages: pieces of documents within rows that contain it. Powers of
+    opposite sign favour tokens that occur often wherever they occur at all.
+    """
+
+    power: Annotated[float, Field(ge=-2, le=2)] = 0.5
+    """Exponent of the token frequency; positive values favour rare tokens."""
+    document_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Exponent of the number of passages that contain the token."""
+    floor: Fraction = 0.3
+    """λ: share of uniform masking in π; importance weights are at most 1/λ."""
+
+
+class MapNetConfig(WeightedSampling):
+    """Strategies mapnet and auto: the mask proposal network (arXiv 2008.05333; masking/mapnet.py)."""
+
+    layers: PositiveInt = 1
+    """Transformer layers."""
+    reach: PositiveInt = 4
+    """Half-width, in tokens, of the local context window fed to the network."""
+    hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 96
+    """Hidden size: a multiple of 32, the size of an attention head."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the network's own AdamW, constant."""
+    floor: Fraction = 0.3
+    """λ: share of uniform masking in the proposal; importance weights are at most 1/λ."""
+    objective: Literal["variance", "regression"] = "variance"
+    """variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm, which
+    measured worse."""
+    gate: Literal["always", "never", "auto"] = "always"
+    """When masks follow the proposal: always; never (it is trained and measured only); auto: while it pays for its
+    time."""
+    cost: Annotated[float, Field(ge=0)] | None = None
+    """gate auto: time of the network relative to the rest of a step. null: measured; the run is then not reproducible
+    bit for bit, since the clock decides."""
+    check_every: PositiveInt = 100
+    """Steps between comparisons of the network's parameters across ranks; the host waits for each."""
 
 
 class AutoConfig(Section):
-    """Where masking.strategy is auto (auto.py): how often the gradient's variance is measured, on how much."""
+    """Strategy auto: how often the gradient's variance is measured, and on how much (training/auto_strategy.py)."""
 
     every_steps: PositiveInt = 1000
-    # Sequences, and draws of two masks for each.
+    """Steps between measurements."""
     rows: Annotated[int, Field(ge=3)] = 32
+    """Sequences per measurement."""
     draws: Annotated[int, Field(ge=2, le=64)] = 4
-    # Numbers a layer that gradients are compressed to; squared norms are kept to √(2/size).
+    """Draws per sequence, of two masks each."""
     sketch_size: Annotated[int, Field(ge=3)] = 4096
-    # Of the intervals that must lie below 1 for a change from the baseline.
+    """Numbers per layer to which gradients are compressed; the relative error of squared norms is √(2/size)."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    # Whether MAPNet (section mapnet) learns beside, to be used where it pays.
+    """Level of the intervals that must lie below 1 to leave the baseline."""
     proposal: bool = True
+    """Whether MAPNet (subsection mapnet) is trained as a candidate."""
 
 
 class MaskingConfig(Section):
-    """What is predicted: strategies.py has the formulas. mapnet: see the section of that name."""
+    """Which tokens are predicted; formulas in masking/strategies.py.
 
-    # auto: fully_explored, or what is measured to be better on the way; see the section of that name.
+    A subsection belongs to the strategy of its name (`mapnet` also to auto): set for another strategy, it is an error.
+    """
+
     strategy: Literal["uniform", "whole_word", "span", "fully_explored", "frequency", "mapnet", "auto"] = "uniform"
-    # Share of the maskable positions to predict.
+    """auto: fully_explored, replaced during training by masks that are measured to be better."""
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    # The rate changes linearly to this one, which the schedule's last step has. None: it is constant.
+    """Fraction of the maskable positions to predict."""
     final_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    # Of the positions to predict, how many show [MASK], how many a random token; the rest stay as they are.
-    # 1 and 0: all show [MASK].
+    """The rate changes linearly to this value at the schedule's last step; null: constant."""
     mask_probability: Probability = 0.8
+    """Fraction of the predicted positions that show [MASK]."""
     random_probability: Probability = 0.1
-    # fully_explored: a row's segments an epoch apart, or segments_per_sequence of them (None: all) in a global batch,
-    # which then has so many times fewer different rows.
-    placement: Literal["across_epochs", "same_batch"] = "across_epochs"
-    segments_per_sequence: PositiveInt | None = None
-    # frequency: π ∝ (tokens + 1)^-frequency_power · (passages + 1)^-document_frequency_power: how often the token
-    # occurs, in how many passages (pieces of documents within a row). Mixed with a share `floor` of uniform, which
-    # bounds the weights by 1/floor. Powers of opposite signs favour what occurs often where it occurs at all.
-    frequency_power: Annotated[float, Field(ge=-2, le=2)] = 0.5
-    document_frequency_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
-    # span: lengths in words, P(g) ∝ p (1 - p)^(g-1) for g ≤ span_maximum, p = span_probability.
-    span_probability: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    span_maximum: Annotated[int, Field(ge=1, le=512)] = 10
-    # frequency, mapnet: how a mask of given π is drawn (pareto.py; conditional_poisson.py, exact and slower), and what
-    # the losses of its predictions are multiplied with (estimators.py says what each is unbiased for).
-    sampler: Literal["pareto", "conditional_poisson"] = "pareto"
-    estimator: Literal["horvitz_thompson", "hajek", "whole_mask"] = "horvitz_thompson"
-
-    # Go on from a checkpoint whose run had other settings here or in the section mapnet, instead of refusing it.
+    """Fraction of the predicted positions that show a random token; the remaining ones are unchanged."""
     change_at_resume: bool = False
+    """Resume from a checkpoint whose run had other masking settings, instead of refusing it."""
+    span: SpanConfig = SpanConfig()
+    fully_explored: FullyExploredConfig = FullyExploredConfig()
+    frequency: FrequencyConfig = FrequencyConfig()
+    mapnet: MapNetConfig = MapNetConfig()
+    auto: AutoConfig = AutoConfig()
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:
@@ -78,39 +155,56 @@ class MaskingConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _of_the_strategy(self) -> Self:
-        for name, strategies in STRATEGY_SETTINGS.items():
-            if self.strategy not in strategies and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} belongs to strategy {' or '.join(strategies)}; strategy is {self.strategy}")
-        if self.estimator == "whole_mask" and self.sampler != "conditional_poisson":
-            raise ValueError(
-                f"estimator whole_mask needs the probability of a mask, which sampler {self.sampler} does not know; "
-                "set sampler to conditional_poisson"
-            )
-        if self.segments_per_sequence is not None and self.placement != "same_batch":
-            raise ValueError("segments_per_sequence belongs to placement same_batch; leave it out, or set placement")
+    def _subsections_belong(self) -> Self:
+        for name in subsections() - set(SUBSECTIONS[self.strategy]):
+            section = getattr(self, name)
+            if section != type(section)():
+                owners = [strategy for strategy, names in SUBSECTIONS.items() if name in names]
+                given = ", ".join(section.model_dump(exclude_defaults=True))
+                raise ValueError(
+                    f"{name} ({given}) belongs to strategy {' or '.join(owners)}; strategy is {self.strategy}"
+                )
+        if self.strategy == "auto":
+            fixed = self.mapnet.model_dump(include={"gate", "sampler", "estimator"}, exclude_defaults=True)
+            if fixed:
+                name, value = next(iter(fixed.items()))
+                raise ValueError(
+                    f"mapnet.{name} {value} belongs to strategy mapnet; strategy auto decides itself when to use the "
+                    "proposal, and draws by Pareto sampling"
+                )
         return self
 
+    @property
+    def learns_proposal(self) -> bool:
+        """Whether MAPNet is trained next to the model."""
+        return self.strategy == "mapnet" or (self.strategy == "auto" and self.auto.proposal)
 
-class MapNetConfig(Section):
-    """The mask proposal network (mapnet.py), where masking.strategy is mapnet, or auto."""
+    @property
+    def weighted(self) -> WeightedSampling:
+        """Sampler and estimator of the strategy; defaults for strategies without weights."""
+        return self.frequency if self.strategy == "frequency" else self.mapnet
 
-    layers: PositiveInt = 1
-    # Tokens on either side that a token is confronted with before the layers.
-    reach: PositiveInt = 4
-    # A multiple of the attention heads' size, 32.
-    hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 96
-    # Of its own AdamW, constant.
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    # λ: the uniform part of the proposal; importance weights are at most 1/λ.
-    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
-    # variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm, which has
-    # measured worse (docs/variance.md).
-    objective: Literal["variance", "regression"] = "variance"
-    # Masks by the proposal: always; never (it learns and is measured all the same); auto: while it pays for its time.
-    gate: Literal["always", "never", "auto"] = "always"
-    # auto: time that MAPNet adds, relative to the rest of a step. None: measured; a run is then not reproducible to
-    # the bit, since the clock decides.
-    cost: Annotated[float, Field(ge=0)] | None = None
-    # Steps between comparisons of the ranks' networks, for which the host waits.
-    check_every: PositiveInt = 100
+    def dump(self) -> dict[str, Any]:
+        """The settings that apply, in JSON types: no subsections of other strategies."""
+        return self.model_dump(mode="json", exclude=subsections() - set(SUBSECTIONS[self.strategy]))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that must not change within a phase."""
+        values = self.dump()
+        del values["change_at_resume"]
+        if not self.learns_proposal:
+            values.pop("mapnet", None)
+        else:
+            values["mapnet"] = {k: v for k, v in values["mapnet"].items() if k not in MAPNET_MAY_CHANGE}
+        return values
+
+
+def subsections() -> set[str]:
+    """Names of the subsections."""
+    return {name for names in SUBSECTIONS.values() for name in names}
+
+
+def without_foreign(masking: dict[str, Any], strategy: str) -> dict[str, Any]:
+    """The mapping without subsections of other strategies than `strategy`."""
+    foreign = subsections() - set(SUBSECTIONS.get(strategy, subsections()))
+    return {key: value for key, value in masking.items() if key not in foreign}

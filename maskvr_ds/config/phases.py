@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from maskvr_ds.config.base import Section
-from maskvr_ds.config.masking import STRATEGY_SETTINGS
+from maskvr_ds.config.masking import without_foreign
 
 
 class PhaseStart(Section):
@@ -47,13 +47,11 @@ Phases = tuple[Phase, ...]
 # Fields of `data` that each phase has for itself.
 OF_PHASES = ("path", "mixture", "held_out_path")
 SECTIONS = tuple(name for name in Phase.model_fields if name not in ("name", "start"))
-# Section → field that a phase gives → what it then does not inherit, because it would no longer belong to it. Of
-# masking.strategy: what STRATEGY_SETTINGS does not say to belong to the new one.
+# Section -> field set by a phase -> fields that the phase then does not inherit, as they would not fit the new value.
+# A new masking.strategy also drops the subsections of other strategies.
 _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
-    "masking": {
-        "rate": ("final_rate",),
-        "placement": ("segments_per_sequence",),
-    },
+    "masking": {"rate": ("final_rate",)},
+    "masking.fully_explored": {"placement": ("segments_per_sequence",)},
     "schedule": {
         "warmup_steps": ("warmup_share",),
         "warmup_share": ("warmup_steps",),
@@ -123,6 +121,17 @@ def schedule_span(phases: Phases, index: int) -> tuple[int, int]:
     return first, end
 
 
+def _overlay(section: str, inherited: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` over `inherited`, field by field, subsections too."""
+    dropped = {name for key in given for name in _REPLACES.get(section, {}).get(key, ())}
+    values = {key: value for key, value in inherited.items() if key not in dropped}
+    for key, value in given.items():
+        before = values.get(key)
+        nested = isinstance(before, Mapping) and isinstance(value, Mapping)
+        values[key] = _overlay(f"{section}.{key}", before, value) if nested else value
+    return values
+
+
 def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
     """Sections of the run, dumped, with those of one phase laid over them: the raw values of a run without phases."""
     first, end = schedule_span(phases, index)
@@ -131,10 +140,10 @@ def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
     for section in SECTIONS:
         # A schedule that continues is that of the phase where it began, with its peak.
         given = getattr(phases[first if section in ("schedule", "optimizer") else index], section)
-        dropped = {name for key in given for name in _REPLACES.get(section, {}).get(key, ())}
+        inherited = values[section]
         if section == "masking" and "strategy" in given:
-            dropped |= {name for name, of in STRATEGY_SETTINGS.items() if given["strategy"] not in of}
-        values[section] = {**{k: v for k, v in values[section].items() if k not in dropped}, **given}
+            inherited = without_foreign(inherited, given["strategy"])
+        values[section] = _overlay(section, inherited, given)
     if end - first > 1:
         joint = sum(phase.training["steps"] for phase in phases[first:end])
         asked = phases[first].training.get("schedule_steps") or joint

@@ -30,7 +30,7 @@ class DivergenceConfig(Section):
     norm_factor: Factor = 100.0
     history: PositiveInt = 100
     # So many of `history` steps in a row may leave their update out; one more, and the run goes back.
-    skip_updates: NonNegativeInt = 2
+    max_skipped: NonNegativeInt = 2
     # Batches before and after that of a bad step that are passed over with it.
     margin: NonNegativeInt = 1
     # To the same checkpoint; then the run ends with an explanation.

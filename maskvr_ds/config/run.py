@@ -20,7 +20,7 @@ from pydantic import (
 from maskvr_ds.config.base import ConfigError, Section, describe
 from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.loading import assign, read_yaml
-from maskvr_ds.config.masking import AutoConfig, MapNetConfig, MaskingConfig
+from maskvr_ds.config.masking import MaskingConfig
 from maskvr_ds.config.model import ModelConfig
 from maskvr_ds.config.phases import OF_PHASES, Phase, check_phases, resolve, take_from_phases
 from maskvr_ds.config.reliability import CheckpointConfig, DivergenceConfig, HangsConfig
@@ -32,6 +32,7 @@ from maskvr_ds.config.training import (
     ScheduleConfig,
     TrainingConfig,
 )
+from maskvr_ds.run_folder.migration import SCHEMA, renamed
 
 
 class RunConfig(Section):
@@ -45,8 +46,6 @@ class RunConfig(Section):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
-    mapnet: MapNetConfig = MapNetConfig()
-    auto: AutoConfig = AutoConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -79,14 +78,10 @@ class RunConfig(Section):
         for name in ("initial_lr", "final_lr"):
             if (bound := getattr(self.schedule, name)) > rate:
                 raise ValueError(f"schedule.{name} {bound} exceeds optimizer.lr {rate}")
-        if self.masking.strategy == "auto" and self.mapnet.gate != MapNetConfig().gate:
+        if (copies := self.masking.fully_explored.segments_per_sequence) and self.batch.global_size % copies:
             raise ValueError(
-                f"mapnet.gate {self.mapnet.gate} belongs to masking.strategy mapnet; auto opens and shuts it by itself"
-            )
-        if (copies := self.masking.segments_per_sequence) and self.batch.global_size % copies:
-            raise ValueError(
-                f"batch.global_size {self.batch.global_size} is not a multiple of masking.segments_per_sequence "
-                f"{copies}: the segments of a sequence share a global batch"
+                f"batch.global_size {self.batch.global_size} is not a multiple of "
+                f"masking.fully_explored.segments_per_sequence {copies}: the segments of a sequence share a global batch"
             )
         return self
 
@@ -107,8 +102,8 @@ class RunConfig(Section):
 
     @property
     def learns_proposal(self) -> bool:
-        """Whether MAPNet is trained beside the model."""
-        return self.masking.strategy == "mapnet" or (self.masking.strategy == "auto" and self.auto.proposal)
+        """Whether MAPNet is trained next to the model."""
+        return self.masking.learns_proposal
 
     @property
     def schedule_steps(self) -> int:
@@ -128,13 +123,15 @@ class RunConfig(Section):
 
 
 def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """YAML file or recipe, then `section.field=value` assignments (values in YAML), checked.
+    """Read a YAML file or recipe, apply `section.field=value` assignments (values in YAML), and validate.
 
-    Raises ConfigError with one line a fault: where, what, which rule.
+    Raises ConfigError with one line per fault: location, rule, value.
     """
     values = read_yaml(config)
     for assignment in assignments:
         assign(values, assignment)
+    if old := renamed(values):
+        raise ConfigError(f"config {config}:\n  " + "\n  ".join(old))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -143,11 +140,11 @@ def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfi
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML that `load_config` reads back to the same RunConfig."""
-    values = config.model_dump(mode="json")
-    if config.model.initialize_from is not None:  # defaults written out would stand against the folder's sizes
+    """YAML that `load_config` reads back as an equal RunConfig, with the number of its schema."""
+    values = {"schema": SCHEMA, **config.model_dump(mode="json"), "masking": config.masking.dump()}
+    if config.model.initialize_from is not None:  # explicit defaults would contradict the folder's sizes
         values["model"] = config.model.model_dump(mode="json", exclude_unset=True)
-    if config.phases:  # theirs, and taken from them when it is read
+    if config.phases:  # belong to the phases, and are taken from them on reading
         del values["training"]
         values["data"] = {key: value for key, value in values["data"].items() if key not in OF_PHASES}
         values["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in config.phases]

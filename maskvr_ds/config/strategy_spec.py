@@ -2,8 +2,8 @@
 
     uniform    fully_explored:placement=same_batch,segments_per_sequence=3    mapnet:floor=0.1    span:optimizer.lr=0.02
 
-Behind the colon stand settings, values in YAML: of the section `masking`; of the section `mapnet`, where the strategy
-is mapnet or an oracle; of `auto` and `mapnet`, where it is auto; or of any section by its full name.
+After the colon: settings with values in YAML, of the strategy's subsection of `masking` (auto: `auto` and `mapnet`;
+oracles: `mapnet`), of `masking` itself, or of any section by their full name.
 """
 
 import re
@@ -15,24 +15,21 @@ from pydantic import ValidationError
 
 from maskvr_ds.config.base import ConfigError, describe
 from maskvr_ds.config.loading import assign
-from maskvr_ds.config.masking import AutoConfig, MapNetConfig, MaskingConfig
+from maskvr_ds.config.masking import SUBSECTIONS, MaskingConfig
+from maskvr_ds.run_folder.migration import renamed
 
-# Strategies that no run can have, for they look at what they are to predict: see oracles.py.
+# Strategies that only `maskvr variance` measures: they look at what is to be predicted, see oracles.py.
 HEAD_ORACLE = "oracle_head"
 TOKEN_ORACLES = ("oracle_gradient", HEAD_ORACLE)
 MASK_ORACLE = "oracle_mask"
-# Strategy → section of its own → fields.
-_OWN_SECTIONS = {
-    "mapnet": {"mapnet": MapNetConfig.model_fields},
-    "auto": {"auto": AutoConfig.model_fields, "mapnet": MapNetConfig.model_fields},
-}
 ORACLES = (*TOKEN_ORACLES, MASK_ORACLE)
+# Settings of MAPNet that matter when masks are drawn by a network that was trained already.
+_DRAWING = {"floor", "sampler", "estimator"}
 
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """text: as it was given, what the strategy is called in tables. assignments: section.field=value, the strategy
-    first."""
+    """text: as given, the strategy's name in tables. assignments: section.field=value, masking.strategy first."""
 
     text: str
     strategy: str
@@ -40,73 +37,71 @@ class StrategySpec:
 
     @property
     def folder(self) -> str:
-        """A name for files."""
+        """The text as a file name."""
         return re.sub(r"[^\w.=-]+", "_", self.text)
 
     def sections(self) -> dict[str, Any]:
-        """Section → field → value."""
+        """Section -> field -> value. Raises ConfigError for renamed settings."""
         values: dict[str, Any] = {}
         for assignment in self.assignments:
             assign(values, assignment)
+        if old := renamed(values):
+            raise ConfigError(f"{self.text}: {'; '.join(old)}")
         return values
 
-    def masking(self, common: dict[str, Any]) -> MaskingConfig:
-        """The section, over fields `common` to all strategies; oracles draw as mapnet does.
+    def masking(self, common: dict[str, Any], floor: float | None = None) -> MaskingConfig:
+        """The section `masking` for measuring, over fields `common` to all strategies; oracles draw as mapnet does.
 
-        Raises ConfigError for what the section does not know, or settings of other sections than masking and mapnet.
+        floor: default of masking.mapnet.floor. Raises ConfigError for unknown settings, other sections than masking,
+        and settings of MAPNet's training.
         """
         sections = self.sections()
-        if others := sections.keys() - {"masking", "mapnet"}:
-            raise ConfigError(
-                f"{self.text}: {', '.join(sorted(others))} cannot be changed here, masking and mapnet can"
-            )
-        values = {**common, **sections["masking"]}
+        if others := sections.keys() - {"masking"}:
+            raise ConfigError(f"{self.text}: {', '.join(sorted(others))} cannot be changed here, only masking can")
         if self.strategy == "auto":
-            raise ConfigError(f"{self.text}: auto goes from one strategy to another; name those")
-        if self.strategy in ORACLES:
+            raise ConfigError(f"{self.text}: auto changes strategies during training; name the strategies themselves")
+        values = {**common, **sections["masking"]}
+        if self.strategy in (*ORACLES, "mapnet"):
             values["strategy"] = "mapnet"
-        return _validated(self.text, MaskingConfig, values)
-
-    def floor(self, default: float) -> float:
-        """λ of mapnet and of the oracles. Raises ConfigError for any other setting of the section mapnet."""
-        section = {"floor": default, **self.sections().get("mapnet", {})}
-        if others := section.keys() - {"floor"}:
-            raise ConfigError(f"{self.text}: {', '.join(sorted(others))} belongs to training; only floor counts here")
-        return _validated(self.text, MapNetConfig, section).floor
-
-
-def _validated(text: str, section: Any, values: dict[str, Any]) -> Any:
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        faults = "; ".join(describe(fault, section) for fault in error.errors(include_url=False))
-        raise ConfigError(f"{text}: {faults}") from None
+            section = values.get("mapnet", {})
+            if others := section.keys() - _DRAWING:
+                raise ConfigError(
+                    f"{self.text}: {', '.join(sorted(others))} belongs to training; only "
+                    f"{', '.join(sorted(_DRAWING))} apply here"
+                )
+            values["mapnet"] = {**({} if floor is None else {"floor": floor}), **section}
+        try:
+            return MaskingConfig.model_validate(values)
+        except ValidationError as error:
+            faults = "; ".join(describe(fault, MaskingConfig) for fault in error.errors(include_url=False))
+            raise ConfigError(f"{self.text}: {faults}") from None
 
 
 def parse_strategy(text: str) -> StrategySpec:
-    """Raises ConfigError where it is not of the form; which names there are is checked by the section."""
+    """Raises ConfigError if the text has another form; names of strategies are checked by `MaskingConfig`."""
     strategy, colon, settings = text.partition(":")
     assignments = [f"masking.strategy={strategy}"]
-    sections: dict[str, Any] = _OWN_SECTIONS.get("mapnet" if strategy in ORACLES else strategy, {})
+    own = ("mapnet",) if strategy in ORACLES else SUBSECTIONS.get(strategy, ())
     for setting in settings.split(",") if colon else []:
         key, equals, value = setting.partition("=")
         if not (strategy and key and equals and value):
             raise ConfigError(f"{text!r}: strategy, or strategy:setting=value,setting=value expected")
         if "." not in key:
-            section = next((name for name, fields in sections.items() if key in fields), "masking")
-            key = f"{section}.{key}"
+            section = next((name for name in own if key in _fields(name)), None)
+            key = f"masking.{section}.{key}" if section else f"masking.{key}"
         assignments.append(f"{key}={value}")
     return StrategySpec(text, strategy, tuple(assignments))
 
 
+def _fields(subsection: str) -> Collection[str]:
+    section: Any = MaskingConfig.model_fields[subsection].annotation
+    return section.model_fields
+
+
 def parse_strategies(texts: Sequence[str], first: str | None = None) -> list[StrategySpec]:
-    """All of them, in order, `first` in front. Raises ConfigError, also where two are the same."""
+    """All of them in order, with `first` in front. Raises ConfigError, also if two are equal."""
     if first is not None:
         texts = [first, *(text for text in texts if text != first)]
-    _distinct(texts)
-    return [parse_strategy(text) for text in texts]
-
-
-def _distinct(texts: Collection[str]) -> None:
     if repeated := sorted({text for text in texts if list(texts).count(text) > 1}):
         raise ConfigError(f"{', '.join(repeated)}: named twice")
+    return [parse_strategy(text) for text in texts]

@@ -1,1 +1,1 @@
-"""The DeepSpeed engine: the only package that initialises or patches DeepSpeed."""
+"""The DeepSpeed engine. The only package that calls deepspeed.initialize or patches DeepSpeed."""

@@ -1,48 +1,207 @@
-"""Everything that replaces a part of DeepSpeed."""
+"""Every replacement of a part of DeepSpeed, with its reason.
+
+| function              | replaces                                      | when                           |
+|-----------------------|-----------------------------------------------|--------------------------------|
+| import_muon           | torch.compile, while one module is imported   | at import of engine.py         |
+| hold_loss_scale       | _update_scale of fp16's optimizers            | once per engine                |
+| gate_optimizer_step   | step of the optimizer that DeepSpeed wraps    | once per engine                |
+| capture_saved_files   | checkpoint_engine.save, _copy_recovery_script | while a checkpoint is saved    |
+| free_memory           | nothing; empties two of DeepSpeed's caches    | after an engine was destroyed  |
+
+A further one has to precede `deepspeed.init_distributed` and is therefore in runtime/distributed.py: `initialize` marks
+the shared-memory all-reduce for CPUs as unavailable, before DeepSpeed compiles it.
+
+Patches rely on internals. Each of them checks that what it replaces exists and takes the arguments that it took in the
+version CHECKED, and raises RuntimeError otherwise; `check_deepspeed` does so before training for those that come late.
+"""
 
 import gc
-from contextlib import suppress
+import importlib
+import inspect
+import io
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from maskvr_ds.runtime import distributed
 
+# The version of DeepSpeed that all patches were checked against.
+CHECKED = "0.19.8"
+logger = logging.getLogger(__name__)
+
+
+def check_deepspeed() -> None:
+    """Check what the patches replace in DeepSpeed's modules and classes; warn on rank 0 if the version is not CHECKED.
+
+    Raises RuntimeError if a part is missing or takes other arguments.
+    """
+    if (found := deepspeed.__version__.partition("+")[0]) != CHECKED and distributed.rank() == 0:
+        logger.warning(
+            "DeepSpeed %s: maskvr_ds/engine/deepspeed_patches.py was checked against %s only; "
+            "install deepspeed==%s if training behaves unexpectedly",
+            found,
+            CHECKED,
+            CHECKED,
+        )
+    _check("capture_saved_files", deepspeed.DeepSpeedEngine, "_copy_recovery_script", "self", "save_path")
+    _module_stack()
+    _release_cache()
+
 
 def import_muon() -> None:
-    """DeepSpeed 0.19 asks of every optimizer whether it is Muon, and imports for that a module which hands three
-    functions to torch.compile: seconds at every start, for a compiler that nothing here uses. So it is imported now,
-    and they stay as they are. A version that has no such module needs none of this."""
+    """Import DeepSpeed's Muon optimizer without compiling it.
+
+    DeepSpeed asks of every optimizer whether it is Muon and imports a module for that, which passes three functions to
+    torch.compile: seconds at every start, for functions that are never called here. Does nothing if DeepSpeed has no
+    such module.
+    """
+    _check("import_muon", torch, "compile")
     compiler, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         with suppress(ModuleNotFoundError):
-            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         torch.compile = compiler
 
 
-def free_memory() -> None:
-    """After an engine was destroyed and forgotten: its parts refer to each other, and only this lets go of them.
+def hold_loss_scale(optimizer: Any) -> None:
+    """Keep the loss scale constant during optimizer.step(); `update_loss_scale` updates it afterwards.
 
-    At stage 3 DeepSpeed 0.19 also keeps a module in a list of its own, and the parameters' coordinator in the cache of
-    one of its methods.
+    DeepSpeed updates the scale first and divides the gradients by the new one: in a step in which it grows, they come
+    out half as large as they are, and clipping sees half their norm.
     """
-    parameter_offload.FWD_MODULE_STACK.clear()
-    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    for cell in method.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+    _check("hold_loss_scale", optimizer, "_update_scale", "*")
+    optimizer._update_scale = lambda overflow: None
+
+
+def update_loss_scale(optimizer: Any, overflow: bool) -> None:
+    """The update that `hold_loss_scale` suppressed: halve the scale after an overflow, double it now and then."""
+    type(optimizer)._update_scale(optimizer, overflow)
+
+
+def gate_optimizer_step(engine: deepspeed.DeepSpeedEngine, allow: Callable[[torch.Tensor | float], bool]) -> None:
+    """Call the step of the engine's basic optimizer only if `allow(norm)`.
+
+    norm: global gradient norm before clipping, as DeepSpeed has computed it by then (scalar tensor or float); 0.0 at
+    ZeRO 0 in fp32, where it computes none. Under ZeRO `allow` is called once per parameter group. DeepSpeed has no hook
+    between norm and update, and afterwards a non-finite gradient has reached weights and moments.
+    """
+    optimizer = engine.basic_optimizer
+    _check("gate_optimizer_step", optimizer, "step")
+    update = optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return update(*args, **kwargs) if allow(_computed_norm(engine)) else None
+
+    optimizer.step = step
+
+
+def _computed_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
+    if engine.optimizer is engine.basic_optimizer:
+        return 0.0
+    _check("gate_optimizer_step", engine.optimizer, "_global_grad_norm")
+    return engine.optimizer._global_grad_norm
+
+
+@contextmanager
+def capture_saved_files(
+    engine: deepspeed.DeepSpeedEngine, files: dict[Path, memoryview | None], failed: list[Exception], *, in_memory: bool
+) -> Iterator[None]:
+    """Record, or keep in memory, what this rank's `engine.save_checkpoint` writes in this context.
+
+    files: receives path → content if `in_memory` (nothing is written then), else path → None.
+    failed: receives exceptions of writing. If they propagated, the other ranks would wait in DeepSpeed's barriers for a
+    rank whose disk is full. Rank 0 copies no recovery scripts next to the checkpoint, which could fail likewise.
+    """
+    patch, writer = "capture_saved_files", engine.checkpoint_engine
+    _check(patch, writer, "save", "state_dict", "path")
+    _check(patch, engine, "_copy_recovery_script", "save_path")
+    if in_memory:
+        _check(patch, writer, "zipfile_serialization")
+    original = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            if in_memory:
+                buffer = io.BytesIO()
+                torch.save(state_dict, buffer, _use_new_zipfile_serialization=writer.zipfile_serialization)
+                files[Path(path)] = buffer.getbuffer()
+            else:
+                original(state_dict, path)
+                files[Path(path)] = None
+        except Exception as error:
+            failed.append(error)
+
+    writer.save = save
+    engine._copy_recovery_script = lambda *_: None
+    try:
+        yield
+    finally:
+        del writer.save, engine._copy_recovery_script
+
+
+def free_memory() -> None:
+    """Free an engine after `destroy()`: its objects refer to each other, so collect them now.
+
+    At stage 3 DeepSpeed also keeps a module in a module-level list, and the parameter coordinator in the cache of one
+    of its methods.
+    """
+    _module_stack().clear()
+    _release_cache().cache_clear()
     gc.collect()
     if distributed.device().type == "cuda":
         torch.cuda.empty_cache()
 
 
-def hold_loss_scale(optimizer: Any) -> None:
-    """Keep the loss scale as it is during optimizer.step(); `step_and_norm` updates it afterwards.
+def _module_stack() -> list[Any]:
+    return _part("free_memory", "deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK")
 
-    DeepSpeed 0.19 updates the scale first and divides the gradients by it then: in a step in which it grows, they come
-    out half as large as they are, and clipping sees half their norm.
+
+def _release_cache() -> Any:
+    """The `functools.lru_cache` of the coordinator's method; a decorator of DeepSpeed's wraps it once more."""
+    patch, name = "free_memory", "_PartitionedParameterCoordinator__params_to_release"
+    module = "deepspeed.runtime.zero.partitioned_param_coordinator"
+    coordinator = _part(patch, module, "PartitionedParameterCoordinator")
+    _check(patch, coordinator, name)
+    method = getattr(coordinator, name)
+    cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+    for candidate in (method, *cells):
+        if hasattr(candidate, "cache_clear"):
+            return candidate
+    raise _mismatch(patch, f"{coordinator.__name__}.{name} has no cache")
+
+
+def _part(patch: str, module: str, name: str) -> Any:
+    try:
+        owner = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise _mismatch(patch, str(error)) from None
+    _check(patch, owner, name)
+    return getattr(owner, name)
+
+
+def _check(patch: str, owner: Any, name: str, *parameters: str) -> None:
+    """Raise RuntimeError if `owner` has no attribute `name`, or if its parameters have other names ("*": any name).
+
+    Without `parameters` its signature is not checked.
     """
-    optimizer._update_scale = lambda overflow: None
+    label = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
+    if not hasattr(owner, name):
+        raise _mismatch(patch, f"{label} does not exist")
+    if not parameters:
+        return
+    found = list(inspect.signature(getattr(owner, name)).parameters)
+    if len(found) != len(parameters) or any(p not in ("*", f) for p, f in zip(parameters, found, strict=True)):
+        raise _mismatch(patch, f"{label} takes ({', '.join(found)}), expected ({', '.join(parameters)})")
+
+
+def _mismatch(patch: str, fault: str) -> RuntimeError:
+    return RuntimeError(
+        f"deepspeed_patches.{patch}: {fault}. Found DeepSpeed {deepspeed.__version__} (torch {torch.__version__}), "
+        f"checked against {CHECKED}; install deepspeed=={CHECKED}, or adapt maskvr_ds/engine/deepspeed_patches.py"
+    )

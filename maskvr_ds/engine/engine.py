@@ -1,7 +1,6 @@
-"""The only file that calls deepspeed.initialize.
+"""Creating and stepping the DeepSpeed engine; the only module that calls deepspeed.initialize.
 
-ds_configs/*.json own ZeRO stage, precision, communication and offload; RunConfig owns what OWNED lists, which
-stands as "auto" in the JSON or not at all.
+Collectives: those of deepspeed.initialize and engine.step, and `distributed.run_collectively` in `create_engine`.
 """
 
 import logging
@@ -14,7 +13,7 @@ from transformers import BertConfig
 
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
-from maskvr_ds.engine.deepspeed_patches import hold_loss_scale, import_muon
+from maskvr_ds.engine.deepspeed_patches import check_deepspeed, hold_loss_scale, import_muon, update_loss_scale
 from maskvr_ds.engine.ds_config import check_device, complete_deepspeed_config, model_dtype
 from maskvr_ds.engine.master_weights import set_masters
 from maskvr_ds.models import pretrained
@@ -37,19 +36,23 @@ def create_engine(
     seed: int,
     initial: InitialWeights | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """Model with initial weights from `seed` or `initial`, optimizer and engine. `deepspeed_config` as read from the
-    JSON.
+    """Build model, optimizer and engine. Collective: call on all ranks.
 
-    Raises ConfigError, on every rank alike, where this machine cannot compute in the precision, or weights do not fit.
+    deepspeed_config: as returned by `read_deepspeed_config`. accumulation: micro-batches per step and rank.
+    seed: of the random initial weights, which `initial` (a pretrained model) replaces.
+
+    Raises ConfigError on all ranks if this machine does not support the precision or the weights do not fit the model,
+    RuntimeError if DeepSpeed is not the one that the patches expect.
     """
+    check_deepspeed()
     distributed.run_collectively(lambda: check_device(deepspeed_config))
-    # Its warnings here are that the optimizer is not one of its own.
+    # Silences DeepSpeed's warnings that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
     module = MaskedLanguageModel(bert, activation_checkpointing=model.activation_checkpointing)
     if initial is not None:
         pretrained.load(module.mlm, initial)
-    # DeepSpeed rounds parameters first and makes their fp32 masters of what is left.
+    # DeepSpeed rounds the parameters before it copies them to the fp32 masters: restore the masters afterwards.
     exact = {}
     if initial is not None and model_dtype(deepspeed_config) != torch.float32:
         exact = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -76,9 +79,9 @@ def create_engine(
 
 
 def _check_dtype(engine: deepspeed.DeepSpeedEngine, expected: torch.dtype) -> None:
-    """Raise ConfigError where DeepSpeed has read the precision in another way than this module."""
+    """Raise ConfigError if DeepSpeed and ds_config.py read different precisions from the configuration."""
     if (found := next(engine.module.parameters()).dtype) != expected:
-        raise ConfigError(f"DeepSpeed has made a model of {found} of a configuration that asks for {expected}")
+        raise ConfigError(f"DeepSpeed made a {found} model from a configuration that asks for {expected}")
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
@@ -87,24 +90,24 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """What the loss is multiplied by before the next backward pass in fp16; None in other precisions."""
+    """Factor applied to the loss in the next backward pass in fp16; None in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def whole_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
-    """Global gradient norm at ZeRO 0 in fp32, where every rank holds the averaged gradients and DeepSpeed keeps no norm
-    of them; None elsewhere."""
+def replicated_grad_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
+    """Global L2 norm of the averaged gradients (scalar) at ZeRO 0 in fp32, where all ranks hold them and DeepSpeed
+    computes no norm; None otherwise, when `step_and_norm` gets it from DeepSpeed."""
     if engine.optimizer is not engine.basic_optimizer:
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def step_and_norm(engine: deepspeed.DeepSpeedEngine, norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
-    """engine.step() at the end of an accumulation; → the global gradient norm before clipping, L2.
+    """Call engine.step() at the end of an accumulation; returns the global L2 gradient norm before clipping.
 
-    norm: what `whole_norm` gave. In fp16 the norm is that of the gradients without loss scale. Where they overflow, the
-    norm is inf, DeepSpeed leaves the update out and the loss scale is halved. Raises FloatingPointError, on every rank
-    alike, where it cannot be.
+    norm: from `replicated_grad_norm`. In fp16 the norm is that of the unscaled gradients; if they overflow it is inf,
+    DeepSpeed skips the update and the loss scale is halved. Raises FloatingPointError on all ranks if the scale is at
+    its minimum already.
     """
     scale = loss_scale(engine)
     engine.step()
@@ -116,8 +119,8 @@ def step_and_norm(engine: deepspeed.DeepSpeedEngine, norm: torch.Tensor | float 
     smallest = engine._config.float16_config.min_loss_scale if engine.dynamic_loss_scale() else scale
     if overflow and scale <= smallest:
         raise FloatingPointError(
-            f"gradients overflow at the loss scale {scale:g}, which cannot fall further (fp16.loss_scale, "
-            "fp16.min_loss_scale); resume from the last checkpoint with a lower optimizer.lr, or in bf16"
+            f"gradients overflow at loss scale {scale:g}, the minimum (fp16.loss_scale, fp16.min_loss_scale); "
+            "resume from the last checkpoint with a lower optimizer.lr, or in bf16"
         )
-    type(engine.optimizer)._update_scale(engine.optimizer, overflow)
+    update_loss_scale(engine.optimizer, overflow)
     return norm

@@ -1,4 +1,4 @@
-"""fp32 master weights in and out of an engine."""
+"""Reading and writing the fp32 master weights of an engine."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch._utils import _unflatten_dense_tensors
 
 from maskvr_ds.optim import lamb
-from maskvr_ds.optim.partitions import layout_of, trained
+from maskvr_ds.optim.partitions import layout_of, trainable
 from maskvr_ds.runtime import distributed
 
 
 def partition_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
-    """Elements of the flat partitions that ZeRO cut on this rank; none at stage 0. Equal on all ranks."""
+    """Element counts of this rank's flat ZeRO partitions, equal on all ranks; empty at stage 0."""
     if engine.zero_optimization_stage() == 0:
         return []
     groups = [group["params"] for group in engine.basic_optimizer.param_groups]
@@ -26,26 +26,26 @@ def partition_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
 
 
 def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Name → fp32 weights on the CPU, master weights where the model computes in less; tied ones appear once. On rank
-    0; empty on the others.
+    """Parameter name → fp32 weights on the CPU: master weights in bf16 and fp16. Tied parameters appear once.
 
-    One collective a parameter over the data-parallel group under ZeRO: every rank must call.
+    Collective: call on all ranks; under ZeRO one collective per parameter over the data-parallel group. The result is
+    on rank 0, empty on the others.
     """
-    beside = _masters_beside(engine.optimizer)
+    separate = _separate_masters(engine.optimizer)
     weights = {}
     for name, parameter in engine.module.mlm.named_parameters():
         master = safe_get_full_fp32_param(parameter)
         if master is None:
-            master = beside.get(parameter, parameter)
+            master = separate.get(parameter, parameter)
         assert master.dtype == torch.float32, f"{name}: no fp32 master weights in {type(engine.optimizer).__name__}"
         if distributed.rank() == 0:
-            # A copy: safetensors refuses tensors that share storage, as DeepSpeed's flattened ones do.
+            # Copied: safetensors rejects tensors that share storage, as DeepSpeed's flattened ones do.
             weights[name] = master.detach().to("cpu", copy=True)
     return weights
 
 
-def _masters_beside(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
-    """Parameter → whole fp32 master, where ZeRO 0 in bf16 keeps them in lists beside the parameters."""
+def _separate_masters(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
+    """Parameter → unpartitioned fp32 master, which ZeRO 0 in bf16 keeps in separate lists; empty otherwise."""
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         masters = optimizer.fp32_groups
     elif isinstance(optimizer, FP16_Optimizer):
@@ -59,30 +59,31 @@ def _masters_beside(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> None:
-    """Have the fp32 masters be these weights, of which the engine's parameters are the rounded values. Not a
-    collective."""
-    if beside := _masters_beside(engine.optimizer):
+    """Copy `weights` (fp32, by parameter name) into the fp32 masters; the engine's parameters are their rounded values.
+    Not a collective."""
+    if separate := _separate_masters(engine.optimizer):
         for name, parameter in engine.module.named_parameters():
-            beside[parameter].copy_(weights[name])
+            separate[parameter].copy_(weights[name])
         return
     given = [p for group in lamb.parameter_groups(engine.module) for _, p in group["params"]]
-    layout = layout_of(engine, trained([{"params": given}]), engine.basic_optimizer.param_groups)
+    layout = layout_of(engine, trainable([{"params": given}]), engine.basic_optimizer.param_groups)
     for flat, partition in layout.partitions.items():
         for fragment in partition.fragments:
-            whole = weights[layout.names[fragment.tensor]].view(-1)
-            here = fragment.of_partition(flat.detach())
-            here.copy_(whole.narrow(0, fragment.tensor_start, fragment.length).view(here.shape))
+            source = weights[layout.names[fragment.tensor]].view(-1)
+            target = fragment.of_partition(flat.detach())
+            target.copy_(source.narrow(0, fragment.tensor_start, fragment.length).view(target.shape))
 
 
 def not_rounded(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the parameters that are not their fp32 weights, as `full_fp32_weights` gave them, rounded.
+    """Names of parameters that differ from their rounded fp32 weights. weights: from `full_fp32_weights`.
 
-    On rank 0; empty on the others. Under ZeRO 3 one all-gather a parameter: every rank must call.
+    Collective: call on all ranks; under ZeRO 3 one all-gather per parameter. The result is on rank 0, empty on the
+    others.
     """
     differing: list[str] = []
     for name, parameter in engine.module.mlm.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, enabled=is_zero_param(parameter)):
-            # Compared on the rank that has them; the others only lend their parts.
+            # Only rank 0 has weights to compare; the others take part in the all-gather.
             if name in weights and not torch.equal(weights[name].to(parameter.dtype), parameter.detach().cpu()):
                 differing.append(name)
     return differing

@@ -26,7 +26,7 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
                     )
         if (copies := sequence_copies(masking, corpus)) > (most := segments(longest, masking.rate)):
             raise ConfigError(
-                f"masking.segments_per_sequence {copies}: a sequence of {corpus.sequence_length} tokens has {most} "
+                f"masking.fully_explored.segments_per_sequence {copies}: a sequence of {corpus.sequence_length} tokens has {most} "
                 f"segments at rate {masking.rate:g}; that is the most"
             )
         if config.batch.global_size % copies:
@@ -35,19 +35,19 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
             raise ConfigError(
                 f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the segments of a "
                 f"sequence that share a global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
-                "masking.segments_per_sequence to a divisor of it"
+                "masking.fully_explored.segments_per_sequence to a divisor of it"
             )
-    if masking.strategy == "auto" and config.auto.rows > corpus.rows:
-        raise ConfigError(f"auto.rows {config.auto.rows}: {corpus.folder} has {corpus.rows} rows")
+    if masking.strategy == "auto" and masking.auto.rows > corpus.rows:
+        raise ConfigError(f"masking.auto.rows {masking.auto.rows}: {corpus.folder} has {corpus.rows} rows")
     if masking.strategy in ("whole_word", "span"):
         word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
 
 
 def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
     """J: how often a row comes in a global batch. All segments of a full row, where their number is not given."""
-    if masking.placement != "same_batch":
+    if masking.fully_explored.placement != "same_batch":
         return 1
-    return masking.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
+    return masking.fully_explored.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
 
 
 def create_masker(
@@ -59,19 +59,22 @@ def create_masker(
     shards; one broadcast of the scores, which a power on other hardware may round otherwise.
     """
     parameters = Parameters(
-        sampler=masking.sampler, estimator=masking.estimator, floor=masking.floor, proposal=proposal
+        sampler=masking.weighted.sampler,
+        estimator=masking.weighted.estimator,
+        floor=masking.frequency.floor,
+        proposal=proposal,
     )
     vocab_size = corpus.manifest.vocab_size
     if masking.strategy in ("whole_word", "span"):
         starts = torch.from_numpy(word_starts(corpus.tokenizer_folder, vocab_size))
-        thresholds = span_thresholds(masking.span_probability, masking.span_maximum)
+        thresholds = span_thresholds(masking.span.geometric_p, masking.span.max_length)
         parameters = replace(parameters, word_starts=starts, span_thresholds=thresholds)
     if masking.strategy == "frequency":
         mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
-        of_passages = masking.document_frequency_power != 0
+        of_passages = masking.frequency.document_power != 0
         counted = distributed.run_collectively(lambda: token_counts(corpus, mine, of_passages=of_passages))
         counts = distributed.all_reduce_sum(torch.from_numpy(counted).to(device)).cpu().numpy()
-        powers = masking.frequency_power, masking.document_frequency_power
+        powers = masking.frequency.power, masking.frequency.document_power
         scores = distributed.broadcast_object(frequency_scores(counts, *powers))
         parameters = replace(parameters, token_scores=torch.from_numpy(scores))
     return distributed.run_collectively(

@@ -1,1 +1,1 @@
-"""LAMB and LARS under ZeRO. Loads no torch itself: `variants` is read by the configuration."""
+"""LAMB and LARS for DeepSpeed ZeRO. Imports no torch here: the configuration reads `variants`."""

@@ -1,4 +1,4 @@
-"""LAMB and LARS that stay correct when ZeRO cuts the parameters into flat partitions.
+"""LAMB and LARS that stay correct when ZeRO shards the parameters into flat partitions.
 
 LAMB: You, Li, Reddi et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
 arXiv:1904.00962, Algorithm 2. For every parameter tensor w with gradient g, at step t:
@@ -16,12 +16,12 @@ LARS: ibid., Algorithm 1 (first: You, Gitman, Ginsburg, arXiv:1708.03888):
 Differences from the paper:
 - φ is the identity. The ratio is 1 where ‖w‖ or ‖u‖ is 0 (the paper leaves it undefined), so that zero-initialised
   biases move. Norms are summed as squares in fp32: one below 1e-23 counts as 0.
-- Which tensors decay is up to the groups' λ. What well-known implementations do otherwise stands in variants.py.
+- λ is set per parameter group. variants.py lists how well-known implementations differ.
 
-Under ZeRO the optimizer is handed flat fp32 partitions instead of the parameters; tensors begin, end and straddle ranks
-anywhere in them. A norm over such a partition is not the norm of anything (deepspeedai/DeepSpeed#490). `bind` reads
-from DeepSpeed which piece of which tensor lies where (partitions.py); norms are then taken per piece and completed over
-the ranks, with one all-reduce per step (layerwise.py).
+Under ZeRO the optimizer gets flat fp32 partitions instead of the parameters; tensors start, end and straddle ranks
+anywhere in them, so the norm of a partition is meaningless (deepspeedai/DeepSpeed#490). `bind` reads from DeepSpeed
+which fragment of which tensor lies where (partitions.py); squared norms are then taken per fragment and summed over the
+ranks, with one all-reduce per step (layerwise.py).
 """
 
 from typing import Any
@@ -37,27 +37,27 @@ __all__ = ["VARIANTS", "Lamb", "Lars", "Variant", "bind", "parameter_groups"]
 
 
 class Lamb(LayerwiseAdaptive):
-    """LAMB (arXiv:1904.00962, Algorithm 2); see the head of this file for the equations.
+    """LAMB (arXiv:1904.00962, Algorithm 2); the module docstring has the equations.
 
-    Works by itself like any torch optimizer. With DeepSpeed, construct it over the model's parameters, give
-    it to `deepspeed.initialize` with `"zero_allow_untested_optimizer": true` (and, where the optimizer is offloaded,
+    Works without DeepSpeed like any torch optimizer. With DeepSpeed, construct it from the model's parameters, pass
+    it to `deepspeed.initialize` with `"zero_allow_untested_optimizer": true` (and, if the optimizer is offloaded,
     `"zero_force_ds_cpu_optimizer": false`), then call `bind(engine)` once.
 
-    State per parameter (under ZeRO: per flat partition): `exp_avg` and `exp_avg_sq`, like the parameter in
-    shape and dtype; `step`, a Python int. DeepSpeed's ZeRO and universal checkpoints know these names, and an
-    int never makes the host wait for the device. `step()` runs no host-device synchronisation (but where the
-    partitions are offloaded) and keeps one extra buffer of the size of the parameters (the update u) while it runs, and
-    on a GPU one of the size of small ones (their ratios); gradients are left as they were.
+    State per parameter (under ZeRO: per flat partition): `exp_avg` and `exp_avg_sq` with the parameter's shape and
+    dtype; `step`, a Python int. DeepSpeed's ZeRO and universal checkpoints know these names, and an int never makes the
+    host wait for the device. `step()` does not synchronise host and device (unless the partitions are offloaded). While
+    it runs it needs one extra buffer of the size of the parameters (the update u) and, on GPUs, one of the size of the
+    small parameters (their ratios). Gradients are not modified.
 
     Args:
-        params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, gradients dense.
+        params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, with dense gradients.
         lr: η. betas: β₁, β₂. eps: ε. weight_decay: λ.
-        variant: a name in VARIANTS, or a Variant. With `max_grad_norm` > 0 the step itself scales the gradients, except
-            after `bind`: there DeepSpeed's `gradient_clipping` does the same, and `bind` insists on it.
+        variant: a name in VARIANTS, or a Variant. With `max_grad_norm` > 0 `step()` scales the gradients; after `bind`
+            DeepSpeed's `gradient_clipping` does so instead, and `bind` checks that it is set to the same norm.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or the variant is unknown.
-        RuntimeError: from `step()`, if ZeRO replaced the parameters and `bind` was not called.
+        ValueError: if a hyperparameter is out of range or the variant is unknown.
+        RuntimeError: from `step()`, if ZeRO has replaced the parameters and `bind` was not called.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Lamb(LayerwiseAdaptive):
             raise ValueError(f"eps = {eps}: must be at least 0")
         if isinstance(variant, str):
             if variant not in VARIANTS:
-                raise ValueError(f"variant = {variant!r}: known are {', '.join(VARIANTS)}")
+                raise ValueError(f"variant = {variant!r}: must be one of {', '.join(VARIANTS)}")
             variant = VARIANTS[variant]
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, variant)
 
@@ -116,19 +116,19 @@ class Lamb(LayerwiseAdaptive):
 
 
 class Lars(LayerwiseAdaptive):
-    """LARS as arXiv:1904.00962, Algorithm 1 has it; see the head of this file for the equations. Used like `Lamb`.
+    """LARS (arXiv:1904.00962, Algorithm 1); the module docstring has the equations. Used like `Lamb`.
 
     Differences from arXiv:1708.03888: the ratio is that of the momentum, not of the gradient; no trust coefficient.
-    State: `exp_avg`, like the parameter in shape and dtype; `step`, a Python int. No extra buffer. DeepSpeed converts
-    only optimizers with two moments to universal checkpoints, so not this one.
+    State: `exp_avg` with the parameter's shape and dtype; `step`, a Python int. No extra buffer. DeepSpeed converts
+    only optimizers with two moments to universal checkpoints, hence not this one.
 
     Args:
-        params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, gradients dense.
+        params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, with dense gradients.
         lr: η. momentum: β₁. weight_decay: λ.
 
     Raises:
-        ValueError: a hyperparameter is out of range.
-        RuntimeError: from `step()`, if ZeRO replaced the parameters and `bind` was not called.
+        ValueError: if a hyperparameter is out of range.
+        RuntimeError: from `step()`, if ZeRO has replaced the parameters and `bind` was not called.
     """
 
     def __init__(self, params: Any, lr: float = 1e-1, momentum: float = 0.9, weight_decay: float = 0.01) -> None:
@@ -150,24 +150,24 @@ class Lars(LayerwiseAdaptive):
 
 
 def bind(engine: Any) -> None:
-    """Tell the engine's `Lamb` or `Lars` where the tensors are after DeepSpeed rearranged them.
+    """Give the engine's `Lamb` or `Lars` the layout of the partitions that DeepSpeed has made of the tensors.
 
-    Call it once, right after `deepspeed.initialize`, before or after `engine.load_checkpoint`; harmless where
-    nothing was rearranged. Not a collective.
+    Call it once, right after `deepspeed.initialize`, before or after `engine.load_checkpoint`; harmless if DeepSpeed
+    has not partitioned anything. Not a collective.
 
     Args:
-        engine: a `deepspeed.DeepSpeedEngine` that was given one of them as `optimizer`.
+        engine: a `deepspeed.DeepSpeedEngine` that was created with a `Lamb` or `Lars` as `optimizer`.
 
     Raises:
-        ValueError: the engine's optimizer is neither; the variant scales gradients and the engine does not clip them
-            likewise; the engine uses something in which the norms would be wrong or that is not tested (docs/lamb.md
-            lists it).
-        RuntimeError: on the ranks concerned, where a piece is not what the model's weights have there.
+        ValueError: if the engine's optimizer is neither, if the variant scales gradients and `gradient_clipping`
+            differs from its norm, or if the engine uses a feature that would give wrong norms or is untested
+            (docs/lamb.md lists them).
+        RuntimeError: on the ranks concerned, if a fragment differs from the model's weights at its place.
     """
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, LayerwiseAdaptive):
         raise ValueError(
-            f"bind needs an engine whose optimizer is maskvr_ds.lamb.Lamb or Lars, this one's is "
+            f"bind needs an engine whose optimizer is maskvr_ds.lamb.Lamb or Lars, found "
             f"{type(optimizer).__name__}; pass deepspeed.initialize(optimizer=Lamb(parameter_groups(model)))"
         )
     if optimizer.variant.max_grad_norm not in (0, clipping := engine.gradient_clipping()):
@@ -178,8 +178,8 @@ def bind(engine: Any) -> None:
     layout = layout_of(engine, optimizer._layout.tensors, optimizer.param_groups)
     kept = {group["group_index"] for group in optimizer.param_groups}  # DeepSpeed drops empty groups
     optimizer._given = [given for given in optimizer._given if given["group_index"] in kept]
-    # ZeRO links all optimizer state to the parameters when the first group has stepped. That of the other
-    # groups must exist by then, or `safe_get_full_optimizer_state` never finds it.
+    # ZeRO links optimizer state to the parameters after the first group has stepped. The state of the other groups must
+    # exist by then, or `safe_get_full_optimizer_state` never finds it.
     for partition in layout.partitions:
         optimizer._state_of(partition)
     optimizer._layout, optimizer._bound = layout, True
@@ -188,8 +188,8 @@ def bind(engine: Any) -> None:
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """The two parameter groups of BERT training: weight decay on matrices, none on biases and LayerNorms.
 
-    Decay goes to every trainable parameter of two or more dimensions whose name does not end in "bias". Tied
-    parameters appear once. An empty group is left out. Names are kept, as torch does, under "param_names".
+    Trainable parameters with at least two dimensions and a name that does not end in "bias" decay. Tied parameters
+    appear once, empty groups are omitted. Names are kept under "param_names", as torch does.
 
     Returns: `[{"params": [(name, tensor), …], "weight_decay": weight_decay}, {…, "weight_decay": 0.0}]`.
     """
@@ -197,7 +197,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
     others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():  # yields a shared parameter once
         if parameter.requires_grad:
-            # zero.Init leaves an empty tensor of one dimension and the shape in ds_shape.
+            # zero.Init leaves an empty one-dimensional tensor, and the shape in ds_shape.
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
             decays = dimensions >= 2 and not name.endswith("bias")
             (decaying if decays else others).append((name, parameter))

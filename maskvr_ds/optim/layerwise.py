@@ -1,9 +1,9 @@
-"""What LAMB and LARS share: steps scaled by the trust ratios of whole tensors, wherever their pieces lie.
+"""Base class of LAMB and LARS: scales updates by per-tensor trust ratios, however tensors are split over ranks.
 
-Collective: one all-reduce (sum) per optimizer step, over the data-parallel group, of one fp32 vector of 2 × tensors
-values: Σw² of every tensor, then Σu² of every tensor. None where each rank holds whole tensors (no DeepSpeed, ZeRO 0).
+Collective: one all-reduce (sum) per optimizer step, over the data-parallel group, of one fp32 vector [2T]: Σw² of every
+tensor, then Σu² of every tensor. None if each rank holds whole tensors (no DeepSpeed, ZeRO 0).
 
-Shapes: T tensors being trained.
+Shapes: T trainable tensors.
 """
 
 import warnings
@@ -17,25 +17,25 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from maskvr_ds.optim.partitions import Fragment, Partition, trained, whole_tensors
+from maskvr_ds.optim.partitions import Fragment, Partition, trainable, whole_tensors
 from maskvr_ds.optim.variants import Variant
 
-# Summing squares of fp32 in one go loses digits on CPUs: 4e-4 relative for a vocabulary embedding. Norms are
-# therefore taken over pieces of this many elements, and then over the pieces' norms.
+# Summing fp32 squares in one pass loses digits on CPUs: 4e-4 relative for a vocabulary embedding. Norms are therefore
+# taken over chunks of this many elements, and then over the chunks' norms.
 NORM_CHUNK = 1 << 20
-# Launching an operation takes a GPU's host longer than the GPU takes for a bias. So in partitions of small tensors, of
-# fewer elements on average than the first, ratios are spread over the elements. The index for that is kept, hence the
-# second: only for partitions up to so many elements.
+# Launching a kernel takes longer than updating a bias. In partitions of small tensors (fewer elements on average than
+# the first constant) ratios are therefore expanded to elements and applied in one kernel. The index for that is cached,
+# which is why the second constant limits the size of such partitions.
 _SPREAD_BELOW, _SPREAD_AT_MOST = 1 << 15, 1 << 22
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What some partitions of one parameter group are about to subtract."""
+    """Pending update of some partitions of one parameter group."""
 
-    partitions: list[Tensor]  # those that have had their turn
-    updates: list[Tensor]  # u, laid out like them
-    layouts: list[Partition]  # what lies where in them
+    partitions: list[Tensor]
+    updates: list[Tensor]  # u, laid out like the partitions
+    layouts: list[Partition]  # their fragments
     lr: float
     adapted: bool
 
@@ -44,12 +44,12 @@ class _Update:
         return [fragment for layout in self.layouts for fragment in layout.fragments]
 
     def views(self, flats: list[Tensor]) -> list[Tensor]:
-        """The fragments of `partitions` or `updates`, one behind the other."""
+        """Fragments of `partitions` or `updates`, concatenated."""
         return [view for layout, flat in zip(self.layouts, flats, strict=True) for view in layout.views(flat)]
 
 
 class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
-    """Base class. A subclass says what its state is and how u is made of it; this one scales u and subtracts it."""
+    """Base class. Subclasses define the state and compute u from it; this class scales u and subtracts it."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
         if defaults["lr"] < 0.0:
@@ -64,27 +64,27 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._refuse_after_zero("get another parameter group")
+        self._require_own_parameters("add a parameter group")
         param_group["group_index"] = len(self.param_groups)
         super().add_param_group(param_group)
         self._given.append({k: v for k, v in self.param_groups[-1].items() if k not in ("params", "param_names")})
         self._layout = whole_tensors(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_after_zero("be copied or pickled")
+        self._require_own_parameters("be copied or pickled")
         return {**super().__getstate__(), "variant": self.variant, "_given": self._given}
 
-    def _refuse_after_zero(self, what: str) -> None:
-        """What takes the tensors of `param_groups` for the model's must not happen once DeepSpeed has replaced them."""
-        given = trained([{"params": self._layout.tensors}]) if "_layout" in self.__dict__ else []
-        if given and set(trained(self.param_groups)) != set(given):
+    def _require_own_parameters(self, action: str) -> None:
+        """Raise RuntimeError if DeepSpeed has replaced the parameters: `action` needs the model's own tensors."""
+        given = trainable([{"params": self._layout.tensors}]) if "_layout" in self.__dict__ else []
+        if given and set(trainable(self.param_groups)) != set(given):
             raise RuntimeError(
-                f"{type(self).__name__} cannot {what} any more: DeepSpeed has replaced its parameters by partitions or "
-                "master weights. Do it before deepspeed.initialize, or use state_dict()"
+                f"{type(self).__name__} can no longer {action}: DeepSpeed has replaced its parameters with "
+                "partitions or master weights. Do it before deepspeed.initialize, or use state_dict()"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch calls this to load a state dict too; only a copied or unpickled optimizer lacks a layout.
+        # torch also calls this to load a state dict; only a copied or unpickled optimizer has no layout.
         super().__setstate__(state)
         if "_layout" not in self.__dict__:
             self._bound, self._pending, self._trust_ratios = False, [], None
@@ -95,28 +95,29 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         """Trust ratios of the last step: fp32 [T] on the device of the optimizer's state, equal on all ranks, in the
         order of `tensor_names`; 1 for tensors without a gradient. None before the first step.
 
-        DeepSpeed fills missing gradients with zeros: such a tensor decays, by its ratio 1/λ a factor 1 − η a step."""
+        DeepSpeed fills missing gradients with zeros: such a tensor decays with ratio 1/λ, by a factor 1 − η per step.
+        """
         return self._trust_ratios
 
     @property
     def tensor_names(self) -> list[str]:
-        """Names of the T tensors: DeepSpeed's after `bind`, else those given, else "group.position"."""
+        """Names of the T tensors: DeepSpeed's after `bind`, else those passed in, else "group.position"."""
         return self._layout.names
 
     @abstractmethod
     def _new_state(self, partition: Tensor) -> dict[str, Any]:
-        """State of a partition before its first step."""
+        """Initial state of a partition."""
 
     @abstractmethod
     def _advance(self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take the gradients into the moments."""
+        """Update the moments with the gradients."""
 
     @abstractmethod
     def _updates(self, group: dict[str, Any], partitions: list[Tensor], step: int) -> list[Tensor]:
-        """u of step number `step` (1-based), shaped like the partitions."""
+        """u at step `step` (1-based), shaped like the partitions."""
 
     def _rate(self, group: dict[str, Any], step: int) -> float:
-        """η of step number `step` (1-based)."""
+        """η at step `step` (1-based)."""
         return group["lr"]
 
     def _adapts(self, group: dict[str, Any]) -> bool:
@@ -132,17 +133,18 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimizer step; `closure`, if given, recomputes the loss, which is returned.
 
-        ZeRO calls this once per parameter group (stages 1, 2) or sub-group (stage 3), the others hidden from
-        `param_groups`. The updates wait until the last one is in, so that all of them share one all-reduce.
+        ZeRO calls this once per parameter group (stages 1, 2) or sub-group (stage 3) and hides the others from
+        `param_groups`. Updates are held back until the last call, so that all of them share one all-reduce.
 
         Raises:
-            RuntimeError: not bound under ZeRO; sparse gradients; a ZeRO step that was broken off half-way.
+            RuntimeError: if `bind` was not called under ZeRO, gradients are sparse, or an earlier ZeRO step was
+                interrupted half-way.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._knows_parameters():
+        if not self._layout_matches():
             return loss
         self._restore_groups()
         earlier_calls = len(self._pending)
@@ -154,37 +156,37 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
             self._apply(earlier_calls)
         return loss
 
-    def _knows_parameters(self) -> bool:
-        """True if `param_groups` holds what the layout describes; False for DeepSpeed's initial dry step."""
-        held = trained(self.param_groups)
-        if all(p in self._layout.partitions for p in held):
+    def _layout_matches(self) -> bool:
+        """True if `param_groups` holds the tensors of the layout; False for DeepSpeed's initial dry step."""
+        present = trainable(self.param_groups)
+        if all(p in self._layout.partitions for p in present):
             return True
-        given = trained([{"params": self._layout.tensors}])
-        whole = not any(hasattr(t, "ds_tensor") for t in given)
-        if whole and not self.state and [p.shape for p in held] == [t.shape for t in given]:
-            # FP16_UnfusedOptimizer (ZeRO 0 in bf16) swaps in fp32 master weights and steps once on zero
-            # gradients while `deepspeed.initialize` runs, only to allocate the state. A real step would decay
-            # the weights: with g = 0, u = λw and the ratio 1/λ take away η·w. The next call needs `bind`.
-            for p in held:
+        given = trainable([{"params": self._layout.tensors}])
+        unpartitioned = not any(hasattr(t, "ds_tensor") for t in given)
+        if unpartitioned and not self.state and [p.shape for p in present] == [t.shape for t in given]:
+            # FP16_UnfusedOptimizer (ZeRO 0 in bf16) swaps in fp32 master weights and, during `deepspeed.initialize`,
+            # steps once on zero gradients, only to allocate the state. A real step would decay the weights: with g = 0,
+            # u = λw and the ratio 1/λ, η·w would be subtracted. The next call needs `bind`.
+            for p in present:
                 self._state_of(p)
             return False
         raise RuntimeError(
-            f"The tensors in param_groups are not the ones {type(self).__name__} was given: DeepSpeed replaced them by "
-            "flat partitions or master weights, whose norms mean nothing. Call maskvr_ds.lamb.bind(engine) once, right "
-            "after deepspeed.initialize."
+            f"the tensors in param_groups are not the ones {type(self).__name__} was constructed with: DeepSpeed "
+            "replaced them with flat partitions or master weights, whose norms are meaningless; call "
+            "maskvr_ds.lamb.bind(engine) once, right after deepspeed.initialize"
         )
 
     def _restore_groups(self) -> None:
-        """Undo what DeepSpeed does on loading a universal checkpoint at stage 3: it gives all groups the settings of
-        the first, weight decay for instance (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""
+        """Undo a side effect of loading a universal checkpoint at stage 3: DeepSpeed gives all groups the settings of
+        the first, such as its weight decay (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""
         indices = [group.get("group_index") for group in self.param_groups]
         if indices.count(indices[0]) < 2 or indices[0] is None:  # None: loaded from another optimizer's state
             return
-        warnings.warn("parameter groups lost their settings in loading; restored as constructed", stacklevel=3)
+        warnings.warn("loading overwrote the settings of parameter groups; restored as constructed", stacklevel=3)
         rates = [group["lr"] for group in self.param_groups]
         first = self._given[0]["lr"]
         for group, given in zip(self.param_groups, self._given, strict=True):
-            # Rates that differ were set after loading; equal ones were, like all else, those of the first group.
+            # Different rates were set after loading; equal ones are the first group's, like everything else.
             scale = given["lr"] / first if len(set(rates)) == 1 and first else 1.0
             group.update(given, lr=group["lr"] * scale)
 
@@ -195,7 +197,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         return state
 
     def _gradient_scale(self) -> Tensor | None:
-        """What brings the joint gradient norm down to `max_grad_norm`: fp32 scalar; None where DeepSpeed does it."""
+        """Factor that limits the global gradient norm to `max_grad_norm`: fp32 scalar; None if DeepSpeed clips."""
         if self._bound or self.variant.max_grad_norm == 0:
             return None
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -205,13 +207,13 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         return (self.variant.max_grad_norm / norm).clamp(max=1.0)
 
     def _accumulate(self, group: dict[str, Any], scale: Tensor | None) -> None:
-        """Update the moments of one group's partitions and leave their u in `_pending`."""
+        """Update the moments of one group's partitions and append their u to `_pending`."""
         partitions: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        if any(p is waiting for u in self._pending for waiting in u.partitions for p in partitions):
-            raise RuntimeError(f"{type(self).__name__}.step came twice for one partition before all had their turn")
+        if any(p is pending for u in self._pending for pending in u.partitions for p in partitions):
+            raise RuntimeError(f"{type(self).__name__}.step was called twice for one partition before all others")
         if any(cast(Tensor, p.grad).is_sparse for p in partitions):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use Embedding(sparse=False)")
-        # All in one, but for tensors that had no gradient in some step.
+        # Usually a single group; tensors without a gradient in some step lag behind.
         steps = {p: self._state_of(p)["step"] + 1 for p in partitions}
         for step, members in groupby(sorted(partitions, key=steps.__getitem__), key=steps.__getitem__):
             chosen = list(members)
@@ -221,7 +223,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
             for p in chosen:
                 self.state[p]["step"] = step
             self._advance(group, chosen, gradients)
-            del gradients  # scaled ones would stand beside u
+            del gradients  # scaled copies would otherwise be alive together with u
             updates = self._updates(group, chosen, step)
             layouts = [self._layout.partitions[p] for p in chosen]
             self._pending.append(_Update(chosen, updates, layouts, self._rate(group, step), self._adapts(group)))
@@ -229,8 +231,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     def _apply(self, earlier_calls: int) -> None:
         """Scale the pending updates by their trust ratios and subtract them from the weights.
 
-        The first `earlier_calls` entries came in before the current call of `step()`: ZeRO has already copied
-        those partitions, not yet updated, into the model's weights, so they are copied once more.
+        The first `earlier_calls` entries are from before the current call of `step()`: ZeRO has already copied those
+        partitions, not yet updated, into the model's weights, so they are copied again.
         """
         pending, self._pending = self._pending, []
         if not pending:
@@ -243,12 +245,12 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         squares = _squared_norms(lists, indices, len(layout.tensors), device).view(-1)
         weight_squares, update_squares = layout.all_reduce(squares).chunk(2)
         ratios = (weight_squares.sqrt() / update_squares.sqrt()).clamp(self.variant.min_ratio, self.variant.max_ratio)
-        # NaN stays NaN: a run that has diverged shall show it.
+        # NaN stays NaN, so that divergence is visible.
         ratios = torch.where((weight_squares == 0) | (update_squares == 0), 1.0, ratios)
         for entry in pending:
             if not entry.adapted:
                 for partition in entry.layouts:
-                    # By index ranges, not by an index tensor: that would have to be copied to the device.
+                    # By slices: an index tensor would have to be copied to the device.
                     for first, last in _ranges(partition.members):
                         ratios[first:last] = 1.0
         self._trust_ratios = ratios
@@ -261,8 +263,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
 
 
 def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], ratios: Tensor) -> None:
-    """w ← w − η · ratio · u. weights, updates: the views of the entry's fragments; ratios: fp32 [T]."""
-    single: list[int] = []  # of the fragments, those that are not done with their whole partition
+    """w ← w − η · ratio · u. weights, updates: views of the entry's fragments; ratios: fp32 [T]."""
+    single: list[int] = []  # fragments that are not updated together with their partition
     first = 0
     for flat, update, layout in zip(entry.partitions, entry.updates, entry.layouts, strict=True):
         count = len(layout.fragments)
@@ -281,14 +283,14 @@ def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], rati
 
 
 def _spreads(layout: Partition, device: torch.device) -> bool:
-    """Whether ratios are spread over a partition's elements. Not on a CPU, where it would only take memory."""
+    """Whether to expand ratios to a partition's elements. Not on CPUs, where it would only take memory."""
     count, end = len(layout.fragments), layout.end
     return device.type != "cpu" and count > 1 and end <= min(_SPREAD_BELOW * count, _SPREAD_AT_MOST) and layout.is_dense
 
 
 @lru_cache(maxsize=64)
 def _owners(fragments: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(tensor, length) of fragments → int32 [Σ length]: the tensor of every element."""
+    """(tensor, length) per fragment → int32 [Σ length]: index of each element's tensor."""
     tensors, lengths = torch.tensor(fragments).unbind(1)
     return tensors.int().repeat_interleave(lengths).to(device)
 
@@ -296,7 +298,7 @@ def _owners(fragments: tuple[tuple[int, int], ...], device: torch.device) -> Ten
 def _squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count: int, device: torch.device) -> Tensor:
     """Σx² of each view at the index of its tensor, 0 elsewhere: fp32 [len(lists), count].
 
-    lists: views, in all of them the same shapes, of the tensors that `indices` names.
+    lists: lists of views with the same shapes in each. indices: tensor of each view.
     """
     if not indices:
         return torch.zeros((len(lists), count), device=device)
@@ -307,17 +309,17 @@ def _squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count:
     ]
     norms = torch.stack(torch._foreach_norm(chunks, 2, dtype=torch.float32)).view(len(lists), -1)
     numbers = tuple(max(1, -(-x.numel() // NORM_CHUNK)) for x in lists[0])
-    # One zero more, for tensors of fewer chunks than others.
+    # Append a zero, which pads tensors with fewer chunks.
     norms = torch.nn.functional.pad(norms, (0, 1))
     return norms[:, _chunks_of(tuple(indices), numbers, count, device)].square().sum(2)
 
 
 @lru_cache(maxsize=64)
 def _chunks_of(indices: tuple[int, ...], numbers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
-    """Where each tensor's chunks are in the list of all: int64 [count, most chunks of one], −1 behind the last.
+    """Positions of each tensor's chunks among all chunks: int64 [count, maximum chunks per tensor], padded with −1.
 
-    indices: the tensor of each view; numbers: its chunks. Adding up by a table is the same on every device in every
-    run, which adding by index is not.
+    indices: tensor of each view. numbers: its number of chunks. Summing by a table is deterministic on every device;
+    index_add is not.
     """
     places: list[list[int]] = [[] for _ in range(count)]
     start = 0

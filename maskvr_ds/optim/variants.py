@@ -1,4 +1,4 @@
-"""How implementations of LAMB differ, as a table of switches. Loads no torch."""
+"""Table of LAMB variants: switches by which implementations differ. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,16 +6,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Variant:
-    """What LAMB (arXiv:1904.00962, Algorithm 2) leaves open, or is done otherwise.
+    """Switches for what LAMB (arXiv:1904.00962, Algorithm 2) leaves open or implementations change.
 
     bias_correction: "moments": in m̂ and v̂. "rate": none in u, but η becomes η √(1 − β₂ᵗ) / (1 − β₁ᵗ), so that the
         ratio sees the uncorrected u. "none".
     adapt_undecayed: whether tensors with λ = 0 (biases, LayerNorms) are scaled by their trust ratio, or by 1.
-    min_ratio, max_ratio: bounds of the trust ratio, where it is defined.
-    max_grad_norm: the gradients are first scaled to a joint L2 norm of at most this; 0: left alone.
+    min_ratio, max_ratio: bounds of the trust ratio, if it is defined.
+    max_grad_norm: maximum global L2 norm, to which gradients are scaled first; 0: no scaling.
 
     Raises:
-        ValueError: bounds that exclude each other; a negative norm.
+        ValueError: if 0 ≤ min_ratio ≤ max_ratio does not hold, or max_grad_norm is negative.
     """
 
     bias_correction: Literal["moments", "rate", "none"] = "moments"
@@ -26,20 +26,20 @@ class Variant:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_ratio <= self.max_ratio:
-            raise ValueError(f"min_ratio {self.min_ratio:g}, max_ratio {self.max_ratio:g}: 0 ≤ min ≤ max expected")
+            raise ValueError(f"min_ratio {self.min_ratio:g}, max_ratio {self.max_ratio:g}: expected 0 ≤ min ≤ max")
         if self.max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm {self.max_grad_norm:g}: must be at least 0 (0: left alone)")
+            raise ValueError(f"max_grad_norm {self.max_grad_norm:g}: must be at least 0 (0: no scaling)")
 
 
-# What is carried from one phase of training to the next is not theirs but that of the script around them: a run's
-# configuration says it (phases.NAME.start), the recipes as these scripts do.
+# State carried from one training phase to the next is not part of a variant but of the script that uses it: set
+# phases.NAME.start in the run's configuration; the recipes follow the original scripts.
 VARIANTS: dict[str, Variant] = {
     # arXiv:1904.00962, Algorithm 2.
     "paper": Variant(),
     # NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT/lamb_amp_opt/csrc/multi_tensor_lamb.cu, and
     # NVIDIA/apex, apex/optimizers/fused_lamb.py, with the default use_nvlamb=False.
     "nvidia": Variant(adapt_undecayed=False, max_grad_norm=1.0),
-    # deepspeed/ops/lamb/fused_lamb.py (defaults) and csrc/lamb/fused_lamb_cuda_kernel.cu. bing_bert, the script that it
-    # was written for, sets bias_correction to false and max_coeff to 0.3.
+    # deepspeed/ops/lamb/fused_lamb.py (defaults) and csrc/lamb/fused_lamb_cuda_kernel.cu. bing_bert, the script it was
+    # written for, sets bias_correction to false and max_coeff to 0.3.
     "deepspeed": Variant(bias_correction="rate", min_ratio=0.01, max_ratio=10.0),
 }

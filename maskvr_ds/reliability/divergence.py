@@ -3,7 +3,7 @@
 1. Its update is left out: neither weights nor moments see it (MAPNet learns from those of its gradient norms that are
    finite). The loss is known to all ranks before the optimizer steps, and so is the norm that DeepSpeed has taken by
    then; the optimizer's step is held back between the two.
-2. Where more than `skip_updates` of the last `history` steps were so, the run goes back to its last checkpoint, and
+2. Where more than `max_skipped` of the last `history` steps were so, the run goes back to its last checkpoint, and
    passes over the batches of those steps from there on. After `max_rollbacks` to one checkpoint it ends.
 3. Nothing is saved after a step whose update was left out: the fault may be the weights'. What is due is saved after
    the next good step; a phase that would end on such a step goes back too.
@@ -48,34 +48,13 @@ class Guard:
         # (step, number of its batch in the phase) of those that were left out.
         self._bad: list[tuple[int, int]] = [(step, batch) for step, batch in restored.get("bad", ())]
         self._loss = 0.0
-        self._held = False
+        self._update_skipped = False
         # Why the last update was left out.
         self._fault: str | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it, in JSON types."""
         return {"losses": list(self._losses), "norms": list(self._norms), "bad": self._bad}
-
-    def attach(self, engine: Any) -> None:
-        """From now on the engine's optimizer steps only where loss and norm allow it. ZeRO calls it once a group."""
-        if not self._config.enabled:
-            return
-        optimizer = engine.basic_optimizer
-        update = optimizer.step
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            if not self._held and self._reason(self._norm_of(engine)) is None:
-                return update(*args, **kwargs)
-            self._held = True
-            return None
-
-        optimizer.step = step
-
-    def _norm_of(self, engine: Any) -> float:
-        # ZeRO 0 in fp32 has none yet: `before_update` was given it, and has judged it.
-        if engine.optimizer is engine.basic_optimizer:
-            return 0.0
-        return float(engine.optimizer._global_grad_norm)
 
     @property
     def enabled(self) -> bool:
@@ -84,7 +63,17 @@ class Guard:
     def before_update(self, loss: float, norm: float | None) -> None:
         """The loss of the step whose update comes next; its gradient norm, where that is known already."""
         self._loss = loss
-        self._held = self._reason(norm or 0.0) is not None
+        self._update_skipped = self._reason(norm or 0.0) is not None
+
+    def allow_update(self, norm: torch.Tensor | float) -> bool:
+        """Whether the optimizer may step; norm: global gradient norm before clipping. Waits for the device.
+
+        Once false, false for the rest of the step: ZeRO steps the optimizer once per parameter group.
+        """
+        if not self._config.enabled:
+            return True
+        self._update_skipped = self._update_skipped or self._reason(float(norm)) is not None
+        return not self._update_skipped
 
     def _reason(self, norm: float) -> str | None:
         for name, value, past, factor in (
@@ -111,7 +100,7 @@ class Guard:
         if loss_scale is not None and norm == math.inf and math.isfinite(self._loss):
             return {}
         reason = self._reason(norm)
-        self._held, self._fault = reason is not None, reason
+        self._update_skipped, self._fault = reason is not None, reason
         if reason is None:
             self._losses.append(self._loss)
             self._norms.append(norm)
@@ -122,16 +111,16 @@ class Guard:
     def check(self, step: int, *, is_last: bool) -> None:
         """Raise DivergedError, on every rank alike, where updates were left out too often, or that of a phase's last
         step."""
-        if self._fault is not None and (is_last or len(self._bad) > self._config.skip_updates):
+        if self._fault is not None and (is_last or len(self._bad) > self._config.max_skipped):
             margin = self._config.margin
             windows = [(max(0, b - margin), b + margin + 1) for _, b in self._bad]
             raise DivergedError(step, self._fault, windows)
 
     @property
-    def held(self) -> bool:
-        """Whether the last update was left out."""
-        return self._held
+    def update_skipped(self) -> bool:
+        """Whether the last update was skipped."""
+        return self._update_skipped
 
-    def forget(self) -> None:
-        """After a roll-back: those that led to it are passed over."""
+    def clear_skipped(self) -> None:
+        """Stop counting skipped updates that led to a rollback: their batches are skipped from now on."""
         self._bad = []

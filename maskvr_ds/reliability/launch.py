@@ -9,7 +9,6 @@ how the run ended is read from that folder.
 """
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
@@ -28,12 +27,11 @@ from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import STOP_REQUEST, STOPPED
 from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime import terminal
+from maskvr_ds.runtime.processes import describe_exit, die_with_parent
 
 # Seconds that the other ranks of this machine have, once one has ended with an error, to tell their own.
 _GRACE = 5.0
 _POLL = 0.05
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 Processes = list["subprocess.Popen[bytes]"]
 
 
@@ -98,9 +96,7 @@ def _prepare(parent: int | None) -> None:
     """In a new process: ignore SIGUSR1, and die with the parent, where one is given."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if parent is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # dead already
-            os._exit(128 + signal.SIGKILL)
+        die_with_parent(parent)
 
 
 def _watch_over(commands: list[list[str]], places: list[dict[str, str]], run: Path, steps: int) -> int:
@@ -156,9 +152,8 @@ def _wait(processes: Processes) -> None:
             deadline = time.monotonic() + _GRACE
             for number, process in enumerate(processes):
                 if (process.returncode or 0) < 0:
-                    name = signal.Signals(-process.returncode).name
                     who = f"rank {number}" if len(processes) > 1 else "the launcher"
-                    terminal.alert(f"error: {who} was ended by {name}")
+                    terminal.alert(f"error: {who} was {describe_exit(process.returncode)}")
         if deadline is not None and time.monotonic() > deadline:
             _end(running)
         time.sleep(_POLL)

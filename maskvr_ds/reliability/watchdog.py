@@ -9,7 +9,6 @@ the reader's own clock, so clocks of nodes may differ. No collective.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -23,10 +22,9 @@ from typing import Any
 from maskvr_ds.run_folder.layout import HEARTBEATS
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.heartbeats import HeartbeatWriter, rank_path, read_record
 
 _ABORT = "abort"
-# Every record has this length: written over the last one it takes no room on a full disk.
-_LENGTH = 256
 # Beats within a timeout; a slow file system may lose some.
 _BEATS = 8
 # Seconds that ranks have to end by themselves once one has failed: an error of all of them is told by its own rank.
@@ -56,12 +54,9 @@ class Watchdog:
             self._folder.mkdir(parents=True)
 
         distributed.run_on_rank0(make)
-        self._file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        self._heartbeat = HeartbeatWriter(rank_path(self._folder, self._rank))
         self._interval = min(timeout / _BEATS, LONGEST_BEAT)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}"
 
     def mark(self, step: int, place: str) -> None:
         """The main thread has come here: place "step" is watched for ranks that stay behind, others are not."""
@@ -83,12 +78,7 @@ class Watchdog:
             self.mark(self._progress[1], ENDED if error is None or isinstance(error, self._orderly) else FAILED)
             self._end.set()
             self._thread.join()
-            os.close(self._file)
-
-    def _beat(self, number: int) -> None:
-        marks, step, place = self._progress
-        record = {"beat": number, "marks": marks, "step": step, "place": place, "host": socket.gethostname()}
-        os.pwrite(self._file, json.dumps(record)[:_LENGTH].ljust(_LENGTH).encode(), 0)
+            self._heartbeat.close()
 
     def _run(self) -> None:
         others = range(1, self._world_size) if self._rank == 0 else [0]
@@ -100,8 +90,7 @@ class Watchdog:
         while True:
             ended = self._end.is_set()
             number += 1
-            with contextlib.suppress(OSError):  # the others will notice
-                self._beat(number)
+            self._heartbeat.write({"beat": number, **self._own()})
             if ended:
                 return
             if (self._folder / _ABORT).exists():
@@ -112,7 +101,7 @@ class Watchdog:
                 since, marks_since = dict.fromkeys(others, now), now
             last = now
             for rank in others:
-                record = self._read(rank)
+                record = read_record(rank_path(self._folder, rank))
                 if record is not None and record["beat"] != seen.get(rank, {}).get("beat"):
                     seen[rank], since[rank] = record, now
                 place, silent = seen.get(rank, {}).get("place"), now - since[rank]
@@ -135,12 +124,6 @@ class Watchdog:
     def _own(self) -> dict[str, Any]:
         marks, step, place = self._progress
         return {"marks": marks, "step": step, "place": place, "host": socket.gethostname()}
-
-    def _read(self, rank: int) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._path(rank).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None  # not there yet, or half a record
 
     def _abort(self, why: str) -> None:
         """Tell it, have all ranks end, end."""

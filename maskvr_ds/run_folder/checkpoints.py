@@ -23,9 +23,10 @@ from maskvr_ds.run_folder.layout import (
     SAVING,
     STOP_REQUEST,
 )
+from maskvr_ds.run_folder.migration import migrate_checkpoint
 from maskvr_ds.runtime.files import PARTIAL, atomic_write, fsync_path, sha256, write_hashed
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"step-\d+")
 # Files hashed in parallel: hashlib releases the GIL.
 _THREADS = 8
@@ -109,14 +110,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         written = content.pop("sha256", None)
     except (ValueError, AttributeError):
         raise CheckpointError(f"{path}: damaged (not valid JSON); use an earlier checkpoint") from None
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}")
+    if (stored := content.get("format")) not in (3, FORMAT):
+        raise CheckpointError(f"{path}: format {stored!r}, this version reads 3 and {FORMAT}; update maskvr_ds")
     head = f'{{"sha256": "{written}",'.encode()
     if not text.startswith(head) or hashlib.sha256(text[len(head) :]).hexdigest() != written:
         raise CheckpointError(
             f"{path}: damaged, its content differs from the SHA-256 in its first line; use an earlier checkpoint"
         )
-    return content
+    return migrate_checkpoint(content) if stored == 3 else content
 
 
 def _state_of(manifest: Mapping[str, Any]) -> CheckpointState:

@@ -1,16 +1,16 @@
-"""One job writes into a run's folder at a time: who owns it stands in RUN/owner.json. Loads no torch.
+"""Fencing: one job at a time writes to a run; RUN/owner.json says which. Loads no torch.
 
-A node that the scheduler has given up may still run its rank, while the job goes on elsewhere with the same run. Rank 0
-takes the run when it starts: a record with an epoch, one more than that of the record before, and a random token.
-Before everything that would replace or remove what another job relies on (a checkpoint's renaming into place, `latest`,
-deletions, roll-backs, word of the end) it reads the record again, and stops where the token is not its own. The cost
-is one small file read at each pause of the training. Lines of metrics.jsonl need no check: the new owner replaces the
-file, and those of the old one go on into the file that was replaced.
+A node that the scheduler has given up may keep running its rank while the job continues elsewhere with the same run.
+Rank 0 therefore takes ownership at start-up: a record with an epoch, incremented each time, and a random token. Before
+anything that replaces or removes files on which another job relies (renaming a checkpoint, `latest`, deletions,
+rollbacks, the final status) it reads the record again and stops if the token is not its own. The cost is one small file
+read at each pause of training. metrics.jsonl needs no check: a new owner replaces the file, and lines of the old one go
+to the file that was replaced.
 
-What is left: between that check and the rename that follows another job may take the run. POSIX has no rename that
-depends on the content of another file, and locks do not survive on every cluster's file system. The window is that of
-two system calls, not of a checkpoint's writing, and both jobs' files are whole: a checkpoint is written in a folder
-whose name has the owner's epoch and token. On NFS, opening the file asks the server, whatever the client has cached.
+Limits: another job may take the run between the check and the rename that follows. POSIX has no rename conditional on
+another file's content, and locks are not reliable on every cluster's file system. The window is two system calls long,
+not the writing of a checkpoint, and the files of both jobs stay intact: a checkpoint is written in a folder named after
+the owner's epoch and token. On NFS, opening the file asks the server, regardless of the client's cache.
 """
 
 import contextlib
@@ -26,10 +26,13 @@ from pathlib import Path
 from maskvr_ds.run_folder.layout import HEARTBEATS, OWNER
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT, clock
 from maskvr_ds.runtime import slurm_env
+from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.heartbeats import RANK_FILES, rank_of, read_record
+from maskvr_ds.runtime.processes import pid_namespace, start_time
 
-# Seconds without a heartbeat after which a rank is not known to live; a slow file system may lose one.
+# Seconds without a heartbeat after which a rank is presumed dead; a slow file system may lose one.
 FRESH = 2.5 * LONGEST_BEAT
-_RANKS = f"{HEARTBEATS}/*/rank-*"
+_RANKS = f"{HEARTBEATS}/*/{RANK_FILES}"
 
 
 class FencedError(ValueError):
@@ -38,12 +41,12 @@ class FencedError(ValueError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes into a run's folder: rank 0 of a job.
+    """The process that may write to a run's folder: rank 0 of a job.
 
-    epoch: how many have taken the run, this one included. host, pid, started: of rank 0; started in clock ticks since
-    the host's boot. namespace: in which pid is meant. job: Slurm's (`slurm.job_id`), "" without Slurm; restarts: how
-    often Slurm has started that job again; nodes: its nodes as Slurm writes them. ranks: of the job. taken: seconds
-    since 1970.
+    epoch: number of owners so far, including this one. host, pid, started: of rank 0; started in clock ticks since the
+    host's boot. namespace: the pid namespace. job: Slurm's id (`slurm_env.job_id`), "" without Slurm; restarts: how
+    often Slurm has restarted it; nodes: its nodes in Slurm's notation. ranks: number of ranks. taken: seconds since
+    1970.
     """
 
     epoch: int
@@ -65,45 +68,45 @@ class Owner:
 
 
 class Fence:
-    """The right of this job to write into the run. Rank 0 takes and checks it; every rank holds what rank 0 took."""
+    """This job's right to write to the run. Rank 0 takes and checks it; all ranks hold the same owner."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
         self._owner: Owner | None = None
 
     def take(self, ranks: int) -> Owner:
-        """Become the run's owner, or check that this job still is it. Raises FencedError."""
+        """Become the run's owner, or check that this job still owns it. Raises FencedError."""
         if self._owner is None:
             return take(self._run, ranks)
         self.check()
         return self._owner
 
     def hold(self, owner: Owner) -> None:
-        """What `take` returned on rank 0."""
+        """Store what `take` returned on rank 0."""
         self._owner = owner
 
     @property
     def label(self) -> str:
-        """For names of folders that are this owner's alone."""
+        """Part of folder names that is unique to this owner."""
         assert self._owner is not None
         return f"{self._owner.epoch}-{self._owner.token}"
 
     def check(self) -> None:
-        """Raise FencedError where another job has taken the run."""
+        """Raise FencedError if another job owns the run."""
         assert self._owner is not None
         present = read(self._run)
         if present is None or present.token != self._owner.token:
-            whose = "is gone" if present is None else f"names {present}"
+            whose = "is missing" if present is None else f"names {present}"
             raise FencedError(
-                f"output_dir {self._run}: {OWNER} {whose}; this job has lost the run and writes nothing more into it"
+                f"output_dir {self._run}: {OWNER} {whose}; this job no longer owns the run and stops writing to it"
             )
 
 
 def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> Owner:
-    """Make this process, rank 0 of `ranks`, the owner of the run's folder, which is there.
+    """Make this process, rank 0 of `ranks`, the owner of the existing folder of a run.
 
-    Raises FencedError where another job is visibly at work on it (see `at_work`), unless that is an earlier start of
-    the same Slurm job.
+    Raises FencedError if another job is visibly running it (see `at_work`), unless that is an earlier start of the same
+    Slurm job.
     """
     before = read(run)
     job, restarts = slurm_env.job_id(environment), int(environment.get("SLURM_RESTART_COUNT", "0"))
@@ -111,31 +114,26 @@ def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> 
         restarted = bool(job) and before.job == job and before.restarts < restarts
         ours = _is_here(before) and before.pid == os.getpid()
         if not restarted and not ours and at_work(run, before):
-            raise FencedError(f"output_dir {run}: in use by {before}; end that job first, or name another output_dir")
+            raise FencedError(f"output_dir {run}: in use by {before}; end that job first, or choose another output_dir")
     owner = Owner(
         epoch=1 if before is None else before.epoch + 1,
         token=secrets.token_hex(8),
         host=socket.gethostname(),
         pid=os.getpid(),
-        started=_started(os.getpid()) or 0,
-        namespace=_namespace(),
+        started=start_time(os.getpid()) or 0,
+        namespace=pid_namespace(),
         job=job,
         restarts=restarts,
         nodes=environment.get("SLURM_JOB_NODELIST", "") if job else "",
         ranks=ranks,
         taken=time.time(),
     )
-    temporary = run / f".{OWNER}.{owner.token}.partial"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(owner), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run / OWNER)
+    atomic_write(run / OWNER, json.dumps(asdict(owner)))
     return owner
 
 
 def read(run: Path) -> Owner | None:
-    """The run's owner; None where none has been yet. Raises FencedError where the file is damaged."""
+    """The run's owner; None if it never had one. Raises FencedError if the file is damaged."""
     try:
         return Owner(**json.loads((run / OWNER).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -145,13 +143,13 @@ def read(run: Path) -> Owner | None:
 
 
 def at_work(run: Path, owner: Owner) -> bool:
-    """Whether the owner is visibly at work: its process runs on this host or, on another one, its heartbeats go on.
+    """Whether the owner is visibly running: its process exists on this host, or on another host its heartbeats change.
 
-    The latter takes up to 25 s, and only where the last beat is younger than that. A job on another host without
-    heartbeats (one that is still loading, or has hangs.timeout 0) cannot be seen.
+    The latter takes up to 25 s, and is tried only if the last heartbeat is younger than that. A job on another host
+    without heartbeats (still loading, or hangs.timeout 0) cannot be seen.
     """
     if _is_here(owner):
-        return owner.started == _started(owner.pid)
+        return owner.started == start_time(owner.pid)
     ages = heartbeat_ages(run)
     if not ages or min(ages.values()) > FRESH:
         return False
@@ -165,12 +163,13 @@ def at_work(run: Path, owner: Owner) -> bool:
 
 
 def heartbeat_ages(run: Path) -> dict[int, float]:
-    """Rank → seconds since its last sign of life, by the clock of the file system; ranks that have ended left out."""
+    """Rank -> seconds since its last heartbeat, by the clock of the file system; without ranks that have ended."""
     now, ages = clock(run), {}
     for path in run.glob(_RANKS):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text(encoding="utf-8"))["place"] not in (ENDED, FAILED):
-                ages[int(path.name.removeprefix("rank-"))] = max(0.0, now - path.stat().st_mtime)
+        record = read_record(path)
+        if record is not None and record["place"] not in (ENDED, FAILED):
+            with contextlib.suppress(OSError, ValueError):
+                ages[rank_of(path)] = max(0.0, now - path.stat().st_mtime)
     return ages
 
 
@@ -183,29 +182,5 @@ def _beats(run: Path) -> dict[str, str]:
 
 
 def _is_here(owner: Owner) -> bool:
-    """Whether its process id is one of this host's."""
-    return (owner.host, owner.namespace) == (socket.gethostname(), _namespace())
-
-
-def _namespace() -> str:
-    """Of process ids."""
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def process_age() -> float:
-    """Seconds since this process started: to a clock tick, which the time of boot, in whole seconds, does not allow."""
-    started = _started(os.getpid())
-    return 0.0 if started is None else time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None where it does not run (any more)."""
-    try:
-        # The name in parentheses may hold blanks and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    """Whether its process id refers to this host."""
+    return (owner.host, owner.namespace) == (socket.gethostname(), pid_namespace())

@@ -127,7 +127,7 @@ def restore_engine(
     starts_phase = len(loaded.phases) == phase.index > 0
     expected = replace(state, identity=run_wide(state.identity)) if starts_phase else state
     masking = phase.config.masking
-    may_differ = ("masking", "mapnet", "auto") if masking.change_at_resume and not starts_phase else ()
+    may_differ = ("masking",) if masking.change_at_resume and not starts_phase else ()
     load.load(run, checkpoint, engine, expected, may_differ)
     if may_differ:
         was, now = loaded.identity["masking"], state.identity["masking"]
@@ -147,12 +147,11 @@ def restore_engine(
 def _log_changes(was: CheckpointState, now: CheckpointState, sections: tuple[str, ...]) -> None:
     """Log the settings, and the values in `sections` of the identity, that differ from the checkpoint's."""
     changes = [(name, was.settings.get(name), value) for name, value in now.settings.items()]
+    changes = [change for change in changes if change[1] != change[2]]
     for section in sections:
-        before = was.identity.get(section) or {}
-        changes += [(f"{section}.{k}", before.get(k), v) for k, v in now.identity.get(section, {}).items()]
+        changes += load.differences(section, was.identity.get(section), now.identity.get(section))
     for name, before, value in changes:
-        if before != value:
-            logger.info("  changed: %s %r -> %r", name, before, value)
+        logger.info("  changed: %s %r -> %r", name, before, value)
 
 
 def _check_order(latest: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
@@ -163,15 +162,16 @@ def _check_order(latest: Path, was: dict[str, Any], now: dict[str, Any]) -> None
     if copies[0] != copies[1]:
         raise CheckpointError(
             f"{latest}: segments of a row per global batch were {copies[0]}, are {copies[1]}: the data order could not "
-            "continue. Keep masking.placement and segments_per_sequence, or start a new run"
+            "continue. Keep masking.fully_explored, or start a new run"
         )
 
 
 def _copies(masking: dict[str, Any]) -> int | str:
     """How often a row occurs in a global batch; auto starts with once."""
-    if masking["placement"] != "same_batch":
+    section = masking.get("fully_explored", {})
+    if section.get("placement") != "same_batch":
         return 1
-    return masking["segments_per_sequence"] or f"all at rate {masking['rate']:g}"
+    return section["segments_per_sequence"] or f"all at rate {masking['rate']:g}"
 
 
 def make_proposer(
@@ -182,7 +182,7 @@ def make_proposer(
     if not config.learns_proposal:
         return None
     proposer = Proposer(
-        config.mapnet,
+        config.masking.mapnet,
         vocab_size=vocab_size,
         max_length=config.model.max_position_embeddings,
         seed=seed,

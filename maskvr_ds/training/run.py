@@ -10,18 +10,19 @@ from typing import Any
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig, dump_config
+from maskvr_ds.config.masking import MAPNET_MAY_CHANGE
 from maskvr_ds.data.mixture import corpora_identity
 from maskvr_ds.models.pretrained import InitialWeights
 from maskvr_ds.run_folder import checkpoints, status
-from maskvr_ds.run_folder.fence import Fence, process_age
+from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.processes import process_age
 from maskvr_ds.training.phases import RunPhase
 
 # Seconds by which ranks may start later than their launcher.
 _LAUNCH_SECONDS = 60.0
-_MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
 
 def make_run_folder(run: Path, fence: Fence) -> None:
@@ -64,7 +65,7 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that affect training and may change on resume, flat: name -> value."""
     dump = config.model_dump(mode="json", include={"optimizer", "schedule", "training", "batch", "deepspeed"})
     if config.learns_proposal:
-        dump["mapnet"] = config.mapnet.model_dump(include=_MAPNET_MAY_CHANGE)
+        dump["masking.mapnet"] = config.masking.mapnet.model_dump(include=MAPNET_MAY_CHANGE)
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
     if (folder := config.model.initialize_from) is not None:
         nested["model.initialize_from"] = str(folder)
@@ -82,14 +83,10 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         | ({} if initial is None else {"initialize_from": initial.sha256}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
-        "masking": config.masking.model_dump(exclude={"change_at_resume"}),
+        "masking": config.masking.identity(),
         # Moments, decay and clipping come from the checkpoint: a change would be ignored, or be another optimizer.
         "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
-    if config.masking.strategy == "auto":
-        identity["auto"] = config.auto.model_dump()
-    if config.learns_proposal:
-        identity["mapnet"] = config.mapnet.model_dump(exclude=_MAPNET_MAY_CHANGE)
     if phase.start is not None:
         # What was zeroed stays zeroed: a change would be ignored.
         identity["start"] = phase.start.model_dump(include={"moments", "step_counter"})

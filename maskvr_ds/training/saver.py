@@ -48,7 +48,7 @@ class Saver:
         A checkpoint that falls on a skipped update waits for the next good step: the weights may be at fault.
         """
         self._due |= stopping or is_due(step, self._phase.config.checkpoint.every_steps, self._phase.last_step)
-        return self._due and not self._context.guard.held
+        return self._due and not self._context.guard.update_skipped
 
     def save(self, step: int, samples: int, record: StepRecord, *, wait: bool) -> None:
         """Write a checkpoint. wait: until it is complete, also if checkpoints are asynchronous.

@@ -13,6 +13,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config import RunConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import Loader
+from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype, zero_stage
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.engine.master_weights import partition_sizes
@@ -191,8 +192,8 @@ def _probe_rows(corpus: Corpus) -> Loader:
 def _make_guard(phase: RunPhase, engine: Any, state: CheckpointState, rollbacks: list[dict[str, Any]]) -> Guard:
     guard = Guard(phase.config.divergence, state.guard if len(state.phases) > phase.index else {})
     if any(entry["to_step"] == state.step for entry in rollbacks):
-        guard.forget()
-    guard.attach(engine)
+        guard.clear_skipped()
+    gate_optimizer_step(engine, guard.allow_update)
     return guard
 
 
@@ -225,12 +226,13 @@ def make_chooser(
     """sequence_flops: of the model's forward and backward pass over one sequence."""
     config, length = phase.config, loader.corpus.sequence_length
     most = segments(length - 2, config.masking.rate)
-    cost = config.mapnet.cost
+    mapnet_config = config.masking.mapnet
+    cost = mapnet_config.cost
     if cost is None:
-        network = {name: getattr(config.mapnet, name) for name in ("layers", "hidden", "reach")}
+        network = {name: getattr(mapnet_config, name) for name in ("layers", "hidden", "reach")}
         cost = mapnet.flops_per_sequence(**network, sequence_length=length) / sequence_flops
     return Chooser(
-        config.auto,
+        config.masking.auto,
         engine=engine,
         masker=masker,
         loader=loader,

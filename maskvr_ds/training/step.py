@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from maskvr_ds.data.batch import TokenBatch
-from maskvr_ds.engine.engine import step_and_norm, whole_norm
+from maskvr_ds.engine.engine import replicated_grad_norm, step_and_norm
 from maskvr_ds.masking.masker import Masker, data_digest, mask_digest
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.losses import weighted_loss
@@ -76,7 +76,7 @@ def run_step(
         if number < len(masked_batches):
             engine.step()
     distributed.all_reduce_sum(loss_sum)
-    norm = whole_norm(engine)
+    norm = replicated_grad_norm(engine)
     if guard is not None and guard.enabled:
         predictions = max(int(counters[2]), 1)
         guard.before_update(float(loss_sum) / predictions, None if norm is None else float(norm))

@@ -159,7 +159,7 @@ def test_lost_nodes_and_a_half_dead_rank(slurm: Cluster, folder: Path) -> None:
         # The old rank trains on, to its next checkpoint.
         slurm.wait_until(lambda: not Path(f"/proc/{rank}").exists(), "the old rank's end", timeout=120)
     wait_state(slurm, job, run, "COMPLETED")
-    assert "this job has lost the run and writes nothing more into it" in log(run, job)
+    assert "this job no longer owns the run and stops writing to it" in log(run, job)
     assert [read_state(folder).world_size for folder in complete_checkpoints(run)] == [1, 1]
     assert column(run, *DIGESTS) == column(folder / "whole", *DIGESTS)
     ours, theirs = (torch.tensor(column(r, "loss")) for r in (run, folder / "whole"))

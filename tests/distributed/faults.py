@@ -1,5 +1,6 @@
 """Lives of a job with something going wrong in them, on ranks that are forks of processes which have imported all."""
 
+import functools
 import json
 import os
 import signal
@@ -162,6 +163,7 @@ def _kill_in_save(number: int) -> None:
 
     save, calls = TorchCheckpointEngine.save, [0]
 
+    @functools.wraps(save)
     def deadly(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == number:

@@ -285,7 +285,7 @@ def test_an_engine_leaves_nothing_behind(ranks: list[dict[str, Any]]) -> None:
 
 def test_bind_checks_where_the_pieces_are(ranks: list[dict[str, Any]]) -> None:
     for rank in on_two(ranks):
-        assert all("is not what the model has there" in message for message in rank["elsewhere"]), rank["elsewhere"]
+        assert all("differs from the model's weights" in message for message in rank["elsewhere"]), rank["elsewhere"]
 
 
 def test_checkpoint_continues_bit_equal(ranks: list[dict[str, Any]]) -> None:

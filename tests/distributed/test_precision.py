@@ -46,9 +46,9 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
     "lowest": (
         {"initial_scale_power": 24, "min_loss_scale": 2.0**23},
         {},
-        "gradients overflow at the loss scale 8.38861e+06, which cannot fall further",
+        "gradients overflow at loss scale 8.38861e+06, the minimum",
     ),
-    "fixed": ({"loss_scale": 2.0**24}, {}, "gradients overflow at the loss scale 1.67772e+07, which cannot fall"),
+    "fixed": ({"loss_scale": 2.0**24}, {}, "gradients overflow at loss scale 1.67772e+07, the minimum"),
     "diverged": (
         {},
         {"optimizer": {"lr": 1e6}, "divergence": {"enabled": False}},

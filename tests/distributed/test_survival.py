@@ -24,7 +24,7 @@ from tests.support.corpora import make_corpus
 STEPS, EVERY, BAD = 16, 4, 9
 FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
 NO_EVALUATION: dict[str, Any] = {"evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": EVERY}}
-AT_ONCE = {"divergence": {"skip_updates": 0, "margin": 0}}
+AT_ONCE = {"divergence": {"max_skipped": 0, "margin": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ class Play:
         at_save, at_end = (int(self.rows_of_step(step)[5]) for step in (2 * EVERY - 1, STEPS - 1))
         acts["left out at a save"] = Act(values("left out at a save"), nan_row=at_save)
         acts["left out at the end"] = Act(values("left out at the end"), nan_row=at_end)
-        acts["always"] = Act(values("always", divergence={"skip_updates": 0, "max_rollbacks": 2}), nan_step=BAD)
+        acts["always"] = Act(values("always", divergence={"max_skipped": 0, "max_rollbacks": 2}), nan_step=BAD)
         beside = {"checkpoint": {"every_steps": EVERY, "asynchronous": True}}
         acts["beside"] = Act(values("beside", **beside))
         # Ten files, each as slow: longer than the steps between two checkpoints.

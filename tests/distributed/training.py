@@ -151,6 +151,7 @@ def record_masks() -> None:
     """On a rank: have every step write the masks of its rows in RUN.masks/, a line each: (step, epoch, sample id), what
     is predicted."""
     from maskvr_ds import train
+    from maskvr_ds.checkpoint import save as checkpoint
 
     pending: list[str] = []
 
@@ -169,7 +170,7 @@ def record_masks() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.masker, name)
 
-    run_step, save = train.run_step, train.checkpoint.save
+    run_step, save = train.run_step, checkpoint.save
 
     def recorded(engine: Any, masker: Any, *args: Any, **options: Any) -> Any:
         return run_step(engine, Recording(masker, engine.global_steps), *args, **options)
@@ -182,7 +183,7 @@ def record_masks() -> None:
         pending.clear()
         return save(run, *args, **options)
 
-    train.run_step, train.checkpoint.save = recorded, saved
+    train.run_step, checkpoint.save = recorded, saved
 
 
 def read_masks(run: Path) -> dict[tuple[int, ...], list[int]]:

@@ -1,6 +1,6 @@
-"""LAMB, its variants and LARS straight from the formulas: float64, one process, tensor by tensor.
+"""Reference LAMB, its variants and LARS, straight from the formulas: float64, one process, tensor by tensor.
 
-Each class writes its own formula out; only the bookkeeping is shared.
+Each class writes out its own formula; only the bookkeeping is shared.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def clip(gradients: list[Tensor], maximum: float) -> float:
-    """Scale the gradients in place to a joint norm of at most `maximum`; returns the norm before."""
+    """Scale the gradients in place to a global norm of at most `maximum`; returns the norm before."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
     if maximum > 0 and norm > maximum:
         for gradient in gradients:
@@ -24,7 +24,7 @@ def norm_of(tensor: Tensor) -> float:
 
 
 class ReferenceOptimizer(ABC):
-    """Holds its own float64 weights, in the order of `weights`; `decay` is λ of each, `lr` η of each or of all."""
+    """Keeps float64 copies of `weights`; `decay` is λ per tensor, `lr` η per tensor or for all."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ReferenceLamb(ReferenceOptimizer):
 
 
 class ReferenceNvidiaLamb(ReferenceOptimizer):
-    """multi_tensor_lamb.cu: the global norm is brought down to 1 first; tensors without decay take Adam's step."""
+    """multi_tensor_lamb.cu: the global gradient norm is first limited to 1; undecayed tensors step as in Adam."""
 
     def prepare(self, gradients: list[Tensor]) -> list[Tensor]:
         global_norm = math.sqrt(sum(norm_of(g) ** 2 for g in gradients))

@@ -25,11 +25,14 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
         assert here <= names
     assert not any(name.startswith("tests/") for name in names)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import maskvr_ds.config as c, data_pipeline, cluster;"
+        "import collections, sys; sys.path.insert(0, sys.argv[1]);"
+        "import maskvr_ds.config as c, data_pipeline, cluster;"
         "assert c.__file__.startswith(sys.argv[1]), c.__file__;"
         "configs = [c.load_config(r) for r in c.recipes()]; assert len(configs) >= 3;"
         "[c.deepspeed_config_path(x.deepspeed).read_text() for x in configs]"
     )
     code += "; from maskvr_ds.cli import main; assert main(['recipes', 'demo_cpu']) == 0"
+    code += "; from cluster.slurm.script import render; values = collections.defaultdict(str)"
+    code += "; assert '<<' not in render('data.sbatch', values); assert values"
     # -I: neither the checkout nor PYTHONPATH.
     subprocess.run([sys.executable, "-I", "-c", code, str(site)], check=True, cwd=tmp_path)

@@ -46,6 +46,8 @@ TORCH_FREE = {
         "config",
         "run_folder",
         "runtime.files",
+        "runtime.heartbeats",
+        "runtime.processes",
         "runtime.slurm_env",
         "runtime.terminal",
         "optim.variants",

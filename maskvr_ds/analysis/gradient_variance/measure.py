@@ -160,7 +160,6 @@ class Measurement:
         """Raise ConfigError for what cannot be measured here."""
         for spec in specs:
             self.copies(spec)
-            spec.floor(MapNetConfig().floor)
             if spec.strategy == "mapnet" and not (self.folder / MAPNET_STATE).is_file():
                 raise ConfigError(
                     f"{spec.text}: {self.folder} has no {MAPNET_STATE}; train with masking.strategy=mapnet (and "
@@ -178,7 +177,8 @@ class Measurement:
 
     def floor(self, spec: StrategySpec) -> float:
         """λ of MAPNet or a token's oracle. Every rank calls."""
-        return spec.floor(distributed.run_collectively(self._mapnet)[0].floor)
+        trained = distributed.run_collectively(self._mapnet)[0]
+        return spec.masking(self.common, floor=trained.floor).mapnet.floor
 
     def oracle(self, spec: StrategySpec) -> TokenOracle | None:
         """Every rank calls."""
@@ -199,7 +199,7 @@ class Measurement:
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
         proposer = Proposer(
-            trained.model_copy(update={"floor": spec.floor(trained.floor), "gate": "always"}),
+            trained.model_copy(update={"floor": spec.masking(self.common, floor=trained.floor).mapnet.floor, "gate": "always"}),
             vocab_size=self.sample.corpus.manifest.vocab_size,
             max_length=self.model.mlm.config.max_position_embeddings,
             seed=0,

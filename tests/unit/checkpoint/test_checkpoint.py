@@ -152,7 +152,7 @@ def test_copies_under_other_names_are_not_the_runs(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
     rewrite(folder, lambda content: content.update(format=99))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 3"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 3 and 4"):
         read_state(folder)
 
 

@@ -1,4 +1,4 @@
-"""`Lamb` alone, without DeepSpeed, against the float64 reference."""
+"""`Lamb` without DeepSpeed, against the float64 reference."""
 
 import copy
 from typing import Any
@@ -76,8 +76,8 @@ def test_equals_the_reference(name: str, tensors: Any, betas: tuple[float, float
         reference.step(gradients)
         for w, g, expected in zip(weights, gradients, reference.weights, strict=True):
             assert w.grad is not None
-            assert torch.equal(w.grad, g), "gradients are left as they were"
-            # Of the tensor's largest element: one that passes through 0 keeps the rounding of its past.
+            assert torch.equal(w.grad, g), "gradients are not modified"
+            # Relative to the tensor's largest element: one that passes through 0 keeps its earlier rounding errors.
             largest = max(float(expected.abs().max()), 0.01)
             torch.testing.assert_close(w.double(), expected, rtol=0, atol=1e-5 * largest)
     order = [i for group in groups for p in group["params"] for i, w in enumerate(weights) if w is p]
@@ -86,8 +86,8 @@ def test_equals_the_reference(name: str, tensors: Any, betas: tuple[float, float
     torch.testing.assert_close(optimizer.trust_ratios, expected_ratios, rtol=1e-2, atol=1e-12)
 
 
-def test_variants_differ_where_they_say() -> None:
-    """One step from the same place, each switch told apart by the ratios: no two variants are the same by accident."""
+def test_variants_differ_as_documented() -> None:
+    """One step from the same weights; the ratios distinguish all switches."""
     ratios = {}
     for name in OPTIMIZERS:
         matrix, bias = nn.Parameter(torch.full((4, 4), 2.0)), nn.Parameter(torch.full((4,), 3.0))
@@ -103,12 +103,12 @@ def test_variants_differ_where_they_say() -> None:
     assert ratios["paper"] == (1.6667, 3.0)  # u = 1 + 0.1 · 2 and 1
     assert ratios["nvidia"] == (1.6667, 1.0)  # Adam ignores the gradients' scale; no decay, no adaptation
     assert ratios["deepspeed"] == (0.5948, 0.9487)  # u = 0.1 / √0.001 + 0.2 = 3.3623 and 3.1623
-    assert ratios["bing_bert"] == (0.3, 0.3)  # the same, cut
+    assert ratios["bing_bert"] == (0.3, 0.3)  # the same, clamped
     assert ratios["lars"] == (3.8462, 30.0)  # m = 0.1 (5 + 0.2) and 0.1
     assert set(VARIANTS) == {"paper", "nvidia", "deepspeed"}
 
 
-def test_a_tensor_without_gradient_stays_and_catches_up_later() -> None:
+def test_tensor_without_gradient_stays_and_steps_later() -> None:
     a, b = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = Lamb([("a", a), ("b", b)], lr=0.1)
     reference = ReferenceLamb([b.data], [0.01], 0.1, (0.9, 0.999), 1e-6)
@@ -127,7 +127,7 @@ def test_a_tensor_without_gradient_stays_and_catches_up_later() -> None:
 
 
 def test_norm_of_a_large_tensor_keeps_its_digits() -> None:
-    """Plain fp32 norms on CPU are wrong in the fourth digit here; the ratio must not be."""
+    """Plain fp32 norms on CPUs are wrong in the fourth digit here; the ratio must not be."""
     weight = nn.Parameter(torch.rand(24 * NORM_CHUNK + 7, generator=torch.Generator().manual_seed(0)) + 0.5)
     expected = float(weight.detach().double().norm()) / weight.numel() ** 0.5
     optimizer = Lamb([weight], lr=0.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
@@ -168,7 +168,7 @@ def test_state_dict_continues_bit_equal() -> None:
     assert first.state[one]["step"] == 6
 
 
-def test_a_copied_optimizer_works() -> None:
+def test_copied_optimizer_works() -> None:
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     duplicate = copy.deepcopy(Lamb([weight], lr=0.1, variant="nvidia"))
@@ -242,8 +242,8 @@ class RecordOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_step_never_reads_a_value_back() -> None:
-    """On a GPU each of these would make the host wait for the device."""
+def test_step_does_not_synchronise() -> None:
+    """On GPUs each of these operators would make the host wait for the device."""
     weights = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.zeros(5))]
     set_gradients(weights, [torch.ones(3, 2), torch.ones(5)])
     optimizer = Lamb(weights)
@@ -255,7 +255,7 @@ def test_step_never_reads_a_value_back() -> None:
     assert not [name for name in operators.names if name.split(".")[0] in waiting]
 
 
-def test_sparse_gradients_are_refused() -> None:
+def test_sparse_gradients_are_an_error() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     optimizer = Lamb(embedding.parameters())
     embedding(torch.tensor([1, 3])).sum().backward()
@@ -263,7 +263,7 @@ def test_sparse_gradients_are_refused() -> None:
         optimizer.step()
 
 
-def test_replaced_parameters_are_noticed() -> None:
+def test_replaced_parameters_are_an_error() -> None:
     weight = nn.Parameter(torch.ones(4, 2))
     optimizer = Lamb([weight])
     flat = nn.Parameter(torch.ones(4))
@@ -274,12 +274,12 @@ def test_replaced_parameters_are_noticed() -> None:
     assert torch.equal(flat.data, torch.ones(4))
 
 
-def test_what_takes_partitions_for_tensors_is_refused_after_zero() -> None:
+def test_actions_on_replaced_parameters_are_errors() -> None:
     optimizer = Lamb([nn.Parameter(torch.ones(4, 2))])
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4))]
-    with pytest.raises(RuntimeError, match="cannot get another parameter group any more"):
+    with pytest.raises(RuntimeError, match="can no longer add a parameter group"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-    with pytest.raises(RuntimeError, match="cannot be copied or pickled any more"):
+    with pytest.raises(RuntimeError, match="can no longer be copied or pickled"):
         copy.deepcopy(optimizer)
 
 
@@ -291,12 +291,12 @@ def two_groups() -> tuple[Lamb, list[nn.Parameter]]:
 
 
 @pytest.mark.parametrize(("set_afterwards", "rates"), [(None, [0.05, 0.1]), ([0.3, 0.7], [0.3, 0.7])])
-def test_groups_that_lost_their_settings_get_them_back(set_afterwards: Any, rates: list[float]) -> None:
-    """What DeepSpeed does at stage 3 on loading a universal checkpoint: all groups get the first one's settings."""
+def test_overwritten_group_settings_are_restored(set_afterwards: Any, rates: list[float]) -> None:
+    """As DeepSpeed does when it loads a universal checkpoint at stage 3: all groups get the settings of the first."""
     optimizer, _ = two_groups()
-    told = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 0.05}
+    loaded = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 0.05}
     for number, group in enumerate(optimizer.param_groups):
-        group.update(told)
+        group.update(loaded)
         if set_afterwards:
             group["lr"] = set_afterwards[number]
     with pytest.warns(UserWarning, match="restored as constructed"):
@@ -305,7 +305,7 @@ def test_groups_that_lost_their_settings_get_them_back(set_afterwards: Any, rate
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
 
 
-def test_a_state_from_another_optimizer_loads() -> None:
+def test_state_of_another_optimizer_loads() -> None:
     optimizer, weights = two_groups()
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
@@ -315,7 +315,7 @@ def test_a_state_from_another_optimizer_loads() -> None:
     assert not torch.equal(weights[1].data, torch.ones(2))
 
 
-def test_divergence_shows_in_the_trust_ratios() -> None:
+def test_divergence_is_visible_in_trust_ratios() -> None:
     optimizer, weights = two_groups()
     weights[0].grad = torch.tensor([1.0, float("nan")])
     optimizer.step()

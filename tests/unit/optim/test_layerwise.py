@@ -1,4 +1,4 @@
-"""Tensors laid end to end in flat partitions, as ZeRO lays them, against the same tensors by themselves."""
+"""Tensors concatenated in flat partitions, as under ZeRO, against the same tensors as separate parameters."""
 
 from unittest import mock
 
@@ -11,7 +11,7 @@ from maskvr_ds.lamb import Lamb
 from maskvr_ds.optim import layerwise
 from maskvr_ds.optim.partitions import Fragment, Layout, Partition
 
-# Of each tensor: its elements, and the elements that belong to none before it.
+# Per tensor: its elements, and the padding elements before it.
 pieces = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 0, 0, 3])), min_size=1, max_size=6)
 
 
@@ -26,8 +26,7 @@ pieces = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 0, 0, 3])), 
 def test_flat_partitions_step_as_whole_tensors(
     groups: list[list[tuple[int, int]]], tail: int, chunk: int, spread: bool, seed: int
 ) -> None:
-    """However norms are cut into chunks and ratios are brought to the elements. What stands between the tensors is not
-    a number, and enters none of theirs."""
+    """For every way to chunk norms and to apply ratios. The padding between tensors is NaN and must not enter them."""
     random = torch.Generator().manual_seed(seed)
     tensors: list[nn.Parameter] = []
     partitions: dict[torch.Tensor, Partition] = {}
@@ -44,7 +43,7 @@ def test_flat_partitions_step_as_whole_tensors(
         partitions[flat] = Partition(fragments, [fragment.tensor for fragment in fragments])
     whole, zero = Lamb(tensors, lr=0.1), Lamb(list(partitions), lr=0.1)
     zero._layout, zero._bound = Layout(tensors, [str(i) for i in range(len(tensors))], partitions), True
-    # As on a GPU, where gaps allow it; and as on a CPU.
+    # As on GPUs, if there are no gaps; and as on CPUs.
     spreads = (lambda layout, _: layout.is_dense) if spread else layerwise._spreads
     for _ in range(3):
         for tensor in tensors:

@@ -1,4 +1,4 @@
-"""`bind` on stand-ins for an engine: what it refuses. What it does is shown on real engines, in tests/distributed."""
+"""`bind` on stub engines: its errors. tests/distributed/test_lamb.py tests it on real engines."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -51,25 +51,25 @@ def engine_stub(optimizer: Any, **facts: Any) -> Any:
         ({"pipeline": True}, "pipeline parallelism"),
     ],
 )
-def test_bind_refuses_what_it_cannot_do(facts: dict[str, Any], named: str) -> None:
+def test_unsupported_engine_is_an_error(facts: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"{named}.*supported: data parallelism"):
         bind(engine_stub(Lamb([nn.Parameter(torch.ones(1))]), **facts))
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
-def test_bind_insists_on_the_clipping_that_the_variant_is_made_of(clipping: float) -> None:
+def test_clipping_must_match_the_variant(clipping: float) -> None:
     optimizer = Lamb([nn.Parameter(torch.ones(1))], variant="nvidia")
     with pytest.raises(ValueError, match=f"gradient_clipping = {clipping}.*at most 1.0"):
         bind(engine_stub(optimizer, clipping=clipping))
 
 
-def test_bind_without_zero_leaves_frozen_tensors_out() -> None:
+def test_bind_without_zero_skips_frozen_tensors() -> None:
     frozen, trained = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
     optimizer = Lamb([frozen, trained], lr=0.1)
     engine = engine_stub(optimizer)
     engine.param_names = {frozen: "frozen", trained: "trained"}
     bind(engine)
-    bind(engine)  # once more changes nothing
+    bind(engine)  # again, to no effect
     trained.grad = torch.ones(3)
     optimizer.step()
     assert optimizer.tensor_names == ["trained"]
@@ -77,6 +77,6 @@ def test_bind_without_zero_leaves_frozen_tensors_out() -> None:
     assert torch.equal(frozen.data, torch.ones(2))
 
 
-def test_bind_refuses_another_optimizer() -> None:
+def test_bind_of_another_optimizer_is_an_error() -> None:
     with pytest.raises(ValueError, match="AdamW"):
         bind(engine_stub(torch.optim.AdamW([nn.Parameter(torch.ones(1))])))

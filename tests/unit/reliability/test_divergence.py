@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.shards import Corpus
 from maskvr_ds.config.reliability import DivergenceConfig
 from maskvr_ds.data.loader import Loader
+from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.reliability.divergence import DivergedError, Guard
 from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.telemetry.metrics import MetricsLog
@@ -64,7 +65,7 @@ def make_guard(restored: dict[str, Any] | None = None, **settings: Any) -> tuple
     optimizer = Optimizer()
     engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=SimpleNamespace(_global_grad_norm=0.0))
     guard = Guard(DivergenceConfig(**settings), restored or {})
-    guard.attach(engine)
+    gate_optimizer_step(engine, guard.allow_update)
     return guard, engine
 
 
@@ -82,7 +83,7 @@ def one_step(
 
 
 def test_bad_steps_update_nothing() -> None:
-    made = make_guard(history=10, skip_updates=9, loss_factor=2, norm_factor=5)
+    made = make_guard(history=10, max_skipped=9, loss_factor=2, norm_factor=5)
     for step in range(4):
         assert one_step(made, step, 3.0 + step / 10, 1.0) == {}
     assert made[1].basic_optimizer.steps == 8
@@ -93,7 +94,7 @@ def test_bad_steps_update_nothing() -> None:
         (3.0, 5.1, "grad_norm is 5.1, more than 5 times the median 1"),
     ):
         assert one_step(made, 5, loss, norm) == {"update_left_out": reason}
-        assert made[0].held
+        assert made[0].update_skipped
     assert made[1].basic_optimizer.steps == 8
     assert one_step(made, 6, 6.2, 4.9) == {}
     assert made[1].basic_optimizer.steps == 10
@@ -106,31 +107,31 @@ def test_nothing_is_far_above_the_median_of_a_few() -> None:
 
 
 def test_an_overflow_of_fp16_is_not_judged() -> None:
-    made = make_guard(skip_updates=0)
+    made = make_guard(max_skipped=0)
     assert one_step(made, 0, 3.0, math.inf, scale=65536.0) == {}
     with pytest.raises(DivergedError, match="step 1: loss is nan"):
         one_step(made, 1, math.nan, math.inf, scale=65536.0)
 
 
 def test_too_many_in_the_history_go_back_with_their_batches_passed_over() -> None:
-    made = make_guard(history=10, skip_updates=2, margin=1)
+    made = make_guard(history=10, max_skipped=2, margin=1)
     for step in range(3):
         one_step(made, step, 3.0, 1.0)
     for step in (3, 20, 22):
         assert one_step(made, step, math.nan, 1.0)
     # A checkpoint in between carries what counts.
     carried = json.loads(json.dumps(made[0].state()))
-    again = make_guard(carried, history=10, skip_updates=2, margin=1)
+    again = make_guard(carried, history=10, max_skipped=2, margin=1)
     for guard in (made, again):
         with pytest.raises(DivergedError) as caught:
             one_step(guard, 24, math.nan, 1.0)
         assert caught.value.windows == [(119, 122), (121, 124), (123, 126)], "that of step 3 is long ago"
-    again[0].forget()
+    again[0].clear_skipped()
     assert one_step(again, 25, math.nan, 1.0)
 
 
 def test_a_guard_that_is_off_does_nothing() -> None:
-    made = make_guard(enabled=False, skip_updates=0)
+    made = make_guard(enabled=False, max_skipped=0)
     assert one_step(made, 0, math.nan, math.nan) == {}
     assert made[1].basic_optimizer.steps == 2
 

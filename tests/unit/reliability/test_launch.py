@@ -57,7 +57,9 @@ def test_every_rank_has_its_place(module: str, tmp_path: Path) -> None:
     assert len({(p["MASTER_ADDR"], p["MASTER_PORT"]) for p in places}) == 1
 
 
-@pytest.mark.parametrize(("ends", "said"), [(("waits", "1"), ""), (("waits", "killed"), "rank 1 was ended by SIGKILL")])
+@pytest.mark.parametrize(
+    ("ends", "said"), [(("waits", "1"), ""), (("waits", "killed"), "rank 1 was killed by SIGKILL")]
+)
 def test_a_rank_that_fails_takes_the_others_along(
     module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], ends: tuple[str, str], said: str
 ) -> None:

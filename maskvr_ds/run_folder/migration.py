@@ -1,0 +1,120 @@
+"""Migration of what older versions have stored: config.yaml and checkpoint.json, by one table of renamed settings.
+
+A user's own YAML is not migrated: an old key there is an error that names the new one (`renamed`). Loads no torch.
+
+Schema 1: flat settings of strategies in `masking`, sections `mapnet` and `auto` next to it; checkpoint.json format 3.
+Schema 2: one subsection of `masking` per strategy, which includes `mapnet` and `auto`; checkpoint.json format 4.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA = 2
+# Setting of `masking` in schema 1 -> strategy that it belonged to (None: frequency or mapnet), name in its subsection.
+_OF_MASKING: dict[str, tuple[str | None, str]] = {
+    "placement": ("fully_explored", "placement"),
+    "segments_per_sequence": ("fully_explored", "segments_per_sequence"),
+    "frequency_power": ("frequency", "power"),
+    "document_frequency_power": ("frequency", "document_power"),
+    "floor": ("frequency", "floor"),
+    "span_probability": ("span", "geometric_p"),
+    "span_maximum": ("span", "max_length"),
+    "sampler": (None, "sampler"),
+    "estimator": (None, "estimator"),
+}
+# Section that moved into `masking` -> strategies that used it.
+_MOVED: dict[str, tuple[str, ...]] = {"mapnet": ("mapnet", "auto"), "auto": ("auto",)}
+_OF_DIVERGENCE = {"skip_updates": "max_skipped"}
+
+
+def renamed(values: Mapping[str, Any]) -> list[str]:
+    """Keys of schema 1 in raw values of schema 2, each with its new name: "mapnet.lr is now masking.mapnet.lr"."""
+    found: list[tuple[str, str]] = []
+    for section in _MOVED:
+        if section in values:
+            content = values[section]
+            keys = list(content) if isinstance(content, Mapping) else []
+            found += [(f"{section}.{key}", f"masking.{section}.{key}") for key in keys] or [
+                (section, f"masking.{section}")
+            ]
+    found += _renamed_in(values, "", "")
+    phases = values.get("phases")
+    for index, phase in enumerate(phases if isinstance(phases, list) else ()):
+        if isinstance(phase, Mapping):
+            strategy = _mapping(values.get("masking")).get("strategy", "")
+            found += _renamed_in(phase, f"phases.{phase.get('name', index)}.", strategy)
+    return [f"{old} is now {new}" for old, new in found]
+
+
+def _renamed_in(values: Mapping[str, Any], where: str, strategy: str) -> list[tuple[str, str]]:
+    masking, divergence = _mapping(values.get("masking")), _mapping(values.get("divergence"))
+    strategy = masking.get("strategy", strategy)
+    found = []
+    for key in masking:
+        if key in _OF_MASKING:
+            section, name = _OF_MASKING[key]
+            weighted = strategy if strategy in ("frequency", "mapnet") else "frequency"
+            found.append((f"{where}masking.{key}", f"{where}masking.{section or weighted}.{name}"))
+    found += [(f"divergence.{key}", f"divergence.{new}") for key, new in _OF_DIVERGENCE.items() if key in divergence]
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def migrate_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw values of a configuration in schema 1 -> schema 2."""
+    values = dict(values)
+    moved = {section: values.pop(section) for section in _MOVED if section in values}
+    masking = values.get("masking") or {}
+    strategy = masking.get("strategy", "uniform")
+    if masking or moved:
+        values["masking"] = _nest(masking, strategy, moved)
+    if "phases" in values:
+        values["phases"] = [_migrate_phase(phase, strategy, moved) for phase in values["phases"]]
+    if "divergence" in values:
+        values["divergence"] = {_OF_DIVERGENCE.get(key, key): v for key, v in values["divergence"].items()}
+    return values
+
+
+def _migrate_phase(phase: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -> dict[str, Any]:
+    phase = dict(phase)
+    if masking := phase.get("masking"):
+        own = masking.get("strategy")
+        # The sections applied to the entire run; a phase of another strategy than the run's has to bring its own.
+        phase["masking"] = _nest(masking, own or strategy, moved if own not in (None, strategy) else {})
+    return phase
+
+
+def _nest(masking: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings, and the sections next to them, as subsections. Settings that other strategies ignored are
+    dropped."""
+    nested = {key: value for key, value in masking.items() if key not in _OF_MASKING}
+    for section, content in moved.items():
+        if strategy in _MOVED[section]:
+            nested[section] = dict(content)
+    for key, value in masking.items():
+        if key in _OF_MASKING:
+            section, name = _OF_MASKING[key]
+            if section is None and (strategy in ("frequency", "mapnet") or "mapnet" in nested):
+                section = "frequency" if strategy == "frequency" else "mapnet"
+            if section == strategy or section in nested:
+                nested.setdefault(section, {})[name] = value
+    return nested
+
+
+def migrate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint.json of format 3 -> format 4."""
+    content = dict(content)
+    if "identity" in content:
+        identity = dict(content["identity"])
+        moved = {section: identity.pop(section) for section in _MOVED if section in identity}
+        if "masking" in identity:
+            identity["masking"] = _nest(identity["masking"], identity["masking"]["strategy"], moved)
+        content["identity"] = identity
+    if "settings" in content:
+        content["settings"] = {
+            f"masking.{key}" if key.startswith("mapnet.") else key: value for key, value in content["settings"].items()
+        }
+    return content
