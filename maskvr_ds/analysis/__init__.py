@@ -1,1 +1,1 @@
-"""Instruments that look into a model or a run."""
+"""Analysis of models and runs."""

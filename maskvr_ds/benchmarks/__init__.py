@@ -1,1 +1,1 @@
-"""Benchmarks of training steps, optimizer, masks and strategies."""
+"""Benchmarks of the loader, masking, optimizer and training steps; comparison of strategies by training."""

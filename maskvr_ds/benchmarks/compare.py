@@ -1,15 +1,15 @@
-"""`maskvr compare`: strategies × seeds, each run a `maskvr train`; who reaches the baseline's held-out loss, and when.
+"""`maskvr compare`: trains strategies × seeds with `maskvr train`, and compares steps and seconds to a target loss.
 
-Runs of one seed begin with the same weights and read the same rows in the same order (J segments of a row in one
-batch: J times fewer rows), and all are measured on the same held-out rows under the same uniform masks. The target of a
-seed is the baseline's last held-out loss with that seed, unless one is given. Steps to it are interpolated between
-evaluations; seconds are those of training steps and of what `auto` measures, without evaluation and saving, as
-metrics.jsonl has them.
+Runs of one seed start from the same weights and read the same rows in the same order (with J segments of a row in one
+batch: J times fewer rows), and all are evaluated on the same held-out rows under the same uniform masks. The target of
+a seed is the baseline's last held-out loss with that seed, unless one is given. Steps to the target are interpolated
+between evaluations; seconds, from metrics.jsonl, are those of training steps and of the measurements of `auto`, without
+evaluation and checkpointing.
 
-    OUTPUT/runs/STRATEGY/seed-0/     a run's folder each
-    OUTPUT/compare.json, compare.png after every run
+    OUTPUT/runs/STRATEGY/seed-0/     run folders
+    OUTPUT/compare.json, compare.png updated after every run
 
-A run that has its last checkpoint is not repeated; one that was cut short goes on. No collectives here.
+A run with its last checkpoint is not repeated; an interrupted one is resumed. No collectives.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.analysis.gradient_variance.report import folded
+from data_pipeline.files import write_json
+from maskvr_ds.analysis.gradient_variance.report import wrapped_label
 from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import CONFIG, METRICS
-from maskvr_ds.telemetry.metrics_file import EVENT as MEASURED
-from maskvr_ds.telemetry.metrics_file import read_events, read_lines
+from maskvr_ds.telemetry.metrics_file import AUTO_EVENT, read_events, read_lines
 from maskvr_ds.training.corpora import open_corpora
 
 RESULT, PLOT = "compare.json", "compare.png"
@@ -40,7 +40,7 @@ _SPREAD = ("final", "difference", "fewer_steps", "less_time")
 
 @dataclass(frozen=True)
 class Job:
-    """A run. assignments: all that is given to `maskvr train --config … --set`."""
+    """A run. assignments: all values of `maskvr train --config … --set`."""
 
     spec: StrategySpec
     seed: int
@@ -52,19 +52,23 @@ class Job:
         return self.config.output_dir
 
     def is_done(self) -> bool:
+        """Whether the run has its last checkpoint."""
         saved = complete_checkpoints(self.folder)
         return bool(saved) and saved[-1].name == f"step-{self.config.training.steps:08d}"
 
 
 def plan(arguments: argparse.Namespace) -> list[Job]:
-    """All runs, seed by seed. Raises ValueError for whatever would stop one of them, or another run in its place."""
+    """All runs, seed by seed.
+
+    Raises ConfigError if a run's config or corpus is invalid, or if its folder has a run with different settings.
+    """
     specs = parse_strategies(arguments.strategies)
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ConfigError(f"--seeds {' '.join(map(str, arguments.seeds))}: one is named twice")
+        raise ConfigError(f"--seeds {' '.join(map(str, arguments.seeds))}: a seed is listed twice")
     if oracles := [spec.text for spec in specs if spec.strategy in ORACLES]:
-        raise ConfigError(f"{', '.join(oracles)}: cannot be trained with; `maskvr variance` measures it")
+        raise ConfigError(f"{', '.join(oracles)}: oracles cannot be used in training; use `maskvr variance`")
     if len({spec.folder for spec in specs}) < len(specs):
-        raise ConfigError(f"--strategies {' '.join(arguments.strategies)}: two have the same name but for punctuation")
+        raise ConfigError(f"--strategies {' '.join(arguments.strategies)}: two names differ only in punctuation")
     jobs = []
     for seed in arguments.seeds:
         for spec in specs:
@@ -72,7 +76,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
             own = (*arguments.assignments, *spec.assignments, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
             config = load_config(arguments.config, own)
             if config.evaluation.every_steps == 0:
-                raise ConfigError("evaluation.every_steps is 0; a comparison needs held-out losses")
+                raise ConfigError("evaluation.every_steps is 0, but a comparison needs held-out losses; set it above 0")
             if seed == arguments.seeds[0]:
                 open_corpora(config)
             check_same(folder / CONFIG, config)
@@ -81,14 +85,16 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
 
 
 def check_same(path: Path, config: RunConfig) -> None:
-    """Raise ConfigError where the run there has other settings, naming the first few."""
+    """Raise ConfigError if the config at `path` exists and has different settings, naming the first three."""
     if not path.is_file():
         return
-    found, asked = (_flat(c.model_dump(mode="json")) for c in (load_config(path), config))
-    differing = [key for key in sorted({*found, *asked} - {"output_dir"}) if found.get(key) != asked.get(key)]
+    existing, requested = (_flat(c.model_dump(mode="json")) for c in (load_config(path), config))
+    differing = [
+        key for key in sorted({*existing, *requested} - {"output_dir"}) if existing.get(key) != requested.get(key)
+    ]
     if differing:
-        shown = ", ".join(f"{key} {found.get(key)!r} -> {asked.get(key)!r}" for key in differing[:3])
-        raise ConfigError(f"{path.parent}: a run of other settings ({shown}); name another --output")
+        shown = ", ".join(f"{key} {existing.get(key)!r} -> {requested.get(key)!r}" for key in differing[:3])
+        raise ConfigError(f"{path.parent}: has a run with different settings ({shown}); use another --output")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def train(job: Job, arguments: argparse.Namespace) -> bool:
-    """Whether the run is done now."""
+    """Start or resume a run; → whether it completed."""
     words = [sys.executable, "-m", "maskvr_ds.cli", "train", "--config", arguments.config, "--resume", "auto"]
     for assignment in job.assignments:
         words += ["--set", assignment]
@@ -112,13 +118,13 @@ def train(job: Job, arguments: argparse.Namespace) -> bool:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, seconds of training until then, held-out loss) of every evaluation."""
+    """(step, training seconds up to it, held-out loss) of every evaluation."""
     seconds, points = 0.0, []
     measuring = {
-        event["step"]: event["seconds"] for event in read_events(folder / METRICS) if event["event"] == MEASURED
+        event["step"]: event["seconds"] for event in read_events(folder / METRICS) if event["event"] == AUTO_EVENT
     }
     for line in read_lines(folder / METRICS):
-        # What is measured after a step counts from the next one on.
+        # The time of a measurement after a step counts from the next step on.
         seconds += line["step_seconds"] + measuring.get(line["step"] - 1, 0.0)
         if line.get("held_out_loss") is not None:
             points.append((line["step"], seconds, line["held_out_loss"]))
@@ -126,9 +132,9 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
 
 
 def reached(points: Sequence[tuple[int, float, float]], target: float) -> tuple[float, float] | None:
-    """Step and seconds at which the loss first falls to `target`, between two evaluations in proportion to the fall.
+    """Step and seconds at which the loss first falls to `target`, interpolated linearly between two evaluations.
 
-    At the first evaluation: that one. None where it never does.
+    Not interpolated if the first evaluation is at the target already; None if the loss never reaches it.
     """
     before: tuple[int, float, float] | None = None
     for point in points:
@@ -142,12 +148,13 @@ def reached(points: Sequence[tuple[int, float, float]], target: float) -> tuple[
 
 
 def compare(jobs: Sequence[Job], target: float | None) -> dict[str, Any]:
-    """Results of the runs that are done. The first strategy is the baseline.
+    """Results of the completed runs. The first strategy is the baseline.
 
-    strategies: name → runs (a mapping a seed) and, over seeds for which the baseline is done too, mean, least and
-    greatest of `final` held-out loss, `difference` from the baseline's, `fewer_steps` and `less_time`: the baseline's
-    steps (seconds) divided by the strategy's, to the target, or to the lowest loss that both had where one never fell
-    so far: who misses the target has a figure too, below 1. `reached` of `seeds`: who did not miss it.
+    strategies: name → runs (one mapping per seed) and, over the seeds for which the baseline is completed too, mean,
+    minimum and maximum of the `final` held-out loss, its `difference` from the baseline's, `fewer_steps` and
+    `less_time`: the baseline's steps (seconds) divided by the strategy's, to the target, or to the lowest loss that
+    both reached if one of them missed the target (so that such runs have a value too, below 1). `reached`: the number
+    of the `seeds` that reached the target.
     """
     baseline = jobs[0].spec.text
     curves = {(job.spec.text, job.seed): curve(job.folder) for job in jobs if job.is_done()}
@@ -163,7 +170,7 @@ def compare(jobs: Sequence[Job], target: float | None) -> dict[str, Any]:
             common = max(aim, *(min(loss for _, _, loss in one) for one in (points, reference)))
             mine, theirs = reached(points, common), reached(reference, common)
             assert mine is not None
-            assert theirs is not None, "both had a loss as low as that"
+            assert theirs is not None, "both reached the common loss"
             ratios = [a / b for a, b in zip(theirs, mine, strict=True)]
             runs.append(
                 {
@@ -190,12 +197,12 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line a strategy: mean and, in brackets, least and greatest over seeds."""
+    """One line per strategy: mean and, in brackets, minimum and maximum over seeds."""
     lines = [("strategy", "held-out loss", "− baseline", "reached", "fewer steps ×", "less time ×")]
-    for name, found in result["strategies"].items():
-        cells = [_cell(found[key], digits) for key, digits in (("final", 3), ("difference", 3))]
-        speed = [_cell(found[key], 2) for key in ("fewer_steps", "less_time")]
-        lines.append((name, *cells, f"{found['reached']}/{found['seeds']}", *speed))
+    for name, strategy in result["strategies"].items():
+        cells = [_cell(strategy[key], digits) for key, digits in (("final", 3), ("difference", 3))]
+        speed = [_cell(strategy[key], 2) for key in ("fewer_steps", "less_time")]
+        lines.append((name, *cells, f"{strategy['reached']}/{strategy['seeds']}", *speed))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -212,7 +219,7 @@ def _losses(run: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def plot(result: dict[str, Any], output: Path) -> None:
-    """Held-out loss over steps, mean and range over seeds; its difference from the baseline's; speed-ups → PNG."""
+    """Plot held-out loss (mean and range over seeds), its difference from the baseline, and speed-ups as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,13 +227,13 @@ def plot(result: dict[str, Any], output: Path) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), dpi=120)
     baseline = {run["seed"]: dict(_losses(run)) for run in result["strategies"][result["baseline"]]["runs"]}
-    names = [name for name, found in result["strategies"].items() if found["runs"]]
+    names = [name for name, strategy in result["strategies"].items() if strategy["runs"]]
     for place, name in enumerate(names):
         runs = result["strategies"][name]["runs"]
         steps = [point[0] for point in runs[0]["curve"]]
         losses = list(zip(*([point[2] for point in run["curve"]] for run in runs), strict=False))
         (line,) = left.plot(
-            steps[: len(losses)], [statistics.fmean(x) for x in losses], linewidth=1.2, label=folded(name)
+            steps[: len(losses)], [statistics.fmean(x) for x in losses], linewidth=1.2, label=wrapped_label(name)
         )
         left.fill_between(
             steps[: len(losses)], list(map(min, losses)), list(map(max, losses)), alpha=0.15, color=line.get_color()
@@ -236,16 +243,19 @@ def plot(result: dict[str, Any], output: Path) -> None:
             middle.plot(*zip(*apart, strict=True), linewidth=0.8, color=line.get_color())
         for key, marker, up in (("fewer_steps", "o", -0.1), ("less_time", "x", 0.1)):
             values = [run[key] if run[key] is not None else math.nan for run in runs]
-            label = key.replace("_", " ") if place == 0 else None
+            label = {"fewer_steps": "steps", "less_time": "time"}[key] if place == 0 else None
             right.plot(values, [place + up] * len(values), marker, color=line.get_color(), markersize=5, label=label)
-    left.set_xlabel("step")
-    left.set_ylabel("held-out loss [nats]")
+    left.set_title("held-out loss: mean and range over seeds", fontsize=9)
+    left.set_xlabel("optimizer step")
+    left.set_ylabel("held-out loss (nats)")
     right.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    right.set_yticks(range(len(names)), [folded(name) for name in names], fontsize=6)
+    right.set_yticks(range(len(names)), [wrapped_label(name) for name in names], fontsize=6)
     right.set_ylim(len(names) - 0.5, -0.5)
-    right.set_xlabel(f"× fewer than {result['baseline']} to its last loss; a mark a seed", fontsize=8)
-    middle.set_ylabel(f"held-out loss − that of {result['baseline']}")
-    middle.set_xlabel("step; a line a seed")
+    right.set_title("speed-up to the target loss, by seed", fontsize=9)
+    right.set_xlabel(f"steps or time of {result['baseline']} / of the strategy")
+    middle.set_title(f"difference from {result['baseline']}, by seed", fontsize=9)
+    middle.set_ylabel("difference in held-out loss (nats)")
+    middle.set_xlabel("optimizer step")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if names and axes is not middle:
@@ -265,29 +275,27 @@ def _write(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[str, Any]
     }
     output = Path(arguments.output)
     plot(result, output / PLOT)
-    partial = output / f".{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(output / RESULT)
+    write_json(output / RESULT, result)
     return result
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command. Returns 1 where a run failed: the others are trained and compared all the same."""
+    """Train and compare all runs. Returns 1 if a run failed; the others are trained and compared nevertheless."""
     jobs = plan(arguments)
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     failed = []
     for number, job in enumerate(jobs, 1):
         what = f"[{number}/{len(jobs)}] {job.spec.text}, seed {job.seed}"
         if job.is_done():
-            print(f"{what}: done before", flush=True)
+            print(f"{what}: already completed", flush=True)
             continue
         print(f"{what}: {job.folder}", flush=True)
         if train(job, arguments):
             _write(jobs, arguments)
         else:
             failed.append(job)
-            print(f"error: {what}: did not finish; see {job.folder.with_suffix('.log')}", file=sys.stderr, flush=True)
+            print(f"error: {what}: failed; see {job.folder.with_suffix('.log')}", file=sys.stderr, flush=True)
     print(table(_write(jobs, arguments)))
     if failed:
-        print(f"error: {len(failed)} of {len(jobs)} runs did not finish; the same command tries again", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(jobs)} runs failed; repeat the command to retry them", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a synthetic corpus, and counting by CPU time."""
+"""Shared parts of the benchmarks: a synthetic corpus and rates per CPU-second."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ _ROUNDS = 5
 
 
 def make_corpus(folder: Path, *, rows: int, sequence_length: int) -> Path:
-    """Rows that count up through the vocabulary from a random start, so that there is something to learn."""
+    """Write a corpus whose rows are consecutive ids from a random start, so that a model can learn them."""
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text("{}")
@@ -52,6 +52,7 @@ def make_corpus(folder: Path, *, rows: int, sequence_length: int) -> Path:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """Run PyTorch with a single CPU thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,7 +62,10 @@ def one_thread() -> Iterator[None]:
 
 
 def rows_per_cpu_second(round_: Callable[[], int]) -> dict[str, float]:
-    """`round_` handles and returns a number of rows; CPU time is the process', all threads."""
+    """Minimum, median and maximum rate over _ROUNDS calls of `round_`, which returns its number of rows.
+
+    CPU time is that of all threads of the process; a first call is warm-up.
+    """
     round_()
     rates = []
     for _ in range(_ROUNDS):

@@ -1,10 +1,10 @@
-"""`maskvr benchmark lamb`: what an optimizer step costs, on the flat fp32 partitions that a real ZeRO engine holds.
+"""`maskvr benchmark lamb`: cost of an optimizer step on the flat fp32 partitions of a ZeRO engine.
 
-Every optimizer steps on the same partitions with the same gradients, each with state of its own, in turn. Several
-ranks, each with its share of the model: `deepspeed --no_local_rank --module maskvr_ds.cli benchmark lamb`.
+The optimizers take turns on the same partitions and gradients, each with its own state. With several ranks, each has
+its share of the model: `deepspeed --no_local_rank --module maskvr_ds.cli benchmark lamb`.
 
-Collective: one barrier before each timed step, so that ranks which wait for each other in LAMB's all-reduce start as
-one.
+Collective: one barrier before each timed step, so that ranks, which wait for each other in LAMB's all-reduce, start
+simultaneously.
 """
 
 import json
@@ -25,21 +25,23 @@ from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.models.bert import bert_config
 from maskvr_ds.runtime import distributed
 
-# What LAMB is measured against, and whether it needs a GPU.
+# Optimizer to compare LAMB with → whether it needs a GPU.
 PEERS = {"adamw_foreach": False, "fused_adam": True, "fused_lamb": True}
 _VOCABULARY = 30_522
-_LR = 1e-6  # weights hardly move over the rounds
+_LR = 1e-6  # so low that weights hardly change
 
 
 def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds: int, threads: int | None) -> Any:
-    """Milliseconds a step of Lamb and its peers, their ratios round by round, and the memory that a step takes on top.
+    """Milliseconds per step of Lamb and its peers, their ratios round by round, and the extra memory of a step.
 
-    On a CPU ratios of CPU time, of all threads, stand beside those of elapsed time: others' load disturbs them less.
-    against: names in PEERS; None: all that this machine can run. threads: on a CPU; None: the machine's cores divided
-    among the ranks. "extra_partitions" is the greatest memory allocated within a step and not held before it, divided
-    by the partitions' size.
+    On CPUs also ratios of the CPU time of all threads, which is less sensitive to other load than elapsed time.
+    "extra_partitions" is the peak memory allocated during a step in addition to that held before, divided by the size
+    of the partitions.
 
-    Raises ValueError where a peer needs a GPU and there is none.
+    against: names in PEERS; None for all that can run on this machine. threads: CPU threads per rank; None for the
+    machine's cores divided by the number of ranks.
+
+    Raises ValueError if a peer needs a GPU and there is none, and for ZeRO stage 3.
     """
     distributed.initialize()
     device = distributed.device()
@@ -47,7 +49,7 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
     if against is None:
         against = [name for name, needs_gpu in PEERS.items() if on_gpu or not needs_gpu]
     if refused := [name for name in against if PEERS[name] and not on_gpu]:
-        raise ValueError(f"--against {', '.join(refused)}: a CUDA kernel of DeepSpeed's, and there is no GPU here")
+        raise ValueError(f"--against {', '.join(refused)}: needs a GPU (a CUDA kernel of DeepSpeed), and there is none")
     if threads is not None:
         torch.set_num_threads(threads)
     model = ModelConfig.model_validate({"preset": preset})
@@ -63,7 +65,9 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
     groups = engine.basic_optimizer.param_groups
     partitions = [p for group in groups for p in group["params"]]
     if not partitions:
-        raise ValueError(f"--deepspeed {deepspeed}: ZeRO 3 hands its partitions out one by one; name a stage 0, 1 or 2")
+        raise ValueError(
+            f"--deepspeed {deepspeed}: ZeRO 3 partitions tensors one by one and is not supported; use stage 0, 1 or 2"
+        )
     torch.manual_seed(0)
     for p in partitions:
         p.grad = torch.randn_like(p).mul_(1e-3)
@@ -73,7 +77,7 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
 
     steps = {name: partial(_step_as_zero_does, optimizer) for name, optimizer in optimizers.items()}
     for step in steps.values():
-        step()  # makes the optimizer's state
+        step()  # allocates the optimizer's state
     figures: dict[str, Any] = {
         "what": f"optimizer step, {preset}, {deepspeed}, rank 0 of {distributed.world_size()}",
         "partitions": ", ".join(f"{p.numel():,} elements" for p in partitions),
@@ -106,8 +110,8 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
 
 
 def _step_as_zero_does(optimizer: torch.optim.Optimizer) -> None:
-    """One parameter group after the other, the others hidden, as ZeRO 1 and 2 have it. LAMB then copies what it changes
-    after its turn into the model once more."""
+    """One parameter group at a time with the others hidden, as ZeRO 1 and 2 do. LAMB then copies again into the model
+    what it changes after a group's turn."""
     groups = optimizer.param_groups
     for group in groups:
         optimizer.param_groups = [group]
@@ -122,7 +126,7 @@ def _quotients(ours: list[float], theirs: list[float]) -> list[float]:
 def _peer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if name == "adamw_foreach":
         return torch.optim.AdamW(groups, lr=_LR, foreach=True)
-    # Compiled at first use: needs nvcc.
+    # Compiled on first use; needs nvcc.
     from deepspeed.ops.adam import FusedAdam
     from deepspeed.ops.lamb import FusedLamb
 
@@ -130,7 +134,7 @@ def _peer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def _peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """The most memory on `device` that `step` holds at one time beyond what was held before."""
+    """Peak memory in bytes on `device` during `step`, in addition to that held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -138,7 +142,7 @@ def _peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # torch keeps no such statistics of the CPU; its profiler sees every allocation, temporaries inside kernels too.
+    # PyTorch has no memory statistics of the CPU; its profiler sees every allocation, also temporaries inside kernels.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,11 @@
-"""`maskvr benchmark masking` and `masks`: what drawing costs by itself, and what a strategy adds to a training step."""
+"""`maskvr benchmark masking` (rows masked per CPU-second) and `masks` (time that a strategy adds to a step)."""
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from maskvr_ds.models.bert import bert_config
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.step import run_step
 
-# Name → strategy, sampler, estimator. uniform is what the others are compared with.
+# Name → strategy, sampler, estimator. The baseline is uniform.
 _CASES = {
     "uniform": ("uniform", "pareto", "horvitz_thompson"),
     "fully_explored": ("fully_explored", "pareto", "horvitz_thompson"),
@@ -45,7 +46,7 @@ _CASES = {
 
 
 def _parameters(**options: Any) -> Parameters:
-    """Words of one and a half tokens, scores by Zipf's law."""
+    """Synthetic parameters: words of one and a half tokens on average, scores of a Zipf distribution."""
     order = torch.arange(VOCABULARY)
     return Parameters(
         token_scores=(order + 1.0).double().sqrt(),
@@ -57,7 +58,8 @@ def _parameters(**options: Any) -> Parameters:
 
 
 def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
-    """Masks at 15%, corruption 80/10/10, other rows each time. mapnet: with its own learning, a step a batch."""
+    """Rows masked per CPU-second of one thread: rate 15%, corruption 80/10/10, new rows in each batch. mapnet:
+    including its own training, one step per batch."""
     proposer = None
     if strategy == "mapnet":
         proposer = Proposer(
@@ -86,7 +88,7 @@ def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_
             batch = TokenBatch(input_ids, samples, epochs)
             masked = masker(batch)
             if proposer is not None:
-                # In place of BERT: gradients of the right number, whose computing costs nothing.
+                # Instead of BERT: gradients of the right shape that cost almost nothing.
                 hidden = torch.rand(*masked.positions.shape, 1, requires_grad=True)
                 losses = hidden.square().sum(-1)
                 proposer.norms.watch(hidden, losses)
@@ -102,7 +104,7 @@ def masking_speed(*, strategy: str = "uniform", batch_size: int = 256, sequence_
 
 
 class _Stopwatch:
-    """CPU time that this process spends in calls of some functions."""
+    """CPU seconds that this process spends in the calls of selected methods."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -118,7 +120,7 @@ class _Stopwatch:
 
     @contextmanager
     def on(self, owner: type, *names: str) -> Iterator[None]:
-        """Time these methods of a class."""
+        """Time these methods of a class inside the `with` block."""
         originals = {name: getattr(owner, name) for name in names}
         for name, method in originals.items():
             setattr(owner, name, self.timed(method))
@@ -129,14 +131,25 @@ class _Stopwatch:
                 setattr(owner, name, method)
 
 
+@dataclass(frozen=True)
+class _StepTimes:
+    """Strategy → a value per round. elapsed, cpu_time: seconds of a step. shares: CPU time of all masking code divided
+    by that of the rest of the step."""
+
+    elapsed: dict[str, list[float]]
+    cpu_time: dict[str, list[float]]
+    shares: dict[str, list[float]]
+
+
 def strategy_cost(
     *, preset: str, deepspeed: str, micro_size: int, rounds: int, sequence_length: int, threads: int | None
 ) -> dict[str, Any]:
-    """Optimizer steps of one engine, one micro-batch a rank, with each strategy in turn; a first round does not count.
+    """Optimizer steps of one engine, one micro-batch per rank, with each strategy in turn; the first round is warm-up.
 
-    Figures: how much longer a step took than the one with uniform masks of its own round, elapsed and CPU time
-    (`adds`), which resolves what exceeds the noise of whole steps; and on CPUs, which resolves more, the CPU time
-    within a step of all that draws masks, corrupts and learns to propose, divided by that of the rest (`share`).
+    Returns, for each strategy, by how much a step takes longer than the step with uniform masks of the same round, in
+    elapsed and in CPU time (`adds`); this resolves only what exceeds the noise of steps. On CPUs also `share`, which
+    resolves more: the CPU time of selecting, corrupting and training the proposal, divided by that of the rest of the
+    step.
     """
     distributed.initialize()
     device, world_size = distributed.device(), distributed.world_size()
@@ -162,16 +175,6 @@ def strategy_cost(
         proposer = Proposer(
             MapNetConfig(), vocab_size=VOCABULARY, max_length=model.max_position_embeddings, seed=0, device=device
         )
-        maskers = {
-            name: Masker.for_corpus(
-                corpus.manifest,
-                seed=0,
-                strategy=strategy,
-                parameters=_parameters(sampler=sampler, estimator=estimator, proposal=proposer.propose),
-                device=device,
-            )
-            for name, (strategy, sampler, estimator) in _CASES.items()
-        }
         loader = Loader(
             corpus,
             seed=0,
@@ -180,49 +183,72 @@ def strategy_cost(
             world_size=world_size,
             device=device,
         )
-        batches = loader.batches()
-        elapsed: dict[str, list[float]] = {name: [] for name in maskers}
-        cpu_time: dict[str, list[float]] = {name: [] for name in maskers}
-        shares: dict[str, list[float]] = {name: [] for name in maskers}
-        names = list(maskers)
-        for round_ in range(rounds + 1):
-            # Another one first each time: what a step finds in the caches depends on the step before.
-            first = round_ % len(names)
-            for name in names[first:] + names[:first]:
-                batch, masker = next(batches), maskers[name]
-                engine.module.observer = None
-                if name == "mapnet":
-                    proposer.attach(engine.module)
-                distributed.barrier()
-                distributed.wait_for_device()
-                masks = _Stopwatch()
-                with masks.on(Masker, "__call__"), masks.on(Proposer, "observe", "step"):
-                    start, cpu_start = time.perf_counter(), time.process_time()
-                    run_step(engine, masker, batch, micro_size, proposer if name == "mapnet" else None)
-                    if name == "mapnet":
-                        proposer.step()
-                    distributed.wait_for_device()
-                    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-                if round_:
-                    elapsed[name].append(seconds)
-                    cpu_time[name].append(cpu_seconds)
-                    shares[name].append(masks.seconds / (cpu_seconds - masks.seconds))
-        batches.close()
+        times = _time_steps(engine, proposer, _maskers(corpus, proposer, device), loader, rounds)
     threads_used = f"cpu, {torch.get_num_threads()} threads"
     figures: dict[str, Any] = {
         "what": f"step of {preset}, L = {sequence_length}, {deepspeed}, {world_size} ranks × {micro_size} sequences",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads_used,
         "versions": f"torch {torch.__version__}",
         "rounds": rounds,
-        "uniform_seconds_median": statistics.median(elapsed["uniform"]),
+        "uniform_seconds_median": statistics.median(times.elapsed["uniform"]),
     }
-    for name in names[1:]:
-        for kind, times in (("", elapsed), ("_cpu_time", cpu_time)):
-            ratios = [own / uniform - 1 for own, uniform in zip(times[name], times["uniform"], strict=True)]
+    return figures | _added_cost(times, with_shares=device.type == "cpu")
+
+
+def _maskers(corpus: Corpus, proposer: Proposer, device: torch.device) -> dict[str, Masker]:
+    """A masker for each of _CASES."""
+    return {
+        name: Masker.for_corpus(
+            corpus.manifest,
+            seed=0,
+            strategy=strategy,
+            parameters=_parameters(sampler=sampler, estimator=estimator, proposal=proposer.propose),
+            device=device,
+        )
+        for name, (strategy, sampler, estimator) in _CASES.items()
+    }
+
+
+def _time_steps(engine: Any, proposer: Proposer, maskers: dict[str, Masker], loader: Loader, rounds: int) -> _StepTimes:
+    """Time a step with each masker, `rounds` times after a warm-up round. Collective: call on all ranks."""
+    names = list(maskers)
+    times = _StepTimes(*({name: list[float]() for name in names} for _ in range(3)))
+    batches = loader.batches()
+    for round_ in range(rounds + 1):
+        # Rotate the order: the state of the caches depends on the previous step.
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            batch, masker = next(batches), maskers[name]
+            engine.module.observer = None
+            if name == "mapnet":
+                proposer.attach(engine.module)
+            distributed.barrier()
+            distributed.wait_for_device()
+            masking = _Stopwatch()
+            with masking.on(Masker, "__call__"), masking.on(Proposer, "observe", "step"):
+                start, cpu_start = time.perf_counter(), time.process_time()
+                run_step(engine, masker, batch, loader.share, proposer if name == "mapnet" else None)
+                if name == "mapnet":
+                    proposer.step()
+                distributed.wait_for_device()
+                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+            if round_:
+                times.elapsed[name].append(seconds)
+                times.cpu_time[name].append(cpu_seconds)
+                times.shares[name].append(masking.seconds / (cpu_seconds - masking.seconds))
+    batches.close()
+    return times
+
+
+def _added_cost(times: _StepTimes, *, with_shares: bool) -> dict[str, float]:
+    """Minimum, median and maximum over rounds of each strategy's added time and, if asked for, share."""
+    figures: dict[str, float] = {}
+    for name in (name for name in times.elapsed if name != "uniform"):
+        for kind, seconds in (("", times.elapsed), ("_cpu_time", times.cpu_time)):
+            ratios = [own / uniform - 1 for own, uniform in zip(seconds[name], seconds["uniform"], strict=True)]
             for statistic in (min, statistics.median, max):
                 figures[f"{name}_adds{kind}_{statistic.__name__}"] = statistic(ratios)
-    if device.type == "cpu":
-        for name in names:
-            for statistic in (min, statistics.median, max):
-                figures[f"{name}_share_{statistic.__name__}"] = statistic(shares[name])
+    for name in times.shares if with_shares else ():
+        for statistic in (min, statistics.median, max):
+            figures[f"{name}_share_{statistic.__name__}"] = statistic(times.shares[name])
     return figures

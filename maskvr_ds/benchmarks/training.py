@@ -1,8 +1,7 @@
-"""`maskvr benchmark`: what loader, masking and training steps reach on this machine. Synthetic rows, real code.
+"""`maskvr benchmark`: dispatch, and the benchmarks `loader` and `train`, on synthetic rows.
 
-The loader is counted in rows per CPU-second of one thread; a training step in tokens per second, in model FLOPs, and in
-the share of what this machine's matrix products reach. Masks: benchmark_masks.py. The optimizer's step:
-benchmark_lamb.py.
+The loader is measured in rows per CPU-second of one thread; training in tokens per second, in model FLOPs, and relative
+to the speed of large matrix products on this machine. Masking: masks.py. Optimizer step: lamb.py.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from maskvr_ds.telemetry.metrics_file import read_lines
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command: measure, print, perhaps write JSON."""
+    """Run the benchmark `arguments.what`, print its results and write them as JSON if --output is given."""
     length = arguments.sequence_length
     if arguments.what == "loader":
         figures = loader_speed(sequence_length=length)
@@ -76,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:
-    """Shuffled rows out of a memory-mapped corpus into batches on the host."""
+    """Rows per CPU-second of one thread that reads shuffled rows of a memory-mapped corpus into batches on the host."""
     with tempfile.TemporaryDirectory() as folder, one_thread():
         corpus = Corpus(make_corpus(Path(folder) / "corpus", rows=rows, sequence_length=sequence_length))
         batches = Loader(corpus, seed=0, global_size=batch_size).batches()
@@ -91,7 +90,7 @@ def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length:
 
 
 def matrix_product_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """Best of 10 of a large square product: 2n³ operations."""
+    """Speed of a large square matrix product (2n³ operations), in teraFLOP/s, best of 10."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
@@ -112,10 +111,10 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _host_device_synchronisations(device: torch.device) -> Iterator[Callable[[], Counter[str]]]:
-    """Gives a function that counts, by file and line, where the host has waited for the GPU so far: implicitly (a value
-    read), or by synchronising.
+    """Yields a function that returns how often each "file:line" has made the host wait for the GPU so far, implicitly
+    (by reading a value) or by synchronising.
 
-    Copies from pageable memory wait too, and are not seen here.
+    Does not see copies from pageable memory, which wait too.
     """
     sites: Counter[str] = Counter()
     if device.type != "cuda":
@@ -137,8 +136,8 @@ def _host_device_synchronisations(device: torch.device) -> Iterator[Callable[[],
     with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
 
         def so_far() -> Counter[str]:
-            told = (f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
-            return sites + Counter(told)
+            implicit = (f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+            return sites + Counter(implicit)
 
         for patch in patches:
             stack.enter_context(patch)
@@ -152,7 +151,7 @@ def _host_device_synchronisations(device: torch.device) -> Iterator[Callable[[],
 
 @contextmanager
 def _before_each_step(count: Callable[[], Counter[str]]) -> Iterator[list[Counter[str]]]:
-    """Gives a list that has, after training, what `count` gave before each of its steps."""
+    """Yields a list to which the result of `count` is appended before each training step."""
     counts: list[Counter[str]] = []
     run_step = train.run_step
 
@@ -165,12 +164,12 @@ def _before_each_step(count: Callable[[], Counter[str]]) -> Iterator[list[Counte
 
 
 def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, sequence_length: int) -> dict[str, Any]:
-    """The training command itself on synthetic rows, one micro-batch a rank and step; 10 warm-up steps not counted.
+    """Run the training command on synthetic rows, one micro-batch per rank and step; 10 warm-up steps are not timed.
 
     Raises ValueError for fewer than 3 steps.
     """
     if steps < 3:
-        raise ValueError(f"--steps {steps}: at least 3 needed, to tell what happens in each")
+        raise ValueError(f"--steps {steps}: must be at least 3, to count synchronisations per step")
     distributed.initialize()
     device, world_size = distributed.device(), distributed.world_size()
     with tempfile.TemporaryDirectory() as scratch:
@@ -214,7 +213,7 @@ def training_speed(*, preset: str, deepspeed: str, micro_size: int, steps: int, 
     }
     if device.type == "cuda":
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        # From the second step on: the first makes buffers.
+        # From the second step on: the first allocates buffers.
         between = {site: (n - counts[1][site]) / (steps - 2) for site, n in counts[-1].items()}
         each_step = {site: n for site, n in between.items() if n >= 1}
         figures["synchronisations_in_each_step"] = (

@@ -1,4 +1,4 @@
-"""The command `maskvr`."""
+"""Command-line interface `maskvr`. Loads no torch at import."""
 
 from maskvr_ds.cli.main import main
 

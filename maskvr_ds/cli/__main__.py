@@ -1,4 +1,4 @@
-"""`python -m maskvr_ds.cli`."""
+"""Entry point of `python -m maskvr_ds.cli`."""
 
 import sys
 

@@ -1,15 +1,20 @@
-"""`maskvr variance`, `maskvr compare`, `maskvr plot`."""
+"""`maskvr plot`, `maskvr variance` and `maskvr compare`."""
 
 import argparse
 from pathlib import Path
 
-from maskvr_ds.cli.options import positive_integer, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, positive_integer, visible_gpus
+
+_PLOT_EXAMPLES = """\
+maskvr plot runs/base
+maskvr plot runs/base --output base.png"""
 
 
-def add_plot(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("plot", help="draw the loss curves of a run")
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", metavar="FILE", help="default: RUN/loss.png")
+def add_plot(commands: Commands) -> None:
+    """Add `maskvr plot`."""
+    parser = add_command(commands, "plot", "plot the loss curves of a run", examples=_PLOT_EXAMPLES)
+    parser.add_argument("run_folder", metavar="RUN", help="run folder")
+    parser.add_argument("--output", metavar="FILE", help="PNG file (default: RUN/loss.png)")
     parser.set_defaults(run=_plot)
 
 
@@ -19,33 +24,40 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     run = Path(arguments.run_folder)
     if not (run / METRICS).is_file():
-        raise ValueError(f"{run}: no {METRICS} there; a run's folder expected")
+        raise ValueError(f"{run}: contains no {METRICS}; expected a run folder")
     output = Path(arguments.output or run / LOSS_PLOT)
     plot_loss(run / METRICS, output)
     print(output)
     return 0
 
 
-_VARIANCE_EXAMPLES = """examples:
-  maskvr variance --checkpoint runs/first --corpus corpus --output variance \\
-      --strategies frequency fully_explored:placement=same_batch,segments_per_sequence=3 whole_word
-  maskvr variance --checkpoint runs/mapnet/checkpoints/step-00004000 --corpus corpus --output variance --num-gpus 8 \\
-      --strategies mapnet mapnet:floor=0.1 oracle_gradient:floor=0.1 oracle_head oracle_mask --hamming-rounds 8
-"""
+_VARIANCE_DESCRIPTION = """\
+Measure the variance of a checkpoint's gradient for each masking strategy, split into the part due
+to the data and the part due to the masks."""
+_VARIANCE_EXAMPLES = """\
+maskvr variance --checkpoint runs/base --corpus corpus --output variance \\
+    --strategies frequency fully_explored:placement=same_batch,segments_per_sequence=3 whole_word
+maskvr variance --checkpoint runs/mapnet/checkpoints/step-00004000 --corpus corpus --output variance --num-gpus 8 \\
+    --strategies mapnet mapnet:floor=0.1 oracle_gradient:floor=0.1 oracle_head oracle_mask --hamming-rounds 8"""
 
 
-def add_variance(commands: argparse._SubParsersAction) -> None:
+def add_variance(commands: Commands) -> None:
+    """Add `maskvr variance`."""
     from maskvr_ds.analysis.gradient_variance.options import add_variance_options
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "variance",
-        help="measure the gradient's variance from data and from masks, strategy by strategy",
-        epilog=_VARIANCE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "measure data and mask variance of the gradient by masking strategy",
+        examples=_VARIANCE_EXAMPLES,
+        description=_VARIANCE_DESCRIPTION,
     )
     add_variance_options(parser)
     parser.add_argument(
-        "--num-gpus", type=positive_integer, metavar="N", help="ranks on this machine; default: its GPUs, or 1"
+        "--num-gpus",
+        type=positive_integer,
+        metavar="N",
+        help="ranks on this machine (default: its number of GPUs, or 1 without GPU)",
     )
     parser.set_defaults(run=_variance)
 
@@ -68,38 +80,53 @@ def _variance(arguments: argparse.Namespace) -> int:
     return launch.run_here("maskvr_ds.analysis.gradient_variance.measure", options, ranks)
 
 
-_COMPARE_EXAMPLES = """examples:
-  maskvr compare --config run.yaml --set data.path=corpus --seeds 0 1 2 --output comparison \\
-      --strategies uniform mapnet:gate=auto fully_explored fully_explored:placement=same_batch
-  maskvr compare --config run.yaml --strategies uniform uniform:optimizer.lr=0.02 --target 2.5 --output rates
-"""
+_COMPARE_DESCRIPTION = """\
+Train every strategy with every seed and compare held-out losses, and the optimizer steps and
+seconds needed to reach the final held-out loss of the first strategy, the baseline."""
+_COMPARE_EXAMPLES = """\
+maskvr compare --config run.yaml --set data.path=corpus --seeds 0 1 2 --output comparison \\
+    --strategies uniform mapnet:gate=auto fully_explored fully_explored:placement=same_batch
+maskvr compare --config run.yaml --strategies uniform uniform:optimizer.lr=0.02 --target 2.5 --output rates"""
 
 
-def add_compare(commands: argparse._SubParsersAction) -> None:
+def add_compare(commands: Commands) -> None:
+    """Add `maskvr compare`."""
+    parser = add_command(
+        commands,
+        "compare",
+        "train several strategies and seeds, and compare steps and seconds to a target loss",
+        examples=_COMPARE_EXAMPLES,
+        description=_COMPARE_DESCRIPTION,
+    )
+    _compare_options(parser)
+    parser.set_defaults(run=_compare)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
     from maskvr_ds.config import add_config_options
 
-    parser = commands.add_parser(
-        "compare",
-        help="train strategies × seeds; steps and seconds to the first one's held-out loss",
-        epilog=_COMPARE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add_config_options(parser, of=" in all runs")
     parser.add_argument(
         "--strategies",
         nargs="+",
         required=True,
         metavar="STRATEGY",
-        help="name, or name:setting=value,setting=value (of masking, of mapnet for it, or section.field); the first "
-        "is the baseline",
+        help="name, or name:setting=value,setting=value with settings of the section masking, of the strategy's own "
+        "section, or section.field; the first one is the baseline",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    parser.add_argument("--output", required=True, metavar="DIR", help="runs there that are done are not repeated")
-    parser.add_argument("--target", type=float, metavar="LOSS", help="default: the baseline's last one, seed by seed")
     parser.add_argument(
-        "--num-gpus", type=positive_integer, metavar="N", help="ranks of each run; default: as `maskvr train`"
+        "--output", required=True, metavar="DIR", help="output folder; runs completed there are not repeated"
     )
-    parser.set_defaults(run=_compare)
+    parser.add_argument(
+        "--target",
+        type=float,
+        metavar="LOSS",
+        help="held-out loss to reach (default: for each seed, the baseline's last held-out loss)",
+    )
+    parser.add_argument(
+        "--num-gpus", type=positive_integer, metavar="N", help="ranks of each run (default: as for `maskvr train`)"
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:

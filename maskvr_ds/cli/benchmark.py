@@ -1,15 +1,41 @@
-"""`maskvr benchmark`, `maskvr demo`."""
+"""`maskvr benchmark` and `maskvr demo`."""
 
 import argparse
 from pathlib import Path
 
+from maskvr_ds.cli.options import Commands, add_command
 
-def add_benchmark(commands: argparse._SubParsersAction) -> None:
+_BENCHMARK_DESCRIPTION = """\
+Measure the speed of a component on this machine, with synthetic rows.
+
+  loader   rows per CPU-second that one thread reads from a corpus
+  masking  rows per CPU-second that one thread masks with --strategy
+  masks    time that each masking strategy adds to a training step
+  lamb     time of an optimizer step of LAMB and of other optimizers
+  train    tokens per second and model FLOPs of training steps"""
+_BENCHMARK_EXAMPLES = """\
+maskvr benchmark masking --strategy span
+maskvr benchmark train --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json"""
+
+
+def add_benchmark(commands: Commands) -> None:
+    """Add `maskvr benchmark`."""
+    parser = add_command(
+        commands,
+        "benchmark",
+        "measure the speed of loader, masking, optimizer or training on this machine",
+        examples=_BENCHMARK_EXAMPLES,
+        description=_BENCHMARK_DESCRIPTION,
+    )
+    _benchmark_options(parser)
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark_options(parser: argparse.ArgumentParser) -> None:
     from maskvr_ds.config.model import PRESETS
 
-    parser = commands.add_parser("benchmark", help="measure loader, masks, optimizer or training steps on this machine")
-    parser.add_argument("what", choices=["loader", "masking", "masks", "lamb", "train"])
-    parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("what", choices=["loader", "masking", "masks", "lamb", "train"], help="see above")
+    parser.add_argument("--output", metavar="FILE", help="also write the results as JSON")
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -17,23 +43,24 @@ def add_benchmark(commands: argparse._SubParsersAction) -> None:
         help="train, lamb, masks: model size (default: bert-base)",
     )
     parser.add_argument(
-        "--deepspeed", default="zero1_bf16", help="train, lamb, masks: a DeepSpeed config (default: zero1_bf16)"
+        "--deepspeed", default="zero1_bf16", help="train, lamb, masks: DeepSpeed config (default: zero1_bf16)"
     )
     parser.add_argument(
-        "--micro-size", type=int, default=128, help="train, masks: sequences a forward pass (default: 128)"
+        "--micro-size", type=int, default=128, help="train, masks: sequences per forward pass (default: 128)"
     )
     parser.add_argument("--steps", type=int, default=100, help="train: optimizer steps (default: 100)")
-    parser.add_argument("--sequence-length", type=int, default=128, help="L (default: 128)")
-    parser.add_argument("--strategy", default="uniform", help="masking: a masking.strategy (default: uniform)")
-    parser.add_argument("--rounds", type=int, default=15, help="lamb, masks: timed steps of each (default: 15)")
-    parser.add_argument("--threads", type=int, help="lamb, masks: CPU threads a rank (default: all there are)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="tokens per sequence (default: 128)")
+    parser.add_argument("--strategy", default="uniform", help="masking: masking.strategy (default: uniform)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="lamb, masks: timed steps of each optimizer or strategy (default: 15)"
+    )
+    parser.add_argument("--threads", type=int, help="lamb, masks: CPU threads per rank (default: PyTorch's, all cores)")
     parser.add_argument(
         "--against",
         nargs="+",
         choices=["adamw_foreach", "fused_adam", "fused_lamb"],
-        help="lamb: what to compare with; the fused ones need a GPU (default: all that can run here)",
+        help="lamb: optimizers to compare with; the fused ones need a GPU (default: all that can run here)",
     )
-    parser.set_defaults(run=_benchmark)
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
@@ -42,9 +69,26 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     return training.run(arguments)
 
 
-def add_demo(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("demo", help="text to exported model in five minutes on two cores")
-    parser.add_argument("--output", default="demo_run", metavar="DIR", help="made anew at each start")
+_DEMO_DESCRIPTION = """\
+Build a corpus, train with two ranks, kill and resume the run, and export the model: about five
+minutes on two CPU cores."""
+_DEMO_EXAMPLES = """\
+maskvr demo
+maskvr demo --output /tmp/demo"""
+
+
+def add_demo(commands: Commands) -> None:
+    """Add `maskvr demo`."""
+    parser = add_command(
+        commands,
+        "demo",
+        "from text to an exported model in five minutes on two CPU cores",
+        examples=_DEMO_EXAMPLES,
+        description=_DEMO_DESCRIPTION,
+    )
+    parser.add_argument(
+        "--output", default="demo_run", metavar="DIR", help="output folder, recreated by each demo (default: demo_run)"
+    )
     parser.set_defaults(run=_demo)
 
 

@@ -1,48 +1,53 @@
-"""`maskvr checkpoint list | verify | inspect RUN`. Loads no torch."""
+"""`maskvr checkpoint list | verify | inspect`, which loads no torch, and `maskvr export`."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.run_folder import checkpoints, layout
 
-EXAMPLES = """examples:
-  maskvr checkpoint list runs/mine
-  maskvr checkpoint verify runs/mine        all of them; status 1 where one is damaged
-  maskvr checkpoint verify runs/mine/checkpoints/step-00001000
-  maskvr checkpoint inspect runs/mine       the newest one
-"""
+_DESCRIPTION = """\
+List, verify or inspect the checkpoints of a run.
+
+  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint
+  verify   compare all files with their SHA-256; exit status 1 if a checkpoint is damaged
+  inspect  manifest and files of the newest checkpoint"""
+_EXAMPLES = """\
+maskvr checkpoint list runs/base
+maskvr checkpoint verify runs/base/checkpoints/step-00001000"""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def add_checkpoint(commands: Commands) -> None:
+    """Add `maskvr checkpoint`."""
+    parser = add_command(
+        commands,
         "checkpoint",
-        help="list, verify or inspect the checkpoints of a run",
-        description="List, verify or inspect the checkpoints of a run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list, verify or inspect the checkpoints of a run",
+        examples=_EXAMPLES,
+        description=_DESCRIPTION,
     )
-    parser.add_argument("what", choices=["list", "verify", "inspect"])
-    parser.add_argument("folder", metavar="RUN", help="a run's folder, or that of one checkpoint")
-    parser.set_defaults(run=run)
+    parser.add_argument("what", choices=["list", "verify", "inspect"], help="see above")
+    parser.add_argument("folder", metavar="RUN", help="run folder, or the folder of a single checkpoint")
+    parser.set_defaults(run=_checkpoint)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _checkpoint(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a run's, or a checkpoint's, expected")
+        raise ValueError(f"{folder}: no such folder; expected a run folder or a checkpoint folder")
     commands = {"list": _list, "verify": _verify, "inspect": _inspect}
     return commands[arguments.what](folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """A checkpoint itself, or all of a run, also incomplete ones, oldest first."""
+    """`folder` if it is a checkpoint, else all checkpoints of the run, incomplete ones included, oldest first."""
     if folder.name.startswith("step-"):
         return [folder]
-    if not (found := checkpoints.checkpoints(folder)):
-        raise checkpoints.CheckpointError(f"{folder}: no checkpoint there (nor in its {layout.CHECKPOINTS}/)")
-    return found
+    if not (paths := checkpoints.checkpoints(folder)):
+        raise checkpoints.CheckpointError(f"{folder}: contains no checkpoint (nor does its {layout.CHECKPOINTS}/)")
+    return paths
 
 
 def _list(folder: Path) -> int:
@@ -63,10 +68,10 @@ def _list(folder: Path) -> int:
 def _verify(folder: Path) -> int:
     damaged = 0
     for path in _checkpoints(folder):
-        found = checkpoints.faults(path)
-        damaged += bool(found)
-        print(f"{path.name}: {'damaged' if found else 'whole'}")
-        for fault in found:
+        faults = checkpoints.faults(path)
+        damaged += bool(faults)
+        print(f"{path.name}: {'damaged' if faults else 'intact'}")
+        for fault in faults:
             print(f"  {fault}", file=sys.stderr)
     return 1 if damaged else 0
 
@@ -83,10 +88,18 @@ def _inspect(folder: Path) -> int:
     return 0
 
 
-def add_export(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face model")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run (its newest one)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for model and tokenizer")
+_EXPORT_EXAMPLES = """\
+maskvr export --checkpoint runs/base --output bert-base-mine
+maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-base-1000"""
+
+
+def add_export(commands: Commands) -> None:
+    """Add `maskvr export`."""
+    parser = add_command(commands, "export", "export a checkpoint as a Hugging Face model", examples=_EXPORT_EXAMPLES)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or run folder (its newest checkpoint)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the model and the tokenizer")
     parser.set_defaults(run=_export)
 
 

@@ -1,10 +1,19 @@
-"""`maskvr recipes`, `maskvr config`."""
+"""`maskvr recipes` and `maskvr config`."""
 
 import argparse
 
+from maskvr_ds.cli.options import Commands, add_command
 
-def add_recipes(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("recipes", help="list the recipes, or print one to start your own run.yaml from")
+_RECIPES_EXAMPLES = """\
+maskvr recipes
+maskvr recipes bert_base_4k > run.yaml"""
+
+
+def add_recipes(commands: Commands) -> None:
+    """Add `maskvr recipes`."""
+    parser = add_command(
+        commands, "recipes", "list the built-in recipes, or print one as a template", examples=_RECIPES_EXAMPLES
+    )
     parser.add_argument("name", nargs="?", help="print this recipe")
     parser.set_defaults(run=_recipes)
 
@@ -16,10 +25,21 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_config(commands: argparse._SubParsersAction) -> None:
+_CONFIG_EXAMPLES = """\
+maskvr config --config run.yaml
+maskvr config --config bert_base_4k --set data.path=corpus --set batch.micro_size=32"""
+
+
+def add_config(commands: Commands) -> None:
+    """Add `maskvr config`."""
     from maskvr_ds.config import add_config_options
 
-    parser = commands.add_parser("config", help="check a run's configuration and print it whole, defaults included")
+    parser = add_command(
+        commands,
+        "config",
+        "validate a config and print it fully resolved, defaults included",
+        examples=_CONFIG_EXAMPLES,
+    )
     add_config_options(parser)
     parser.set_defaults(run=_config)
 

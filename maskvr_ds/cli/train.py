@@ -4,25 +4,32 @@ import argparse
 import re
 from pathlib import Path
 
-from maskvr_ds.cli.options import positive_integer, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, positive_integer, visible_gpus
 from maskvr_ds.runtime.logs import verbosity_words
 
+_DESCRIPTION = """\
+Start or resume pretraining. A run can resume with any number of ranks and any ZeRO stage.
 
-def add_train(commands: argparse._SubParsersAction) -> None:
+Exit status: 0 completed; 1 error; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
+(repeat the command with --resume auto to continue)."""
+_EXAMPLES = """\
+maskvr train --config bert_base_4k --set data.path=corpus --set output_dir=runs/base --num-gpus 8
+maskvr train --config run.yaml --hostfile hosts --resume auto"""
+
+
+def add_train(commands: Commands) -> None:
+    """Add `maskvr train`."""
     from maskvr_ds.config import add_run_options
 
-    parser = commands.add_parser(
-        "train",
-        help="pretrain, or go on with a run",
-        description="Pretrain, or go on with a run, on any number of ranks and at any ZeRO stage.",
-        epilog="exit status: 0 done; 1 error; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP, with a checkpoint, "
-        "to go on with the same command and --resume auto",
-    )
+    parser = add_command(commands, "train", "start or resume pretraining", examples=_EXAMPLES, description=_DESCRIPTION)
     add_run_options(parser)
     parser.add_argument(
-        "--num-gpus", type=positive_integer, metavar="N", help="ranks on this machine; default: its GPUs, or 1"
+        "--num-gpus",
+        type=positive_integer,
+        metavar="N",
+        help="ranks on this machine (default: its number of GPUs, or 1 without GPU)",
     )
-    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's hostfile: one `host slots=N` a line")
+    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed hostfile: one `host slots=N` per line")
     parser.set_defaults(run=_train)
 
 
@@ -30,7 +37,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import ConfigError, load_config
     from maskvr_ds.reliability import launch
 
-    # A wrong value is told here, once, before any rank starts.
+    # Report an invalid value once, before any rank starts.
     config = load_config(arguments.config, arguments.assignments)
     options = ["--config", arguments.config]
     for assignment in arguments.assignments:
@@ -39,15 +46,15 @@ def _train(arguments: argparse.Namespace) -> int:
         options += ["--resume", arguments.resume]
     options += verbosity_words(arguments.verbosity)
     if arguments.hostfile:
-        # DeepSpeed runs locally, as a world of one machine, where the file it is given does not exist.
+        # DeepSpeed's launcher silently trains on this machine alone if the hostfile does not exist.
         _check_hostfile(Path(arguments.hostfile))
-        # It puts values between single quotes into a shell's command line, and does not look for such within them.
-        if found := next((word for word in options if "'" in word), None):
+        # It puts values in single quotes on a shell's command line without escaping quotes within them.
+        if quoted := next((word for word in options if "'" in word), None):
             raise ConfigError(
-                f"{found!r}: a single quote does not come through DeepSpeed's launcher; put the value in the YAML "
-                "file, or use python -m cluster launch"
+                f"{quoted!r}: DeepSpeed's launcher cannot pass values that contain a single quote; put the value in "
+                "the YAML file, or use python -m cluster launch"
             )
-        # force_multi: a single host is a host too, where DeepSpeed would train on this machine instead.
+        # force_multi: otherwise, for a hostfile with a single host, DeepSpeed trains on this machine.
         words = ["--force_multi", "--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
         return launch.launch(words, config.output_dir, config.training.steps)
     ranks = arguments.num_gpus or visible_gpus()
@@ -59,10 +66,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check_hostfile(path: Path) -> None:
+    """Raise ConfigError if the file is missing or a line is not `host slots=N`."""
     from maskvr_ds.config import ConfigError
 
     if not path.is_file():
-        raise ConfigError(f"--hostfile {path}: no such file; one `host slots=N` a line expected")
+        raise ConfigError(f"--hostfile {path}: no such file; expected a file with one `host slots=N` per line")
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         entry = line.partition("#")[0].strip()
         if entry and not re.fullmatch(r"\S+\s+slots=[1-9]\d*", entry):

@@ -36,7 +36,9 @@ def read_yaml(config: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"config {config}: base is {bases!r}; the name of a recipe, a file, or a list of them expected")
+        raise ConfigError(
+            f"config {config}: base is {bases!r}; the name of a recipe, a file, or a list of them expected"
+        )
     above = (*above, str(config))
     merged: dict[str, Any] = {}
     for base in bases:
@@ -86,8 +88,8 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
 
 
 def _stored_by_run(path: Path) -> bool:
-    """Whether a version that stored no schema may have written the file: slurm/config-*.yaml of a run, or config.yaml in
-    its folder or in logs/LAUNCH/."""
+    """Whether a version that stored no schema may have written the file: slurm/config-*.yaml of a run, or config.yaml
+    in its folder or in logs/LAUNCH/."""
     if path.parent.name == JOBS and path.name.startswith("config-"):
         return True
     markers = (METRICS, OWNER, CHECKPOINTS)

@@ -127,8 +127,9 @@ def _overlay(section: str, inherited: Mapping[str, Any], given: Mapping[str, Any
     values = {key: value for key, value in inherited.items() if key not in dropped}
     for key, value in given.items():
         before = values.get(key)
-        nested = isinstance(before, Mapping) and isinstance(value, Mapping)
-        values[key] = _overlay(f"{section}.{key}", before, value) if nested else value
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = _overlay(f"{section}.{key}", before, value)
+        values[key] = value
     return values
 
 

@@ -81,7 +81,8 @@ class RunConfig(Section):
         if (copies := self.masking.fully_explored.segments_per_sequence) and self.batch.global_size % copies:
             raise ValueError(
                 f"batch.global_size {self.batch.global_size} is not a multiple of "
-                f"masking.fully_explored.segments_per_sequence {copies}: the segments of a sequence share a global batch"
+                f"masking.fully_explored.segments_per_sequence {copies}: the segments of a sequence share a global "
+                "batch"
             )
         return self
 

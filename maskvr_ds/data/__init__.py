@@ -1,1 +1,1 @@
-"""Corpus to batches: data order, mixtures, vocabulary statistics."""
+"""From corpus to batches: data order, mixtures, vocabulary statistics."""

@@ -1,6 +1,6 @@
-"""What travels from the loader to the model. Every shape is stated here, once.
+"""Batches of tokens and of masked tokens, with the shape and dtype of every tensor.
 
-B sequences, L positions, K predictions a sequence at most (`maximum_predictions`).
+B sequences, L positions, K predictions per sequence at most (`maximum_predictions`).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class _Rows:
-    """Dataclass of tensors with a common first axis B; None stands for "not needed"."""
+    """Dataclass of tensors with a common first axis B; None for tensors that are not needed."""
 
     def _columns(self) -> "dict[str, torch.Tensor | None]":
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def map(self, function: "Callable[[torch.Tensor], torch.Tensor]") -> Self:
-        """The same batch with every tensor replaced by `function` of it."""
+        """Apply `function` to every tensor."""
         return type(self)(**{n: c if c is None else function(c) for n, c in self._columns().items()})
 
     def split(self, size: int) -> Iterator[Self]:
-        """Consecutive pieces of `size` rows each (the last may be shorter), as views."""
+        """Consecutive chunks of `size` rows (the last may be shorter), as views."""
         columns = self._columns()
         rows = next(len(c) for c in columns.values() if c is not None)
         for start in range(0, rows, size):
@@ -31,12 +31,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class TokenBatch(_Rows):
-    """Rows of the corpus, unmasked.
+    """Unmasked rows of the corpus.
 
     input_ids: uint16 or uint32 [B, L], as stored.
-    sample_ids: int64 [B], the rows' numbers in the corpus.
-    epochs: int64 [B], how often the row had been read before.
-    attention_mask: bool [B, L], False on padding; None where no row of the batch is padded.
+    sample_ids: int64 [B], row numbers in the corpus.
+    epochs: int64 [B], number of earlier reads of the row.
+    attention_mask: bool [B, L], False on padding; None if no row of the batch is padded.
     """
 
     input_ids: "torch.Tensor"
@@ -47,16 +47,16 @@ class TokenBatch(_Rows):
 
 @dataclass(frozen=True)
 class MaskedBatch(_Rows):
-    """Rows with predictions chosen and inputs corrupted.
+    """Rows with predictions selected and inputs corrupted.
 
     input_ids: int64 [B, L], after corruption.
-    positions: int64 [B, K], the positions to predict; slots that a row does not use hold any valid position.
-    labels: int64 [B, K], the ids that stood at `positions`.
+    positions: int64 [B, K], positions to predict; unused slots hold an arbitrary valid position.
+    labels: int64 [B, K], original ids at `positions`.
     weights: float32 [B, K], importance weights; 0 in unused slots, never 0 in used ones.
     attention_mask: as in TokenBatch.
-    sampling_weights: float32 [B, K], (k/n)/π_i, 0 in unused slots: with them a sum over the predictions is unbiased for
-        k/n times that over all maskable positions. `weights` may be those of another estimator. None where the
-        strategy has no π of its own.
+    sampling_weights: float32 [B, K], (k/n)/π_i, 0 in unused slots: weighted by them, a sum over the predictions is
+        unbiased for k/n times the sum over all maskable positions. May differ from `weights`, which depend on the
+        estimator. None if the strategy has no π of its own.
     """
 
     input_ids: "torch.Tensor"

@@ -1,12 +1,13 @@
-"""Several corpora read as one, each as often as its weight says.
+"""Mixture: several corpora read as one, each in proportion to its weight.
 
-Rows are numbered through: those of the first corpus, then those of the second, and so on. The number is a row's sample
-id, and so its mask and its share in digests are its own whatever corpus it is of.
+Rows are numbered consecutively, those of the first corpus, then those of the second, and so on. The number is a row's
+sample id, so masks and digests are distinct for rows of different corpora.
 
-In an epoch a corpus of N rows and weight w has M = round(w · N) places, at least 1. Place p of epoch e is use
-u = e · M + p of the corpus, which is a row of its pass u div N: every pass has every row once, so that over the run
-weights hold exactly and (row, pass) never comes twice. Where M is a multiple of N an epoch is whole passes, and a pass
-needs no order of its own; elsewhere it has one (`loader`), for rows lie in the order of the documents.
+In an epoch, a corpus of N rows and weight w has M = round(w · N) slots, at least 1. Slot p of epoch e is use
+u = e · M + p of the corpus, a row of its pass u div N: a pass contains every row once, so that over the run weights
+hold exactly and no (row, pass) occurs twice. If M is a multiple of N, an epoch consists of complete passes and the
+permutation of slots suffices; otherwise each pass has its own permutation (loader.py), since rows are stored in
+document order.
 """
 
 from collections.abc import Sequence
@@ -20,22 +21,22 @@ from data_pipeline.shards import Corpus, OpenFiles, open_here
 from maskvr_ds import hashing
 from maskvr_ds.config.base import ConfigError
 
-# What rows of one batch must have in common.
+# Manifest fields that the corpora of a mixture must share.
 _COMMON = ("tokenizer_sha256", "special_tokens", "sequence_length")
 
 
 @dataclass(frozen=True)
 class Share:
-    """rows: N, of a corpus; places: M, what it has of an epoch."""
+    """rows: N, rows of a corpus; slots: M, its slots in an epoch."""
 
     rows: int
-    places: int
+    slots: int
 
 
 class Mixture(Corpus):
-    """The shards of several corpora, in their order. One with weight 1 is read as by itself.
+    """The shards of several corpora, in order. A single corpus with weight 1 is read exactly as without a mixture.
 
-    Raises ConfigError where two do not fit together, or one is there twice.
+    Raises ConfigError if corpora are incompatible or one is listed twice.
     """
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
@@ -43,7 +44,7 @@ class Mixture(Corpus):
         folders = [corpus.folder.resolve() for corpus in corpora]
         for i, corpus in enumerate(corpora):
             if folders[i] in folders[:i]:
-                raise ConfigError(f"{corpus.folder}: is in the mixture twice; name it once, with a weight")
+                raise ConfigError(f"{corpus.folder} is listed twice in the mixture; list it once, with a weight")
             for key in _COMMON:
                 if (theirs := getattr(corpus.manifest, key)) != (ours := getattr(first.manifest, key)):
                     raise ConfigError(
@@ -73,22 +74,25 @@ class Mixture(Corpus):
 
 
 def open_mixture(corpora: Sequence[tuple[Path, float]], open_files: OpenFiles = open_here) -> Corpus:
-    """Open corpora with their weights; one with weight 1 is itself. Raises ConfigError and CorpusError."""
+    """Open (folder, weight) pairs; a single corpus with weight 1 is returned as a plain Corpus.
+
+    Raises ConfigError and CorpusError.
+    """
     opened = [Corpus(path, open_files) for path, _ in corpora]
     weights = [weight for _, weight in corpora]
     return opened[0] if weights == [1.0] else Mixture(opened, weights)
 
 
 def shares(corpus: Corpus) -> tuple[Share, ...]:
-    """What an epoch is made of."""
+    """The composition of an epoch."""
     return corpus.shares if isinstance(corpus, Mixture) else (Share(corpus.rows, corpus.rows),)
 
 
 def corpora_identity(corpus: Corpus) -> dict[str, Any]:
-    """What must not change while a run reads a corpus, in JSON types: every shard and, of a mixture, the shares."""
-    found: dict[str, Any] = {"shards": hashing.fold(0, *(int(shard.sha256, 16) for shard in corpus.manifest.shards))}
+    """Properties of the data that must not change during a run, as JSON types: all shards, and a mixture's shares."""
+    identity: dict[str, Any] = {"shards": hashing.fold(0, *(int(shard.sha256, 16) for shard in corpus.manifest.shards))}
     if isinstance(corpus, Mixture):
-        found["mixture"] = [[share.rows, share.places] for share in corpus.shares]
-        # A run without a mixture does not look at the line above.
-        found["shards"] = hashing.fold(found["shards"], *(n for pair in found["mixture"] for n in pair))
-    return found
+        identity["mixture"] = [[share.rows, share.slots] for share in corpus.shares]
+        # A run without a mixture compares only `shards`, which must therefore depend on the shares.
+        identity["shards"] = hashing.fold(identity["shards"], *(n for pair in identity["mixture"] for n in pair))
+    return identity

@@ -14,8 +14,10 @@ _FEISTEL_ROUNDS = 6
 class KeyedPermutation:
     """A pseudorandom permutation of [0, size) in O(1) memory.
 
-    A Feistel network on pairs of residues modulo a = ⌈√size⌉; results at or beyond `size` are sent through again
-    (cycle walking: Black & Rogaway 2002), which a² − size ≤ 2a makes rare. Equal keys give equal permutations.
+    A Feistel network on pairs of residues modulo a = ⌈√size⌉; results ≥ `size` are permuted again (cycle walking:
+    Black & Rogaway 2002), which is rare because a² − size ≤ 2a. Equal keys give equal permutations.
+
+    Raises ValueError if size < 1.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -33,7 +35,7 @@ class KeyedPermutation:
         return left * self._modulus + right
 
     def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [n] in [0, size) → int64 [n], their images."""
+        """Images of `indices`: int64 [n] in [0, size) → int64 [n]."""
         images = self._once(indices)
         while (outside := images >= self.size).any():
             images[outside] = self._once(images[outside])

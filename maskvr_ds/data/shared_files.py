@@ -1,11 +1,11 @@
-"""Files that one rank of each node opens for all of its ranks.
+"""Shared opening of files: one rank per node opens each file and passes the descriptor to the node's other ranks.
 
-Every open of a file on a network file system is a request to its servers, and a corpus of thousands of shards that
-each of hundreds of ranks opens is a herd of them. So the lowest rank of a node opens every shard, once, and hands the
-descriptors to the others over a Unix socket (SCM_RIGHTS, unix(7)); all map the same file, whose pages the node has once
-in memory whoever reads them.
+Every open on a network file system is a request to its servers, and thousands of shards opened by each of hundreds of
+ranks would overload them. The lowest rank of a node therefore opens every shard once and passes the descriptors to the
+others over a Unix socket (SCM_RIGHTS, unix(7)); all of them map the same file, whose pages the node keeps in memory
+once.
 
-Collective: one all-gather of objects on entering. A rank that fails closes its sockets, and none waits for it.
+Collective: one all-gather of objects at construction. A rank that fails closes its sockets; no rank waits for it.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from data_pipeline.shards import CorpusError
 
-# Descriptors a message. Those under way count against the limit of open files, with a rank's others.
+# Descriptors per message. Descriptors in flight count towards a process's limit of open files.
 _AT_ONCE = 32
 _TIMEOUT = 600.0
 _READY, _FAILED = b"ready", b"failed"
@@ -26,23 +26,25 @@ _TEXT = 1 << 16
 
 
 def this_node() -> str:
-    """Equal where processes can reach each other's Unix sockets: one kernel, one network namespace."""
+    """Node id, equal for processes that can reach each other's Unix sockets: same kernel and network namespace."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/net').readlink()}"
 
 
 class NodeFiles:
-    """The ranks of a node, for the time in which they open files; a context manager.
+    """Connections between the ranks of a node while they open files; a context manager.
 
-    gather: a value of each rank → those of all, by rank; every rank calls it, in `__init__`. rank: this one.
-    Raises CorpusError where another rank of the node does not answer.
+    gather: collective, a value of each rank → the values of all ranks, in order; called in `__init__`. rank: this
+    rank. node: id of this node, default `this_node()`.
+
+    Raises CorpusError if another rank of the node does not respond.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]], rank: int, node: str | None = None) -> None:
         self._others: list[socket.socket] = []
         self._first: socket.socket | None = None
-        self._taken: list[int] = []
+        self._received: list[int] = []
         listener = _socket()
-        # An abstract name: no file is left behind.
+        # Abstract name: leaves no file behind.
         listener.bind(f"\0maskvr-{secrets.token_hex(16)}")
         listener.listen(1024)
         node = this_node() if node is None else node
@@ -60,9 +62,9 @@ class NodeFiles:
         try:
             other, _ = listener.accept()
         except TimeoutError:
-            raise _silent() from None
+            raise _no_response() from None
         other.settimeout(_TIMEOUT)
-        # Whoever finds the socket may knock: only this user's processes are let in.
+        # Any local user can connect to an abstract socket; check the peer's uid.
         _, user, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         if user == os.getuid():
             self._others.append(other)
@@ -75,20 +77,21 @@ class NodeFiles:
     def __exit__(self, *_: object) -> None:
         for connection in (*self._others, *([self._first] if self._first else [])):
             connection.close()
-        # Those that nobody took: an error came between.
-        while self._taken:
-            os.close(self._taken.pop())
+        # Descriptors left over after an error.
+        while self._received:
+            os.close(self._received.pop())
 
     def open(self, open_one: Callable[[int], int], number: int) -> Iterator[int]:
-        """Descriptors of open_one(0) … open_one(number − 1), which the node's lowest rank alone calls; as `OpenFiles`.
+        """Descriptors of open_one(0) … open_one(number − 1), each called on the node's lowest rank only.
 
-        Every rank of the node calls this, for the same files in the same order. An error of open_one is raised by all.
+        Has the signature of `OpenFiles`. Collective over the node: call on all its ranks, with the same files in the
+        same order. An error of open_one is raised on all of them.
         """
         for start in range(0, number, _AT_ONCE):
             count = min(_AT_ONCE, number - start)
-            self._taken = self._receive(count) if self._first else self._send(open_one, range(start, start + count))
-            while self._taken:
-                yield self._taken.pop(0)
+            self._received = self._receive(count) if self._first else self._send(open_one, range(start, start + count))
+            while self._received:
+                yield self._received.pop(0)
 
     def _send(self, open_one: Callable[[int], int], indices: range) -> list[int]:
         opened: list[int] = []
@@ -98,18 +101,18 @@ class NodeFiles:
         except Exception as error:
             for descriptor in opened:
                 os.close(descriptor)
-            self._tell([_FAILED + str(error).encode()[: _TEXT - len(_FAILED)]], [])
+            self._broadcast([_FAILED + str(error).encode()[: _TEXT - len(_FAILED)]], [])
             raise
-        self._tell([_READY], opened)
+        self._broadcast([_READY], opened)
         return opened
 
-    def _tell(self, message: list[bytes], descriptors: list[int]) -> None:
-        """To all, then wait until each has it: descriptors under way are limited in number."""
+    def _broadcast(self, message: list[bytes], descriptors: list[int]) -> None:
+        """Send to all, then wait for their acknowledgements: the number of descriptors in flight is limited."""
         for other in list(self._others):
             try:
                 socket.send_fds(other, message, descriptors)
             except OSError:
-                self._others.remove(other)  # it failed, and says so itself
+                self._others.remove(other)  # it failed and reports its own error
         for other in list(self._others):
             try:
                 if not other.recv(1):
@@ -117,7 +120,7 @@ class NodeFiles:
             except ConnectionError:
                 self._others.remove(other)
             except TimeoutError:
-                raise _silent() from None
+                raise _no_response() from None
 
     def _receive(self, count: int) -> list[int]:
         assert self._first is not None
@@ -126,13 +129,13 @@ class NodeFiles:
             if message:
                 self._first.send(b".")
         except TimeoutError:
-            raise _silent() from None
+            raise _no_response() from None
         if message.startswith(_FAILED):
             raise CorpusError(message.removeprefix(_FAILED).decode(errors="replace"))
         if len(descriptors) != count:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise CorpusError("the rank of this node that opens the files for all has failed")
+            raise CorpusError("the rank that opens files for all ranks of this node has failed")
         return list(descriptors)
 
 
@@ -142,5 +145,5 @@ def _socket() -> socket.socket:
     return made
 
 
-def _silent() -> CorpusError:
-    return CorpusError(f"a rank of this node has not answered for {_TIMEOUT:.0f} seconds while files were opened")
+def _no_response() -> CorpusError:
+    return CorpusError(f"a rank of this node has not responded for {_TIMEOUT:.0f} seconds while files were opened")

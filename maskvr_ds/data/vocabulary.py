@@ -1,4 +1,4 @@
-"""What is known of a vocabulary: its tokens' ids, which begin words, how often each occurs. V entries; on the host."""
+"""Properties of a vocabulary: token ids, word starts, token frequencies. V vocabulary; NumPy arrays on the host."""
 
 import json
 from collections.abc import Iterable
@@ -11,35 +11,39 @@ from tokenizers import Tokenizer
 
 from data_pipeline.shards import Corpus
 
-# How byte-level tokenizers spell space, line feed, tab and carriage return.
+# Space, line feed, tab and carriage return in the alphabet of byte-level tokenizers.
 _BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")
-# Rows of a shard counted at once.
+# Rows of a shard counted at a time.
 _BLOCK = 1 << 14
 
 
 def token_ids(folder: Path) -> dict[str, int] | None:
-    """Token → id, those of added tokens too, as the folder's tokenizer.json has them, or else its vocab.txt (a token a
-    line, by number); None where it has neither. Raises ValueError where tokenizer.json cannot be read."""
+    """Token → id, added tokens included, from the folder's tokenizer.json or else its vocab.txt (one token per line);
+    None if it has neither.
+
+    Raises ValueError if tokenizer.json cannot be read.
+    """
     path, lines = folder / "tokenizer.json", folder / "vocab.txt"
     if path.is_file():
         try:
             return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
-        except Exception as error:  # tokenizers raises no other
+        except Exception as error:  # tokenizers raises no narrower class
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
     if lines.is_file():
-        # Tokens may be such characters as str.splitlines would end a line at.
+        # Tokens may be characters that str.splitlines treats as line ends.
         with lines.open(encoding="utf-8", newline="\n") as file:
             return {line.rstrip("\r\n"): index for index, line in enumerate(file)}
     return None
 
 
 def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
-    """bool [V]: whether a token begins a word, read from the folder's tokenizer.json.
+    """bool [V]: whether a token starts a word, from the folder's tokenizer.json.
 
-    WordPiece (and BPE with a continuation prefix): tokens without the prefix. Byte-level BPE: tokens that begin with a
-    space. Metaspace (Unigram, SentencePiece BPE): tokens that begin with its sign. WordLevel: all. A token behind a
-    special one begins a word whatever its spelling; masking sees to that.
-    Raises ValueError where the file tells words apart in another way.
+    WordPiece (and BPE with a continuation prefix): tokens without the prefix. Byte-level BPE: tokens that start with a
+    space. Metaspace (Unigram, SentencePiece BPE): tokens that start with its replacement character. WordLevel: all
+    tokens. Masking strategies also treat every token after a special token as a word start.
+
+    Raises ValueError if the tokenizer marks words in any other way.
     """
     path = tokenizer / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -52,25 +56,25 @@ def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
     starts = np.ones(vocab_size, np.bool_)
     if model.get("type") == "WordLevel":
         return starts
-    signs: tuple[str, ...]
+    markers: tuple[str, ...]
     if prefix:
-        signs, begins_with_sign = (prefix,), False
+        markers, marks_start = (prefix,), False
     elif "ByteLevel" in steps:
-        signs, begins_with_sign = _BYTE_LEVEL_SPACES, True
+        markers, marks_start = _BYTE_LEVEL_SPACES, True
     elif "Metaspace" in steps:
-        signs, begins_with_sign = (steps["Metaspace"].get("replacement", "▁"),), True
+        markers, marks_start = (steps["Metaspace"].get("replacement", "▁"),), True
     else:
         raise ValueError(
-            f"{path}: a {model.get('type')} model with neither a continuation prefix nor byte-level or Metaspace "
-            "pre-tokenisation: where words begin is not known; choose a masking.strategy that needs no words"
+            f"{path}: cannot determine word starts for a {model.get('type')} model with neither a continuation prefix "
+            "nor byte-level or Metaspace pre-tokenisation; choose a masking.strategy that needs no words"
         )
     for token, index in vocabulary.items():
-        starts[index] = token.startswith(signs) == begins_with_sign
+        starts[index] = token.startswith(markers) == marks_start
     return starts
 
 
 def _steps(step: Any) -> Iterable[dict[str, Any]]:
-    """A pre-tokenizer's steps, sequences opened."""
+    """A pre-tokenizer's steps, with sequences flattened."""
     if not step:
         return
     if step.get("type") == "Sequence":
@@ -81,10 +85,10 @@ def _steps(step: Any) -> Iterable[dict[str, Any]]:
 
 
 def token_counts(corpus: Corpus, shards: Iterable[int], *, of_passages: bool) -> NDArray[np.int64]:
-    """int64 [2, V]: how often each token stands in the given shards, and in how many passages. Reads them in blocks.
+    """int64 [2, V]: occurrences of each token in the given shards, and the number of passages that contain it.
 
-    A passage is what stands between special tokens in a row: a document, or the piece of it that the row holds.
-    of_passages: whether to count the latter, which takes a sort; else 0.
+    A passage is the text between special tokens in a row: a document, or the part of it in the row.
+    of_passages: whether to count passages, which needs a sort; otherwise 0.
     """
     vocab_size, special = corpus.manifest.vocab_size, np.zeros(corpus.manifest.vocab_size, np.bool_)
     special[list(corpus.manifest.special_tokens.all)] = True
@@ -95,7 +99,7 @@ def token_counts(corpus: Corpus, shards: Iterable[int], *, of_passages: bool) ->
             block = ids[start : start + _BLOCK]
             counts[0] += np.bincount(block.ravel(), minlength=vocab_size)
             if of_passages:
-                # Rows begin with a special token: the running number of these tells passages apart, rows too.
+                # Rows start with a special token: the running count of special tokens numbers the passages of all rows.
                 edges = special[block]
                 edges[:, 0] = True
                 once = np.unique(np.cumsum(edges.ravel()) * vocab_size + block.ravel())
@@ -106,8 +110,8 @@ def token_counts(corpus: Corpus, shards: Iterable[int], *, of_passages: bool) ->
 def frequency_scores(counts: NDArray[np.int64], power: float, document_power: float = 0.0) -> NDArray[np.float64]:
     """(count + 1)^(−power) · (passages + 1)^(−document_power): int64 [2, V] → float64 [V].
 
-    The second is the passage's inverse document frequency to a power. power = −document_power: the mean count in
-    the passages that hold the token, which tells content words from function words (Church & Gale 1995).
+    The second factor is a power of the inverse document frequency. power = −document_power gives the mean count in the
+    passages that contain the token, which separates content words from function words (Church & Gale 1995).
     """
     tokens, passages = counts + 1.0
     return np.power(tokens, -power) * np.power(passages, -document_power)

@@ -1,1 +1,1 @@
-"""Which tokens are predicted: strategies, samplers, estimators, the mask proposal network."""
+"""Choice of the tokens to predict: strategies, samplers, estimators and the mask proposal network."""

@@ -1,47 +1,47 @@
-"""Conditional Poisson sampling: masks of fixed size whose probability is known exactly.
+"""Conditional Poisson sampling: masks of fixed size with exactly known probability.
 
-B sequences, L positions, K predictions a sequence at most. n_b is the number of maskable positions of row b and
-k_b ≤ min(n_b, K) how many of them are drawn. o_i ≥ 0 are the odds of position i, 0 where it is not maskable.
+B sequences, L positions, K predictions per sequence at most. n_b is the number of maskable positions of row b,
+k_b ≤ min(n_b, K) the number drawn. o_i ≥ 0 are the odds of position i, 0 if it is not maskable.
 
-Throw a coin with odds o_i at every position and start again until exactly k fall on heads ("rejective" sampling:
+Toss a coin with odds o_i at every position and repeat until exactly k show heads ("rejective" sampling:
 Hájek 1964, "Asymptotic theory of rejective sampling with varying probabilities from a finite population"). Then
 
     q(M) = Π_{i∈M} o_i / e_k(o)   for every set M of k positions,
 
 e_k being the k-th elementary symmetric polynomial, and of all designs with the same inclusion probabilities this
 one has the largest entropy (Chen, Dempster & Liu 1994, "Weighted finite population sampling to maximize entropy").
-Multiplying all odds of a row by one number changes nothing.
+q is invariant to scaling all odds of a row by a constant.
 
-Differences from the paper: e_j is not tabled as such but as a probability, which neither over- nor underflows. With
+Differences from the paper: the table stores a probability instead of e_j, which neither over- nor underflows. With
 x_i = o_i / o_(k), o_(k) the k-th largest of the row, p = x/(1 + x) and q = 1/(1 + x), the table holds
 
     T_i(j) = P(j heads among the positions i, i+1, …, L−1) = e_j(x_i, …, x_{L−1}) / Π_{l≥i} (1 + x_l),
     T_i(j) = q_i T_{i+1}(j) + p_i T_{i+1}(j − 1).
 
 The k largest have p ≥ 1/2 and the others q ≥ 1/2, hence T_0(k) ≥ 2^−n. An entry that underflows (below 2^−1022)
-belongs to a state that the sampler meets with probability below 2^−(1022−n): for n ≤ 512 never.
-Logarithms are taken at the end. Inside there are only sums and products of non-negative numbers: no cancellation,
-and they are rounded alike on every device and in every batch layout, which logarithms are not (torch computes
-the tail of a vector by another routine than its body).
+belongs to a state that the sampler reaches with probability below 2^−(1022−n): for n ≤ 512 never.
+Logarithms are taken only at the end. The recursion consists of sums and products of non-negative numbers: there is no
+cancellation, and rounding is identical on every device and in every batch layout, unlike for logarithms (torch uses
+different routines for the body and the tail of a vector).
 
-Time O(L·K) a row in L steps, memory 8·(L + 1)·(K + 2) bytes a row. Nothing here waits for the device, and for that
-reason values are not checked: a row needs at least k positive odds, all finite.
+Time O(L·K) per row in L steps, memory 8·(L + 1)·(K + 2) bytes per row. No host-device synchronisation, hence no checks
+of values: a row needs at least k positive odds, all finite.
 """
 
 import torch
 
 from maskvr_ds import hashing
 
-# π = 1 is taken for the largest number below it: every set keeps a positive probability, and odds stay finite.
+# π is clamped just below 1: every set keeps a positive probability, and odds stay finite.
 _HIGHEST = 1 - 2.0**-53
-# So does π = 0; sums of products of such numbers stay far from underflow.
+# And above 0, by enough that sums of products of such numbers stay far from underflow.
 _LOWEST = 2.0**-200
 
 
 def odds_of(inclusion: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
-    """o_i = π_i / (1 − π_i): float64 [B, L] or [B, 1], bool [B, L] → float64 [B, L], 0 off the maskable positions.
+    """o_i = π_i / (1 − π_i): float64 [B, L] or [B, 1], bool [B, L] → float64 [B, L], 0 at positions not maskable.
 
-    With Σ π = k the inclusion probabilities of the draw are then π to within O(1/d), d = Σ π(1 − π) (Hájek 1964);
+    If Σ π = k, the design's inclusion probabilities are π to within O(1/d), d = Σ π(1 − π) (Hájek 1964);
     `odds_for_inclusion` makes them exact.
     """
     inclusion = inclusion.detach().clamp(min=_LOWEST, max=_HIGHEST)
@@ -51,34 +51,34 @@ def odds_of(inclusion: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
 def odds_for_inclusion(
     inclusion: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor, width: int, iterations: int = 12
 ) -> torch.Tensor:
-    """Odds whose draw has the wanted inclusion probabilities. Costs `iterations` times `inclusion()`.
+    """Odds whose design has the given inclusion probabilities: float64 [B, L]. Costs `iterations` × `inclusion()`.
 
     Args: as in ConditionalPoisson; inclusion float64 [B, L], in (0, 1] on maskable positions, Σ over them = counts.
 
-    Chen, Dempster & Liu iterate o_i ← o_i · π_i / π_i(o); where some π_i are near 1 its error falls only as 1/steps.
-    Here the ratio of π/(1 − π) stands for that of π, raised to 1 and to 1/2 in turn. Reason: the matrix
+    Chen, Dempster & Liu iterate o_i ← o_i · π_i / π_i(o); if some π_i are near 1 its error falls only as 1/steps.
+    Here the ratio of π/(1 − π) replaces that of π, raised to the powers 1 and 1/2 in turn. Reason: the matrix
     ∂ logit π_i / ∂ log o_j has 1 on the diagonal, no positive entry off it (the design is negatively correlated) and
     rows that sum to 0, so its eigenvalues lie in [0, 2]. A pair of steps multiplies the error along the eigenvalue
-    λ by (1 − λ)(1 − λ/2): nothing is left at λ = 1, where nearly all of them lie when d is large, and at λ = 2.
+    λ by (1 − λ)(1 − λ/2), which vanishes at λ = 1, where nearly all of them lie if d is large, and at λ = 2.
 
     Largest error of π after 12 steps, measured on π = k · softmax(s · normal), capped at 1: 1e-6 for n ≤ 10, s ≤ 3;
-    for n = 126, k = 19: 1e-12 at s = 1, 1e-8 at s = 5. Every four steps more gain a factor of 50 or so. Where two
-    groups of positions hardly exchange predictions (all π near 0 or 1, d < 1) λ is near 0 and convergence slower.
+    for n = 126, k = 19: 1e-12 at s = 1, 1e-8 at s = 5. Every four further steps gain a factor of about 50. If two
+    groups of positions hardly exchange predictions (all π near 0 or 1, d < 1), λ is near 0 and convergence slower.
     """
     wanted = odds_of(inclusion, maskable)
     odds = wanted
     for iteration in range(iterations):
-        found = odds_of(ConditionalPoisson(odds, counts, width).inclusion(), maskable)
-        ratio = torch.where(maskable, wanted / found, 0.0)
+        actual = odds_of(ConditionalPoisson(odds, counts, width).inclusion(), maskable)
+        ratio = torch.where(maskable, wanted / actual, 0.0)
         odds = odds * (ratio.sqrt() if iteration % 2 else ratio)
     return odds
 
 
 class ConditionalPoisson:
-    """The design of B rows, its table computed once for all that is asked of it.
+    """Sampling design of B rows; the table is computed once, at construction.
 
     Args:
-        odds: float64 [B, L], finite; 0 on positions that may not be drawn. At least `counts` positive ones a row.
+        odds: float64 [B, L], finite; 0 at positions that must not be drawn. At least `counts` positive ones per row.
         counts: int64 [B], k, at most `width`.
         width: K.
     """
@@ -95,13 +95,13 @@ class ConditionalPoisson:
         small = torch.minimum(x, 1 / x)
         larger = 1 / (1 + small)
         smaller = small * larger
-        # [L, B]: positions first and rows last makes every step below one operation on contiguous memory.
+        # [L, B]: with rows last, every step below is one operation on contiguous memory.
         self._p = torch.where(x > 1, larger, smaller)
         self._q = torch.where(x > 1, smaller, larger)
         self._table = self._suffixes()
 
     def _suffixes(self) -> torch.Tensor:
-        """T, float64 [L + 1, K + 2, B]: entry [i, j + 1] is T_i(j); [i, 0] is T_i(−1) = 0, which spares a case."""
+        """T, float64 [L + 1, K + 2, B]: entry [i, j + 1] is T_i(j); [i, 0] is T_i(−1) = 0, to avoid a special case."""
         length, rows = self._p.shape
         table = self._p.new_empty(length + 1, self.width + 2, rows)
         table[length] = 0
@@ -121,19 +121,20 @@ class ConditionalPoisson:
     def log_probability(self, positions: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
         """log q(M) of the sets M = positions[used]: int64 [B, K], bool [B, K] → float64 [B].
 
-        M must consist of k different positions; −∞ where one of them has odds 0.
+        M must consist of k distinct positions; −∞ if one of them has odds 0.
         """
         log_x = torch.where(used, self._x.gather(1, positions).log(), 0.0).sum(1)
         return log_x - self._log_tilted()
 
     def sample(self, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One mask a row, by a scan: with j still to draw, i is taken with probability p_i T_{i+1}(j − 1) / T_i(j).
+        """Draw one mask per row, by a scan: with j still to draw, i is taken with probability
+        p_i T_{i+1}(j − 1) / T_i(j).
 
         Args:
             bits: int64 [B, L], independent random bits.
 
-        Returns: positions int64 [B, K] and used bool [B, K]: slot j is used where j < count. The drawn positions
-        come first, ascending, then others, so that no position occurs twice. A function of (bits, odds) alone.
+        Returns: positions int64 [B, K] and used bool [B, K]: slot j is used if j < count. The drawn positions come
+        first, ascending, then others, so that no position occurs twice. A function of (bits, odds) alone.
         """
         length, rows = self._p.shape
         u = hashing.unit_interval(bits).T.contiguous()
@@ -141,14 +142,14 @@ class ConditionalPoisson:
         state = self.counts[None] + 1
         for i in range(length):
             next_state = state - 1
-            # With as many positions left as are to be drawn both sides differ by the factor u < 1 alone.
+            # If all remaining positions must be drawn, both sides differ only by the factor u < 1.
             take = u[i] * self._table[i].gather(0, state) < self._p[i] * self._table[i + 1].gather(0, next_state)
             state = torch.where(take, next_state, state)
             taken[i] = take[0]
         return _compact(taken.T, self.counts, self.width)
 
     def inclusion(self) -> torch.Tensor:
-        """Exact π_i = P(i ∈ M): float64 [B, L], 0 where odds are 0."""
+        """Exact π_i = P(i ∈ M): float64 [B, L], 0 where the odds are 0."""
         length, rows = self._p.shape
         # before[j + 1]: probability of k − j heads at the positions 0, …, i − 1.
         before = self._p.new_zeros(self.width + 2, rows)
@@ -156,13 +157,13 @@ class ConditionalPoisson:
         after, heads = torch.zeros_like(before), self._p.new_empty(self.width + 1, rows)
         joint = self._p.new_empty(length, self.width + 1, rows)
         for i in range(length):
-            # P(k − j before i, j − 1 after i): with a head at i that makes k.
+            # P(k − j heads before i, j − 1 after i): together with a head at i, k.
             torch.mul(before[1:], self._table[i + 1, :-1], out=joint[i])
             torch.mul(before[1:], self._p[i], out=heads)
             torch.mul(before, self._q[i], out=after)
             after[:-1] += heads
             before, after = after, before
-        # One slice after the other, not sum(): its order of summation depends on the batch's layout.
+        # Slice by slice: the summation order of sum() depends on the batch layout.
         total = self._p.new_zeros(length, rows)
         for part in joint.unbind(1):
             total += part
@@ -179,10 +180,10 @@ class ConditionalPoisson:
 
 
 def _compact(taken: torch.Tensor, counts: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [B, L] with `counts` true in each row → their positions [B, K], filled up with others, and used [B, K]."""
+    """bool [B, L] with `counts` True in each row → their positions [B, K], padded with others, and used [B, K]."""
     rows, length = taken.shape
     others = counts[:, None] + (~taken).cumsum(1)
-    # Slot `width` is thrown away: all that is left over is written there.
+    # Slot `width` collects all surplus positions and is dropped.
     slot = (torch.where(taken, taken.cumsum(1), others) - 1).clamp(max=width)
     index = torch.arange(length, device=taken.device).expand(rows, length)
     positions = torch.zeros(rows, width + 1, dtype=torch.int64, device=taken.device).scatter_(1, slot, index)

@@ -1,4 +1,4 @@
-"""Configuration to Masker."""
+"""Construction of a Masker from the configuration, and its validation against the corpus."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from maskvr_ds.runtime import distributed
 
 
 def check_masking(config: RunConfig, corpus: Corpus) -> None:
-    """Raise ConfigError for what sequence length and vocabulary do not allow."""
+    """Raise ConfigError if the corpus's sequence length, size or vocabulary does not allow the masking settings."""
     masking, longest = config.masking, corpus.sequence_length - 2
     if masking.strategy in ("fully_explored", "auto"):
         if masking.final_rate is not None:
@@ -21,30 +21,30 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
                 if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
                     raise ConfigError(
                         f"masking.final_rate {masking.final_rate:g}: with strategy {masking.strategy} the rate must "
-                        f"not change the number of segments within a round, and rows of {n} tokens would go from "
-                        f"{before} to {after}; leave final_rate out, or change the rate from phase to phase"
+                        f"not change the number of segments within a round, but rows of {n} tokens would change from "
+                        f"{before} to {after}; remove final_rate, or change the rate between phases"
                     )
         if (copies := sequence_copies(masking, corpus)) > (most := segments(longest, masking.rate)):
             raise ConfigError(
-                f"masking.fully_explored.segments_per_sequence {copies}: a sequence of {corpus.sequence_length} tokens has {most} "
-                f"segments at rate {masking.rate:g}; that is the most"
+                f"masking.fully_explored.segments_per_sequence {copies} exceeds the maximum: a sequence of "
+                f"{corpus.sequence_length} tokens has {most} segments at rate {masking.rate:g}"
             )
         if config.batch.global_size % copies:
             below = config.batch.global_size // copies * copies
             sizes = [size for size in (below, below + copies) if size]
             raise ConfigError(
-                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the segments of a "
-                f"sequence that share a global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
+                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the number of segments "
+                f"of a sequence in one global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
                 "masking.fully_explored.segments_per_sequence to a divisor of it"
             )
     if masking.strategy == "auto" and masking.auto.rows > corpus.rows:
-        raise ConfigError(f"masking.auto.rows {masking.auto.rows}: {corpus.folder} has {corpus.rows} rows")
+        raise ConfigError(f"masking.auto.rows {masking.auto.rows}: {corpus.folder} has only {corpus.rows} rows")
     if masking.strategy in ("whole_word", "span"):
         word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
 
 
 def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
-    """J: how often a row comes in a global batch. All segments of a full row, where their number is not given."""
+    """J: copies of a row in a global batch; by default (placement same_batch) one per segment of a full row."""
     if masking.fully_explored.placement != "same_batch":
         return 1
     return masking.fully_explored.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
@@ -53,10 +53,12 @@ def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
 def create_masker(
     masking: MaskingConfig, corpus: Corpus, *, seed: int, device: torch.device, proposal: Proposal | None = None
 ) -> Masker:
-    """The run's masks; of auto, those that it begins with. Every rank calls. proposal: of strategies mapnet and auto.
+    """Create the run's masker; for `auto`, that of its initial strategy. Collective: call on all ranks.
 
-    Collectives (strategy frequency): one all-reduce of int64 [2, V], what each rank counted in its share of the
-    shards; one broadcast of the scores, which a power on other hardware may round otherwise.
+    proposal: for strategies mapnet and auto.
+
+    Collectives (strategy frequency): one all-reduce of int64 [2, V], each rank's counts over its share of the shards;
+    one broadcast of the scores, since powers may round differently on other hardware.
     """
     parameters = Parameters(
         sampler=masking.weighted.sampler,

@@ -1,26 +1,26 @@
-"""Targets of the mask proposal: s_i = ‖∂ℓ_i/∂h_i‖, read in the backward pass that runs anyway.
+"""Targets of the mask proposal network: s_i = ‖∂ℓ_i/∂h_i‖, read during the training step's own backward pass.
 
-B sequences, K predictions a sequence, D hidden. h_i: the hidden state that enters the prediction head at a predicted
-position; ℓ_i: its loss. The norm of the gradient at the last layer's output bounds the norm of the whole gradient up to
+B sequences, K predictions per sequence, D hidden. h_i: the hidden state that enters the prediction head at a predicted
+position; ℓ_i: its loss. The norm of the gradient at the last layer's output bounds the norm of the full gradient up to
 a factor common to all samples (Katharopoulos & Fleuret 2018, arXiv 1803.00942, eq. 16–20).
 
-The head treats every position by itself, so what is differentiated, L = Σ f_i ℓ_i, has ∂L/∂h_i = f_i · ∂ℓ_i/∂h_i
-exactly. f_i is the importance weight times the loss' normalisation, DeepSpeed's division by the accumulation steps and
-the fp16 loss scale; it is ∂L/∂ℓ_i, which the same backward pass computes. Hence
+The head processes each position independently, so the differentiated loss L = Σ f_i ℓ_i has exactly
+∂L/∂h_i = f_i · ∂ℓ_i/∂h_i. f_i is the importance weight times the loss normalisation, DeepSpeed's division by the
+accumulation steps and the fp16 loss scale; it is ∂L/∂ℓ_i, which the same backward pass computes. Hence
 
     s_i = ‖∂L/∂h_i‖ / |∂L/∂ℓ_i|,
 
-and nothing here needs to know which factors there are. Hooks sit on two tensors of the forward pass, not on modules or
-parameters: activation checkpointing and ZeRO 3 do not touch them. No collectives.
+independent of the individual factors. The hooks are on two tensors of the forward pass, not on modules or parameters:
+activation checkpointing and ZeRO 3 do not affect them. No collectives.
 """
 
 import torch
 
 
 class GradientNorms:
-    """Reads s of one forward and backward pass after another.
+    """Records s of each forward and backward pass.
 
-    `watch` is for MaskedLanguageModel.observer; `take` gives the norms after the backward pass.
+    Set `watch` as MaskedLanguageModel.observer; `take` returns the norms after the backward pass.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class GradientNorms:
 
         def read(gradient: torch.Tensor) -> None:
             factor = factors.pop().abs()
-            # Summed in fp32 whatever the model computes in.
+            # Accumulate in fp32 whatever the model's dtype.
             norms = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float32)
             self._norms = torch.where(factor > 0, norms / factor, 0.0)
 
@@ -40,9 +40,9 @@ class GradientNorms:
         hidden.register_hook(read)
 
     def take(self) -> torch.Tensor:
-        """s of the last backward pass, once: float32 [B, K], 0 in unused slots (whose weight is 0).
+        """Return and clear s of the last backward pass: float32 [B, K], 0 in unused slots (weight 0).
 
-        In fp16 not finite where the gradients overflowed.
+        In fp16, non-finite where the gradients overflowed.
         """
         norms, self._norms = self._norms, None
         assert norms is not None, "no backward pass since the last call, or the model's observer is not set"

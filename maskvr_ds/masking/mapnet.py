@@ -1,17 +1,17 @@
 """MAPNet, the mask proposal network (arXiv 2008.05333): unmasked tokens → inclusion probabilities, and its objectives.
 
-B sequences, L positions, K predictions a sequence, D hidden, V vocabulary. n and k: maskable positions and predictions
-of a row.
+B sequences, L positions, K predictions per sequence, D hidden, V vocabulary. n and k: maskable positions and
+predictions of a row.
 
     π_prop ∝ exp(ŝ), capped at 1, Σ π_prop = k;    π = (1 − λ) π_prop + λ k/n;    u = (k/n) / π ≤ 1/λ
 
-ŝ_i is the network's score, a log-norm. w are the Horvitz–Thompson weights of the masks that were drawn, whatever
-estimator the training loss has: u for masks drawn by π (proposer.py), 1 for uniform ones. s_i = ‖∂ℓ_i/∂h_i‖ is the
-target (gradient_norm.py), s̄ its mean over the cluster's global batch.
+ŝ_i is the network's score, a log-norm. w are the Horvitz–Thompson weights of the drawn masks, independent of the
+estimator of the training loss: u for masks drawn by π (proposer.py), 1 for uniform ones. s_i = ‖∂ℓ_i/∂h_i‖ is the
+target (gradient_norms.py), s̄ its mean over the global batch.
 
-Differences from the paper: it trains the proposal through a bound on the variance of the whole mask's gradient; here
-the second moment of the single prediction's gradient norm is the objective itself (the norm: Katharopoulos & Fleuret
-2018, arXiv 1803.00942), and the floor λ bounds the weights. No collectives.
+Differences from the paper, which trains the proposal through a bound on the variance of the whole mask's gradient: here
+the objective is the second moment of a single prediction's gradient norm (the norm: Katharopoulos & Fleuret 2018,
+arXiv 1803.00942), and the floor λ bounds the weights. No collectives.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 _HEAD_SIZE = 32
-# A prediction that is certain has no gradient; its logarithm would outweigh all others.
+# A certain prediction has zero gradient, whose logarithm would outweigh all others.
 _SMALLEST_RATIO = 1e-3
 
 
@@ -48,10 +48,10 @@ class Layer(nn.Module):
 
 
 class MapNet(nn.Module):
-    """Embeddings, `layers` layers, one score a position. The scores begin at 0: the proposal at uniform.
+    """Embeddings, `layers` transformer layers, one score per position. Scores are 0 initially: a uniform proposal.
 
-    How surprising a token is where it stands is most of what there is to learn. So before the layers every token e is
-    confronted with c, what the `reach` tokens on either side of it, itself left out, lead one to expect: [e, c, e · c].
+    A token's surprise in its local context is most of what can be learned. Therefore, before the layers, each token
+    embedding e is combined with a prediction c from the `reach` tokens on either side: [e, c, e · c].
     """
 
     def __init__(self, *, vocab_size: int, max_length: int, layers: int, hidden: int, reach: int) -> None:
@@ -76,7 +76,7 @@ class MapNet(nn.Module):
         """ŝ: unmasked input_ids int64 [B, L], attention_mask bool [B, L] or None → float32 [B, L]."""
         r, e = self.reach, self.tokens(input_ids)
         if attention_mask is not None:
-            # What pads a row is as what lies beyond its ends: scores do not depend on how far it is padded.
+            # Treat padding like positions beyond the ends of the row: scores do not depend on the padded length.
             e = e * attention_mask[:, :, None]
         windows = F.pad(e, (0, 0, r, r)).unfold(1, 2 * r + 1, 1)  # [B, L, D, 2r + 1]
         c = F.gelu(self.expected(torch.cat([windows[..., :r], windows[..., r + 1 :]], -1).flatten(2)))
@@ -88,8 +88,8 @@ class MapNet(nn.Module):
 
 
 def flops_per_sequence(*, layers: int, hidden: int, reach: int, sequence_length: int) -> float:
-    """Floating-point operations that MAPNet adds to a sequence: a forward pass to propose, a forward and a backward
-    pass (twice a forward one) to learn. Matrix products only, a multiply-add counting as two (as model.py counts)."""
+    """FLOPs that MAPNet adds per sequence: a forward pass to propose, and a forward and a backward pass (twice the
+    forward) to train. Matrix products only, a multiply-add counted as two, as in models/flops.py."""
     L, D = sequence_length, hidden
     return 4.0 * (2 * (2 * reach + 3) * L * D * D + layers * (16 * L * D * D + 4 * L * L * D))
 
@@ -99,11 +99,11 @@ def inclusion_from_scores(
 ) -> torch.Tensor:
     """π = (1 − λ) min(1, c exp(ŝ)) + λ k/n with c such that Σ π = k, exactly and differentiably.
 
-    Capping the m largest leaves k − m for the others in proportion; m is the least for which none of these exceeds 1,
-    found for all rows at once by one sort. In logarithms: no score over- or underflows.
+    Capping the m largest leaves k − m to be shared in proportion by the others; m is the minimum for which none of
+    these exceeds 1, found for all rows at once by one sort. Computed in logarithms: no score over- or underflows.
 
-    `pareto.proposal_to_inclusion` is the same map for fixed scores, counted in integers: there no bit depends on the
-    batch's layout, and nothing has a gradient.
+    `pareto.proposal_to_inclusion` is the same map for fixed scores in integer arithmetic: bit-identical in every batch
+    layout, but not differentiable.
 
     Args:
         scores: ŝ, float [B, L], finite on maskable positions.
@@ -111,10 +111,10 @@ def inclusion_from_scores(
         counts: k, int64 [B], 0 ≤ k ≤ n.
         floor: λ in (0, 1].
 
-    Returns: float64 [B, L] in (0, 1], 1 where not maskable (never used there).
+    Returns: float64 [B, L] in (0, 1]; 1 where not maskable (unused).
     """
     n, k = maskable.sum(1, keepdim=True), counts[:, None].double()
-    # Rows without a maskable position stand for themselves: log of nothing would be NaN.
+    # Rows without a maskable position keep their scores: a log-softmax of −∞ alone would be NaN.
     scores = scores.double().masked_fill(~(maskable | (n == 0)), -torch.inf)
     with torch.no_grad():
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
@@ -130,11 +130,11 @@ def inclusion_from_scores(
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss to be summed over the predictions of the global batch and divided by their number.
+    """A loss that is summed over the predictions of the global batch and divided by their number.
 
-    loss(scores ŝ, w, u, s, s̄ of the last step), all float [N] but the last, s > 0 where w > 0 → scalar, Σ over N.
-    degree: the sum is to be divided by this power of s̄; it is homogeneous, so the summed gradient may be, after the
-    reduction that brings s̄.
+    loss(scores ŝ, w, u, s, s̄ of the previous step): float [N] except scalar s̄, s > 0 where w > 0 → scalar, Σ over N.
+    degree: the power of s̄ by which the sum is divided. The loss is homogeneous in s, so the division can be applied
+        to the summed gradient, after the reduction that yields s̄.
     """
 
     loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -144,10 +144,10 @@ class Objective:
 def variance(
     scores: torch.Tensor, w: torch.Tensor, u: torch.Tensor, s: torch.Tensor, s_mean: torch.Tensor
 ) -> torch.Tensor:
-    """Σ_{i∈M} w_i u_i(φ) s_i²: the mask variance up to what φ does not change.
+    """Σ_{i∈M} w_i u_i(φ) s_i²: the mask variance up to terms independent of φ.
 
     E_M Σ w_i u_i s_i² = Σ_i (k/n)² E s_i² / π_i(φ) over all maskable positions, whichever proposal drew M: the second
-    moment of a prediction's weighted gradient norm under the network's proposal. Least at π ∝ √E s².
+    moment of a prediction's weighted gradient norm under the network's proposal. Minimum at π ∝ √E s².
     """
     return (w * u * s.square()).sum()
 
@@ -155,7 +155,7 @@ def variance(
 def regression(
     scores: torch.Tensor, w: torch.Tensor, u: torch.Tensor, s: torch.Tensor, s_mean: torch.Tensor
 ) -> torch.Tensor:
-    """Σ_{i∈M} w_i (ŝ_i − log(s_i/s̄))². s̄ of the step before: π does not feel a common shift of the scores."""
+    """Σ_{i∈M} w_i (ŝ_i − log(s_i/s̄))². s̄ of the previous step is enough: π is invariant to a shift of all scores."""
     target = (s / s_mean).clamp(min=_SMALLEST_RATIO).log()
     return (w * (scores - target).square()).sum()
 

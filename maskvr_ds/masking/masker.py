@@ -1,10 +1,10 @@
-"""Masks: strategies choose what is predicted and with which weights; here corruption, and digests of both.
+"""Masker: applies a masking strategy (strategies.py), corrupts the inputs, and computes digests of data and masks.
 
-B sequences, L positions, K predictions a sequence, V vocabulary. A row without a maskable position gets no prediction;
-the caller counts such rows. A mask is a function of (seed, epoch, sample id, position) and of π alone (strategies.py):
-not of rank, world size, batch layout, device or call order.
+B sequences, L positions, K predictions per sequence, V vocabulary. A row without a maskable position gets no
+prediction; the caller counts such rows. A mask is a function of (seed, epoch, sample id, position) and of π alone
+(strategies.py), independent of rank, world size, batch layout, device and call order.
 
-Nothing here waits for the device: K, the width of the result, follows from L and the rate alone.
+No host-device synchronisation: K, the width of the result, follows from L and the rate alone.
 """
 
 from collections.abc import Sequence
@@ -42,24 +42,24 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Corruption:
-    """What stands at a position to predict: [MASK], a random ordinary token, or (the rest) the token itself."""
+    """Replacement probabilities at predicted positions: [MASK], a random ordinary token, otherwise the token itself."""
 
     mask_probability: float = 0.8
     random_probability: float = 0.1
 
 
 class Masker:
-    """Draws masks and corrupts inputs on the device that the batch lies on.
+    """Draws masks and corrupts inputs, on the batch's device.
 
     Args:
-        vocab_size, mask_id, special_ids: of the tokenizer; special tokens are neither masked nor put in at random.
+        vocab_size, mask_id, special_ids: from the tokenizer; special tokens are neither masked nor random replacements.
         sequence_length: L.
         seed: keys the masks, together with epoch and sample id.
-        strategy: a name in STRATEGIES. parameters: what it needs, on any device.
+        strategy: a name in STRATEGIES. parameters: its parameters, on any device.
         rate: share of the maskable positions to predict; `set_rate` changes it within [rate, final_rate].
-        final_rate: None where the rate does not change.
-        corruption: what the model sees in their place.
-        device: where batches will lie.
+        final_rate: None if the rate is constant.
+        corruption: how predicted positions are replaced; default 80% [MASK], 10% random.
+        device: device of the batches.
 
     Raises ValueError for an unknown strategy, a rate outside (0, 1), or L above 4,096.
     """
@@ -85,18 +85,20 @@ class Masker:
             if not 0 < value < 1:
                 raise ValueError(f"masking.{name} is {value}; it must lie between 0 and 1, both excluded")
         if sequence_length > 1 << POSITION_BITS:
-            raise ValueError(f"sequences of {sequence_length} tokens; masks are drawn for at most {1 << POSITION_BITS}")
+            raise ValueError(
+                f"sequence length {sequence_length} exceeds {1 << POSITION_BITS}, the maximum for drawing masks"
+            )
         self.strategy = STRATEGIES[strategy]
         self.parameters = (parameters or Parameters()).to(device)
         self.rate, self.final_rate = rate, final_rate
-        self._greatest_rate = max(rate, final_rate or rate)
+        self._maximum_rate = max(rate, final_rate or rate)
         self.seed = seed
         self.mask_id = mask_id
         corruption = corruption or Corruption()
         # Thresholds on 24 random bits.
         self._mask_below = round(corruption.mask_probability * 2**24)
         self._random_below = round((corruption.mask_probability + corruption.random_probability) * 2**24)
-        self.maximum_predictions = maximum_predictions(sequence_length, self._greatest_rate)
+        self.maximum_predictions = maximum_predictions(sequence_length, self._maximum_rate)
         special = torch.zeros(vocab_size, dtype=torch.bool)
         special[list(special_ids)] = True
         self._maskable_ids = (~special).to(device)
@@ -104,7 +106,7 @@ class Masker:
 
     @classmethod
     def for_corpus(cls, manifest: Manifest, **options: Any) -> Self:
-        """A masker for the corpus' vocabulary and length. options: those of __init__."""
+        """Create a masker for the corpus's vocabulary and sequence length. options: those of __init__."""
         special = manifest.special_tokens
         return cls(
             vocab_size=manifest.vocab_size,
@@ -115,18 +117,18 @@ class Masker:
         )
 
     def set_rate(self, rate: float) -> None:
-        """The rate from now on."""
-        assert 0 < rate <= self._greatest_rate, (rate, self._greatest_rate)
+        """Set the masking rate for the following batches."""
+        assert 0 < rate <= self._maximum_rate, (rate, self._maximum_rate)
         self.rate = rate
 
     def maskable(self, batch: TokenBatch) -> torch.Tensor:
-        """bool [B, L]: which positions hold ordinary tokens."""
-        # index_select: the same as indexing with a tensor, and three times as fast on a CPU.
+        """bool [B, L]: whether a position holds an ordinary (not a special) token."""
+        # index_select gives the same result as indexing with a tensor and is three times as fast on a CPU.
         ids = batch.input_ids.long()
         return self._maskable_ids.index_select(0, ids.view(-1)).view_as(ids)
 
     def __call__(self, batch: TokenBatch) -> MaskedBatch:
-        """Choose positions, take the labels away, corrupt: see the module's text. All on batch's device."""
+        """Select positions, gather labels and corrupt the inputs, all on the batch's device."""
         input_ids = batch.input_ids.long()
         maskable = self.maskable(batch)
         n = maskable.sum(1)
@@ -140,24 +142,24 @@ class Masker:
             keys=row_keys(self.seed, batch)[:, None],
             width=self.maximum_predictions,
         )
-        choice = self.strategy(rows, self.parameters)
-        positions, used = choice.positions, choice.used
+        selection = self.strategy(rows, self.parameters)
+        positions, used = selection.positions, selection.used
         labels = input_ids.gather(1, positions)
         replaced = self._corrupt(labels, hashing.stream(rows.keys, positions + CORRUPTION))
-        sampling = choice.sampling_weights
+        sampling = selection.sampling_weights
         return MaskedBatch(
             input_ids=input_ids.scatter(1, positions, torch.where(used, replaced, labels)),
             positions=positions,
             labels=labels,
-            weights=torch.where(used, choice.weights, 0.0).float(),
+            weights=torch.where(used, selection.weights, 0.0).float(),
             attention_mask=batch.attention_mask,
             sampling_weights=None if sampling is None else sampling.float(),
         )
 
     def _corrupt(self, labels: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-        """What stands in the place of `labels` (int64 [B, K]), by hash bits of the same shape and dtype."""
-        # One hash serves twice: the upper 24 bits say what happens, the lower 32 which random token, by
-        # multiplication instead of a remainder (Lemire 2019); both are even to better than 2^-12 relative.
+        """Replacements of `labels` int64 [B, K], chosen by hash bits of the same shape and dtype."""
+        # One hash serves twice: the upper 24 bits select the kind of replacement, the lower 32 the random token, by
+        # multiplication instead of a remainder (Lemire 2019); both are uniform to better than 2^-12 relative.
         kind = (bits >> 40) & 0xFF_FFFF
         draw = ((bits & 0xFFFF_FFFF) * len(self._ordinary_ids)) >> 32
         random_ids = self._ordinary_ids.index_select(0, draw.view(-1)).view_as(labels)
@@ -166,12 +168,12 @@ class Masker:
 
 
 def data_digest(batch: TokenBatch) -> torch.Tensor:
-    """Order-free int64 sum (wrapping) over rows of hash(epoch, sample id): scalar tensor. Sums add over ranks."""
+    """Order-free wrapping sum over rows of hash(epoch, sample id): int64 []. Digests of ranks add up."""
     return row_keys(0, batch).sum()
 
 
 def mask_digest(batch: TokenBatch, masked: MaskedBatch) -> torch.Tensor:
-    """Order-free int64 sum (wrapping) over rows of hash(epoch, sample id, set of masked positions): scalar."""
+    """Order-free wrapping sum over rows of hash(epoch, sample id, set of masked positions): int64 []."""
     position_hash = hashing.stream(0, masked.positions)
     chosen = torch.where(masked.weights != 0, position_hash, 0).sum(1)
     return hashing.mix(row_keys(0, batch) ^ hashing.mix(chosen)).sum()

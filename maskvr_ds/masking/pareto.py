@@ -1,11 +1,11 @@
-"""Inclusion probabilities and the sampler that has them. B sequences, L positions, K predictions a sequence.
+"""Pareto sampling, and inclusion probabilities from scores. B sequences, L positions, K predictions per sequence.
 
 Pareto sampling (Rosén 1997, "On sampling with probability proportional to size"): with inclusion probabilities π_i,
 Σ π_i = k, rank the positions by  [u_i/(1 − u_i)] / [π_i/(1 − π_i)]  and keep the k smallest. (The ranking avoids the
-usual logarithms: products and quotients are rounded alike on every device, logarithms are not.)
+usual logarithms: products and quotients are rounded identically on every device, logarithms are not.)
 
-Nothing here waits for the device, and no result of a row depends on the rows beside it, down to the last bit: sums
-over positions are sums of integers.
+No host-device synchronisation. The result of a row is independent of the other rows of the batch, to the last bit:
+sums over positions are sums of integers.
 """
 
 import numpy as np
@@ -13,39 +13,40 @@ import torch
 
 from maskvr_ds import hashing
 
-# The low bits of a sampling key hold the position: no two keys of a row are equal, and the position comes for free.
+# The low bits of a sampling key hold the position: keys of a row are distinct, and the position is read from the key.
 POSITION_BITS = 12
 POSITION_MASK = (1 << POSITION_BITS) - 1
 NEVER = ~POSITION_MASK & torch.iinfo(torch.int64).max
-# Scores are rounded to this share of a row's greatest: sums of 2^12 of them, and products with counts, stay exact.
+# Scores are rounded to multiples of 1/_UNITS of the row's maximum: sums of 2^12 of them, and products with counts, are
+# exact.
 _UNITS = 2.0**40
 
 
 def pareto_sample(
     inclusion: torch.Tensor, bits: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fixed-size sample without replacement with, to a good approximation, the given inclusion probabilities.
+    """Draw a fixed-size sample without replacement with approximately the given inclusion probabilities.
 
-    How good depends on d = Σ π (1 − π). Counted over 10^6 draws: d = 7 (n = 126, k = 19, very unequal π): off by at
-    most 0.0009; d = 1.9 (n = 24, k = 6, half of it nearly certain): by at most 0.004, 2% of a small π.
+    The error depends on d = Σ π (1 − π). Measured over 10^6 draws: d = 7 (n = 126, k = 19, very unequal π): at most
+    0.0009; d = 1.9 (n = 24, k = 6, half of it nearly certain): at most 0.004, 2% of a small π.
 
     Args:
         inclusion: float64 [B, L] or [B, 1]; in (0, 1] on maskable positions, Σ over them = counts.
         bits: int64 [B, L], independent random bits.
         maskable: bool [B, L].
-        counts: int64 [B], how many positions each row gets, at most `width`.
+        counts: int64 [B], number of positions to draw per row, at most `width`.
         width: K.
 
-    Returns: positions int64 [B, K], in order of their rank, and used bool [B, K]: slot j is used where j < count.
+    Returns: positions int64 [B, K], in order of their rank, and used bool [B, K]: slot j is used if j < count.
     """
     length = bits.shape[1]
     if inclusion.shape[1] == 1:
-        # Equal probabilities within a row: any increasing function of u ranks alike, so the bits themselves do.
+        # Equal probabilities within a row: every increasing function of u gives the same ranking, also the bits.
         keys = bits & ~POSITION_MASK
     else:
         u = hashing.unit_interval(bits)
         odds_ratio = (u / (1 - u)) * ((1 - inclusion) / inclusion)
-        # Non-negative float64 sort like their bits. 40 bits of the mantissa stay: far finer than any π.
+        # Non-negative float64 sort like their bits. 40 bits of the mantissa are kept: far finer than any π.
         keys = odds_ratio.view(torch.int64) & ~POSITION_MASK
     keys.masked_fill_(~maskable, NEVER)
     keys += torch.arange(length, device=bits.device)
@@ -60,10 +61,10 @@ def proposal_to_inclusion(
     """Scores → inclusion probabilities: π = (1 − λ) min(1, c·score) + λ k/n, with c such that Σ π = k.
 
     Args:
-        scores: float [B, L], finite and ≥ 0 on maskable positions, whatever elsewhere. Only ratios within a row
-            matter, and they are kept to 2^-40 of the row's greatest; 0 counts as that least unit, so that every
-            position has a chance. A row of equal scores, also of zeros, gets π = k/n.
-        maskable: bool [B, L]. n: how many of them a row has.
+        scores: float [B, L], finite and ≥ 0 on maskable positions, arbitrary elsewhere. Only ratios within a row
+            matter; they are rounded to 2^-40 of the row's maximum, and up to that unit if lower, so that every
+            position has π > 0. A row of equal scores, also of zeros, gets π = k/n.
+        maskable: bool [B, L]; n of them per row.
         counts: int64 [B], k ≤ n, k ≤ width.
         width: K.
         floor: λ in [0, 1]; weights (k/n)/π are then at most 1/λ.
@@ -73,8 +74,8 @@ def proposal_to_inclusion(
     scores = scores.double().masked_fill(~maskable, 0.0)
     greatest = scores.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     units = (scores / greatest * _UNITS).round().long().clamp_(min=1).masked_fill_(~maskable, 0)
-    # Descending, s_1 ≥ s_2 ≥ …: the first c are capped, where c is the least with (k − c) s_{c+1} ≤ Σ_{j>c} s_j.
-    # Once that holds it holds for all greater c, and for c = k it does, so the K greatest are enough to count.
+    # In descending order s_1 ≥ s_2 ≥ …, the first c are capped, c being the minimum with (k − c) s_{c+1} ≤ Σ_{j>c} s_j.
+    # If that holds for c, it holds for all larger c, and it holds for c = k: the K largest are enough to count.
     largest = -smallest(-units, width)
     before = largest.cumsum(1) - largest
     left = counts[:, None] - torch.arange(width, device=counts.device)
@@ -91,14 +92,14 @@ def proposal_to_inclusion(
 def smallest(keys: torch.Tensor, width: int) -> torch.Tensor:
     """The `width` smallest of each row, ascending: int64 [B, L] → int64 [B, width]."""
     if keys.device.type == "cpu":
-        # Same result as topk's; NumPy partitions with vector instructions, four times as fast.
+        # Same result as topk; NumPy partitions with vector instructions, four times as fast.
         selected = np.partition(keys.numpy(), width - 1, axis=1)[:, :width]
         return torch.from_numpy(np.sort(selected, axis=1))
     return keys.topk(width, dim=1, largest=False).values
 
 
 def ascending(keys: torch.Tensor) -> torch.Tensor:
-    """Each row sorted: int64 [B, L] → int64 [B, L]."""
+    """Sort each row: int64 [B, L] → int64 [B, L]."""
     if keys.device.type == "cpu":
         return torch.from_numpy(np.sort(keys.numpy(), axis=1))
     return keys.sort(dim=1).values

@@ -50,11 +50,11 @@ def _renamed_in(values: Mapping[str, Any], where: str, strategy: str) -> list[tu
     masking, divergence = _mapping(values.get("masking")), _mapping(values.get("divergence"))
     strategy = masking.get("strategy", strategy)
     found = []
+    weighted = "mapnet" if strategy == "mapnet" else "frequency"
     for key in masking:
         if key in _OF_MASKING:
-            section, name = _OF_MASKING[key]
-            weighted = strategy if strategy in ("frequency", "mapnet") else "frequency"
-            found.append((f"{where}masking.{key}", f"{where}masking.{section or weighted}.{name}"))
+            owner, name = _OF_MASKING[key]
+            found.append((f"{where}masking.{key}", f"{where}masking.{owner or weighted}.{name}"))
     found += [(f"divergence.{key}", f"divergence.{new}") for key, new in _OF_DIVERGENCE.items() if key in divergence]
     return found
 
@@ -94,13 +94,13 @@ def _nest(masking: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -
     for section, content in moved.items():
         if strategy in _MOVED[section]:
             nested[section] = dict(content)
+    weighted = "frequency" if strategy == "frequency" else "mapnet"
     for key, value in masking.items():
         if key in _OF_MASKING:
-            section, name = _OF_MASKING[key]
-            if section is None and (strategy in ("frequency", "mapnet") or "mapnet" in nested):
-                section = "frequency" if strategy == "frequency" else "mapnet"
-            if section == strategy or section in nested:
-                nested.setdefault(section, {})[name] = value
+            owner, name = _OF_MASKING[key]
+            subsection = owner or weighted
+            if subsection == strategy or subsection in nested:
+                nested.setdefault(subsection, {})[name] = value
     return nested
 
 

@@ -1,8 +1,7 @@
-"""Metrics of a run → metrics.jsonl (a line a step), trust_ratios.jsonl (a line now and then), DeepSpeed's monitors, a
-progress bar, a plot. T tensors being trained.
+"""Metrics log: metrics.jsonl (one line per step), trust_ratios.jsonl, DeepSpeed's monitors and a progress bar.
 
-Figures that lie on the device are copied to the host beside the computation and read one step later, so that
-logging never makes the device wait.
+T trained tensors. Values on the device are copied to the host asynchronously and read one step later, so that logging
+never makes the device wait.
 """
 
 import json
@@ -29,19 +28,19 @@ from maskvr_ds.telemetry.monitors import open_monitors
 logger = logging.getLogger(__name__)
 
 _HISTOGRAM = "train/trust_ratio_log10"
-# Seconds between the lines that stand in for the progress bar where stderr is no terminal.
+# Seconds between progress lines if stderr is not a terminal and there is no progress bar.
 _LINE_EVERY = 30.0
 
 
 @dataclass
 class StepRecord:
-    """One step, figures on the device still pending.
+    """Metrics of one step, of which device values may still be pending.
 
     counters: int64 [4], all-reduced: data_digest, mask_digest, predictions, sequences without a maskable token.
     loss_sum: float64 [1], all-reduced: Σ w ℓ over the global batch, in nats.
-    grad_norm: global norm before clipping; float, or scalar tensor.
-    trust_ratios: fp32 [T], of the optimizers that have them.
-    proposal: of the mask proposal, where there is one.
+    grad_norm: global norm before clipping; float or scalar tensor.
+    trust_ratios: float32 [T]; None if the optimizer has none.
+    proposal: metrics of the mask proposal network; None without one.
     """
 
     step: int
@@ -56,6 +55,7 @@ class StepRecord:
     proposal: DeferredFigures | None = None
 
     def resolve(self) -> dict[str, Any]:
+        """The step's line of metrics.jsonl; waits for the pending values."""
         data_digest, mask_digest, predictions, skipped = self.counters.values()
         norm = self.grad_norm.values() if isinstance(self.grad_norm, DeferredTensor) else self.grad_norm
         ratios = {} if self.trust_ratios is None else trust_ratio_figures(self.trust_ratios.values())
@@ -77,11 +77,11 @@ class StepRecord:
 
 
 def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
-    """Least, median and greatest trust ratio of the tensors that were adapted; NaN if one of them is.
+    """Minimum, median and maximum trust ratio over the adapted tensors; NaN if a ratio is NaN.
 
-    A ratio of exactly 1 says that the tensor was not adapted: a norm was 0 or, in the variants that leave biases and
-    LayerNorms alone, it never is. Those are more than half of BERT's tensors, and the median would always be 1. Where
-    no tensor was adapted all figures are 1.
+    A ratio of exactly 1 means that the tensor was not adapted: a norm was 0, or it is a bias or LayerNorm in a variant
+    that does not adapt these. Those are more than half of BERT's tensors, so the median over all would always be 1. If
+    no tensor was adapted, all three are 1.
     """
     values = np.asarray(ratios)
     adapted = values[values != 1] if (values != 1).any() else values
@@ -90,17 +90,17 @@ def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Writes on rank 0; on the others every method returns at once.
+    """Logs the metrics of a run on rank 0; on other ranks every method returns immediately.
 
     Args:
-        folder: the run's.
-        resume_step, resume_samples, resume_tokens: what is already done: later lines of an existing metrics.jsonl are
-            dropped, and later figures of the monitors.
+        folder: the run folder.
+        resume_step, resume_samples, resume_tokens: progress so far; later lines of an existing metrics.jsonl and later
+            values in the monitors are dropped.
         total_steps: for the progress bar.
-        monitor: which of DeepSpeed's monitors to feed.
-        token_flops: floating-point operations that one token of the global batch costs each rank.
-        tensor_names: T names, what the trust ratios are of.
-        rollbacks: events "rollback" of the run so far: they stand in metrics.jsonl behind the step gone back to.
+        monitor: which of DeepSpeed's monitors to write to.
+        token_flops: FLOPs per rank and token of the global batch.
+        tensor_names: T names, in the order of the trust ratios.
+        rollbacks: the run's "rollback" events so far; metrics.jsonl has each after the step that was rolled back to.
     """
 
     def __init__(
@@ -130,9 +130,10 @@ class MetricsLog:
         keep_until(resume_step, self.path, rollbacks)
         if self._ratios_path.exists():
             keep_until(resume_step, self._ratios_path)
-        # Line buffered: what was logged before a kill is on disk.
+        # Line buffered, so that a kill loses no complete line.
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
-        # Kept open like the other: where another job takes the run, it replaces both, and no line goes to the new ones.
+        # Both files are kept open: a job that takes over the run replaces them, and this job cannot write to the new
+        # ones.
         self._ratios_file: TextIO | None = None
         self._monitor = open_monitors(folder, monitor, resume_samples)
         self._bar = tqdm(
@@ -145,7 +146,7 @@ class MetricsLog:
         self._clock = self._last_line = time.perf_counter()
 
     def step(self, record: StepRecord) -> None:
-        """Hand over a step; the one before it is written."""
+        """Add a step; the previous one is written."""
         if not self.active:
             return
         now = time.perf_counter()
@@ -159,23 +160,23 @@ class MetricsLog:
         self._pending = record
 
     def event(self, **content: Any) -> None:
-        """A line that is not of a step: `event` says what of."""
+        """Write an event line; `event` in `content` is its kind."""
         if self.active:
             self.flush()
             self._file.write(json.dumps(content) + "\n")
 
     def add(self, **figures: float | str) -> None:
-        """Add figures to the line of the present step."""
+        """Add values to the line of the current step."""
         if self._pending is not None:
             self._pending.extra.update(figures)
 
     def flush(self) -> None:
-        """Write the pending step, waiting for its figures."""
+        """Write the pending step, waiting for its values."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         line = pending.resolve()
-        # JSON knows no NaN; null says that there was no finite figure.
+        # JSON has no NaN; non-finite values are written as null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._file.write(json.dumps(finite) + "\n")
         events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
@@ -185,14 +186,14 @@ class MetricsLog:
         self._show(line)
 
     def _write_trust_ratios(self, line: dict[str, Any], ratios: list[float]) -> None:
-        """All ratios by name, and their histogram to the monitors that show histograms (the CSV one does not)."""
+        """Write all ratios by name, and their histogram to the monitors that support histograms (CSV does not)."""
         finite = [ratio if math.isfinite(ratio) else None for ratio in ratios]
         by_name = dict(zip(self._tensor_names, finite, strict=True))
         if self._ratios_file is None:
             self._ratios_file = self._ratios_path.open("a", buffering=1, encoding="utf-8")
         content = {"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}
         self._ratios_file.write(json.dumps(content) + "\n")
-        # They spread over decades. MonitorMaster.write_events takes scalars only, hence past it.
+        # Logarithms, because the ratios span decades. MonitorMaster.write_events takes scalars only: call the monitors.
         logarithms = np.log10([ratio for ratio in finite if ratio is not None and ratio > 0])
         if not len(logarithms):
             return
@@ -204,13 +205,13 @@ class MetricsLog:
             self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["samples"])
 
     def flush_to_disk(self) -> None:
-        """Have everything so far on disk, to survive what a checkpoint survives."""
+        """Write and fsync everything so far, so that the log is as durable as a checkpoint."""
         if self.active:
             self.flush()
             os.fsync(self._file.fileno())
 
     def exclude(self, seconds: float) -> None:
-        """Keep time that was not training (evaluation, saving) out of the next step's tokens_per_second."""
+        """Exclude time not spent training (evaluation, saving) from the next step's tokens_per_second."""
         if self.active:
             self._clock += seconds
 
@@ -226,6 +227,7 @@ class MetricsLog:
             logger.info("step %d/%d  %s", line["step"], self._bar.total, text)
 
     def close(self) -> None:
+        """Write the pending step and close files and monitors."""
         if self.active:
             self.flush()
             self._bar.close()

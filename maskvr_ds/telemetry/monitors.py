@@ -1,6 +1,7 @@
-"""DeepSpeed's monitors, so that a run that goes on, or back, goes on in them too: none of them knows of a resume."""
+"""DeepSpeed's monitors (TensorBoard, CSV, Weights & Biases) with support for resume and rollback, which they lack."""
 
 import csv
+import io
 import os
 import secrets
 from collections.abc import Iterator
@@ -8,17 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import atomic_file
 from maskvr_ds.config import MonitorConfig
 from maskvr_ds.run_folder.layout import CSV, TENSORBOARD, WANDB_ID
 
 
 def open_monitors(folder: Path, monitor: MonitorConfig, samples: int) -> Any:
-    """A MonitorMaster for the run's folder, on rank 0. samples: done so far, what monitors count steps in; what they
-    show of later ones is dropped (by Weights & Biases: kept, it cannot go back)."""
+    """Open a MonitorMaster for the run folder; call on rank 0.
+
+    samples: processed so far, the monitors' unit of steps; later values are dropped (except by Weights & Biases, which
+    cannot roll back).
+    """
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
-    # Given to the engine, they would log its per-rank loss too, and wait for the device at every step.
+    # If configured in the engine, they would also log its per-rank loss, and wait for the device at every step.
     wandb = monitor.wandb.model_dump(exclude_none=True) if monitor.wandb else {}
     sections = {
         "tensorboard": {"enabled": monitor.tensorboard, "output_path": str(folder), "job_name": TENSORBOARD},
@@ -31,12 +36,12 @@ def open_monitors(folder: Path, monitor: MonitorConfig, samples: int) -> Any:
     if master.tb_monitor is not None and earlier:
         _purge(master.tb_monitor, samples)
     if master.csv_monitor is not None:
-        _cut(master.csv_monitor, folder / CSV, samples)
+        _truncate(master.csv_monitor, folder / CSV, samples)
     return master
 
 
 def _purge(monitor: Any, samples: int) -> None:
-    """Have TensorBoard hide what earlier event files have of later steps."""
+    """Make TensorBoard hide later steps in existing event files."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = monitor.summary_writer.log_dir
@@ -44,8 +49,8 @@ def _purge(monitor: Any, samples: int) -> None:
     monitor.summary_writer = SummaryWriter(log_dir=folder, purge_step=samples + 1)
 
 
-def _cut(monitor: Any, folder: Path, samples: int) -> None:
-    """Drop the rows of later steps, and what a kill has cut off; the monitor writes a header only into new files."""
+def _truncate(monitor: Any, folder: Path, samples: int) -> None:
+    """Drop rows of later steps, and rows truncated by a kill; the monitor writes a header only to files new to it."""
     for path in sorted(folder.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
@@ -53,16 +58,16 @@ def _cut(monitor: Any, folder: Path, samples: int) -> None:
         if not kept:
             path.unlink()
             continue
-        temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([header, *kept])
-        temporary.replace(path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([header, *kept])
+        with atomic_file(path) as file:
+            file.write(text.getvalue().encode())
         monitor.filenames.append(path.stem)
 
 
 @contextmanager
 def _wandb_run(folder: Path, *, wanted: bool) -> Iterator[None]:
-    """Have wandb.init go on with the run's own run, unless the environment names one."""
+    """Make wandb.init resume the id stored in the run folder, unless the environment names one."""
     if not wanted or "WANDB_RUN_ID" in os.environ:
         yield
         return

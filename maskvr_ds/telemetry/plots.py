@@ -1,4 +1,4 @@
-"""Plot of a run: losses, trust ratios, MAPNet's telemetry."""
+"""Plot of a run: loss curves, LAMB's trust ratios, metrics of the mask proposal network."""
 
 import math
 from itertools import pairwise
@@ -9,8 +9,7 @@ from maskvr_ds.telemetry.metrics_file import PROPOSAL_FIGURES, TRUST_RATIO_FIGUR
 
 
 def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
-    """Training and held-out loss over steps → PNG; below it LAMB's trust ratios and MAPNet's telemetry, where there are
-    any.
+    """Plot training and held-out loss over steps as a PNG, with panels for trust ratios and MAPNet's metrics if logged.
 
     reference: label → loss, drawn as horizontal lines.
     """
@@ -33,24 +32,24 @@ def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = 
     for before, after in pairwise(lines):
         if after.get("phase") != before.get("phase"):
             axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
-            top = axes.get_xaxis_transform()  # y from 0 to 1 whatever the losses
+            top = axes.get_xaxis_transform()  # y in axes coordinates
             axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
     for label, value in (reference or {}).items():
         axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
-    axes.set_ylabel("masked-token loss [nats]")
+    axes.set_ylabel("masked-LM loss (nats)")
     if with_ratios:
         axes = panels[1, 0]
         lowest, median, highest = (_column(lines, key) for key in TRUST_RATIO_FIGURES)
-        axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="least to greatest tensor")
-        axes.plot(steps, median, linewidth=0.8, label="median tensor")
+        axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="minimum to maximum over tensors")
+        axes.plot(steps, median, linewidth=0.8, label="median over tensors")
         axes.set_yscale("log")
-        axes.set_ylabel("LAMB's trust ratio")
+        axes.set_ylabel("LAMB trust ratio")
     if with_proposal:
         axes = panels[-1, 0]
         for key in PROPOSAL_FIGURES:
             axes.plot(steps, _column(lines, key), linewidth=0.8, alpha=0.8, label=key.replace("_", " "))
-        axes.set_ylabel("MAPNet, uniform masks = 1")
-    axes.set_xlabel("step")
+        axes.set_ylabel("MAPNet (1 = uniform masks)")
+    axes.set_xlabel("optimizer step")
     for axes in panels.flat:
         axes.grid(alpha=0.3)
         axes.legend()
@@ -60,5 +59,5 @@ def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = 
 
 
 def _column(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """A figure of every line; NaN where it is null or missing."""
+    """Values of `key` in all lines; NaN if null or missing."""
     return [math.nan if x.get(key) is None else x[key] for x in lines]

@@ -48,7 +48,7 @@ from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.runtime import distributed
-from maskvr_ds.telemetry.metrics_file import EVENT
+from maskvr_ds.telemetry.metrics_file import AUTO_EVENT
 
 SEGMENTS, PROPOSAL = "fully_explored", "mapnet"
 # Strategy, and segments of a row per global batch.
@@ -127,7 +127,7 @@ class Chooser:
             self._loader.change_copies(samples, segments)
         self._take(strategy)
         return {
-            "event": EVENT,
+            "event": AUTO_EVENT,
             "step": step,
             "strategy": strategy,
             "segments": segments,

@@ -27,9 +27,9 @@ def test_runs_are_alike_but_for_the_strategy_and_not_repeated(tmp_path: Path) ->
 
     second = run_command(*words, "span", AGAIN, DIVERGES, timeout=900)
     assert second.returncode == 1
-    assert f"{DIVERGES}, seed 3: did not finish; see {output}" in second.stderr
-    assert "1 of 4 runs did not finish" in second.stderr
-    assert "[1/4] uniform, seed 3: done before" in second.stdout
+    assert f"{DIVERGES}, seed 3: failed; see {output}" in second.stderr
+    assert "1 of 4 runs failed" in second.stderr
+    assert "[1/4] uniform, seed 3: already completed" in second.stdout
     assert (uniform / "metrics.jsonl").read_text() == written
     span, again = (output / "runs" / name / "seed-3" for name in ("span", AGAIN.replace(":", "_")))
     # The same run by another name: weights, rows and masks alike. Another strategy: the same rows.
@@ -50,4 +50,4 @@ def test_runs_are_alike_but_for_the_strategy_and_not_repeated(tmp_path: Path) ->
     # Nothing of another length stands in for a run of this one.
     other = run_command(*words, "--set", "training.steps=20")
     assert other.returncode == 1
-    assert "a run of other settings (training.steps 12 -> 20); name another --output" in other.stderr
+    assert "has a run with different settings (training.steps 12 -> 20); use another --output" in other.stderr

@@ -121,7 +121,7 @@ def test_the_command(run: Path, corpus: Path, tmp_path: Path) -> None:
     )
     assert two.returncode == 0, two.stderr
     assert "total ÷ uniform" in two.stdout
-    assert "4 rows × 2 draws, 95% intervals over rows; 16 forward and backward passes" in two.stdout
+    assert "4 rows × 2 draws, 95% confidence intervals over rows; 16 forward and backward passes" in two.stdout
     report = json.loads((tmp_path / "two" / "variance.json").read_text())
     assert list(report["strategies"]) == ["uniform", "span"]
     assert report["ranks"] == 2
@@ -129,14 +129,17 @@ def test_the_command(run: Path, corpus: Path, tmp_path: Path) -> None:
 
 FAULTS = [
     (["--sequences", "121"], "has 120 rows"),
-    (["--sequences", "2"], "2 sequences; intervals need at least 3"),
-    (["--masks", "1"], "--masks 1: at least 2 needed"),
-    (["--confidence", "1"], "--confidence 1.0: between 0 and 1"),
-    (["--hamming-rounds", "1"], "--hamming-rounds 1: at least 2 needed, or 0 for none"),
+    (["--sequences", "2"], "2 sequences; confidence intervals need at least 3"),
+    (["--masks", "1"], "--masks 1: must be at least 2"),
+    (["--confidence", "1"], "--confidence 1.0: must lie between 0 and 1"),
+    (["--hamming-rounds", "1"], "--hamming-rounds 1: must be 0 (off) or at least 2"),
     (["--strategies", "unifrom"], "unifrom: strategy: Input should be 'uniform'"),
-    (["--strategies", "fully_explored:placement=same_batch,segments_per_sequence=9"], "of 16 tokens has 7 segments"),
-    (["--masks", "9999"], "--masks 9999: at most 8216 of uniform"),
-    (["--strategies", "mapnet:layers=1"], "only floor counts here"),
+    (
+        ["--strategies", "fully_explored:placement=same_batch,segments_per_sequence=9"],
+        "of 16 tokens has only 7 segments",
+    ),
+    (["--masks", "9999"], "--masks 9999: must be at most 8216 for uniform"),
+    (["--strategies", "mapnet:layers=1"], "layers belongs to training"),
 ]
 
 

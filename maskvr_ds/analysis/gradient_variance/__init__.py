@@ -1,1 +1,1 @@
-"""Gradient variance, split into its data part and its mask part."""
+"""Gradient variance, decomposed into the part due to the data and the part due to the masks."""

@@ -1,19 +1,19 @@
-"""`maskvr variance`: how much of the gradient's variance comes from the data, how much from the masks, by strategy.
+"""`maskvr variance`: gradient variance due to the data and due to the masks, for each masking strategy.
 
-N rows × R draws a row and strategy, G layers, s the sketch size, J masks of a row in one batch (1 except for
-fully_explored in the same batch). A row's gradient is that of its Σ w ℓ, divided by the strategy's mean number of
-predictions, so that a batch's mean is the gradient of the run's loss. Dropout is off: its variance is neither part.
+N rows × R draws per row and strategy, G layers, s the sketch size, J masks of a row in one batch (1 except for
+fully_explored with placement same_batch). A row's gradient is that of its Σ w ℓ, divided by the strategy's mean number
+of predictions, so that a batch's mean is the gradient of the run's loss. Dropout is off: its variance is in neither
+part.
 
-Cost: R·J forward and backward passes of a row and strategy; an oracle_gradient one more for every prediction of its
-masks, n a round. Every rank takes N / (world size) rows. Memory beside the model's: sketches of one row's draws,
-R·J·G·s numbers, and of all rows' means, N·G·s; never a gradient of the whole model.
+Cost: R·J forward and backward passes per row and strategy; oracle_gradient needs one more for every prediction of its
+own masks, n per round. Every rank measures N / (world size) rows. Memory in addition to the model: sketches of one
+row's draws, R·J·G·s numbers, and of all rows' means, N·G·s; never a gradient of the full model.
 
-A row is measured by itself whatever the number of ranks, so the figures do not depend on it. Collectives: those
-of moments.py, a strategy at a time; what opening files needs.
+Each row is measured separately, so the results do not depend on the number of ranks. Collectives: those of moments.py,
+once per strategy, and those of opening files.
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from data_pipeline.files import write_json
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.moments import APART, Sample, measure, measure_covariance
@@ -58,12 +59,12 @@ from maskvr_ds.runtime import distributed
 RESULT, PLOT = "variance.json", "variance.png"
 BASELINE = "uniform"
 FIGURES = ("data", "mask", "total", "mask_over_data", "mask_ratio", "total_ratio")
-# What a key is for, so that no two uses share random numbers.
+# Purposes of keys, so that no two uses share random numbers.
 _ROWS, _MASKS, _ORACLE, _HAMMING, _SKETCH, _BOOTSTRAP = range(6)
 
 
 def figures(moments: VarianceComponents, baseline: VarianceComponents, ways: Counts) -> Floats:
-    """FIGURES of every layer and of the whole: float64 [C, (G + 1) · 6]."""
+    """FIGURES of every layer, then of the full gradient: float64 [C, (G + 1) · 6]."""
     (data, mask), (data_0, mask_0) = (variances(m, ways) for m in (moments, baseline))
     columns = _figures(moments.segments * data, mask, data, data_0 + mask_0, mask_0)
     return np.stack(columns, 2).reshape(len(data), -1)
@@ -76,7 +77,7 @@ def _figures(batch_data: Floats, mask: Floats, data: Floats, total_0: Floats, ma
 
 
 def oracle_figures(baseline: VarianceComponents, ways: Counts) -> Floats:
-    """FIGURES of the ideal proposal of whole masks, of the whole gradient: float64 [C, 6]."""
+    """FIGURES of the full gradient for the ideal proposal of complete masks: float64 [C, 6]."""
     data, mask_0 = (v[:, -1:] for v in variances(baseline, ways))
     mask = whole_mask_variance(baseline, ways)
     return np.concatenate(_figures(data, mask, data, data + mask_0, mask_0), 1)
@@ -85,16 +86,16 @@ def oracle_figures(baseline: VarianceComponents, ways: Counts) -> Floats:
 def reduction_share(
     moments: VarianceComponents, oracle: VarianceComponents, baseline: VarianceComponents, ways: Counts
 ) -> Floats:
-    """What a proposal takes off the whole gradient's total variance, divided by what an oracle does: float64 [C, 1]."""
-    own, best, whole = (
+    """A proposal's reduction of the full gradient's total variance, relative to an oracle's: float64 [C, 1]."""
+    own, best, uniform = (
         data[:, -1:] + mask[:, -1:] for data, mask in (variances(m, ways) for m in (moments, oracle, baseline))
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (whole - own) / (whole - best)
+        return (uniform - own) / (uniform - best)
 
 
 def _named(names: Sequence[str], resampling: Resampling, figure: Callable[[Counts], Floats]) -> dict[str, Any]:
-    """Layer → figure → [estimate, low, high]; null where a division by nothing made it infinite."""
+    """Layer → figure → [estimate, low, high]; None if non-finite (division by zero)."""
     values = resampling.interval(figure)
     lists = [[x if np.isfinite(x) else None for x in value] for value in values]
     of_layers = [lists[i : i + len(FIGURES)] for i in range(0, len(lists), len(FIGURES))]
@@ -102,7 +103,7 @@ def _named(names: Sequence[str], resampling: Resampling, figure: Callable[[Count
 
 
 class Measurement:
-    """A checkpoint's model on a sample, and the masks that may be asked for."""
+    """A checkpoint's model, the sample of rows, and the maskers and proposals to measure."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -114,11 +115,11 @@ class Measurement:
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
         mlm = distributed.run_collectively(lambda: load_model(self.folder))
-        with torch.device("meta"):  # no second set of weights
+        with torch.device("meta"):  # avoids allocating a second set of weights
             self.model = MaskedLanguageModel(mlm.config)
         self.model.mlm = mlm
         self.sketcher = Sketcher(self.model.to(device), size=arguments.sketch_size, seed=self._key(_SKETCH))
-        # Masks are of the kind that the run trains with: rate, share of [MASK].
+        # Rate and corruption are those that the run was trained with.
         trained = self.state.identity["masking"]
         self.common = {key: trained[key] for key in ("rate", "mask_probability", "random_probability")}
 
@@ -133,41 +134,44 @@ class Measurement:
             raise ConfigError(f"{path}: sequences of {length} tokens exceed the {most} positions of {self.folder}")
         if arguments.sequences > corpus.rows:
             raise ConfigError(f"--sequences {arguments.sequences}: {path} has {corpus.rows} rows")
-        for name, least in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):
-            if (value := getattr(arguments, name)) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} needed")
+        for name, minimum in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):
+            if (value := getattr(arguments, name)) < minimum:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
         if arguments.hamming_rounds not in range(2, 1 << 20) and arguments.hamming_rounds != 0:
-            raise ConfigError(f"--hamming-rounds {arguments.hamming_rounds}: at least 2 needed, or 0 for none")
+            raise ConfigError(f"--hamming-rounds {arguments.hamming_rounds}: must be 0 (off) or at least 2")
         if not 0 < arguments.confidence < 1:
-            raise ConfigError(f"--confidence {arguments.confidence}: between 0 and 1, both excluded")
+            raise ConfigError(f"--confidence {arguments.confidence}: must lie between 0 and 1, both excluded")
         return corpus
 
     def copies(self, spec: StrategySpec) -> int:
-        """J. Raises ConfigError where rows have fewer segments."""
+        """J. Raises ConfigError if rows have fewer segments."""
         masking, corpus = spec.masking(self.common), self.sample.corpus
         copies, most = sequence_copies(masking, corpus), segments(corpus.sequence_length - 2, masking.rate)
         if copies > most:
-            raise ConfigError(f"{spec.text}: a sequence of {corpus.sequence_length} tokens has {most} segments")
+            raise ConfigError(f"{spec.text}: a sequence of {corpus.sequence_length} tokens has only {most} segments")
         if self.arguments.masks * copies * APART >= 1 << 23:
-            raise ConfigError(f"--masks {self.arguments.masks}: at most {(1 << 23) // (copies * APART)} of {spec.text}")
+            raise ConfigError(
+                f"--masks {self.arguments.masks}: must be at most {(1 << 23) // (copies * APART)} for {spec.text}"
+            )
         return copies
 
     def masker(self, masking: MaskingConfig, purpose: int, proposal: Proposal | None = None) -> Masker:
+        """A masker with its own random numbers for `purpose`. Collective: call on all ranks."""
         seed = self._key(purpose)
         return create_masker(masking, self.sample.corpus, seed=seed, device=self.sample.device, proposal=proposal)
 
     def check(self, specs: Sequence[StrategySpec]) -> None:
-        """Raise ConfigError for what cannot be measured here."""
+        """Raise ConfigError if a strategy cannot be measured on this checkpoint and corpus."""
         for spec in specs:
             self.copies(spec)
             if spec.strategy == "mapnet" and not (self.folder / MAPNET_STATE).is_file():
                 raise ConfigError(
                     f"{spec.text}: {self.folder} has no {MAPNET_STATE}; train with masking.strategy=mapnet (and "
-                    "mapnet.gate=never where the masks shall be uniform)"
+                    "masking.mapnet.gate=never to keep masks uniform)"
                 )
 
     def _mapnet(self) -> tuple[MapNetConfig, dict[str, torch.Tensor] | None]:
-        """The run's section, the default where it has no network, and the network's state."""
+        """The run's config section and the network's state; default and None if the checkpoint has no network."""
         file = self.folder / MAPNET_STATE
         if not file.is_file():
             return MapNetConfig(), None
@@ -176,12 +180,12 @@ class Measurement:
         return section, load.read_extra(self.folder, MAPNET_STATE)
 
     def floor(self, spec: StrategySpec) -> float:
-        """λ of MAPNet or a token's oracle. Every rank calls."""
+        """λ of MAPNet or of a token oracle. Collective: call on all ranks."""
         trained = distributed.run_collectively(self._mapnet)[0]
         return spec.masking(self.common, floor=trained.floor).mapnet.floor
 
     def oracle(self, spec: StrategySpec) -> TokenOracle | None:
-        """Every rank calls."""
+        """The strategy's token oracle, or None. Collective: call on all ranks."""
         if spec.strategy not in TOKEN_ORACLES:
             return None
         head = spec.strategy == HEAD_ORACLE
@@ -193,13 +197,15 @@ class Measurement:
         )
 
     def network(self, spec: StrategySpec) -> Proposer | None:
-        """The checkpoint's MAPNet. Every rank calls."""
+        """The checkpoint's MAPNet if the strategy is mapnet, else None. Collective: call on all ranks."""
         if spec.strategy != "mapnet":
             return None
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
         proposer = Proposer(
-            trained.model_copy(update={"floor": spec.masking(self.common, floor=trained.floor).mapnet.floor, "gate": "always"}),
+            trained.model_copy(
+                update={"floor": spec.masking(self.common, floor=trained.floor).mapnet.floor, "gate": "always"}
+            ),
             vocab_size=self.sample.corpus.manifest.vocab_size,
             max_length=self.model.mlm.config.max_position_embeddings,
             seed=0,
@@ -209,29 +215,32 @@ class Measurement:
         return proposer
 
     def strategy(self, spec: StrategySpec) -> tuple[VarianceComponents, dict[str, Any]]:
-        """VarianceComponents and what they cost. Every rank calls."""
-        draws, copies, begun = self.arguments.masks, self.copies(spec), time.perf_counter()
+        """Measure a strategy: its variance components and the cost of measuring. Collective: call on all ranks."""
+        draws, copies, start = self.arguments.masks, self.copies(spec), time.perf_counter()
         oracle = self.oracle(spec)
         proposer = oracle or self.network(spec)
         masker = self.masker(spec.masking(self.common), _MASKS, None if proposer is None else proposer.propose)
         moments, predictions = measure(self.sample, self.sketcher, masker, draws=draws, copies=copies)
-        looked = torch.tensor([0 if oracle is None else oracle.predictions])
+        oracle_passes = torch.tensor([0 if oracle is None else oracle.predictions])
         head_only = spec.strategy == HEAD_ORACLE
         cost = {
             "segments": copies,
             "predictions": predictions,
             "passes": len(self.sample.rows) * draws * copies,
-            "oracle_passes": 0 if head_only else int(distributed.all_reduce_sum(looked.to(self.sample.device))),
-            "seconds": round(time.perf_counter() - begun, 2),
+            "oracle_passes": 0 if head_only else int(distributed.all_reduce_sum(oracle_passes.to(self.sample.device))),
+            "seconds": round(time.perf_counter() - start, 2),
         }
         return moments, cost
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and write; → what variance.json holds. Every rank calls, after `distributed.initialize`."""
+    """Measure all strategies and write the results; → the content of variance.json.
+
+    Collective: call on all ranks, after `distributed.initialize`.
+    """
     specs = distributed.run_collectively(lambda: parse_strategies(arguments.strategies, first=BASELINE))
     measurement = Measurement(arguments)
-    # Faults in the last strategy must show now.
+    # Report errors in any strategy before the first measurement.
     distributed.run_collectively(lambda: measurement.check(specs))
     resampling = distributed.run_collectively(
         lambda: Resampling(
@@ -241,25 +250,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [*measurement.sketcher.layers, "whole"]
     baseline: VarianceComponents | None = None
     strategies: dict[str, Any] = {}
-    # Of MAPNet and of the oracle that knows its target, by floor.
+    # (strategy, floor) → components, of MAPNet and of the oracle that knows its target.
     proposals: dict[tuple[str, float], VarianceComponents] = {}
     for spec in specs:
         if spec.strategy == MASK_ORACLE:
             assert baseline is not None
-            found: dict[str, Any] = {"layers": _named(["whole"], resampling, partial(oracle_figures, baseline))}
+            result: dict[str, Any] = {"layers": _named(["whole"], resampling, partial(oracle_figures, baseline))}
         else:
             moments, cost = measurement.strategy(spec)
             baseline = baseline or moments
             if spec.strategy in ("mapnet", HEAD_ORACLE):
                 proposals[spec.strategy, measurement.floor(spec)] = moments
             layers = _named(names, resampling, partial(figures, moments, baseline))
-            found = {
+            result = {
                 **cost,
                 "median_mask": float(np.median(moments.within.sum(1)) * moments.segments),
                 "layers": layers,
             }
-        strategies[spec.text] = found
-        say(f"{spec.text}: {found.get('passes', 0)} passes, {found.get('seconds', 0):g} s")
+        strategies[spec.text] = result
+        _print_rank0(f"{spec.text}: {result.get('passes', 0)} passes, {result.get('seconds', 0):g} s")
     shares = {}
     for (strategy, floor), moments in proposals.items():
         if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
@@ -279,7 +288,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in measurement.model.parameters()),
         "ranks": distributed.world_size(),
         "strategies": strategies,
-        # Floor → MAPNet's reduction of the total variance ÷ oracle_head's.
+        # Floor → MAPNet's reduction of the total variance relative to oracle_head's.
         "mapnet_of_oracle_head": shares,
     }
     if arguments.hamming_rounds:
@@ -294,12 +303,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     report["peak_memory_bytes"] = _peak_memory(measurement.sample.device)
     distributed.run_on_rank0(lambda: _write(report, Path(arguments.output)))
-    say(table(report))
+    _print_rank0(table(report))
     return report
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Of this rank: of the device where there is one, of the process otherwise."""
+    """Peak memory of this rank in bytes: of its GPU, or of the process without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -308,18 +317,16 @@ def _peak_memory(device: torch.device) -> int:
 def _write(report: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     plot(report, output / PLOT)
-    partial_file = output / f".{RESULT}.partial"
-    partial_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial_file.replace(output / RESULT)
+    write_json(output / RESULT, report)
 
 
-def say(text: str) -> None:
+def _print_rank0(text: str) -> None:
     if distributed.rank() == 0:
         print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of every rank. Returns the exit status: 0 done, 1 error."""
+    """Entry point of each rank. Returns the exit status: 0 completed, 1 error."""
     parser = argparse.ArgumentParser(
         prog="python -m maskvr_ds.analysis.gradient_variance.measure", description="One rank of `maskvr variance`."
     )

@@ -1,8 +1,8 @@
-"""VarianceComponents of single rows' gradients under a strategy's masks, the rows divided over the ranks.
+"""Measurement of the variance components of single rows' gradients under a strategy's masks, rows split over ranks.
 
 N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
-world group: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1], `measure_covariance` float64
-[N, 2 W], once a call.
+world group, once per call: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1],
+`measure_covariance` float64 [N, 2 W].
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.strategies import prediction_counts, segments
 from maskvr_ds.runtime import distributed
 
-# Draws of a row are this many epochs apart (times J): each is of a round of fully_explored of its own, and the segments
-# that it begins with take turns, as they do in training.
+# Draws of a row are this many epochs (times J) apart: each belongs to a different round of fully_explored, and the
+# first segment of a draw varies, as in training.
 APART = 1021
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What all strategies are measured on. rows: int64 [N], of the corpus. seed: of everything."""
+    """The rows on which all strategies are measured. rows: int64 [N], row numbers. seed: of the measurement."""
 
     corpus: Corpus
     rows: np.ndarray
@@ -41,20 +41,20 @@ class Sample:
         return range(distributed.rank(), len(self.rows), distributed.world_size())
 
     def repeated(self, number: int, epochs: np.ndarray) -> TokenBatch:
-        """Row `number` as often as there are epochs, int64 [·], each in its own."""
+        """A batch of copies of row `number`, one for each of `epochs` int64 [·]."""
         rows = np.full_like(epochs, self.rows[number])
         return to_device(read_rows(self.corpus, rows, epochs), self.device)
 
     def segments(self, masker: Masker, number: int) -> int:
-        """S, of fully_explored's rounds of row `number`."""
+        """S: number of segments of row `number` for fully_explored."""
         n = int(masker.maskable(self.repeated(number, np.zeros(1, dtype=np.int64))).sum())
         return max(1, segments(n, masker.rate))
 
     def sketches(self, sketcher: Sketcher, masker: Masker, number: int, epochs: np.ndarray) -> tuple[torch.Tensor, int]:
-        """Gradients of a row's masks, float32 [len(epochs), G, s], and how many predictions they are of."""
+        """Gradient sketches of a row's masks, float32 [len(epochs), G, s], and their total number of predictions."""
         masked = masker(self.repeated(number, epochs))
-        found = torch.cat([sketcher(part) for part in masked.split(self.micro_size)])
-        return found, int((masked.weights != 0).sum())
+        sketches = torch.cat([sketcher(part) for part in masked.split(self.micro_size)])
+        return sketches, int((masked.weights != 0).sum())
 
 
 def measure(
@@ -71,11 +71,11 @@ def measure(
 def measure_segments(
     sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int, one_round: bool = False
 ) -> tuple[VarianceComponents, Floats, float]:
-    """As `measure`, from the same passes also what single masks vary by, float64 [N, G]: the variance over draws (each
-    of a round of its own), as if copies were 1, averaged over the copies. Second of the results.
+    """As `measure`; the second result is the variance of single masks, float64 [N, G], from the same passes: the
+    variance over draws (each from a different round) that copies = 1 would have, averaged over the copies.
 
-    one_round: whether the copies of a draw are the first segments of one round of fully_explored; otherwise they take
-    turns as in training, where some draws begin with the last segments of a round and end with the first of the next.
+    one_round: whether the copies of a draw are the first segments of one round of fully_explored; otherwise they vary
+    as in training, where some draws start with the last segments of a round and end with the first of the next.
     """
     N, G = len(sample.rows), len(sketcher.layers)
     means = torch.zeros((N, G, sketcher.size), device=sample.device)
@@ -84,14 +84,14 @@ def measure_segments(
     for number in sample.mine():
         apart = APART * (sample.segments(masker, number) if one_round else copies)
         epochs = (np.arange(draws)[:, None] * apart + np.arange(copies)).ravel()
-        found, count = sample.sketches(sketcher, masker, number, epochs)
-        single = found.view(draws, copies, G, -1)
+        sketches, count = sample.sketches(sketcher, masker, number, epochs)
+        single = sketches.view(draws, copies, G, -1)
         spread[number, G + 1 :] = (single - single.mean(0)).double().square().sum((0, 1, 3)) / (copies * (draws - 1))
-        found = single.mean(1)
-        means[number] = found.mean(0)
-        deviation = (found - means[number]).double().square().sum((0, 2)) / (draws - 1)
+        of_draws = single.mean(1)
+        means[number] = of_draws.mean(0)
+        deviation = (of_draws - means[number]).double().square().sum((0, 2)) / (draws - 1)
         spread[number, :G] = deviation
-        spread[number, G] = found.double().square().sum((1, 2)).sqrt().var()
+        spread[number, G] = of_draws.double().square().sum((1, 2)).sqrt().var()
         predictions += count
     for total in (means, spread, predictions):
         distributed.all_reduce_sum(total)
@@ -113,16 +113,17 @@ def measure_segments(
 def measure_covariance(
     sample: Sample, sketcher: Sketcher, masker: Masker, rounds: int, resampling: Resampling
 ) -> list[dict[str, Any]]:
-    """Correlation of two masks' gradients of a row against their Hamming distance. Every rank calls."""
+    """Correlation of the gradients of two masks of a row by their Hamming distance: a list of
+    {"distance", "correlation": [estimate, low, high]}. Collective: call on all ranks."""
     masker.strategy = windows
-    found = torch.zeros((len(sample.rows), 2 * WINDOWS), dtype=torch.float64, device=sample.device)
+    results = torch.zeros((len(sample.rows), 2 * WINDOWS), dtype=torch.float64, device=sample.device)
     number_of_window = torch.arange(WINDOWS, device=sample.device)
     for number in sample.mine():
         sketches, _ = sample.sketches(sketcher, masker, number, np.arange(rounds * WINDOWS))
-        found[number, :WINDOWS] = covariances(sketches.view(rounds, WINDOWS, len(sketcher.layers), -1))
+        results[number, :WINDOWS] = covariances(sketches.view(rounds, WINDOWS, len(sketcher.layers), -1))
         n = masker.maskable(sample.repeated(number, np.zeros(1, dtype=np.int64))).sum(1)
-        found[number, WINDOWS:] = 2 * shifts(n, prediction_counts(n, masker.rate), number_of_window)
-    values = distributed.all_reduce_sum(found).cpu().numpy()
+        results[number, WINDOWS:] = 2 * shifts(n, prediction_counts(n, masker.rate), number_of_window)
+    values = distributed.all_reduce_sum(results).cpu().numpy()
 
     def correlation(ways: Counts) -> Floats:
         covariance = ways.counts @ values[:, :WINDOWS]

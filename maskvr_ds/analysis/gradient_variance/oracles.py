@@ -1,14 +1,14 @@
-"""Proposals that look at what they are to predict: the least variance that a learnt proposal could reach.
+"""Oracle proposals computed from the labels: bounds on the variance that a learned proposal can reach.
 
-B sequences, L positions, K predictions a sequence. For every maskable position i of a row x the oracle knows
-√E[‖g_i‖² | x], from masks of its own that no other measurement draws: rounds of fully_explored, so that every position
-is predicted equally often. Then π = (1 − λ) min(1, c · √E‖g_i‖²) + λ k/n, as MAPNet's proposal is formed.
+B sequences, L positions, K predictions per sequence. For every maskable position i of a row x the oracle estimates
+√E[‖g_i‖² | x] from masks that no other measurement uses: rounds of fully_explored, so that every position is predicted
+equally often. Then π = (1 − λ) min(1, c · √E‖g_i‖²) + λ k/n, formed like MAPNet's proposal.
 
-    oracle_gradient   ‖g_i‖ = ‖∂ℓ_i/∂θ‖, of all parameters: what the variance is made of. A pass a prediction.
-    oracle_head       ‖g_i‖ = ‖∂ℓ_i/∂h_i‖, the hidden state entering the head: MAPNet's target. Passes of the head.
+    oracle_gradient   ‖g_i‖ = ‖∂ℓ_i/∂θ‖ over all parameters, the quantity in the variance. One pass per prediction.
+    oracle_head       ‖g_i‖ = ‖∂ℓ_i/∂h_i‖, the hidden state entering the head: MAPNet's target. Passes of the head only.
 
-The norms are estimates from `rounds` masks each, so a perfectly informed proposal is a little better still. The third
-oracle, of whole masks, needs no masks of its own: random_effects.whole_mask_variance. No collectives.
+The norms are estimates from `rounds` masks each, so a perfectly informed proposal is slightly better still. The third
+oracle, oracle_mask, needs no masks of its own: random_effects.whole_mask_variance. No collectives.
 """
 
 from collections.abc import Callable
@@ -25,26 +25,26 @@ from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.strategies import segments
 from maskvr_ds.models.bert import MaskedLanguageModel
 
-# norms(masked) → float32 [B, K], ‖g_i‖² of every prediction, whatever in unused slots.
+# norms(masked) → float32 [B, K], ‖g_i‖² of every prediction, arbitrary in unused slots.
 Norms = Callable[[MaskedBatch], torch.Tensor]
 
 
 def gradient_norms(sketcher: Sketcher, micro_size: int) -> Norms:
-    """‖∂ℓ_i/∂θ‖² up to the sketch: every prediction as a row of its own, with the weights of the others 0."""
+    """‖∂ℓ_i/∂θ‖², estimated by the sketch: one row per prediction, with the weights of the others 0."""
 
     def norms(masked: MaskedBatch) -> torch.Tensor:
         batch, width = masked.positions.shape
         single = masked.map(lambda column: column.repeat_interleave(width, 0))
         weights = torch.eye(width, device=masked.positions.device).repeat(batch, 1)
         single = replace(single, weights=weights)
-        found = [sketcher(part).square().sum((1, 2)) for part in single.split(micro_size)]
-        return torch.cat(found).view(batch, width)
+        squares = [sketcher(part).square().sum((1, 2)) for part in single.split(micro_size)]
+        return torch.cat(squares).view(batch, width)
 
     return norms
 
 
 def head_norms(model: MaskedLanguageModel) -> Norms:
-    """‖∂ℓ_i/∂h_i‖²: what gradient_norm.py reads in training."""
+    """‖∂ℓ_i/∂h_i‖², as masking/gradient_norms.py reads it in training."""
 
     def norms(masked: MaskedBatch) -> torch.Tensor:
         with torch.no_grad():
@@ -61,15 +61,15 @@ def head_norms(model: MaskedLanguageModel) -> Norms:
 
 
 class TokenOracle:
-    """`propose` is a strategies.Proposal, for batches that hold one row of the corpus, however often.
+    """An oracle whose `propose` is a strategies.Proposal for batches of copies of a single row.
 
     Args:
-        norms: of the predictions of a batch.
-        masker: of strategy fully_explored, with a seed of its own.
-        rounds: A, how often every position is predicted.
+        norms: squared gradient norms of the predictions of a batch.
+        masker: of strategy fully_explored, with its own seed.
+        rounds: A, number of predictions of every position.
         floor: λ.
 
-    predictions: gradients of single predictions formed so far.
+    predictions: number of single-prediction gradients computed so far.
     """
 
     def __init__(self, norms: Norms, masker: Masker, *, rounds: int, floor: float) -> None:
@@ -88,7 +88,8 @@ class TokenOracle:
         return total.scatter_add_(0, masked.positions.flatten(), squares.flatten()) / self._rounds
 
     def propose(self, batch: TokenBatch, maskable: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        assert (batch.sample_ids == batch.sample_ids[0]).all(), "an oracle is asked about one row at a time"
+        """strategies.Proposal: π float64 [B, L]."""
+        assert (batch.sample_ids == batch.sample_ids[0]).all(), "an oracle needs batches of a single row"
         if not maskable[0].any():
             return share
         scores = self.mean_square(batch, maskable).clamp(min=torch.finfo(torch.float64).tiny).log() / 2

@@ -1,6 +1,6 @@
-"""One-way random effects of vectors: how much of their variance lies between sequences, how much within.
+"""One-way random-effects model of vectors: variance components between and within sequences, with BCa intervals.
 
-N sequences, R draws each, G layers; variance of a vector means the trace of its covariance, E‖g − E g‖².
+N sequences, R draws each, G layers; the variance of a vector is the trace of its covariance, E‖g − E g‖².
 
     g_nr = μ + a_n + e_nr,   V_d = E‖a‖² (data),   V_m = E‖e‖² (mask)
 
@@ -8,15 +8,16 @@ With W_n the variance of g_n1 … g_nR (divisor R − 1) and S² that of the N m
 
     V_m ≈ mean W_n,   V_d ≈ S² − V_m / R,
 
-both unbiased (Searle, Casella & McCulloch 1992, Variance Components, §3.6: the analysis of variance). V_d may come out
-below 0. S² needs no vectors, only the means' inner products.
+both unbiased (Searle, Casella & McCulloch 1992, Variance Components, §3.6: the analysis of variance). The estimate of
+V_d can be negative. S² needs only the inner products of the means, not the vectors.
 
 A draw may be a mean over the J masks of a sequence that share a batch. A batch of B forward passes then has B/J
 sequences, and its gradient the variance (J V_d + V_m(J)) / B with V_m(J) = J · (variance of a draw).
 
-Every figure is a function of how often each sequence is counted, so bootstrap over sequences and jackknife evaluate the
-same function, and figures of two strategies on the same sequences are resampled together. Intervals: BCa (Efron 1987,
-"Better bootstrap confidence intervals"). The bootstrap's S² is multiplied by N/(N − 1), which makes its mean right.
+Every statistic is a function of the count of each sequence, so that the bootstrap over sequences and the jackknife
+evaluate the same function, and statistics of two strategies on the same sequences are resampled together. Intervals:
+BCa (Efron 1987, "Better bootstrap confidence intervals"), implemented here because the package does not depend on
+SciPy. The bootstrap's S² is multiplied by N/(N − 1), which makes it unbiased.
 """
 
 from collections.abc import Callable
@@ -34,11 +35,11 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class VarianceComponents:
-    """What is kept of N × R gradients.
+    """Sufficient statistics of N × R gradients.
 
     within: float64 [N, G], W_n. gram: float64 [G, N, N], inner products of the sequences' means.
     norm_variance: float64 [N], the variance of ‖g_n1‖ … ‖g_nR‖ (divisor R − 1).
-    draws: R. segments: J, masks a draw.
+    draws: R. segments: J, masks per draw.
     """
 
     within: Floats
@@ -50,21 +51,21 @@ class VarianceComponents:
 
 @dataclass(frozen=True)
 class Counts:
-    """How often every sequence is counted: float64 [C, N], C ways. inflation: what S² is multiplied with."""
+    """C resamples as counts of every sequence: float64 [C, N]. inflation: factor applied to S²."""
 
     counts: Floats
     inflation: float = 1.0
 
 
 class Resampling:
-    """The sample itself, all samples without one sequence, and bootstrap samples, the same for equal seeds.
+    """The sample, its jackknife samples and bootstrap samples, which are a function of the seed.
 
-    Raises ValueError below 3 sequences.
+    Raises ValueError for fewer than 3 sequences.
     """
 
     def __init__(self, sequences: int, *, seed: int, level: float) -> None:
         if sequences < 3:
-            raise ValueError(f"{sequences} sequences; intervals need at least 3")
+            raise ValueError(f"{sequences} sequences; confidence intervals need at least 3")
         random = np.random.default_rng(hashing.fold(seed, sequences) & (1 << 63) - 1)
         drawn = random.multinomial(sequences, np.full(sequences, 1 / sequences), size=_RESAMPLES)
         self.level = level
@@ -75,14 +76,14 @@ class Resampling:
         )
 
     def interval(self, figure: Callable[[Counts], Floats]) -> list[tuple[float, float, float]]:
-        """figure: Counts of C ways → float64 [C, F]. Returns (estimate, low, high) of each of the F figures."""
+        """(estimate, low, high) of each of the F statistics of `figure`: C resamples → float64 [C, F]."""
         whole, without, resampled = (figure(way) for way in self._ways)
         return [self._bca(*columns) for columns in zip(whole[0], without.T, resampled.T, strict=True)]
 
     def _bca(self, estimate: float, without: Floats, resampled: Floats) -> tuple[float, float, float]:
         normal = NormalDist()
-        # Ties count half: a figure that does not vary has an interval of one point. A resampling that takes every
-        # sequence once is one, but sums in another order.
+        # Ties count half, so that a constant statistic has an interval of one point. A resample with every sequence
+        # once is a tie, but sums in a different order.
         tied = np.isclose(resampled, estimate, rtol=1e-9, atol=0)
         below = np.mean((resampled < estimate) & ~tied) + np.mean(tied) / 2
         edge = 1 / (2 * len(resampled))
@@ -99,7 +100,7 @@ class Resampling:
 
 
 def variances(moments: VarianceComponents, ways: Counts) -> tuple[Floats, Floats]:
-    """V_d and V_m(J) of the layers, and last of the whole gradient: two float64 [C, G + 1]."""
+    """V_d and V_m(J), each float64 [C, G + 1]: of the G layers, then of the full gradient."""
     counts = ways.counts
     total = counts.sum(1, keepdims=True)
     within = counts @ moments.within / total
@@ -111,10 +112,10 @@ def variances(moments: VarianceComponents, ways: Counts) -> tuple[Floats, Floats
 
 
 def whole_mask_variance(moments: VarianceComponents, ways: Counts) -> Floats:
-    """V_m of an ideal proposal of whole masks, q(M) ∝ p(M) ‖g(M)‖ with weights p/q: float64 [C, 1].
+    """V_m of the ideal proposal of complete masks, q(M) ∝ p(M) ‖g(M)‖ with weights p/q: float64 [C, 1].
 
-    The second moment of its weighted gradient is (E_p‖g‖)² instead of E_p‖g‖²: of each sequence the variance of the
-    norm is saved, and nothing else changes.
+    The second moment of its weighted gradient is (E_p‖g‖)² instead of E_p‖g‖²: for each sequence the variance of the
+    norm is removed, and nothing else changes.
     """
     _, mask = variances(moments, ways)
     saved = ways.counts @ moments.norm_variance / ways.counts.sum(1)

@@ -1,4 +1,4 @@
-"""What `maskvr variance` found, as a table and as a picture. Both are made from variance.json's content alone."""
+"""Table and plot of the results of `maskvr variance`, both from the content of variance.json alone."""
 
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,34 @@ def _number(x: float | None) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Of the whole gradient, a line a strategy."""
+    """Results for the full gradient, one line per strategy."""
     lines = [_HEAD]
-    for name, found in report["strategies"].items():
-        whole = found["layers"]["whole"]
+    for name, result in report["strategies"].items():
+        whole = result["layers"]["whole"]
         cells = [_interval(whole[key]) for key in ("data", "mask", "mask_over_data", "mask_ratio", "total_ratio")]
-        lines.append((name, str(found.get("segments", 1)), *cells))
+        lines.append((name, str(result.get("segments", 1)), *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    passes = sum(found.get("passes", 0) + found.get("oracle_passes", 0) for found in report["strategies"].values())
+    results = report["strategies"].values()
+    passes = sum(result.get("passes", 0) + result.get("oracle_passes", 0) for result in results)
     passes += report.get("hamming_rounds", 0) * report["sequences"] * 8
     for floor, share in report["mapnet_of_oracle_head"].items():
-        text.append(f"mapnet at floor {floor}: {_interval(share)} of what oracle_head takes off the total")
+        text.append(f"mapnet at floor {floor}: {_interval(share)} of oracle_head's reduction of the total variance")
     text.append(
         f"step {report['step']}, {report['sequences']} rows × {report['masks']} draws, {report['confidence']:.0%} "
-        f"intervals over rows; {passes:,} forward and backward passes of a row, "
-        f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB at most on a rank"
+        f"confidence intervals over rows; {passes:,} forward and backward passes of one row, peak memory "
+        f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB per rank"
     )
     return "\n".join(text)
 
 
-def folded(name: str) -> str:
-    """A strategy in several lines, where it has settings."""
+def wrapped_label(name: str) -> str:
+    """A strategy's name with one setting per line, for labels in plots."""
     return name.replace(":", ":\n").replace(",", ",\n")
 
 
 def plot(report: dict[str, Any], output: Path) -> None:
-    """Data and mask part by strategy, ratios by layer, and the masks' covariance where it was measured → PNG."""
+    """Plot data and mask variance by strategy, ratios by layer and, if measured, correlation by Hamming distance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,17 +58,17 @@ def plot(report: dict[str, Any], output: Path) -> None:
     axes = all_axes[0]
     whole = [strategies[name]["layers"]["whole"] for name in names]
     unit = whole[0]["total"][0]
-    data = [found.get("segments", 1) * w["data"][0] / unit for found, w in zip(strategies.values(), whole, strict=True)]
+    data = [s.get("segments", 1) * w["data"][0] / unit for s, w in zip(strategies.values(), whole, strict=True)]
     mask = [w["mask"][0] / unit for w in whole]
     places = range(len(names))
-    axes.barh(places, data, label="data, J · V_d")
-    axes.barh(places, mask, left=data, label="mask, V_m(J)")
+    axes.barh(places, data, label="data variance, J · V_d")
+    axes.barh(places, mask, left=data, label="mask variance, V_m(J)")
     for place, w in zip(places, whole, strict=True):
         axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.2)
     axes.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_yticks(places, [folded(name) for name in names], fontsize=7)
+    axes.set_yticks(places, [wrapped_label(name) for name in names], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"total variance ÷ uniform at equal compute, step {report['step']}")
+    axes.set_xlabel(f"total gradient variance relative to uniform masks at equal compute, step {report['step']}")
     axes.legend(fontsize=8)
     axes = all_axes[1]
     for name in names[1:]:
@@ -78,13 +79,13 @@ def plot(report: dict[str, Any], output: Path) -> None:
                 [v["total_ratio"][0] for v in layers.values()],
                 marker="o",
                 markersize=3,
-                label=folded(name),
+                label=wrapped_label(name),
             )
     first = {k: v["mask_over_data"][0] for k, v in strategies[names[0]]["layers"].items() if k != "whole"}
     axes.axhline(1, color="grey", linestyle="--", linewidth=0.8)
     axes.set_xticks(range(len(first)), [f"{k}\n{_number(v)}" for k, v in first.items()], fontsize=7)
-    axes.set_xlabel("layer, and V_m / V_d of uniform masks there")
-    axes.set_ylabel("total ÷ uniform")
+    axes.set_xlabel("layer (below: ratio of mask to data variance, uniform masks)")
+    axes.set_ylabel("total variance\nrelative to uniform")
     if len(names) > 1:
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
     if "hamming" in report:
@@ -94,7 +95,7 @@ def plot(report: dict[str, Any], output: Path) -> None:
         axes.plot(distance, middle, marker="o", markersize=3)
         axes.fill_between(distance, low, high, alpha=0.25, linewidth=0)
         axes.axhline(0, color="grey", linestyle="--", linewidth=0.8)
-        axes.set_xlabel("Hamming distance of two masks of a row")
+        axes.set_xlabel("Hamming distance between two masks of a row")
         axes.set_ylabel("correlation of\ntheir gradients")
     for axes in all_axes:
         axes.grid(alpha=0.3)

@@ -1,20 +1,21 @@
-"""Gradients of single sequences, compressed by a seeded random projection, a vector a layer.
+"""Sketches of per-sequence gradients: a seeded random projection (count sketch) with one vector per layer.
 
-B sequences, T positions that a module sees (L, or K in the head), G layers, s the sketch size.
+B sequences, T positions processed by a module (L, or K in the head), G layers, s the sketch size.
 
 Each layer has a vector of s numbers into which its tensors are folded (a count sketch: Charikar, Chen & Farach-Colton
-2002): element (r, c) of a tensor [rows, columns] goes, times σ_r τ_c, to bucket (offset + r · columns + c) mod s, where
-σ and τ are random signs. Inner products are unbiased over the seed, E⟨Sg, Sg'⟩ = ⟨g, g'⟩, and the standard deviation of
-‖Sg‖² is about √(2/s) ‖g‖² where the energy lies in one layer, less where it is spread over several.
+2002): element (r, c) of a tensor [rows, columns] is multiplied by σ_r τ_c and added to bucket
+(offset + r · columns + c) mod s, where σ and τ are random signs. Inner products are unbiased over the seed,
+E⟨Sg, Sg'⟩ = ⟨g, g'⟩, and the standard deviation of ‖Sg‖² is about √(2/s) ‖g‖² if the energy lies in one layer, less if
+it is spread over several.
 
-- Signs of rows times signs of columns serve as well as signs of every element: two products of two signs are dependent
-  only where they lie on the corners of a rectangle, and two opposite corners of one meet in a bucket only if
-  2 (r − r') columns ≡ 0 mod s. s is therefore an odd prime, and a column of a tensor spreads over many buckets too.
-- Signs are put on the factors of a tensor's gradient, and the fold is a sum of slices of consecutive elements.
+- Products of row and column signs are as good as independent signs of all elements: two products of two signs are
+  dependent only if they lie on the corners of a rectangle, and two opposite corners share a bucket only if
+  2 (r − r') columns ≡ 0 mod s. s is therefore an odd prime, which also spreads a column over many buckets.
+- The signs are applied to the factors of a tensor's gradient, and the fold is a sum of slices of consecutive elements.
 
-A tensor's gradient is formed for a few sequences at a time, dYᵀX for a linear map, and folded at once: beside the model
-and its activations, the memory is that of the sketches and of _ELEMENTS numbers (at least one tensor of one sequence).
-No collectives.
+A tensor's gradient is formed for a few sequences at a time, dYᵀX for a linear map, and folded immediately: the memory
+beyond the model and its activations is that of the sketches and of _ELEMENTS numbers (or one tensor of one sequence, if
+larger). No collectives.
 """
 
 import math
@@ -37,22 +38,22 @@ _LAYER = re.compile(r"\bencoder\.layer\.(\d+)\.")
 
 
 def largest_prime(limit: int) -> int:
-    """The greatest odd prime up to `limit`. Raises ValueError below 3."""
+    """The largest odd prime ≤ `limit`. Raises ValueError if limit < 3."""
     if limit < 3:
-        raise ValueError(f"a sketch of {limit} numbers: at least 3 are needed")
+        raise ValueError(f"sketch size {limit}: must be at least 3")
     return next(n for n in range(limit, 2, -1) if all(n % d for d in range(2, math.isqrt(n) + 1)))
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter of BertForMaskedLM belongs to: embeddings, layer 0 …, head."""
-    if found := _LAYER.search(name):
-        return f"layer {found[1]}"
+    """Layer of a parameter of BertForMaskedLM: "embeddings", "layer 0" …, or "head"."""
+    if match := _LAYER.search(name):
+        return f"layer {match[1]}"
     return "embeddings" if ".embeddings." in name else "head"
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """How a parameter is folded. layer: its number. rows, columns: signs, float32."""
+    """Folding of a parameter. layer: its number. offset: its first bucket. rows, columns: signs, float32."""
 
     layer: int
     offset: int
@@ -61,15 +62,16 @@ class _Tensor:
 
 
 class Sketcher:
-    """Computes sketches of a model's gradients; the model is put in evaluation mode and its parameters are frozen.
+    """Computes sketches of a model's gradients. Puts the model in eval mode and freezes its parameters.
 
     Args:
-        model: BERT, all of whose parameters belong to linear maps, embeddings and LayerNorms.
-        size: numbers a layer; the greatest prime up to it is taken.
+        model: BERT; all parameters must belong to nn.Linear, nn.Embedding or nn.LayerNorm.
+        size: numbers per layer, reduced to the largest odd prime.
         seed: of signs and offsets.
 
     layers: names of the G layers, in order. size: s.
-    Raises ValueError where a parameter belongs to another kind of module, whose gradient it could not form.
+
+    Raises ValueError if a parameter belongs to any other kind of module.
     """
 
     def __init__(self, model: MaskedLanguageModel, *, size: int, seed: int) -> None:
@@ -77,7 +79,7 @@ class Sketcher:
         self._model = model.eval().requires_grad_(False)
         parameters = dict(model.named_parameters())
         self.layers = list(dict.fromkeys(layer_of(name) for name in parameters))
-        # The head's parameters come last whatever the order of the modules.
+        # The head is last whatever the order of the modules.
         self.layers.sort(key=lambda layer: layer == "head")
         self._tensors: dict[torch.Tensor, _Tensor] = {}
         for number, (name, p) in enumerate(parameters.items()):
@@ -100,13 +102,13 @@ class Sketcher:
         if missing := [name for name, p in parameters.items() if p not in covered]:
             kinds = ", ".join(sorted(kind.__name__ for kind in self._HOOKS))
             raise ValueError(f"gradients of {', '.join(missing[:3])} cannot be sketched: only those of {kinds} can")
-        # Left to itself, BERT looks positions up once for the whole batch, and their gradients come summed over it.
+        # By default BERT looks up positions once per batch, which would sum their gradients over the batch.
         model.mlm.bert.register_forward_pre_hook(_own_positions, with_kwargs=True)
 
     _HOOKS: ClassVar = {nn.Linear: "_linear", nn.Embedding: "_embedding", nn.LayerNorm: "_layer_norm"}
 
     def __call__(self, masked: MaskedBatch) -> torch.Tensor:
-        """Sketches of the gradients of Σ_i w_i ℓ_i of each row: float32 [B, G, s]. A forward and a backward pass."""
+        """Sketches of the gradient of Σ_i w_i ℓ_i of each row: float32 [B, G, s]. One forward and one backward pass."""
         batch = len(masked.input_ids)
         self._sketches = torch.zeros((batch, len(self.layers), self.size), device=masked.input_ids.device)
         with torch.enable_grad():
@@ -115,14 +117,14 @@ class Sketcher:
         return sketches
 
     def project(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """A parameter's gradients [B, *shape], formed by whomever → what they add to the layer's sketch, [B, s]."""
+        """Given gradients [B, *shape] of a parameter → their contribution to the layer's sketch, [B, s]."""
         p = self._model.get_parameter(name)
         t = self._tensors[p]
         flat = gradient.reshape(len(gradient), -1, p.shape[-1]) * t.rows[:, None] * t.columns
         return self._fold(flat.flatten(1), t.offset)
 
     def _fold(self, signed: torch.Tensor, offset: int) -> torch.Tensor:
-        """Elements with their signs on, [B, E] → [B, s]."""
+        """Signed elements [B, E] → [B, s]."""
         whole = signed.shape[1] // self.size * self.size
         folded = signed[:, :whole].view(len(signed), -1, self.size).sum(1)
         rest = signed[:, whole:]
@@ -130,7 +132,7 @@ class Sketcher:
         return folded.roll(offset, 1)
 
     def _add(self, p: torch.Tensor, first: int, signed: torch.Tensor) -> None:
-        """Add elements with their signs on, [b, E], of the rows `first` … of the batch."""
+        """Add signed elements [b, E] of the batch's rows first … first + b − 1."""
         assert self._sketches is not None
         t = self._tensors[p]
         self._sketches[first : first + len(signed), t.layer] += self._fold(signed, t.offset)
@@ -169,7 +171,7 @@ class Sketcher:
         if self._sketches is None:
             return None
         ids, t = args[0], self._tensors[module.weight]
-        # With all parameters frozen, the backward pass ends here.
+        # All parameters are frozen: the backward pass ends here.
         output = output.detach().requires_grad_()
 
         def read(gradient: torch.Tensor) -> None:
@@ -177,7 +179,7 @@ class Sketcher:
             signed = gradient.float() * t.rows[ids][..., None] * t.columns
             if module.padding_idx is not None:
                 signed = signed * (ids != module.padding_idx)[..., None]
-            # Few of the rows are touched: to their buckets one by one.
+            # Few rows have gradients: scatter them into their buckets.
             places = torch.arange(len(t.columns), device=ids.device)
             buckets = (t.offset + ids[..., None] * len(t.columns) + places) % self.size
             self._sketches[:, t.layer].scatter_add_(1, buckets.flatten(1), signed.flatten(1))

@@ -104,5 +104,5 @@ def test_a_figure_that_does_not_vary() -> None:
 
 
 def test_too_few_sequences() -> None:
-    with pytest.raises(ValueError, match="2 sequences; intervals need at least 3"):
+    with pytest.raises(ValueError, match="2 sequences; confidence intervals need at least 3"):
         Resampling(2, seed=0, level=0.95)

@@ -133,5 +133,5 @@ def test_largest_prime(limit: int, prime: int) -> None:
 
 
 def test_no_prime() -> None:
-    with pytest.raises(ValueError, match="a sketch of 2 numbers"):
+    with pytest.raises(ValueError, match="sketch size 2: must be at least 3"):
         largest_prime(2)

@@ -119,10 +119,10 @@ def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> 
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"seeds": [0, 1, 0]}, "--seeds 0 1 0: one is named twice"),
-        ({"strategies": ["uniform", "oracle_head"]}, "oracle_head: cannot be trained with"),
+        ({"seeds": [0, 1, 0]}, "--seeds 0 1 0: a seed is listed twice"),
+        ({"strategies": ["uniform", "oracle_head"]}, "oracle_head: oracles cannot be used in training"),
         ({"strategies": ["uniform", "span:span_maximum=0"]}, "span_maximum"),
-        ({"strategies": ["span:rate=0.2", "span::rate=0.2"]}, "the same name but for punctuation"),
+        ({"strategies": ["span:rate=0.2", "span::rate=0.2"]}, "two names differ only in punctuation"),
     ],
 )
 def test_faults_before_the_first_run(tmp_path: Path, corpus: Path, others: dict[str, object], message: str) -> None:
@@ -142,7 +142,7 @@ def test_runs_lie_under_the_output_whatever_its_name(tmp_path: Path, corpus: Pat
 def test_no_held_out_losses(tmp_path: Path, corpus: Path) -> None:
     options = arguments(tmp_path, corpus)
     options.assignments.append("evaluation.every_steps=0")
-    with pytest.raises(ConfigError, match="a comparison needs held-out losses"):
+    with pytest.raises(ConfigError, match="comparison needs held-out losses"):
         plan(options)
 
 

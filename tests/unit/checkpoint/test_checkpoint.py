@@ -226,13 +226,13 @@ def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.
     folder = write(tmp_path, 10)
     write(tmp_path, 20)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "step-00000010: whole\nstep-00000020: whole\n"
+    assert capsys.readouterr().out == "step-00000010: intact\nstep-00000020: intact\n"
     assert main(["checkpoint", "inspect", str(folder)]) == 0
     assert "optimizer.pt" in capsys.readouterr().out
     (folder / "optimizer.pt").unlink()
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "step-00000010: damaged\nstep-00000020: whole\n"
+    assert captured.out == "step-00000010: damaged\nstep-00000020: intact\n"
     assert "step-00000010/optimizer.pt: missing" in captured.err
     assert main(["checkpoint", "list", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3

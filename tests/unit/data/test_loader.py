@@ -1,4 +1,4 @@
-"""Data order: a permutation, the same for every number of ranks, resumable at any sample."""
+"""Data order: a permutation, independent of the number of ranks and resumable at any sample."""
 
 from itertools import islice
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_keyed_permutation_of_a_huge_domain_is_injective() -> None:
 
 
 def test_keyed_permutations_look_random() -> None:
-    """Where each of 12 elements goes, over 6,000 keys: uniform (χ²); neighbours do not stay neighbours."""
+    """The images of 12 elements over 6,000 keys are uniform (χ²); neighbours do not stay neighbours."""
     images = np.array([KeyedPermutation(12, key)(np.arange(12)) for key in range(6000)])
     for element in range(12):
         counts = np.bincount(images[:, element], minlength=12)
@@ -86,7 +86,7 @@ def test_ranks_share_the_same_global_batches(corpus: Corpus, world_size: int) ->
         assert together == sorted(zip(epochs[here].tolist(), rows[here].tolist(), strict=True))
 
 
-def test_resuming_at_any_step_is_reading_on(corpus: Corpus) -> None:
+def test_resume_at_any_step_reads_the_same_batches(corpus: Corpus) -> None:
     whole = list(islice(Loader(corpus, seed=1, global_size=10).batches(), 60))
     for step in (0, 1, 25, 26, 59):
         again = next(Loader(corpus, seed=1, global_size=10, prefetch=1).batches(step * 10))
@@ -104,7 +104,7 @@ def test_rows_are_those_of_the_corpus(corpus: Corpus, table: np.ndarray) -> None
 
 
 def test_a_batch_that_does_not_divide_among_ranks_is_refused(corpus: Corpus) -> None:
-    with pytest.raises(ValueError, match="10 sequences does not divide among 3 ranks"):
+    with pytest.raises(ValueError, match="10 sequences is not divisible by 3 ranks"):
         Loader(corpus, seed=0, global_size=10, world_size=3)
 
 
@@ -126,8 +126,8 @@ def test_wide_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("copies", [2, 5])
-def test_copies_come_together_and_count_as_readings(corpus: Corpus, copies: int) -> None:
-    """J copies of a row share a global batch, numbered on over the epochs; without them the order is the same."""
+def test_copies_share_a_batch_and_count_as_reads(corpus: Corpus, copies: int) -> None:
+    """J copies of a row share a global batch, with consecutive epoch numbers; the order is that without copies."""
     size, steps = 20, 3 * ROWS * copies // 20
     batches = list(islice(Loader(corpus, seed=2, global_size=size, copies=copies).batches(), steps))
     plain, epochs = sample_rows(np.arange(steps * size // copies), ROWS, seed=2)
@@ -148,8 +148,8 @@ def test_copies_come_together_and_count_as_readings(corpus: Corpus, copies: int)
         assert together == identities(batches[7 + step])
 
 
-def test_a_batch_that_does_not_hold_whole_groups_of_copies_is_refused(corpus: Corpus) -> None:
-    with pytest.raises(ValueError, match="10 sequences does not divide by 4 copies"):
+def test_a_batch_that_is_not_a_multiple_of_copies_is_refused(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="10 sequences is not divisible by 4 copies"):
         Loader(corpus, seed=0, global_size=10, copies=4)
 
 
@@ -158,11 +158,11 @@ def test_a_batch_that_does_not_hold_whole_groups_of_copies_is_refused(corpus: Co
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 90)), min_size=1, max_size=3),
     st.integers(0, 1000),
 )
-def test_copies_that_change_on_the_way(
+def test_copies_change_during_a_run(
     stretches: list[tuple[int, int]], mixture: list[tuple[int, int]], seed: int
 ) -> None:
-    """Rows go on where they were, whatever copies they came in; no row has an epoch number twice, all copies of a row
-    are of one round of as many segments, and without a change nothing changes."""
+    """The order of rows continues whatever the number of copies; no row has an epoch number twice, all copies of a row
+    belong to one round of as many segments, and setting the same number changes nothing."""
     shares = [Share(rows, places) for rows, places in mixture]
     repeats, sample = RepeatSchedule(stretches[0][1]), 0
     found: list[tuple[int, int]] = []
@@ -185,8 +185,8 @@ def test_copies_that_change_on_the_way(
     assert order == plain.tolist()
 
 
-def test_a_reader_turns_at_once_whatever_it_has_read_ahead(corpus: Corpus) -> None:
-    """Also begun anew behind the turn, and on several ranks."""
+def test_change_of_copies_discards_prefetched_batches(corpus: Corpus) -> None:
+    """Also for a loader started after the change, and on several ranks."""
     loader = Loader(corpus, seed=3, global_size=12, prefetch=4)
     reader = loader.batches()
     before = [next(reader) for _ in range(7)]

@@ -1,4 +1,4 @@
-"""Several corpora read as one: weights hold exactly, for any number of ranks, from any sample on."""
+"""Mixtures of corpora: weights hold exactly, for any number of ranks and from any sample on."""
 
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ def joined(corpora: list[Corpus]) -> np.ndarray:
 
 
 def test_a_mixture_of_even_weights_is_one_corpus_of_all_rows(three: list[Corpus]) -> None:
-    """The same batches as of one folder that holds the shards of all; of one corpus, as of itself."""
+    """The same batches as from one folder with all shards; a mixture of one corpus equals the corpus."""
     rows = sum(corpus.rows for corpus in three)
     mixture, table = Mixture(three, [1, 1, 1]), joined(three)
     assert (mixture.rows, mixture.manifest.rows, len(mixture.manifest.shards)) == (rows, rows, 5 + 1 + 2)
@@ -60,33 +60,33 @@ def test_a_mixture_of_even_weights_is_one_corpus_of_all_rows(three: list[Corpus]
     st.integers(1, 3),
 )
 def test_weights_hold_exactly(corpora: list[tuple[int, float]], seed: int, copies: int) -> None:
-    """Every epoch has round(w N) rows of each corpus, every pass every row once, in orders of their own."""
+    """Every epoch has round(w N) rows of each corpus, every pass has every row once, in a different order."""
     shares = [Share(n, max(1, round(w * n))) for n, w in corpora]
-    total, epochs = sum(share.places for share in shares), 7
+    total, epochs = sum(share.slots for share in shares), 7
     rows, passes = sample_rows(np.arange(epochs * total * copies), shares, seed, RepeatSchedule(copies))
     assert len(set(zip(rows.tolist(), passes.tolist(), strict=True))) == len(rows)
     bounds = np.cumsum([0, *(share.rows for share in shares)])
     of = np.searchsorted(bounds, rows, side="right") - 1
     for number, share in enumerate(shares):
         mine = of == number
-        assert mine.reshape(epochs, -1).sum(1).tolist() == [share.places * copies] * epochs
-        whole, rest = divmod(epochs * share.places, share.rows)
+        assert mine.reshape(epochs, -1).sum(1).tolist() == [share.slots * copies] * epochs
+        whole, rest = divmod(epochs * share.slots, share.rows)
         readings = np.bincount(passes[mine] // copies, minlength=whole + 1)
         assert readings.tolist() == [share.rows * copies] * whole + [rest * copies]
-    # Any sample can be found by itself: nothing is remembered from one to the next.
+    # Samples can be computed one at a time: there is no state.
     at = seed % len(rows)
     assert sample_rows(np.array([at]), shares, seed, RepeatSchedule(copies)) == (rows[at], passes[at])
 
 
-def test_corpora_come_in_proportion_and_in_another_order_each_pass() -> None:
-    """Weight 0.5 of 4,000 rows beside 2,000 at weight 1, 400 at 2.5: 2 : 2 : 1 in any repeats, passes shuffled."""
+def test_corpora_are_in_proportion_and_reshuffled_each_pass() -> None:
+    """4,000 rows at weight 0.5, 2,000 at 1 and 400 at 2.5: 2 : 2 : 1 in any part of an epoch, passes shuffled."""
     shares = [Share(4000, 2000), Share(2000, 2000), Share(400, 1000)]
     rows, passes = sample_rows(np.arange(20_000), shares, seed=1)
     of = np.searchsorted([4000, 6000], rows, side="right")
     for repeats in np.split(of, 8):
         counts = np.bincount(repeats, minlength=3) / len(repeats)
         assert np.abs(counts - (0.4, 0.4, 0.2)).max() < 0.05
-    # What half a pass reads comes from all over the corpus, and is another half in the next pass.
+    # Half a pass reads rows from all over the corpus, and a different half in the next pass.
     halves = [rows[(of == 0) & (passes == p)][:2000] for p in (0, 1)]
     assert all(1800 < np.median(half) < 2200 for half in halves)
     assert 800 < len(set(halves[0].tolist()) & set(halves[1].tolist())) < 1200
@@ -106,14 +106,14 @@ def test_ranks_share_a_mixture(three: list[Corpus]) -> None:
             assert np.array_equal(batch.input_ids.numpy(), table[batch.sample_ids.numpy()])
 
 
-def test_corpora_that_do_not_fit_together_are_refused(three: list[Corpus], tmp_path: Path) -> None:
+def test_incompatible_corpora_are_refused(three: list[Corpus], tmp_path: Path) -> None:
     longer = Corpus(make_corpus(tmp_path / "longer", rows=10, length=LENGTH * 2))
     other = Corpus(make_corpus(tmp_path / "other", rows=10, length=LENGTH, words=100))
     (tmp_path / "link").symlink_to(three[1].folder)
     for corpus, message in (
         (longer, "longer: sequence_length 32 differs from 16 of .*one sequence length"),
         (other, "other: tokenizer_sha256 .* differs from"),
-        (Corpus(tmp_path / "link"), "link: is in the mixture twice; name it once, with a weight"),
+        (Corpus(tmp_path / "link"), "link is listed twice in the mixture; list it once, with a weight"),
     ):
         with pytest.raises(ConfigError, match=message):
             Mixture([*three, corpus], [1, 1, 1, 1])
@@ -164,7 +164,7 @@ def test_a_mixture_is_declared_dumped_and_opened(three: list[Corpus], tmp_path: 
     corpus, held_out = open_corpora(config)
     assert isinstance(corpus, Mixture)
     assert corpus.shares == (Share(257, 128), Share(50, 50))
-    # Held out is what each of them holds out, evenly.
+    # The held-out split is that of each corpus, with equal weights.
     assert held_out is not None
     assert held_out.rows == 20 + 30
     table = joined([Corpus(corpus.folder / "held_out") for corpus in three[:2]])
@@ -195,7 +195,7 @@ def test_phases_have_mixtures_of_their_own() -> None:
 
 
 def test_identity_covers_shards_order_and_weights(three: list[Corpus]) -> None:
-    """What a run of another mixture does not go on from."""
+    """A run must not resume with a different mixture."""
     alone = corpora_identity(three[1])
     assert alone == {"shards": hashing.fold(0, *(int(s.sha256, 16) for s in three[1].manifest.shards))}
     mixtures = [

@@ -1,4 +1,4 @@
-"""One rank of each node opens the files; ranks are threads here (real ones in tests/distributed)."""
+"""One rank of each node opens the files; ranks are threads here (processes in tests/distributed)."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ from maskvr_ds.data import shared_files
 from maskvr_ds.data.shared_files import NodeFiles, this_node
 from tests.support.corpora import make_corpus
 
-SHARDS = 40  # more than go into one message
+SHARDS = 40  # more than fit into one message
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_ranks(nodes: list[str], action: Callable[[NodeFiles, int], Any]) -> list[Any]:
-    """What `action` returns or raises on each of len(nodes) ranks."""
+    """The result or exception of `action` on each of len(nodes) ranks."""
     barrier, values = threading.Barrier(len(nodes)), [None] * len(nodes)
     answers: list[Any] = [None] * len(nodes)
 
@@ -80,7 +80,7 @@ def test_each_shard_is_opened_once_on_each_node(folder: Path, monkeypatch: pytes
     assert len(opened) == 3 * SHARDS, "verifying opens nothing"
 
 
-def test_a_shard_that_is_missing_is_told_by_every_rank_of_the_node(folder: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_reported_by_every_rank_of_the_node(folder: Path, tmp_path: Path) -> None:
     broken = make_corpus(tmp_path / "broken", rows=160, length=8, shard_rows=4)
     (broken / "shard-00035.arrow").unlink()
     before = descriptors()
@@ -90,8 +90,8 @@ def test_a_shard_that_is_missing_is_told_by_every_rank_of_the_node(folder: Path,
     assert descriptors() == before
 
 
-def test_none_waits_for_a_rank_that_failed(folder: Path) -> None:
-    """Whoever it is, the others come to an end: with the files where it was not the one that opens them."""
+def test_no_rank_waits_for_one_that_failed(folder: Path) -> None:
+    """Whichever rank fails, the others finish: with the files if it was not the one that opens them."""
 
     def fail(files: NodeFiles, rank: int, failing: int) -> Any:
         if rank == failing:
@@ -101,11 +101,11 @@ def test_none_waits_for_a_rank_that_failed(folder: Path) -> None:
     before = descriptors()
     first = on_ranks(["a"] * 3, lambda files, rank: fail(files, rank, 0))
     assert [str(answer) for answer in first[1:]] == [
-        "the rank of this node that opens the files for all has failed"
+        "the rank that opens files for all ranks of this node has failed"
     ] * 2
     second = on_ranks(["a"] * 3, lambda files, rank: fail(files, rank, 1))
     assert [type(answer) for answer in second] == [Corpus, RuntimeError, Corpus]
-    # In the middle of it: rank 1 fails to map what it was handed.
+    # Midway: rank 1 fails to map a file that it has received.
 
     def take(files: NodeFiles, rank: int) -> int:
         taken = 0
@@ -121,7 +121,7 @@ def test_none_waits_for_a_rank_that_failed(folder: Path) -> None:
     assert descriptors() == before
 
 
-def test_a_rank_that_is_silent_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_of_a_rank_without_response(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_files, "_TIMEOUT", 0.2)
     done = threading.Event()
 
@@ -134,9 +134,9 @@ def test_a_rank_that_is_silent_is_named(folder: Path, monkeypatch: pytest.Monkey
         finally:
             done.set()
 
-    assert "has not answered for 0 seconds" in str(on_ranks(["a", "a"], action)[1])
+    assert "has not responded for 0 seconds" in str(on_ranks(["a", "a"], action)[1])
 
 
-def test_the_node_is_known() -> None:
+def test_this_node_is_stable() -> None:
     assert this_node() == this_node()
     assert "net:[" in this_node()

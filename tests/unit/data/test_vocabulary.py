@@ -1,4 +1,4 @@
-"""Where words begin, for every kind of tokenizer.json; token counts."""
+"""Word starts for every kind of tokenizer.json; token counts."""
 
 import json
 from pathlib import Path
@@ -48,9 +48,9 @@ def test_word_level(tmp_path: Path) -> None:
     assert starts(tmp_path, Tokenizer(models.WordLevel(numbered("a", "b"), "a")), "a", "b") == [True, True]
 
 
-def test_unknown_ways_are_refused(tmp_path: Path) -> None:
+def test_unknown_word_markers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a</w>": 0}}}))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: a BPE model .* where words begin is not known"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot determine word starts for a BPE model"):
         word_starts(tmp_path, 1)
 
 

@@ -202,5 +202,5 @@ def test_an_improbable_uniform_mask_keeps_a_weight() -> None:
 def test_whole_mask_needs_the_probability() -> None:
     draw = drawn()
     unknown = Draw(draw.positions, draw.used, draw.n, draw.counts, draw.inclusion)
-    with pytest.raises(ValueError, match="'whole_mask', which needs the probability of each mask"):
+    with pytest.raises(ValueError, match="'whole_mask' needs the probability of each mask"):
         whole_mask(unknown)

@@ -116,7 +116,7 @@ def test_state_goes_on_to_the_bit() -> None:
     second.load(first.state())
     assert train(second, 4, first=6) == expected[6:]
     assert bits_hash(second.parameters.detach()) == bits_hash(whole.parameters.detach())
-    with pytest.raises(ValueError, match=r"mapnet.safetensors: its tensors do not fit the network .*expected"):
+    with pytest.raises(ValueError, match=r"mapnet.safetensors does not match the network .*expected"):
         proposer(layers=2, hidden=64).load(first.state())
 
 
