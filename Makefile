@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The deepspeed command and its helpers are found through PATH.
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test test-unit test-unit-and-lamb test-cluster test-distributed lint install clean
+.PHONY: demo test test-unit test-unit-and-lamb test-cluster test-distributed lint docs docs-serve install clean
 
 install: $(VENV)/.installed
 
@@ -29,7 +29,7 @@ test-unit-and-lamb: install
 
 test-unit: install
 	# Two at a time, of one thread each.
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/docs
 
 test-cluster: install
 	$(RUN) $(BIN)/python -m pytest tests/cluster
@@ -43,5 +43,17 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/mypy docs/experiments
 
+# The site needs the packages' light dependencies only: no torch.
+$(VENV)/.installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
+docs-serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_run
+	rm -rf $(VENV) build dist *.egg-info demo_run site

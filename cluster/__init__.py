@@ -1,1 +1,1 @@
-"""Login-node tools. Need neither torch nor deepspeed."""
+"""Tools for login nodes: Slurm jobs, launches on hosts, run status. Imports neither torch nor deepspeed."""

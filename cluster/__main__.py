@@ -1,4 +1,4 @@
-"""`python -m cluster`: tools for login nodes."""
+"""`python -m cluster`: command-line tools for login nodes."""
 
 import argparse
 import sys
@@ -15,14 +15,14 @@ EXAMPLES = """examples:
   python -m cluster launch --hostfile hosts --config run.yaml --resume auto
   python -m cluster status runs/mine
 """
-# Each adds its parser, and sets `run`: arguments → exit status.
+# Each adds its parser, whose default `run` maps the parsed arguments to an exit status.
 COMMANDS = (hostfile.add_parser, launch.add_parser, command.add_parser, preflight.add_parser, status.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster",
-        description="Tools for login nodes: no torch, no deepspeed.",
+        description="Submit, launch and watch runs from a login node. Needs neither torch nor deepspeed there.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""`python -m cluster status RUN…`: what runs where, how far it is, how it ended. Reads files of the run, and squeue."""
+"""`python -m cluster status RUN...`: state, place and progress of runs, from their folders and squeue."""
 
 import argparse
 import json
@@ -8,27 +8,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.run_folder import fence, layout
-from maskvr_ds.run_folder import status as outcome
-from maskvr_ds.run_folder.layout import COMPLETED, JOBS, STOPPED
+from maskvr_ds.run_folder import fence
+from maskvr_ds.run_folder.layout import CHECKPOINTS, COMPLETED, CONFIG, JOBS, LATEST, METRICS, OWNER, STOPPED
+from maskvr_ds.run_folder.status import step_of
 
-# As metrics.py and manifest.py write them; neither is imported here, since the former loads torch.
-_METRICS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
+_EXAMPLES = """examples:
+  python -m cluster status runs/mine
+  python -m cluster status runs/bert_base runs/seeds --json
+"""
+# Bytes read from the end of metrics.jsonl.
 _TAIL = 1 << 16
 
 
 class StatusError(ValueError):
-    """A folder that is not that of a run."""
+    """A folder that is not a run's."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run's state in JSON types; None for what is not known.
+    """State of a run in JSON types; None if unknown.
 
-    state: running, queued, completed, stopped (saved, on request), ended (without a word), not begun. why: how that is
-    known. job, restarts, nodes: of Slurm. ranks, host: of the last start. step, loss, tokens_per_second: of the last
-    line in metrics.jsonl, metrics_age: seconds since. checkpoint: the newest one's name, checkpoint_age: seconds since.
-    heartbeat_ages: seconds since the ranks' last signs of life, the youngest and the oldest.
+    state: running, queued, completed, stopped (on request, with a checkpoint), ended (without a status file), not
+    started. why: evidence for the state. job, restarts, nodes: from Slurm. ranks, host: of the last start; host is rank
+    0's. step, loss, tokens_per_second: from the last step in metrics.jsonl. checkpoint: name of the newest one.
+    metrics_age, checkpoint_age: seconds since they were written. heartbeat_ages: minimum and maximum over the ranks of
+    the seconds since their last heartbeats.
     """
 
     run: str
@@ -49,44 +53,50 @@ class Status:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("status", help="what runs where, how far it is, how it ended")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one of runs for several seeds")
-    parser.add_argument("--json", action="store_true", help="a list of objects, one a run")
+    parser = commands.add_parser(
+        "status",
+        help="show run status",
+        description="Show the state of runs, where they run, their last step, checkpoint and heartbeats.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or the folder of runs with --seeds")
+    parser.add_argument("--json", action="store_true", help="print a list of JSON objects, one per run")
     parser.set_defaults(run=_print)
 
 
 def _print(arguments: argparse.Namespace) -> int:
-    found = [read_status(run) for folder in arguments.runs for run in runs_of(Path(folder))]
+    statuses = [read_status(run) for folder in arguments.runs for run in runs_of(Path(folder))]
     if arguments.json:
-        print(json.dumps([asdict(status) for status in found], indent=1))
+        print(json.dumps([asdict(status) for status in statuses], indent=1))
     else:
-        print("\n\n".join(describe(status) for status in found))
+        print("\n\n".join(describe(status) for status in statuses))
     return 0
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """The folder itself, or the runs of several seeds in it. Raises StatusError where it is neither."""
+    """The folder itself, or the runs of several seeds in it. Raises StatusError if it is neither."""
     if not folder.is_dir():
-        raise StatusError(f"{folder}: no such folder; that of a run expected")
+        raise StatusError(f"{folder}: no such folder; expected a run's")
     seeds = sorted(path for path in folder.glob("seed-*") if path.is_dir())
-    if any((folder / name).exists() for name in (layout.OWNER, _METRICS, "config.yaml")):
+    if any((folder / name).exists() for name in (OWNER, METRICS, CONFIG)):
         return [folder]
     if seeds:
         return seeds
     if (folder / JOBS).is_dir():
         return [folder]
-    raise StatusError(f"{folder}: neither a run's folder ({_METRICS} is missing) nor one of seed-*")
+    raise StatusError(f"{folder}: neither a run's folder ({METRICS} is missing) nor a folder of seed-* runs")
 
 
 def read_status(run: Path) -> Status:
     owner = fence.read(run)
-    line = last_step(run / _METRICS)
+    line = last_step(run / METRICS)
     ages = fence.heartbeat_ages(run)
-    latest = run / _CHECKPOINTS / "latest"
+    latest = run / CHECKPOINTS / LATEST
     job = _job_of(run) or (owner.job if owner else "") or None
     queue = None if job is None else squeue(job)
     state, why = _state(run, owner, queue, ages)
-    now_on = queue["nodes"] if queue is not None and queue["state"] == "RUNNING" else ""
+    nodes = queue["nodes"] if queue is not None and queue["state"] == "RUNNING" else ""
     same_job = owner is not None and owner.job == job
     return Status(
         run=str(run),
@@ -94,13 +104,13 @@ def read_status(run: Path) -> Status:
         why=why,
         job=job,
         restarts=owner.restarts if owner is not None and same_job else None,
-        nodes=now_on or (owner.nodes if owner else None) or None,
+        nodes=nodes or (owner.nodes if owner else None) or None,
         ranks=owner.ranks if owner else None,
         host=owner.host if owner else None,
         step=line.get("step"),
         loss=line.get("loss"),
         tokens_per_second=line.get("tokens_per_second"),
-        metrics_age=_age(run / _METRICS) if line else None,
+        metrics_age=_age(run / METRICS) if line else None,
         checkpoint=latest.read_text(encoding="utf-8").strip() if latest.is_file() else None,
         checkpoint_age=_age(latest),
         heartbeat_ages=(min(ages.values()), max(ages.values())) if ages else None,
@@ -110,26 +120,26 @@ def read_status(run: Path) -> Status:
 def _state(
     run: Path, owner: fence.Owner | None, queue: dict[str, str] | None, ages: dict[int, float]
 ) -> tuple[str, str]:
-    """The first that is certain: word left by the run, then the queue, then signs of life."""
-    if (step := outcome.step_of(run, COMPLETED)) is not None:
-        return "completed", f"{COMPLETED} names step {step}"
+    """State and evidence, the most certain first: status files of the run, the queue, heartbeats and processes."""
+    if (step := step_of(run, COMPLETED)) is not None:
+        return "completed", f"{COMPLETED}: step {step}"
     if queue is not None and queue["state"] in ("RUNNING", "COMPLETING"):
-        return "running", f"squeue says {queue['state']}, for {queue['time']}"
+        return "running", f"squeue: {queue['state']} for {queue['time']}"
     if queue is not None:
-        return "queued", f"squeue says {queue['state']} ({queue['reason']})"
-    if (step := outcome.step_of(run, STOPPED)) is not None:
-        return "stopped", f"{STOPPED} names step {step}"
+        return "queued", f"squeue: {queue['state']} ({queue['reason']})"
+    if (step := step_of(run, STOPPED)) is not None:
+        return "stopped", f"{STOPPED}: step {step}"
     if ages and min(ages.values()) < fence.FRESH:
-        return "running", f"a heartbeat {min(ages.values()):.0f} s ago"
+        return "running", f"heartbeat {min(ages.values()):.0f} s ago"
     if owner is not None and fence.at_work(run, owner):
         return "running", f"process {owner.pid} runs on this host"
     if owner is None:
-        return "not begun", f"no {layout.OWNER}"
-    return "ended", "no word of its end, and no sign of life; --resume auto goes on"
+        return "not started", f"no {OWNER}"
+    return "ended", "no status file and no recent heartbeat; continue with --resume auto"
 
 
 def squeue(job: str) -> dict[str, str] | None:
-    """state, reason, nodes, time of a job; None where it is no longer queued, or there is no squeue here."""
+    """state, reason, nodes, time of a job; None if it is no longer queued, or squeue is not available."""
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T|%r|%N|%M"]
     try:
         answer = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
@@ -142,7 +152,7 @@ def squeue(job: str) -> dict[str, str] | None:
 
 
 def last_step(path: Path) -> dict[str, Any]:
-    """The last line of a metrics.jsonl that is a step's; empty where there is none. Reads the file's end only."""
+    """The last step's line of a metrics.jsonl, empty if there is none. Reads the end of the file only."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL))
@@ -153,14 +163,14 @@ def last_step(path: Path) -> dict[str, Any]:
         try:
             line = json.loads(text)
         except ValueError:
-            continue  # begun before the part that was read
+            continue  # starts before the part that was read
         if "event" not in line:
             return line
     return {}
 
 
 def _job_of(run: Path) -> str | None:
-    """The job whose script had the run last."""
+    """The last Slurm job that started the run."""
     try:
         return (run / JOBS / "attempt").read_text(encoding="utf-8").split()[0]
     except (FileNotFoundError, IndexError):
@@ -175,7 +185,7 @@ def _age(path: Path) -> float | None:
 
 
 def describe(status: Status) -> str:
-    """A few lines for people."""
+    """A status in a few lines of text."""
     lines = [f"{status.run}: {status.state} ({status.why})"]
     where = [
         f"job {status.job}" if status.job else None,
@@ -194,7 +204,7 @@ def describe(status: Status) -> str:
     )
     if status.heartbeat_ages is not None:
         youngest, oldest = status.heartbeat_ages
-        lines.append(f"  last signs of life of the ranks: {youngest:.0f} to {oldest:.0f} s ago")
+        lines.append(f"  last heartbeats of the ranks: {youngest:.0f} to {oldest:.0f} s ago")
     return "\n".join(lines)
 
 

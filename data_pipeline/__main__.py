@@ -1,4 +1,4 @@
-"""`python -m data_pipeline`: tokenizer, build, tokenize, pack, verify, stats, inspect."""
+"""Command line `python -m data_pipeline`: tokenizer, build, tokenize, pack, verify, stats, inspect."""
 
 from __future__ import annotations
 
@@ -6,169 +6,241 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from data_pipeline.execution.mpi import Team
 
-_EXAMPLES = """\
-examples:
-  python -m data_pipeline tokenizer --input texts/ --vocab-size 30522 --output tok/
-  python -m data_pipeline build --input texts/ --tokenizer tok/ --sequence-length 128 \\
-      --output corpus/ --workers 16
-  python -m data_pipeline build --input 'wiki/*.jsonl.zst' --text-field body --tokenizer tok/ \\
-      --sequence-length 512 --output corpus512/ --held-out 0.005
-  python -m data_pipeline build --description corpus.yaml --tokenizer tok/ --sequence-length 128 \\
-      --output corpus/ --packing sop
-  python -m data_pipeline tokenize --description corpus.yaml --tokenizer tok/ --output tokens/ --workers 16
-  python -m data_pipeline pack tokens/ --sequence-length 128 --output corpus128/
-  python -m data_pipeline pack tokens/ --sequence-length 512 --output corpus512/ --weight wiki=2
-  mpirun -n 64 python -m data_pipeline build --description corpus.yaml --tokenizer tok/ \\
-      --sequence-length 128 --output corpus/ --workers 8
-  python -m data_pipeline verify corpus/
-  python -m data_pipeline stats corpus/ --png corpus.png
-  python -m data_pipeline inspect corpus/ --first 1000
-
-A build that was stopped goes on with the same command.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
+_EPILOG = """\
+`python -m data_pipeline COMMAND --help` shows examples. A stopped build resumes when the same command is rerun.
+Exit codes: 0 success, 1 failure, 2 usage error, 130 Ctrl-C.
 """
 _INPUT = "files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet"
+_OUTPUT = "to write: new or empty"
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """Of all commands. Whoever starts them elsewhere checks arguments with it."""
-    raw = argparse.RawDescriptionHelpFormatter
+    """Parser of all commands; cluster/slurm/corpora.py uses it to check arguments before a job is submitted."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline",
-        description="Raw text to a corpus of pre-tokenised, unmasked rows for pretraining.",
-        epilog=_EXAMPLES,
-        formatter_class=raw,
+        description="Convert raw text to a corpus of tokenised, unmasked rows for pretraining.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_tokenizer(commands)
+    _add_build(commands)
+    _add_tokenize(commands)
+    _add_pack(commands)
+    _add_verify(commands)
+    _add_stats(commands)
+    _add_inspect(commands)
+    return parser
 
-    tokenizer = commands.add_parser("tokenizer", help="train a BERT WordPiece tokenizer")
-    tokenizer.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included"
+
+def _add_command(
+    commands: _Commands, name: str, summary: str, examples: str, description: str = ""
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description or f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    tokenizer.add_argument("--cased", action="store_true", help="keep case and accents (default: lower-case)")
 
-    build = commands.add_parser(
+
+def _add_tokenizer(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
+        "tokenizer",
+        "train a BERT WordPiece tokenizer",
+        "  python -m data_pipeline tokenizer --input texts/ --vocab-size 30522 --output tok/\n"
+        "  python -m data_pipeline tokenizer --input 'wiki/*.jsonl.zst' --text-field body --vocab-size 30522 \\\n"
+        "      --cased --output tok_cased/\n",
+    )
+    command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=_INPUT)
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, including special tokens")
+    command.add_argument("--cased", action="store_true", help="keep case and accents (default: lower-case)")
+    command.add_argument("--output", required=True, metavar="DIR", help=f"tokenizer folder {_OUTPUT}")
+    _document_options(command)
+    _progress_options(command)
+
+
+def _add_build(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
         "build",
-        help="tokenise and pack texts to a corpus",
-        description="Tokenise and pack texts to a corpus. Rows stay in the order of the documents;\n"
-        "the trainer shuffles when it reads. The output depends neither on --workers nor on a\n"
-        "kill and restart.",
+        "tokenise and pack texts into a corpus",
+        "  python -m data_pipeline build --input texts/ --tokenizer tok/ --sequence-length 128 \\\n"
+        "      --output corpus/ --workers 16\n"
+        "  mpirun -n 64 python -m data_pipeline build --description corpus.yaml --tokenizer tok/ \\\n"
+        "      --sequence-length 512 --packing sop --held-out 0.005 --output corpus512/ --workers 8\n",
+        "Tokenise and pack texts into a corpus. Rows are in document order; the trainer shuffles them.\n"
+        "The output does not depend on --workers, nor on interruptions.",
     )
-    tokenize = commands.add_parser(
+    _source_options(command)
+    _packing_options(command)
+    command.add_argument("--output", required=True, metavar="DIR", help=f"corpus folder {_OUTPUT}")
+    _worker_options(command)
+
+
+def _add_tokenize(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
         "tokenize",
-        help="the first half of build: token shards, of which many corpora can be packed",
-        description="Tokenise texts to token shards: ids, document and sentence boundaries, word starts.",
+        "first half of build: write token shards, from which many corpora can be packed",
+        "  python -m data_pipeline tokenize --input texts/ --tokenizer tok/ --output tokens/ --workers 16\n"
+        "  python -m data_pipeline tokenize --description corpus.yaml --tokenizer tok/ --held-out 0.005 \\\n"
+        "      --output tokens/ --workers 16\n",
+        "Tokenise texts to token shards: ids, document and sentence boundaries, word starts.",
     )
-    pack = commands.add_parser(
+    _source_options(command)
+    command.add_argument("--output", required=True, metavar="DIR", help=f"folder of token shards {_OUTPUT}")
+    _worker_options(command)
+
+
+def _add_pack(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
         "pack",
-        help="the second half of build: pack token shards to a corpus",
-        description="Pack token shards to a corpus. One tokenize serves any number of packs.",
+        "second half of build: pack token shards into a corpus",
+        "  python -m data_pipeline pack tokens/ --sequence-length 128 --output corpus128/\n"
+        "  python -m data_pipeline pack tokens/ --sequence-length 512 --output corpus512/ --weight wiki=2\n",
+        "Pack token shards into a corpus. The same token shards can be packed any number of times.",
     )
-    pack.add_argument("tokens", metavar="TOKENS", help="folder that tokenize wrote")
-    pack.add_argument(
+    command.add_argument("tokens", metavar="TOKENS", help="output folder of tokenize")
+    command.add_argument(
         "--weight",
         action="append",
         default=[],
         type=_weight,
         metavar="SOURCE=W",
-        help="use a source's documents W times, whatever the description says; may be repeated",
+        help="use the documents of a source W times, overriding the description; may be repeated",
     )
-    pack.add_argument("--output", required=True, metavar="DIR", help="corpus folder to write: new or empty")
-    for command in (build, tokenize):
-        command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-        command.add_argument("--seed", type=int, default=0, metavar="S", help="key of the held-out choice (default 0)")
-        command.add_argument(
-            "--held-out",
-            type=float,
-            default=0.0,
-            metavar="SHARE",
-            help="share of the documents that goes to OUTPUT/held_out instead (default 0)",
-        )
-        command.add_argument(
-            "--work-size",
-            type=float,
-            metavar="MB",
-            help="MB of text a unit of work; does not change the corpus (default: a 64th of the text, from 1 to 32)",
-        )
-    for command in (build, pack):
-        command.add_argument("--sequence-length", type=int, required=True, metavar="L", help="tokens a row, at least 8")
-        command.add_argument(
-            "--packing",
-            choices=("full_sequences", "documents", "nsp", "sop"),
-            default="full_sequences",
-            help="full rows (default); a document a row; pairs for next-sentence or sentence-order prediction",
-        )
-        command.add_argument(
-            "--bins", nargs="+", type=int, default=(), metavar="N", help="shorter rows that packing documents may use"
-        )
-        command.add_argument(
-            "--pair-probability",
-            type=float,
-            default=0.5,
-            metavar="P",
-            help="share of pairs that are random (nsp) or swapped (sop) (default 0.5)",
-        )
-        command.add_argument(
-            "--columns",
-            nargs="+",
-            choices=("word_start", "sentence_start"),
-            default=(),
-            help="store also where words or sentences begin, a bit a token",
-        )
-        command.add_argument("--shard-size", type=float, default=128.0, metavar="MB", help="MB a shard (default 128)")
-    for command in (build, tokenize, pack):
-        command.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
-    for command, output in (
-        (tokenizer, "tokenizer folder"),
-        (build, "corpus folder"),
-        (tokenize, "folder of token shards"),
-    ):
-        given: argparse._ActionsContainer = command
-        if command is not tokenizer:
-            given = command.add_mutually_exclusive_group(required=True)
-            given.add_argument(
-                "--description",
-                metavar="YAML",
-                help="sources with weights, and rules for documents: filters, duplicates, contamination",
-            )
-        given.add_argument("--input", nargs="+", required=command is tokenizer, metavar="PATH", help=_INPUT)
-        command.add_argument("--output", required=True, metavar="DIR", help=f"{output} to write: new or empty")
-        command.add_argument(
-            "--documents",
-            choices=("blank-line", "line", "file"),
-            default="blank-line",
-            help="what a document is in .txt files: ends at a blank line (default), a line, or the file",
-        )
-        command.add_argument(
-            "--text-field",
-            default="text",
-            metavar="NAME",
-            help="field of .jsonl, column of .parquet that holds the text (default: text)",
-        )
+    _packing_options(command)
+    command.add_argument("--output", required=True, metavar="DIR", help=f"corpus folder {_OUTPUT}")
+    _worker_options(command)
 
-    verify = commands.add_parser("verify", help="check a corpus in full; names every bad file")
-    stats = commands.add_parser("stats", help="tokens, rows, documents, unknown rate, lengths, top tokens")
-    stats.add_argument("--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)")
-    stats.add_argument("--png", metavar="FILE", help="draw lengths, top tokens and sources into this file")
-    inspect = commands.add_parser("inspect", help="print rows as tokens")
-    inspect.add_argument("--rows", type=int, default=5, metavar="N", help="how many (default 5)")
-    inspect.add_argument("--first", type=int, default=0, metavar="ROW", help="from which on (default 0)")
-    for command in (verify, stats, inspect):
-        command.add_argument("folder", metavar="DIR", help="corpus folder")
-    for command in (tokenizer, build, tokenize, pack, verify, stats):
-        command.formatter_class = raw
-        command.add_argument(
-            "--progress",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="progress bar on stderr (default: on a terminal)",
-        )
-    return parser
+
+def _add_verify(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
+        "verify",
+        "check all data of a corpus, and report every bad file",
+        "  python -m data_pipeline verify corpus/\n  python -m data_pipeline verify tokens/ --no-progress\n",
+    )
+    command.add_argument("folder", metavar="DIR", help="corpus folder, or output folder of tokenize")
+    _progress_options(command)
+
+
+def _add_stats(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
+        "stats",
+        "show tokens, rows, documents, unknown rate, lengths, top tokens",
+        "  python -m data_pipeline stats corpus/\n  python -m data_pipeline stats corpus/ --top 50 --png corpus.png\n",
+    )
+    command.add_argument("--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)")
+    command.add_argument("--png", metavar="FILE", help="plot lengths, top tokens and sources to this file")
+    command.add_argument("folder", metavar="DIR", help="corpus folder")
+    _progress_options(command)
+
+
+def _add_inspect(commands: _Commands) -> None:
+    command = _add_command(
+        commands,
+        "inspect",
+        "print rows as tokens",
+        "  python -m data_pipeline inspect corpus/\n  python -m data_pipeline inspect corpus/ --first 1000 --rows 20\n",
+    )
+    command.add_argument("--rows", type=int, default=5, metavar="N", help="number of rows (default 5)")
+    command.add_argument("--first", type=int, default=0, metavar="ROW", help="first row (default 0)")
+    command.add_argument("folder", metavar="DIR", help="corpus folder")
+
+
+def _source_options(command: argparse.ArgumentParser) -> None:
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--description",
+        metavar="YAML",
+        help="sources with weights, and document rules: filters, duplicates, contamination",
+    )
+    source.add_argument("--input", nargs="+", metavar="PATH", help=_INPUT)
+    _document_options(command)
+    command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="key of the held-out split (default 0)")
+    command.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents to hold out, in OUTPUT/held_out (default 0)",
+    )
+    command.add_argument(
+        "--work-size",
+        type=float,
+        metavar="MB",
+        help="MB of text per unit of work; does not change the corpus (default: 1/64 of the text, between 1 and 32)",
+    )
+
+
+def _document_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--documents",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="unit of a document in .txt files: up to a blank line (default), a line, or the file",
+    )
+    command.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of .jsonl or column of .parquet that holds the text (default: text)",
+    )
+
+
+def _packing_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sequence-length", type=int, required=True, metavar="L", help="tokens per row, at least 8")
+    command.add_argument(
+        "--packing",
+        choices=("full_sequences", "documents", "nsp", "sop"),
+        default="full_sequences",
+        help="full rows (default); one document per row; pairs for next-sentence or sentence-order prediction",
+    )
+    command.add_argument(
+        "--bins", nargs="+", type=int, default=(), metavar="N", help="shorter row lengths for packing documents"
+    )
+    command.add_argument(
+        "--pair-probability",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="share of pairs that are random (nsp) or swapped (sop) (default 0.5)",
+    )
+    command.add_argument(
+        "--columns",
+        nargs="+",
+        choices=("word_start", "sentence_start"),
+        default=(),
+        help="also store word or sentence starts, one bit per token",
+    )
+    command.add_argument("--shard-size", type=float, default=128.0, metavar="MB", help="MB per shard (default 128)")
+
+
+def _worker_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
+    _progress_options(command)
+
+
+def _progress_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="progress bar on stderr (default: on a terminal)",
+    )
 
 
 def _weight(text: str) -> tuple[str, float]:
@@ -177,7 +249,7 @@ def _weight(text: str) -> tuple[str, float]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    # Imported late: --help need not wait for Arrow.
+    # Late imports: --help does not load Arrow.
     options = vars(arguments)
     command = options.pop("command")
     if command in ("build", "tokenize", "pack"):
@@ -189,7 +261,7 @@ def _run(arguments: argparse.Namespace) -> None:
             serve(team, Pool(arguments.workers))
             return
         try:
-            _make(command, options, team)
+            _run_parallel(command, options, team)
         finally:
             if team:
                 team.stop()
@@ -212,7 +284,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if command == "verify" and is_tokens(arguments.folder):
             tokens = read_tokens(arguments.folder)
             verify_tokens(arguments.folder, tokens)
-            print(f"{arguments.folder}: good, {len(tokens.shards):,} token shards checked")
+            print(f"{arguments.folder}: OK, {len(tokens.shards):,} token shards checked")
             return
         size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)
         if command == "stats":
@@ -220,15 +292,15 @@ def _run(arguments: argparse.Namespace) -> None:
                 text = describe(arguments.folder, arguments.top, bar.update, arguments.png and Path(arguments.png))
             print(text)
         else:
-            # Each shard is read twice: for its hash, and for its rows.
+            # Each shard is read twice: for its SHA-256, and for its rows.
             with ProgressBar(2 * size, "verify", arguments.progress) as bar:
                 manifests = verify(arguments.folder, bar.update)
             shards = sum(len(manifest.shards) for manifest in manifests)
-            print(f"{arguments.folder}: good, {shards:,} shards checked")
+            print(f"{arguments.folder}: OK, {shards:,} shards checked")
 
 
-def _make(command: str, options: dict[str, Any], team: Team | None) -> None:
-    """The commands that make something on many processes."""
+def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> None:
+    """Run build, tokenize or pack, on rank 0 of a team if there is one."""
     output = options["output"]
     if command == "tokenize":
         from data_pipeline.build import tokenize
@@ -256,15 +328,15 @@ def _dropped(counts: dict[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. argparse itself exits with 2 on wrong usage."""
+    """Run a command and return its exit code. On usage errors, argparse exits with 2."""
     arguments = command_parser().parse_args(argv)
     try:
         _run(arguments)
     except KeyboardInterrupt:
-        print("error: interrupted. The same command goes on where it stopped", file=sys.stderr)
+        print("error: interrupted. Rerun the same command to resume", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        # CorpusError is a ValueError; of others the type says more than the text.
+        # Any other ValueError is a bug: show its traceback.
         from data_pipeline.files import CorpusError
 
         if not isinstance(error, CorpusError | OSError):

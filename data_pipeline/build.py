@@ -1,21 +1,21 @@
-"""Raw text to a corpus, in two stages, each on any number of processes and each resumable.
+"""Corpus builds: text to a corpus in two parallel and resumable stages.
 
-1. `tokenizing`: every unit of work (a part of the inputs, see `sources`) becomes a token shard (`tokens`);
-2. `pack`: token shards become rows.
+1. Tokenization (tokenization/stage.py): each unit of work, a part of the inputs, becomes a token shard.
+2. Packing (packing/stage.py): token shards become rows.
 
-`build` does both, `tokenize` and `pack` one each: tokenise once, pack many. Rows are in the order of the documents on
-disk; the trainer reads them in the order of a keyed permutation.
+`build` runs both, `tokenize` and `pack` one each: tokenize once, pack many times. Rows are in the order of the
+documents; the trainer reads them in the order of a keyed permutation.
 
-While it works, an output folder also holds
+During a build, the output folder also contains
 
-    build.json         the arguments and the inputs (names, sizes): another command on this folder is refused. It stays.
-    description.yaml   what the corpus is made of, where that was given. It stays.
-    .build/            token shards (`build`), rows, and a result file for every finished task: what a killed build goes
-                       on from
+    build.json         arguments and inputs (names, sizes): a command with others is refused. Kept.
+    description.yaml   the corpus description, if one was given. Kept.
+    .build/            token shards (`build`), rows, and a result file per finished task, from which a killed build
+                       resumes
 
-The same command again goes on where a killed one stopped and ends with the same bytes. The manifest comes last. An
-input is known by name, size and modification time during the build, and where only the time is another, by the SHA-256
-that goes into the manifest; a task file by its SHA-256.
+Rerunning a killed command resumes it and produces the same bytes; the manifest is written last. During a build, inputs
+are identified by name, size and mtime, and if only the mtime differs, by the SHA-256 recorded in the manifest; task
+files by SHA-256.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from data_pipeline.sources.description import (
     read_description,
 )
 from data_pipeline.sources.documents import DOCUMENTS
-from data_pipeline.tokenization.stage import default_work_size, find_groups, tokenize_stage
+from data_pipeline.tokenization.stage import TokenizeOptions, default_work_size, find_groups, tokenize_stage
 from data_pipeline.tokenization.token_shards import PLANES, TOKENS_VERSION, TokenManifest, read_tokens
 from data_pipeline.tokenization.tokenizer import copy_tokenizer, fingerprint
 
 MIN_SEQUENCE_LENGTH = 8
-_MOST_MB = 1e12  # as bits still below 2^63
+_MAX_MB = 1e12  # in bits, this is below 2^63
 
 
 def build(
@@ -74,34 +74,32 @@ def build(
     progress: bool | None = None,
     team: Team | None = None,
 ) -> Manifest:
-    """Build a corpus of rows of `sequence_length` token ids, and return its manifest.
+    """Build a corpus with rows of `sequence_length` token ids, and return its manifest.
 
-    inputs: files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet, taken in the order of
-    their names, or None where `description` names a YAML file (`description`); tokenizer: a Hugging Face tokenizer
-    folder, copied to output/tokenizer; documents: how .txt
-    files hold them ("blank-line", "line", "file"); text_field: JSON field or parquet column; workers:
-    processes. held_out: this share of the documents, chosen by a hash of `seed` and the text, goes to a
-    corpus of its own in output/held_out. packing: "full_sequences", "documents" (with length bins), "nsp", "sop" (with
-    pair_probability); columns: "word_start", "sentence_start" to store. shard_size: MB a shard; work_size: MB of text
-    a unit of work (it does not change the output), None: `default_work_size`. progress: True or False shows or hides
-    the bar, None shows it on a terminal.
+    inputs: files, folders and globs of .txt, .jsonl (both also .gz, .zst) and .parquet, read in the order of their
+    names; None if `description` is the path of a YAML file (sources/description.py). tokenizer: Hugging Face tokenizer
+    folder, copied to output/tokenizer. held_out: share of documents, selected by a hash of `seed` and the text, that
+    becomes a separate corpus in output/held_out. documents: how .txt files are split ("blank-line", "line", "file");
+    text_field: JSON field or Parquet column. packing: "full_sequences", "documents" (with length bins), "nsp" or "sop"
+    (with pair_probability). columns: "word_start", "sentence_start" to store. shard_size: MB per shard. work_size: MB
+    of text per unit of work, without effect on the output; None: `default_work_size`. progress: show the bar, None: on
+    a terminal. team: MPI ranks, with this process as rank 0 (execution/mpi.py).
 
-    team: the ranks of an mpirun, of which this is rank 0 (`mpi`).
-
-    `output` must be new, empty, or hold an unfinished (or finished) build of the same arguments and inputs.
-    With `workers` > 1 call it from under `if __name__ == "__main__":`, as always with multiprocessing.
-    Raises CorpusError for faulty input, arguments, folder, or a full disk: what is finished then stays for
-    the next run, and nothing half-written stands under a final name.
+    `output` must be new, empty, or contain an unfinished or finished build with the same arguments and inputs.
+    With `workers` > 1, call under `if __name__ == "__main__":`, as usual with multiprocessing.
+    Raises CorpusError for invalid inputs, arguments or output folder, and for a full disk; finished tasks are kept for
+    the next run, and no incomplete file appears under its final name.
     """
     output = Path(output)
     check_source_arguments(workers, seed, held_out, documents, work_size)
-    options = pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
-    about, named = described(inputs, description, documents, text_field)
-    about = with_needs(about, columns, packing)
-    # A tokenizer's vocab.txt is no text, nor is the copy of it in an output folder among the inputs.
+    packed = pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
+    about, named = resolve_description(inputs, description, documents, text_field)
+    about = with_required_planes(about, columns, packing)
+    packed = replace(packed, weights=tuple(section.weight for section in about.sources))
+    # Skip vocab.txt of the tokenizer, and of its copy in an output folder below the inputs.
     groups = find_groups(about, (output, Path(tokenizer)), named)
     work_size = work_size or default_work_size(groups)
-    options = _with_weights(options, tuple(section.weight for section in about.sources))
+    options = TokenizeOptions(about, groups, output / TOKENIZER, named, named, held_out, seed, work_size)
     arguments = (
         {
             "schema_version": SCHEMA_VERSION,
@@ -113,37 +111,24 @@ def build(
             "shard_size": shard_size,
             "work_size": work_size,
             "tokenizer": fingerprint(tokenizer),
-            "sources": [[source.name, source.bytes] for files in groups for source in files],
+            "sources": [[source.name, source.bytes] for source in options.files],
         }
-        | new_arguments(options, about, named)
+        | recorded_options(packed, about, named)
         | _task_arguments(about)
     )
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
             manifest = finished_corpus(output, held_out > 0)
-            check_inputs(output, manifest.sources, list(itertools.chain(*groups)))
+            check_inputs(output, manifest.sources, options.files)
             return manifest
         copy_tokenizer(tokenizer, output / TOKENIZER)
-        total = sum(source.bytes for files in groups for source in files)
+        total = sum(source.bytes for source in options.files)
         with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
-            tokens = tokenize_stage(
-                work,
-                work,
-                output / TOKENIZER,
-                about,
-                groups,
-                named=named,
-                keys=named,
-                held_out=held_out,
-                seed=seed,
-                work_size=work_size,
-                pool=pool,
-                bar=bar,
-            )
+            tokens = tokenize_stage(work, work, options, pool, bar)
             if named:
                 _save_description(output, about)
-            manifest = _pack_sides(work, tokens, output, output / TOKENIZER, work, options, pool, bar)
+            manifest = _pack_sides(work, tokens, output, output / TOKENIZER, work, packed, pool, bar)
         shutil.rmtree(work)
     return manifest
 
@@ -163,17 +148,18 @@ def tokenize(
     progress: bool | None = None,
     team: Team | None = None,
 ) -> TokenManifest:
-    """Write token shards of all documents into `output`, for `pack`. Arguments, resuming and errors as `build`.
+    """Write token shards of all documents to `output`, for `pack`. Arguments, resuming and errors as in `build`.
 
-    Word starts are stored, and sentences as the description says ("punctuation" where it does not). `work_size`: MB
-    of text a token shard, None: `default_work_size`; corpora packed of them do not depend on it.
+    Word starts are stored, and sentence starts as set in the description (default "punctuation"). work_size: MB of text
+    per token shard, None: `default_work_size`; it has no effect on the packed corpora.
     """
     output = Path(output)
     check_source_arguments(workers, seed, held_out, documents, work_size)
-    about, named = described(inputs, description, documents, text_field)
+    about, named = resolve_description(inputs, description, documents, text_field)
     about = about.model_copy(update={"word_starts": True, "sentences": about.sentences or "punctuation"})
     groups = find_groups(about, (output, Path(tokenizer)), named)
     work_size = work_size or default_work_size(groups)
+    options = TokenizeOptions(about, groups, output / TOKENIZER, named, True, held_out, seed, work_size)
     arguments = {
         "tokens_version": TOKENS_VERSION,
         "seed": seed,
@@ -181,33 +167,20 @@ def tokenize(
         "work_size": work_size,
         "description": about.model_dump(mode="json", exclude={"sources": {"__all__": {"inputs"}}}),
         "tokenizer": fingerprint(tokenizer),
-        "sources": [[source.name, source.bytes] for files in groups for source in files],
+        "sources": [[source.name, source.bytes] for source in options.files],
     } | _task_arguments(about)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
             manifest = read_tokens(output)
-            check_inputs(output, manifest.sources, list(itertools.chain(*groups)))
+            check_inputs(output, manifest.sources, options.files)
             return manifest
         copy_tokenizer(tokenizer, output / TOKENIZER)
-        total = sum(source.bytes for files in groups for source in files)
+        total = sum(source.bytes for source in options.files)
         with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
             if named:
                 _save_description(output, about)
-            manifest = tokenize_stage(
-                output,
-                work,
-                output / TOKENIZER,
-                about,
-                groups,
-                named=named,
-                keys=True,
-                held_out=held_out,
-                seed=seed,
-                work_size=work_size,
-                pool=pool,
-                bar=bar,
-            )
+            manifest = tokenize_stage(output, work, options, pool, bar)
         shutil.rmtree(work)
     return manifest
 
@@ -227,10 +200,10 @@ def pack(
     progress: bool | None = None,
     team: Team | None = None,
 ) -> Manifest:
-    """Pack a folder of token shards to a corpus, and return its manifest; what was held out goes to output/held_out.
+    """Pack a folder of token shards into a corpus, with held-out documents in output/held_out; returns its manifest.
 
-    weights: of sources, by name, instead of the description's. Other arguments, resuming and errors as `build`, and
-    CorpusError where the token shards are not whole or lack what the packing needs.
+    weights: by source name, overriding those of the description. Other arguments, resuming and errors as in `build`;
+    also raises CorpusError if the token shards are incomplete or lack a plane that the packing needs.
     """
     tokens, output = Path(tokens), Path(output)
     _check_rules(((workers >= 1, "workers", workers, "at least 1"),))
@@ -238,20 +211,20 @@ def pack(
     options = pack_options(sequence_length, packing, bins, pair_probability, columns, manifest.seed, shard_size)
     needed = {*columns, *(("sentence_start",) if packing in ("nsp", "sop") else ())}
     if missing := sorted(needed - set(manifest.planes)):
-        raise CorpusError(f"{tokens}: has no {missing[0]}. Tokenise with the command tokenize, or pack without it")
+        raise CorpusError(f"{tokens}: has no {missing[0]}. Run the command tokenize, or pack without it")
     for name, weight in (weights or {}).items():
         if name not in manifest.names:
-            raise CorpusError(f"weight of {name!r}: {tokens} has the sources {', '.join(manifest.names)}")
+            raise CorpusError(f"weight of {name!r}: unknown source, {tokens} has {', '.join(manifest.names)}")
         _check_rules(((0 < weight <= MAX_WEIGHT, f"weight of {name!r}", weight, f"above 0 and at most {MAX_WEIGHT}"),))
     given = zip(manifest.names, manifest.weights, strict=True)
-    options = _with_weights(options, tuple((weights or {}).get(name, weight) for name, weight in given))
+    options = replace(options, weights=tuple((weights or {}).get(name, weight) for name, weight in given))
     arguments = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": sequence_length,
         "shard_size": shard_size,
         "weights": list(options.weights),
         "tokens": sha256_file(tokens / MANIFEST),
-    } | new_arguments(options, None, False)
+    } | recorded_options(options, None, False)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             shutil.rmtree(work)
@@ -278,17 +251,20 @@ def _pack_sides(
 ) -> Manifest:
     total = sum(shard.sides[side].length for shard in manifest.shards for side in manifest.sides)
     bar.phase("pack", manifest.dtype.itemsize * total)
-    # The corpus itself comes last: its manifest says that all of this is complete.
+    # The training side comes last: its manifest marks the entire corpus as complete.
     for side in reversed(manifest.sides):
         folder = output if side == "train" else output / HELD_OUT
         result = pack_side(tokens, manifest, side, folder, work, tokenizer, options, pool, bar)
     return result
 
 
-def described(
+def resolve_description(
     inputs: Sequence[str | Path] | None, description: str | Path | None, documents: str, text_field: str
 ) -> tuple[Description, bool]:
-    """The description, and whether it was given (its sources then have names)."""
+    """The description, read from its file or made from `inputs`, and whether its sources have names (the former).
+
+    Raises CorpusError unless exactly one of the two is given, and if the file is invalid.
+    """
     if (inputs is None) == (description is None):
         raise CorpusError("give either inputs or a description")
     if description is not None:
@@ -307,12 +283,12 @@ def described(
     ), False
 
 
-def with_needs(about: Description, columns: Collection[str], packing: str) -> Description:
-    """The description with what columns and packing need of the tokens."""
-    needs: dict[str, Any] = {"word_starts": True} if "word_start" in columns else {}
+def with_required_planes(about: Description, columns: Collection[str], packing: str) -> Description:
+    """The description, with word and sentence starts enabled if columns or packing need them."""
+    required: dict[str, Any] = {"word_starts": True} if "word_start" in columns else {}
     if about.sentences is None and ("sentence_start" in columns or packing in ("nsp", "sop")):
-        needs["sentences"] = "punctuation"
-    return about.model_copy(update=needs)
+        required["sentences"] = "punctuation"
+    return about.model_copy(update=required)
 
 
 def _save_description(output: Path, about: Description) -> None:
@@ -320,25 +296,21 @@ def _save_description(output: Path, about: Description) -> None:
         file.write(description_yaml(about).encode())
 
 
-def new_arguments(options: PackOptions, about: Description | None, named: bool) -> dict[str, Any]:
-    """What a plain build does not have, left out of its build.json."""
-    found: dict[str, Any] = {"packing": options.packing, "columns": list(options.columns)}
-    found["bins"] = list(options.bins[:-1])
+def recorded_options(options: PackOptions, about: Description | None, named: bool) -> dict[str, Any]:
+    """Packing options and description, as recorded in build.json."""
+    record: dict[str, Any] = {"packing": options.packing, "columns": list(options.columns)}
+    record["bins"] = list(options.bins[:-1])
     if options.packing in ("nsp", "sop"):
-        found["pair_probability"] = options.probability
+        record["pair_probability"] = options.probability
     if about is not None and named:
-        # Where the files lie may change between two runs, which they are may not.
-        found["description"] = about.model_dump(mode="json", exclude={"sources": {"__all__": {"inputs"}}})
-    return found
+        # Without the paths: input files may be moved between runs, but must be the same files.
+        record["description"] = about.model_dump(mode="json", exclude={"sources": {"__all__": {"inputs"}}})
+    return record
 
 
 def _task_arguments(about: Description) -> dict[str, Any]:
     tasks = about.documents.decontaminate
     return {"decontaminate": task_digests(tasks)} if tasks else {}
-
-
-def _with_weights(options: PackOptions, weights: tuple[float, ...]) -> PackOptions:
-    return replace(options, weights=weights)
 
 
 def pack_options(
@@ -350,19 +322,25 @@ def pack_options(
     seed: int,
     shard_size: float,
 ) -> PackOptions:
+    """Validated packing options, without weights. Raises CorpusError naming the argument and the rule."""
     least, pairs = MIN_SEQUENCE_LENGTH, packing in ("nsp", "sop")
     bins = (*bins, sequence_length)
-    rises = all(a < b for a, b in itertools.pairwise(bins))
+    rising = all(a < b for a, b in itertools.pairwise(bins))
     _check_rules(
         (
             (sequence_length >= least, "sequence length", sequence_length, f"at least {least}"),
             (sequence_length < 2**16 or not pairs, "sequence length", sequence_length, "below 65,536 for pairs"),
             (packing in PACKINGS, "packing", packing, f"one of {', '.join(PACKINGS)}"),
-            (len(bins) == 1 or packing == "documents", "bins", bins[:-1], "left out: only packing documents has them"),
-            (rises and bins[0] >= least, "bins", bins[:-1], f"ascending, from {least} to below the sequence length"),
+            (len(bins) == 1 or packing == "documents", "bins", bins[:-1], "omitted: only packing documents uses them"),
+            (
+                rising and bins[0] >= least,
+                "bins",
+                bins[:-1],
+                f"ascending, from {least} to below the sequence length",
+            ),
             (0 < probability < 1, "pair probability", probability, "above 0 and below 1"),
             (set(columns) <= set(PLANES), "columns", ", ".join(columns), f"of {', '.join(PLANES)}"),
-            (0 < shard_size <= _MOST_MB, "shard size", shard_size, f"above 0 and at most {_MOST_MB:g} (MB)"),
+            (0 < shard_size <= _MAX_MB, "shard size", shard_size, f"above 0 and at most {_MAX_MB:g} (MB)"),
         )
     )
     ordered = tuple(plane for plane in PLANES if plane in columns)
@@ -370,6 +348,7 @@ def pack_options(
 
 
 def check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float | None) -> None:
+    """Raise CorpusError for an argument out of range, naming it and the rule."""
     _check_rules(
         (
             (workers >= 1, "workers", workers, "at least 1"),
@@ -377,10 +356,10 @@ def check_source_arguments(workers: int, seed: int, held_out: float, documents: 
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
             (
-                work_size is None or 0 < work_size <= _MOST_MB,
+                work_size is None or 0 < work_size <= _MAX_MB,
                 "work size",
                 work_size,
-                f"above 0 and at most {_MOST_MB:g} (MB)",
+                f"above 0 and at most {_MAX_MB:g} (MB)",
             ),
         )
     )

@@ -1,4 +1,4 @@
-"""Files that appear under their final name only when whole, and the pipeline's error type."""
+"""Atomic and memory-mapped file I/O, and the pipeline's error type."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-# EFBIG: the limit of the process (ulimit -f) or of the file system; to the user it is the same trouble.
+# EFBIG: file size limit of the process (ulimit -f) or the file system; for the user it amounts to a full disk.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PARTIAL = ".partial"
 
 
 class CorpusError(ValueError):
-    """A fault in what the user gave: input, arguments, corpus, disk. The message names the remedy."""
+    """Invalid input or arguments, a damaged corpus, or a full disk. The message states the remedy."""
 
 
 class HashingFile:
-    """Write-only binary file that keeps the SHA-256 and the length of what went through it."""
+    """Write-only binary file that tracks the SHA-256 and the number of bytes written."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -38,7 +38,7 @@ class HashingFile:
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
-        if view.nbytes == 0:  # cannot be cast
+        if view.nbytes == 0:  # an empty view cannot be cast
             return 0
         view = view.cast("B")
         self._raw.write(view)
@@ -53,7 +53,7 @@ class HashingFile:
         self._raw.flush()
 
     def close(self) -> None:
-        """pyarrow closes its sink; the file itself stays open until it is synchronised and renamed."""
+        """Do nothing: pyarrow closes its sink, but the file must stay open until it is fsynced and renamed."""
 
     def sha256(self) -> str:
         return self._sha256.hexdigest()
@@ -61,15 +61,15 @@ class HashingFile:
 
 @contextmanager
 def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
-    """Write `path` so that a reader sees either the whole new file or none of it.
+    """Write `path` atomically: readers see the complete new file or nothing.
 
-    The bytes go to a hidden temporary file beside it; leaving the block synchronises, renames, and
-    synchronises the folder. What a killed process leaves goes with `remove_partials`. `needed` is the
-    expected size in bytes, for the message only.
+    Data goes to a hidden temporary file in the same folder; on exit the file is fsynced and renamed, and the folder
+    fsynced. `remove_partials` cleans up after a killed process. needed: expected size in bytes, for the error
+    message only.
 
-    Raises CorpusError where the disk (or the quota, or the file size limit) is full.
+    Raises CorpusError if the disk, the quota or the file size limit is exhausted.
     """
-    # A name of its own: a worker that outlives its killed parent never writes into a file of the next build.
+    # Unique name: a worker that outlives its killed parent never writes into a file of the next build.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     out: HashingFile | None = None
     try:
@@ -89,10 +89,9 @@ def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` (new, or an empty folder) when the block ends without
-    error.
+    """Yield a temporary folder that is renamed to `path` (new or an empty folder) if the block succeeds.
 
-    Raises CorpusError where the disk is full.
+    Raises CorpusError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
@@ -117,12 +116,12 @@ def _no_space(path: Path, error: OSError, needed: int | None, written: int) -> C
     return CorpusError(
         f"{path}: cannot write ({os.strerror(error.errno or 0)}): the file needs {size}, "
         f"{free:,} bytes are free now. "
-        "Free space or raise the quota, then run the same command again: it goes on where it stopped"
+        "Free space or raise the quota, then rerun the same command: it resumes where it stopped"
     )
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left in `folder` (if that exists)."""
+    """Remove temporary files and folders of killed processes from `folder`, if it exists."""
     for path in folder.glob(f".*{_PARTIAL}"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -131,13 +130,13 @@ def remove_partials(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, whole or not at all. Raises CorpusError where the disk is full."""
+    """Write JSON atomically. Raises CorpusError if the disk is full."""
     with atomic_file(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable (a rename alone may be lost when the machine goes down)."""
+    """Fsync a folder: without it, a rename may be lost in a crash of the machine."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -146,7 +145,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Hexadecimal SHA-256 of a file; `progress` is called with the bytes read by each step."""
+    """Hexadecimal SHA-256 of a file; `progress` is called with the number of bytes of each read."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
@@ -158,7 +157,7 @@ def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> 
 
 
 class _Mapping:
-    """What a mapped buffer keeps alive; the memory is unmapped with it."""
+    """Owner of a memory map; unmaps it when garbage-collected."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -172,10 +171,10 @@ class _Mapping:
 
 
 def map_file(descriptor: int, size: int) -> pa.Buffer:
-    """The first `size` > 0 bytes of an open file, mapped for reading; the descriptor may then be closed.
+    """Map the first `size` > 0 bytes of an open file read-only; the descriptor may be closed afterwards.
 
-    Python's own mmap keeps a descriptor open for each map (until `trackfd` of 3.13), and a corpus may have more shards
-    than a process may have files. Raises OSError.
+    Python's mmap keeps one descriptor open per map (`trackfd` arrives in 3.13), and a corpus may have more shards than
+    a process may have open files. Raises OSError.
     """
     mapping = _Mapping(descriptor, size)
     return pa.foreign_buffer(mapping.address, size, base=mapping)

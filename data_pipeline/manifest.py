@@ -1,4 +1,4 @@
-"""What a corpus is: its manifest, and how it is read and written. Training sees it through `shards`."""
+"""The corpus manifest: schema, validation, reading and writing. Training imports it from `shards`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from pydantic import (
 
 from data_pipeline.files import CorpusError, atomic_file
 
-# Version 1 has none of the fields below `shards`. What needs none of them is still written as version 1.
+# Version 1 has none of the fields after `shards`. Corpora that need none of them are still written as version 1.
 SCHEMA_VERSION: Literal[1] = 1
 LATEST_VERSION: Literal[2] = 2
 PACKINGS = ("full_sequences", "documents", "nsp", "sop")
-# Columns besides input_ids and document_end, in the order in which shards have them.
+# Optional columns, in the order in which shards store them after input_ids and document_end.
 COLUMNS = ("word_start", "sentence_start", "segment_start", "pair_label")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 HELD_OUT = "held_out"
-# What a described corpus was made of.
+# The description that the corpus was built from, if one was given.
 DESCRIPTION = "description.yaml"
 
 
 def plain_name(name: str) -> str:
-    """A manifest may come from anywhere: what it names must lie in its own folder."""
+    """Return `name` unchanged. Raises ValueError if it could refer to a file outside the corpus folder: manifests are
+    untrusted input."""
     if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-        raise ValueError(f"{name!r} is not a plain file name: a corpus only has shards in its own folder")
+        raise ValueError(f"{name!r} is not a plain file name: shards must be in the corpus folder")
     return name
 
 
@@ -48,8 +49,7 @@ class _Frozen(BaseModel):
 
 
 class SourceEntry(_Frozen):
-    """One input file: name relative to the folder common to all inputs, size and SHA-256 as it lay on
-    disk."""
+    """One input file: name relative to the common parent folder of all inputs; size and SHA-256 of the file on disk."""
 
     name: str
     bytes: NonNegativeInt
@@ -57,8 +57,8 @@ class SourceEntry(_Frozen):
 
 
 class ShardEntry(_Frozen):
-    """One shard: plain file name, rows, file size in bytes, SHA-256 of the file. length: positions of its rows, where
-    they are fewer than the corpus's sequence length (length bins)."""
+    """One shard: plain file name, rows, file size in bytes, SHA-256 of the file. length: positions per row if fewer
+    than the sequence length of the corpus (length bins)."""
 
     file: Annotated[str, AfterValidator(plain_name)]
     rows: PositiveInt
@@ -68,10 +68,12 @@ class ShardEntry(_Frozen):
 
 
 class MixtureEntry(_Frozen):
-    """One source of the mixture: its weight; documents and tokens (without special ones) of it in the corpus, copies
-    counted. Of its text as it was tokenised, whatever the weight: unknown, the share of [UNK] in its tokens; repeated,
-    the share of its documents that equal one before them in the corpus, of a sample where there are millions; dropped,
-    documents left out, by reason."""
+    """One source of the mixture.
+
+    documents, tokens: in the corpus, counting copies, without special tokens. Independent of the weight: unknown, share
+    of [UNK] among the tokens of the source; repeated, share of its documents that equal an earlier one in the corpus
+    (estimated from a sample for millions of documents); dropped, number of dropped documents by reason.
+    """
 
     name: str
     weight: Annotated[float, Field(gt=0)]
@@ -83,7 +85,7 @@ class MixtureEntry(_Frozen):
 
 
 class SpecialTokens(_Frozen):
-    """Ids of the five roles, and `all`: every special id of the tokenizer, ascending."""
+    """Token ids of the five roles, and `all` special ids of the tokenizer, ascending."""
 
     cls: NonNegativeInt
     sep: NonNegativeInt
@@ -94,11 +96,11 @@ class SpecialTokens(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What a corpus is. `tokens` counts all ids that are not [PAD], so with [CLS] and [SEP].
+    """Corpus manifest. tokens: all ids except [PAD], that is, including [CLS] and [SEP].
 
-    Since version 2: columns, those of COLUMNS that the shards have; dropped, documents left out, by reason; replaced,
-    documents with replaced bytes; unused, tokens that a packing in pairs left over; labelled, rows whose pair_label
-    is set, and pair_probability, the share that was asked for.
+    Since version 2: columns, the members of COLUMNS that the shards store; dropped, number of dropped documents by
+    reason; replaced, documents with replaced bytes; unused, tokens not used by a pair packing; labelled, rows with
+    pair_label set, and pair_probability, the requested share of those.
     """
 
     schema_version: Literal[1, 2]
@@ -124,20 +126,20 @@ class Manifest(_Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if (found := sum(shard.rows for shard in self.shards)) != self.rows:
-            raise ValueError(f"rows is {self.rows}, but the shards' rows add up to {found}")
+            raise ValueError(f"rows is {self.rows}, but the shards have {found} rows in total")
         if len({shard.file for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
         if not self.tokens <= self.rows * self.sequence_length:
             raise ValueError(f"tokens is {self.tokens}, more than rows x sequence_length")
         if self.schema_version == 1 and self.needs_version_2:
-            raise ValueError("schema_version 1 has full sequences in two columns, and no more; this is version 2")
+            raise ValueError("schema_version 1 allows only full sequences in two columns; this needs version 2")
         if self.columns != tuple(column for column in COLUMNS if column in self.columns):
             raise ValueError(f"columns must be in the order {', '.join(COLUMNS)}, each once")
         if any(shard.length and shard.length > self.sequence_length for shard in self.shards):
-            raise ValueError(f"a shard's rows are longer than sequence_length {self.sequence_length}")
+            raise ValueError(f"rows of a shard are longer than sequence_length {self.sequence_length}")
         roles = self.special_tokens
         if max(roles.cls, roles.sep, roles.pad, roles.mask, roles.unk, *roles.all) >= self.vocab_size:
-            raise ValueError(f"a special token's id is not below vocab_size {self.vocab_size}")
+            raise ValueError(f"special token ids must be below vocab_size {self.vocab_size}")
         return self
 
     @property
@@ -148,26 +150,25 @@ class Manifest(_Frozen):
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Smallest of uint16 and uint32 that holds ids below `vocab_size`. Raises CorpusError where none does."""
+    """uint16 or uint32, whichever is the smallest for ids below `vocab_size`. Raises CorpusError if neither fits."""
     if vocab_size > 2**32:
         raise CorpusError(f"vocabulary of {vocab_size:,} entries: token ids are at most 32 bits wide")
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read and validate `folder/manifest.json`. Raises CorpusError where it is missing or not valid."""
+    """Read and validate `folder/manifest.json`. Raises CorpusError if it is missing or invalid."""
     path = Path(folder) / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(
-            f"{path}: not found. Either this is no corpus, or its build has not finished: "
-            "run the same build command again"
+            f"{path}: not found. This is not a corpus, or its build has not finished: rerun the build command"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: not JSON ({error}). Build the corpus again") from None
     if isinstance(raw, dict) and raw.get("kind") == "tokens":
-        raise CorpusError(f"{path}: these are token shards, not a corpus yet. Make one with the command pack")
+        raise CorpusError(f"{path}: describes token shards, not a corpus. Build one from them with the command pack")
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version not in (SCHEMA_VERSION, LATEST_VERSION):
         raise CorpusError(
@@ -184,7 +185,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json`, whole or not at all. Its presence says that the corpus is complete."""
+    """Write `folder/manifest.json` atomically. Its presence marks the corpus as complete."""
     later = ("columns", "mixture", "dropped", "replaced", "unused", "labelled", "pair_probability")
     exclude: Any = dict.fromkeys(later, True) | {"shards": {"__all__": {"length"}}}
     exclude = exclude if manifest.schema_version == 1 else None

@@ -1,4 +1,4 @@
-"""An output folder belongs to one command at a time, and to one set of arguments."""
+"""Output folders: exclusive ownership by one command with one set of arguments, and checks of finished output."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from data_pipeline.sources.inputs import Source
 
 _WORK = ".build"
 _ARGUMENTS = "build.json"
-# Folders of earlier versions do not say these.
-_LATER = ("decontaminate",)
+# Arguments that earlier versions did not record.
+_NEWER_ARGUMENTS = ("decontaminate",)
 
 
 @contextmanager
 def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
-    """Make sure that the output folder is this build's alone, and yield its work folder.
+    """Lock the output folder for this build and yield its work folder.
 
-    Where the build fails before any task is finished, what it made here goes again.
+    If the build fails before any task has finished, everything it created is removed. Raises CorpusError if the folder
+    is in use, holds other files, or belongs to a build with other arguments.
     """
     if output.exists() and not output.is_dir():
         raise CorpusError(f"{output}: is a file, the output must be a folder")
@@ -40,10 +41,10 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CorpusError(f"{output}: another build is at work in this folder. Wait for it or stop it") from None
+            raise CorpusError(f"{output}: another build is running in this folder. Wait for it or stop it") from None
         except OSError as error:
-            # Some network file systems have no locks, or none beyond a node. Two builds at once in one folder are not
-            # noticed there, and fail over the files that each takes from the other.
+            # Some network file systems have no locks, or only node-local ones. Concurrent builds in one folder then go
+            # undetected, and fail because they remove each other's temporary files.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         folders = (output, output / HELD_OUT, work, results)
@@ -52,21 +53,21 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
                 remove_partials(folder)
             yield work
         except BaseException:
-            # What went wrong is told, not what the cleaning up meets on the same disk.
+            # Report the original error, not a failure of the clean-up on the same disk.
             with suppress(OSError):
-                # Workers that were stopped had no chance to do it.
+                # Terminated workers could not remove their temporary files.
                 for folder in folders:
                     remove_partials(folder)
-                begun = any(results.iterdir()) if results.exists() else True
-                if not begun and not (output / MANIFEST).exists():
+                started = any(results.iterdir()) if results.exists() else True
+                if not started and not (output / MANIFEST).exists():
                     _remove_output(output, new)
             raise
 
 
 def _remove_output(output: Path, new: bool) -> None:
-    """Remove what a build has made of which no task is finished; new: the folder too.
+    """Remove the output of a build that finished no task; new: remove the folder itself too.
 
-    Where something else lies there, build.json stays: the same command may still go on.
+    build.json is kept if the folder holds other files, so that the same command can still resume.
     """
     shutil.rmtree(output / _WORK)
     for folder in (output / HELD_OUT, output):
@@ -83,12 +84,16 @@ def _remove_output(output: Path, new: bool) -> None:
 
 
 def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
+    """Record the arguments in build.json, or compare them with those recorded there.
+
+    Raises CorpusError if they differ, or if the folder holds files that no build wrote.
+    """
     path = output / _ARGUMENTS
     if not path.exists():
-        # A build killed while it wrote its very first file leaves that; whatever else is there is not ours.
+        # A build killed while writing its first file leaves only that partial file.
         if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
             raise CorpusError(
-                f"{output}: output folder is not empty, and no build began it. Choose another, or remove it first"
+                f"{output}: output folder is not empty and holds no build. Choose another, or remove it first"
             )
         write_json(path, arguments)
         return
@@ -97,26 +102,26 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     except ValueError as error:
         raise CorpusError(f"{path}: not JSON ({error}). Choose another output folder, or remove it") from None
     for key in arguments:
-        if before.get(key) == arguments[key] or (key in _LATER and key not in before):
+        if before.get(key) == arguments[key] or (key in _NEWER_ARGUMENTS and key not in before):
             continue
         then, now = before.get(key), arguments[key]
         if key == "sources":
             then, now = ([s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then)))
         raise CorpusError(
-            f"{output}: output folder holds a build of another command: {key} {then} then, {now} now. "
-            "Give the same arguments and inputs to go on, choose another folder, or remove this one first"
+            f"{output}: output folder holds a build with other arguments: {key} was {then}, is now {now}. "
+            "Use the same arguments and inputs to resume, choose another folder, or remove this one first"
         )
 
 
 def finished_corpus(output: Path, held_out: bool) -> Manifest:
-    """The manifest of a finished corpus, whose shards are all there and of the right size; held_out: it has that side.
+    """Check that all shards of a finished corpus exist with the right size, and return its manifest.
 
-    Raises CorpusError with a line for each shard that is not.
+    held_out: also check the held-out corpus. Raises CorpusError with one line per bad shard.
     """
     faults, sides = [], []
     for folder in (output, *((output / HELD_OUT,) if held_out else ())):
         if not (folder / MANIFEST).exists():
-            faults.append(f"{folder / MANIFEST}: is missing")
+            faults.append(f"{folder / MANIFEST}: missing")
             continue
         sides.append(read_manifest(folder))
         for entry in sides[-1].shards:
@@ -125,15 +130,14 @@ def finished_corpus(output: Path, held_out: bool) -> Manifest:
             except CorpusError as error:
                 faults.append(str(error))
     if faults:
-        raise CorpusError("\n".join(f"{fault}: remove the folder {output}, then run this again" for fault in faults))
+        raise CorpusError("\n".join(f"{fault}: remove the folder {output}, then rerun the command" for fault in faults))
     return sides[0]
 
 
 def check_inputs(output: Path, entries: Sequence[SourceEntry], sources: Sequence[Source]) -> None:
-    """Raise CorpusError where an input is not the one that a finished output was made of.
+    """Raise CorpusError if an input differs from the one that a finished output was built from.
 
-    Only what was touched since is read. The time of the last change tells it too where a copy keeps the time of the
-    last modification.
+    Only files modified since then are read. ctime is checked as well: copies may preserve mtime.
     """
     made = (output / MANIFEST).stat().st_mtime_ns
     sha256 = {entry.name: entry.sha256 for entry in entries}
@@ -143,6 +147,6 @@ def check_inputs(output: Path, entries: Sequence[SourceEntry], sources: Sequence
             continue
         if sha256_file(Path(source.path)) != sha256[source.name]:
             raise CorpusError(
-                f"{source.path}: was written to since {output} was built of it. Restore it, choose another output "
+                f"{source.path}: modified since {output} was built from it. Restore it, choose another output "
                 "folder, or remove this one first"
             )

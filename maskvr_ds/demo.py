@@ -1,7 +1,7 @@
-"""`maskvr demo`: text that every machine has → shards → training, killed and resumed → exported model.
+"""`maskvr demo`: from text to an exported model, with a training run that is killed and resumed.
 
-The text is the docstrings of the standard library and of the installed packages. Every step is the command that a
-user would type; it is printed before it runs.
+The text is the docstrings of the standard library and of the installed packages, which every machine has. Every step
+prints and runs the command that a user would type.
 """
 
 import ast
@@ -28,8 +28,8 @@ from maskvr_ds.telemetry.metrics_file import read_lines
 from maskvr_ds.telemetry.plots import plot_loss
 
 _TEXT_BYTES = 8_000_000
-_SHORTEST = 80  # characters; below that docstrings are labels rather than English
-# Test suites say little in English, and take long to parse.
+_SHORTEST = 80  # characters; shorter docstrings are labels rather than English
+# Test suites contain little English and take long to parse.
 _SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 _RANKS = 2
 _SENTENCES = (
@@ -40,12 +40,15 @@ _SENTENCES = (
 
 
 def demo(output: Path) -> int:
-    """Make `output` anew and run the whole path in it. Returns the exit status."""
+    """Recreate `output` and run all steps in it. Returns the exit status.
+
+    Raises ValueError if `output` is not empty and not from an earlier demo, or if a step fails.
+    """
     started = time.monotonic()
     marker = output / ".maskvr_demo"
     if output.exists() and any(output.iterdir()):
         if not marker.is_file():
-            raise ValueError(f"{output} is not empty and not a demo's folder; name another --output")
+            raise ValueError(f"{output} is not empty and not from an earlier demo; use another --output")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     marker.touch()
@@ -55,18 +58,18 @@ def demo(output: Path) -> int:
     documents = write_docstrings(text)
     print(f"{text}: {documents:,} docstrings, {text.stat().st_size / 1e6:.1f} MB")
 
-    _title("2. Tokenizer and shards")
+    _title("2. Tokenizer and corpus")
     python = [sys.executable, "-m"]
     pipeline = [*python, "data_pipeline"]
     _run([*pipeline, "tokenizer", "--input", text, "--vocab-size", "4096", "--output", tokenizer])
     build: list[str | Path] = [*pipeline, "build", "--input", text, "--tokenizer", tokenizer, "--output", corpus]
     _run([*build, "--sequence-length", "64", "--held-out", "0.05", "--workers", str(_RANKS)])
 
-    _title(f"3. Training: {_RANKS} ranks, ZeRO-2, LAMB; killed once on the way")
+    _title(f"3. Training with {_RANKS} ranks, ZeRO-2 and LAMB; killed and resumed")
     settings = ["--set", f"data.path={corpus}", "--set", f"output_dir={run}"]
     train = [*python, "maskvr_ds.cli", "train", "--config", "demo_cpu", "--num-gpus", str(_RANKS), *settings]
     kill_when_saved(train, run)
-    print("\nkilled with SIGKILL after", ", ".join(p.name for p in complete_checkpoints(run)), "- going on from there")
+    print(f"\nkilled with SIGKILL; resuming from {complete_checkpoints(run)[-1].name}")
     _run([*train, "--resume", "auto"])
 
     _title("4. Export to Hugging Face")
@@ -78,13 +81,14 @@ def demo(output: Path) -> int:
     loss = next(line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line)
     entropy = unigram_entropy(Corpus(corpus / "held_out"))
     plot_loss(run / METRICS, output / "loss.png", {"unigram entropy": entropy})
-    _title("Made")
-    print(f"{corpus}: corpus; {run}: metrics.jsonl, checkpoints, TensorBoard; {model}: BertForMaskedLM")
-    print(f"{output / 'loss.png'}: loss curves")
-    print(f"steps             {lines[-1]['step']}, {lines[-1]['tokens']:,} tokens")
-    print(f"held-out loss     {loss:.3f} nats a masked token")
-    print(f"unigram entropy   {entropy:.3f} nats (held-out tokens)")
-    print(f"difference        {entropy - loss:.3f} nats")
+    _title("Results")
+    print(f"corpus            {corpus}")
+    print(f"run               {run} (metrics.jsonl, checkpoints, TensorBoard)")
+    print(f"model             {model} (BertForMaskedLM)")
+    print(f"loss curves       {output / 'loss.png'}")
+    print(f"training          {lines[-1]['step']:,} steps, {lines[-1]['tokens']:,} tokens")
+    print(f"held-out loss     {loss:.3f} nats per masked token")
+    print(f"unigram entropy   {entropy:.3f} nats per held-out token ({entropy - loss:.3f} above the loss)")
     print(f"time              {time.monotonic() - started:.0f} s")
     return 0
 
@@ -94,7 +98,7 @@ def _title(text: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    # The demo is for two CPU cores, also on a machine that has a GPU.
+    # The demo uses two CPU cores, also on a machine with a GPU.
     return {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -107,11 +111,11 @@ def _run(command: Sequence[str | Path]) -> None:
     words = [str(word) for word in command]
     _show(words)
     if status := subprocess.run(words, env=_environment(), check=False).returncode:
-        raise ValueError(f"the command above ended with status {status}")
+        raise ValueError(f"the command above failed with exit status {status}")
 
 
 def docstrings() -> Iterator[str]:
-    """Docstrings of the standard library, then of the installed packages, in order of path, each once."""
+    """Distinct docstrings of the standard library, then of the installed packages, in order of path."""
     seen = set()
     paths = sysconfig.get_paths()
     for root in (paths["stdlib"], paths["purelib"]):
@@ -123,7 +127,7 @@ def docstrings() -> Iterator[str]:
                 with warnings.catch_warnings(action="ignore"):
                     tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError, OSError):
-                continue  # templates and the like
+                continue  # not valid Python, e.g. templates
             for node in ast.walk(tree):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                     text = inspect.cleandoc(ast.get_docstring(node) or "")
@@ -133,11 +137,11 @@ def docstrings() -> Iterator[str]:
 
 
 def write_docstrings(path: Path) -> int:
-    """JSON lines, a document each, until _TEXT_BYTES are written; → how many."""
+    """Write docstrings as JSON Lines, one document per line, until _TEXT_BYTES is reached; → number of documents."""
     written = count = 0
     with path.open("w", encoding="utf-8") as file:
         for text in docstrings():
-            # Surrogates stand in some tests of Unicode; they are not text.
+            # Drop surrogates, which occur in tests of Unicode and cannot be encoded.
             line = json.dumps({"text": text.encode("utf-8", "ignore").decode()}, ensure_ascii=False) + "\n"
             file.write(line)
             written += len(line.encode())
@@ -148,16 +152,16 @@ def write_docstrings(path: Path) -> int:
 
 
 def kill_when_saved(command: Sequence[str | Path], run: Path) -> None:
-    """Start the job and kill all of its processes with SIGKILL a little after its first checkpoint."""
+    """Start a job and kill all its processes with SIGKILL shortly after its first checkpoint."""
     words = [str(word) for word in command]
     _show(words)
     process = subprocess.Popen(words, env=_environment(), start_new_session=True)
     while process.poll() is None and not complete_checkpoints(run):
         time.sleep(0.2)
     if process.poll() is not None:
-        raise ValueError(f"training ended with status {process.returncode} before its first checkpoint")
+        raise ValueError(f"training ended with exit status {process.returncode} before its first checkpoint")
     time.sleep(3)
-    # Each rank has a process group of its own.
+    # Each rank has its own process group.
     for pid in [*_descendants(process.pid), process.pid]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -173,7 +177,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def fill_masks(model: Path) -> None:
-    """Show what the exported model, loaded by transformers alone, puts in the place of [MASK]."""
+    """Print predictions for [MASK] of the exported model, loaded by transformers alone."""
     from transformers import pipeline
     from transformers.utils import logging
 
@@ -185,7 +189,7 @@ def fill_masks(model: Path) -> None:
 
 
 def unigram_entropy(corpus: Corpus) -> float:
-    """Entropy in nats of the corpus' own distribution of ordinary tokens: what knowing only frequencies can reach."""
+    """Entropy in nats of the corpus's distribution of ordinary tokens: the lowest loss of a model without context."""
     shards = range(len(corpus.manifest.shards))
     counts = sum(np.bincount(corpus.input_ids(i).ravel(), minlength=corpus.manifest.vocab_size) for i in shards)
     counts = np.asarray(counts, dtype=np.float64)

@@ -1,1 +1,1 @@
-"""Jobs on hosts reached by ssh or srun: hostfiles, preflight checks, launch, supervision."""
+"""Runs on hosts reached by ssh or srun: hostfiles, preflight checks, launch, supervision."""

@@ -1,7 +1,7 @@
-"""DeepSpeed hostfiles: one `host slots=N` a line, `#` begins a comment.
+"""DeepSpeed hostfiles: one `host slots=N` per line, comments start with `#`.
 
-Where the file named with `deepspeed --hostfile` does not exist, DeepSpeed trains on the local machine alone and calls
-it success; a line it cannot read ends it with a traceback. Reading the file here first turns both into one error.
+If the file passed to `deepspeed --hostfile` does not exist, DeepSpeed trains on the local machine only and reports
+success; on a malformed line it fails with a traceback. Reading the file here first turns both into an error message.
 """
 
 import argparse
@@ -12,29 +12,30 @@ from pathlib import Path
 
 from maskvr_ds.runtime import slurm_env
 
-# What DeepSpeed accepts for a line; a name that begins with "-" would be an option to ssh.
+# Lines that DeepSpeed accepts, except names that start with "-": options to ssh.
 _LINE = re.compile(r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:@-]*)\s+slots=(?P<slots>\d+)\s*", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
-# Hosts of one range: a slip of the finger, not a cluster.
-_MOST = 10_000
+# Maximum number of hosts in one range; more is a typing error.
+_MAX_HOSTS = 10_000
 
 
 class HostfileError(ValueError):
-    """A hostfile that cannot be used."""
+    """An invalid hostfile, host name or number of slots."""
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Host → slots (ranks to start there), in the file's order; the first host is the master.
+    """Host -> slots (number of ranks), in the order of the file; the first host is the master.
 
-    Raises HostfileError naming the line: not `host slots=N`, a host twice, no slots, or no host at all.
+    Raises HostfileError, with the line number, if a line is not `host slots=N`, repeats a host or has 0 slots, and if
+    the file names no host.
     """
     path = Path(path)
     if not path.is_file():
-        raise HostfileError(f"{path}: no such file; DeepSpeed would train on this machine alone")
+        raise HostfileError(f"{path}: no such file; DeepSpeed would train on this machine only")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise HostfileError(f"{path}: not UTF-8 text ({error}); one `host slots=N` a line expected") from None
+        raise HostfileError(f"{path}: not UTF-8 text ({error}); expected one `host slots=N` per line") from None
     hosts: dict[str, int] = {}
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("#", 1)[0].strip()
@@ -50,59 +51,63 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             raise HostfileError(f"{path}:{number}: {host} has no slots; remove the line")
         hosts[host] = slots
     if not hosts:
-        raise HostfileError(f"{path}: names no host; one `host slots=N` a line expected")
+        raise HostfileError(f"{path}: names no host; expected one `host slots=N` per line")
     return hosts
 
 
 def expand(pattern: str) -> list[str]:
-    """`a[1-3,7]-eth` → a1-eth, a2-eth, a3-eth, a7-eth; leading zeros stay. Raises HostfileError."""
+    """`a[1-3,7]-eth` -> a1-eth, a2-eth, a3-eth, a7-eth; leading zeros are kept. Raises HostfileError."""
     if (match := re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", pattern)) is None:
         if not _HOST.fullmatch(pattern):
             raise HostfileError(
-                f"{pattern!r} is no host's name; letters, digits and _.-@ expected, ranges as node[1-4]"
+                f"{pattern!r}: invalid host name; expected letters, digits and _.-@, ranges as in node[1-4]"
             )
         return [pattern]
     before, ranges, after = match.groups()
-    found = []
+    hosts = []
     for part in ranges.split(","):
         if (bounds := re.fullmatch(r"(\d+)(?:-(\d+))?", part)) is None:
-            raise HostfileError(f"{pattern!r}: {part!r} is no number and no range first-last")
+            raise HostfileError(f"{pattern!r}: {part!r} is neither a number nor a range first-last")
         first, last = bounds[1], bounds[2] or bounds[1]
-        if not 0 <= int(last) - int(first) < _MOST:
-            raise HostfileError(f"{pattern!r}: {part} runs backwards, or over more than {_MOST} hosts")
+        if not 0 <= int(last) - int(first) < _MAX_HOSTS:
+            raise HostfileError(f"{pattern!r}: {part} is a descending range, or one of more than {_MAX_HOSTS} hosts")
         width = len(first) if first.startswith("0") else 0
         numbers = range(int(first), int(last) + 1)
-        found += [host for n in numbers for host in expand(f"{before}{n:0{width}d}{after}")]
-    return found
+        hosts += [host for n in numbers for host in expand(f"{before}{n:0{width}d}{after}")]
+    return hosts
 
 
 def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
-    """`h1 h2`, `h[1-4]:8`, `a:8,b:8` → host → slots. slots: of hosts that have none of their own."""
+    """`h1 h2`, `h[1-4]:8`, `a:8,b:8` as host -> slots. slots: of hosts without a number. Raises HostfileError."""
     hosts: dict[str, int] = {}
     for word in _split(",".join(words)):
         name, colon, count = word.partition(":")
         if colon and not (count.isdigit() and int(count)):
-            raise HostfileError(f"{word!r}: {count!r} slots; a number of ranks expected, as in node-1:8")
+            raise HostfileError(f"{word!r}: {count!r} slots; expected a number of ranks, as in node-1:8")
         number = int(count) if colon else slots
         if number is None:
-            raise HostfileError(f"{word}: how many ranks? Give {word}:8, or --slots 8 for all")
+            raise HostfileError(f"{word}: number of ranks is missing; pass {word}:8, or --slots 8 for all hosts")
         for host in expand(name):
             if host in hosts:
-                raise HostfileError(f"{host} is named twice")
+                raise HostfileError(f"{host} is listed twice")
             hosts[host] = number
     return hosts
 
 
 def _split(text: str) -> list[str]:
-    """At commas, but not at those within [ ]."""
+    """Split at commas outside of [ ]."""
     return [part for part in re.split(r",(?![^\[]*\])", text) if part]
 
 
 def slurm_hosts(environment: Mapping[str, str], slots: int | None) -> dict[str, int]:
-    """The nodes of the Slurm job that this runs in; slots: None: its tasks a node, else its GPUs a node."""
+    """Nodes of the current Slurm job -> slots.
+
+    slots: ranks per node; None: the job's tasks per node if set by --ntasks-per-node, otherwise its GPUs per node,
+    otherwise its tasks on each node. Raises HostfileError if Slurm does not say.
+    """
     nodes = environment.get("SLURM_JOB_NODELIST")
     if not nodes:
-        raise HostfileError("SLURM_JOB_NODELIST is not set: not within a Slurm job (salloc, sbatch)")
+        raise HostfileError("SLURM_JOB_NODELIST is not set; run this within a Slurm job (salloc, sbatch)")
     names = slurm_env.hostnames(nodes)
     if slots is not None:
         counts = [slots] * len(names)
@@ -113,11 +118,9 @@ def slurm_hosts(environment: Mapping[str, str], slots: int | None) -> dict[str, 
     elif tasks := environment.get("SLURM_TASKS_PER_NODE"):
         counts = slurm_env.task_counts(tasks)
     else:
-        raise HostfileError(
-            "Slurm does not say how many ranks a node has; give --slots, or --ntasks-per-node to sbatch"
-        )
+        raise HostfileError("the number of ranks per node is unknown; pass --slots, or --ntasks-per-node to sbatch")
     if len(counts) != len(names):
-        raise HostfileError(f"Slurm names {len(names)} nodes and tasks for {len(counts)}; give --slots")
+        raise HostfileError(f"Slurm lists {len(names)} nodes, but tasks of {len(counts)}; pass --slots")
     return dict(zip(names, counts, strict=True))
 
 
@@ -126,10 +129,9 @@ def hostfile_text(hosts: Mapping[str, int]) -> str:
 
 
 _EXAMPLES = """examples:
-  python -m cluster hostfile hosts                                     check it
-  python -m cluster hostfile hosts --check-slots                       and the GPUs that each host has
+  python -m cluster hostfile hosts --check-slots                       check it, and the GPUs of every host
   python -m cluster hostfile --hosts 'node[01-16]' --slots 8 --output hosts
-  python -m cluster hostfile --hosts 10.0.0.4:8,10.0.0.5:8 gpu-west-2a-7:4 > hosts
+  python -m cluster hostfile --hosts 10.0.0.4:8,10.0.0.5:4 > hosts
   python -m cluster hostfile --from-slurm --output hosts               within salloc or sbatch
 """
 
@@ -137,32 +139,32 @@ _EXAMPLES = """examples:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "hostfile",
-        help="check a hostfile, or make one",
-        description="Check a hostfile and print hosts and ranks; or make one, the master first.",
+        help="check or create a hostfile",
+        description="Check a hostfile and print its hosts and ranks, or create one, the master first.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("file", nargs="?", help="to be checked")
+    source.add_argument("file", nargs="?", help="hostfile to check")
     source.add_argument("--hosts", nargs="+", metavar="HOST[:SLOTS]", help="names and ranges: node[01-16], a:8,b:4")
-    source.add_argument("--from-slurm", action="store_true", help="the nodes of the Slurm job that this runs in")
+    source.add_argument("--from-slurm", action="store_true", help="nodes of the current Slurm job")
     parser.add_argument(
-        "--slots", type=int, metavar="N", help="--hosts, --from-slurm: ranks on every host that does not say its own"
+        "--slots", type=int, metavar="N", help="with --hosts, --from-slurm: ranks of every host without a number"
     )
-    parser.add_argument("--output", metavar="FILE", help="write it there (default: print it)")
-    parser.add_argument("--check-slots", action="store_true", help="ask every host by ssh how many GPUs it has")
-    parser.add_argument("--cpus", action="store_true", help="--check-slots: ranks need CPU cores, not GPUs")
+    parser.add_argument("--output", metavar="FILE", help="write the hostfile (default: print it)")
+    parser.add_argument("--check-slots", action="store_true", help="count the GPUs of every host over ssh")
+    parser.add_argument("--cpus", action="store_true", help="with --check-slots: count CPU cores instead")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.slots is not None and arguments.slots < 1:
-        raise HostfileError(f"--slots {arguments.slots}: at least 1 expected")
+        raise HostfileError(f"--slots {arguments.slots}: expected at least 1")
     if arguments.file is not None:
         if arguments.slots is not None:
             raise HostfileError(
-                f"--slots {arguments.slots}: {arguments.file} says the slots of each host; change them there, or make "
-                "a hostfile of --hosts"
+                f"--slots {arguments.slots}: {arguments.file} sets the slots of each host; change them there, or "
+                "create a hostfile with --hosts"
             )
         hosts = read_hostfile(arguments.file)
     elif arguments.from_slurm:
@@ -183,17 +185,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_slots(hosts: Mapping[str, int], on_cpus: bool) -> None:
-    """Raise HostfileError for hosts that do not answer, or have fewer GPUs (cores) than slots."""
+    """Raise HostfileError if a host does not answer, or has fewer GPUs (CPU cores) than slots."""
     from cluster.hosts import checks, remote
 
     answers = remote.ask(hosts, {"action": "count"}, timeout=60)
     lines = []
     for host, answer in answers.items():
-        if answer.fault is not None:
-            lines.append(f"{host}: {answer.fault}")
+        if answer.error is not None:
+            lines.append(f"{host}: {answer.error}")
         elif not on_cpus and answer.value["gpus"] is None:
-            lines.append(f"{host}: its GPUs cannot be counted (no nvidia-smi); --cpus, where ranks run on CPUs")
-        elif (fault := checks.slots_fault(host, hosts[host], answer.value, on_cpus)) is not None:
-            lines.append(fault)
+            lines.append(f"{host}: its GPUs cannot be counted (no nvidia-smi); pass --cpus for ranks on CPUs")
+        elif (error := checks.slots_error(host, hosts[host], answer.value, on_cpus)) is not None:
+            lines.append(error)
     if lines:
         raise HostfileError("\n  ".join(["slots:", *lines]))

@@ -1,7 +1,7 @@
-"""Runs on a node, by ssh or srun: says what the node is and sees, or ends what a launch has left there.
+"""Script run on a host over ssh or srun: reports the host's state, or kills the processes of a launch.
 
-`python -P node.py REQUEST`, REQUEST a mapping in JSON in base64 (nothing that a shell could read into); prints one line
-of JSON. The standard library alone, so that a node where nothing else works can still say so.
+`python -P node.py REQUEST`: REQUEST is a JSON object in base64 (so that shells pass it unchanged); prints one line of
+JSON. Standard library only and without the project on sys.path, so that a host where nothing else works can report it.
 """
 
 import base64
@@ -21,16 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# In the environment of everything that a launch has started: "<key of the run>-<launch>".
+# Environment variable of all processes of a launch: "<key of the run>-<launch>".
 MARK = "MASKVR_LAUNCH"
 _PACKAGES = ("torch", "deepspeed", "transformers", "maskvr_ds")
-# DeepSpeed's per-node process: where one is that no launch of ours has started, another job runs.
+# DeepSpeed's process per node: one without MARK belongs to another job.
 _DEEPSPEED = b"deepspeed.launcher.launch"
 _SMI = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
 
 
 def report(request: dict[str, Any]) -> dict[str, Any]:
-    """The node, in JSON types. request: folder (of the launch), token (a file there), corpora, port (0: any)."""
+    """State of the host in JSON types.
+
+    request: folder (of the launch), token (name of a file in it), corpora (paths), port (of the master; 0: any).
+    """
     folder = Path(request["folder"])
     return {
         "hostname": socket.gethostname(),
@@ -49,48 +52,49 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def packages() -> dict[str, str | None]:
-    """Versions by name, None where not installed; found without importing, which takes seconds."""
-    found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    """Name -> version, None if not installed. Reads metadata only: importing torch takes seconds."""
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
     nccl = [d for d in importlib.metadata.distributions() if (d.metadata["Name"] or "").startswith("nvidia-nccl")]
-    return {**found, "nccl": nccl[0].version if nccl else None}
+    return {**versions, "nccl": nccl[0].version if nccl else None}
 
 
 def marked(mark: str) -> list[dict[str, Any]]:
-    """This user's processes whose MARK begins with `mark`: pid, state (of ps: D does not end)."""
+    """This user's processes whose MARK starts with `mark`: pid, state (as shown by ps; D cannot be killed)."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         try:
-            theirs = _variable(folder, MARK)
-            if theirs is not None and theirs.startswith(mark):
+            value = _variable(folder, MARK)
+            if value is not None and value.startswith(mark):
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
                 found.append({"pid": int(folder.name), "state": state})
         except (OSError, IndexError):
-            continue  # of another user, or gone
+            continue  # another user's process, or ended
     return found
 
 
-def end(mark: str, seconds: float = 10) -> dict[str, Any]:
-    """SIGKILL for the processes of a launch, by id; → those there were, those still there after `seconds`."""
-    found = left = marked(mark)
+def kill(mark: str, seconds: float = 10) -> dict[str, Any]:
+    """Kill the processes of a launch (SIGKILL, by pid). Returns those found, and those still alive after `seconds`."""
+    found = alive = marked(mark)
     deadline = time.monotonic() + seconds
-    while left and time.monotonic() < deadline:
-        for process in left:
+    while alive and time.monotonic() < deadline:
+        for process in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process["pid"], signal.SIGKILL)
         time.sleep(0.05)
-        left = marked(mark)
-    return {"found": found, "left": left}
+        alive = marked(mark)
+    return {"found": found, "alive": alive}
 
 
 def deepspeed_jobs() -> list[dict[str, Any]]:
-    """DeepSpeed's jobs here, of any user: pid of one process, user id, mark (None: not of a launch of ours, or hidden).
+    """DeepSpeed jobs of all users on this host: pid of one process, user id, mark (None: not started by `launch`, or
+    not readable).
 
-    Jobs of MPI and Slurm have none of DeepSpeed's own processes: of these, ours alone are seen.
+    Jobs started by MPI or Slurm have no process of DeepSpeed's launcher; they are found only if they have a mark.
     """
     jobs: dict[Any, dict[str, Any]] = {}
     for folder in Path("/proc").iterdir():
@@ -103,15 +107,15 @@ def deepspeed_jobs() -> list[dict[str, Any]]:
             with contextlib.suppress(PermissionError):
                 mark = _variable(folder, MARK)
         except OSError:
-            continue  # gone
-        # The shell of ssh has the whole line as one word.
+            continue  # ended
+        # Compared word by word: the shell of ssh has the entire command line in one word.
         if mark is not None or _DEEPSPEED in words:
             jobs.setdefault(pid if mark is None else mark, {"pid": pid, "user": user, "mark": mark})
     return list(jobs.values())
 
 
 def _variable(process: Path, name: str) -> str | None:
-    """From the environment that a process was started with. process: its folder in /proc."""
+    """A variable of the environment that a process was started with. process: its folder in /proc."""
     for word in (process / "environ").read_bytes().split(b"\0"):
         if word.startswith(name.encode() + b"="):
             return word.partition(b"=")[2].decode(errors="replace")
@@ -119,7 +123,7 @@ def _variable(process: Path, name: str) -> str | None:
 
 
 def _gpus() -> dict[str, Any] | None:
-    """Names and driver; None where there is no way to count."""
+    """Names of the GPUs, and driver version; None if nvidia-smi is missing or fails."""
     try:
         answer = subprocess.run(_SMI, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -136,7 +140,7 @@ def _addresses() -> list[str]:
 
 
 def _free_port(wanted: int) -> int | None:
-    """`wanted`, or any where it is 0; None where it is taken."""
+    """`wanted`, or any free port if 0; None if `wanted` is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -153,18 +157,18 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 def _use_folder(folder: Path, token: str) -> str | None:
-    """What is wrong with the launch's folder, seen from here; None: it is shared, and can be written."""
+    """Why the launch's folder cannot be used from this host; None if it is shared and writable."""
     if not (folder / token).is_file():
-        return "not there: not on a file system that all nodes share, or not mounted"
+        return "not found: not on a file system that all nodes share, or not mounted"
     probe = folder / f".write-{socket.gethostname()}-{os.getpid()}"
     try:
         with probe.open("wb") as file:
             file.write(b"x" * 4096)
             os.fsync(file.fileno())
         if probe.read_bytes() != b"x" * 4096:
-            return "what was written there reads otherwise"
+            return "data written there is read back differently"
     except OSError as error:
-        return f"cannot be written: {error.strerror}"
+        return f"not writable: {error.strerror}"
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
@@ -179,8 +183,8 @@ def _sha256(path: Path) -> str | None:
 
 _ACTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "report": report,
-    "end": lambda request: end(request["mark"]),
-    "answer": lambda request: {},
+    "kill": lambda request: kill(request["mark"]),
+    "ping": lambda request: {},
     "count": lambda request: {"gpus": _gpus(), "cpus": len(os.sched_getaffinity(0))},
 }
 

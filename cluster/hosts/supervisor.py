@@ -1,9 +1,9 @@
-"""Starts DeepSpeed's runner on a hostfile, watches the ranks through the run's folder, and ends what is left.
+"""Supervision of a launch: starts DeepSpeed's runner, watches the ranks through files, kills what remains of it.
 
-No exit status of a launcher decides anything: DeepSpeed's returns 0 where a signal ended its ranks, mpirun's where a
-rank was killed. Nor is the runner ever sent a signal that it can hear: with pdsh it would answer by `pkill -f` on every
-host, which ends other jobs too. It gets SIGKILL; processes on the hosts are found by a variable in their environment
-(node.MARK) and ended by id, through ssh, and by rank.py where ssh no longer comes through but the file system does.
+Exit codes of launchers are not used: DeepSpeed's launcher returns 0 if a signal ended its ranks, mpirun if a rank was
+killed. The runner is never sent a signal that it can catch: with pdsh it would react by `pkill -f` on every host, which
+also kills other jobs. It gets SIGKILL. Processes on the hosts are identified by a variable in their environment
+(node.MARK) and killed by pid over ssh, or by rank.py if a host is cut off from ssh but not from the file system.
 """
 
 import base64
@@ -26,18 +26,22 @@ from maskvr_ds.runtime.terminal import say
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm")
 POLL = 0.2
-# For ssh to all hosts and what it ends there.
-END_SECONDS = 30
-# Records are not read more often than this allows: file systems that hundreds of nodes share answer slowly.
-_SECONDS_A_RANK = 0.005
-# What the shells and pythons of hosts say where ranks cannot begin.
-_TROUBLE = ("error", "not found", "no such file", "no module", "permission denied")
+# Timeout of killing the processes on all hosts.
+KILL_SECONDS = 30
+# Minimum seconds between two reads of all records, per rank: file systems shared by hundreds of nodes are slow.
+_SECONDS_PER_RANK = 0.005
+# In the messages of remote shells and interpreters if ranks cannot start.
+_STARTUP_ERRORS = ("error", "not found", "no such file", "no module", "permission denied")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch. hosts: host → slots, the first one the master; timeout: seconds without a sign of life, 0: for ever;
-    grace: seconds from the end of the first rank until the others are ended; start: until every rank trains."""
+    """Everything needed to start the ranks and to watch them.
+
+    hosts: host -> slots, the first one is the master. mark: value of node.MARK for all processes of this launch.
+    timeout: seconds without a heartbeat until the launch is aborted, 0: no limit. grace: seconds from the first failure
+    of a rank until the others are killed. start_timeout: seconds until all ranks must be training.
+    """
 
     hosts: Mapping[str, int]
     hostfile: Path
@@ -51,14 +55,14 @@ class Plan:
     environment: Mapping[str, str]
     timeout: float
     grace: float
-    start: float
+    start_timeout: float
 
     @property
     def world_size(self) -> int:
         return sum(self.hosts.values())
 
     def host_of(self, number: int) -> str:
-        """The host of a rank: launchers fill hosts in the hostfile's order."""
+        """Host of a rank: launchers fill the hosts in the order of the hostfile."""
         for host, slots in self.hosts.items():
             if number < slots:
                 return host
@@ -66,7 +70,8 @@ class Plan:
         raise AssertionError("no such rank")
 
     @property
-    def asks_by(self) -> str:
+    def transport(self) -> str:
+        """Command by which `remote.ask` reaches the hosts."""
         return "srun" if self.launcher == "slurm" else "ssh"
 
     def ranks_of(self, host: str) -> list[int]:
@@ -74,46 +79,50 @@ class Plan:
 
 
 def runner_command(plan: Plan) -> list[str]:
-    """DeepSpeed's runner for this plan. Everything in it that may reach a shell is base64 or was checked."""
+    """Command line of DeepSpeed's runner. Whatever of it may reach a shell is base64 or was validated."""
     payload = base64.urlsafe_b64encode(os.fsencode(plan.folder)).decode()
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(plan.hostfile)]
-    # With one host in the file DeepSpeed would start the ranks here, whatever the host is called.
+    # Without --force_multi, a hostfile of one host starts the ranks on this machine, whatever the host is.
     words += ["--force_multi", "--no_ssh_check", "--launcher", plan.launcher]
     words += ["--master_addr", plan.master_addr, "--master_port", str(plan.master_port)]
     extra = plan.launcher_args
     if plan.launcher == "slurm":
-        # srun would put the tasks where it likes.
+        # Otherwise srun chooses the nodes itself.
         slots = next(iter(plan.hosts.values()))
         names = ",".join(plan.hosts)
         extra = f"--nodes={len(plan.hosts)} --nodelist={names} --ntasks-per-node={slots} --kill-on-bad-exit=0 {extra}"
     if extra.strip():
         words.append(f"--launcher_args={extra.strip()}")
     if plan.launcher in ("slurm", "mpich"):
-        # DeepSpeed forgets --module for srun, and applies it to its own helper for mpirun.
+        # DeepSpeed drops --module for srun, and applies it to a helper of its own for mpirun.
         return [*words, str(Path(rank.__file__).resolve()), payload]
     return [*words, "--module", "cluster.hosts.rank", payload]
 
 
 @dataclass
 class Ranks:
-    """What the ranks' records say, and since when (on this machine's clock) they say it."""
+    """Heartbeats of the ranks as written by rank.py.
+
+    records: rank -> latest record. since: rank -> when that changed, by the clock of this machine. stopped_since: rank
+    -> since when it has been suspended. ended: rank -> return code, in the order in which the ranks ended.
+    """
 
     plan: Plan
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
     since: dict[int, float] = field(default_factory=dict)
     stopped_since: dict[int, float] = field(default_factory=dict)
-    # In the order in which their ends were seen.
     ended: dict[int, int] = field(default_factory=dict)
-    _looked: float = field(default_factory=lambda: time.monotonic())
+    _last_poll: float = field(default_factory=lambda: time.monotonic())
 
-    def look(self) -> None:
+    def poll(self) -> None:
+        """Read the records of all ranks that have not ended."""
         now = time.monotonic()
-        if now - self._looked > self.plan.timeout / 2:
-            # It was this process that stood still.
+        if now - self._last_poll > self.plan.timeout / 2:
+            # This process was suspended, not the ranks.
             self.since, self.stopped_since = dict.fromkeys(self.since, now), dict.fromkeys(self.stopped_since, now)
-        elif self.records and now - self._looked < _SECONDS_A_RANK * self.plan.world_size:
+        elif self.records and now - self._last_poll < _SECONDS_PER_RANK * self.plan.world_size:
             return
-        self._looked = now
+        self._last_poll = now
         for number in range(self.plan.world_size):
             if number in self.ended:
                 continue
@@ -129,64 +138,65 @@ class Ranks:
                 self.ended[number] = int(record["status"])
 
     def silent(self, seconds: float) -> list[int]:
-        """Ranks that have said nothing for so long."""
+        """Ranks whose last heartbeat is older than this."""
         now = time.monotonic()
         return [n for n in self.records if n not in self.ended and now - self.since[n] > seconds]
 
     def stopped(self, seconds: float) -> list[int]:
+        """Ranks suspended (SIGSTOP, debugger) for longer than this."""
         now = time.monotonic()
         return [n for n, since in self.stopped_since.items() if n not in self.ended and now - since > seconds]
 
 
 class Progress:
-    """Whether training gets on, by the ranks' heartbeats (watchdog.py); where not, whether ssh reaches the hosts.
+    """Whether training progresses, by the ranks' own heartbeats (reliability/watchdog.py); if not, pings the hosts.
 
-    A cut link is seen by nothing else where it falls into a rendezvous or a checkpoint, whose length nobody knows, and
-    the file system goes another way.
+    Nothing else detects a broken link during a rendezvous or a checkpoint, which may take any time, if the shared file
+    system is reached over another network.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._earlier = self._all()
         self._marks: dict[str, int] = {}
-        self._since = self._looked = time.monotonic()
+        self._since = self._last_poll = time.monotonic()
         self._pool = ThreadPoolExecutor(1)
-        self._question: Future[dict[str, remote.Answer]] | None = None
+        self._ping: Future[dict[str, remote.Answer]] | None = None
 
     def _all(self) -> set[Path]:
         return set((self._plan.run / HEARTBEATS).glob("*"))
 
     def records(self) -> dict[int, dict[str, Any]]:
-        """Of the ranks that train: step, place, marks."""
-        found = {}
+        """Heartbeats of the ranks that train, by rank: step, place, marks."""
+        records = {}
         for folder in self._all() - self._earlier:
             for path in folder.glob(RANK_FILES):
                 if (record := read_record(path)) is not None:
-                    found[rank_of(path)] = record
-        return found
+                    records[rank_of(path)] = record
+        return records
 
-    def under_way(self) -> bool:
-        """Whether every rank trains. Before that nothing but a limit ends ranks that wait for each other."""
+    def all_training(self) -> bool:
+        """Whether all ranks train. Until then ranks that wait for each other are ended by the start timeout only."""
         return len(self.records()) == self._plan.world_size
 
-    def lost(self) -> list[str]:
-        """Hosts that ssh does not reach, asked where training has not got on for the plan's timeout."""
+    def unreachable_hosts(self) -> list[str]:
+        """Hosts that do not answer; they are pinged once training has not progressed for the plan's timeout."""
         plan, now = self._plan, time.monotonic()
-        if plan.timeout == 0 or now - self._looked < max(rank.LOOK, _SECONDS_A_RANK * plan.world_size):
+        if plan.timeout == 0 or now - self._last_poll < max(rank.ABORT_POLL, _SECONDS_PER_RANK * plan.world_size):
             return []
-        stood_still = now - self._looked > plan.timeout / 2
-        self._looked = now
+        was_suspended = now - self._last_poll > plan.timeout / 2
+        self._last_poll = now
         marks = {str(number): record.get("marks", 0) for number, record in self.records().items()}
-        if marks != self._marks or stood_still:
+        if marks != self._marks or was_suspended:
             self._marks, self._since = marks, now
-            self._question = None  # its answer is of before
-        if self._question is not None and self._question.done():
-            answers = self._question.result()
-            self._since, self._question = now, None
-            return [host for host, answer in answers.items() if answer.fault is not None]
-        if self._question is None and now - self._since > plan.timeout:
-            self._question = self._pool.submit(
-                remote.ask, plan.hosts, {"action": "answer"}, timeout=END_SECONDS, by=plan.asks_by
+            self._ping = None  # outdated
+        if self._ping is not None and self._ping.done():
+            answers = self._ping.result()
+            self._since, self._ping = now, None
+            return [host for host, answer in answers.items() if answer.error is not None]
+        if self._ping is None and now - self._since > plan.timeout:
+            self._ping = self._pool.submit(
+                remote.ask, plan.hosts, {"action": "ping"}, timeout=KILL_SECONDS, transport=plan.transport
             )
         return []
 
@@ -195,13 +205,12 @@ class Progress:
 
 
 class Job:
-    """The runner, and what it has started on the hosts."""
+    """DeepSpeed's runner and the ranks that it starts on the hosts. quiet: do not print the output of rank 0."""
 
     def __init__(self, plan: Plan, quiet: bool = False) -> None:
-        """quiet: do not print what rank 0 says."""
         self.plan, self._quiet = plan, quiet
         self.ranks = Ranks(plan)
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         self.progress = Progress(plan)
         self.log = plan.folder / "launcher.log"
         with self.log.open("wb") as log:
@@ -215,117 +224,119 @@ class Job:
                 process_group=0,
                 preexec_fn=_ignore_signals,
             )
-        self._shown = 0
-        self._times: dict[str, float] = {}
-        self._statuses: dict[int, int] = {}
+        # Bytes of rank 0's log.
+        self._printed = 0
+        # Condition -> when it was first seen.
+        self._since: dict[str, float] = {}
+        # `ranks.ended` before this process killed any.
+        self._returncodes: dict[int, int] = {}
 
-    def look(self) -> str | None:
-        """One look at the job; None: it goes on, "" it is over, else why it has to end."""
-        self.ranks.look()
-        self.show()
+    def poll(self) -> str | None:
+        """Check the job: None while it runs, "" if it has ended, otherwise the reason why it must be aborted."""
+        self.ranks.poll()
+        self.print_output()
         ranks, plan, now = self.ranks, self.plan, time.monotonic()
         if len(ranks.ended) == plan.world_size:
             return ""
         if self.process.poll() is not None:
-            # Records may be on their way through a file system that caches.
-            return "" if self._for("over", now, 2 * rank.LOOK) else None
+            # The last records may be delayed by the caches of the file system.
+            return "" if self._for("runner ended", now, 2 * rank.ABORT_POLL) else None
         if plan.timeout > 0 and (silent := ranks.silent(plan.timeout)):
-            return f"no sign of life for {plan.timeout:g} s from {self.names(silent)}"
+            return f"no heartbeat for {plan.timeout:g} s from {self.names(silent)}"
         if plan.timeout > 0 and (stopped := ranks.stopped(plan.timeout)):
             return f"stopped (SIGSTOP, or a debugger) for {plan.timeout:g} s: {self.names(stopped)}"
-        if any(ranks.ended.values()) and self._for("fault", now, plan.grace):
-            return f"{plan.grace:g} s after the first rank's fault others are still there"
-        if ranks.ended and plan.timeout > 0 and self._for("end", now, plan.timeout + plan.grace):
-            return f"{plan.timeout + plan.grace:g} s after the first rank's end others are still there"
-        if lost := self.progress.lost():
-            return f"no progress for {plan.timeout:g} s, and not reached by {plan.asks_by}: {', '.join(lost)}"
-        if now - self.begun > plan.start and not self._under_way():
+        if any(ranks.ended.values()) and self._for("rank failed", now, plan.grace):
+            return f"other ranks are still running {plan.grace:g} s after the first failure"
+        if ranks.ended and plan.timeout > 0 and self._for("rank ended", now, plan.timeout + plan.grace):
+            return f"other ranks are still running {plan.timeout + plan.grace:g} s after the first one ended"
+        if lost := self.progress.unreachable_hosts():
+            return f"no progress for {plan.timeout:g} s, and not reachable by {plan.transport}: {', '.join(lost)}"
+        if now - self.started > plan.start_timeout and not self._all_started():
             missing = [n for n in range(plan.world_size) if n not in ranks.records]
-            return f"not begun within {plan.start:g} s: {self.names(missing or range(plan.world_size))}"
+            return f"not started within {plan.start_timeout:g} s: {self.names(missing or range(plan.world_size))}"
         return None
 
-    def _under_way(self) -> bool:
-        """Whether every rank has begun: trains, where hangs are watched at all, else is there."""
+    def _all_started(self) -> bool:
+        """Whether all ranks train; if hangs are not watched (hangs.timeout 0, or one rank), whether all run."""
         if self.plan.timeout == 0 or self.plan.world_size == 1:
             return len(self.ranks.records) == self.plan.world_size
-        return self.progress.under_way()
+        return self.progress.all_training()
 
-    def _for(self, what: str, now: float, seconds: float) -> bool:
-        """Whether it has been so for `seconds`; the first call is when it began."""
-        return now - self._times.setdefault(what, now) > seconds
+    def _for(self, condition: str, now: float, seconds: float) -> bool:
+        """Whether a condition has held for `seconds`; the first call is taken as its start."""
+        return now - self._since.setdefault(condition, now) > seconds
 
-    def show(self) -> None:
-        """Print what rank 0 has said since the last time."""
+    def print_output(self) -> None:
+        """Print the new output of rank 0."""
         path = rank.log_path(self.plan.folder, 0)
         if path.exists() and not self._quiet:
             with path.open("rb") as file:
-                file.seek(self._shown)
+                file.seek(self._printed)
                 text = file.read()
-            self._shown += len(text)
+            self._printed += len(text)
             if text:
                 say(text.decode("utf-8", "replace"), end="")
 
     def names(self, numbers: Iterable[int]) -> str:
+        """Ranks with their hosts and last steps, for messages."""
         return ", ".join(f"rank {n} on {self.plan.host_of(n)}{self._step(n)}" for n in numbers)
 
     def _step(self, number: int) -> str:
         record = self.progress.records().get(number)
         return f" (last step {record['step']}, {record['place']})" if record is not None else ""
 
-    def end(self) -> dict[str, remote.Answer]:
-        """SIGKILL for everything of this launch; → what each host said. Afterwards nothing is left on any host that
-        answers, nor on one that does not but still sees the run's folder."""
-        # What comes after is our doing.
-        self._statuses = dict(self.ranks.ended)
-        (self.plan.folder / rank.END).touch()
+    def kill(self) -> dict[str, remote.Answer]:
+        """Kill all processes of this launch (SIGKILL); returns the hosts' answers for `explain`.
+
+        Afterwards none is left on any host that can be reached, nor on one that cannot but still sees the run's folder
+        (rank.py polls it).
+        """
+        # Later exits are caused by the kill.
+        self._returncodes = dict(self.ranks.ended)
+        (self.plan.folder / rank.ABORT).touch()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.progress.close()
-        request = {"action": "end", "mark": self.plan.mark}
-        answers = remote.ask(self.plan.hosts, request, timeout=END_SECONDS, by=self.plan.asks_by)
-        self.show()
+        request = {"action": "kill", "mark": self.plan.mark}
+        answers = remote.ask(self.plan.hosts, request, timeout=KILL_SECONDS, transport=self.plan.transport)
+        self.print_output()
         return answers
 
     def explain(self, answers: Mapping[str, remote.Answer]) -> list[str]:
-        """What became of the ranks, a line each, causes first. answers: of `end`."""
-        lines, ended = [], self._statuses
+        """Describe how the ranks ended, one line each, likely causes first. answers: returned by `kill`."""
+        lines, ended = [], self._returncodes
         for host, answer in answers.items():
-            if answer.fault is not None:
-                lines.append(f"{host}: {answer.fault}; {self.names(self.plan.ranks_of(host))}")
-            elif answer.value["left"]:
-                pids = ", ".join(str(process["pid"]) for process in answer.value["left"])
-                lines.append(
-                    f"{host}: processes {pids} of this launch do not end; they wait for a device or file system"
-                )
+            if answer.error is not None:
+                lines.append(f"{host}: {answer.error}; {self.names(self.plan.ranks_of(host))}")
+            elif alive := answer.value["alive"]:
+                lines.append(remote.unkillable(host, alive))
         for number in self.ranks.stopped_since:
-            lines.append(f"{self.names([number])}: was stopped (SIGSTOP), and did not go on")
-        for number, status in ended.items():
-            if status < 0:
-                lines.append(f"{self.names([number])}: {describe_exit(status)}")
-        for number, status in ended.items():
-            if status > 0:
-                lines.append(f"{self.names([number])}: {describe_exit(status)}{self._last_words(number)}")
-        never = [n for n in range(self.plan.world_size) if n not in self.ranks.records]
-        if never:
-            lines.append(f"never begun: {self.names(never)}{_last_line(self.log, _TROUBLE)} ({self.log})")
+            lines.append(f"{self.names([number])}: was stopped (SIGSTOP) and not continued")
+        for number, code in ended.items():
+            if code < 0:
+                lines.append(f"{self.names([number])}: {describe_exit(code)}")
+        for number, code in ended.items():
+            if code > 0:
+                error = _last_line(rank.log_path(self.plan.folder, number))
+                lines.append(f"{self.names([number])}: {describe_exit(code)}{error}")
+        missing = [n for n in range(self.plan.world_size) if n not in self.ranks.records]
+        if missing:
+            lines.append(f"never started: {self.names(missing)}{_last_line(self.log, _STARTUP_ERRORS)} ({self.log})")
         return lines
-
-    def _last_words(self, number: int) -> str:
-        return _last_line(rank.log_path(self.plan.folder, number))
 
 
 def _ignore_signals() -> None:
-    # A scheduler may signal the whole job; the runner would answer by pkill on every host.
+    # A scheduler may signal the entire job; the runner would react by pkill on every host.
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _last_line(path: Path, words: Sequence[str] = ("error",)) -> str:
-    """Its last line with one of `words` in it; "" where there is none."""
+    """The last line of a log that contains one of `words`, preceded by ": "; "" if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    told = [line for line in lines if any(word in line.lower() for word in words)]
-    return f": {told[-1].strip()[:300]}" if told else ""
+    matches = [line for line in lines if any(word in line.lower() for word in words)]
+    return f": {matches[-1].strip()[:300]}" if matches else ""

@@ -1,7 +1,7 @@
-"""Corpora of a job: whether they are there and fit the run, and what a job that builds one reads and writes.
+"""Checks of a job's corpora before submission, and of a job that builds one.
 
-The training checks more (every shard) at its start; here manifests alone are read, so that what they tell is told
-before a job waits in the queue for it.
+Reads manifests only, so that their errors are reported before the job waits in the queue; the training verifies every
+shard when it starts.
 """
 
 import argparse
@@ -29,51 +29,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Build:
-    """A corpus that a job will build. words: arguments of `data_pipeline build`; output: where; reads: files and
-    folders; sequence_length, held_out: what it will have."""
+    """A corpus that a job will build.
+
+    words: arguments of `data_pipeline build`. output: folder of the corpus. inputs: files and folders that the build
+    reads. held_out: whether it creates a held-out split.
+    """
 
     words: tuple[str, ...]
     output: Path
-    reads: tuple[Path, ...]
+    inputs: tuple[Path, ...]
     sequence_length: int
     held_out: bool
 
 
 def parse_build(text: str) -> Build:
-    """The arguments of --build-data. Raises SlurmError for what `data_pipeline build` would not take or not find."""
-    said = io.StringIO()
+    """Parse the value of --build-data. Raises SlurmError for arguments and inputs that the build would reject."""
+    output = io.StringIO()
     try:
         words = shlex.split(text)
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             arguments = command_parser().parse_args(["build", *words])
     except ValueError as error:
         raise SlurmError(f"--build-data {text!r}: {error}") from None
     except SystemExit:
-        raise SlurmError(f"--build-data {text!r}: {said.getvalue().strip().splitlines()[-1]}") from None
+        raise SlurmError(f"--build-data {text!r}: {output.getvalue().strip().splitlines()[-1]}") from None
     try:
-        reads = tuple(_reads(arguments))
+        inputs = tuple(_input_paths(arguments))
         _check_build(arguments)
     except CorpusError as error:
         raise SlurmError(f"--build-data: {error}") from None
     return Build(
         words=tuple(words),
         output=Path(arguments.output).absolute(),
-        reads=reads,
+        inputs=inputs,
         sequence_length=arguments.sequence_length,
         held_out=arguments.held_out > 0,
     )
 
 
-def _reads(arguments: argparse.Namespace) -> Iterator[Path]:
-    """Files and folders, of globs the folder above their patterns. Raises SlurmError where one is not there."""
+def _input_paths(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Inputs of a build; of a glob, the folder above the pattern. Raises SlurmError if one is missing."""
     items = [arguments.tokenizer, *(arguments.input or ())]
     if arguments.description is not None:
-        # Paths in it begin at its own folder.
+        # Its paths are relative to its own folder.
         description = read_description(arguments.description)
         items += [arguments.description, *(item for source in description.sources for item in source.inputs)]
         items += description.documents.decontaminate
     for item in items:
-        path = Path(os.path.abspath(item))  # noqa: PTH100, of ".." in a description too
+        path = Path(os.path.abspath(item))  # noqa: PTH100, removes ".." without resolving links
         if not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207
             raise SlurmError(f"--build-data: {item}: no such file or folder; correct the path")
         while not path.exists():
@@ -82,8 +85,8 @@ def _reads(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def _check_build(given: argparse.Namespace) -> None:
-    """Raise CorpusError where the build itself would refuse its arguments, tokenizer or output folder."""
-    # Imported late: most submissions build nothing.
+    """Raise CorpusError if the build would reject its arguments, tokenizer or output folder."""
+    # Imported here: most submissions build nothing.
     from data_pipeline import build
     from data_pipeline.tokenization.tokenizer import fingerprint
 
@@ -101,37 +104,37 @@ def _check_build(given: argparse.Namespace) -> None:
     digest = fingerprint(tokenizer)
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise CorpusError(
-            f"{tokenizer}: no tokenizer there (neither tokenizer.json nor vocab.txt); correct the path, or make one "
+            f"{tokenizer}: no tokenizer there (neither tokenizer.json nor vocab.txt); correct the path, or train one "
             "with `python -m data_pipeline tokenizer`"
         )
     output = Path(given.output)
     if output.exists() and not output.is_dir():
-        raise CorpusError(f"{output}: is a file, the output must be a folder; name another")
-    # Of an empty folder, or one with hidden leftovers alone, the build decides: asking would claim it.
+        raise CorpusError(f"{output}: is a file, the output must be a folder; choose another")
+    # An empty folder, or one with hidden files only, is accepted by the build; `claim_arguments` would write to it.
     if output.is_dir() and not all(item.name.startswith(".") for item in output.iterdir()):
         claim_arguments(output, _claimed(given, options, digest))
 
 
 def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) -> dict[str, Any]:
-    """What a build.json says of these arguments and inputs, as far as it need not be derived from other things."""
+    """The content of build.json for these arguments and inputs, except what the build derives from other data."""
     from data_pipeline import build
     from data_pipeline.tokenization.stage import find_groups
 
-    about, named = build.described(given.input, given.description, given.documents, given.text_field)
-    about = build.with_needs(about, given.columns, given.packing)
+    about, named = build.resolve_description(given.input, given.description, given.documents, given.text_field)
+    about = build.with_required_planes(about, given.columns, given.packing)
     groups = find_groups(about, (Path(given.output), Path(given.tokenizer)), named)
     same = ("sequence_length", "seed", "held_out", "documents", "text_field", "shard_size")
     return {
         **{name: getattr(given, name) for name in same},
         "tokenizer": tokenizer,
         "sources": [[source.name, source.bytes] for files in groups for source in files],
-        **build.new_arguments(options, about, named),
+        **build.recorded_options(options, about, named),
     }
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """One that a phase reads; manifest: None where it is yet to be built."""
+    """A corpus that a phase reads. manifest: None if it will be built."""
 
     path: Path
     sequence_length: int
@@ -139,38 +142,38 @@ class _Corpus:
 
 
 def check_corpora(config: RunConfig, build: Build | None = None) -> None:
-    """Raise ConfigError where a corpus that the training opens is not there, its rows are longer than the model takes,
-    or its rows or tokenizer do not go with the others'. build: of one that will be there by then."""
+    """Raise ConfigError if a corpus of the training is missing, exceeds the model's maximum sequence length, or has
+    another sequence length or tokenizer than the others. build: a corpus that will exist when the training starts."""
     tokenizer: tuple[Path, str] | None = None
     for index in range(max(1, len(config.phases))):
         phase = config.phase(index)
         where = f"phase {config.phases[index].name!r}: " if config.phases else ""
         corpora = [_find(where, path, build) for path in _opened(phase)]
-        most, length = phase.model.max_position_embeddings, corpora[0].sequence_length
+        limit, length = phase.model.max_position_embeddings, corpora[0].sequence_length
         for corpus in corpora:
-            if corpus.sequence_length > most:
+            if corpus.sequence_length > limit:
                 raise ConfigError(
                     f"{where}{corpus.path}: sequences of {corpus.sequence_length} tokens exceed "
-                    f"model.max_position_embeddings {most}"
+                    f"model.max_position_embeddings {limit}"
                 )
             if corpus.sequence_length != length:
                 raise ConfigError(
                     f"{where}{corpus.path}: sequences of {corpus.sequence_length} tokens, those of {corpora[0].path} "
-                    f"have {length}; build the corpora of a phase, held-out ones too, with one sequence length"
+                    f"have {length}; build all corpora of a phase, including held-out ones, with one sequence length"
                 )
             if corpus.manifest is None:
                 continue
-            theirs = corpus.manifest.tokenizer_sha256
-            tokenizer = tokenizer or (corpus.path, theirs)
-            if theirs != tokenizer[1]:
+            digest = corpus.manifest.tokenizer_sha256
+            tokenizer = tokenizer or (corpus.path, digest)
+            if digest != tokenizer[1]:
                 raise ConfigError(
-                    f"{where}{corpus.path}: tokenizer {theirs[:12]} differs from {tokenizer[1][:12]} of "
+                    f"{where}{corpus.path}: tokenizer {digest[:12]} differs from {tokenizer[1][:12]} of "
                     f"{tokenizer[0]}; build all corpora of a run with one tokenizer"
                 )
 
 
 def _opened(phase: RunConfig) -> list[Path]:
-    """The corpora of a phase, the held-out ones where they are evaluated on."""
+    """Corpora of a phase, including held-out ones if the phase evaluates."""
     paths = [entry.path for entry in phase.data.corpora]
     held_out = [phase.data.held_out_path] if phase.data.held_out_path else [path / HELD_OUT for path in paths]
     return [path.absolute() for path in (*paths, *(held_out if phase.evaluation.every_steps else ()))]
@@ -182,15 +185,15 @@ def _find(where: str, path: Path, build: Build | None) -> _Corpus:
     if build is not None and path.resolve() == (build.output / HELD_OUT).resolve():
         if not build.held_out:
             raise ConfigError(
-                f"{where}{path}: --build-data makes no held-out corpus; add --held-out to it, set data.held_out_path, "
-                "or evaluation.every_steps=0"
+                f"{where}{path}: --build-data creates no held-out corpus; add --held-out to it, set "
+                "data.held_out_path, or evaluation.every_steps=0"
             )
         return _Corpus(path, build.sequence_length, None)
     if not (path / MANIFEST).is_file():
         what = "held-out corpus" if path.name == HELD_OUT else "corpus"
-        remedy = "build with --held-out, set data.held_out_path, or evaluation.every_steps=0"
+        remedy = "build it with --held-out, set data.held_out_path, or evaluation.every_steps=0"
         if path.name != HELD_OUT:
-            remedy = "correct the path, build it first, or have it built by --build-data"
+            remedy = "correct the path, build it first, or build it with --build-data"
         raise ConfigError(f"{where}{path}: no {what} there ({MANIFEST} is missing); {remedy}")
     try:
         manifest = read_manifest(path)

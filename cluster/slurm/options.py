@@ -1,63 +1,67 @@
-"""--sbatch NAME[=VALUE]: options of sbatch that `python -m cluster slurm` has no name for → options of a job script."""
+"""Parser of `--sbatch NAME[=VALUE]`: options of sbatch that `python -m cluster slurm` has no option for."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 from cluster.slurm.script import OPTION, SlurmError
 
-_OWN_LOG = "a run's logs are RUN/slurm/JOB.log, appended to by every start; leave it out"
-_REQUEUE = "the script queues itself again, --max-restarts limits it; leave it out"
-# What the script lays over the rest, or what breaks it. Name of sbatch's option → what to do instead.
-_TAKEN = {
-    "array": "it would start several tasks on one run; say --seeds for a run each",
-    "chdir": "the job runs in the folder that this command is given in; change to that, and leave it out",
-    "cpus-per-task": "say --cpus-per-task, which the ranks are started with too",
-    "error": _OWN_LOG,
-    "gpus-per-node": "say --gpus-per-node",
-    "job-name": "say --job-name",
-    "mincpus": "it is made of --cpus-per-task and the ranks a node; say these",
+_LOG = "every start appends to RUN/slurm/JOB.log; remove this option"
+_REQUEUE = "the script requeues itself, up to --max-restarts; remove this option"
+_RANKS = "use --gpus-per-node, or --tasks-per-node on CPUs"
+# Options that the script sets or relies on -> what to do instead.
+_RESERVED = {
+    "array": "it would start several tasks on one run; use --seeds for one run per task",
+    "chdir": "the job runs in the current folder; change to another one, and remove this option",
+    "cpus-per-task": "use --cpus-per-task, which also applies to the ranks",
+    "error": _LOG,
+    "gpus-per-node": "use --gpus-per-node",
+    "job-name": "use --job-name",
+    "mincpus": "it follows from --cpus-per-task and the ranks per node; use these",
     "no-requeue": _REQUEUE,
-    "nodes": "say --nodes",
-    "ntasks": "it is made of --nodes and the ranks a node; say --gpus-per-node, or --tasks-per-node on CPUs",
-    "ntasks-per-node": "say --gpus-per-node, or --tasks-per-node on CPUs",
-    "open-mode": _OWN_LOG,
-    "output": _OWN_LOG,
+    "nodes": "use --nodes",
+    "ntasks": f"it follows from --nodes and the ranks per node; {_RANKS}",
+    "ntasks-per-node": _RANKS,
+    "open-mode": _LOG,
+    "output": _LOG,
     "requeue": _REQUEUE,
-    "signal": "the script needs its own, by which it saves before the time limit; say --signal-seconds",
-    "tasks-per-node": "say --gpus-per-node, or --tasks-per-node on CPUs",
+    "signal": "the script needs its signal to save before the time limit; use --signal-seconds",
+    "tasks-per-node": _RANKS,
 }
-# Beginnings of these that are options of their own; sbatch takes any other beginning for the whole name.
-_WHOLE = {"gpus"}
-# What says who a job is for and how it is told of, not what nodes it needs.
-FOR_DATA = ("clusters", "comment", "export", "mail-type", "mail-user", "nice", "reservation", "wckey")
+# sbatch accepts abbreviations of option names; these prefixes of reserved names are options themselves.
+_NOT_ABBREVIATIONS = {"gpus"}
+# Options about who a job is for and how it is reported, not about the nodes that it needs.
+DATA_JOB_OPTIONS = ("clusters", "comment", "export", "mail-type", "mail-user", "nice", "reservation", "wckey")
 
 
 def parse_options(texts: Iterable[str], named: Iterable[str]) -> dict[str, str | None]:
-    """Name → value, None for a flag. named: options that this command has, by the same name.
+    """Option name -> value, None for a flag. named: options that this command has under the same name.
 
-    Raises SlurmError for what is no long name, has an option here, is what the script sets itself, or comes twice.
+    Raises SlurmError if a name is not a long option name, is an option of this command, is set by the script, or is
+    repeated.
     """
-    taken = {**{name: f"say --{name}" for name in named}, **_TAKEN}
+    reserved = {**{name: f"use --{name}" for name in named}, **_RESERVED}
     options: dict[str, str | None] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not re.fullmatch(OPTION, name) or len(name) == 1:
             raise SlurmError(
-                f"--sbatch {text}: NAME=VALUE expected, or NAME of a flag: the long name of an option of sbatch, "
-                "without dashes before it"
+                f"--sbatch {text}: expected NAME=VALUE, or NAME of a flag: the long name of an option of sbatch, "
+                "without leading dashes"
             )
-        for own, remedy in taken.items():
-            if name == own or (own.startswith(name) and name not in _WHOLE):
-                what = own if name == own else f"{name}, which sbatch takes for {own},"
-                raise SlurmError(f"--sbatch {text}: {what} is not to be set so: {remedy}")
+        for option, remedy in reserved.items():
+            if name == option or (option.startswith(name) and name not in _NOT_ABBREVIATIONS):
+                what = option if name == option else f"{name}, which sbatch reads as {option},"
+                raise SlurmError(f"--sbatch {text}: {what} cannot be set here: {remedy}")
         if name in options:
-            raise SlurmError(f"--sbatch {text}: {name} is given twice; leave one out")
+            raise SlurmError(f"--sbatch {text}: {name} is given twice; remove one")
         options[name] = value if equals else None
     return options
 
 
-def for_data(options: Mapping[str, str | None], elsewhere: bool) -> dict[str, str | None]:
-    """Those of them that the job of --build-data has too. elsewhere: in a partition of its own, where a reservation of
-    the training's nodes would keep it from ever starting."""
-    left_out = {"reservation"} if elsewhere else set()
-    return {name: value for name, value in options.items() if name in FOR_DATA and name not in left_out}
+def data_job_options(options: Mapping[str, str | None], other_partition: bool) -> dict[str, str | None]:
+    """The options that apply to the job of --build-data too.
+
+    other_partition: it runs in another partition, where it would never start in a reservation of the training's nodes.
+    """
+    excluded = {"reservation"} if other_partition else set()
+    return {name: value for name, value in options.items() if name in DATA_JOB_OPTIONS and name not in excluded}

@@ -1,7 +1,8 @@
-"""Job scripts from templates/*.sbatch: options → #SBATCH lines and shell words, every value quoted for who reads it.
+"""Job scripts from templates/*.sbatch: options become #SBATCH directives and shell words, with every value quoted.
 
-Two readers: bash, for which `shlex.quote` makes any text one word; and sbatch, whose lines have quoting of their own
-(in double quotes all but `"` stands for itself, except that backslashes vanish and a line ends with its line).
+The script has two readers. For bash, `shlex.quote` makes one word of any text. sbatch has quoting rules of its own:
+within double quotes all characters but `"` are literal, except that backslashes are dropped and a line break ends the
+directive.
 """
 
 import re
@@ -11,23 +12,25 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-_PLACE = re.compile(r"<<([A-Z_]+)>>")
+from maskvr_ds.run_folder.layout import JOBS
+
+_PLACEHOLDER = re.compile(r"<<([A-Z_]+)>>")
 _PLAIN = re.compile(r"[\w.,:/+@%=-]+")
-# The long name of an option of sbatch.
+# Long name of an option of sbatch.
 OPTION = r"[a-z][a-z0-9-]*"
 
 
 class SlurmError(ValueError):
-    """A job that cannot be written, or that Slurm does not take."""
+    """A job script that cannot be written, or that Slurm rejects."""
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a job's commands run in.
+class JobEnvironment:
+    """Environment of a job's commands.
 
-    folder: working directory. modules: of the cluster's `module load`, in that order. venv: a virtual environment.
-    container: an Apptainer image; binds: files and folders shown in it besides. gpus: whether there are any.
-    python: the interpreter, where neither venv nor container say.
+    folder: working directory. python: interpreter, unless venv or container has one. modules: arguments of `module
+    load`, in this order. venv: virtual environment. container: Apptainer image. binds: files and folders to bind into
+    the container, besides folder and venv. gpus: False to train on CPUs.
     """
 
     folder: Path
@@ -39,7 +42,7 @@ class Surroundings:
     gpus: bool = True
 
     def lines(self) -> str:
-        """Shell commands that prepare it."""
+        """Shell commands that set it up."""
         lines = [f"module load {shlex.quote(module)} || exit 1" for module in self.modules]
         if self.venv is not None:
             venv = shlex.quote(str(self.venv))
@@ -49,29 +52,30 @@ class Surroundings:
         return "\n".join(lines)
 
     def command(self) -> list[str]:
-        """The words that start Python in it."""
+        """Command line of Python in it. Raises SlurmError for a path that Apptainer cannot bind."""
         if self.container is None:
             return [self.python if self.venv is None else str(self.venv / "bin" / "python")]
         words = ["apptainer", "exec"] + (["--nv"] if self.gpus else [])
         for path in dict.fromkeys((self.folder, *self.binds, *([self.venv] if self.venv else []))):
             if set(",:") & set(str(path)):
-                raise SlurmError(f"{path}: a path with a comma or colon cannot be shown in a container; rename it")
+                raise SlurmError(f"{path}: a path with a comma or colon cannot be bound into a container; rename it")
             words += ["--bind", str(path)]
         return [*words, self.container, "python3" if self.venv is None else str(self.venv / "bin" / "python")]
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training as a job. options: of sbatch, long name → value, None for a flag.
+    """Parameters of a training job.
 
-    run: the run's folder; with seeds that of all runs. arguments: of maskvr_ds.train, without --resume. tasks_per_node:
-    ranks. cpus_per_task: None: Slurm's default. seeds: one task of a job array each, with a run of its own below `run`.
+    options: of sbatch, long name -> value, None for a flag. run: the run's folder, with seeds the parent of the runs'
+    folders. arguments: of maskvr_ds.train, without --resume. tasks_per_node: ranks per node. cpus_per_task: None for
+    Slurm's default. seeds: a job array with one task, and one run, per seed.
     """
 
     options: Mapping[str, str | None]
     run: Path
     arguments: Sequence[str]
-    surroundings: Surroundings
+    environment: JobEnvironment
     tasks_per_node: int
     max_restarts: int
     signal_seconds: int
@@ -85,50 +89,49 @@ def words(values: Iterable[object]) -> str:
 
 
 def directive(name: str, value: str | None) -> str:
-    """An option (value None: a flag) as a line of a job script. Raises SlurmError where sbatch would read another
-    value, or none."""
+    """An option as #SBATCH line; value None: a flag. Raises SlurmError if sbatch would not read back this value."""
     if not re.fullmatch(OPTION, name):
         raise SlurmError(f"--{name}: not the long name of an option of sbatch")
     if value is None:
         return f"#SBATCH --{name}"
     if not value or not value.isprintable() or "\\" in value:
         raise SlurmError(
-            f"--{name} {value!r}: a line of a job script holds neither line breaks, other control characters nor "
-            "backslashes, and must not be empty; take another value"
+            f"--{name} {value!r}: a directive in a job script must not be empty, nor contain line breaks, other "
+            "control characters or backslashes; use another value"
         )
     escaped = value.replace('"', '\\"')
     return f"#SBATCH --{name}={value}" if _PLAIN.fullmatch(value) else f'#SBATCH --{name}="{escaped}"'
 
 
 def log_pattern(folder: Path, name: str) -> str:
-    """A file for --output in a folder whose own % are no patterns. name: with patterns."""
+    """Value of --output: patterns (%j) are expanded in `name`, not in `folder`."""
     return f"{folder}/".replace("%", "%%") + name
 
 
 def render(template: str, values: dict[str, str]) -> str:
-    """A file of templates/, each <<NAME>> replaced; a line that becomes empty is left out."""
+    """A file of templates/ with each <<NAME>> replaced; lines that become empty are removed."""
     text = (resources.files("cluster.slurm") / "templates" / template).read_text(encoding="utf-8")
-    # In one pass: a value may hold what looks like a place.
+    # In one pass: a value may contain what looks like a placeholder.
     lines = []
     for line in text.splitlines():
-        filled = _PLACE.sub(lambda place: values[place[1]], line)
+        filled = _PLACEHOLDER.sub(lambda match: values[match[1]], line)
         if filled.strip() or not line.strip():
             lines.append(filled.rstrip(" ") if not filled.strip() else filled)
     return "\n".join(lines) + "\n"
 
 
 def training_script(job: TrainingJob) -> str:
-    """The job script. Raises SlurmError for values that cannot stand in it."""
+    """Job script of a training. Raises SlurmError for values that cannot be written to it."""
     options: dict[str, str | None] = {
         **job.options,
-        **_size(job),
-        "output": log_pattern(job.run / "slurm", "%A_%a.log" if job.seeds else "%j.log"),
+        **_size_options(job),
+        "output": log_pattern(job.run / JOBS, "%A_%a.log" if job.seeds else "%j.log"),
         "open-mode": "append",
         "signal": f"B:USR1@{job.signal_seconds}",
     }
     srun = ["--kill-on-bad-exit=1", "--mpi=none", "--label", "--unbuffered"]
     if job.cpus_per_task is not None:
-        # srun no longer takes it from the job by itself.
+        # srun does not inherit it from the job (since Slurm 22.05).
         srun.append(f"--cpus-per-task={job.cpus_per_task}")
     if job.seeds:
         options["array"] = f"0-{len(job.seeds) - 1}"
@@ -140,45 +143,45 @@ def training_script(job: TrainingJob) -> str:
             "MAX_RESTARTS": str(job.max_restarts),
             "TASKS_PER_NODE": str(job.tasks_per_node),
             "ARGUMENTS": words(job.arguments),
-            "JOB": _job(job),
-            "SEEDS": _seeds(job),
-            "FOLDER": shlex.quote(str(job.surroundings.folder)),
-            "ENVIRONMENT": job.surroundings.lines(),
-            "PYTHON": words(job.surroundings.command()),
+            "JOB": _job_id_lines(job),
+            "SEEDS": _seed_lines(job),
+            "FOLDER": shlex.quote(str(job.environment.folder)),
+            "ENVIRONMENT": job.environment.lines(),
+            "PYTHON": words(job.environment.command()),
             "SRUN": " ".join(srun),
         },
     )
 
 
-def _size(job: TrainingJob) -> dict[str, str]:
-    """What says how much of a node is needed."""
+def _size_options(job: TrainingJob) -> dict[str, str]:
+    """Options that request the CPUs of a node."""
     if "-" in (job.options["nodes"] or ""):
-        # A number of tasks a node, and Slurm gives as few nodes as hold one task, also where there are more.
+        # Not --ntasks-per-node: Slurm would allocate the minimum number of nodes even if more are available.
         return {"mincpus": str(job.tasks_per_node * (job.cpus_per_task or 1))}
     size = {"ntasks-per-node": str(job.tasks_per_node)}
     return size if job.cpus_per_task is None else {**size, "cpus-per-task": str(job.cpus_per_task)}
 
 
-def _job(job: TrainingJob) -> str:
-    """What the script calls its job by, as maskvr_ds.runtime.slurm_env.job_id does."""
+def _job_id_lines(job: TrainingJob) -> str:
+    """Shell lines that set `job` to the same id as maskvr_ds.runtime.slurm_env.job_id."""
     if job.seeds:
         return "\n".join(
             [
-                "# One task's SLURM_JOB_ID is the array's own id too, which stands for all tasks.",
+                "# Not SLURM_JOB_ID: for one of the tasks it is the id of the array, which addresses all tasks.",
                 "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
             ]
         )
-    # Left over from an array whose script has submitted this one.
+    # Inherited if this job was submitted by a task of an array.
     return "job=$SLURM_JOB_ID\nunset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID"
 
 
-def _seeds(job: TrainingJob) -> str:
+def _seed_lines(job: TrainingJob) -> str:
     if not job.seeds:
         return ""
     runs = [job.run / f"seed-{seed}" for seed in job.seeds]
     return "\n".join(
         [
-            "# A task of the array is a run of its own.",
+            "# Each task of the array trains its own run.",
             f"seeds=({words(job.seeds)})",
             f"runs=({words(runs)})",
             f"outputs=({words(f'output_dir={yaml_text(run)}' for run in runs)})",
@@ -189,21 +192,21 @@ def _seeds(job: TrainingJob) -> str:
 
 
 def yaml_text(value: object) -> str:
-    """A text as YAML reads it back: `--set` takes YAML."""
+    """A text as YAML scalar: `--set` parses YAML."""
     import yaml
 
     return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=10**9).rstrip("\n")
 
 
 def data_script(
-    options: Mapping[str, str | None], run: Path, arguments: Sequence[str], surroundings: Surroundings
+    options: Mapping[str, str | None], run: Path, arguments: Sequence[str], environment: JobEnvironment
 ) -> str:
-    """The job script of a corpus' build. arguments: of `data_pipeline build`."""
+    """Job script that builds a corpus. arguments: of `data_pipeline build`. Raises SlurmError as `training_script`."""
     options = {
         **options,
         "nodes": "1",
         "ntasks": "1",
-        "output": log_pattern(run / "slurm", "data-%j.log"),
+        "output": log_pattern(run / JOBS, "data-%j.log"),
         "open-mode": "append",
     }
     return render(
@@ -211,8 +214,8 @@ def data_script(
         {
             "DIRECTIVES": "\n".join([*(directive(*option) for option in options.items()), "#SBATCH --requeue"]),
             "ARGUMENTS": words(arguments),
-            "FOLDER": shlex.quote(str(surroundings.folder)),
-            "ENVIRONMENT": surroundings.lines(),
-            "PYTHON": words(surroundings.command()),
+            "FOLDER": shlex.quote(str(environment.folder)),
+            "ENVIRONMENT": environment.lines(),
+            "PYTHON": words(environment.command()),
         },
     )

@@ -1,14 +1,14 @@
-"""Several ranks of one `mpirun` or `srun --mpi`: rank 0 runs the command and hands out tasks, the others only work.
+"""Multi-node builds over MPI (`mpirun` or `srun --mpi`): rank 0 runs the command and assigns tasks to all ranks.
 
-Every rank keeps `--workers` processes, rank 0 too, and gives a task to whichever is free: the ranks need a shared file
-system and nothing else, since tasks and their results are files (`workers`). Messages are point-to-point on COMM_WORLD,
-pickled by mpi4py, at most one in flight for each process:
+Each rank, including rank 0, runs `--workers` processes and assigns tasks to idle ones. The ranks need a shared file
+system and nothing else, because results are exchanged as files (execution/workers.py). Messages are point-to-point on
+COMM_WORLD, pickled by mpi4py, with at most one in flight per worker process:
 
     rank 0 → r   ("task", slot, task, folder), or ("stop",)
-    r → rank 0   (slot, kind, value), kind as a worker process says it, or "died"
+    r → rank 0   (slot, kind, value), kind as reported by the worker process, or "died"
 
-A rank that dies takes the job with it (that is MPI's way, and mpirun names it); the same command goes on from there. A
-worker process that dies is named with its rank and host.
+A rank that dies aborts the job, as usual under MPI, and mpirun names it; rerunning the command resumes. If a worker
+process dies, the error names its rank and host.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 from data_pipeline.execution.tasks import Task
 from data_pipeline.files import CorpusError
 
-# What launchers set: Open MPI; MPICH, Intel MPI and their like.
+# World size as set by Open MPI, and by MPICH, Intel MPI and other PMI launchers.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class Team:
-    """The ranks of this job."""
+    """The MPI ranks of this job."""
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
@@ -37,72 +37,72 @@ class Team:
         self._comm.send(("task", slot, task, folder), dest=rank)
 
     def messages(self) -> list[tuple[int, int, str, Any]]:
-        """What has arrived at rank 0: (rank, slot, kind, value)."""
+        """Messages received by rank 0 since the last call: (rank, slot, kind, value)."""
         from mpi4py import MPI
 
-        found = []
+        received = []
         status = MPI.Status()
         while self._comm.iprobe(source=MPI.ANY_SOURCE, status=status):
             rank = status.Get_source()
-            found.append((rank, *self._comm.recv(source=rank)))
-        return found
+            received.append((rank, *self._comm.recv(source=rank)))
+        return received
 
     def stop(self) -> None:
-        """Rank 0 is done, or has failed: the others may go."""
+        """Tell the other ranks to exit: rank 0 has finished or failed."""
         for rank in range(1, self.size):
             self._comm.send(("stop",), dest=rank)
 
     def receive(self) -> tuple[Any, ...] | None:
-        """The next message of rank 0, None while there is none."""
+        """The next message from rank 0, or None if none has arrived."""
         if not self._comm.iprobe(source=0):
             return None
         message: tuple[Any, ...] = self._comm.recv(source=0)
         return message
 
     def reply(self, slot: int, kind: str, value: Any) -> None:
-        """Report on a slot's task to rank 0."""
+        """Report the state of a slot's task to rank 0."""
         self._comm.send((slot, kind, value), dest=0)
 
 
 def join_team() -> Team | None:
-    """The team, where mpirun or srun started several ranks, else None.
+    """The team if mpirun or srun started several ranks, else None.
 
-    Raises CorpusError where there are several and they do not find each other: all would do the same work, each on
-    the files of the others.
+    Raises CorpusError if there are several ranks that cannot communicate: each would do all of the work, on the same
+    files.
     """
     size = _started_together(os.environ)
     if size < 2:
         return None
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library
+    except (ImportError, RuntimeError) as error:  # RuntimeError if there is no MPI library
         raise CorpusError(
-            f"started by mpirun or srun with {size} ranks, but mpi4py is not there ({error}). "
+            f"started by mpirun or srun with {size} ranks, but mpi4py is not available ({error}). "
             "Install it (pip install 'maskvr_ds[mpi]'), or start one task and use --workers"
         ) from None
     team = Team(MPI.COMM_WORLD)
     if team.size < size:
         raise CorpusError(
-            f"started with {size} ranks, but MPI makes a world of {team.size}: each would do all the work on the same "
-            "files. Start them with the mpirun of the library that mpi4py uses, or srun --mpi=pmix where it knows PMIx"
+            f"started with {size} ranks, but the MPI world size is {team.size}: each rank would do all the work on the "
+            "same files. Use the mpirun of the library that mpi4py links to, or srun --mpi=pmix if it supports PMIx"
         )
     return team
 
 
 def _started_together(environment: Mapping[str, str]) -> int:
-    """How many ranks a launcher says that it has started; 1 where none says anything.
+    """Number of ranks according to the launcher's environment variables, 1 without a launcher.
 
-    Raises CorpusError for tasks of one srun without MPI.
+    Raises CorpusError for several tasks of one srun without MPI.
     """
     if sizes := [int(environment[name]) for name in _SIZES if environment.get(name, "").isdigit()]:
         return max(sizes)
-    # A batch script has SLURM_NTASKS and SLURM_PROCID too, but is no step.
+    # A batch script has SLURM_NTASKS and SLURM_PROCID too, but is not a job step.
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return 1
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "PMIX_RANK" not in environment:  # PMIx does not say its size
+    if tasks > 1 and "PMIX_RANK" not in environment:  # PMIx does not set its size in the environment
         raise CorpusError(
             f"started by srun with {tasks} tasks without MPI: each would do all the work on the same files. Start one "
-            "task (srun -n 1 -c CORES) with --workers CORES, or ranks with srun --mpi=pmix, or mpirun, and mpi4py"
+            "task (srun -n 1 -c CORES) with --workers CORES, or install mpi4py and use mpirun or srun --mpi=pmix"
         )
     return tasks

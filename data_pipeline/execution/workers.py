@@ -1,8 +1,7 @@
-"""Tasks on processes: each runs once, its result is kept in a file, and a task that has one is not run again.
+"""Process pool with persistent results: a task whose result file exists is not run again.
 
-Results are small JSON values in `folder/NAME.json`, written whole or not at all after the task's own files:
-they are what makes a killed build go on where it stopped. Tasks are handed out one by one, so that
-the order in which they finish, and the number of workers, cannot matter to what they write.
+Results are small JSON values in `folder/NAME.json`, written atomically after the files of the task itself: they allow
+a killed build to resume. The output depends neither on the number of workers nor on the order in which tasks finish.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ _PAUSE = 0.005
 
 
 class Pool:
-    """Up to `workers` processes on each rank of a team, started with the first tasks and kept until the block ends.
+    """Up to `workers` processes on each rank of a team, started with the first tasks and terminated on exit.
 
-    With one worker and no team the tasks run in this process. Leaving the block ends the processes, at once.
+    With one worker and no team, tasks run in the calling process.
     """
 
     def __init__(self, workers: int, team: Team | None = None) -> None:
@@ -51,10 +50,9 @@ class Pool:
             process.join()
 
     def run(self, tasks: Sequence[Task], folder: Path, report: Report) -> list[Any]:
-        """Run the tasks that have no result in `folder` yet; return all results in the order of the tasks.
+        """Run the tasks that have no result in `folder` yet; return the results of all tasks, in their order.
 
-        `report` is called with (bytes read, tokens made). Raises the first error of a task, and CorpusError
-        naming the task where a worker dies.
+        Raises the first error of a task; CorpusError naming the task if a worker dies.
         """
         pending = []
         for task in tasks:
@@ -90,7 +88,7 @@ class Pool:
                     self._hand_out(ready, folder, waiting, busy)
 
     def _run_in_team(self, team: Team, tasks: list[Task], folder: Path, report: Report) -> None:
-        """As `_run_in_processes`, the processes of the other ranks included: a slot is (rank, number)."""
+        """Like `_run_in_processes`, using the workers of the other ranks too. remote: task of each (rank, slot)."""
         waiting = iter(tasks)
         remote = {(rank, slot): next(waiting, None) for slot in range(self._workers) for rank in range(1, team.size)}
         for (rank, slot), task in remote.items():
@@ -113,28 +111,28 @@ class Pool:
             if not busy:
                 time.sleep(_PAUSE)
             for rank, slot, kind, value in team.messages():
-                at_work = remote[rank, slot]
-                assert at_work is not None
-                if _is_done(kind, value, at_work, report):
+                running = remote[rank, slot]
+                assert running is not None
+                if _is_done(kind, value, running, report):
                     remote[rank, slot] = task = next(waiting, None)
                     if task:
                         team.send_task(rank, slot, task, folder)
 
     def start(self) -> Connection:
-        """Start one more process; returns the connection to it."""
-        # spawn: forking a process that has threads (Arrow's, the caller's) can hang.
+        """Start another worker process; returns the connection to it."""
+        # spawn: forking a process with threads (Arrow's, the caller's) can deadlock.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs,), daemon=True)
-        # Ctrl-C reaches the whole group, the parent decides: blocked in the child from the start. The tracker must
-        # run by then: where start() has to start it, it lifts the block again.
+        # Ctrl-C is sent to the whole process group, but only the parent handles it: the child inherits a blocked
+        # SIGINT. The resource tracker must be running already, since starting it within start() unblocks the signal.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # Closed here, so that the pipe ends when the worker does.
+        # Close our copy, so that the pipe reaches EOF when the worker exits.
         theirs.close()
         self._processes[ours] = process
         return ours
@@ -151,15 +149,15 @@ class Pool:
                 raise self.death(connection, task) from None
 
     def death(self, connection: Connection, task: Task) -> CorpusError:
-        """What to say of a process that died at a task."""
+        """The error that reports the death of a worker during a task."""
         process = self._processes[connection]
         process.join()
         return CorpusError(_describe_exit(process.exitcode, task))
 
 
 def serve(team: Team, pool: Pool) -> None:
-    """Work for rank 0 until it says stop."""
-    # Ctrl-C reaches every rank; rank 0 decides.
+    """Run tasks from rank 0 until it sends "stop". Called on every rank but 0."""
+    # Ctrl-C is sent to every rank, but only rank 0 handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     slots: list[Connection] = []
     busy: dict[Connection, Task] = {}
@@ -188,7 +186,7 @@ def serve(team: Team, pool: Pool) -> None:
 
 
 def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:
-    """Take a message of a worker; raises what it reports."""
+    """Handle a message from a worker; returns whether its task has finished. Raises the error it reports, if any."""
     if kind == "progress":
         report(*value)
         return False
@@ -200,7 +198,7 @@ def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:
 
 
 def _read_result(path: Path, shared: bool) -> Any:
-    # A network file system may remember for a minute that the file was not there.
+    # Network file systems may cache the absence of a file for a minute.
     for _ in range(1200 if shared else 0):
         if path.exists():
             break
@@ -214,7 +212,7 @@ def _perform(task: Task, folder: Path, report: Report) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A worker is one thread: `tokenizers` reads this variable at each call."""
+    """Disable the threads of `tokenizers`, which reads this variable at each call: one worker is one thread."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -227,12 +225,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _describe_exit(code: int | None, task: Task) -> str:
+    """Error message for a worker that exited during a task; code: its exit code, negative if killed by a signal."""
     how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    memory = " (SIGKILL often means that memory ran out: use fewer workers)" if code == -signal.SIGKILL else ""
+    memory = " (SIGKILL often means out of memory: use fewer workers)" if code == -signal.SIGKILL else ""
     guard = "" if code is not None and code < 0 else ' (in a script, call build() under `if __name__ == "__main__":`)'
-    return (
-        f"{task.what}: the worker died, {how}{memory}{guard}. Run the same command again: it goes on where it stopped"
-    )
+    return f"{task.what}: the worker died, {how}{memory}{guard}. Rerun the same command: it resumes where it stopped"
 
 
 def _worker(connection: Connection) -> None:
@@ -244,11 +241,11 @@ def _worker(connection: Connection) -> None:
         while True:
             _serve(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent has closed its end: it is done, or stopped
+        return  # the parent has closed its end
 
 
 def _serve(connection: Connection) -> None:
-    """One task: receive, perform, answer. Raises EOFError or a pipe's error where the parent is gone."""
+    """Receive a task, run it and reply. Raises EOFError or a pipe error if the parent has exited."""
     task, folder = connection.recv()
     try:
         _perform(task, folder, lambda *numbers: connection.send(("progress", numbers)))

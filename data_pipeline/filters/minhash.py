@@ -1,19 +1,19 @@
-"""MinHash signatures of documents (Broder 1997), by the library rensa, and which documents duplicate earlier ones.
+"""Deduplication: exact duplicates by digest, near-duplicates by MinHash signatures (Broder 1997, library rensa).
 
-Two signatures of P values agree in a share of places whose mean is the Jaccard similarity J of the documents' sets of
-shingles, and whose standard deviation is √(J(1 − J)/P): 0.035 at J = 0.8 and P = 128. Documents whose signatures
-agree in at least `similarity` − 0.1 of the places are near-duplicates: at J = `similarity` = 0.8 that misses 1 pair
-in 400, at J = 0.5 it takes less than 1 in 100,000 for one.
+The share of equal values of two signatures of length P estimates the Jaccard similarity J of the documents' shingle
+sets, with standard deviation √(J(1 − J)/P): 0.035 at J = 0.8 and P = 128. Documents are near-duplicates if their
+signatures agree in at least `similarity` − 0.1 of the values: with `similarity` = 0.8, 1 pair in 400 is missed at
+J = 0.8, and less than 1 in 100,000 is a false positive at J = 0.5.
 
-Candidates come from 25 bands of 5 places (locality-sensitive hashing): a pair that agrees in no whole band is not
-compared; at J = 0.8 that is 1 in 20,000. Documents are visited in order, those held out first, and each is compared
-with those kept before it: every dropped document resembles a kept one, and no chain of similar documents drops what
-resembles none.
+Candidate pairs come from 25 bands of 5 values (locality-sensitive hashing): a pair that agrees in no complete band is
+not compared, which misses 1 in 20,000 at J = 0.8. Documents are visited in order, held-out ones first, and compared
+only with documents kept so far: every dropped document resembles a kept one, so that chains of similar documents drop
+nothing else.
 
-Memory: a signature is 512 bytes on disk; finding duplicates needs 33 bytes a document in memory, and about 3 kB for
-each one that shares a band with another.
+Memory: a signature takes 512 bytes on disk; the search takes 33 bytes of RAM per document, and about 3 kB for each one
+that shares a band with another.
 
-Shapes: D documents, P = 128 places, S shingles.
+Shapes: D documents, P = 128 values of a signature.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _EMPTY = np.uint32(0xFFFFFFFF)
 
 
 def check_library() -> str:
-    """`rensa` and its version, for the manifest. Raises CorpusError where it is not installed."""
+    """Name and version of the library. Raises CorpusError if rensa is not installed."""
     try:
         import rensa  # noqa: F401
     except ImportError:
         raise CorpusError(
-            "documents.duplicates near: needs the package rensa. Install it (pip install 'maskvr_ds[dedup]') "
+            "documents.duplicates near: requires the package rensa. Install it (pip install 'maskvr_ds[dedup]') "
             "or choose exact"
         ) from None
     from importlib.metadata import version
@@ -48,20 +48,21 @@ def check_library() -> str:
 
 
 class Signature:
-    """Signature of one document at a time, added up over its pieces."""
+    """MinHash signature of one document at a time, accumulated over its pieces."""
 
     def __init__(self, shingle: int) -> None:
         check_library()
         self._shingle = shingle
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
+    def reset(self) -> None:
+        """Start a new document."""
         self._values = np.full(PLACES, _EMPTY, np.uint32)
         self._tail = np.empty(0, np.uint64)
         self._any = False
 
     def add(self, words: NDArray[np.uint64]) -> None:
-        """words: uint64 [W], hashes of the next words of the document."""
+        """Add a piece. words: uint64 [W], hashes of the next words of the document."""
         words = np.concatenate([self._tail, words])
         self._update(ngram_hashes(words, self._shingle))
         self._tail = words[-(self._shingle - 1) :] if self._shingle > 1 else words[:0]
@@ -76,16 +77,16 @@ class Signature:
             self._any = True
 
     def end(self) -> NDArray[np.uint32]:
-        """uint32 [P]. A document shorter than a shingle is one shingle."""
+        """The signature, uint32 [P]. A document shorter than a shingle counts as one shingle."""
         if not self._any and len(self._tail):
             self._update(ngram_hashes(self._tail, len(self._tail)))
         return self._values
 
 
 def exact_duplicates(digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Whether an earlier document has the same digest. digests: uint8 [D, 16]; bool [D]."""
+    """Whether an earlier document has the same digest: bool [D]. digests: uint8 [D, 16]."""
     halves = np.ascontiguousarray(digests).view(np.uint64)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: of equal ones the first comes first
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable sort: the first of equal documents stays first
     ordered = halves[order]
     out = np.zeros(len(digests), np.bool_)
     out[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
@@ -93,7 +94,7 @@ def exact_duplicates(digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def band_keys(signatures: NDArray[np.uint32], bands: Sequence[int]) -> NDArray[np.uint64]:
-    """uint64 [D, len(bands)]: hashes of the bands' places and numbers. signatures: uint32 [D, P]."""
+    """Hashes of bands of signatures, including the band's index: uint64 [D, len(bands)]. signatures: uint32 [D, P]."""
     out = np.zeros((len(signatures), len(bands)), np.uint64)
     out[:] = np.array(bands, np.uint64)
     for place in range(BAND):
@@ -104,7 +105,7 @@ def band_keys(signatures: NDArray[np.uint32], bands: Sequence[int]) -> NDArray[n
 
 
 def _sharing(signatures: Sequence[NDArray[np.uint32]], usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Documents that agree with another in a whole band: bool [D]. signatures: parts of uint32 [D, P]."""
+    """Whether a document shares a band with another usable one: bool [D]. signatures: parts of uint32 [D, P]."""
     shares = np.zeros(len(usable), np.bool_)
     for band in range(BANDS):
         keys = np.concatenate([band_keys(part, [band])[:, 0] for part in signatures])
@@ -119,10 +120,10 @@ def _sharing(signatures: Sequence[NDArray[np.uint32]], usable: NDArray[np.bool_]
 def near_duplicates(
     signatures: Sequence[NDArray[np.uint32]], usable: NDArray[np.bool_], similarity: float
 ) -> NDArray[np.bool_]:
-    """Whether a document resembles an earlier one that is kept.
+    """Whether a document is a near-duplicate of an earlier kept one: bool [D], False if not usable.
 
-    signatures: parts that join to uint32 [D, P], for instance memory maps; usable: bool [D], documents that are not
-    dropped already. Returns bool [D], False where not usable. A document without a word resembles none.
+    signatures: parts that concatenate to uint32 [D, P], for instance memory maps; usable: bool [D], documents not
+    dropped yet. Documents without words have no near-duplicates.
     """
     out = np.zeros(len(usable), np.bool_)
     if not len(usable):

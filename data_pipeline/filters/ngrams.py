@@ -1,8 +1,8 @@
-"""Hashes of words and of runs of n words, and the n-grams of task files that a corpus must not share.
+"""Word and n-gram hashes, and the n-grams of task files for decontamination.
 
-A word is a run of letters, marks, digits and underscores, case folded; a sign of the scripts that put no spaces between
-words (Chinese, Japanese) is a word of its own. Hashes are 64 bits: among N n-grams a foreign one is taken for one of
-them with probability N / 2^64.
+A word is a run of letters, marks, digits and underscores, case-folded; each character of scripts without spaces
+between words (Chinese, Japanese) is a word. Hashes have 64 bits: another n-gram collides with one of N n-grams with
+probability N / 2^64.
 
 Shapes: W words, N n-grams.
 """
@@ -25,14 +25,14 @@ from data_pipeline.files import CorpusError, sha256_file
 
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 _LIMIT = 1 << 19
-# An odd multiplier of full period for the polynomial over the words (Knuth's MMIX), and splitmix64's finaliser.
+# Multiplier of the polynomial over the words (odd and of full period: Knuth's MMIX), and splitmix64's finaliser.
 _BASE = np.uint64(6364136223846793005)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 SUFFIXES = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
 
 
 class WordHashes(dict[str, int]):
-    """Text → hashes of its words; remembers words, and forgets them all when they are many."""
+    """Hashes of the words of a text, cached; the cache is cleared when it exceeds its limit."""
 
     def __missing__(self, word: str) -> int:
         found = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
@@ -40,7 +40,7 @@ class WordHashes(dict[str, int]):
         return found
 
     def __call__(self, text: str) -> NDArray[np.uint64]:
-        """uint64 [W]."""
+        """Hashes of the words of `text`, uint64 [W]."""
         if len(self) > _LIMIT:
             self.clear()
         words = _WORD.findall(text.casefold())
@@ -48,7 +48,7 @@ class WordHashes(dict[str, int]):
 
 
 def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """Hashes of the runs of n words: uint64 [max(W - n + 1, 0)]. words: uint64 [W]."""
+    """Hashes of the n-grams, uint64 [max(W - n + 1, 0)]. words: uint64 [W]."""
     if len(words) < n:
         return np.empty(0, np.uint64)
     count = len(words) - n + 1
@@ -63,18 +63,18 @@ def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
 
 
 def task_digests(paths: Sequence[str | Path]) -> dict[str, str]:
-    """SHA-256 of each task file, by its path. Raises CorpusError where one is missing or of another kind."""
+    """SHA-256 of each task file, by path. Raises CorpusError if a file is missing or of an unknown type."""
     for path in map(Path, paths):
         _kind(path)
     return {str(path): sha256_file(Path(path)) for path in paths}
 
 
 def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
-    """Hashes of all n-grams of all texts of task files: uint64 [N] ascending. Texts shorter than n words have none.
+    """Hashes of all n-grams of all texts in task files: uint64 [N], ascending and unique.
 
-    Files: .txt (a text a line), .tsv and .csv (each cell), .json, .jsonl (each string in it, at any depth), .parquet
-    (each column of strings); each but the last also .gz. Raises CorpusError where a file is missing, of another kind,
-    broken, or holds no n-gram.
+    A text is a line of .txt, a cell of .tsv or .csv, a string at any depth of .json or .jsonl, or an entry of a string
+    column of .parquet; all but the last may be gzipped (.gz). Raises CorpusError if a file is missing, of an unknown
+    type, unreadable, or has no text of at least n words.
     """
     hashes = WordHashes()
     found: list[NDArray[np.uint64]] = []
@@ -84,23 +84,23 @@ def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
             grams.append(ngram_hashes(hashes(text), n))
         found.append(np.unique(np.concatenate([np.empty(0, np.uint64), *grams])))
         if len(found[-1]) == 0:
-            raise CorpusError(f"{path}: no text in it has {n} words. Give a smaller decontaminate_words or other files")
+            raise CorpusError(f"{path}: no text has {n} words. Use a smaller decontaminate_words or other files")
     return np.unique(np.concatenate(found))
 
 
 def _kind(path: Path) -> tuple[str, bool]:
-    """Suffix of a task file, and whether it is packed."""
-    packed = path.suffix.lower() == ".gz"
-    suffix = Path(path.stem if packed else path.name).suffix.lower()
+    """Suffix of a task file, and whether it is gzipped. Raises CorpusError if it is missing or of an unknown type."""
+    gzipped = path.suffix.lower() == ".gz"
+    suffix = Path(path.stem if gzipped else path.name).suffix.lower()
     if suffix not in SUFFIXES or not path.is_file():
-        raise CorpusError(f"{path}: must be a file of {', '.join(SUFFIXES)} to decontaminate against")
-    return suffix, packed
+        raise CorpusError(f"{path}: decontamination needs an existing file of type {', '.join(SUFFIXES)}")
+    return suffix, gzipped
 
 
 def _texts(path: Path) -> Iterator[str]:
-    suffix, packed = _kind(path)
+    suffix, gzipped = _kind(path)
     try:
-        if suffix == ".parquet" and not packed:
+        if suffix == ".parquet" and not gzipped:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
@@ -109,7 +109,7 @@ def _texts(path: Path) -> Iterator[str]:
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     yield from (text for text in column.to_pylist() if text)
             return
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8", newline="") as file:
+        with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", newline="") as file:
             if suffix == ".json":
                 yield from _strings(json.load(file))
             elif suffix == ".jsonl":
@@ -123,7 +123,7 @@ def _texts(path: Path) -> Iterator[str]:
                 for line in file:
                     yield from line.split("\t") if suffix == ".tsv" else (line,)
     except (ValueError, OSError, EOFError, csv.Error) as error:
-        raise CorpusError(f"{path}: cannot be read ({error}). Correct the file or leave it out") from error
+        raise CorpusError(f"{path}: cannot be read ({error}). Correct the file or remove it from the list") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,11 +1,11 @@
-"""Which documents go into a corpus, and how their text is cleaned: rules that look at one document at a time.
+"""Per-document cleaning and filtering rules.
 
-In this order: bytes that are not UTF-8, Unicode normalisation and control characters, length, quality, contamination.
-A document is dropped for the first rule that it breaks, and counted under that rule's name. The shares are counted in
-characters by their Unicode category, so the rules mean the same in every script.
+Applied in this order: invalid UTF-8, Unicode normalisation and control characters, length, quality, contamination.
+A document is dropped by the first rule it violates, and counted under the name of that rule. Shares count characters
+by Unicode category, so the rules work for every script.
 
-Documents longer than `documents.PIECE` characters come in pieces: length and quality are judged by the first, bad bytes
-and contamination by all of them.
+Documents longer than sources.documents.PIECE characters arrive in pieces: length and quality are checked on the first
+piece, invalid bytes and contamination on all of them.
 """
 
 from __future__ import annotations
@@ -28,47 +28,46 @@ from data_pipeline.filters.ngrams import WordHashes, ngram_hashes
 Share = Annotated[float, Field(ge=0, le=1)]
 DIGEST = 16
 
-# utf-8 "surrogateescape" makes these of bad bytes, JSON escapes may spell any lone surrogate.
+# Invalid bytes decoded with "surrogateescape"; JSON escapes may also contain any lone surrogate.
 _BAD = re.compile("[\ud800-\udfff]+")
-# C0, DEL and C1 without tab and line end, which are text, and those that are line ends, which become one.
+# C0, DEL and C1, except tab, line feed, and the other line ends (those become line feeds).
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _LETTER, _DIGIT, _SPACE, _OTHER = range(4)
 
 
 class DocumentRules(BaseModel):
-    """The section `documents` of a corpus description. The defaults change and drop nothing."""
+    """Section `documents` of a corpus description. The defaults neither change nor drop any document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bad_bytes: Literal["error", "replace", "skip"] = Field(
         default="error",
-        description="bytes that are not UTF-8: an error, replaced by U+FFFD, or the document is dropped",
+        description="invalid UTF-8: raise an error, replace by U+FFFD, or skip the document",
     )
     normalize: Literal["none", "nfc"] = Field(default="none", description="Unicode normalisation form of the text")
     control_characters: Literal["keep", "remove"] = Field(
-        default="keep", description="remove: control characters but tab go, every kind of line end becomes a line feed"
+        default="keep", description="remove: delete control characters except tab, convert all line ends to line feeds"
     )
     min_characters: int = Field(default=0, ge=0, description="shorter documents are dropped")
     max_characters: int | None = Field(default=None, ge=1, le=1 << 20, description="longer documents are dropped")
     min_letters: Share = Field(
-        default=0.0, description="least share of letters and marks among what is not white space"
+        default=0.0, description="minimum share of letters and marks among non-white-space characters"
     )
-    max_digits: Share = Field(default=1.0, description="greatest share of digits among what is not white space")
-    max_repeated_lines: Share = Field(
-        default=1.0, description="greatest share of characters in lines that occurred before"
-    )
+    max_digits: Share = Field(default=1.0, description="maximum share of digits among non-white-space characters")
+    max_repeated_lines: Share = Field(default=1.0, description="maximum share of characters in repeated lines")
     duplicates: Literal["keep", "exact", "near"] = Field(
-        default="keep", description="exact: of equal documents the first stays; near: also of similar ones (MinHash)"
+        default="keep",
+        description="exact: keep only the first of equal documents; near: also of similar ones (MinHash)",
     )
     similarity: float = Field(
         default=0.8, ge=0.5, le=1, description="Jaccard similarity from which documents are near-duplicates"
     )
-    shingle: int = Field(default=5, ge=1, le=64, description="words of a shingle, of which similarity is counted")
+    shingle: int = Field(default=5, ge=1, le=64, description="words per shingle for the Jaccard similarity")
     decontaminate: tuple[str, ...] = Field(
-        default=(), description="task files, or globs: documents that share an n-gram are dropped"
+        default=(), description="task files or globs: drop documents that share an n-gram with them"
     )
-    decontaminate_words: PositiveInt = Field(default=13, le=64, description="words of such an n-gram")
+    decontaminate_words: PositiveInt = Field(default=13, le=64, description="words per n-gram for decontamination")
 
     @model_validator(mode="after")
     def _lengths(self) -> DocumentRules:
@@ -78,6 +77,7 @@ class DocumentRules(BaseModel):
 
     @property
     def cleans(self) -> bool:
+        """Whether the rules may change the text of a document."""
         return self != DocumentRules() and (
             self.bad_bytes != "error" or self.normalize != "none" or self.control_characters != "keep"
         )
@@ -85,7 +85,7 @@ class DocumentRules(BaseModel):
 
 @lru_cache(maxsize=1)
 def _classes() -> NDArray[np.uint8]:
-    """uint8 [0x110000]: class of each code point."""
+    """Class of each code point (_LETTER, _DIGIT, _SPACE, _OTHER): uint8 [0x110000]."""
     kinds = {"L": _LETTER, "M": _LETTER, "N": _DIGIT, "Z": _SPACE}
     found = [kinds.get(unicodedata.category(chr(point))[0], _OTHER) for point in range(0x110000)]
     for sign in "\t\n\r\x0b\x0c":
@@ -94,7 +94,7 @@ def _classes() -> NDArray[np.uint8]:
 
 
 def clean(text: str, rules: DocumentRules) -> tuple[str, bool]:
-    """The text as the rules want it, and whether it held bad bytes (which `skip` leaves in it)."""
+    """The cleaned text, and whether it had invalid bytes (bad_bytes "error" does not look for them)."""
     bad = False
     if not text.isascii():
         if rules.bad_bytes != "error" and _BAD.search(text):
@@ -108,7 +108,7 @@ def clean(text: str, rules: DocumentRules) -> tuple[str, bool]:
 
 
 def quality_fault(text: str, rules: DocumentRules) -> str | None:
-    """The first rule of length and quality that a document's text breaks, or None."""
+    """Name of the first length or quality rule that the text violates, or None."""
     if len(text) < rules.min_characters:
         return "too_short"
     if rules.max_characters is not None and len(text) > rules.max_characters:
@@ -130,11 +130,11 @@ def quality_fault(text: str, rules: DocumentRules) -> str | None:
 
 
 @dataclass
-class Judged:
-    """What is left of a batch of n texts, of which m end a document.
+class FilteredBatch:
+    """Texts of a batch that passed the rules; `ends` says which of them end a document.
 
-    digests: of the whole documents; signatures: uint32 [P] each; late: the rule that a document broke of which
-    pieces were handed on already, or None: it is to be dropped all the same.
+    Per document that ends: digests; signatures, uint32 [P] each; late, the rule violated by a document some of whose
+    pieces were already passed on (it must be dropped afterwards), else None.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -144,12 +144,12 @@ class Judged:
     late: list[str | None] = field(default_factory=list)
 
 
-class Judge:
-    """Applies the rules to texts in order; remembers a document whose end has not come yet.
+class DocumentFilter:
+    """Applies the rules to a sequence of texts; keeps the state of an unfinished document between calls.
 
-    `dropped` counts documents by rule, `replaced` those with replaced bytes. With `fingerprints` documents get a
-    digest, and a MinHash signature where the rules ask for near-duplicates. contaminated: uint64 [N] ascending, hashes
-    of the task files' n-grams.
+    `dropped` counts dropped documents by rule, `replaced` documents with replaced bytes. fingerprints: compute digests,
+    and MinHash signatures if the rules ask for near-duplicates. contaminated: uint64 [N] ascending, hashes of the
+    n-grams of task files.
     """
 
     def __init__(self, rules: DocumentRules, fingerprints: bool, contaminated: NDArray[np.uint64] | None) -> None:
@@ -160,30 +160,31 @@ class Judge:
         self._contaminated = contaminated
         self.dropped: Counter[str] = Counter()
         self.replaced = 0
-        self._begun = False
-        self._fault: str | None = None  # of the document that has begun
+        # State of the current document.
+        self._started = False
+        self._fault: str | None = None
         self._bad = False
-        self._written = False  # pieces of it are in the output
+        self._written = False  # some of its pieces are in the output
         self._digest = hashlib.blake2b(digest_size=DIGEST)
         near = fingerprints and rules.duplicates == "near"
         self._words = WordHashes() if near or contaminated is not None else None
         self._signature = Signature(rules.shingle) if near else None
 
-    def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> Judged:
-        out = Judged()
+    def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> FilteredBatch:
+        out = FilteredBatch()
         for text, end in zip(texts, ends, strict=True):
-            self._judge(text, end, out)
+            self._add(text, end, out)
         return out
 
-    def _judge(self, text: str, end: bool, out: Judged) -> None:
+    def _add(self, text: str, end: bool, out: FilteredBatch) -> None:
         rules = self._rules
-        first = not self._begun
+        first = not self._started
         if first:
             self._fault, self._bad, self._written = None, False, False
             self._digest = hashlib.blake2b(digest_size=DIGEST)
             if self._signature:
-                self._signature.begin()
-        self._begun = not end
+                self._signature.reset()
+        self._started = not end
         if rules.cleans:
             text, bad = clean(text, rules)
             text = text.lstrip() if first else text
@@ -198,7 +199,7 @@ class Judge:
             if self._fault is None and rules.max_characters is not None and not end:
                 self._fault = "too_long"
         if self._fault is None:
-            self._read(text)
+            self._fingerprint(text)
         if self._fault is None or self._written:
             self._written = True
             out.texts.append(text)
@@ -214,8 +215,8 @@ class Judge:
                 if self._signature:
                     out.signatures.append(self._signature.end())
 
-    def _read(self, text: str) -> None:
-        """Fingerprints of a piece, and whether it shares an n-gram with a task."""
+    def _fingerprint(self, text: str) -> None:
+        """Update digest and signature with a piece; set the fault if it shares an n-gram with a task file."""
         if self._fingerprints:
             self._digest.update(text.encode())
         if self._words is None:

@@ -1,10 +1,10 @@
-"""What a corpus is made of, in one YAML file:
+"""Corpus descriptions: sources and document rules in one YAML file, for example
 
     sources:
       - name: wiki
         inputs: [extracted/]            # files, folders, globs; relative to this file
         format: wikiextractor
-        weight: 2                       # its documents are used twice
+        weight: 2                       # each document is used twice
       - name: books
         inputs: ['books/*.jsonl.zst']
         text_field: body
@@ -17,7 +17,7 @@
     documents: {bad_bytes: replace, normalize: nfc, duplicates: near, min_characters: 200}
     sentences: punctuation
 
-The order of the sources does not matter: they are taken in the order of their names.
+The order of the sources has no effect: they are sorted by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from data_pipeline.filters.rules import DocumentRules
 from data_pipeline.sources.inputs import BUILDER, Source, find_sources
 
 FORMATS = ("auto", "text", "jsonl", "parquet", "wikiextractor", "dataset")
-# What a file's suffix says goes for "auto"; the other formats take files of any name.
+# "auto" goes by the suffix of each file; the other formats accept any file name.
 _KINDS = {"auto": "", "text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet", "wikiextractor": ".wiki"}
 MAX_WEIGHT = 1000
 
@@ -51,18 +51,18 @@ class SourceSection(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(description="plain name, unique")
     inputs: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="files, folders and globs")
     format: str = Field(
-        default="auto", description=f"{', '.join(FORMATS)} or builder:NAME; auto goes by the files' suffixes"
+        default="auto", description=f"{', '.join(FORMATS)} or builder:NAME; auto goes by file name suffixes"
     )
     documents: Literal["blank-line", "line", "file"] = Field(
-        default="blank-line", description="what a document of .txt is"
+        default="blank-line", description="unit of a document in .txt files"
     )
     text_field: str = Field(default="text", description="field or column that holds the text")
-    split: str | None = Field(default=None, description="dataset: which split, where several were saved together")
+    split: str | None = Field(default=None, description="split to use, if format is dataset and several were saved")
     weight: float = Field(
         default=1.0,
         gt=0,
         le=MAX_WEIGHT,
-        description="how often its documents are used; 0.5: half of them, chosen by hash",
+        description="number of times each document is used; 0.5: half of them, selected by hash",
     )
 
     @field_validator("format")
@@ -79,15 +79,15 @@ class Description(_Section):
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     documents: DocumentRules = DocumentRules()
     sentences: Literal["punctuation", "line"] | None = Field(
-        default=None, description="store where sentences begin: after punctuation, or a sentence a line"
+        default=None, description="store sentence starts: after punctuation, or at each line"
     )
-    word_starts: bool = Field(default=False, description="store where words begin")
+    word_starts: bool = Field(default=False, description="store word starts")
 
     @model_validator(mode="after")
     def _unique(self) -> Description:
         names = [source.name for source in self.sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"source {twice[0]!r} is there twice: give every source a name of its own")
+            raise ValueError(f"source name {twice[0]!r} is not unique: rename one of the sources")
         return self
 
     def sorted(self) -> Description:
@@ -95,24 +95,23 @@ class Description(_Section):
 
 
 def read_description(path: str | Path) -> Description:
-    """Read and check a YAML file; paths in it become absolute. Raises CorpusError naming the key and the rule."""
+    """Read and validate a YAML file; its paths are made absolute. Raises CorpusError naming the key and the rule."""
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(raw, dict):
-        raise CorpusError(f"{path}: needs the key sources, a list; see python -m data_pipeline build --help")
+        raise CorpusError(f"{path}: the key sources is required: a list, such as [{{name: a, inputs: [texts/]}}]")
     try:
         found = Description.model_validate(raw)
     except ValidationError as error:
-        found_at = error.errors(include_url=False)
-        # A list whose only entry is at fault is reported as empty too.
+        faults = error.errors(include_url=False)
+        # A list whose only entry is invalid is also reported as empty.
         real = [
             e
-            for e in found_at
-            if e["type"] != "too_short"
-            or not any(o["loc"][: len(e["loc"])] == e["loc"] for o in found_at if o is not e)
+            for e in faults
+            if e["type"] != "too_short" or not any(o["loc"][: len(e["loc"])] == e["loc"] for o in faults if o is not e)
         ]
         raise CorpusError("\n".join(f"{path}: {_in_words(e)}" for e in real)) from None
     base = path.resolve().parent
@@ -121,14 +120,14 @@ def read_description(path: str | Path) -> Description:
         for source in found.sources
     )
     patterns = [_below(base, item) for item in found.documents.decontaminate]
-    # A pattern that matches nothing stays, and is then refused as a missing file.
+    # A pattern without matches is kept, and later reported as a missing file.
     tasks = tuple(path for item in patterns for path in _matches(item))
     documents = found.documents.model_copy(update={"decontaminate": tasks})
     return found.model_copy(update={"sources": sources, "documents": documents}).sorted()
 
 
 def _below(base: Path, item: str) -> str:
-    """The absolute path or pattern of an item: brackets in the folder's own path are no pattern."""
+    """Absolute path or pattern of an item, with glob characters in the base folder escaped."""
     literal = (base / item).exists() or not glob.has_magic(item)
     return str(base / item if literal else Path(glob.escape(str(base))) / item)
 
@@ -140,7 +139,7 @@ def _matches(item: str) -> list[str]:
 
 
 def _in_words(fault: Any) -> str:
-    """One of pydantic's faults: where, which rule, the value."""
+    """Format a pydantic error: key, rule, value."""
     where = ".".join(map(str, fault["loc"])) or "description"
     if fault["type"] == "extra_forbidden":
         sections: dict[Any, type[BaseModel]] = {"sources": SourceSection, "documents": DocumentRules}
@@ -151,15 +150,14 @@ def _in_words(fault: Any) -> str:
 
 
 def description_yaml(description: Description) -> str:
-    """The description as YAML, defaults left out: what is saved with the shards."""
+    """The description as YAML without defaults, as saved with the corpus."""
     return yaml.safe_dump(description.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
 def find_files(description: Description, exclude: Sequence[Path] = ()) -> list[list[Source]]:
-    """The files of each source, in the order of the sources. Where there are several sources, or one with a name of its
-    own, names begin with the source's.
+    """The files of each source, in the order of the sources.
 
-    Raises CorpusError as `find_sources` does, and where a file belongs to two sources.
+    Raises CorpusError like `find_sources`, and if a file belongs to two sources.
     """
     groups: list[list[Source]] = []
     seen: dict[Path, str] = {}
@@ -169,38 +167,38 @@ def find_files(description: Description, exclude: Sequence[Path] = ()) -> list[l
             kind = ".arrow"
             inputs = [str(file) for folder in inputs for file in _dataset_files(Path(folder), section.split)]
         elif section.split is not None:
-            raise CorpusError(f"source {section.name}: split is for format dataset, this one is {section.format}")
+            raise CorpusError(f"source {section.name}: split requires format dataset, found {section.format}")
         if kind.startswith(BUILDER):
             _check_builder(section.name, kind.removeprefix(BUILDER))
         files = find_sources(inputs, exclude, kind)
         for file in files:
             path = Path(file.path).resolve()
             if (other := seen.setdefault(path, section.name)) != section.name:
-                raise CorpusError(f"{file.path}: belongs to the sources {other} and {section.name}. Name it in one")
+                raise CorpusError(f"{file.path}: is in both sources {other} and {section.name}. Remove it from one")
         groups.append(files)
     return groups
 
 
 def _dataset_files(folder: Path, split: str | None) -> list[Path]:
-    """The Arrow files of a dataset that `datasets` saved to disk."""
+    """The Arrow files of a dataset saved by `datasets`' save_to_disk. Raises CorpusError if it is unusable."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in folder.iterdir() if (part / "state.json").is_file())
         if split is None or split not in splits:
-            found = f"split {split!r} is not among them" if split else "say which"
-            raise CorpusError(f"{folder}: holds the splits {', '.join(splits)}: {found} (split: NAME)")
+            found = f"split {split!r} does not exist" if split else "choose one"
+            raise CorpusError(f"{folder}: has the splits {', '.join(splits)}: {found} (split: NAME)")
         folder = folder / split
     elif split is not None:
-        raise CorpusError(f"{folder}: holds one dataset without splits: leave split {split!r} out")
+        raise CorpusError(f"{folder}: has one dataset without splits: remove split {split!r}")
     state = _read_json(folder / "state.json")
     if state.get("_indices_files"):
         raise CorpusError(
-            f"{folder}: was saved with an index over its rows (after select, shuffle or filter). "
+            f"{folder}: was saved with an indices mapping (after select, shuffle or filter). "
             "Save dataset.flatten_indices() instead"
         )
     files = state.get("_data_files")
     names = [item.get("filename") for item in files if isinstance(item, dict)] if isinstance(files, list) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise CorpusError(f"{folder}/state.json: names no data files in this folder. Save the dataset again")
+        raise CorpusError(f"{folder}/state.json: lists no data files in this folder. Save the dataset again")
     return [folder / str(name) for name in names]
 
 
@@ -208,18 +206,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CorpusError(f"{path}: no dataset saved by save_to_disk ({error})") from None
+        raise CorpusError(f"{path}: not a dataset saved by save_to_disk ({error})") from None
     if not isinstance(found, dict):
-        raise CorpusError(f"{path}: no dataset saved by save_to_disk (a JSON object is needed)")
+        raise CorpusError(f"{path}: not a dataset saved by save_to_disk (must be a JSON object)")
     return found
 
 
 def _check_builder(source: str, name: str) -> None:
-    """Only builders that come with the library: a name of anything else would be looked for on the network."""
+    """Raise CorpusError unless `name` is a builder packaged with `datasets`: others would be looked up on the Hub."""
     try:
         from datasets import packaged_modules
     except ImportError:
-        raise CorpusError(f"source {source}: format builder:{name} needs the package datasets. Install it") from None
+        raise CorpusError(f"source {source}: format builder:{name} requires the package datasets. Install it") from None
     known = packaged_modules._PACKAGED_DATASETS_MODULES
     if name not in known:
         raise CorpusError(f"source {source}: datasets has no builder {name!r}, only {', '.join(sorted(known))}")

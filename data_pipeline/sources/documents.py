@@ -1,10 +1,8 @@
-"""Bytes to documents: text files, WikiExtractor's files, JSON lines, columns of parquet and Arrow, and what a builder
-of `datasets` reads, streamed in bounded memory.
+"""Document readers for text, WikiExtractor, JSON lines, Parquet, Arrow and builders of `datasets`, in bounded memory.
 
-White space around a document does not count, and a document of nothing else is none. A document longer than
-PIECE characters is handed on in pieces, cut before a line end where there is one (else before a space, else
-anywhere): always at the same places, whatever the file around it. Tokenizers that split at white space, such
-as BERT's, give the same ids as for the whole.
+White space around documents is stripped, and empty documents are skipped. Documents longer than PIECE characters are
+split into pieces before a line end, else before a space, else anywhere. The cuts depend only on the document, and
+tokenizers that split at white space, such as BERT's, give the same ids as for the complete document.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _WIKI = re.compile(WIKI_END)
 _WIKI_HEAD = re.compile(r"\s*<doc [^\n]*>[ \t]*(?:\n|$)")
 
 Text = tuple[str, bool]
-"""A document or a piece of it, and whether the document ends with it."""
+"""A document or a piece of one, and whether the document ends with it."""
 
 
 def read_documents(
@@ -49,10 +47,10 @@ def read_documents(
 ) -> Iterator[Text]:
     """Yield the documents of a piece of a source, in order.
 
-    documents: one of DOCUMENTS, for text files; text_field: JSON field or column. With `lenient`, bytes that are not
-    UTF-8 come as lone surrogates (Python's "surrogateescape") instead of an error.
-    Raises CorpusError naming the file and the place: bytes that are not UTF-8, broken compression, a line
-    that is not JSON, a record without the field.
+    documents: one of DOCUMENTS, for text files; text_field: JSON field or column. lenient: decode invalid UTF-8 to lone
+    surrogates ("surrogateescape") instead of raising.
+    Raises CorpusError naming file and position for invalid UTF-8, corrupt compression, a line that is not JSON, or a
+    record without the field.
     """
     if source.format == ".parquet":
         yield from _parquet(source, piece, text_field, progress, lenient)
@@ -75,24 +73,24 @@ def read_documents(
 
 
 def _wiki(source: Source, texts: Iterator[Text]) -> Iterator[Text]:
-    """Cut the line `<doc id=… url=… title=…>` off the articles; the title below it stays."""
-    begun = False
+    """Remove the line `<doc id=… url=… title=…>` from articles; the title below it is kept."""
+    started = False
     for text, end in texts:
-        if not begun:
+        if not started:
             head = _WIKI_HEAD.match(text)
             if head is None:
                 raise CorpusError(
-                    f"{source.path}: an article begins with {text[:40]!r}, not with <doc …>. "
-                    "WikiExtractor did not write this: give the source another format (text, jsonl)"
+                    f"{source.path}: an article starts with {text[:40]!r}, not with <doc …>. "
+                    "Not an output file of WikiExtractor: use another format for the source (text, jsonl)"
                 )
             text = text[head.end() :].lstrip()
-        if text or not end or begun:
+        if text or not end or started:
             yield text, end
-        begun = not end
+        started = not end
 
 
 def batches(texts: Iterator[Text], size: int) -> Iterator[tuple[list[str], list[bool]]]:
-    """Group texts to batches of at least `size` characters (the last may be smaller)."""
+    """Group texts into batches of at least `size` characters (the last one may be smaller)."""
     batch: list[str] = []
     ends: list[bool] = []
     total = 0
@@ -119,7 +117,7 @@ def _decode(source: Source, start: int, stream: Readable, lenient: bool = False)
             where = f"byte {offset + error.start:,}{' of the decompressed text' if source.compression else ''}"
             raise CorpusError(
                 f"{source.path}: not UTF-8 at {where} (0x{data[error.start]:02x}: {error.reason}). "
-                "Convert the file to UTF-8, for instance with iconv"
+                "Convert the file to UTF-8, for example with iconv"
             ) from None
         if offset == 0:
             text = text.removeprefix("\ufeff")
@@ -129,30 +127,30 @@ def _decode(source: Source, start: int, stream: Readable, lenient: bool = False)
 
 
 def _text(blocks: Iterator[str], separator: re.Pattern[str] | None, closing: str = "") -> Iterator[Text]:
-    """closing: what to say where the last document has no separator behind it, if it must."""
-    rest, begun = "", False
+    """Split text at separators. closing: error message if the last document must end with a separator but does not."""
+    rest, started = "", False
     for block in blocks:
         rest += block
         if separator:
-            *whole, rest = separator.split(rest)
-            for text in whole:
-                yield from _pieces(text, begun)
-                begun = False
-        # White space at the end may belong to the separator: it does not decide whether the document is long.
-        while len(rest) > PIECE and len(rest.rstrip() if begun else rest.strip()) > PIECE:
-            rest = rest if begun else rest.lstrip()
+            *complete, rest = separator.split(rest)
+            for text in complete:
+                yield from _pieces(text, started)
+                started = False
+        # Trailing white space may belong to the separator, and must not make the document a long one.
+        while len(rest) > PIECE and len(rest.rstrip() if started else rest.strip()) > PIECE:
+            rest = rest if started else rest.lstrip()
             cut = _cut(rest, 0)
             yield rest[:cut], False
-            rest, begun = rest[cut:], True
-    yield from _pieces(rest, begun)
-    if closing and (begun or rest.strip()):
-        raise CorpusError(f"{closing}, without its </doc>: the file is cut short. Copy or extract it again")
+            rest, started = rest[cut:], True
+    yield from _pieces(rest, started)
+    if closing and (started or rest.strip()):
+        raise CorpusError(f"{closing}, without its </doc>: the file is truncated. Copy or extract it again")
 
 
-def _pieces(text: str, begun: bool = False) -> Iterator[Text]:
-    """Yield a document, or what is left of one that has `begun`, in pieces of at most PIECE characters."""
-    text = text.rstrip() if begun else text.strip()
-    if not text and not begun:
+def _pieces(text: str, started: bool = False) -> Iterator[Text]:
+    """Yield a document, or the rest of one that has `started`, in pieces of at most PIECE characters."""
+    text = text.rstrip() if started else text.strip()
+    if not text and not started:
         return
     start = 0
     while len(text) - start > PIECE:
@@ -163,8 +161,8 @@ def _pieces(text: str, begun: bool = False) -> Iterator[Text]:
 
 
 def _cut(text: str, start: int) -> int:
-    """Where to end a piece that begins at `start`. The line end itself stays with what follows: together with
-    text that has not been read yet it may be a blank line."""
+    """End of the piece that starts at `start`. The line end goes to the next piece, as it may be part of a blank line
+    with text that has not been read yet."""
     for sign in "\n", " ":
         if (cut := text.rfind(sign, start + 1, start + PIECE)) > 0:
             return cut
@@ -197,26 +195,26 @@ def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, l
 
 def _why_no_text(record: Any, field: str) -> str:
     if not isinstance(record, dict):
-        return f"a JSON object is needed, found {type(record).__name__}"
+        return f"must be a JSON object, found {type(record).__name__}"
     if field in record:
         return f"field {field!r} must be a string, found {type(record[field]).__name__}"
-    return f"has no field {field!r}, only {', '.join(record) or 'nothing'}. Name it with --text-field"
+    return f"has no field {field!r}, only {', '.join(record) or 'nothing'}. Set --text-field"
 
 
 def _lines(blocks: Iterator[str]) -> Iterator[str]:
-    begun: list[str] = []
+    parts: list[str] = []  # of the current line
     for block in blocks:
         first, *others = block.split("\n")
-        begun.append(first)
+        parts.append(first)
         if others:
-            yield "".join(begun)
+            yield "".join(parts)
             yield from others[:-1]
-            begun = [others[-1]]
-    yield "".join(begun)
+            parts = [others[-1]]
+    yield "".join(parts)
 
 
 def _line(source: Source, start: int, number: int) -> str:
-    """`path:line`; the lines before byte `start` are counted only now that somebody wants to know."""
+    """`path:line` of a line in the piece that starts at byte `start`; counts the lines before it."""
     with Path(source.path).open("rb") as file:
         while start > 0 and (block := file.read(min(start, _BLOCK))):
             number += block.count(b"\n")
@@ -231,7 +229,7 @@ def _parquet(source: Source, piece: Piece, column: str, progress: Progress, leni
             for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
                 yield from _column(source, batch.column(0), column, row, f"row group {group}", lenient)
                 row += batch.num_rows
-            # A file's bytes, shared out over its row groups: good enough for a progress bar.
+            # Approximate progress: the file size, divided equally among row groups.
             groups = file.num_row_groups
             progress(source.bytes * (group + 1) // groups - source.bytes * group // groups, 0)
 
@@ -247,12 +245,12 @@ def _arrow(source: Source, piece: Piece, column: str, progress: Progress, lenien
 
 
 def _column(source: Source, values: Any, column: str, first: int, where: str, lenient: bool) -> Iterator[Text]:
-    """The documents of an Arrow array of strings, which begins at row `first` of `where`."""
+    """The documents of an Arrow string array whose first row is row `first` of `where`."""
     if values.null_count:
         row = first + values.is_null().index(True).as_py()
         raise CorpusError(
             f"{source.path}: row {row:,} of {where} has no {column!r} (null). "
-            "Remove such rows or fill them with empty text"
+            "Remove such rows or replace null by an empty string"
         )
     try:
         values.validate(full=True)
@@ -263,7 +261,7 @@ def _column(source: Source, values: Any, column: str, first: int, where: str, le
                 f"{column!r} is not UTF-8 ({error}). Write the file again with valid text"
             ) from None
         values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
-        # Views are copied: no array of views is taken for one of another type.
+        # A string view array cannot be reinterpreted as another type without a copy.
         values = values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
         values = values.view(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
         for data in values.to_pylist():

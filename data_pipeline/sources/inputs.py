@@ -1,7 +1,7 @@
-"""Which files make the corpus, how they are opened, and how they are cut into units of work.
+"""Input files: listing, opening, and splitting them into units of work.
 
-The cut depends on the inputs alone, never on the number of workers: a unit is a run of small files, one
-compressed file, a byte range of a large plain file between two documents, or a run of parquet row groups.
+The split depends only on the inputs, not on the number of workers: a unit is a series of small files, one compressed
+file, a byte range of a large plain file between documents, or a series of Parquet row groups.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from data_pipeline.files import CorpusError
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-# Text is about this much larger than its gzip: units of compressed files shall take about as long as others.
+# Approximate compression ratio of text, so that units of compressed files take about as long as others.
 _EXPANSION = 4
 
-# A line of nothing but white space ends a document. As bytes and as text the same rule: the planner cuts
-# where the reader will split.
+# A line of only white space ends a document. The same rule for bytes and text: units are cut where the reader splits.
 BLANK_LINE = r"\n[ \t\r\f\v]*\n"
-# How WikiExtractor ends an article; no line of text looks like it (it escapes "<").
+# WikiExtractor's end of an article; it cannot occur in the text, where "<" is escaped.
 WIKI_END = r"</doc>[ \t\r]*(?:\n|$)"
 BUILDER = "builder:"
 _CUTS = {"blank-line": re.compile(BLANK_LINE.encode()), "line": re.compile(b"\n")}
 _WIKI_CUT = re.compile(rb"</doc>[ \t\r]*\n")
 
 Progress = Callable[[int, int], object]
-"""Called with (bytes read from disk, tokens made) since the last call."""
+"""Progress callback, called with (bytes read from disk, tokens produced) since the last call."""
 
 
 class Readable(Protocol):
@@ -45,8 +44,8 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """An input file. `name` is relative to the folder common to all inputs; size in bytes, mtime in ns. `kind`: its
-    format, where the suffix of the name does not say it."""
+    """An input file. name: relative to the common parent folder of all inputs; bytes: size; kind: format, if it is not
+    given by the file name suffix."""
 
     path: str
     name: str
@@ -68,27 +67,25 @@ class Source:
 
     @property
     def text_bytes(self) -> int:
-        """About how many bytes of text it holds."""
+        """Approximate number of bytes of text in the file."""
         return self.bytes * (_EXPANSION if self.compression else 1)
 
     def check_unchanged(self) -> None:
-        """Raise CorpusError where the file is not the one that the build began with."""
+        """Raise CorpusError if the file has been modified or removed since the build started."""
         try:
             stat = Path(self.path).stat()
         except FileNotFoundError:
-            raise CorpusError(f"{self.path}: vanished during the build. Put it back and run again") from None
+            raise CorpusError(f"{self.path}: disappeared during the build. Restore it and rerun") from None
         if (stat.st_size, stat.st_mtime_ns) != (self.bytes, self.mtime_ns):
             raise CorpusError(
-                f"{self.path}: changed since the build began ({self.bytes:,} bytes then, {stat.st_size:,} "
-                "now). "
+                f"{self.path}: changed since the build started ({self.bytes:,} bytes then, {stat.st_size:,} now). "
                 "Restore it, or build into another folder"
             )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a source: bytes [start, stop) of the file on disk, or its row groups [start, stop)
-    (parquet)."""
+    """Part of a source: bytes, Parquet row groups or Arrow record batches [start, stop) of the file."""
 
     source: int
     start: int
@@ -99,12 +96,12 @@ Unit = tuple[Piece, ...]
 
 
 def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kind: str = "") -> list[Source]:
-    """List the files that `inputs` (files, folders, globs) stand for, ordered by name.
+    """List the files that match `inputs` (files, folders, globs), sorted by name.
 
-    Folders are walked, but for those in `exclude`; files in them that are hidden or of another kind than
-    SUFFIXES are passed over, while a file that is named itself must be of these. With `kind`, all files but hidden ones
-    are of this format, whatever their names. What is passed over for its kind is counted in a line on stderr.
-    Raises CorpusError where an input is missing, nothing is found, one file is found twice, or its name is not UTF-8.
+    Folders are searched recursively, except those in `exclude`, skipping hidden files and files without a suffix in
+    SUFFIXES; explicitly named files must have one of these. kind: format of all non-hidden files, whatever their names.
+    The number of files skipped for their suffix is printed to stderr.
+    Raises CorpusError if an input is missing, no file is found, a file is found twice, or a name is not UTF-8.
     """
     paths: list[Path] = []
     others: Counter[str] = Counter()
@@ -120,27 +117,27 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
             elif kind or match.name.lower().endswith(SUFFIXES):
                 paths.append(match)
             else:
-                raise CorpusError(f"{match}: cannot be read as text. Known are {', '.join(SUFFIXES)}")
+                raise CorpusError(f"{match}: unknown file type. Supported: {', '.join(SUFFIXES)}")
     if not paths:
         rule = "no file in it" if kind else f"no file ends in {', '.join(SUFFIXES)}"
         raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: {rule}")
     seen: dict[Path, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.resolve(), path)) is not path:
-            raise CorpusError(f"{path}: is given twice (the same file as {other}). Name every input once")
-    # Not resolved: a link is known by its own name, a store of blobs behind it by none.
+            raise CorpusError(f"{path}: is listed twice (same file as {other}). List every input once")
+    # Symbolic links keep their names: the names of the blobs they may point to mean nothing.
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
     common = os.path.commonpath([path.parent for path in absolute])
     sources = []
     for path in absolute:
         stat = path.stat()
         sources.append(Source(str(path), path.relative_to(common).as_posix(), stat.st_size, stat.st_mtime_ns, kind))
-        # The name goes into the manifest, which is UTF-8.
+        # Names are stored in the manifest, which is UTF-8.
         if not _is_utf8(sources[-1].name):
             raise CorpusError(f"{str(path)!a}: file name is not UTF-8; rename it")
     if others:
         counts = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-        print(f"passed over {others.total():,} files: {counts}", file=sys.stderr)
+        print(f"skipped {others.total():,} files: {counts}", file=sys.stderr)
     return sorted(sources, key=lambda source: source.name)
 
 
@@ -153,7 +150,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def _walk(folder: Path, exclude: set[str], suffixes: str | tuple[str, ...], others: Counter[str]) -> Iterator[Path]:
-    """Files below a folder; into `others` go the suffixes of those of another kind, but hidden ones."""
+    """Files below a folder; counts the suffixes of skipped files, except hidden ones, in `others`."""
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [
             name for name in folders if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
@@ -172,11 +169,10 @@ def _raise(error: OSError) -> None:
 
 
 def cut_units(sources: Sequence[Source], documents: str, text_field: str, unit_bytes: int) -> list[Unit]:
-    """Cut the sources into units of about `unit_bytes` bytes of text each, in order, nothing twice or left
-    out.
+    """Split the sources into units of about `unit_bytes` bytes of text, in order and without gaps or overlaps.
 
-    documents: how text files hold documents ("blank-line", "line", "file"); text_field: the column of parquet
-    files. Raises CorpusError where a parquet file is broken or lacks the column.
+    documents: unit of a document in text files ("blank-line", "line", "file"); text_field: column of Parquet and Arrow
+    files. Raises CorpusError if such a file is corrupt or lacks the column.
     """
     units: list[Unit] = []
     small: list[Piece] = []
@@ -196,7 +192,7 @@ def cut_units(sources: Sequence[Source], documents: str, text_field: str, unit_b
 def _cut_source(
     i: int, source: Source, documents: str, text_field: str, unit_bytes: int
 ) -> Iterator[tuple[Piece, int]]:
-    """Pieces of one source, each with its size in bytes of text."""
+    """Pieces of one source, with their sizes in bytes of text."""
     if source.format == ".parquet":
         yield from _cut_parquet(i, source, text_field, unit_bytes)
     elif source.format == ".arrow":
@@ -218,14 +214,14 @@ def _cut_source(
 
 
 def _next_cut(file: Any, position: int, rule: re.Pattern[bytes], size: int) -> int:
-    """First place behind `position` where a document begins, or the end of the file."""
+    """Offset of the first document that starts after `position`, or the end of the file."""
     file.seek(position)
     data, base = b"", position
     while block := file.read(1 << 16):
         data += block
         if match := rule.search(data):
             return base + match.end()
-        # What begins at the last line end may still become a blank line; nothing before it can.
+        # A separator may still start at the last line end, but not before it.
         keep = max(data.rfind(b"\n"), 0) if b"\n" in data else len(data)
         base, data = base + keep, data[keep:]
     return size
@@ -250,12 +246,12 @@ def _check_column(source: Source, schema: pa.Schema, text_field: str) -> None:
     if text_field not in schema.names:
         raise CorpusError(
             f"{source.path}: has no column {text_field!r}, only {', '.join(schema.names)}. "
-            "Name the one that holds the text with --text-field"
+            "Set --text-field to the column that holds the text"
         )
     kind = schema.field(text_field).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise CorpusError(f"{source.path}: column {text_field!r} holds {kind}, text (string) is needed")
+        raise CorpusError(f"{source.path}: column {text_field!r} has type {kind}, must be string")
 
 
 def _cut_arrow(i: int, source: Source, text_field: str, unit_bytes: int) -> Iterator[tuple[Piece, int]]:
@@ -274,27 +270,27 @@ def _cut_arrow(i: int, source: Source, text_field: str, unit_bytes: int) -> Iter
 
 @contextmanager
 def open_arrow(source: Source) -> Iterator[Any]:
-    """The record batches of an Arrow stream file, as `datasets` saves it, read in the memory map.
+    """The record batches of a memory-mapped Arrow stream file, as saved by `datasets`.
 
-    Raises CorpusError where the file is broken, also while it is being read.
+    Raises CorpusError if the file is corrupt, also while it is being read.
     """
     try:
         with pa.memory_map(source.path) as file, pa.ipc.open_stream(file) as reader:
             yield reader
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{source.path}: broken Arrow file ({error}). Save the dataset again") from error
+        raise CorpusError(f"{source.path}: corrupt Arrow file ({error}). Save the dataset again") from error
 
 
 @contextmanager
 def open_builder(source: Source, text_field: str) -> Iterator[Iterator[str]]:
-    """The texts that a builder of `datasets` reads from one local file, in order, streamed.
+    """Stream the texts of one local file through a builder of `datasets`.
 
-    Raises CorpusError where the library is missing, the builder fails, or a record has no such text.
+    Raises CorpusError if the library is missing, the builder fails, or a record has no such text.
     """
     try:
         import datasets
     except ImportError:
-        raise CorpusError(f"{source.path}: format {source.format} needs the package datasets. Install it") from None
+        raise CorpusError(f"{source.path}: format {source.format} requires the package datasets. Install it") from None
     name = source.format.removeprefix(BUILDER)
     place = f"{source.path} (builder {name})"
 
@@ -304,44 +300,42 @@ def open_builder(source: Source, text_field: str) -> Iterator[Iterator[str]]:
             text = record.get(text_field)
             if not isinstance(text, str):
                 found = f"only {', '.join(map(str, record))}" if text_field not in record else type(text).__name__
-                raise CorpusError(
-                    f"{place}: record {row:,} has no text in {text_field!r}, {found}. Name its text_field"
-                )
+                raise CorpusError(f"{place}: record {row:,} has no text in {text_field!r}, {found}. Set text_field")
             yield text
 
     try:
         yield texts()
     except CorpusError:
         raise
-    except Exception as error:  # a builder raises whatever its parser does
+    except Exception as error:  # the parser of a builder may raise anything
         raise CorpusError(f"{place}: cannot be read ({type(error).__name__}: {error}). Correct the file") from error
 
 
 @contextmanager
 def open_parquet(source: Source) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises CorpusError where the file is broken, also while it is being read."""
+    """A pyarrow ParquetFile. Raises CorpusError if the file is corrupt, also while it is being read."""
     import pyarrow.parquet as pq
 
     try:
-        # Buffered: of a column chunk of any size only some pages are in memory.
+        # Buffered, so that only some pages of a column chunk are in memory, whatever its size.
         with pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{source.path}: broken parquet file ({error}). Copy or make it again") from error
+        raise CorpusError(f"{source.path}: corrupt Parquet file ({error}). Copy or create it again") from error
 
 
 @contextmanager
 def open_bytes(source: Source, piece: Piece, progress: Progress) -> Iterator[Readable]:
-    """The (decompressed) bytes of a piece of a text or jsonl file, in order.
+    """A reader of the (decompressed) bytes of a piece of a text or JSON lines file.
 
-    Raises CorpusError where compressed data are broken or end too early.
+    Raises CorpusError if compressed data are corrupt or truncated.
     """
     if source.compression is None:
         with Path(source.path).open("rb", buffering=0) as file:
             yield _Range(file, piece, progress)
         return
     if source.bytes == 0:
-        raise CorpusError(f"{source.path}: broken {source.compression} file (it is empty). Copy or make it again")
+        raise CorpusError(f"{source.path}: corrupt {source.compression} file (empty). Copy or create it again")
     with pa.OSFile(source.path, "rb") as raw, pa.CompressedInputStream(raw, source.compression) as stream:
         yield _Decompressed(source, raw, stream, progress)
 
@@ -368,7 +362,7 @@ class _Decompressed:
             data = self._stream.read(n)
         except OSError as error:
             raise CorpusError(
-                f"{self._source.path}: broken {self._source.compression} file ({error}). Copy or make it again"
+                f"{self._source.path}: corrupt {self._source.compression} file ({error}). Copy or create it again"
             ) from error
         position = self._raw.tell()
         self._progress(position - self._position, 0)

@@ -1,8 +1,8 @@
-"""Where sentences begin, by rules that know no language.
+"""Language-independent sentence splitting.
 
-`punctuation`: a sentence ends at . ! ? … or their like in other scripts, with what closes behind them (quotes,
-brackets), where white space follows and then anything but a small letter (that spares most abbreviations); 。！？ need
-no white space; and at an empty line. `line`: every line is one, as in the original BERT's input.
+`punctuation`: a sentence ends after . ! ? … and their equivalents in other scripts, plus closing quotes and brackets,
+if followed by white space and then anything but a lower-case letter (which excludes most abbreviations); 。！？ need no
+white space. It also ends at an empty line. `line`: each line is a sentence, as in the input of the original BERT.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _ENDS = re.compile(
 )
 _ABBREVIATING = ".!?…"
 _LINE = re.compile(r"\n\s*(?=\S)")
-# What a piece must know of the one before it.
+# Characters of context that a piece needs from the previous one.
 TAIL = 16
 
 
 def sentence_starts(text: str, mode: str, before: str) -> list[int]:
-    """Characters of `text` at which a sentence begins, ascending.
+    """Ascending character offsets in `text` at which sentences start.
 
-    before: the last TAIL characters of the document before this piece, "" at its beginning, where a sentence begins.
+    before: the last TAIL characters of the document before this piece, "" for the first piece, which starts a sentence.
     """
     rule = _LINE if mode == "line" else _ENDS
     base = len(before)

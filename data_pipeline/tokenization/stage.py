@@ -1,4 +1,4 @@
-"""The first stage: files of text to token shards, on any number of processes, resumable."""
+"""Tokenization stage: text files to token shards, parallel and resumable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,23 @@ from data_pipeline.tokenization.token_shards import (
     token_path,
     write_tokens,
 )
-from data_pipeline.tokenization.units import PASSING, Job, load_encoder, tokenize_unit
+from data_pipeline.tokenization.units import TEMPORARY, Job, load_encoder, tokenize_unit
 
 Unit = tuple[int, tuple[Piece, ...]]
-"""Source (index in the description), and the pieces of its files; their indices are those of all files."""
+"""Index of the source in the description, and pieces of its files; piece.source is an index into the list of all
+files."""
 
-
-# Enough to keep many workers busy to the end, and none so small that its files cost more than its text.
-_UNITS, _LEAST, _MOST = 64, 1.0, 32.0
+# Enough units to keep many workers busy to the end, but none so small that file overhead dominates.
+_UNITS, _MIN_MB, _MAX_MB = 64, 1.0, 32.0
 
 
 def default_work_size(groups: Sequence[Sequence[Source]]) -> float:
-    """MB of text a unit of work: a 64th of the text, from 1 to 32. A function of the inputs alone."""
-    return min(max(sum(file.text_bytes for files in groups for file in files) / 1e6 / _UNITS, _LEAST), _MOST)
+    """MB of text per unit of work: 1/64 of the text, between 1 and 32. Depends only on the inputs."""
+    return min(max(sum(file.text_bytes for files in groups for file in files) / 1e6 / _UNITS, _MIN_MB), _MAX_MB)
 
 
 def find_groups(description: Description, exclude: Sequence[Path], named: bool) -> list[list[Source]]:
-    """The files of each source; where sources are `named`, the files' names begin with the source's."""
+    """The files of each source; if sources are `named`, file names are prefixed with the name of the source."""
     groups = find_files(description, exclude)
     if not named:
         return groups
@@ -59,37 +59,69 @@ def find_groups(description: Description, exclude: Sequence[Path], named: bool) 
     ]
 
 
-def tokenize_stage(
-    folder: Path,
-    work: Path,
-    tokenizer: Path,
-    description: Description,
-    groups: Sequence[Sequence[Source]],
-    *,
-    named: bool,
-    keys: bool,
-    held_out: float,
-    seed: int,
-    work_size: float,
-    pool: Pool,
-    bar: ProgressBar,
-) -> TokenManifest:
-    """Write token shards into `folder`, resuming from `work`; returns their manifest, which is written last.
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Input of the tokenization stage: text files and how to tokenize them.
 
-    tokenizer: the copied tokenizer folder. Raises CorpusError for faulty input, and where a side would be empty.
+    groups: files of each source; tokenizer: the copied tokenizer folder; named: whether sources have names; keys: store
+    a hash of each document; held_out: share of held-out documents; work_size: MB of text per unit of work.
     """
-    rules = description.documents
+
+    description: Description
+    groups: Sequence[Sequence[Source]]
+    tokenizer: Path
+    named: bool
+    keys: bool
+    held_out: float
+    seed: int
+    work_size: float
+
+    @property
+    def files(self) -> list[Source]:
+        return [file for files in self.groups for file in files]
+
+
+def tokenize_stage(folder: Path, work: Path, options: TokenizeOptions, pool: Pool, bar: ProgressBar) -> TokenManifest:
+    """Write token shards to `folder`, resuming from `work`; returns their manifest, which is written last.
+
+    Raises CorpusError for invalid input, and if a side would have no documents.
+    """
+    job = _make_job(folder, work, options)
+    units = _plan(work, options.groups, job, int(options.work_size * 1e6))
+    results = pool.run(_tokenize_tasks(job, options.files, units), work / "results", bar.update)
+    shards = [{side: TokenSide(**entry) for side, entry in result["sides"].items()} for result in results]
+    dropped = [Counter(result["dropped"]) for result in results]
+    dropped_of_side = dict.fromkeys(job.sides, 0)
+    if "late" in job.of_documents or job.rules.duplicates != "keep":
+        bar.phase("duplicates", 0)
+        dropped_of_side = _drop(job, work, shards, dropped, pool, bar)
+    for entry in shards:
+        for side in job.sides:
+            for name in TEMPORARY:
+                entry[side].files.pop(name, None)
+    manifest = _make_manifest(job, options, units, results, shards, dropped)
+    _check_not_empty(job, work, options.files, manifest, dropped_of_side)
+    for unit in range(len(units)):
+        for side in job.sides:
+            for name in TEMPORARY:
+                token_path(folder, unit, side, name).unlink(missing_ok=True)
+    write_tokens(folder, manifest)
+    return manifest
+
+
+def _make_job(folder: Path, work: Path, options: TokenizeOptions) -> Job:
+    description, rules = options.description, options.description.documents
     if rules.duplicates == "near":
         check_library()
-    encoder = load_encoder(str(tokenizer), sha256_file(tokenizer / "tokenizer.json"))
+    encoder = load_encoder(str(options.tokenizer), sha256_file(options.tokenizer / "tokenizer.json"))
     ngrams = work / "ngrams.npy"
     if rules.decontaminate and not ngrams.exists():
-        found = task_ngrams(rules.decontaminate, rules.decontaminate_words)
+        hashes = task_ngrams(rules.decontaminate, rules.decontaminate_words)
         with atomic_file(ngrams) as file:
-            np.lib.format.write_array(file, found, allow_pickle=False)
-    job = Job(
+            np.lib.format.write_array(file, hashes, allow_pickle=False)
+    return Job(
         work=str(folder),
-        tokenizer=str(tokenizer),
+        tokenizer=str(options.tokenizer),
         tokenizer_sha256=encoder.sha256,
         vocab_size=encoder.vocab_size,
         special_tokens=encoder.special_tokens,
@@ -98,73 +130,79 @@ def tokenize_stage(
         rules=rules,
         sentences=description.sentences,
         words=description.word_starts,
-        keys=keys,
+        keys=options.keys,
         ngrams=str(ngrams) if rules.decontaminate else "",
-        held_out=held_out,
-        seed=seed,
+        held_out=options.held_out,
+        seed=options.seed,
     )
-    sources = [source for group in groups for source in group]
-    units = _plan(work, groups, job, int(work_size * 1e6))
-    results = pool.run(_tokenize_tasks(job, sources, units), work / "results", bar.update)
-    shards = [{side: TokenSide(**entry) for side, entry in result["sides"].items()} for result in results]
-    of_units = [Counter(result["dropped"]) for result in results]
-    lost = dict.fromkeys(job.sides, 0)
-    if "late" in job.of_documents or rules.duplicates != "keep":
-        counts = [[entry[side].documents for side in job.sides] for entry in shards]
-        bar.phase("duplicates", 0)
-        task = Task("drops", "the search for duplicates", find_drops, (job, counts))
-        (found,) = pool.run([task], work / "results", bar.update)
-        for unit, late in found["dropped"]:
-            of_units[unit] += Counter(late)
-        lost = found["sides"]
-        for unit, side, file in found["files"]:
-            shards[unit][side].files["drop"] = TokenFile(**file)
-    for entry in shards:
-        for side in job.sides:
-            for name in PASSING:
-                entry[side].files.pop(name, None)
-    manifest = TokenManifest(
+
+
+def _drop(
+    job: Job,
+    work: Path,
+    shards: Sequence[dict[str, TokenSide]],
+    dropped: list[Counter[str]],
+    pool: Pool,
+    bar: ProgressBar,
+) -> dict[str, int]:
+    """Run `find_drops`, and add its counts to `dropped` and its files to `shards`; returns the drops of each side."""
+    counts = [[entry[side].documents for side in job.sides] for entry in shards]
+    task = Task("drops", "the search for duplicates", find_drops, (job, counts))
+    (found,) = pool.run([task], work / "results", bar.update)
+    for unit, reasons in found["dropped"]:
+        dropped[unit] += Counter(reasons)
+    for unit, side, file in found["files"]:
+        shards[unit][side].files["drop"] = TokenFile(**file)
+    sides: dict[str, int] = found["sides"]
+    return sides
+
+
+def _make_manifest(
+    job: Job,
+    options: TokenizeOptions,
+    units: Sequence[Unit],
+    results: Sequence[Any],
+    shards: Sequence[dict[str, TokenSide]],
+    dropped: Sequence[Counter[str]],
+) -> TokenManifest:
+    sections = options.description.sources
+    return TokenManifest(
         kind="tokens",
         version=TOKENS_VERSION,
-        tokenizer_sha256=encoder.sha256,
-        vocab_size=encoder.vocab_size,
-        special_tokens=encoder.special_tokens,
-        seed=seed,
-        held_out=held_out,
+        tokenizer_sha256=job.tokenizer_sha256,
+        vocab_size=job.vocab_size,
+        special_tokens=job.special_tokens,
+        seed=job.seed,
+        held_out=job.held_out,
         planes=job.planes,
-        names=tuple(section.name for section in description.sources) if named else ("",),
-        weights=tuple(section.weight for section in description.sources),
-        dropped=dict(sorted(sum(of_units, Counter()).items())),
+        names=tuple(section.name for section in sections) if options.named else ("",),
+        weights=tuple(section.weight for section in sections),
+        dropped=dict(sorted(sum(dropped, Counter()).items())),
         replaced=sum(result["replaced"] for result in results),
-        sources=_source_entries(sources, results),
+        sources=_source_entries(options.files, results),
         shards=tuple(
-            TokenShard(source=group, sides=entry, dropped=dict(sorted(found.items())))
-            for (group, _), entry, found in zip(units, shards, of_units, strict=True)
+            TokenShard(source=group, sides=entry, dropped=dict(sorted(reasons.items())))
+            for (group, _), entry, reasons in zip(units, shards, dropped, strict=True)
         ),
     )
-    _check_not_empty(job, work, sources, manifest, lost)
-    for unit in range(len(units)):
-        for side in job.sides:
-            for name in PASSING:
-                token_path(folder, unit, side, name).unlink(missing_ok=True)
-    write_tokens(folder, manifest)
-    return manifest
 
 
 def _plan(work: Path, groups: Sequence[Sequence[Source]], job: Job, unit_bytes: int) -> list[Unit]:
-    """The units of work, and the state of the inputs when the build began: kept in a file, so that they
-    stay."""
+    """Units of work. They are stored with the mtimes of the inputs in plan.json, so that a resumed build has the same.
+
+    Raises CorpusError if an input was modified since the build started.
+    """
     path = work / "plan.json"
     mtimes = [source.mtime_ns for files in groups for source in files]
 
     def cut() -> list[Any]:
-        found: list[Any] = []
+        units: list[Any] = []
         first = 0
         for group, files in enumerate(groups):
             for unit in cut_units(files, job.documents[group], job.text_fields[group], max(unit_bytes, 1)):
-                found.append([group, [[first + piece.source, piece.start, piece.stop] for piece in unit]])
+                units.append([group, [[first + piece.source, piece.start, piece.stop] for piece in unit]])
             first += len(files)
-        return found
+        return units
 
     if not path.exists():
         write_json(path, {"mtime_ns": mtimes, "units": cut()})
@@ -180,9 +218,9 @@ def _plan(work: Path, groups: Sequence[Sequence[Source]], job: Job, unit_bytes: 
 def _check_touched(
     work: Path, sources: Sequence[Source], touched: Sequence[int], units: Sequence[Unit], now: Sequence[Any]
 ) -> None:
-    """Raise CorpusError where an input of another time is, or may be, another than what finished units are made of.
+    """Raise CorpusError if an input with a new mtime differs, or may differ, from the input of finished units.
 
-    units: of the plan; now: what the inputs would be cut into today.
+    touched: indices of such inputs; units: as planned; now: the units that the inputs would be cut into now.
     """
     same = [[group, [[p.source, p.start, p.stop] for p in unit]] for group, unit in units] == now
     sha256: dict[str, str] = {}
@@ -193,10 +231,10 @@ def _check_touched(
             used |= {piece.source for piece in unit}
     for i in touched:
         known = sha256.get(sources[i].name)
-        good = sha256_file(Path(sources[i].path)) == known if known else same and i not in used
-        if not good:
+        unchanged = sha256_file(Path(sources[i].path)) == known if known else same and i not in used
+        if not unchanged:
             raise CorpusError(
-                f"{sources[i].path}: was written to since the build began. Choose another output folder, or "
+                f"{sources[i].path}: modified since the build started. Choose another output folder, or "
                 f"remove {work.parent} first"
             )
 
@@ -207,22 +245,22 @@ def _tokenize_tasks(job: Job, sources: Sequence[Source], units: Sequence[Unit]) 
         pieces = [(sources[piece.source], piece) for piece in unit]
         first, last = pieces[0], pieces[-1]
         what = f"unit {i} ({first[0].path} from {first[1].start:,} to {last[0].path} {last[1].stop:,})"
-        # Row groups and record batches are no bytes: for these the bar only moves while they are read.
+        # Pieces of Parquet and Arrow files are not in bytes: the bar advances only while these are read.
         size = sum(p.stop - p.start for source, p in pieces if source.format not in (".parquet", ".arrow"))
         tasks.append(Task(f"unit-{i:05}", what, tokenize_unit, (job, i, group, pieces), size))
     return tasks
 
 
 def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) -> dict[str, Any]:
-    """Decide which documents are left out, and write a file of reasons where some are.
+    """Decide which documents to drop, and write the `drop` files of the token shards that are affected.
 
-    counts: documents of each unit and side. The first of equal or similar documents stays, those held out before the
-    others, so that nothing trained on resembles what is held out. Returns {"dropped": [[unit, {reason: documents}]],
-    "sides": {side: documents}, "files": [[unit, side, TokenFile as a dict]]}.
+    counts: documents of each unit and side. The first of equal or similar documents is kept; held-out documents come
+    before the others, so that no training document resembles a held-out one. Returns {"dropped": [[unit, {reason:
+    documents}]], "sides": {side: documents}, "files": [[unit, side, TokenFile as a dict]]}.
     """
-    # Sides in this order, units in theirs: documents are numbered along it.
+    # Documents are numbered in this order.
     parts = [
-        (unit, side, found[job.sides.index(side)]) for side in reversed(job.sides) for unit, found in enumerate(counts)
+        (unit, side, sizes[job.sides.index(side)]) for side in reversed(job.sides) for unit, sizes in enumerate(counts)
     ]
     parts = [part for part in parts if part[2]]
 
@@ -235,12 +273,12 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
     codes = np.zeros(sum(count for _, _, count in parts), np.uint8)
     if "late" in job.of_documents and parts:
         codes[:] = np.concatenate(read("late", np.uint8, 1))[:, 0]
-    # What came late has been counted by the units.
+    # These have been counted by their units already.
     late = codes > 0
     if job.rules.duplicates != "keep" and parts:
-        left = np.flatnonzero(codes == 0)
+        kept = np.flatnonzero(codes == 0)
         digests = np.concatenate(read("digests", np.uint8, DIGEST))
-        codes[left[exact_duplicates(digests[left])]] = DROPS.index("duplicate") + 1
+        codes[kept[exact_duplicates(digests[kept])]] = DROPS.index("duplicate") + 1
         del digests
     if job.rules.duplicates == "near" and parts:
         signatures = read("signatures", np.uint32, PLACES)
@@ -263,13 +301,13 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
 
 
 def _check_not_empty(
-    job: Job, work: Path, sources: Sequence[Source], manifest: TokenManifest, lost: dict[str, int]
+    job: Job, work: Path, sources: Sequence[Source], manifest: TokenManifest, dropped_of_side: dict[str, int]
 ) -> None:
     for side in job.sides:
-        found = sum(shard.sides[side].documents for shard in manifest.shards)
-        if found > lost[side]:
+        documents = sum(shard.sides[side].documents for shard in manifest.shards)
+        if documents > dropped_of_side[side]:
             continue
-        # Nothing to go on from: the folder shall be free for the next try.
+        # Nothing can be resumed: leave the folder free for the next attempt.
         shutil.rmtree(work / "results")
         (work / "results").mkdir()
         for path in Path(job.work).glob("tokens-*"):
@@ -280,7 +318,7 @@ def _check_not_empty(
             why += "" if dropped else f"{', '.join(s.path for s in sources[:3])}. Add text"
             raise CorpusError(f"the corpus is empty: {why}")
         raise CorpusError(
-            f"held-out share {job.held_out}: no document falls on the side {side}. Give another share, or more text"
+            f"held-out share {job.held_out}: side {side} gets no documents. Choose another share, or add text"
         )
 
 

@@ -1,19 +1,18 @@
-"""Token shards: what tokenising leaves and packing reads. Tokenise once, pack many.
+"""Token shards: the output of tokenization and the input of packing. Tokenize once, pack many times.
 
-A folder of token shards:
+Files of a token shard folder:
 
-    manifest.json                  what it is: tokenizer, counts, sources, the shards and their files' sizes and SHA-256
-    tokens-00000.train.ids         ids of the shard's documents in order, each document closed by [SEP]: uint16 or
-                                   uint32
-    tokens-00000.train.ends        int64: places of these [SEP]
-    tokens-00000.train.word_start, .sentence_start    a bit a place (little-endian in the byte), where asked for
-    tokens-00000.train.keys        uint64 a document: a hash of its text, by which shares of documents are chosen
-    tokens-00000.train.drop        uint8 a document: 0, or why it is left out (1 + index in DROPS); absent where all
-                                   stay
-    tokens-00000.held_out.…        the same of the documents held out
+    manifest.json               tokenizer, counts, sources, and the shards with size and SHA-256 of each file
+    tokens-00000.train.ids      uint16 or uint32: ids of the shard's documents in order, each terminated by [SEP]
+    tokens-00000.train.ends     int64: positions of these [SEP]
+    tokens-00000.train.word_start, .sentence_start    optional: one bit per position, least significant bit first
+    tokens-00000.train.keys     uint64 per document: hash of its text, used to select shares of documents
+    tokens-00000.train.drop     uint8 per document: 0, or the reason for dropping it (1 + index in DROPS); absent if
+                                no document of the shard is dropped
+    tokens-00000.held_out.…     the same for held-out documents
     tokenizer/, description.yaml
 
-Numbers are little-endian. A shard holds documents of one source; shards are in the order of the documents.
+Numbers are little-endian. A shard holds documents of one source; shards are in document order.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from data_pipeline.shards import MANIFEST, Sha256, SourceEntry, SpecialTokens, i
 TOKENS_VERSION: Literal[1] = 1
 SIDES = ("train", "held_out")
 PLANES = ("word_start", "sentence_start")
-# Reasons that are known only when a document has been written, or all of them.
+# Reasons for dropping a document that are known only after it, or all documents, have been written.
 DROPS = ("bad_bytes", "contaminated", "duplicate", "near_duplicate")
 
 
@@ -51,8 +50,8 @@ class TokenFile(_Frozen):
 
 
 class TokenSide(_Frozen):
-    """One side of a token shard. length: ids, each document's [SEP] included; documents: all, dropped ones too;
-    unknown: [UNK] among the ids; files by suffix."""
+    """One side of a token shard. documents: including dropped ones; length: number of ids, including the [SEP] of each
+    document; unknown: number of [UNK]; files: by suffix."""
 
     documents: NonNegativeInt
     length: NonNegativeInt
@@ -61,7 +60,7 @@ class TokenSide(_Frozen):
 
 
 class TokenShard(_Frozen):
-    """source: index in the manifest's `names`; dropped: documents left out, by reason."""
+    """source: index in `names` of the manifest; dropped: number of dropped documents by reason."""
 
     source: NonNegativeInt
     sides: dict[str, TokenSide]
@@ -69,8 +68,8 @@ class TokenShard(_Frozen):
 
 
 class TokenManifest(_Frozen):
-    """What a folder of token shards is. weights: of the sources in `names`, as in the description; dropped: documents
-    left out, by reason; replaced: documents with replaced bytes."""
+    """Manifest of a token shard folder. weights: of the sources in `names`, as in the description; dropped: number of
+    dropped documents by reason; replaced: documents with replaced bytes."""
 
     kind: Literal["tokens"]
     version: Literal[1]
@@ -101,7 +100,7 @@ def token_path(folder: str | Path, shard: int, side: str, suffix: str) -> Path:
 
 
 def is_tokens(folder: str | Path) -> bool:
-    """Whether a folder's manifest is one of token shards."""
+    """Whether the manifest of a folder describes token shards."""
     try:
         raw = json.loads((Path(folder) / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -110,16 +109,16 @@ def is_tokens(folder: str | Path) -> bool:
 
 
 def read_tokens(folder: str | Path) -> TokenManifest:
-    """Read `folder/manifest.json` and check the files' sizes. Raises CorpusError where something is not right."""
+    """Read `folder/manifest.json` and check the file sizes. Raises CorpusError if either is missing or invalid."""
     path = Path(folder) / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise CorpusError(f"{path}: not found. Make token shards with the command tokenize, or let it finish") from None
+        raise CorpusError(f"{path}: not found. Run the command tokenize, and let it finish") from None
     except ValueError as error:
         raise CorpusError(f"{path}: not JSON ({error}). Tokenise again") from None
     if not isinstance(raw, dict) or raw.get("kind") != "tokens":
-        raise CorpusError(f"{path}: no manifest of token shards. pack reads what the command tokenize wrote")
+        raise CorpusError(f"{path}: not a manifest of token shards. pack needs the output of the command tokenize")
     try:
         manifest = TokenManifest.model_validate(raw)
     except ValidationError as error:
@@ -131,7 +130,7 @@ def read_tokens(folder: str | Path) -> TokenManifest:
                 part = token_path(folder, i, side, suffix)
                 size = part.stat().st_size if part.is_file() else None
                 if size != file.bytes:
-                    found = "it is missing" if size is None else f"{size:,} found"
+                    found = "file missing" if size is None else f"{size:,} found"
                     raise CorpusError(
                         f"{part}: {file.bytes:,} bytes expected, {found}. Copy it again or tokenise again"
                     )
@@ -139,7 +138,7 @@ def read_tokens(folder: str | Path) -> TokenManifest:
 
 
 def verify_tokens(folder: str | Path, manifest: TokenManifest) -> None:
-    """Compare every file with its SHA-256. Raises one CorpusError with a line for each bad one."""
+    """Check the SHA-256 of every file. Raises one CorpusError with one line per bad file."""
     faults = []
     for i, shard in enumerate(manifest.shards):
         for side, entry in shard.sides.items():
@@ -154,12 +153,12 @@ def verify_tokens(folder: str | Path, manifest: TokenManifest) -> None:
 
 
 def write_tokens(folder: str | Path, manifest: TokenManifest) -> None:
-    """Write `folder/manifest.json`, whole or not at all. Its presence says that the token shards are complete."""
+    """Write `folder/manifest.json` atomically. Its presence marks the token shards as complete."""
     write_json(Path(folder) / MANIFEST, manifest.model_dump(mode="json"))
 
 
 class _Bits:
-    """Appends bits to a file; what does not fill a byte waits."""
+    """Appends bits to a file, buffering incomplete bytes."""
 
     def __init__(self, file: HashingFile) -> None:
         self._file = file
@@ -167,13 +166,14 @@ class _Bits:
 
     def add(self, bits: NDArray[np.bool_], last: bool = False) -> None:
         bits = np.concatenate([self._rest, bits])
-        whole = len(bits) if last else len(bits) // 8 * 8
-        self._file.write(np.packbits(bits[:whole], bitorder="little").data)
-        self._rest = bits[whole:]
+        count = len(bits) if last else len(bits) // 8 * 8
+        self._file.write(np.packbits(bits[:count], bitorder="little").data)
+        self._rest = bits[count:]
 
 
 class SideWriter:
-    """Appends documents to the files of one side of a token shard; they appear when the stack closes without error."""
+    """Appends documents to the files of one side of a token shard. The files are renamed into place when `stack` closes
+    without an error."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class SideWriter:
         self.files = {s: stack.enter_context(atomic_file(token_path(folder, shard, side, s))) for s in suffixes}
         self._planes = {plane: _Bits(self.files[plane]) for plane in planes}
         self._sep, self._unk = special.sep, special.unk
-        self._begun = 0  # tokens of the document that goes on in the next batch
+        self._pending = 0  # tokens of the document that continues in the next batch
         self.length = self.documents = self.empty = self.unknown = 0
 
     def add(
@@ -201,16 +201,18 @@ class SideWriter:
         planes: dict[str, NDArray[np.bool_]],
         of_documents: dict[str, NDArray[Any]],
     ) -> None:
-        """ids, planes: [T] of n texts; counts: int64 [n], ids of each; ended: bool [n], whether a document ends with
-        it; of_documents: arrays of as many rows as texts that end one. Documents without a token are left out.
+        """Append n texts. Documents without tokens are dropped.
+
+        ids, planes: [T]; counts: int64 [n], ids per text; ended: bool [n], whether the document ends with the text;
+        of_documents: arrays with one row per ended document.
         """
         stops = np.cumsum(counts)
         tokens = np.diff(stops[ended], prepend=0)
         if len(tokens):
-            tokens[0] += self._begun
-            self._begun = len(ids) - int(stops[ended][-1])
+            tokens[0] += self._pending
+            self._pending = len(ids) - int(stops[ended][-1])
         else:
-            self._begun += len(ids)
+            self._pending += len(ids)
         full = tokens > 0
         at = stops[ended][full]
         self.files["ids"].write(np.insert(ids, at, self._sep).data)
@@ -229,17 +231,16 @@ class SideWriter:
             bits.add(np.empty(0, np.bool_), last=True)
 
     def entry(self) -> TokenSide:
-        """Once the stack is closed."""
+        """Manifest entry; valid once the stack is closed."""
         files = {name: TokenFile(bytes=file.bytes, sha256=file.sha256()) for name, file in self.files.items()}
         return TokenSide(documents=self.documents, length=self.length, unknown=self.unknown, files=files)
 
 
 class SideReader:
-    """One side of a token shard. Documents that are dropped, or that `keep` (bool [D]) leaves out, are not there;
-    `ends` int64 [D'] and `length` are those of the stream of the others.
+    """Reader of one side of a token shard, without dropped documents and those deselected by `keep` (bool [D]).
 
-    `ends` and hashes are memory maps. Ids and planes are read: readers are kept, and what is mapped counts as their
-    process's memory.
+    `ends`, int64 [D'], and `length` refer to the stream of the remaining documents. `ends` and keys are memory maps;
+    ids and planes are read instead, since readers are kept open and mapped pages count as memory of the process.
     """
 
     def __init__(
@@ -266,14 +267,14 @@ class SideReader:
     def _map(self, suffix: str, dtype: np.dtype, size: int) -> NDArray[Any]:
         if size == 0:
             return np.empty(0, dtype)
-        # Of the class ndarray: slices of a memmap are dear.
+        # As a plain ndarray: slicing a memmap is slow.
         return np.memmap(self._path(suffix), dtype, mode="r", shape=(size,)).view(np.ndarray)
 
     def _path(self, suffix: str) -> Path:
         return token_path(self._folder, self._shard, self._side, suffix)
 
     def _read(self, suffix: str, dtype: np.dtype, start: int, stop: int) -> NDArray[Any]:
-        """Numbers [start, stop) of a file."""
+        """Elements [start, stop) of a file. Raises CorpusError if the file is too short."""
         if suffix not in self._files:
             self._files[suffix] = os.open(self._path(suffix), os.O_RDONLY)
             weakref.finalize(self, os.close, self._files[suffix])
@@ -293,20 +294,20 @@ class SideReader:
         return len(self.ends)
 
     def start(self, index: int) -> int:
-        """Where a document begins in the stream."""
+        """Position of the first token of a document in the stream."""
         return int(self.ends[index - 1]) + 1 if index else 0
 
     def keys(self) -> NDArray[np.uint64]:
-        """uint64 [D]: hashes of all documents of the file, dropped ones too."""
+        """Hashes of all documents in the file, including dropped ones: uint64 [D]."""
         return self._map("keys", np.dtype(np.uint64), self._documents)
 
     def kept_keys(self) -> NDArray[np.uint64]:
-        """uint64 [D']: of those that are there."""
+        """Hashes of the remaining documents: uint64 [D']."""
         keys = self.keys()
         return keys if self._keep is None else keys[self._keep]
 
     def _ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Runs of the file that make [start, stop) of the stream."""
+        """Ranges of the file that make up [start, stop) of the stream."""
         if start >= stop:
             return []
         if self._firsts is None:
@@ -325,7 +326,7 @@ class SideReader:
         return ranges
 
     def ids(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
-        """Ids [start, stop) of the stream: a copy."""
+        """Ids [start, stop) of the stream, as a copy."""
         parts = [self._read("ids", self._dtype, a, b) for a, b in self._ranges(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
 

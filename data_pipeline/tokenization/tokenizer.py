@@ -1,9 +1,9 @@
-"""Tokenizers: train WordPiece, load any Hugging Face tokenizer folder, encode text to arrays of ids.
+"""Tokenizers: training WordPiece, loading Hugging Face tokenizer folders, encoding text to arrays of ids.
 
-A folder must hold tokenizer.json (an old BERT folder with vocab.txt alone will do, if its tokenizer_config.json says
-`do_lower_case`), and declare the roles cls, sep, pad, mask, unk. Looked for, in this order, in tokenizer_config.json,
-special_tokens_map.json, and special tokens of tokenizer.json that are spelled as BERT's. A folder that declares no cls
-and sep but bos and eos gets these. Nothing else is guessed.
+A folder must contain tokenizer.json (an old BERT folder with only vocab.txt is accepted if its tokenizer_config.json
+sets `do_lower_case`) and declare the roles cls, sep, pad, mask and unk. These are looked up in tokenizer_config.json,
+then special_tokens_map.json, then among the special tokens of tokenizer.json under BERT's names. bos and eos are used
+in place of missing cls and sep. Nothing else is guessed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError, atomic_folder, sha256_file
 from data_pipeline.shards import SpecialTokens, id_dtype
-from data_pipeline.tokenization.word_cache import WordMemo, why_not_word_wise, word_starts
+from data_pipeline.tokenization.word_cache import WordCache, why_not_word_wise, word_starts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BERT_ROLES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-# The most frequent letters get an entry, as in BERT; words with others become [UNK].
+# The most frequent characters get a vocabulary entry, as in BERT; words with other characters become [UNK].
 _ALPHABET = 1000
 _FALLBACK = {"cls": "bos", "sep": "eos"}
 _FILES = (
@@ -43,11 +43,11 @@ _FILES = (
 
 
 class Encoder:
-    """A tokenizer folder, ready to encode.
+    """A tokenizer loaded from a folder.
 
-    `special_tokens`, `vocab_size` (highest id + 1), `dtype` of the ids, `sha256` of tokenizer.json; `memo` of words, or
-    None and `why_no_memo`.
-    Raises CorpusError where the folder is no tokenizer folder or a role is missing.
+    `special_tokens`; `vocab_size` (highest id + 1); `dtype` of the ids; `sha256` of tokenizer.json; `word_cache`, or
+    None with the reason in `why_not_cached`.
+    Raises CorpusError if the folder is not a tokenizer folder or a role is missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -55,7 +55,7 @@ class Encoder:
         path = folder / "tokenizer.json"
         self.tokenizer = _load(path)
         self.sha256 = sha256_file(path)
-        # Text that spells "[SEP]" is text: without this it would become the special id.
+        # "[SEP]" in a text is plain text: otherwise it would be encoded as the special token.
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -65,14 +65,13 @@ class Encoder:
         self._reserved = np.zeros(self.vocab_size, np.bool_)
         self._reserved[list(self.special_tokens.all)] = True
         self._reserved[self.special_tokens.unk] = False
-        self.why_no_memo = why_not_word_wise(self.tokenizer)
-        self.memo = None if self.why_no_memo else WordMemo(self.tokenizer, self.dtype)
+        self.why_not_cached = why_not_word_wise(self.tokenizer)
+        self.word_cache = None if self.why_not_cached else WordCache(self.tokenizer, self.dtype)
 
     def encode(self, texts: list[str]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        """Encode texts, without special tokens.
+        """Encode texts without adding special tokens.
 
-        Returns the ids of all texts in one array, self.dtype [T], and the number of ids of each, int64
-        [len(texts)].
+        Returns the ids of all texts, self.dtype [T], and the number of ids of each text, int64 [len(texts)].
         """
         ids, counts, _ = self._encode(texts, words=False)
         return ids, counts
@@ -80,25 +79,26 @@ class Encoder:
     def encode_planes(
         self, texts: list[str], sentences: list[list[int]] | None, words: bool
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], dict[str, NDArray[np.bool_]]]:
-        """As `encode`, and bool [T] each: `word_start` if `words`, `sentence_start` if `sentences` are given.
+        """Like `encode`, and also returns planes, bool [T]: `word_start` if `words`, `sentence_start` if `sentences`.
 
-        sentences: for each text the characters at which one begins, ascending. A sentence without a token has no bit.
+        sentences: for each text, the ascending character offsets at which sentences start. A sentence without tokens
+        sets no bit.
         """
         if sentences is None:
             ids, counts, starts = self._encode(texts, words)
             return ids, counts, {} if starts is None else {"word_start": starts}
-        # A word-wise tokenizer may be given the sentences one by one where white space parts them.
-        if self.memo and all(
+        # A word-wise tokenizer can encode sentences separately if they are separated by white space.
+        if self.word_cache and all(
             text[at - 1].isspace() for text, cuts in zip(texts, sentences, strict=True) for at in cuts if at
         ):
-            pieces, owner, begins = [], [], []
+            pieces, owner, is_start = [], [], []
             for i, (text, cuts) in enumerate(zip(texts, sentences, strict=True)):
                 inner = [at for at in cuts if at]
                 pieces += [text[a:b] for a, b in zip([0, *inner], [*inner, len(text)], strict=True)]
                 owner += [i] * (len(inner) + 1)
-                begins += [bool(cuts) and cuts[0] == 0, *[True] * len(inner)]
+                is_start += [bool(cuts) and cuts[0] == 0, *[True] * len(inner)]
             ids, lengths, starts = self._encode(pieces, words)
-            at = (np.cumsum(lengths) - lengths)[np.array(begins, np.bool_) & (lengths > 0)]
+            at = (np.cumsum(lengths) - lengths)[np.array(is_start, np.bool_) & (lengths > 0)]
             counts = np.bincount(np.array(owner, np.int64), lengths, len(texts)).astype(np.int64)
         else:
             encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -119,8 +119,8 @@ class Encoder:
     def _encode(
         self, texts: list[str], words: bool
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.bool_] | None]:
-        if self.memo:
-            ids, counts, starts = self.memo.encode(texts, words)
+        if self.word_cache:
+            ids, counts, starts = self.word_cache.encode(texts, words)
             return self._without_special(ids), counts, starts
         call = self.tokenizer.encode_batch if words else self.tokenizer.encode_batch_fast
         return self._collect(call(texts, add_special_tokens=False), words)
@@ -129,7 +129,7 @@ class Encoder:
         self, encodings: list[Any], words: bool
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.bool_] | None]:
         counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        # One pass over the ids, whatever the number of texts: an array a text is dearer for short ones.
+        # A single pass over all ids: one array per text would be slower for short texts.
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), self.dtype, int(counts.sum()))
         starts = None
         if words:
@@ -138,7 +138,7 @@ class Encoder:
         return self._without_special(ids), counts, starts
 
     def _without_special(self, ids: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-        # Some tokenizers find "<s>" as a whole word in their vocabulary, encode_special_tokens or not.
+        # Some tokenizers have "<s>" as a word in their vocabulary, and match it even with encode_special_tokens.
         reserved = self._reserved[ids]
         if reserved.any():
             ids[reserved] = self.special_tokens.unk
@@ -146,7 +146,7 @@ class Encoder:
 
 
 def _first_tokens(offsets: list[tuple[int, int]], cuts: list[int]) -> list[int]:
-    """First token that begins at or behind each cut and before the next one; cuts without one have none."""
+    """Index of the first token that starts in each interval [cut, next cut); intervals without tokens are skipped."""
     found = []
     token = 0
     for cut, following in zip(cuts, [*cuts[1:], 1 << 62], strict=True):
@@ -174,14 +174,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CorpusError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise CorpusError(f"{path}: a JSON object is needed")
+        raise CorpusError(f"{path}: must be a JSON object")
     return value
 
 
 def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
     added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    spelled = {token.content for token in added.values()}
-    declared: dict[str, str] = {role: token for role, token in BERT_ROLES.items() if token in spelled}
+    contents = {token.content for token in added.values()}
+    declared: dict[str, str] = {role: token for role, token in BERT_ROLES.items() if token in contents}
     for name in "special_tokens_map.json", "tokenizer_config.json":
         for key, value in _read_json(folder / name).items():
             content = value.get("content") if isinstance(value, dict) else value
@@ -192,7 +192,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
         token = declared.get(role) or declared.get(_FALLBACK.get(role, ""))
         if token is None:
             raise CorpusError(
-                f"{folder}: declares no {role}_token, and training needs cls, sep, pad, mask and unk. "
+                f"{folder}: declares no {role}_token, but training needs cls, sep, pad, mask and unk. "
                 f'Add the token to the vocabulary and "{role}_token" to tokenizer_config.json'
             )
         found = tokenizer.token_to_id(token)
@@ -200,32 +200,32 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
             raise CorpusError(f"{folder}: its {role}_token {token!r} is not in the vocabulary of tokenizer.json")
         ids[role] = found
     for role in "pad", "mask":
-        # The trainer tells padding and [MASK] by their ids alone.
+        # The trainer recognises padding and [MASK] by their ids.
         if shared := [other for other in ids if other != role and ids[other] == ids[role]]:
             raise CorpusError(
                 f"{folder}: {role}_token and {shared[0]}_token are both {declared.get(role)!r} (id {ids[role]}). "
-                f"Give {role}_token a token of its own in tokenizer_config.json"
+                f"Give {role}_token a distinct token in tokenizer_config.json"
             )
     return SpecialTokens(**ids, all=tuple(sorted({*added, *ids.values()})))
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a tokenizer folder that make the tokenizer, by name."""
+    """The files that define the tokenizer of a folder, sorted by name. Raises CorpusError if there is no folder."""
     if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such folder. --tokenizer takes the folder of a Hugging Face tokenizer")
+        raise CorpusError(f"{folder}: no such folder. --tokenizer must be a Hugging Face tokenizer folder")
     return sorted(path for path in folder.iterdir() if path.name in _FILES or path.suffix == ".model")
 
 
 def fingerprint(folder: str | Path) -> str:
-    """One SHA-256 for all files of a tokenizer folder, to know it again. Raises CorpusError where it is missing."""
+    """SHA-256 that identifies the files of a tokenizer folder. Raises CorpusError if the folder is missing."""
     lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in _files(Path(folder)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
-    """Copy a tokenizer folder's files, whole or not at all; make tokenizer.json where there is only vocab.txt.
+    """Copy the files of a tokenizer folder atomically; create tokenizer.json if there is only vocab.txt.
 
-    Does nothing where `target` exists. Raises CorpusError where `source` is not usable.
+    Does nothing if `target` exists. Raises CorpusError if `source` is not a usable tokenizer.
     """
     source = Path(source)
     if target.exists():
@@ -236,13 +236,13 @@ def copy_tokenizer(source: str | Path, target: Path) -> None:
             lower = _read_json(source / "tokenizer_config.json").get("do_lower_case")
             if not isinstance(lower, bool):
                 raise CorpusError(
-                    f"{source}: has vocab.txt but no tokenizer.json, and nothing says whether it is lower-cased. "
-                    'Write {"do_lower_case": true} (or false) into its tokenizer_config.json'
+                    f"{source}: has vocab.txt but no tokenizer.json, and does not say whether it is lower-cased. "
+                    'Write {"do_lower_case": true} (or false) to its tokenizer_config.json'
                 )
             _save_bert(_bert(_read_vocabulary(source / "vocab.txt"), lower), folder, lower)
         try:
             Encoder(folder)
-        except CorpusError as error:  # it names the copy, which nobody knows
+        except CorpusError as error:  # report the user's folder, not the temporary copy
             raise CorpusError(str(error).replace(str(folder), str(source))) from error
 
 
@@ -252,12 +252,12 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not UTF-8 ({error}). Convert the file, or save the tokenizer again") from None
     if missing := [token for token in BERT_ROLES.values() if token not in vocabulary]:
-        raise CorpusError(f"{path}: has no {', '.join(missing)}: not the vocabulary of a BERT")
+        raise CorpusError(f"{path}: has no {', '.join(missing)}: not a BERT vocabulary")
     return vocabulary
 
 
 def _bert(vocabulary: dict[str, int] | None, lower_case: bool) -> Tokenizer:
-    """BERT's normaliser, pre-tokeniser and WordPiece, without its post-processor (that needs the ids)."""
+    """BERT's normalizer, pre-tokenizer and WordPiece model, without the post-processor (it needs the ids)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     model = models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
@@ -271,7 +271,7 @@ def _bert(vocabulary: dict[str, int] | None, lower_case: bool) -> Tokenizer:
 
 
 def _save_bert(tokenizer: Tokenizer, folder: Path, lower_case: bool) -> None:
-    """Write the files that transformers reads as a BertTokenizer."""
+    """Save in the format that transformers loads as a BertTokenizer."""
     from tokenizers.processors import TemplateProcessing
 
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
@@ -296,7 +296,7 @@ def _save_bert(tokenizer: Tokenizer, folder: Path, lower_case: bool) -> None:
 
 
 def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
-    """How often each letter stands in the normalised text, from the counts of the text's own code points."""
+    """Occurrences of each character in the normalised text, from the code point counts of the raw text."""
     letters: Counter[str] = Counter()
     for point in np.flatnonzero(counts).tolist():
         for letter in normalizer.normalize_str(chr(point)):
@@ -305,10 +305,10 @@ def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
 
 
 def _train(texts: Callable[[], Iterator[list[str]]], vocab_size: int, lower_case: bool) -> dict[str, int]:
-    """Train WordPiece in two passes over the text; returns the vocabulary, for the same text always the same.
+    """Train WordPiece in two passes over the text; returns the vocabulary, a deterministic function of the text.
 
-    The trainer numbers continued letters ("##a") in the order of a hash map, which differs from run to run, and its
-    ties follow these numbers. The first pass only finds out which there are; the second gets them in order.
+    The trainer numbers continuation characters ("##a") in hash-map order, which differs between runs, and breaks ties
+    by these numbers. The first pass collects the characters; the second is given them in a fixed order.
     """
     from tokenizers.trainers import WordPieceTrainer
 
@@ -349,12 +349,12 @@ def train_tokenizer(
     text_field: str = "text",
     progress: bool | None = None,
 ) -> None:
-    """Train a BERT WordPiece tokenizer of exactly `vocab_size` entries and write its folder.
+    """Train a BERT WordPiece tokenizer with exactly `vocab_size` entries and save it to the folder `output`.
 
-    [PAD] [UNK] [CLS] [SEP] [MASK] are 0 to 4. `output` must not exist or be empty; it appears only when whole. The text
-    streams by, twice; what stays in memory is the count of each different word. The same text gives the same bytes.
+    [PAD] [UNK] [CLS] [SEP] [MASK] get the ids 0 to 4. `output` must be new or empty; it is written atomically. The text
+    is streamed twice; memory holds the count of each distinct word. The same text gives the same bytes.
     progress: None shows a bar on a terminal.
-    Raises CorpusError where the text yields another number of entries, and as `read_documents` does.
+    Raises CorpusError if the text yields another number of entries, and like `read_documents`.
     """
     from data_pipeline.execution.progress import ProgressBar
     from data_pipeline.sources.documents import batches, read_documents
@@ -372,7 +372,7 @@ def train_tokenizer(
 
     def texts() -> Iterator[list[str]]:
         for i, source in enumerate(sources):
-            # The whole file; for parquet all its row groups.
+            # The entire file; for parquet, all row groups.
             stop = _row_groups(source, text_field) if source.format == ".parquet" else source.bytes
             found = read_documents(source, Piece(i, 0, stop), documents, text_field, bar.update)
             for batch, _ in batches(found, 1 << 20):
@@ -384,10 +384,10 @@ def train_tokenizer(
     if found == len(BERT_ROLES):
         raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)")
     if found != vocab_size:
-        rule = "the text has no more word pieces" if found < vocab_size else "its letters alone need more"
+        rule = "the text has no more word pieces" if found < vocab_size else "the characters alone need more"
         raise CorpusError(
-            f"vocabulary size {vocab_size:,} cannot be had from this text, it gives {found:,}: {rule}. "
-            f"Give --vocab-size {found} or other text"
+            f"vocabulary size {vocab_size:,} is not possible with this text, which gives {found:,}: {rule}. "
+            f"Use --vocab-size {found} or other text"
         )
     with atomic_folder(output) as folder:
         _save_bert(_bert(vocabulary, lower_case=not cased), folder, lower_case=not cased)

@@ -1,6 +1,6 @@
-"""Tokenising: a unit of work becomes a token shard (`tokens`), its documents judged by the rules (`rules`) on the way.
+"""Tokenization of one unit of work: reads and filters its documents and writes them as a token shard.
 
-Documents without a single token are left out, and counted.
+Documents without tokens are dropped and counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.files import sha256_file
 from data_pipeline.filters.minhash import PLACES
-from data_pipeline.filters.rules import DIGEST, DocumentRules, Judge
+from data_pipeline.filters.rules import DIGEST, DocumentFilter, DocumentRules
 from data_pipeline.shards import SpecialTokens, id_dtype
 from data_pipeline.sources.documents import batches, read_documents
 from data_pipeline.sources.inputs import Piece, Progress, Source
@@ -26,19 +26,19 @@ from data_pipeline.sources.sentences import TAIL, sentence_starts
 from data_pipeline.tokenization.token_shards import DROPS, PLANES, SIDES, SideWriter
 from data_pipeline.tokenization.tokenizer import Encoder
 
-# Larger batches gain nothing: the tokenizer's own bookkeeping is some hundred bytes a token.
+# Characters per batch. Larger ones are no faster and cost memory: the tokenizer needs some hundred bytes per token.
 _BATCH = 1 << 20
-# Files of documents that only the search for duplicates reads; they do not stay.
-PASSING = ("late", "digests", "signatures")
+# Per-document files that only the search for duplicates reads; deleted afterwards.
+TEMPORARY = ("late", "digests", "signatures")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a build share.
+    """Settings shared by the tokenization tasks of a build.
 
-    work: folder of the token shards; documents, text_fields: how the files of each source hold documents; sentences:
-    mode of `sentences`, or None; words: store word starts; keys: store a hash of each document; ngrams: file of the
-    task files' n-grams, or ""; held_out in [0, 1).
+    work: folder of the token shards; documents, text_fields: document format and text field of each source; sentences:
+    mode of sentences.sentence_starts, or None; words: store word starts; keys: store a hash of each document; ngrams:
+    file with the n-grams of task files, or ""; held_out: share of documents, in [0, 1).
     """
 
     work: str
@@ -66,25 +66,25 @@ class Job:
 
     @property
     def planes(self) -> tuple[str, ...]:
-        asked = {"word_start": self.words, "sentence_start": self.sentences is not None}
-        return tuple(plane for plane in PLANES if asked[plane])
+        wanted = {"word_start": self.words, "sentence_start": self.sentences is not None}
+        return tuple(plane for plane in PLANES if wanted[plane])
 
     @property
     def of_documents(self) -> tuple[str, ...]:
-        """Files that have a row a document, besides `ends`."""
+        """Suffixes of the files with one row per document, except `ends`."""
         rules = self.rules
-        asked = {
+        wanted = {
             "keys": self.keys,
             "late": rules.bad_bytes == "skip" or bool(rules.decontaminate),
             "digests": rules.duplicates != "keep",
             "signatures": rules.duplicates == "near",
         }
-        return tuple(name for name in asked if asked[name])
+        return tuple(name for name in wanted if wanted[name])
 
 
 @lru_cache(maxsize=1)
 def load_encoder(folder: str, sha256: str) -> Encoder:
-    """The tokenizer, loaded once a process. `sha256` is part of the cache's key only."""
+    """Load the tokenizer once per process. `sha256` only serves as part of the cache key."""
     return Encoder(folder)
 
 
@@ -96,15 +96,15 @@ def _load_ngrams(path: str) -> NDArray[np.uint64]:
 def tokenize_unit(
     job: Job, unit: int, group: int, pieces: Sequence[tuple[Source, Piece]], progress: Progress
 ) -> dict[str, Any]:
-    """Write the token shard of one unit, all of whose pieces are of source `group`.
+    """Write the token shard of one unit; all its pieces belong to source `group`.
 
     Returns {"source", "sides": {side: TokenSide as a dict}, "empty", "dropped", "replaced", "sha256": {file name:
-    hex}}; a file is hashed with its first piece, while it is warm in the page cache.
+    hex}}. A file is hashed along with its first piece, while it is in the page cache.
     """
     encoder = load_encoder(job.tokenizer, job.tokenizer_sha256)
     fingerprints = job.rules.duplicates != "keep"
     ngrams = _load_ngrams(job.ngrams) if job.ngrams else None
-    judge = Judge(job.rules, fingerprints, ngrams) if job.rules != DocumentRules() else None
+    rule_filter = DocumentFilter(job.rules, fingerprints, ngrams) if job.rules != DocumentRules() else None
     sha256: dict[str, str] = {}
     with ExitStack() as stack:
         special = encoder.special_tokens
@@ -118,7 +118,7 @@ def tokenize_unit(
                 sha256[source.name] = sha256_file(Path(source.path))
             lenient = job.rules.bad_bytes != "error"
             found = read_documents(source, piece, job.documents[group], job.text_fields[group], progress, lenient)
-            for batch in _encode(job, encoder, judge, batches(found, _BATCH)):
+            for batch in _encode(job, encoder, rule_filter, batches(found, _BATCH)):
                 progress(0, len(batch[0]))
                 _write(job, writers, *batch)
             source.check_unchanged()
@@ -128,8 +128,8 @@ def tokenize_unit(
         "source": group,
         "sides": {side: writer.entry().model_dump() for side, writer in writers.items()},
         "empty": sum(writer.empty for writer in writers.values()),
-        "dropped": dict(judge.dropped) if judge else {},
-        "replaced": judge.replaced if judge else 0,
+        "dropped": dict(rule_filter.dropped) if rule_filter else {},
+        "replaced": rule_filter.replaced if rule_filter else 0,
         "sha256": sha256,
     }
 
@@ -142,25 +142,25 @@ _Batch = tuple[
     dict[str, NDArray[np.bool_]],
     dict[str, NDArray[Any]],
 ]
-"""ids [T], counts [n], ended [n], keys [n] (or [0]), planes of [T], and arrays a document that ends."""
+"""ids [T], counts [n], ended [n], keys [n] (or [0]), planes [T], and per-document arrays for documents that end."""
 
 
 def _encode(
-    job: Job, encoder: Encoder, judge: Judge | None, found: Iterator[tuple[list[str], list[bool]]]
+    job: Job, encoder: Encoder, rule_filter: DocumentFilter | None, found: Iterator[tuple[list[str], list[bool]]]
 ) -> Iterator[_Batch]:
-    key: int | None = None  # of the document that goes on in the next batch
+    key: int | None = None  # of the document that continues in the next batch
     before = ""
     for texts, ends in found:
         of_documents: dict[str, NDArray[Any]] = {}
-        if judge:
-            judged = judge(texts, ends)
-            texts, ends = judged.texts, judged.ends
+        if rule_filter:
+            filtered = rule_filter(texts, ends)
+            texts, ends = filtered.texts, filtered.ends
             if not texts:
                 continue
-            codes = [DROPS.index(fault) + 1 if fault else 0 for fault in judged.late]
+            codes = [DROPS.index(fault) + 1 if fault else 0 for fault in filtered.late]
             of_documents["late"] = np.array(codes, np.uint8)
-            of_documents["digests"] = np.frombuffer(b"".join(judged.digests), np.uint8).reshape(-1, DIGEST)
-            of_documents["signatures"] = np.array(judged.signatures, np.uint32).reshape(-1, PLACES)
+            of_documents["digests"] = np.frombuffer(b"".join(filtered.digests), np.uint8).reshape(-1, DIGEST)
+            of_documents["signatures"] = np.array(filtered.signatures, np.uint32).reshape(-1, PLACES)
         starts = None
         if job.sentences:
             starts = []
@@ -202,15 +202,15 @@ def _write(
         )
 
 
-def _keys(job: Job, texts: list[str], ends: list[bool], begun: int | None) -> NDArray[np.uint64]:
-    """A hash of each text's document: a function of the seed and its text (of its first piece) alone, so equal
-    documents are on one side. `begun` is that of the document that the first text continues, or None."""
+def _keys(job: Job, texts: list[str], ends: list[bool], key: int | None) -> NDArray[np.uint64]:
+    """Hash of each text's document, uint64 [n]: a function of the seed and the document's first piece alone, so that
+    equal documents fall on the same side. key: of the document that the first text continues, or None."""
     secret = str(job.seed).encode()
     keys = np.empty(len(texts), np.uint64)
     for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
-        if begun is None:
-            begun = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=secret).digest(), "little")
-        keys[i] = begun
+        if key is None:
+            key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=secret).digest(), "little")
+        keys[i] = key
         if end:
-            begun = None
+            key = None
     return keys

@@ -1,21 +1,21 @@
-"""Words → ids, remembered: text is mostly words that were there before.
+"""Cache of the token ids of words: most words of a text have occurred before.
 
-Exact only where a tokenizer is word-wise: the ids of a text are those of its white-space-separated words, one after the
-other. `why_not_word_wise` decides this from tokenizer.json alone, and knows these to be:
+Exact only for word-wise tokenizers, for which the ids of a text are the concatenated ids of its white-space-separated
+words. `why_not_word_wise` decides this from tokenizer.json. The conditions:
 
-- added tokens are all special (they are not looked for in text), and there is no truncation of its own;
-- the normaliser's steps (BERT's, Unicode forms, lower case, accents) never look across white space: composition and the
-  order of marks stop at a space (which has combining class 0 and composes with nothing), and a letter's lower case
-  depends on the letters beside it at most;
-- the first pre-tokeniser step splits at white space and drops it, the others split further;
-- the model has no chance in it (BPE dropout).
+- all added tokens are special (special tokens are not matched in text), and truncation is off;
+- the normalizer steps (BERT's, Unicode forms, lower-casing, accent stripping) never look across white space:
+  composition and reordering of marks stop at a space (combining class 0, composes with nothing), and lower-casing a
+  letter depends at most on adjacent letters;
+- the first pre-tokenizer step splits at white space and drops it, further steps only split further;
+- the model is deterministic (no BPE dropout).
 
-BERT's pre-tokeniser makes every sign of ASCII punctuation a word: there the ids of an ASCII word are those of its
-runs of letters and digits and of its signs, and "word," needs no look-up of its own.
+BERT's pre-tokenizer makes each ASCII punctuation character a word: the ids of an ASCII word are then those of its
+alphanumeric runs and its punctuation, and "word," needs no cache entry.
 
-Anything else is encoded as a whole. White space here is what Python's `str.split` and Unicode's White_Space agree on:
-texts with one of the eight signs of which they differ, or which BERT removes as control characters, are split at
-plain spaces, tabs and line ends only.
+Other tokenizers encode complete texts. White space means characters on which Python's `str.split` and Unicode's
+White_Space agree: texts with one of the eight characters on which they differ, or which BERT removes as control
+characters, are split only at spaces, tabs and line ends.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ _MODELS = {"WordPiece", "WordLevel", "BPE"}
 _DOUBTFUL = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
 _RUNS = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9]")
 _PLAIN = re.compile("[ \t\r\n]+")
-# Entries and characters at which everything is forgotten: about 100 MB.
+# Limits at which the cache is cleared: about 100 MB.
 _ENTRIES = 400_000
 _CHARACTERS = 8_000_000
 
 
 def why_not_word_wise(tokenizer: Tokenizer) -> str | None:
-    """What keeps a tokenizer from being word-wise, or None where it is."""
+    """The reason why a tokenizer is not word-wise, or None if it is."""
     content = json.loads(tokenizer.to_str())
     if odd := [token["content"] for token in content.get("added_tokens", ()) if not token["special"]]:
         return f"added token {odd[0]!r} is not special"
     for step in _steps(content.get("normalizer"), "normalizers"):
         if step["type"] not in _NORMALIZERS:
-            return f"normaliser {step['type']}"
+            return f"normalizer {step['type']}"
     splitters = list(_steps(content.get("pre_tokenizer"), "pretokenizers"))
     if not splitters or splitters[0]["type"] not in _SPLITTERS:
-        return f"pre-tokeniser {splitters[0]['type'] if splitters else 'none'}"
+        return f"pre-tokenizer {splitters[0]['type'] if splitters else 'none'}"
     for step in splitters[1:]:
         if step["type"] not in _SPLITTERS | _OTHERS:
-            return f"pre-tokeniser {step['type']}"
+            return f"pre-tokenizer {step['type']}"
     model = content["model"]
     kind = model.get("type")
     if kind not in _MODELS:
@@ -79,7 +79,7 @@ def _steps(step: Any, key: str) -> Iterable[dict[str, Any]]:
 
 
 def word_starts(word_ids: Iterable[int | None]) -> list[int]:
-    """1 where a token begins a word of the pre-tokeniser, else 0."""
+    """1 if a token starts a word of the pre-tokenizer, else 0."""
     before: int | None = -1
     out = []
     for word in word_ids:
@@ -88,8 +88,8 @@ def word_starts(word_ids: Iterable[int | None]) -> list[int]:
     return out
 
 
-class WordMemo:
-    """Encodes as `tokenizer` does, which must be word-wise. dtype: of the ids, uint16 or uint32."""
+class WordCache:
+    """Cached equivalent of a word-wise `tokenizer`. dtype: of the ids, uint16 or uint32."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
@@ -103,7 +103,7 @@ class WordMemo:
     def encode(
         self, texts: list[str], with_starts: bool
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.bool_] | None]:
-        """Ids of all texts [T], how many of each, int64 [len(texts)], and, if asked, bool [T]: a word begins here."""
+        """Ids of all texts [T], ids per text, int64 [len(texts)], and, if requested, word starts, bool [T]."""
         split = [_PLAIN.split(text) if _DOUBTFUL.search(text) else text.split() for text in texts]
         self._learn(set(chain.from_iterable(split)).difference(self._ids), with_starts)
         parts = [b"".join(map(self._ids.__getitem__, words)) for words in split]
@@ -125,7 +125,7 @@ class WordMemo:
             compounds = {w: _RUNS.findall(w) for w in words if w.isascii() and w.isprintable() and not w.isalnum()}
             words = words.difference(compounds).union(*compounds.values()).difference(self._ids)
         new = sorted(words)
-        # The fast call knows nothing of words.
+        # encode_batch_fast does not return word ids.
         encode = self._tokenizer.encode_batch if with_starts else self._tokenizer.encode_batch_fast
         for word, encoding in zip(new, encode(new, add_special_tokens=False), strict=True):
             self._ids[word] = array(self._code, encoding.ids).tobytes()

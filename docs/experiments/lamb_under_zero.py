@@ -1,18 +1,18 @@
-"""Does it matter that LAMB's norms are taken across ZeRO's partitions? The same training three ways, on real text.
+"""LAMB under ZeRO with and without norms across partitions: the same training three ways, on real text.
 
-- plain: a textbook LAMB on the model's own tensors, one process, no DeepSpeed: what is meant.
+- plain: a textbook LAMB on the model's own tensors, one process, no DeepSpeed: the reference.
 - bound: `maskvr_ds.lamb.Lamb` under ZeRO, with `bind(engine)`.
-- unaware: the same textbook LAMB under ZeRO, as `"zero_allow_untested_optimizer": true` lets one do. It finds one
-  flat partition a parameter group and takes it for a tensor.
+- unaware: the same textbook LAMB under ZeRO, as `"zero_allow_untested_optimizer": true` permits. It sees one flat
+  partition per parameter group and treats it as a tensor.
 
     python docs/experiments/lamb_under_zero.py --corpus corpus/ --output docs/results/lamb_under_zero
 
 Every learning rate × seed is trained with `bound` and `unaware` on the first of `--ranks`; then, at the learning rate
 at which each has the lowest held-out loss, `bound` and `unaware` on the other numbers of ranks, `unaware` on one rank,
-and `plain`. A line of runs.jsonl per run; a run that is there already is not repeated. summary.json, summary.md and
+and `plain`. One line of runs.jsonl per run; existing runs are not repeated. summary.json, summary.md and
 lamb_under_zero.png are made from runs.jsonl alone.
 
-The model has no dropout, whose random numbers would depend on the ranks; all else is the same for equal seeds.
+The model has no dropout, since its random numbers would depend on the ranks; everything else is equal for equal seeds.
 """
 
 import argparse
@@ -51,7 +51,7 @@ _HELD_OUT_ROWS = 256
 
 
 class TextbookLamb(torch.optim.Optimizer):
-    """LAMB as it stands in the paper, a tensor of `param_groups` at a time: right where those are the model's tensors.
+    """LAMB as in the paper, for each tensor of `param_groups`: correct if those are the model's tensors.
 
     ratios: tensor → trust ratio of the last step.
     """
@@ -96,11 +96,11 @@ def make_trainer(job: Job, model: torch.nn.Module, options: argparse.Namespace) 
 
 
 def train(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """One run → its line of runs.jsonl, the same on every rank. Every rank calls.
+    """Train one run → its line of runs.jsonl, identical on all ranks. Collective: call on all ranks.
 
-    losses: of every step, nats. held_out: [step, loss] pairs. tensors: for each rank, names of those that lie on it at
-    least in part. ratios: of every 10th step, with the first seed, by name; for `unaware`, where there are none of
-    tensors, by "rank r, group g". Lists end early where the loss is not finite; the last held-out loss is then null.
+    losses: of every step, in nats. held_out: [step, loss] pairs. tensors: for each rank, the names of tensors stored on
+    it at least in part. ratios: of every 10th step, with the first seed, by name; for `unaware`, which has no ratios of
+    tensors, by "rank r, group g". Lists end early if the loss is not finite; the last held-out loss is then null.
     """
     rank, device = distributed.rank(), distributed.device()
     corpus, held_out_corpus = Corpus(options.corpus), Corpus(options.corpus / "held_out")
@@ -178,13 +178,13 @@ def one_step(job: Job, engine: Any, model: torch.nn.Module, optimizer: Any, mask
 
 
 def trust_ratios(job: Job, optimizer: Any, names: dict[Any, str]) -> dict[str, float]:
-    """Of the last step: by tensor, or by partition for `unaware`. Every rank calls."""
+    """Trust ratios of the last step: by tensor, or by partition for `unaware`. Collective: call on all ranks."""
     if job.method == "bound":
         tensors = [name.removeprefix("mlm.") for name in optimizer.tensor_names]
         return dict(zip(tensors, optimizer.trust_ratios.tolist(), strict=True))
     if job.method == "plain":
         return {names[p]: ratio for p, ratio in optimizer.ratios.items()}
-    mine = list(optimizer.ratios.values())  # a group's partition each
+    mine = list(optimizer.ratios.values())  # one per group's partition
     return {f"rank {r}, group {g}": x for r, ratios in enumerate(_gather(mine)) for g, x in enumerate(ratios)}
 
 
@@ -198,7 +198,7 @@ def _rank_main(rank: int, jobs: Sequence[Job], port: int, options: argparse.Name
     world_size = jobs[0].ranks
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    logger.setLevel("ERROR")  # that the optimizer is untested is the point
+    logger.setLevel("ERROR")  # hides the warning about an untested optimizer
     distributed.initialize()
     torch.set_num_threads(1)
     for job in jobs:
@@ -211,7 +211,7 @@ def _rank_main(rank: int, jobs: Sequence[Job], port: int, options: argparse.Name
 
 
 def train_missing(jobs: Iterable[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs so far, after training those of `jobs` that are not among them; one group of ranks per world size."""
+    """Train the `jobs` that have no run yet, in one process group per world size; → all runs."""
     done = {job_of(run) for run in read_runs(options.output)}
     missing = [job for job in jobs if job not in done]
     for ranks in sorted({job.ranks for job in missing}):
@@ -224,26 +224,26 @@ def train_missing(jobs: Iterable[Job], options: argparse.Namespace) -> list[dict
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Runs of other settings must not stand in the same folder. Raises SystemExit, naming the difference."""
+    """Raise SystemExit if the folder has runs with different settings."""
     fields = ("stage", "steps", "warmup", "batch", "layers", "hidden", "evaluate_every")
     settings = {field: getattr(options, field) for field in fields}
     path = options.output / "settings.json"
-    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
-        raise SystemExit(f"error: {path} says {found}, asked for are {settings}; name another --output")
+    if path.is_file() and (existing := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        raise SystemExit(f"error: {path} has {existing}, which differs from {settings}; use another --output")
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="LAMB under ZeRO: bound, unaware, plain.")
-    parser.add_argument("--corpus", type=Path, required=True, help="made by `data_pipeline build` with --held-out")
-    parser.add_argument("--output", type=Path, required=True, help="folder; a run that is in it is not repeated")
+    parser.add_argument("--corpus", type=Path, required=True, help="corpus built with --held-out")
+    parser.add_argument("--output", type=Path, required=True, help="output folder; runs in it are not repeated")
     parser.add_argument("--stage", type=int, choices=[1, 2], default=2, help="ZeRO stage (default: 2)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="the sweep runs on the first (2 3)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="the sweep uses the first (2 3)")
     parser.add_argument("--lrs", type=float, nargs="+", default=[0.005, 0.008, 0.0125, 0.02])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=24, help="sequences a step over all ranks (default: 24)")
+    parser.add_argument("--batch", type=int, default=24, help="sequences per step over all ranks (default: 24)")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--evaluate-every", type=int, default=50)
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     minutes = (time.perf_counter() - start) / 60
     versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
     print(write_report(runs, options.output, ranks=first, versions=versions))
-    print(f"{minutes:.1f} minutes of training now, {sum(run['seconds'] for run in runs) / 60:.1f} in all")
+    print(f"{minutes:.1f} minutes of training in this call, {sum(run['seconds'] for run in runs) / 60:.1f} in total")
 
 
 if __name__ == "__main__":

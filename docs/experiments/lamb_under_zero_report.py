@@ -1,8 +1,12 @@
-"""runs.jsonl of lamb_under_zero.py → summary.json, summary.md and lamb_under_zero.png."""
+"""Report of lamb_under_zero.py: runs.jsonl → summary.json, summary.md and lamb_under_zero.png.
+
+python docs/experiments/lamb_under_zero_report.py docs/results/lamb_under_zero     # redraws the plot
+"""
 
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +14,13 @@ import numpy as np
 
 RUNS = "runs.jsonl"
 COLOURS = {"plain": "black", "bound": "tab:blue", "unaware": "tab:red"}
-_SMOOTHING = 10  # steps that a point of the training curves is the mean of
+# Names of the methods in the plot.
+LABELS = {"plain": "plain LAMB", "bound": "maskvr_ds LAMB", "unaware": "ZeRO-unaware LAMB"}
+_SMOOTHING = 10  # steps averaged per point of the training curves
 
 
 class Job(NamedTuple):
-    """One training."""
+    """One training run."""
 
     method: str
     ranks: int
@@ -32,7 +38,7 @@ def job_of(run: dict[str, Any]) -> Job:
 
 
 def write_report(runs: list[dict[str, Any]], folder: Path, *, ranks: int, versions: dict[str, str]) -> str:
-    """Write the three files; → the tables. ranks: those of the sweep."""
+    """Write the three files; → the tables. ranks: number of ranks of the sweep."""
     figures = {"versions": versions, **summary(runs, ranks)}
     (folder / "summary.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     text = tables(figures)
@@ -42,7 +48,7 @@ def write_report(runs: list[dict[str, Any]], folder: Path, *, ranks: int, versio
 
 
 def best_rate(runs: list[dict[str, Any]], method: str, ranks: int) -> float:
-    """The learning rate whose final held-out loss is lowest in the mean over seeds; a diverged run counts as worst."""
+    """The learning rate with the lowest final held-out loss on average over seeds; diverged runs count as infinite."""
     finals: dict[float, list[float]] = {}
     for run in runs:
         if (run["method"], run["ranks"]) == (method, ranks):
@@ -52,7 +58,7 @@ def best_rate(runs: list[dict[str, Any]], method: str, ranks: int) -> float:
 
 
 def summary(runs: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """What the tables and the text of docs/lamb.md say. ranks: those of the sweep."""
+    """The figures of the tables and of docs/lamb.md. ranks: number of ranks of the sweep."""
     by_job = {job_of(run): run for run in runs}
     best = {method: best_rate(runs, method, ranks) for method in ("bound", "unaware")}
     held_out: dict[str, dict[str, Any]] = {}
@@ -116,9 +122,9 @@ def kind_of(name: str) -> str:
 
 
 def ratio_figures(bound: dict[str, Any], unaware: dict[str, Any]) -> dict[str, Any]:
-    """The ratio that each tensor should have got against what its partition got; after the first recorded step.
+    """Trust ratios applied by `unaware` to partitions relative to the tensors' own, after the first recorded step.
 
-    One trajectory each: apart from the first steps the two runs' weights differ.
+    From one trajectory each: the weights of the two runs differ after the first steps.
     """
     quotients: dict[str, list[float]] = {}
     straddling: dict[str, Any] = {}
@@ -153,7 +159,7 @@ def tables(figures: dict[str, Any]) -> str:
     lines += [f"| {key} | {_shown(x, '.2g')} |" for key, x in figures["largest_training_loss_difference"].items()]
     lines += ["", "| ratio applied by unaware ÷ ratio of the tensor | median (min to max) |", "|---|---|"]
     lines += [f"| {key} | {_shown(x, '.2g')} |" for key, x in figures["trust_ratios"]["applied_over_true"].items()]
-    lines += ["", "| tensor cut between two ranks | larger ÷ smaller scale: median (min to max) |", "|---|---|"]
+    lines += ["", "| tensor split between two ranks | larger ÷ smaller scale: median (min to max) |", "|---|---|"]
     cut = figures["trust_ratios"]["tensors_cut_between_ranks"]
     lines += [f"| `{key}` | {_shown(x, '.3g')} |" for key, x in cut.items()]
     return "\n".join(lines) + "\n"
@@ -164,6 +170,7 @@ def _shown(x: dict[str, float], form: str) -> str:
 
 
 def draw(runs: list[dict[str, Any]], figures: dict[str, Any], output: Path) -> None:
+    """Plot trust ratios, loss curves, learning rates, and differences from plain LAMB as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,12 +187,13 @@ def draw(runs: list[dict[str, Any]], figures: dict[str, Any], output: Path) -> N
     for name, values in true["ratios"].items():
         ratios.plot(true["ratio_steps"], values, color=styles[kind_of(name)], linewidth=0.6, alpha=0.7)
     for kind, colour in styles.items():
-        ratios.plot([], [], color=colour, label=f"each tensor's own: {kind}")
+        ratios.plot([], [], color=colour, label=f"{LABELS['bound']}: {kind}")
     for (name, values), line in zip(applied["ratios"].items(), ("-", "--", "-.", ":") * ranks, strict=False):
         ratios.plot(
-            applied["ratio_steps"], values, color="tab:red", linestyle=line, linewidth=2, label=f"unaware: {name}"
+            applied["ratio_steps"], values, color="tab:red", linestyle=line, linewidth=2, label=f"ZeRO-unaware: {name}"
         )
-    ratios.set(yscale="log", title=f"trust ratios, {ranks} ranks, lr {best['bound']:g}", xlabel="step")
+    title = f"trust ratios, {ranks} ranks, learning rate {best['bound']:g}"
+    ratios.set(yscale="log", title=title, xlabel="optimizer step", ylabel="trust ratio")
     ratios.legend(fontsize=7, ncols=2)
 
     for method, lr in best.items():
@@ -196,11 +204,13 @@ def draw(runs: list[dict[str, Any]], figures: dict[str, Any], output: Path) -> N
         steps = _SMOOTHING * np.arange(1, smooth.shape[1] + 1)
         colour = COLOURS[method]
         losses.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.2, linewidth=0)
-        losses.plot(steps, smooth.mean(0), color=colour, linewidth=1, label=f"{method}, lr {lr:g}: training")
+        losses.plot(steps, smooth.mean(0), color=colour, linewidth=1, label=f"{LABELS[method]}, lr {lr:g}: training")
         held_out = [list(zip(*run["held_out"], strict=True)) for run in group]
         mean = [statistics.fmean(x) for x in zip(*(loss for _, loss in held_out), strict=True)]
-        losses.plot(held_out[0][0], mean, "o--", color=colour, markersize=4, label=f"{method}, lr {lr:g}: held-out")
-    losses.set(title=f"loss at the best learning rate of each, {len(seeds)} seeds", xlabel="step", ylabel="nats")
+        label = f"{LABELS[method]}, lr {lr:g}: held-out"
+        losses.plot(held_out[0][0], mean, "o--", color=colour, markersize=4, label=label)
+    title = f"loss at each optimizer's best learning rate, {len(seeds)} seeds"
+    losses.set(title=title, xlabel="optimizer step", ylabel="masked-LM loss (nats)")
     losses.legend(fontsize=8)
 
     for method in best:
@@ -211,8 +221,9 @@ def draw(runs: list[dict[str, Any]], figures: dict[str, Any], output: Path) -> N
         ]
         bars = [[e["mean"] - e["min"] for e in entries], [e["max"] - e["mean"] for e in entries]]
         rates, means = [e["lr"] for e in entries], [e["mean"] for e in entries]
-        sweep.errorbar(rates, means, bars, color=COLOURS[method], marker="o", capsize=3, label=method)
-    sweep.set(xscale="log", title="final held-out loss: mean, least and greatest over seeds", xlabel="learning rate")
+        sweep.errorbar(rates, means, bars, color=COLOURS[method], marker="o", capsize=3, label=LABELS[method])
+    title = "final held-out loss: mean, minimum and maximum over seeds"
+    sweep.set(xscale="log", title=title, xlabel="learning rate", ylabel="held-out loss (nats)")
     sweep.set_xticks(rates, [f"{lr:g}" for lr in rates], minor=False)
     sweep.minorticks_off()
     sweep.legend()
@@ -222,14 +233,20 @@ def draw(runs: list[dict[str, Any]], figures: dict[str, Any], output: Path) -> N
         if job.method != "plain" and (job.lr, job.seed) == (best["bound"], seeds[0]):
             difference = [abs(a - b) for a, b in zip(run["losses"], reference, strict=False)]
             line = {1: ":", 2: "-", 3: "--"}.get(job.ranks, "-.")
-            label = f"{job.method}, {job.ranks} ranks"
+            label = f"{LABELS[job.method]}, {job.ranks} rank{'s' if job.ranks > 1 else ''}"
             # Losses are recorded to six digits.
             shown = [max(x, 1e-6) for x in difference]
             apart.plot(range(1, len(shown) + 1), shown, line, color=COLOURS[job.method], linewidth=0.9, label=label)
-    apart.set(yscale="log", xlabel="step", title=f"|training loss − plain LAMB's|, lr {best['bound']:g}", ylabel="nats")
+    title = f"training loss, difference from plain LAMB, lr {best['bound']:g}"
+    apart.set(yscale="log", title=title, xlabel="optimizer step", ylabel="absolute difference (nats)")
     apart.legend(fontsize=8)
     for axes in (ratios, losses, sweep, apart):
         axes.grid(alpha=0.3)
     canvas.tight_layout()
     canvas.savefig(output)
     plt.close(canvas)
+
+
+if __name__ == "__main__":
+    results = Path(sys.argv[1])
+    draw(read_runs(results), json.loads((results / "summary.json").read_text()), results / "lamb_under_zero.png")

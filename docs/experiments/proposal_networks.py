@@ -1,12 +1,13 @@
-"""Which network learns the best proposal? Several learn side by side on a frozen BERT; judged on held-out rows.
+"""Comparison of proposal networks, trained side by side on a frozen BERT and evaluated on held-out rows.
 
     python docs/experiments/proposal_networks.py --checkpoint RUN_OR_CHECKPOINT --corpus CORPUS --output networks.jsonl
 
-CORPUS with held-out rows. All networks see the same rows and the same targets (s of uniform masks, gradient_norm.py),
-which one forward pass of BERT and a backward pass of its head bring. The objective is `variance` (mapnet.py) unless
-said, the optimizer that of proposer.py. The reference is √E[s² | x] of every maskable position from 64 uniform masks.
-Printed, every so many steps: rank correlation with it, the second moment E[u s²] / E[s²] at the floor λ, and what share
-of the reference's own reduction that is; also for the exponential moving average of the network's parameters.
+CORPUS must have held-out rows. All networks see the same rows and the same targets (s of uniform masks,
+masking/gradient_norms.py), from one forward pass of BERT and a backward pass of its head. The objective is `variance`
+(masking/mapnet.py) unless stated otherwise, the optimizer that of masking/proposer.py. The reference is √E[s² | x] of
+every maskable position from 64 uniform masks. Prints every --every steps: the rank correlation with the reference, the
+second moment E[u s²] / E[s²] at the floor λ, and its reduction as a share of the reference's reduction; also for the
+exponential moving average of the network's parameters.
 """
 
 import argparse
@@ -38,7 +39,7 @@ _AVERAGE = 0.995
 
 
 class Candidate(nn.Module):
-    """MapNet with parts left out or added. words: BERT's embeddings [V, H], seen beside its own."""
+    """MapNet with parts removed or added. words: BERT's embeddings [V, H], added to its own."""
 
     def __init__(
         self, net: MapNet, words: torch.Tensor | None = None, neighbours: bool = True, product: bool = True
@@ -67,6 +68,8 @@ class Candidate(nn.Module):
 
 
 class Learner:
+    """A network with its optimizer, objective and averaged parameters."""
+
     def __init__(self, name: str, make: Callable[[], nn.Module], objective: str = "variance") -> None:
         torch.manual_seed(3)
         self.name, self.net, self.objective = name, make(), OBJECTIVES[objective]
@@ -106,7 +109,7 @@ def read_norms(model: MaskedLanguageModel, masked: MaskedBatch) -> torch.Tensor:
 def reference(
     model: MaskedLanguageModel, batch: TokenBatch, maskers: list[Masker]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """√E[s²] float32 [B, L], and from how many masks."""
+    """√E[s²] float32 [B, L], and the number of masks it is estimated from."""
     total, times = torch.zeros(batch.input_ids.shape), torch.zeros(batch.input_ids.shape)
     for masker in maskers:
         masked = masker(batch)
@@ -189,7 +192,7 @@ def main() -> None:
     draw = masker(2)
     lines: list[dict[str, str | float]] = [{"network": "reference", "second_moment": round(best, 4), "share": 1}]
     if state := read_extra(folder, MAPNET_STATE):
-        # What learnt beside this BERT, while it was learning itself.
+        # The run's own network, trained together with this BERT.
         positions = len(state["parameters.positions.weight"])
         own = MapNet(vocab_size=V, max_length=positions, layers=1, hidden=96, reach=4)
         own.load_state_dict({name: state[f"parameters.{name}"] for name, _ in own.named_parameters()})

@@ -1,10 +1,11 @@
-"""The demo's training with every strategy on two ranks: does it run, resume exactly, and does the loss fall?
+"""Exact resume with every strategy: the demo's training on two ranks, uninterrupted and killed.
 
     python docs/experiments/strategies_survive.py --corpus CORPUS --output DIR [--steps 200] [--strategies NAME …]
 
-CORPUS as `maskvr demo` builds it. Each strategy trains twice: undisturbed, and killed with SIGKILL (launcher and ranks)
-a little after its first checkpoint, then resumed. One line of DIR/strategies.jsonl a strategy; what stands there is not
-repeated. Exits with 1 where a resumed run differs from the undisturbed one in a digest, a loss or a gradient norm.
+CORPUS as built by `maskvr demo`. Each strategy trains twice: uninterrupted, and killed with SIGKILL (launcher and
+ranks) shortly after its first checkpoint, then resumed. Writes one line per strategy to DIR/strategies.jsonl;
+strategies in it are not repeated. Exits with 1 if a resumed run differs from the uninterrupted one in a digest, a loss
+or a gradient norm.
 """
 
 import argparse
@@ -46,7 +47,7 @@ SAME = ("step", "data_digest", "mask_digest", "loss", "grad_norm")
 
 
 def train(corpus: Path, run: Path, steps: int, settings: list[str]) -> list[str]:
-    """The command that begins or goes on with a run."""
+    """The command that starts or resumes a run."""
     words = [sys.executable, "-m", "maskvr_ds.cli", "train", "--config", "demo_cpu", "--num-gpus", "2"]
     fixed = [f"data.path={corpus}", f"output_dir={run}", f"training.steps={steps}", "training.schedule_steps=800"]
     often = [

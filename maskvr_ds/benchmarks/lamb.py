@@ -49,7 +49,7 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
     if against is None:
         against = [name for name, needs_gpu in PEERS.items() if on_gpu or not needs_gpu]
     if refused := [name for name in against if PEERS[name] and not on_gpu]:
-        raise ValueError(f"--against {', '.join(refused)}: needs a GPU (a CUDA kernel of DeepSpeed), and there is none")
+        raise ValueError(f"--against {', '.join(refused)}: a CUDA kernel of DeepSpeed, but there is no GPU")
     if threads is not None:
         torch.set_num_threads(threads)
     model = ModelConfig.model_validate({"preset": preset})

@@ -92,8 +92,8 @@ def whole_mask(draw: Draw) -> torch.Tensor:
     """
     if draw.log_probability is None:
         raise ValueError(
-            "masking.estimator 'whole_mask' needs the probability of each mask, which masking.sampler 'pareto' does "
-            "not provide; set masking.sampler to 'conditional_poisson', or use estimator 'horvitz_thompson' or 'hajek'"
+            "estimator 'whole_mask' needs the probability of each mask, which sampler 'pareto' does not provide; use "
+            "sampler 'conditional_poisson', or estimator 'horvitz_thompson' or 'hajek'"
         )
     n, k = draw.n.double(), draw.counts.double()
     log_sets = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)

@@ -72,8 +72,8 @@ def proposal_to_inclusion(
     Returns: float64 [B, L], in (0, 1] on maskable positions and 0 elsewhere; Σ over a row = k.
     """
     scores = scores.double().masked_fill(~maskable, 0.0)
-    greatest = scores.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    units = (scores / greatest * _UNITS).round().long().clamp_(min=1).masked_fill_(~maskable, 0)
+    row_maximum = scores.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    units = (scores / row_maximum * _UNITS).round().long().clamp_(min=1).masked_fill_(~maskable, 0)
     # In descending order s_1 ≥ s_2 ≥ …, the first c are capped, c being the minimum with (k − c) s_{c+1} ≤ Σ_{j>c} s_j.
     # If that holds for c, it holds for all larger c, and it holds for c = k: the K largest are enough to count.
     largest = -smallest(-units, width)

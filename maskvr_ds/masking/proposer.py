@@ -39,7 +39,7 @@ _NAMES = (
     "proposal_cost",
 )
 # Σ over the global batch: w s, w s², w u s², loss, weights of the losses, their squares, entropies, rows, predictions;
-# over ranks: seconds of MAPNet, of the whole step.
+# over ranks: seconds of MAPNet, of the complete step.
 _SUMS = 11
 # Decay per step of the gate's moving averages.
 _DECAY = 0.99
@@ -249,7 +249,7 @@ class Proposer:
         if bad := [rank for rank, count in enumerate(counts) if count]:
             raise FloatingPointError(
                 f"step {step}: MAPNet's scores are not finite on rank {', '.join(map(str, bad))}; resume from the last "
-                "checkpoint with a lower mapnet.lr"
+                "checkpoint with a lower masking.mapnet.lr"
             )
 
     def check_replicas(self) -> None:
@@ -291,7 +291,7 @@ class Proposer:
         ]
         if different:
             raise ValueError(
-                f"{MAPNET_STATE} does not match the network described by the config section mapnet; different tensors: "
+                f"{MAPNET_STATE} does not match the network described by masking.mapnet; different tensors: "
                 f"{', '.join(sorted(different)[:3])}"
             )
         adam: dict[str, torch.Tensor] = {"step": tensors["step"].clone()}

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 RECORD_BYTES = 256
+# Heartbeats written within a timeout for silent ranks; a slow file system may delay some.
+BEATS_PER_TIMEOUT = 8
 # Pattern of the files in a folder, see `rank_path`.
 RANK_FILES = "rank-*"
 

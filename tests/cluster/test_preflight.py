@@ -85,7 +85,7 @@ def test_faults_are_told_in_lines_and_no_rank_is_started(scene: Scene) -> None:
     table = out.splitlines()
     assert table[0].split()[:3] == ["host", "name", "ranks"]
     assert [row.split()[0] for row in table[1:3]] == ["h1", "h2"]
-    assert table[3] == "interconnect: not measured, until the faults are mended"
+    assert table[3] == "interconnect: not measured; fix the errors first"
 
 
 def test_a_folder_that_is_not_shared_a_taken_port_and_a_host_that_is_not_there(scene: Scene) -> None:
@@ -100,8 +100,8 @@ def test_a_folder_that_is_not_shared_a_taken_port_and_a_host_that_is_not_there(s
     finally:
         scene.hosts.on(2, "umount", logs)
     assert status == 1
-    assert "error: absent: not reached by ssh: " in err
-    assert "error: h1: port 22 is taken there" in err
+    assert "error: absent: not reachable by ssh: " in err
+    assert "error: h1: port 22 is in use there" in err
     assert "error: h2: " in err
     assert "not on a file system that all nodes share" in err
     assert len(err.splitlines()) == 3
@@ -118,5 +118,5 @@ def test_hostfile_check_slots(scene: Scene) -> None:
     status, err = check("--hosts", "h1:1", "h2:4096", "absent:1")
     assert status == 1
     assert "h2: slots=4096, but it has" in err
-    assert "absent: not reached by ssh" in err
+    assert "absent: not reachable by ssh" in err
     assert "h1:" not in err

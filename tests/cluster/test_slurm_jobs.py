@@ -104,7 +104,7 @@ def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
     job = submit(slurm, file, "2")
     wait_for(slurm, job, run, 0, more=15)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_until(lambda: "queues itself again" in log(run, job), "requeued by itself")
+    slurm.wait_until(lambda: "requeuing" in log(run, job), "requeued by itself")
     saved = json.loads((run / "stopped.json").read_text())["step"]
     assert complete_checkpoints(run)[-1].name == f"step-{saved:08d}", "nothing is lost"
 
@@ -124,8 +124,8 @@ def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
         wait_state(slurm, job, run, "CANCELLED")
     slurm.wait_idle()
     assert (slurm.state(job), slurm.job(job)["Restarts"]) == ("CANCELLED", "2")
-    assert "queues itself again" in log(run, job).split("start 1: on ")[0]
-    assert "queues itself again" not in log(run, job).split("start 1: on ")[1], "only Slurm may start it again"
+    assert "requeuing" in log(run, job).split("start 1: on ")[0]
+    assert "requeuing" not in log(run, job).split("start 1: on ")[1], "only Slurm may start it again"
     assert len(metrics(run)) < STEPS
 
     again = slurm.sbatch(run / "slurm" / "job.sbatch")

@@ -1,4 +1,4 @@
-"""Lives of a job with something going wrong in them, on ranks that are forks of processes which have imported all."""
+"""Jobs with injected faults (signals, kills, NaN losses, damage, full disks), on ranks forked after the imports."""
 
 import functools
 import json
@@ -14,17 +14,19 @@ from maskvr_ds.runtime import files
 
 @dataclass
 class Act:
-    """One job on all ranks, and what happens to it.
+    """One job on all ranks, and the fault injected into it.
 
-    signal: (rank, update, number): that rank hears it when it is about to make that update (0-based).
-    nan_row: a row of the corpus whose loss is not a number, whenever it comes; nan_step: the update at which one is so.
-    kill: (rank, place, n): SIGKILL of a rank, None for all, "step" before update n, "update" before the n-th of this
-    life, "save" in the n-th writing of one of DeepSpeed's files, "write" when half of the n-th file is written beside
-    training, "convert" when a conversion is all but renamed.
-    damage: (update, file): when that update is about to be made, the file has nothing in it any more.
-    slow: seconds that every file takes longer to write.
-    fill: a file that takes all the room of its file system, once the disk was found to have enough; before it all
-    begins, `empty` is removed.
+    signal: (rank, update, number): signal for that rank just before that update (0-based).
+    nan_row: a corpus row whose loss is always NaN; nan_step: the update at which a loss on rank 1 is NaN.
+    kill: (rank, place, n): SIGKILL of a rank (None: all): "step": before update n; "update": before the n-th update of
+    this job; "save": in the n-th write of a DeepSpeed file; "write": halfway through the n-th file of an asynchronous
+    checkpoint; "convert": once a conversion is written, before it is renamed.
+    damage: (update, file): the file is truncated to nothing just before that update.
+    slow: extra seconds that every file takes to write.
+    fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
+    before the job starts.
+    note: a file that gets one line before the job starts: steps logged, step of the newest checkpoint.
+    output: takes what rank 0 prints. ranks: the first `ranks` of the processes take part.
     """
 
     values: dict[str, Any]
@@ -36,17 +38,14 @@ class Act:
     damage: tuple[int, Path] | None = None
     fill: Path | None = None
     empty: Path | None = None
-    # Takes a line "steps logged, newest checkpoint's step" before the act begins.
     note: Path | None = None
     slow: float = 0.0
-    # Takes what rank 0 prints.
     output: Path | None = None
-    # The first so many of the processes that play.
     ranks: int = 2
 
 
 def play(acts: list[Act], ports: list[int]) -> list[str]:
-    """On a rank: the acts one after the other; → for each "done", "stopped: …", "killed", or the error's text."""
+    """On a rank: the acts in turn; returns for each "done", "stopped: …", "killed", "absent", or the error's text."""
     import maskvr_ds.train  # noqa: F401
 
     answers = []
@@ -103,13 +102,13 @@ def _live(act: Act) -> str:
         return f"stopped: {stopped}"
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if act.kill is not None:
-            return "bereft"  # of a rank that was killed
+            return "lost a peer"
         return f"{type(error).__name__}: {error}"
     return "done"
 
 
 def prepare(act: Act) -> None:
-    """Put the faults of an act in the way of this rank."""
+    """Patch this process so that the act's faults happen."""
     from maskvr_ds import train
     from maskvr_ds.masking.masker import Masker
     from maskvr_ds.run_folder import checkpoints
@@ -146,7 +145,7 @@ def prepare(act: Act) -> None:
         if any(checkpoints.complete_checkpoints(folder.parents[2])):
             fill(act.fill, leave=20_000)
 
-    train.plot_loss = lambda *_: None  # seconds each
+    train.plot_loss = lambda *_: None  # takes a second each
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
     if act.fill is not None:
         checkpoints.check_space = full
@@ -174,8 +173,11 @@ def _kill_in_save(number: int) -> None:
 
 
 def _write_slowly(seconds: float, kill_at: int) -> None:
-    """kill_at: the call in which to die; 0: none."""
+    """kill_at: the call in which this process is killed; 0: none."""
     import time
+
+    from maskvr_ds.checkpoint import save as checkpoint
+    from maskvr_ds.run_folder import checkpoints
 
     write_hashed, calls = files.write_hashed, [0]
 
@@ -188,7 +190,7 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_hashed(path, content)
 
-    files.write_hashed = slow
+    checkpoint.write_hashed = checkpoints.write_hashed = slow
 
 
 def _kill_in_conversion() -> None:
@@ -204,7 +206,7 @@ def _kill_in_conversion() -> None:
 
 
 def fill(path: Path, *, leave: int) -> None:
-    """Write a file until only `leave` bytes of its file system are free."""
+    """Write a file that leaves only `leave` bytes of its file system free."""
     import shutil
 
     free = shutil.disk_usage(path.parent).free

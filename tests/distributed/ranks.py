@@ -1,4 +1,4 @@
-"""Run a function on several ranks: real processes, a real gloo process group."""
+"""Run a function on several ranks: real processes with a real gloo process group."""
 
 import gc
 import os
@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 
 
 def _context(accelerator: str) -> Any:
-    """On CPUs forks of a process which has imported everything and computed nothing: seconds cheaper each.
+    """On CPUs a fork server that has imported everything and computed nothing: each rank saves seconds of imports.
 
-    DeepSpeed decides on the accelerator when it is imported.
+    Other accelerators need `spawn`: DeepSpeed chooses the accelerator when it is imported.
     """
     if accelerator != "cpu":
         return mp.get_context("spawn")
@@ -36,8 +36,8 @@ def _run_rank(
     args: Any,
     answers: Any,
 ) -> None:
-    # The server's are those of when it was started. Ranks share the machine's cores, and threads of OpenMP spin while
-    # they wait for each other.
+    # The fork server has the environment of its start. One thread each: ranks share the machine's cores, and OpenMP's
+    # threads spin while they wait for each other.
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(
@@ -50,7 +50,7 @@ def _run_rank(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported is no garbage: looking for it takes half a second at the end of each run
+    gc.freeze()  # imported modules are no garbage; scanning them takes half a second at the end of each run
     try:
         answers.put((rank, function(*args), None))
     except BaseException:
@@ -61,15 +61,13 @@ def _run_rank(
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0, accelerator: str = "cpu"
 ) -> list[Any]:
-    """Call `function(*args)` in `world_size` new processes that have torchrun's environment variables set.
+    """Call `function(*args)` in `world_size` new processes with torchrun's environment variables set.
 
-    `function` must be importable (module level); `args` and results picklable and free of tensors, whose
-    memory would end with the rank (NumPy arrays are fine). It initialises the process group itself.
+    `function` must be importable (module level) and initialises the process group itself. `args` and results must be
+    picklable and free of tensors, whose shared memory ends with the rank (NumPy arrays are fine).
 
-    Returns: the results, by rank.
-    Raises:
-        RuntimeError: a rank raised (with its traceback) or died without an answer; the others are ended.
-        TimeoutError: not all ranks answered within `timeout` seconds.
+    Returns the results by rank. Raises RuntimeError if a rank raised (with its traceback) or died without an answer,
+    TimeoutError if not all ranks answered within `timeout` seconds; the remaining ranks are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,7 +86,7 @@ def run_ranks(
     deadline = time.monotonic() + timeout
     try:
         while len(results) < world_size:
-            # Asked before the queue: what a rank put there before it ended is then sure to be read.
+            # Checked before the queue, so that what a rank put there before it exited is certain to be read.
             dead = [r for r, p in enumerate(processes) if p.exitcode is not None and r not in results]
             try:
                 rank, result, failure = answers.get(timeout=1.0)

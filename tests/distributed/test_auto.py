@@ -1,4 +1,4 @@
-"""masking.strategy auto on real gloo ranks: one choice for all of them, the data unbroken by it, exact resume."""
+"""masking.strategy auto on real gloo ranks: ranks share one choice, the data order is unaffected, resume is exact."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.distributed.training import NO_DROPOUT, column, configuration, metric
 from tests.support.corpora import make_corpus
 
 STEPS, EVERY = 32, 4
-# What is measured to be best after 4, 8 … steps, and what is taken; 60 sequences of 32 tokens at 0.2: 5 segments.
+# Best by measurement after 4, 8 … steps, and what is chosen; 60 sequences of 32 tokens at rate 0.2: 5 segments.
 ONE, ALL, PROPOSAL = ("fully_explored", 1), ("fully_explored", 5), ("mapnet", 1)
 MEASURED = [ALL, ALL, PROPOSAL, PROPOSAL, ONE, ALL, ALL]
 COURSE = [ONE, ALL, ALL, PROPOSAL, ONE, ONE, ALL]
@@ -20,7 +20,7 @@ EXACT = ("step", "loss", "grad_norm", "data_digest", "mask_digest")
 
 
 def train_by_course(jobs: list[tuple[dict[str, Any], str | None]], strict: bool) -> list[str | None]:
-    """On a rank: as `train_all`, but what is best is in MEASURED. strict: rank 0 alone decides."""
+    """On a rank: `train_all` with the measurements replaced by MEASURED. strict: other ranks measure something else."""
     from maskvr_ds.runtime import distributed
     from maskvr_ds.training import auto_strategy
 
@@ -54,7 +54,7 @@ class Runs:
             faulty = self.values(f"faulty-{ranks}", ranks) | {"masking": {"strategy": "auto", "auto": {"rows": 201}}}
             told = run_ranks(train_all, ranks, [(measured, None), (faulty, None)])
             assert [answer[0] for answer in told] == [None] * ranks
-            assert any("auto.rows 201: " in str(answer[1]) and "has 200 rows" in str(answer[1]) for answer in told)
+            assert any("auto.rows 201: " in str(answer[1]) and "has only 200 rows" in str(answer[1]) for answer in told)
 
     def values(self, name: str, ranks: int) -> dict[str, Any]:
         return configuration(
@@ -63,7 +63,7 @@ class Runs:
             steps=STEPS,
             model=NO_DROPOUT,
             masking={"strategy": "auto", "rate": 0.2},
-            # By its operations it would cost half as much as so small a model.
+            # By its FLOPs it would cost half as much as this small model.
             mapnet={"hidden": 32, "layers": 1, "cost": 0.0},
             auto={"every_steps": EVERY, "rows": 5, "draws": 2, "sketch_size": 500},
             batch={"global_size": 60, "micro_size": 30 // ranks},
@@ -83,32 +83,32 @@ def choices(run: Path) -> list[tuple[int, str, int]]:
     return [(e["step"], e["strategy"], e["segments"]) for e in read_events(run / METRICS) if e["event"] == "auto"]
 
 
-def test_the_course_is_taken_and_told(runs: Runs) -> None:
+def test_choices_follow_the_measurements_and_are_logged(runs: Runs) -> None:
     expected = [(EVERY * (number + 1), *choice) for number, choice in enumerate(COURSE)]
     for name in ("course-1", "course-2", "parts"):
         assert choices(runs(name)) == expected, name
     used = [used for (used,) in column(runs("course-2"), "proposal_used")]
-    # From the step after a choice to that of the next one.
+    # From the step after a choice up to the next choice.
     assert used == [float(16 <= step < 20) for step in range(STEPS)]
 
 
-def test_data_do_not_depend_on_ranks_whatever_is_chosen(runs: Runs) -> None:
+def test_data_do_not_depend_on_ranks_or_choices(runs: Runs) -> None:
     one, two = (column(runs(f"course-{ranks}"), "step", "samples", "data_digest") for ranks in (1, 2))
     assert one == two
     assert len({digest for _, _, digest in one}) == STEPS
     masks = [column(runs(f"course-{ranks}"), "mask_digest") for ranks in (1, 2)]
-    # Those that MAPNet proposes may differ where its training's rounding does.
+    # MAPNet's masks may differ: its training rounds differently.
     assert [m for i, m in enumerate(masks[0]) if not 16 <= i < 20] == [
         m for i, m in enumerate(masks[1]) if not 16 <= i < 20
     ]
 
 
-def test_resumed_is_undisturbed(runs: Runs) -> None:
-    """Two steps after the proposal was measured to be best for the first time, and rows come five times running."""
+def test_resume_is_exact(runs: Runs) -> None:
+    """Resumed two steps after the proposal was first measured to be best, while rows are repeated five times."""
     assert column(runs("parts"), *EXACT) == column(runs("course-2"), *EXACT)
 
 
-def test_what_is_measured_does_not_depend_on_ranks(runs: Runs) -> None:
+def test_measurements_do_not_depend_on_ranks(runs: Runs) -> None:
     (one,), (two,) = (
         [e for e in read_events(runs(f"measured-{ranks}") / METRICS) if e["event"] == "auto"] for ranks in (1, 2)
     )
@@ -116,6 +116,6 @@ def test_what_is_measured_does_not_depend_on_ranks(runs: Runs) -> None:
     for name in ("data", "mask", "segment_covariance", "all_segments", "proposal"):
         assert two[name] == pytest.approx(one[name], rel=1e-3), name
     assert 0 < one["mask"][1] < one["mask"][0] < one["mask"][2]
-    # Disjoint masks make up for each other.
+    # The errors of disjoint masks are negatively correlated.
     assert one["segment_covariance"][0] < 0
     assert one["proposal"][0] == pytest.approx(1, abs=0.5)

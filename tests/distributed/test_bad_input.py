@@ -1,4 +1,4 @@
-"""What a user can get wrong when training: one clear error on every rank, and nothing lost."""
+"""User errors in training: one clear error, all ranks stop, nothing is lost."""
 
 import os
 import re
@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {
     "schedule": {"warmup_steps": 0},
     "evaluation": {"every_steps": 0},
 }
-# Name → what the error says. Each is set up in `prepare`; all run on the same two ranks, one after the other.
+# Name → pattern of the error. `prepare` sets each up; all run in turn on the same two ranks.
 EXPECTED = {
     "batch does not divide": r"ConfigError: batch.global_size 10 is not a multiple of batch.micro_size 4 × 2 ranks",
     "output not empty": "ConfigError: output_dir .* is not empty; add --resume auto",
@@ -103,7 +103,7 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
             (folder / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
             resume = "auto"
         case "resume what another job is at":
-            fence.take(folder / "run", 2)  # this process, which lives on
+            fence.take(folder / "run", 2)  # by this process, which stays alive
         case "resume with another tokenizer":
             values["data"]["path"] = str(make_corpus(folder / "corpus", rows=200, words=60))
         case "resume with another length":
@@ -129,13 +129,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each case has a folder."""
+    """Parent of one folder per case."""
     return tmp_path_factory.mktemp("cases")
 
 
 @pytest.fixture(scope="module")
 def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
-    """Case → what each of the two ranks said; "trained" is a run that is right and stays so."""
+    """Case → errors of the two ranks; "trained" is an intact run that the resumes copy."""
     trained = cases / "trained"
     values = configuration(trained, good, steps=2, **PLAIN)
     assert run_ranks(train_all, 2, [(values, None)]) == [[None], [None]]
@@ -144,7 +144,7 @@ def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
         case = cases / name.replace(" ", "-")
         case.mkdir()
         jobs.append(prepare(name, case, good, trained))
-    # At last, that a resume with nothing wrong goes on.
+    # Finally, a correct resume works.
     jobs.append(({**values, "training": {"steps": 4}}, "auto"))
     ranks = run_ranks(train_all, 2, jobs)
     assert ranks[0][-1] is None
@@ -153,17 +153,17 @@ def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_rank_ends_and_the_error_is_told(outcomes: dict[str, list[str | None]], name: str) -> None:
+def test_all_ranks_stop_and_one_reports_the_error(outcomes: dict[str, list[str | None]], name: str) -> None:
     said = outcomes[name]
     assert all(said), f"a rank went on: {said}"
-    # A rank that sees the fault says it, once for the whole job; the others say which rank does.
+    # One rank raises the error itself; the others name that rank.
     assert sum(not str(text).startswith("RemoteError: rank ") for text in said) == 1, said
     assert any(re.search(EXPECTED[name], str(text), re.DOTALL) for text in said), said
 
 
 @pytest.mark.usefixtures("outcomes")
 def test_nothing_is_lost(cases: Path) -> None:
-    """The folder that was not empty keeps what it held; a refused resume leaves the run as it was."""
+    """A folder that is not empty keeps its content; a refused resume leaves the run unchanged."""
     kept = cases / "output-not-empty" / "run"
     assert [p.name for p in kept.iterdir()] == ["precious"]
     assert (kept / "precious").read_text() == "data"
@@ -174,7 +174,7 @@ def test_nothing_is_lost(cases: Path) -> None:
 
 
 def test_commands_end_with_one_error_and_a_status(good: Path, tmp_path: Path) -> None:
-    """Through the real launcher, on two ranks: the status is not 0 and the error stands there once."""
+    """Through the real launcher, on two ranks: a nonzero status, and the error is printed once."""
     values = configuration(tmp_path / "run", good, steps=9, batch={"global_size": 10, "micro_size": 4})
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))

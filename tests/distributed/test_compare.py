@@ -1,4 +1,4 @@
-"""`maskvr compare` trains, goes on, and leaves alone what is done."""
+"""`maskvr compare` trains, continues an earlier comparison, and does not repeat finished runs."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ AGAIN = "uniform:checkpoint.keep_last=1"
 DIVERGES = "uniform:optimizer.lr=1.0e+30"
 
 
-def test_runs_are_alike_but_for_the_strategy_and_not_repeated(tmp_path: Path) -> None:
+def test_runs_differ_only_in_strategy_and_are_not_repeated(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", length=16)
     make_corpus(tmp_path / "corpus" / "held_out", rows=30, length=16, seed=1)
     config, output = tmp_path / "run.yaml", tmp_path / "out"
@@ -32,7 +32,7 @@ def test_runs_are_alike_but_for_the_strategy_and_not_repeated(tmp_path: Path) ->
     assert "[1/4] uniform, seed 3: already completed" in second.stdout
     assert (uniform / "metrics.jsonl").read_text() == written
     span, again = (output / "runs" / name / "seed-3" for name in ("span", AGAIN.replace(":", "_")))
-    # The same run by another name: weights, rows and masks alike. Another strategy: the same rows.
+    # The same run under another name: equal losses, rows and masks. Another strategy: equal rows.
     assert column(again, "loss", "mask_digest", "data_digest") == column(uniform, "loss", "mask_digest", "data_digest")
     assert column(span, "data_digest") == column(uniform, "data_digest")
     assert column(span, "mask_digest") != column(uniform, "mask_digest")
@@ -47,7 +47,7 @@ def test_runs_are_alike_but_for_the_strategy_and_not_repeated(tmp_path: Path) ->
     assert result["strategies"][AGAIN]["difference"]["mean"] == 0
     assert (output / "compare.png").stat().st_size > 10_000
 
-    # Nothing of another length stands in for a run of this one.
+    # A run of another length is not reused.
     other = run_command(*words, "--set", "training.steps=20")
     assert other.returncode == 1
     assert "has a run with different settings (training.steps 12 -> 20); use another --output" in other.stderr

@@ -1,4 +1,4 @@
-"""What keeps ranks together when one of them fails."""
+"""Collectives that keep ranks in step if one of them fails, shared shards on a node, and the check before a save."""
 
 import sys
 from pathlib import Path
@@ -15,9 +15,9 @@ from tests.support.corpora import make_corpus
 
 
 def fail_on(failing: list[int], corpus: Path | None = None) -> list[Any]:
-    """On a rank: what `agreed` says when the ranks `failing` fail, then that collectives still match.
+    """On a rank: the outcome of `run_collectively` if the ranks `failing` raise; later collectives must still match.
 
-    corpus: at the end comes how many shards of it this rank opened for its node's ranks, and how many it has mapped.
+    corpus: appends how many of its shards this rank opened for the ranks of its node, and how many it has mapped.
     """
     from maskvr_ds.runtime import distributed
 
@@ -54,15 +54,15 @@ def open_on_node(folder: Path) -> list[int]:
     return [sum(name.endswith(".arrow") for name in opened), maps.count(".arrow")]
 
 
-def test_an_error_is_told_once_and_known_to_all() -> None:
+def test_one_rank_raises_the_error_and_all_know() -> None:
     remote = "RemoteError: rank 1: disk of rank 1 is gone"
     expected = [remote, "ValueError: disk of rank 1 is gone", remote]
     for failing in ([1], [1, 2]):
         assert run_ranks(fail_on, 3, failing) == [[outcome, "from 1", 3] for outcome in expected]
 
 
-def test_without_errors_every_rank_has_its_own_result(tmp_path: Path) -> None:
-    """And one opens the three shards of a corpus for both, since they share this node."""
+def test_without_errors_each_rank_has_its_own_result(tmp_path: Path) -> None:
+    """One rank opens the three shards of a corpus for both, which share this node."""
     corpus = make_corpus(tmp_path / "corpus", rows=30, length=8, shard_rows=10)
     assert run_ranks(fail_on, 2, [], corpus) == [[0, "from 1", 2, 3, 3], [10, "from 1", 2, 0, 3]]
 
@@ -86,7 +86,7 @@ def test_a_diverged_step_is_not_saved(loss: float, norm: float, named: str) -> N
         check_finite(record_of(loss, norm))
 
 
-def test_an_overflow_of_fp16_is_no_divergence() -> None:
+def test_fp16_overflow_is_not_divergence() -> None:
     check_finite(record_of(1.0, float("inf"), loss_scale=65536.0))
     with pytest.raises(FloatingPointError, match="grad_norm is nan"):
         check_finite(record_of(1.0, float("nan"), loss_scale=65536.0))

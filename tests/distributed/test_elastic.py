@@ -1,4 +1,5 @@
-"""One run on changing numbers of ranks, ZeRO stages and accumulation: the same data and masks, the same losses."""
+"""Resharding: a run on changing world sizes, ZeRO stages and accumulation has the data, masks and losses of one
+that did not change."""
 
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.load import read_weights
+from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
@@ -27,7 +29,7 @@ from tests.support.corpora import make_corpus
 
 EVERY, STEPS = 3, 12
 ADAM = {"name": "adam", "lr": 3e-3}
-# Run → (configuration on 2 ranks, then on 1, 3 and 2 again; sections).
+# Run → (configurations on 2 ranks, then 1, 3 and 2 ranks; other sections).
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "lamb": (("zero2_fp32", "zero1_fp32", "zero3_fp32", "zero2_fp32"), {}),
     "bf16": (("zero2_bf16_offload", "zero0_bf16", "zero3_bf16", "zero1_bf16"), {}),
@@ -57,7 +59,7 @@ ALL = {
 
 
 class Crossed:
-    """Each run undisturbed on 2 ranks, and crossing from part to part; the first of them is killed in a conversion."""
+    """Each run undisturbed on 2 ranks, and in four parts of different layouts; the first is killed in a conversion."""
 
     def __init__(self, folder: Path, runs: dict[str, Any]) -> None:
         self.folder, self.runs = folder, runs
@@ -114,7 +116,7 @@ def test_data_and_masks_are_those_of_the_undisturbed_run(crossed: Crossed) -> No
 
 
 def test_masks_are_those_of_the_undisturbed_run_one_by_one(crossed: Crossed) -> None:
-    """MAPNet's too, but for the rare one where its rounding is decisive: it trains on reduced gradients."""
+    """MAPNet's too, except for rare ones decided by rounding: it trains on reduced gradients."""
     for name in crossed.runs:
         ours, theirs = read_masks(crossed(name)), read_masks(crossed(name, "whole"))
         assert ours.keys() == theirs.keys()
@@ -126,7 +128,7 @@ def test_masks_are_those_of_the_undisturbed_run_one_by_one(crossed: Crossed) -> 
 
 def test_losses_and_norms_are_those_of_the_undisturbed_run(crossed: Crossed) -> None:
     for name in crossed.runs:
-        # In half precision gradients are summed and rounded in another order.
+        # In 16 bits gradients are summed and rounded in another order.
         tolerance = 1e-4 if crossed.precision(name) == "fp32" else 5e-3
         pairs = list(zip(metrics(crossed(name)), metrics(crossed(name, "whole")), strict=True))
         differences = {key: max(abs(one[key] - other[key]) for one, other in pairs) for key in ("loss", "grad_norm")}
@@ -142,32 +144,32 @@ def test_weights_are_those_of_the_undisturbed_run(crossed: Crossed) -> None:
         assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5, name
 
 
-def test_a_killed_conversion_has_never_begun(crossed: Crossed) -> None:
+def test_a_killed_conversion_leaves_nothing(crossed: Crossed) -> None:
     assert crossed.killed == "killed"
     left = {p.name for p in (crossed(next(iter(crossed.runs))) / "checkpoints").iterdir() if p.name.startswith(".")}
-    assert not left, "the next save removes what conversions leave"
+    assert not left, "the next save removes leftovers of conversions"
 
 
-def test_a_conversion_holds_what_the_ranks_held(crossed: Crossed, tmp_path: Path) -> None:
-    """Against the export's weights, which are gathered in another way; and it is made once."""
+def test_a_conversion_holds_the_state_of_all_ranks(crossed: Crossed, tmp_path: Path) -> None:
+    """Against the weights file, which is gathered in another way; a conversion is made once."""
     for name in crossed.runs:
         folder = complete_checkpoints(crossed(name))[0]
-        state = reshard.checkpoints.read_state(folder)
+        state = checkpoints.read_state(folder)
         run = tmp_path / name
         universal = reshard.convert(run, folder, state, state)
         tensors = load_file(universal / reshard.TENSORS)
         for key, weight in read_weights(folder).items():
             assert torch.equal(tensors[f"fp32/mlm.{key}"], weight), key
             assert tensors[f"exp_avg/mlm.{key}"].shape == tensors[f"exp_avg_sq/mlm.{key}"].shape == weight.shape
-        content = reshard.checkpoints.read_manifest(universal)
-        # Under ZeRO, DeepSpeed has torch's Adam make a step of zeros before the first, and count it.
+        content = checkpoints.read_manifest(universal)
+        # Under ZeRO, DeepSpeed lets torch's Adam make a step of zeros before the first one, and count it.
         steps = {EVERY, EVERY + 1} if crossed.runs[name][1].get("optimizer") == ADAM else {EVERY}
         assert content["step"] in steps, name
         assert content["counters"]["global_steps"] == EVERY
         before = (universal / reshard.TENSORS).stat().st_mtime_ns
         assert reshard.convert(run, folder, state, state) == universal
-        assert (universal / reshard.TENSORS).stat().st_mtime_ns == before, "found, not made again"
+        assert (universal / reshard.TENSORS).stat().st_mtime_ns == before, "reused"
         (universal / reshard.TENSORS).write_bytes(b"half")
         reshard.convert(run, folder, state, state)
-        assert not reshard.checkpoints.faults(universal), "made again where it was damaged"
+        assert not checkpoints.faults(universal), "made again if damaged"
         shutil.rmtree(run)

@@ -1,4 +1,4 @@
-"""Gradient-norm targets read through DeepSpeed engines on real ranks, against autograd one prediction at a time."""
+"""Gradient-norm targets read through DeepSpeed engines on real ranks, against autograd on single predictions."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import allow_fp16
 
 B, L, K, V, A = 3, 16, 4, 60, 2
-# DeepSpeed configuration → largest relative difference. In 16 bits the gradient itself is rounded.
+# DeepSpeed configuration → bound of the relative difference. In 16 bits the gradient itself is rounded.
 BOUNDS = {
     "zero0_fp32": 1e-5,
     "zero1_fp32": 1e-5,
@@ -22,7 +22,7 @@ BOUNDS = {
 
 
 def measure(names: list[str]) -> dict[str, Any]:
-    """On a rank: (through the engine, by autograd) of every configuration, two micro-batches and two steps."""
+    """On a rank: configuration → (norms through the engine, by autograd), for two steps of two micro-batches."""
     import deepspeed
     import torch
 
@@ -87,7 +87,7 @@ def measure(names: list[str]) -> dict[str, Any]:
                 masked = batch(10 * step + micro)
                 loss = weighted_loss(engine, masked)
                 engine.backward(loss * 0.037)
-                # Power of two: what does not underflow in fp16.
+                # A power of two, large enough that fp16 does not underflow.
                 scale = loss_scale(engine) or 1.0
                 pairs.append((norms.take().numpy(), one_at_a_time(twin, masked, min(scale, 256.0))))
                 if micro < A - 1:

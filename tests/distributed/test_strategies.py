@@ -44,7 +44,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "does not divide": (
         {"strategy": "fully_explored", "fully_explored": {"placement": "same_batch"}, "rate": 0.13},
-        r"batch.global_size 60 is not a multiple of 8, .* set it to 56 or 64, or masking.fully_explored.segments_per",
+        r"batch.global_size 60 is not a multiple of 8, .* set it to 56 or 64, or masking.fully_explored.segments",
     ),
     "no probability": (
         {"strategy": "frequency", "frequency": {"estimator": "whole_mask"}},

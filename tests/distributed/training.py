@@ -1,4 +1,4 @@
-"""What the training tests run on ranks and in processes of their own."""
+"""Helpers of the training tests: configurations, trainings on ranks, jobs killed at chosen points, the command line."""
 
 import json
 import os
@@ -41,9 +41,9 @@ def configuration(output: Path, corpus: Path, *, steps: int, **sections: Any) ->
 
 
 def allow_fp16() -> None:
-    """On a rank: have DeepSpeed train in fp16 on this CPU, slowly, with torch's own kernels.
+    """On a rank: let DeepSpeed train in fp16 on this CPU, with torch's own (slow) kernels.
 
-    It asks whether oneDNN has fp16 matrix products, which few CPUs do; loss scaling does not depend on them.
+    DeepSpeed asks whether oneDNN has fp16 matrix products, which few CPUs do; loss scaling does not depend on them.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -51,9 +51,9 @@ def allow_fp16() -> None:
 
 
 def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False) -> list[str | None]:
-    """On a rank: each (configuration, resume) in turn; → the error's text, or None where it trained.
+    """On a rank: train each (configuration, resume) in turn; returns per job the error's text, None if it trained.
 
-    fp16: `allow_fp16` first.
+    fp16: call `allow_fp16` first.
     """
     import logging
 
@@ -61,7 +61,7 @@ def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False)
     from maskvr_ds.config import RunConfig
     from maskvr_ds.runtime import distributed
 
-    train.plot_loss = lambda *_: None  # a second each
+    train.plot_loss = lambda *_: None  # takes a second each
     logging.disable(logging.WARNING)
     distributed.initialize()
     if fp16:
@@ -78,12 +78,12 @@ def train_all(runs: list[tuple[dict[str, Any], str | None]], fp16: bool = False)
 
 @dataclass
 class Life:
-    """What one process a rank does before it ends: `jobs` as for `train_all`.
+    """One process per rank that runs `jobs` (see `train_all`) and exits, or is killed.
 
-    kill: ("step", n): SIGKILL when update n (0-based) is about to be made; ("saved", n): when the checkpoint of step n
-    is written; ("converted", 0): when a converted checkpoint is all there, but not renamed.
-    delete: a folder that goes before it begins. ranks: of these the first so many; None: all. fp16: `allow_fp16`.
-    check_crossing: see the function of this name; `record_masks` too.
+    kill: ("step", n): SIGKILL just before update n (0-based); ("saved", n): once the checkpoint of step n is written;
+    ("converted", 0): once a converted checkpoint is written, before it is renamed.
+    delete: a folder removed before the jobs start. ranks: the first `ranks` of the processes take part; None: all.
+    fp16: call `allow_fp16`. check_crossing: call `check_crossing` and `record_masks`.
     """
 
     jobs: list[tuple[dict[str, Any], str | None]]
@@ -95,7 +95,7 @@ class Life:
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that the system gives to whoever asks for any, who might have them before their time comes."""
+    """Free ports below the system's ephemeral range, so that no other process is handed them before they are used."""
     free: list[int] = []
     while len(free) < count:
         port = random.randrange(15_000, 32_000)
@@ -110,7 +110,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
-    """On a rank: the lives one after the other; → for each what `train_all` returned, or "killed".
+    """On a rank: the lives in turn; returns for each what `train_all` returned, "killed", or "absent".
 
     Each is a fork of this process, which has imported everything and computed nothing: seconds cheaper than a launch.
     """
@@ -148,8 +148,8 @@ def live(lives: list[Life], ports: list[int]) -> list[list[str | None] | str]:
 
 
 def record_masks() -> None:
-    """On a rank: have every step write the masks of its rows in RUN.masks/, a line each: (step, epoch, sample id), what
-    is predicted."""
+    """On a rank: patch training to log masks to RUN.masks/, one JSON line per row and step:
+    [step, epoch, sample id], predicted positions."""
     from maskvr_ds import train
     from maskvr_ds.checkpoint import save as checkpoint
 
@@ -187,14 +187,16 @@ def record_masks() -> None:
 
 
 def read_masks(run: Path) -> dict[tuple[int, ...], list[int]]:
-    """(step, epoch, sample id) → positions, of all ranks."""
+    """(step, epoch, sample id) → predicted positions, over all ranks."""
     lines = [json.loads(line) for file in Path(f"{run}.masks").iterdir() for line in file.read_text().splitlines()]
     return {tuple(key): positions for key, positions in lines}
 
 
 def check_crossing() -> None:
-    """On a rank: have every load of a converted checkpoint followed by a look at what the engine then holds, through
-    DeepSpeed's accessors: bit for bit the masters, the moments, and the model's weights rounded from the masters."""
+    """On a rank: after every load of a converted checkpoint, compare the engine's state with the file bit for bit.
+
+    Read through DeepSpeed's accessors: master weights, moments, and the model's weights as rounded masters.
+    """
     import torch
     from deepspeed.utils import safe_get_full_optimizer_state
     from safetensors.torch import load_file
@@ -252,7 +254,7 @@ def _prepare_to_die(kill: tuple[str, int] | None) -> None:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if (args[1] if place == "step" else args[2].step) == at:
-            # One after the other: no rank may see the death of another before its own.
+            # Staggered: no rank may notice another's death before its own.
             time.sleep(0.3 * int(os.environ["RANK"]))
             os.kill(os.getpid(), signal.SIGKILL)
         return result
@@ -293,7 +295,7 @@ def _run(words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
 
 
 def run_and_kill(*words: object, when: Any, timeout: float = 240) -> None:
-    """Start a job; SIGKILL launcher and ranks, all at once, as soon as `when()` holds."""
+    """Start a job and SIGKILL launcher and ranks together as soon as `when()` holds."""
     import psutil
 
     process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

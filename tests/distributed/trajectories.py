@@ -1,10 +1,10 @@
-"""A small BERT trained by a DeepSpeed engine with `Lamb` or `Lars`, step for step beside a float64 reference.
+"""A small BERT trained by a DeepSpeed engine with `Lamb` or `Lars`, compared with a float64 reference.
 
-fp32: the reference trains a float64 model on the full batch by itself: forward, backward, clipping, update. So
-it also covers DeepSpeed's averaging over ranks and over accumulation, and its clipping.
-bf16, fp16: a free-running reference would measure chaos (a master weight off by 1e-7 now and then rounds to another
-16-bit value). The reference is therefore fed, step by step, the averaged gradients that the engine computed; it
-unscales and clips them itself, and its float64 weights are compared with the engine's fp32 master weights.
+fp32: the reference trains a float64 model on the full batch independently: forward, backward, clipping, update. This
+also covers DeepSpeed's averaging over ranks and accumulation steps, and its clipping.
+bf16, fp16: a free-running reference would measure chaos (a master weight off by 1e-7 occasionally rounds to another
+16-bit value). So in every step the reference gets the averaged gradients that the engine computed; it unscales and
+clips them itself, and its float64 weights are compared with the engine's fp32 master weights.
 """
 
 import json
@@ -26,10 +26,10 @@ from tests.reference import lamb as reference
 
 STEPS, BATCH, LENGTH, VOCABULARY = 50, 24, 9, 61  # 24 sequences: 1, 2, 3 ranks with 1 or 4 micro-batches
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.999), 1e-6, 0.01
-CLIP, LOUDER = 1.0, 10.0  # with clipping on the loss is multiplied: the norm is above 1 at every step
+CLIP, LOUDER = 1.0, 10.0  # with clipping the loss is multiplied, so that the norm is above 1 in every step
 
 BING_BERT = Variant(bias_correction="none", min_ratio=0.01, max_ratio=0.3)
-# Optimizer under test → how it is made, and its reference.
+# Name → factory of the optimizer under test, class of its reference.
 OPTIMIZERS: dict[str, tuple[Any, type[reference.ReferenceOptimizer]]] = {
     "paper": (lambda groups: Lamb(groups, LR, BETAS, EPS), reference.ReferenceLamb),
     "nvidia": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant="nvidia"), reference.ReferenceNvidiaLamb),
@@ -41,7 +41,7 @@ OPTIMIZERS: dict[str, tuple[Any, type[reference.ReferenceOptimizer]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One setting of the engine."""
+    """One configuration of the engine."""
 
     stage: int
     precision: str
@@ -49,9 +49,9 @@ class Run:
     accumulation: int = 1
     offload: bool = False
     optimizer: str = "paper"
-    model: str = "whole"  # "frozen": in part; "zero_init": partitioned before there is an engine
-    zero: dict[str, Any] = field(default_factory=dict, hash=False)  # more keys of zero_optimization
-    more: dict[str, Any] = field(default_factory=dict, hash=False)  # and of the configuration itself
+    model: str = "whole"  # "frozen": layer 0 is; "zero_init": partitioned before the engine is created
+    zero: dict[str, Any] = field(default_factory=dict, hash=False)  # further keys of zero_optimization
+    more: dict[str, Any] = field(default_factory=dict, hash=False)  # further top-level keys
 
     def __str__(self) -> str:
         more = "".join(f", {key} {value}" for key, value in {**self.zero, **self.more}.items())
@@ -62,7 +62,7 @@ class Run:
 
 
 def tiny_bert() -> torch.nn.Module:
-    """Tied embeddings, biases, LayerNorms, no dropout; odd sizes, so that partitions cut tensors anywhere."""
+    """Tied embeddings, biases, LayerNorms, no dropout; odd sizes, so that partition borders fall inside tensors."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def freeze(model: torch.nn.Module, kind: str) -> None:
 
 
 def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Three groups: with decay, without, and LayerNorms, without and at half the rate."""
+    """Three groups: with weight decay; without; LayerNorms without, at half the learning rate."""
     decaying, others = lamb.parameter_groups(model, DECAY)
     norms = [(name, p) for name, p in others["params"] if "LayerNorm" in name]
     others["params"] = [(name, p) for name, p in others["params"] if "LayerNorm" not in name]
@@ -105,7 +105,7 @@ def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def batches(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids, labels: int64 [steps, BATCH, LENGTH]; 3 labels in each sequence: means of means agree."""
+    """input_ids, labels: int64 [steps, BATCH, LENGTH]; 3 labels per sequence, so that means of means are means."""
     random = np.random.default_rng(0)
     input_ids = random.integers(0, VOCABULARY, (steps, BATCH, LENGTH))
     labels = np.full_like(input_ids, -100)
@@ -114,7 +114,7 @@ def batches(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference_for(model: torch.nn.Module, optimizer: str) -> reference.ReferenceOptimizer:
-    """Of the parameters that are trained."""
+    """The reference optimizer for the trainable parameters."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decay = [DECAY if p.ndim > 1 else 0.0 for _, p in named]
     rates = [LR / 2 if "LayerNorm" in name else LR for name, _ in named]
@@ -122,7 +122,7 @@ def reference_for(model: torch.nn.Module, optimizer: str) -> reference.Reference
 
 
 def reference_run(optimizer: str, maximum: float, kind: str = "whole") -> tuple[dict[str, np.ndarray], float]:
-    """Final weights by name of float64 training on full batches, and the smallest gradient norm seen."""
+    """Final weights by name of a float64 training on full batches, and its minimum gradient norm."""
     model = tiny_bert().double()
     freeze(model, kind)
     under_way = reference_for(model, optimizer)
@@ -140,14 +140,17 @@ def reference_run(optimizer: str, maximum: float, kind: str = "whole") -> tuple[
 
 
 def all_runs() -> list[tuple[int, Run]]:
-    """(ranks, run): the whole matrix, but for offload and fp16 without ZeRO, which `bind` refuses."""
+    """(ranks, run): the full matrix, except for offload and fp16 without ZeRO, which `bind` refuses."""
     axes = (1, 2, 3), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), (0.0, CLIP), (1, 4), (False, True)
     runs = [(ranks, Run(*rest)) for ranks, *rest in product(*axes)]
     return [(ranks, run) for ranks, run in runs if run.stage or not (run.offload or run.precision == "fp16")]
 
 
 def chosen_runs() -> list[tuple[int, Run]]:
-    """A part of the matrix in which every (ranks, stage, precision) occurs, and every pair of any two settings."""
+    """A pairwise-covering subset of the matrix, chosen greedily: one run per (ranks, stage, precision).
+
+    Every pair of values of any two axes occurs; the assertion checks it.
+    """
 
     def pairs(entry: tuple[int, Run]) -> set[Any]:
         ranks, run = entry
@@ -165,17 +168,17 @@ def chosen_runs() -> list[tuple[int, Run]]:
 
 def engine_config(run: Run) -> dict[str, Any]:
     precision = "fp32" if run.precision == "fp16" else run.precision
-    # The JSON of the package where it has one: what users run is what is tested.
+    # The package's own JSON if it has one: test what users run.
     file = Path(ds_configs.__file__).parent / f"zero{min(run.stage, 2)}_{precision}.json"
     config = json.loads(file.read_text())
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = run.stage
     if run.stage == 3:
-        # Nothing is left whole: everything goes through gathering, and every pad exists.
+        # No parameter stays unpartitioned: all are gathered, and every pad exists.
         zero.update(stage3_param_persistence_threshold=0)
     if run.precision == "fp16":
-        # The scale begins too high: the first steps overflow. It never grows: DeepSpeed divides the gradients of a step
-        # in which it grows by the new scale.
+        # The initial scale is too high: the first steps overflow. It never grows: DeepSpeed would divide the gradients
+        # of the step in which it grows by the new scale.
         config["fp16"] = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 1000, "hysteresis": 1}
     if run.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -200,13 +203,13 @@ def make_engine(run: Run, how: str = "bind") -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if how == "bind":
         lamb.bind(engine)
-    elif how == "unaware":  # what every LAMB does that takes a flat partition for a tensor
+    elif how == "unaware":  # as a LAMB does that takes its flat partition for one tensor
         optimizer._layout = whole_tensors(optimizer.param_groups)
     return engine
 
 
 def train(engine: Any, input_ids: torch.Tensor, labels: torch.Tensor, scale: float, last: bool = True) -> None:
-    """One step on this rank's part of the batch; with `last` False without its `engine.step`."""
+    """One step on this rank's part of the batch; `last` False: without the final `engine.step`."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     micro = engine.train_micro_batch_size_per_gpu()
     rows = torch.arange(BATCH).view(world_size, -1)[rank].split(micro)
@@ -217,7 +220,7 @@ def train(engine: Any, input_ids: torch.Tensor, labels: torch.Tensor, scale: flo
 
 
 class AllReduceCounter:
-    """Counts fp32 sums of exactly 2 × tensors values, the size that nothing else has here."""
+    """Counts fp32 all-reduces of exactly `numel` values, a size that nothing else has here (2 × tensors)."""
 
     def __init__(self, numel: int) -> None:
         self.numel, self.count = numel, 0
@@ -237,7 +240,7 @@ class AllReduceCounter:
 
 
 def masters_of(engine: Any) -> dict[str, np.ndarray]:
-    """Whole fp32 weights by name, masters where the model computes in less. Every rank must call."""
+    """Full fp32 weights by name, the masters if the model computes in 16 bits. Collective: call on all ranks."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -252,7 +255,7 @@ def masters_of(engine: Any) -> dict[str, np.ndarray]:
                 weights[name] = parameter.detach().float().numpy().copy()
             continue
         master: torch.Tensor | None = parameter
-        # With round_robin_gradients DeepSpeed's accessor gives one the weights of another.
+        # With round_robin_gradients DeepSpeed's accessor returns the weights of another parameter.
         if parameter.dtype != torch.float32 or hasattr(parameter, "ds_tensor"):
             master = safe_get_full_fp32_param(parameter)
         if master is None:
@@ -278,7 +281,7 @@ def fp32_run(run: Run, how: str = "bind") -> dict[str, Any]:
 
 
 def low_precision_run(run: Run) -> tuple[float, int]:
-    """Largest ‖engine − reference‖ / ‖reference‖ of a master weight tensor after 50 steps; how many were skipped."""
+    """Maximum ‖engine − reference‖ / ‖reference‖ over master weights after all steps; number of skipped steps."""
     from deepspeed.utils import safe_get_full_grad
 
     engine = make_engine(run)
@@ -300,5 +303,5 @@ def low_precision_run(run: Run) -> tuple[float, int]:
     skipped = engine.skipped_steps
     engine.destroy()
     pairs = zip(masters.values(), under_way.weights, strict=True)
-    # The gradient of a key bias is 0 (softmax ignores it): in fp16 it never leaves its 0.
+    # The gradient of a key bias is 0 (softmax ignores it): in fp16 the bias stays 0.
     return max(float((torch.from_numpy(m).double() - w).norm() / (w.norm() or 1.0)) for m, w in pairs), skipped

@@ -48,6 +48,7 @@ TORCH_FREE = {
         "run_folder",
         "runtime.files",
         "runtime.heartbeats",
+        "runtime.logs",
         "runtime.processes",
         "runtime.slurm_env",
         "runtime.terminal",

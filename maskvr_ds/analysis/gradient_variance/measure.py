@@ -202,10 +202,9 @@ class Measurement:
             return None
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
+        floor = spec.masking(self.common, floor=trained.floor).mapnet.floor
         proposer = Proposer(
-            trained.model_copy(
-                update={"floor": spec.masking(self.common, floor=trained.floor).mapnet.floor, "gate": "always"}
-            ),
+            trained.model_copy(update={"floor": floor, "gate": "always"}),
             vocab_size=self.sample.corpus.manifest.vocab_size,
             max_length=self.model.mlm.config.max_position_embeddings,
             seed=0,

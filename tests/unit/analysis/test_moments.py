@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 class Toy:
     """rows: of the corpus, without a break in the middle. gradients: name of a layer → [rows, 15, elements], per
-    prediction, by a backward pass a mask."""
+    prediction, from one backward pass per mask."""
 
     def __init__(self, folder: Path) -> None:
         self.corpus = Corpus(make_corpus(folder, rows=400, length=8, words=20))
@@ -63,7 +63,7 @@ class Toy:
     def _gradients(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         masker = self.masker(0)
         found: dict[str, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
-        # Any masked batch of the right shapes, with the pair's positions put in.
+        # Any masked batch of the right shapes, with the positions replaced by the pair's.
         shape = read_rows(self.corpus, self.rows[:1], np.zeros(1, dtype=np.int64))
         masked = masker(shape)
         for row, pair in itertools.product(ids, PAIRS):
@@ -90,8 +90,8 @@ class Toy:
         return Masker.for_corpus(self.corpus.manifest, seed=seed, strategy=strategy, rate=1 / 3, corruption=only_masks)
 
     def exact(self, draws: list[list[int]], segments: int) -> np.ndarray:
-        """Data, mask, total, mask over data of the layers and the whole, [4, 4]: draws are the equally likely sets of
-        masks that share a batch."""
+        """Data, mask, total, mask over data of the layers and the full gradient, [4, 4]: draws are the equally likely
+        sets of masks that share a batch."""
         data, mask = [], []
         for layer in LAYERS:
             g = torch.stack([self.gradients[layer][:, d].mean(1) for d in draws], 1)
@@ -117,7 +117,7 @@ def all_figures(moments: VarianceComponents, ways: Counts) -> Floats:
 
 def test_intervals_cover_the_exact_values_in_90_of_100_seeds(toy: Toy) -> None:
     exact = toy.exact([[i] for i in range(len(PAIRS))], 1)
-    assert exact[3, 1] > 0.2 * exact[3, 0] > 0.01 * exact[3, 1]  # neither part is a formality
+    assert exact[3, 1] > 0.2 * exact[3, 0] > 0.01 * exact[3, 1]  # neither part is negligible
     covered = np.zeros(exact.shape)
     estimates = []
     for seed in range(100):
@@ -128,15 +128,15 @@ def test_intervals_cover_the_exact_values_in_90_of_100_seeds(toy: Toy) -> None:
         covered += (found[..., 1] <= exact) & (exact <= found[..., 2])
         estimates.append(found[..., 0])
     assert (covered >= 90).all(), covered
-    # No interval so wide that it could not miss.
+    # No interval is so wide that it could not miss.
     assert covered.min() < 100
-    # Unbiased: but for the ratio, whose bias is of order 1/N.
+    # Unbiased, except for the ratio, whose bias is of order 1/N.
     error = np.std(estimates, 0) / 10
     assert (np.abs(np.mean(estimates, 0) - exact)[:, :3] < 4 * error[:, :3]).all()
 
 
 def test_segments_in_one_batch(toy: Toy) -> None:
-    """All three disjoint masks of a row together: against the 15 ways to cut six positions in three pairs."""
+    """All three disjoint masks of a row together, against the 15 ways to divide six positions into three pairs."""
     assert len(PARTITIONS) == 15
     exact = toy.exact(PARTITIONS, 3)
     moments, _ = measure(toy.sample(0, 150), toy.sketcher, toy.masker(0, "fully_explored"), draws=6, copies=3)
@@ -214,7 +214,7 @@ def test_covariance_of_two_masks_by_their_distance(toy: Toy) -> None:
 
 
 class Seen:
-    """In a sketcher's place: remembers which positions were predicted."""
+    """Replaces a sketcher; records which positions were predicted."""
 
     layers: ClassVar = ["all"]
     size = 3
@@ -229,8 +229,8 @@ class Seen:
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.2])
-def test_copies_of_a_draw_are_disjoint_where_they_are_of_one_round(tmp_path: Path, rate: float) -> None:
-    """For many draws, which taking turns would let begin with a round's last segment; each draw of another round."""
+def test_copies_of_a_draw_in_one_round_are_disjoint(tmp_path: Path, rate: float) -> None:
+    """For many draws, some of which would start with a round's last segment otherwise; each draw in its own round."""
     corpus = Corpus(make_corpus(tmp_path / "corpus", rows=40, length=48, words=20, padded_last_row=True))
     masker = Masker.for_corpus(corpus.manifest, seed=3, strategy="fully_explored", rate=rate)
     sample = Sample(corpus, np.arange(30, 40), seed=0, micro_size=16, device=CPU)

@@ -1,4 +1,4 @@
-"""Variance components from inner products, against formulas on the vectors themselves and against known truth."""
+"""Variance components from inner products, against formulas on the vectors and against known truth."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_unbiased_for_few_sequences_and_draws() -> None:
     assert (np.abs(found.mean(0) - exact) < 4 * error).all()
 
 
-def test_counting_twice_is_having_twice() -> None:
+def test_counting_a_sequence_twice_equals_two_copies() -> None:
     random = np.random.default_rng(1)
     vectors = draw(random, 5, 3, 1.0, 1.0)
     counts = np.array([[2.0, 0, 1, 1, 1]])
@@ -64,7 +64,7 @@ def test_segments_multiply_the_mask_part() -> None:
 
 
 def test_whole_mask_oracle_equals_weighting_by_the_norm() -> None:
-    """All masks of a sequence known: q ∝ ‖g‖ over them, and the variance of g p/q written out."""
+    """With all masks of a sequence known: q ∝ ‖g‖ over them, and the variance of g p/q by definition."""
     random = np.random.default_rng(3)
     gradients = random.standard_normal((2000, 4)) * random.uniform(0.2, 3, (2000, 1))
     norms = np.linalg.norm(gradients, axis=1)
@@ -98,7 +98,7 @@ def test_intervals_cover(heavy: bool) -> None:
     assert (covered <= 199).all(), covered
 
 
-def test_a_figure_that_does_not_vary() -> None:
+def test_interval_of_a_constant_statistic() -> None:
     resampling = Resampling(5, seed=0, level=0.9)
     assert resampling.interval(lambda ways: np.full((len(ways.counts), 1), 2.5)) == [(2.5, 2.5, 2.5)]
 

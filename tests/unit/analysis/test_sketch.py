@@ -17,7 +17,7 @@ def make_model(vocab_size: int = 70) -> MaskedLanguageModel:
     torch.manual_seed(0)
     config = bert_config(ModelConfig.model_validate(SMALL), vocab_size=vocab_size, pad_id=0)
     model = MaskedLanguageModel(config).eval()
-    for p in model.parameters():  # biases and LayerNorms begin at 0 and 1, where faults do not show
+    for p in model.parameters():  # biases and LayerNorms start at 0 and 1, which would hide errors
         p.data += 0.1 * torch.randn_like(p)
     return model
 
@@ -34,7 +34,7 @@ def make_batch(rows: int = 5, vocab_size: int = 70, length: int = 16) -> MaskedB
 
 
 def gradients(masked: MaskedBatch) -> dict[str, torch.Tensor]:
-    """Name → [B, *shape], by a backward pass a row."""
+    """Name → [B, *shape], from one backward pass per row."""
     model = make_model()
     rows = []
     for row in masked.split(1):
@@ -45,7 +45,7 @@ def gradients(masked: MaskedBatch) -> dict[str, torch.Tensor]:
 
 
 def layer_number(sketcher: Sketcher, name: str) -> int:
-    """Which of the sketcher's layers the parameter belongs to."""
+    """The parameter's layer in the sketcher."""
     return sketcher._tensors[sketcher._model.get_parameter(name)].layer
 
 
@@ -69,7 +69,7 @@ def test_large_tensors_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_second_moments_within_five_per_cent() -> None:
-    """Of single gradients, and of their inner products, at the command's default size; of every layer by itself."""
+    """Of single gradients and of their inner products, at the command's default size, for every layer."""
     masked = make_batch(rows=8)
     exact = gradients(masked)
     for seed in range(5):
@@ -89,7 +89,7 @@ def test_second_moments_within_five_per_cent() -> None:
 
 
 def test_unbiased_over_seeds_and_spread_as_stated() -> None:
-    """A gradient of rank 1 and with one column that stands out, the hardest kinds; a sketch far too small."""
+    """The hardest cases: a gradient of rank 1 with one dominant column, and a sketch that is far too small."""
     model = make_model()
     name = "mlm.bert.encoder.layer.0.intermediate.dense.weight"
     shape = model.get_parameter(name).shape
@@ -107,7 +107,7 @@ def test_unbiased_over_seeds_and_spread_as_stated() -> None:
         assert norms.std() < 1.3 * deviation
 
 
-def test_seed_alone_decides() -> None:
+def test_sketch_is_a_function_of_the_seed() -> None:
     masked = make_batch()
     first, again, other = (Sketcher(make_model(), size=500, seed=s)(masked) for s in (1, 1, 2))
     assert torch.equal(first, again)

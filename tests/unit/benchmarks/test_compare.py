@@ -1,4 +1,4 @@
-"""Curves and comparisons from metrics.jsonl files made by hand."""
+"""Curves and comparisons from hand-written metrics.jsonl files."""
 
 import json
 from argparse import Namespace
@@ -44,7 +44,7 @@ def arguments(tmp_path: Path, corpus: Path, **others: object) -> Namespace:
 
 
 def write_run(folder: Path, losses: list[float], seconds: float, *, done: bool = True) -> None:
-    """An evaluation each 20 steps."""
+    """Write a run with an evaluation every 20 steps."""
     checkpoint = folder / "checkpoints" / f"step-{20 * len(losses):08d}"
     checkpoint.mkdir(parents=True)
     if done:
@@ -84,7 +84,7 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     assert (first["target"], second["target"]) == (3.0, 2.0)
     assert first["steps_to_target"] == pytest.approx(30)
     assert (first["fewer_steps"], first["less_time"]) == (pytest.approx(2), pytest.approx(1))
-    # It ended at 2.4, where the baseline was after 52 of the 60 steps.
+    # It ended at 2.4, which the baseline had after 52 of the 60 steps.
     assert second["steps_to_target"] is None
     assert (second["fewer_steps"], second["less_time"]) == (pytest.approx(52 / 60), pytest.approx(52 / 60))
     text = table(result)
@@ -95,7 +95,7 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_what_auto_measures_takes_time(tmp_path: Path) -> None:
+def test_measurements_of_auto_count_as_time(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [4.0, 3.0], 1.0)
     metrics = tmp_path / "run" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -105,7 +105,7 @@ def test_what_auto_measures_takes_time(tmp_path: Path) -> None:
     assert curve(tmp_path / "run") == [(20, 20.0, 4.0), (40, 45.0, 3.0)]
 
 
-def test_a_run_that_is_not_done_does_not_count(tmp_path: Path, corpus: Path) -> None:
+def test_incomplete_runs_do_not_count(tmp_path: Path, corpus: Path) -> None:
     jobs = plan(arguments(tmp_path, corpus))
     write_run(jobs[0].folder, [5.0, 4.0, 3.0], 1.0)
     write_run(jobs[1].folder, [5.0, 4.0, 3.0], 1.0, done=False)
@@ -131,7 +131,7 @@ def test_faults_before_the_first_run(tmp_path: Path, corpus: Path, others: dict[
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_lie_under_the_output_whatever_its_name(tmp_path: Path, corpus: Path) -> None:
+def test_output_folder_may_have_any_name(tmp_path: Path, corpus: Path) -> None:
     options = arguments(tmp_path, corpus)
     options.output = str(tmp_path / "a: #1")
     jobs = plan(options)
@@ -146,7 +146,7 @@ def test_no_held_out_losses(tmp_path: Path, corpus: Path) -> None:
         plan(options)
 
 
-def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, corpus: Path) -> None:
+def test_a_run_with_different_settings_is_refused(tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(recipe_text("demo_cpu"))
     check_same(path, load_config("demo_cpu", ["output_dir=elsewhere"]))

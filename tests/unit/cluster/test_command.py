@@ -1,4 +1,4 @@
-"""The command `slurm`: what cannot work is told before it is queued, and a job keeps what it was submitted with."""
+"""`python -m cluster slurm`: errors are reported before submission; a job keeps the settings it was submitted with."""
 
 import shlex
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.__main__ import main
-from cluster.slurm.command import config_file, follow, parse_nodes, parse_time
+from cluster.slurm.command import config_file, dependency_options, parse_nodes, parse_time
 from cluster.slurm.script import SlurmError
 from maskvr_ds.config import RunConfig, load_config
 from tests.support.corpora import make_corpus
@@ -18,7 +18,7 @@ from tests.unit.cluster.test_script import run_script
     ("text", "seconds"),
     [("90", 5400), ("10:30", 630), ("1:00:00", 3600), ("1-2", 93600), ("1-2:30", 95400), ("2-0:0:5", 172805)],
 )
-def test_time_limits_as_sbatch_has_them(text: str, seconds: int) -> None:
+def test_time_limit_formats_of_sbatch(text: str, seconds: int) -> None:
     assert parse_time(text) == seconds
 
 
@@ -30,7 +30,7 @@ def test_nodes() -> None:
 
 
 SCRIPTS = ["data.sbatch", "job.sbatch"]
-# Of a run on a corpus that is there.
+# A run on an existing corpus.
 BASE = ["slurm", "--config", "demo_cpu", "--set", "evaluation.every_steps=0"]
 ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
 
@@ -52,15 +52,15 @@ def on(corpus: Path) -> list[str]:
             "3 nodes: --no",
         ),
         (["--nodes", "3", *ON_CPUS, "--set", "batch.global_size=64", "--set", "batch.micro_size=16"], "3 nodes: batch"),
-        (["--nodes", "1", "--gpus-per-node", "0"], "--tasks-per-node with CPU ranks"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "or 0 and --tasks-per-node for CPUs"),
         (["--nodes", "1", "--gpus-per-node", "2", "--tasks-per-node", "1"], "a rank has one GPU"),
-        (["--nodes", "1", *ON_CPUS, "--time", "5"], "300 s, and the last checkpoint begins 300 s before"),
+        (["--nodes", "1", *ON_CPUS, "--time", "5"], "300 s, but the last checkpoint starts 300 s before"),
         (["--nodes", "1", *ON_CPUS, "--time", "soon"], "--time soon"),
         (["--nodes", "1", *ON_CPUS, "--seeds", "1", "1"], "different numbers"),
-        (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: at least 0"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "--sbatch nodes=3: nodes is not to be set so: say --nodes"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "time=10"], "--sbatch time=10: time is not to be set so: say --time"),
-        (["--nodes", "1", *ON_CPUS, "--sbatch", "array=0-3"], "say --seeds for a run each"),
+        (["--nodes", "1", *ON_CPUS, "--max-restarts", "-1"], "--max-restarts -1: expected at least 0"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "nodes=3"], "--sbatch nodes=3: nodes cannot be set here: use --nodes"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "time=10"], "--sbatch time=10: time cannot be set here: use --time"),
+        (["--nodes", "1", *ON_CPUS, "--sbatch", "array=0-3"], "use --seeds for one run per task"),
         (["--nodes", "1", *ON_CPUS, "--sbatch", "comment="], "--comment '': "),
         (["--nodes", "1", *ON_CPUS, "--job-name", "a\nb"], "--job-name 'a"),
         (["--nodes", "1", *ON_CPUS, "--build-data", "'open"], "--build-data"),
@@ -70,14 +70,14 @@ def on(corpus: Path) -> list[str]:
         (["--nodes", "1", *ON_CPUS, "--set", "model.max_position_embeddings=16"], "sequences of 32 tokens exceed"),
         (
             ["--nodes", "1", *ON_CPUS, "--container", "i.sif", "--set", "output_dir=a:b"],
-            "cannot be shown in a container",
+            "cannot be bound into a container",
         ),
         (["--nodes", "1", *ON_CPUS, "--venv", "nowhere"], "--venv nowhere: no virtual environment there"),
         (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
         (["--nodes", "1", *ON_CPUS, "--set", "no.such=1"], "unknown key"),
     ],
 )
-def test_what_cannot_work_is_told_before(
+def test_invalid_options_are_rejected(
     options: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -87,9 +87,9 @@ def test_what_cannot_work_is_told_before(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*on(corpus), "--print", *options]) == 1
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -97,14 +97,14 @@ def test_what_cannot_work_is_told_before(
     ("build", "message"),
     [
         ("--held-out 1", "held-out share 1.0: must be from 0 to below 1"),
-        ("--bins 16", "bins (16,): must be left out: only packing documents has them"),
+        ("--bins 16", "bins (16,): must be omitted: only packing documents uses them"),
         ("--tokenizer none", "none: no such file or folder"),
         ("--tokenizer texts", "texts: no tokenizer there (neither tokenizer.json nor vocab.txt)"),
-        ("--output texts", "texts: output folder is not empty, and no build began it"),
+        ("--output texts", "texts: output folder is not empty and holds no build"),
         ("--output texts/a.txt", "texts/a.txt: is a file"),
     ],
 )
-def test_a_build_that_would_fail_is_told_before(
+def test_invalid_build_is_rejected(
     build: str,
     message: str,
     corpus: Path,
@@ -123,12 +123,12 @@ def test_a_build_that_would_fail_is_told_before(
 
 
 def directives(text: str) -> list[list[str]]:
-    """Of each script."""
+    """#SBATCH lines of each script."""
     scripts = text.split("#!/bin/bash\n")[1:]
     return [[line.removeprefix("#SBATCH --") for line in s.splitlines() if line.startswith("#SBATCH")] for s in scripts]
 
 
-def test_options_of_sbatch_reach_the_jobs_that_they_are_for(
+def test_sbatch_options_reach_the_right_jobs(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -148,7 +148,7 @@ def test_options_of_sbatch_reach_the_jobs_that_they_are_for(
     assert "reservation=big" not in data
 
 
-def test_without_sbatch_the_error_says_so(
+def test_missing_sbatch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +157,7 @@ def test_without_sbatch_the_error_says_so(
     assert "sbatch: not found" in capsys.readouterr().err
 
 
-def test_saved_beside_the_run(
+def test_scripts_are_written_to_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -169,18 +169,18 @@ def test_saved_beside_the_run(
     names = sorted(path.name for path in folder.iterdir())
     assert names == [config_file(load_config("demo_cpu", sets)).name, *SCRIPTS]
     assert f"arguments=({build})" in (folder / "data.sbatch").read_text()
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+    captured = capsys.readouterr().out.splitlines()
+    assert captured == [
         f"sbatch '{folder}/data.sbatch'",
         f"sbatch --dependency=afterok:5,afterok:JOB_ID --kill-on-invalid-dep=yes '{folder}/job.sbatch'",
     ]
-    assert follow("9", None)[0] == "--dependency=afterok:9"
+    assert dependency_options("9", None)[0] == "--dependency=afterok:9"
 
 
-def test_a_job_keeps_the_settings_that_it_was_submitted_with(
+def test_a_job_keeps_the_settings_it_was_submitted_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
 ) -> None:
-    """run.yaml changes, is submitted again, is removed: each script goes on with its own, at every start."""
+    """run.yaml is changed, submitted again, deleted: every start of each script uses its own configuration."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir()
     file, job = tmp_path / "run.yaml", tmp_path / "run" / "slurm" / "job.sbatch"
@@ -201,7 +201,7 @@ def test_a_job_keeps_the_settings_that_it_was_submitted_with(
     file.unlink()
     assert [started(script).optimizer.lr for script in (first, seeds, second)] == [0.25, 0.25, 0.5]
     assert started(first).data.path == corpus
-    # The stand-in for Slurm starts task 1.
+    # The stub of Slurm starts task 1.
     assert (started(seeds).seed, started(seeds).output_dir) == (4, tmp_path / "run" / "seed-4")
     configs = list(job.parent.glob("config-*.yaml"))
     assert len(configs) == 2

@@ -1,4 +1,4 @@
-"""Corpora of a job: what the training would refuse is told before, and a container is shown what a build needs."""
+"""Corpora of a job: errors of the training are found before submission; containers get the inputs of a build."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from tests.support.scripts import build_words
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpora: good, with a held-out part; short, of other rows; other, of another tokenizer."""
+    """Corpora: good, with a held-out split; short, of another sequence length; other, of another tokenizer."""
     folder = tmp_path_factory.mktemp("corpora")
     make_corpus(folder / "good", rows=10, words=10)
     make_corpus(folder / "good" / "held_out", rows=10, words=10)
@@ -37,15 +37,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"data.path": "none"},
             r"none: no corpus there \(manifest.json is missing\); correct the path, build it first",
         ),
-        ({"data.path": "short"}, r"short/held_out: no held-out corpus there .*; build with --held-out"),
+        ({"data.path": "short"}, r"short/held_out: no held-out corpus there .*; build it with --held-out"),
         ({"data.held_out_path": "none"}, "none: no corpus there"),
         ({"data.held_out_path": "short"}, "short: sequences of 16 tokens, those of .*good have 32"),
         ({"data.held_out_path": "other"}, "other: tokenizer .* differs from .* of .*good"),
         ({"model.max_position_embeddings": 16}, "sequences of 32 tokens exceed model.max_position_embeddings 16"),
     ],
 )
-def test_what_the_training_would_refuse(folder: Path, sets: dict[str, object], message: str) -> None:
-    """Held against the training's own checks, which need torch and the shards."""
+def test_rejects_what_the_training_rejects(folder: Path, sets: dict[str, object], message: str) -> None:
+    """Compared with the checks of the training, which need torch and the shards."""
 
     def configured(sets: dict[str, object]) -> list[str]:
         values = {"data.path": "good", **sets}
@@ -62,7 +62,7 @@ def test_what_the_training_would_refuse(folder: Path, sets: dict[str, object], m
     check_corpora(load_config("demo_cpu", [*configured({"data.held_out_path": "none"}), "evaluation.every_steps=0"]))
 
 
-def test_phases_and_mixtures_are_named(folder: Path) -> None:
+def test_phases_and_mixtures(folder: Path) -> None:
     def check(*corpora: str) -> None:
         phases = [
             {"name": f"p{i}", "data": {"path": str(folder / name)}, "training": {"steps": 5}}
@@ -85,13 +85,13 @@ def test_phases_and_mixtures_are_named(folder: Path) -> None:
         check_corpora(load_config("demo_cpu", sets))
 
 
-def test_a_corpus_that_is_yet_to_be_built(folder: Path, tmp_path: Path) -> None:
+def test_corpus_that_will_be_built(folder: Path, tmp_path: Path) -> None:
     words = build_words(tmp_path, folder / "good")
     build = parse_build(shlex.join(words))
     assert build == Build(
         words=tuple(words),
         output=tmp_path / "built",
-        reads=(folder / "good" / "tokenizer", tmp_path / "my texts"),
+        inputs=(folder / "good" / "tokenizer", tmp_path / "my texts"),
         sequence_length=32,
         held_out=False,
     )
@@ -100,7 +100,7 @@ def test_a_corpus_that_is_yet_to_be_built(folder: Path, tmp_path: Path) -> None:
     check_corpora(without, build)
     with pytest.raises(ConfigError, match="no corpus there"):
         check_corpora(without)
-    with pytest.raises(ConfigError, match="--build-data makes no held-out corpus; add --held-out"):
+    with pytest.raises(ConfigError, match="--build-data creates no held-out corpus; add --held-out"):
         check_corpora(load_config("demo_cpu", sets), build)
     check_corpora(load_config("demo_cpu", sets), dataclasses.replace(build, held_out=True))
     with pytest.raises(ConfigError, match="sequences of 1024 tokens exceed"):
@@ -108,7 +108,7 @@ def test_a_corpus_that_is_yet_to_be_built(folder: Path, tmp_path: Path) -> None:
     assert read_manifest(folder / "good").sequence_length == 32
 
 
-def test_what_a_build_reads(folder: Path, tmp_path: Path) -> None:
+def test_inputs_of_a_build(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts" / "wiki").mkdir(parents=True)
     for name in ("texts/wiki/a.txt", "texts/b.txt", "task.txt"):
         (tmp_path / name).write_text("w1\n")
@@ -124,7 +124,7 @@ def test_what_a_build_reads(folder: Path, tmp_path: Path) -> None:
         )
     )
     rest = f"--tokenizer {folder}/good/tokenizer --sequence-length 32 --output corpus"
-    reads = parse_build(f"--description {tmp_path}/corpus.yaml {rest}").reads
+    reads = parse_build(f"--description {tmp_path}/corpus.yaml {rest}").inputs
     named = ["corpus.yaml", "texts", "texts/b.txt", "task.txt"]
     assert reads == (folder / "good" / "tokenizer", *(tmp_path / name for name in named))
     for wrong in (f"--input {tmp_path}/none", f"--input '{tmp_path}/texts/*.jsonl'"):
@@ -135,8 +135,8 @@ def test_what_a_build_reads(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("described", [False, True])
-def test_an_output_folder_of_another_build_is_refused(folder: Path, tmp_path: Path, described: bool) -> None:
-    """Held against the build itself: what it made is taken, begun or finished; what it would refuse is not."""
+def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path, described: bool) -> None:
+    """Compared with the build itself: its own output is accepted, started or finished; what it rejects is not."""
     words = build_words(tmp_path, folder / "good")
     if described:
         source = {"name": "a", "inputs": [str(tmp_path / "my texts")]}
@@ -153,8 +153,11 @@ def test_an_output_folder_of_another_build_is_refused(folder: Path, tmp_path: Pa
     parse_build(shlex.join(words))
     (output / "manifest.json").rename(tmp_path / "manifest.json")
     parse_build(shlex.join(words))
-    for change, what in ((["--seed", "5"], "seed 0 then, 5 now"), (["--packing", "nsp"], "packing sop then, nsp now")):
-        with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* of another command: {what}"):
+    for change, what in (
+        (["--seed", "5"], "seed was 0, is now 5"),
+        (["--packing", "nsp"], "packing was sop, is now nsp"),
+    ):
+        with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* with other arguments: {what}"):
             parse_build(shlex.join([*words, *change]))
     (tmp_path / "my texts" / "b.txt").write_text("w3\n")
     with pytest.raises(SlurmError, match="sources"):
@@ -169,22 +172,22 @@ def binds(script: Path) -> list[str]:
     return [value for name, value in itertools.pairwise(words) if name == "--bind"]
 
 
-def test_a_container_is_shown_what_is_there(
+def test_container_binds_existing_paths_only(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Apptainer refuses to start where a path that it is to show is missing, as a corpus before its build is."""
+    """Apptainer fails if a path to bind is missing, as a corpus is before its build."""
     work, jobs, texts = tmp_path / "work", tmp_path / "run" / "slurm", tmp_path / "elsewhere"
     work.mkdir()
     monkeypatch.chdir(work)
     (tmp_path / "own.json").write_text("{}")
-    # As one made within the container: its Python is not here.
+    # As created in a container: its Python does not exist here.
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").symlink_to("/no/such/python3")
     build = build_words(texts, folder / "good")
     build[-1] = str(tmp_path / "new" / "built")
     words = ["slurm", "--config", "demo_cpu", "--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif"]
     words += ["--venv", str(tmp_path / "venv"), "--build-data", shlex.join(build)]
-    # Not evaluated on, so not needed.
+    # Not needed: the run does not evaluate.
     sets = {"data.path": build[-1], "data.held_out_path": tmp_path / "none", "evaluation.every_steps": 0}
     sets |= {"output_dir": tmp_path / "run", "deepspeed": tmp_path / "own.json"}
     words += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]

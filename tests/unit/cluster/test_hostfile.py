@@ -1,4 +1,4 @@
-"""Hostfiles: what DeepSpeed reads is read alike; what would make it go wrong is an error."""
+"""Hostfiles: parsed as DeepSpeed does; errors that DeepSpeed would not report are rejected."""
 
 import os
 import stat
@@ -36,7 +36,7 @@ def test_reads_what_deepspeed_reads(tmp_path: Path) -> None:
         ("a$(reboot) slots=1\n", "is not `host slots=N`"),
     ],
 )
-def test_faults_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "hosts"
     path.write_text(text)
     with pytest.raises(HostfileError, match=message.replace("$", r"\$").replace("(", r"\(")):
@@ -51,9 +51,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["hostfile", str(path)]) == 0
     assert "2 hosts, 12 ranks" in capsys.readouterr().out
     assert main(["hostfile", str(path), "--slots", "4"]) == 1
-    said = capsys.readouterr()
-    assert f"--slots 4: {path} says the slots of each host" in said.err
-    assert said.out == ""
+    captured = capsys.readouterr()
+    assert f"--slots 4: {path} sets the slots of each host" in captured.err
+    assert captured.out == ""
     path.write_bytes(b"node-1 slots=8\n\xff\xfe")
     assert main(["hostfile", str(path)]) == 1
     assert f"{path}: not UTF-8 text" in capsys.readouterr().err
@@ -83,29 +83,29 @@ def test_names_and_ranges(words: list[str], hosts: dict[str, int]) -> None:
     [
         (["a:b"], "'b' slots"),
         (["a:0"], "'0' slots"),
-        (["a[3-1]"], "runs backwards"),
+        (["a[3-1]"], "descending range"),
         (["a[1-99999999]"], "more than"),
-        (["a[x]"], "no number"),
-        (["a[1"], "no host's name"),
-        (["-oProxyCommand=x"], "no host's name"),
-        (["a b"], "no host's name"),
-        (["a$(reboot)"], "no host's name"),
-        (["a", "b,a"], "a is named twice"),
+        (["a[x]"], "neither a number"),
+        (["a[1"], "invalid host name"),
+        (["-oProxyCommand=x"], "invalid host name"),
+        (["a b"], "invalid host name"),
+        (["a$(reboot)"], "invalid host name"),
+        (["a", "b,a"], "a is listed twice"),
     ],
 )
-def test_faulty_names(words: list[str], message: str) -> None:
+def test_invalid_names(words: list[str], message: str) -> None:
     with pytest.raises(HostfileError, match=message):
         hosts_from_words(words, 8)
 
 
-def test_slots_must_be_said() -> None:
-    with pytest.raises(HostfileError, match="how many ranks"):
+def test_slots_are_required() -> None:
+    with pytest.raises(HostfileError, match="number of ranks is missing"):
         hosts_from_words(["a"], None)
 
 
 @given(st.text())
-def test_what_is_made_can_be_read(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    """Any text as a host: refused, or a hostfile of just these hosts."""
+def test_a_created_hostfile_can_be_read(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    """Any text as a host name: rejected, or read back unchanged."""
     try:
         hosts = dict.fromkeys(expand(name), 2)
     except HostfileError:
@@ -117,7 +117,7 @@ def test_what_is_made_can_be_read(tmp_path_factory: pytest.TempPathFactory, name
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It prints the nodes that its last word names, one a line."""
+    """Stub that prints the nodes in its last argument, one per line."""
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho \"$3\" | tr , '\\n'\n")
@@ -141,16 +141,16 @@ def test_from_slurm(variables: dict[str, str], slots: int | None, counts: list[i
 
 
 @pytest.mark.usefixtures("scontrol")
-def test_slurm_that_says_too_little() -> None:
+def test_missing_slurm_variables() -> None:
     with pytest.raises(HostfileError, match="SLURM_JOB_NODELIST"):
         slurm_hosts({}, None)
-    with pytest.raises(HostfileError, match="give --slots"):
+    with pytest.raises(HostfileError, match="pass --slots"):
         slurm_hosts({"SLURM_JOB_NODELIST": "n1"}, None)
-    with pytest.raises(HostfileError, match="2 nodes and tasks for 1"):
+    with pytest.raises(HostfileError, match="2 nodes, but tasks of 1"):
         slurm_hosts({"SLURM_JOB_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "1"}, None)
 
 
-def test_command_that_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_creates_a_hostfile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "hosts"
     assert main(["hostfile", "--hosts", "n[1-2]", "--slots", "4", "--output", str(path)]) == 0
     assert "2 hosts, 8 ranks" in capsys.readouterr().out

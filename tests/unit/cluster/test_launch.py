@@ -1,4 +1,4 @@
-"""What launch and its parts decide without hosts: values that meet shells, records of ranks, commands of launchers."""
+"""`launch` without hosts: values passed through shells, heartbeats of ranks, commands of launchers."""
 
 import argparse
 import base64
@@ -14,10 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.__main__ import main
-from cluster.hosts import node, rank, remote, supervisor
-from cluster.hosts import plan as preparation
-from cluster.hosts.checks import LaunchError, faults, job_faults
-from cluster.hosts.plan import Draft, check_plain, passed_on
+from cluster.hosts import node, plan, rank, remote, supervisor
+from cluster.hosts.checks import LaunchError, host_errors, job_errors
+from cluster.hosts.plan import Draft, check_exportable, exported_variables
 from cluster.hosts.supervisor import Plan, Ranks, runner_command
 from maskvr_ds.config import load_config
 
@@ -53,13 +52,13 @@ def make_plan(folder: Path, hosts: dict[str, int] | None = None, **changes: Any)
         "environment": {},
         "timeout": 10.0,
         "grace": 5.0,
-        "start": 60.0,
+        "start_timeout": 60.0,
     }
     return Plan(**{**values, **changes})
 
 
 def deepspeed_command(plan: Plan, launcher: str, variables: dict[str, str]) -> list[str]:
-    """What DeepSpeed's own code makes of the runner's command line."""
+    """The command that DeepSpeed's own code builds from the runner's command line."""
     from deepspeed.launcher import multinode_runner, runner
 
     plan.hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in plan.hosts.items()))
@@ -80,12 +79,12 @@ def deepspeed_command(plan: Plan, launcher: str, variables: dict[str, str]) -> l
 
 @given(path=texts, value=texts)
 @example(path="a b'$(touch pwned)\n\"", value="`touch pwned`")
-def test_paths_and_values_come_through_the_shells_of_pdsh_as_data(
+def test_paths_and_values_pass_the_shells_of_pdsh_unchanged(
     tmp_path_factory: pytest.TempPathFactory, path: str, value: str
 ) -> None:
-    """The command line that ssh would hand to a remote shell, handed to one."""
+    """Runs the command line that ssh would pass to a remote shell in a local one."""
     try:
-        check_plain({"NCCL_DEBUG": value})
+        check_exportable({"NCCL_DEBUG": value})
         variables = {"NCCL_DEBUG": value}
     except LaunchError:
         variables = {}
@@ -108,7 +107,7 @@ def test_paths_and_values_come_through_the_shells_of_pdsh_as_data(
 
 
 @given(name=texts, value=texts)
-def test_requests_to_nodes_come_through_ssh_as_data(name: str, value: str) -> None:
+def test_requests_pass_ssh_unchanged(name: str, value: str) -> None:
     request = {"action": "report", name: value}
     line = remote.command("h1", request, "ssh")[-1]
     words = subprocess.run(
@@ -118,42 +117,41 @@ def test_requests_to_nodes_come_through_ssh_as_data(name: str, value: str) -> No
 
 
 @given(texts)
-def test_values_that_shells_would_read_are_refused(value: str) -> None:
+def test_values_special_to_shells_are_rejected(value: str) -> None:
     plain = all(character.isascii() and (character.isalnum() or character in "_@+=:,./~-") for character in value)
     if plain:
-        check_plain({"NCCL_DEBUG": value})
+        check_exportable({"NCCL_DEBUG": value})
     else:
         with pytest.raises(LaunchError, match="NCCL_DEBUG"):
-            check_plain({"NCCL_DEBUG": value})
+            check_exportable({"NCCL_DEBUG": value})
 
 
-def test_srun_takes_no_commas() -> None:
-    check_plain({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "mpich")
+def test_commas_are_rejected_for_srun() -> None:
+    check_exportable({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "mpich")
     with pytest.raises(LaunchError, match="comma"):
-        check_plain({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "slurm")
+        check_exportable({"NCCL_SOCKET_IFNAME": "eth0,eth1"}, "slurm")
 
 
-def test_a_stated_list_of_variables_is_passed() -> None:
+def test_only_listed_variables_are_exported() -> None:
     here = {"NCCL_DEBUG": "INFO", "AWS_SECRET_ACCESS_KEY": "x", "WANDB_API_KEY": "x", "HF_TOKEN": "x", "HOME": "/root"}
     here |= {"PATH": "/usr/bin", "OMP_NUM_THREADS": "4", "SSH_AUTH_SOCK": "/x", "CUDA_VISIBLE_DEVICES": "0"}
-    assert set(passed_on(here, [])) - {"PYTHONPATH"} == {"NCCL_DEBUG", "PATH", "OMP_NUM_THREADS"}
-    assert passed_on(here, ["HOME", "FI_PROVIDER=efa"]) | {"HOME": "/root", "FI_PROVIDER": "efa"} == passed_on(
-        here, ["HOME", "FI_PROVIDER=efa"]
-    )
+    assert set(exported_variables(here, [])) - {"PYTHONPATH"} == {"NCCL_DEBUG", "PATH", "OMP_NUM_THREADS"}
+    more = exported_variables(here, ["HOME", "FI_PROVIDER=efa"])
+    assert (more["HOME"], more["FI_PROVIDER"]) == ("/root", "efa")
     for export in ("NOT_SET_HERE", "a b=c", "=x", "$(x)=y"):
         with pytest.raises(LaunchError, match="--export"):
-            passed_on(here, [export])
+            exported_variables(here, [export])
 
 
 @pytest.mark.parametrize("launcher", ["openmpi", "mpich", "slurm"])
 def test_commands_of_other_launchers(tmp_path: Path, launcher: str) -> None:
-    """DeepSpeed's own, for our options: as many ranks as slots, on these hosts, each of them cluster.hosts.rank."""
+    """Built by DeepSpeed from our options: one rank per slot, on these hosts, each running cluster.hosts.rank."""
     plan = make_plan(tmp_path, {"h1": 2, "h2": 2}, launcher=launcher)
     command = deepspeed_command(plan, launcher, {"NCCL_DEBUG": "INFO"})
     assert command[command.index("-n") + 1] == "4"
     assert os.fsencode(tmp_path) == base64.urlsafe_b64decode(command[-1])
     assert command[0] == ("srun" if launcher == "slurm" else "mpirun")
-    # DeepSpeed leaves --module out for srun, and gives it to a helper of its own, a file, for mpich.
+    # DeepSpeed drops --module for srun, and passes it to a helper script of its own for mpich.
     assert command[-2] == ("cluster.hosts.rank" if launcher == "openmpi" else str(Path(rank.__file__).resolve()))
     assert ("-m" in command) == (launcher == "openmpi")
     if launcher == "slurm":
@@ -167,7 +165,7 @@ def test_commands_of_other_launchers(tmp_path: Path, launcher: str) -> None:
         assert command[command.index("-ppn") + 1] == "2"
 
 
-def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_and_stopped_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(tmp_path, {"h1": 2, "h2": 1}, timeout=40.0)
     assert [plan.host_of(number) for number in range(3)] == ["h1", "h1", "h2"]
     assert plan.ranks_of("h1") == [0, 1]
@@ -175,43 +173,43 @@ def test_ranks_by_host_and_their_silence(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
     ranks = Ranks(plan)
 
-    def say(number: int, beat: int, **more: Any) -> None:
+    def beat(number: int, beat: int, **more: Any) -> None:
         record = {"beat": beat, "state": "R", **more}
         (tmp_path / f"rank-{number:05d}.json").write_text(json.dumps(record).ljust(256))
 
     for number in range(3):
-        say(number, 1)
-    ranks.look()
+        beat(number, 1)
+    ranks.poll()
     now[0] += 11
-    say(0, 2)
-    say(1, 2, status=0)
+    beat(0, 2)
+    beat(1, 2, status=0)
     (tmp_path / "rank-00002.json").write_text('{"beat": 2, "sta')
-    ranks.look()
+    ranks.poll()
     assert ranks.silent(10) == [2]
     assert ranks.ended == {1: 0}
-    say(2, 3, state="T")
+    beat(2, 3, state="T")
     now[0] += 1
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
     now[0] += 11
-    say(0, 3)
-    say(2, 4, state="T")
-    ranks.look()
+    beat(0, 3)
+    beat(2, 4, state="T")
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [2])
-    # This process stood still, not the ranks.
+    # This process was suspended, not the ranks.
     now[0] += 21
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([], [])
     now[0] += 11
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0, 2], [2])
-    say(2, 5, state="R")
+    beat(2, 5, state="R")
     now[0] += 1
-    ranks.look()
+    ranks.poll()
     assert (ranks.silent(10), ranks.stopped(10)) == ([0], [])
 
 
-def test_only_marked_processes_are_ended() -> None:
+def test_only_marked_processes_are_killed() -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     ours, other = (
         subprocess.Popen(sleep, env={**os.environ, node.MARK: f"{key}-{os.getpid()}"}) for key in ("ours", "others")
@@ -221,10 +219,10 @@ def test_only_marked_processes_are_ended() -> None:
             assert ours.poll() is None
         jobs = {job["mark"]: job for job in node.deepspeed_jobs()}
         assert jobs[f"ours-{os.getpid()}"] == {"pid": ours.pid, "user": os.getuid(), "mark": f"ours-{os.getpid()}"}
-        found = node.end(f"ours-{os.getpid()}")
-        # A zombie until we wait for it, without an environment.
+        found = node.kill(f"ours-{os.getpid()}")
+        # A zombie without an environment until it is waited for.
         assert [process["pid"] for process in found["found"]] == [ours.pid]
-        assert found["left"] == []
+        assert found["alive"] == []
         assert ours.wait(30) == -9
         assert other.poll() is None
     finally:
@@ -239,38 +237,38 @@ def value(**changes: Any) -> dict[str, Any]:
     return {**common, "port": 5, "folder": None, **changes}
 
 
-def test_faults_of_hosts_name_host_and_remedy() -> None:
+def test_host_errors_name_host_and_remedy() -> None:
     hosts = dict.fromkeys(("a", "b", "c", "d"), 8)
     eight = {"names": ["H100"] * 8, "driver": "1"}
     good = {host: remote.Answer(value(gpus=eight)) for host in hosts}
 
-    def told(**changed: Any) -> list[str]:
-        return faults(hosts, {**good, **changed}, folder=Path("/r"), port=0, on_cpus=False)
+    def errors(**changed: Any) -> list[str]:
+        return host_errors(hosts, {**good, **changed}, folder=Path("/r"), port=0, on_cpus=False)
 
-    assert told() == []
+    assert errors() == []
     few = {"names": ["H100"] * 7, "driver": "1"}
-    assert told(b=remote.Answer(value(gpus=few))) == ["b: slots=8, but it has 7 GPUs; correct the hostfile"]
-    assert told(b=remote.Answer(fault="is away")) == ["b: is away"]
+    assert errors(b=remote.Answer(value(gpus=few))) == ["b: slots=8, but it has 7 GPUs; correct the hostfile"]
+    assert errors(b=remote.Answer(error="is away")) == ["b: is away"]
     packages = {**value()["packages"], "torch": "1"}
-    (line,) = told(c=remote.Answer(value(gpus=eight, packages=packages)))
-    assert line == "c: torch is 1, on a it is 2; install the same on all hosts"
-    (line,) = told(d=remote.Answer(value(gpus=eight, manifests={"/c": "b" * 64})))
+    (line,) = errors(c=remote.Answer(value(gpus=eight, packages=packages)))
+    assert line == "c: torch is 1, on a it is 2; install the same version on all hosts"
+    (line,) = errors(d=remote.Answer(value(gpus=eight, manifests={"/c": "b" * 64})))
     assert line.startswith("d: /c/manifest.json is sha256 bbbbbbbbbbbb, on a it is sha256 aaaaaaaaaaaa; ")
-    (line,) = told(d=remote.Answer(value(gpus=eight, manifests={"/c": None})))
+    (line,) = errors(d=remote.Answer(value(gpus=eight, manifests={"/c": None})))
     assert line.startswith("d: /c: no corpus there")
-    assert len(told(a=remote.Answer(value(gpus=eight, port=None)))) == 1
+    assert len(errors(a=remote.Answer(value(gpus=eight, port=None)))) == 1
     jobs = [{"pid": 5, "user": 7, "mark": None}, {"pid": 6, "user": 0, "mark": "key-x"}]
-    assert job_faults({"a": remote.Answer(value(jobs=jobs))}, "key") == [
-        "a: another DeepSpeed job is there (pid 5, user 7)",
-        "a: ranks of an earlier launch of this run are still there (pid 6)",
+    assert job_errors({"a": remote.Answer(value(jobs=jobs))}, "key") == [
+        "a: another DeepSpeed job is running (pid 5, user 7)",
+        "a: ranks of an earlier launch of this run are still running (pid 6)",
     ]
 
 
-def test_nothing_stays_of_a_draft_that_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation.checks, "launcher_fault", lambda *_: None)
-    monkeypatch.setattr(preparation, "passed_on", lambda *_: {})
+def test_discard_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.checks, "launcher_error", lambda *_: None)
+    monkeypatch.setattr(plan, "exported_variables", lambda *_: {})
     parser = argparse.ArgumentParser()
-    preparation.add_options(parser, force="")
+    plan.add_launch_options(parser, force="")
     arguments = parser.parse_args([])
     run = tmp_path / "a b" / "$(x)"
     config = load_config("demo_cpu", [f"output_dir={json.dumps(str(run))}"])
@@ -279,18 +277,18 @@ def test_nothing_stays_of_a_draft_that_is_discarded(tmp_path: Path, monkeypatch:
     first.discard()
     assert second.folder.is_dir()
     second.discard()
-    # What the first one made was not empty then.
+    # The folders that the first one created were not empty then.
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("command", ["launch", "preflight"])
-def test_bad_hostfiles_end_the_commands(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_hostfile(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--hostfile", str(tmp_path / "none"), "--config", "demo_cpu"]) == 1
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_job_that_waits_at_its_start_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks whose parents are well, and that never come to train: ended by the limit, unless they beat themselves."""
+def test_start_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that run but do not train are aborted after the start timeout; training ranks write heartbeats."""
     run, folder = tmp_path / "run", tmp_path / "run" / "logs" / "job"
     folder.mkdir(parents=True)
     old = run / "heartbeats" / "earlier"
@@ -298,34 +296,34 @@ def test_a_job_that_waits_at_its_start_ends(tmp_path: Path, monkeypatch: pytest.
     for number in range(2):
         (old / f"rank-{number:05d}").touch()
         (folder / f"rank-{number:05d}.json").write_text(json.dumps({"beat": 1, "state": "S"}))
-    plan = make_plan(folder, {"h1": 1, "h2": 1}, run=run, timeout=1000.0, start=0.0)
+    plan = make_plan(folder, {"h1": 1, "h2": 1}, run=run, timeout=1000.0, start_timeout=0.0)
     monkeypatch.setattr(supervisor, "runner_command", lambda plan: ["sleep", "600"])
     monkeypatch.setattr(remote, "ask", lambda *args, **more: {})
     job = supervisor.Job(plan)
     try:
-        assert job.look() == "not begun within 0 s: rank 0 on h1, rank 1 on h2"
+        assert job.poll() == "not started within 0 s: rank 0 on h1, rank 1 on h2"
         new = run / "heartbeats" / "now"
         new.mkdir()
         record = json.dumps({"marks": 1, "step": 0, "place": "data"})
         (new / "rank-00000").write_text(record)
         (new / "rank-00001").touch()
-        assert job.look() == "not begun within 0 s: rank 0 on h1 (last step 0, data), rank 1 on h2"
+        assert job.poll() == "not started within 0 s: rank 0 on h1 (last step 0, data), rank 1 on h2"
         (new / "rank-00001").write_text(record)
-        assert job.look() is None
+        assert job.poll() is None
     finally:
-        job.end()
+        job.kill()
     assert job.process.returncode == -9, "no signal that DeepSpeed's runner could hear"
-    assert (folder / rank.END).exists()
+    assert (folder / rank.ABORT).exists()
 
 
-def test_hosts_are_asked_where_training_does_not_get_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_are_pinged_if_training_does_not_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
     asked: list[Any] = []
 
     def ask(hosts: Any, request: Any, **more: Any) -> dict[str, remote.Answer]:
         asked.append(request)
-        return {"h1": remote.Answer(), "h2": remote.Answer(fault="is away")}
+        return {"h1": remote.Answer(), "h2": remote.Answer(error="is away")}
 
     monkeypatch.setattr(remote, "ask", ask)
     progress = supervisor.Progress(make_plan(tmp_path, {"h1": 1, "h2": 1}, timeout=10.0))
@@ -333,23 +331,23 @@ def test_hosts_are_asked_where_training_does_not_get_on(tmp_path: Path, monkeypa
     folder.mkdir(parents=True)
 
     def after(seconds: int, marks: int) -> list[str]:
-        """What is lost, looked for every two seconds."""
+        """Hosts found unreachable, with a poll every two seconds."""
         (folder / "rank-00000").write_text(json.dumps({"marks": marks, "step": 1, "place": "pause"}))
         lost: list[str] = []
         for _ in range(seconds // 2):
             now[0] += 2
-            lost += progress.lost()
-            if progress._question is not None:
-                progress._question.result()
+            lost += progress.unreachable_hosts()
+            if progress._ping is not None:
+                progress._ping.result()
         return lost
 
     assert after(10, 1) == []
     assert after(10, 2) == []
-    assert asked == [], "it gets on"
+    assert asked == [], "training progresses"
     assert after(14, 2) == ["h2"]
-    assert asked == [{"action": "answer"}]
+    assert asked == [{"action": "ping"}]
     assert after(10, 3) == []
-    now[0] += 100  # this process stood still
+    now[0] += 100  # this process was suspended
     assert after(10, 3) == []
     assert len(asked) == 1
     progress.close()

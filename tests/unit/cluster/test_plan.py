@@ -1,4 +1,4 @@
-"""What `launch` and `preflight` make of the same answers of hosts: either refuses what is wrong, one ends processes."""
+"""`launch` and `preflight` given the same answers of hosts: both reject errors, only `launch` kills processes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.unit.cluster.test_launch import value
 
 
 class Hosts:
-    """Two hosts that answer as they are told to; what they were asked stands in `asked`."""
+    """Two simulated hosts with configurable answers; records the requests in `asked`."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -21,22 +21,22 @@ class Hosts:
             host: value(manifests={}, addresses=["10.0.0.1"], gpus=gpus) for host in "ab"
         }
         self.clocks = {"a": (0.0, 0.1), "b": (0.0, 0.1)}
-        # Whether it still has ranks of an earlier launch.
+        # Key of a run of which an earlier launch is still running.
         self.busy = ""
-        # What does not end there.
-        self.left: list[dict[str, Any]] = []
+        # Processes that cannot be killed.
+        self.alive: list[dict[str, Any]] = []
 
     def answer(self, hosts: Any, request: dict[str, Any], **more: Any) -> dict[str, remote.Answer]:
         self.asked.append(request)
-        if request["action"] == "end":
-            return {host: remote.Answer({"found": [], "left": self.left}) for host in hosts}
+        if request["action"] == "kill":
+            return {host: remote.Answer({"found": [], "alive": self.alive}) for host in hosts}
         jobs = [{"pid": 6, "user": 0, "mark": f"{self.busy}-earlier"}] if self.busy else []
         common = {"hostname": "x", "free_bytes": 20 * GIB, "jobs": jobs}
         return {host: remote.Answer({**common, **self.values[host]}, clock=self.clocks[host]) for host in hosts}
 
     @property
     def ended(self) -> list[str]:
-        return [request["mark"] for request in self.asked if request["action"] == "end"]
+        return [request["mark"] for request in self.asked if request["action"] == "kill"]
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     for fields in hosts.values.values():
         del fields["jobs"]
     monkeypatch.setattr(remote, "ask", hosts.answer)
-    monkeypatch.setattr(plan.checks, "launcher_fault", lambda *_: None)
-    monkeypatch.setattr(plan, "passed_on", lambda *_: {})
+    monkeypatch.setattr(plan.checks, "launcher_error", lambda *_: None)
+    monkeypatch.setattr(plan, "exported_variables", lambda *_: {})
     monkeypatch.setattr(launch, "watch", lambda *_: 0)
     return hosts
 
@@ -58,39 +58,39 @@ def run(command: str, folder: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("command", ["launch", "preflight"])
-def test_launch_alone_ends_what_a_run_has_left(
+def test_only_launch_kills_earlier_ranks(
     command: str, hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For preflight it may be the run at its work."""
+    """For preflight, they may be those of the running job."""
     assert run(command, tmp_path) == 0
     hosts.busy = plan.run_key(tmp_path / "run")
     assert run(command, tmp_path) == 1
     assert hosts.ended == []
-    told = "a: ranks of an earlier launch of this run are still there (pid 6)"
-    assert told in capsys.readouterr().err
+    error = "a: ranks of an earlier launch of this run are still running (pid 6)"
+    assert error in capsys.readouterr().err
     assert run(command, tmp_path, "--force") == 0
-    assert f"warning: {told}" in capsys.readouterr().err
+    assert f"warning: {error}" in capsys.readouterr().err
     assert hosts.ended == ([f"{hosts.busy}-"] if command == "launch" else [])
 
 
-def test_what_does_not_end_keeps_a_launch_from_beginning(
+def test_unkillable_processes_prevent_a_launch(
     hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hosts.busy, hosts.left = plan.run_key(tmp_path / "run"), [{"pid": 6, "state": "D"}]
+    hosts.busy, hosts.alive = plan.run_key(tmp_path / "run"), [{"pid": 6, "state": "D"}]
     assert run("launch", tmp_path, "--force") == 1
-    assert "b: processes 6 do not end; they wait for a device" in capsys.readouterr().err
+    assert "b: processes 6 of this run cannot be killed; they are blocked in a device" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", ["launch", "preflight"])
-def test_a_full_disk_stops_both(command: str, hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_is_an_error(command: str, hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hosts.values["b"]["free_bytes"] = GIB
     assert run(command, tmp_path) == 1
     assert "b: 1 GiB free on the disk of" in capsys.readouterr().err
     assert run(command, tmp_path, "--minimum-free", "0.5") == 0
 
 
-def test_what_slows_a_run_stops_preflight_and_warns_at_launch(
+def test_inconsistencies_are_errors_of_preflight_and_warnings_of_launch(
     hosts: Hosts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hosts.clocks["b"] = (-7.0, 0.1)
@@ -99,9 +99,9 @@ def test_what_slows_a_run_stops_preflight_and_warns_at_launch(
     lines = {}
     for command, status, kind in (("launch", 0, "warning"), ("preflight", 1, "error")):
         assert run(command, tmp_path) == status
-        said = capsys.readouterr().err.splitlines()
-        assert all(line.startswith(f"{kind}: ") for line in said)
-        lines[command] = [line.removeprefix(f"{kind}: ") for line in said]
+        printed = capsys.readouterr().err.splitlines()
+        assert all(line.startswith(f"{kind}: ") for line in printed)
+        lines[command] = [line.removeprefix(f"{kind}: ") for line in printed]
     assert lines["launch"] == lines["preflight"]
     assert [line.split(" ")[0] for line in lines["launch"]] == ["b:", "hosts"]
     assert run("launch", tmp_path, "--clock", "8") == 0

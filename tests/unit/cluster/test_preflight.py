@@ -1,4 +1,4 @@
-"""Preflight's judgement: sums, links, and what a table says."""
+"""Preflight: sums, links, slots and the table."""
 
 import itertools
 from pathlib import Path
@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.__main__ import main
-from cluster.hosts.checks import slots_fault
-from cluster.hosts.preflight import links_faults, summary, table
+from cluster.hosts.checks import slots_error
+from cluster.hosts.preflight import link_errors, summary, table
 from cluster.hosts.remote import Answer
 from maskvr_ds.runtime import distributed, interconnect
 
 
 @given(st.integers(2, 40))
-def test_rounds_measure_every_pair_once_and_nobody_twice_at_a_time(n: int) -> None:
+def test_rounds_measure_every_pair_once_and_no_rank_twice_at_a_time(n: int) -> None:
     players = range(3, 3 + 2 * n, 2)
     pairs = []
     for pairs_of_round in interconnect.rounds(players):
@@ -51,47 +51,47 @@ def measured(speeds: dict[tuple[int, int], float], **changes: Any) -> dict[str, 
 
 def test_a_slow_link_is_named() -> None:
     even = measured({(0, 1): 10e9, (0, 2): 9e9, (1, 2): 11e9})
-    assert links_faults(even, 0.5) == []
-    assert "slowest of 3 links: a (rank 0) – c (rank 2), 9 GB/s each way" in summary(even)
+    assert link_errors(even, 0.5) == []
+    assert "slowest of 3 links: a (rank 0) – c (rank 2), 9 GB/s in each direction" in summary(even)
     slow = measured({(0, 1): 10e9, (0, 2): 4.9e9, (1, 2): 11e9})
-    (fault,) = links_faults(slow, 0.5)
-    assert fault.startswith("link a (rank 0) – c (rank 2): 4.9 GB/s, the median is 10 GB/s; ")
-    assert links_faults(slow, 0.4) == []
+    (error,) = link_errors(slow, 0.5)
+    assert error.startswith("link a (rank 0) – c (rank 2): 4.9 GB/s, the median is 10 GB/s; ")
+    assert link_errors(slow, 0.4) == []
 
 
-def test_wrong_sums_and_unlike_libraries_are_faults() -> None:
-    said = measured({(0, 1): 1e9}, faults=["rank 1 on b: all-reduce of 1 int64: 1 sums are wrong"])
-    (fault,) = links_faults(said, 0.5)
-    assert fault.startswith("rank 1 on b: all-reduce of 1 int64: 1 sums are wrong; do not train")
-    assert "wrong sums" in summary(said)
-    (fault,) = links_faults(measured({(0, 1): 1e9}, nccl=["2.27.3", "2.27.3", "2.26.2"]), 0.5)
-    assert fault == "ranks load different NCCL: 2.27.3, 2.27.3, 2.26.2; install the same everywhere"
+def test_wrong_sums_and_different_libraries_are_errors() -> None:
+    links = measured({(0, 1): 1e9}, faults=["rank 1 on b: all-reduce of 1 int64: 1 sums are wrong"])
+    (error,) = link_errors(links, 0.5)
+    assert error.startswith("rank 1 on b: all-reduce of 1 int64: 1 sums are wrong; do not train")
+    assert "wrong sums" in summary(links)
+    (error,) = link_errors(measured({(0, 1): 1e9}, nccl=["2.27.3", "2.27.3", "2.26.2"]), 0.5)
+    assert error == "ranks load different NCCL versions: 2.27.3, 2.27.3, 2.26.2; install the same version on all hosts"
 
 
-def test_slots_for_gpus_that_none_sees() -> None:
+def test_slots_without_visible_gpus() -> None:
     seen = {"gpus": None, "cpus": 4}
-    fault = slots_fault("n1", 2, seen, on_cpus=False)
-    assert fault is not None
-    assert fault.startswith("n1: slots=2, but no GPU is visible (nvidia-smi is missing or fails there); ")
-    assert "DS_ACCELERATOR=cpu" in fault
-    assert slots_fault("n1", 4, seen, on_cpus=True) is None
-    assert slots_fault("n1", 5, seen, on_cpus=True) == "n1: slots=5, but it has 4 CPU cores; correct the hostfile"
-    assert slots_fault("n1", 1, {"gpus": {"names": ["H100"]}, "cpus": 4}, on_cpus=False) is None
+    error = slots_error("n1", 2, seen, on_cpus=False)
+    assert error is not None
+    assert error.startswith("n1: slots=2, but no GPU is visible (nvidia-smi is missing or fails there); ")
+    assert "DS_ACCELERATOR=cpu" in error
+    assert slots_error("n1", 4, seen, on_cpus=True) is None
+    assert slots_error("n1", 5, seen, on_cpus=True) == "n1: slots=5, but it has 4 CPU cores; correct the hostfile"
+    assert slots_error("n1", 1, {"gpus": {"names": ["H100"]}, "cpus": 4}, on_cpus=False) is None
 
 
-def test_slots_besides_a_hostfile_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slots_with_a_hostfile_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "hosts").write_text("n1 slots=2\n")
     words = ["preflight", "--hostfile", str(tmp_path / "hosts"), "--slots", "4", "--config", "demo_cpu"]
     assert main(words) == 1
-    assert f"--slots 4: {tmp_path}/hosts says the slots of each host" in capsys.readouterr().err
+    assert f"--slots 4: {tmp_path}/hosts sets the slots of each host" in capsys.readouterr().err
 
 
-def test_the_table_has_a_line_for_every_host() -> None:
+def test_table_has_one_line_per_host() -> None:
     packages = {"torch": "2.13", "deepspeed": "0.19", "transformers": "5", "maskvr_ds": "0", "nccl": "2.27"}
     node = {"hostname": "n1", "packages": packages, "python": "3.11", "cpus": 96, "free_bytes": 7 * 2**40, "jobs": []}
     gpus = {"names": ["H100"] * 8, "driver": "570.1"}
     node |= {"gpus": gpus, "folder": None, "manifests": {"/c": "ab" * 32, "/d": None}, "port": 1}
-    answers = {"a": Answer(node, clock=(0.04, 0.3)), "longer-name": Answer(fault="not reached by ssh: no route")}
+    answers = {"a": Answer(node, clock=(0.04, 0.3)), "longer-name": Answer(error="not reachable by ssh: no route")}
     head, first, second = table({"a": 8, "longer-name": 4}, answers).splitlines()
     assert head.split("  ")[0] == "host"
     assert " ".join(first.split()) == "a n1 8 8 H100 570.1 96 3.11 2.13 0.19 2.27 7168 writable +0.0 abababab missing"

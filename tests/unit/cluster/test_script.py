@@ -1,4 +1,4 @@
-"""Job scripts: any value comes through as data or is refused; how a start ends is read from the run's folder."""
+"""Job scripts: values are passed unchanged or rejected; the end of a start is decided by files in the run's folder."""
 
 import os
 import re
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from cluster.slurm.options import parse_options
 from cluster.slurm.script import (
+    JobEnvironment,
     SlurmError,
-    Surroundings,
     TrainingJob,
     data_script,
     directive,
@@ -45,18 +45,18 @@ HOSTILE = [
     "<<RUN>>",
     "ü",
 ]
-# Whatever a file's name or an argument can be.
+# Any file name or argument.
 texts = st.one_of(
     st.sampled_from(HOSTILE), st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 )
-# Prints its arguments, each ended by a NUL byte; of srun those of the trainer only.
+# Logs its arguments, each terminated by a NUL byte.
 STUB = """#!/bin/bash
 printf '%s\\0' "$@" >>"$STUB_LOG"
 """
 
 
 def stubs(folder: Path) -> dict[str, str]:
-    """Stand-ins for Slurm's commands → the environment of a job's first start."""
+    """Create stubs of Slurm's commands; returns the environment of a job's first start."""
     for name in ("srun", "squeue", "scontrol"):
         path = folder / name
         path.write_text(STUB if name == "srun" else "#!/bin/bash\necho n1\n")
@@ -73,9 +73,9 @@ def stubs(folder: Path) -> dict[str, str]:
 
 
 def run_script(text: str, folder: Path) -> list[str]:
-    """What the script starts ranks with."""
+    """Arguments of srun when the script is run."""
     folder.joinpath("log").unlink(missing_ok=True)
-    # By a file, as Slurm does.
+    # From a file, as Slurm does.
     (folder / "script").write_text(text)
     subprocess.run(["bash", "script"], cwd=folder, env=stubs(folder), capture_output=True, check=False, timeout=60)
     return (folder / "log").read_bytes().decode().split("\0")[:-1]
@@ -85,17 +85,17 @@ def run_script(text: str, folder: Path) -> list[str]:
 @given(arguments=st.lists(texts, max_size=3), name=texts, venv=texts, seeds=st.booleans())
 @example(arguments=HOSTILE, name="plain", venv="plain", seeds=True)
 @example(arguments=[], name="a\nb", venv="$(touch injected)", seeds=False)
-def test_values_come_through_as_data(
+def test_values_are_passed_unchanged(
     tmp_path_factory: pytest.TempPathFactory, arguments: list[str], name: str, venv: str, seeds: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("script")
-    # Names of single folders: a slash would only make more of them.
+    # Single folders: a slash would only create more of them.
     run, environment = folder / ("run" + name.replace("/", "_")), folder / ("venv" + venv.replace("/", "_"))
     job = TrainingJob(
         options={"nodes": "1"},
         run=run,
         arguments=arguments,
-        surroundings=Surroundings(folder=folder, python="python", venv=environment),
+        environment=JobEnvironment(folder=folder, python="python", venv=environment),
         tasks_per_node=1,
         max_restarts=3,
         signal_seconds=60,
@@ -116,14 +116,14 @@ def test_values_come_through_as_data(
         assert yaml.safe_load(rest[3].removeprefix("output_dir=")) == str(run / "seed-4")
         rest = rest[4:]
     assert rest == ["--resume", "auto"]
-    # An array that a script without one was submitted from is none of its own.
+    # Variables of an array task that submitted this job are ignored.
     attempt = (run / "seed-4" if seeds else run) / "slurm" / "attempt"
     assert attempt.read_text() == ("6_1 0\n" if seeds else "7 0\n")
     assert not list(folder.rglob("injected"))
 
 
 @given(value=texts)
-def test_a_directive_is_one_line_or_refused(value: str) -> None:
+def test_directive_is_one_line_or_rejected(value: str) -> None:
     try:
         line = directive("job-name", value)
     except SlurmError:
@@ -133,9 +133,9 @@ def test_a_directive_is_one_line_or_refused(value: str) -> None:
     assert line.startswith("#SBATCH --job-name=")
 
 
-def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
+def test_values_that_sbatch_would_change_are_rejected() -> None:
     for value in ("", "a\nb", "a\\b", "a\x1bb"):
-        with pytest.raises(SlurmError, match="line of a job script"):
+        with pytest.raises(SlurmError, match="directive in a job script"):
             directive("job-name", value)
     for name in ("", "x y", "-x", "a=b", "9a"):
         for flag_or_not in ("1", None):
@@ -146,9 +146,9 @@ def test_directives_refuse_what_sbatch_would_read_otherwise() -> None:
     assert log_pattern(Path("/a%j"), "%j.log") == "/a%%j/%j.log"
 
 
-def test_options_that_the_script_sets_itself_are_refused() -> None:
-    """All that it lays over the rest, under whatever name sbatch takes them by."""
-    common = {"run": Path("/r"), "arguments": [], "surroundings": Surroundings(Path("/r"), "python")}
+def test_reserved_options_are_rejected() -> None:
+    """All options that the script sets, also under the abbreviations that sbatch accepts."""
+    common = {"run": Path("/r"), "arguments": [], "environment": JobEnvironment(Path("/r"), "python")}
     own = set()
     for nodes, seeds in (("1", ()), ("1-2", (3, 4))):
         job = TrainingJob({"nodes": nodes}, **common, tasks_per_node=1, max_restarts=1, signal_seconds=9, seeds=seeds)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def test_options_that_the_script_sets_itself_are_refused() -> None:
     for name in (*own, "error", "no-requeue", "tasks-per-node", "ntasks", "chdir", "time"):
         for text in (f"{name}=1", name, name[:-1]):
             with pytest.raises(
-                SlurmError, match=f"^--sbatch {text}: .* is not to be set so: .*(say|leave it out|made of)"
+                SlurmError, match=f"^--sbatch {text}: .* cannot be set here: .*(use|remove this option|follows from)"
             ):
                 parse_options([text], ["time"])
 
@@ -170,14 +170,14 @@ def test_options_of_sbatch_and_flags() -> None:
         *{"gres": "gpu:8", "exclusive": None, "comment": "a=b", "gpus": "8", "exclude": "n1", "nice": None}.items()
     ]
     for text in ("", "=1", "-N=1", "--exclusive", "N=4", "J", "n=4", "two words", "a\n#SBATCH --uid=0"):
-        with pytest.raises(SlurmError, match="NAME=VALUE expected"):
+        with pytest.raises(SlurmError, match="expected NAME=VALUE"):
             parse_options([text], [])
     with pytest.raises(SlurmError, match="gres is given twice"):
         parse_options(["gres=gpu:8", "gres=gpu:4"], [])
 
 
-def test_a_value_that_looks_like_a_place_stays(tmp_path: Path) -> None:
-    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], Surroundings(tmp_path, "python"))
+def test_placeholders_in_values_are_kept(tmp_path: Path) -> None:
+    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], JobEnvironment(tmp_path, "python"))
     assert "arguments=('<<FOLDER>>')" in script
     with pytest.raises(KeyError):
         render("data.sbatch", {})
@@ -191,7 +191,7 @@ def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:
     scripts = [path for folder in job_scripts(tmp_path).values() for path in folder]
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
-    # SC2016: that `$(…)` in a path is not expanded is what is wanted.
+    # SC2016: `$(…)` in a path must not be expanded.
     found = subprocess.run(["shellcheck", "--exclude=SC2016", *scripts], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
@@ -199,7 +199,7 @@ def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:
 def behave(
     tmp_path: Path, ranks: str, restarts: int = 0, seeds: tuple[int, ...] = (), **changes: str
 ) -> tuple[int, str, str]:
-    """Run a whole job script whose srun does what `ranks` says, in the run's folder; → status, output, requeued id."""
+    """Run a job script whose srun runs `ranks` in the run's folder; returns exit status, output, requeued job id."""
     commands, run = tmp_path / "bin", tmp_path / "run"
     commands.mkdir(exist_ok=True)
     environment = stubs(commands) | {"SLURM_RESTART_COUNT": str(restarts)} | changes
@@ -213,7 +213,7 @@ def behave(
         options={"nodes": "1"},
         run=run,
         arguments=[],
-        surroundings=Surroundings(folder=tmp_path, python=sys.executable),
+        environment=JobEnvironment(folder=tmp_path, python=sys.executable),
         tasks_per_node=1,
         max_restarts=2,
         signal_seconds=60,
@@ -221,7 +221,7 @@ def behave(
     )
     script = tmp_path / "job"
     script.write_text(training_script(job))
-    # A process group of its own, which a stand-in can signal as Slurm does a job.
+    # A separate process group, which a stub can signal as Slurm signals a job.
     result = subprocess.run(
         ["bash", script], env=environment, capture_output=True, text=True, check=False, timeout=60, process_group=0
     )
@@ -231,40 +231,40 @@ def behave(
 
 OURS = """echo '{"job": "7"}' >owner.json; mkdir -p checkpoints;"""
 STOP = OURS + " echo step-1 >checkpoints/latest; echo '{}' >stopped.json; exit 75"
-# As Slurm does with --signal=B:USR1, then as the trainer does.
+# Like Slurm with --signal=B:USR1, then like the training.
 ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
 
 
 @pytest.mark.parametrize(
-    ("ranks", "restarts", "status", "requeued", "said"),
+    ("ranks", "restarts", "status", "requeued", "message"),
     [
         (OURS + "echo '{}' >completed.json; exit 1", 0, 0, "", "completed"),
         (OURS + "exit 0", 0, 0, "7", "the ranks failed"),
-        (ASKED, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (ASKED, 0, 0, "7", "requeuing, checkpoint: step-1"),
         (ASKED, 2, 1, "", "as often as --max-restarts allows"),
         (ASKED, 3, 1, "", "more than --max-restarts 2"),
-        (STOP, 0, 0, "7", "queues itself again, checkpoint: step-1"),
+        (STOP, 0, 0, "7", "requeuing, checkpoint: step-1"),
         (STOP.replace("{}", '{"step": 1, "requested": true}'), 0, 75, "", "stopped on request"),
         ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
-        ("exit 1", 0, 1, "", "ended before they had the run"),
-        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job has it"),
+        ("exit 1", 0, 1, "", "ended before they took ownership of the run"),
+        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job owns it"),
         (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
     ],
 )
-def test_how_a_start_ends(tmp_path: Path, ranks: str, restarts: int, status: int, requeued: str, said: str) -> None:
-    """Decided by what stands in the run's folder, not by statuses."""
+def test_end_of_a_start(tmp_path: Path, ranks: str, restarts: int, status: int, requeued: str, message: str) -> None:
+    """Decided by files in the run's folder, not by exit codes."""
     returned, output, again = behave(tmp_path, ranks, restarts)
     assert (returned, again) == (status, requeued), output
-    assert said in output
+    assert message in output
 
 
-def test_failing_twice_at_a_checkpoint_ends_it(tmp_path: Path) -> None:
+def test_two_failures_at_a_checkpoint_end_the_job(tmp_path: Path) -> None:
     fail = OURS + "echo step-%d >checkpoints/latest; exit 1"
     for restarts, step, again in ((0, 1, True), (1, 2, True), (2, 2, False)):
         status, output, requeued = behave(tmp_path, fail % step, restarts)
         assert (bool(requeued), status == 0) == (again, again), output
     assert "failed twice at checkpoint: step-2" in output
-    # Submitted again, it is another job.
+    # Submitted again: another job.
     assert behave(tmp_path, (fail % 2).replace('"7"', '"9"'), SLURM_JOB_ID="9")[2] == "9"
 
 
@@ -277,8 +277,8 @@ def test_a_run_has_one_job(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
 
 
-def test_a_task_of_an_array_speaks_of_itself_alone(tmp_path: Path) -> None:
-    """The id of the array, which one of its tasks has for its own, would requeue all of them."""
+def test_array_task_uses_its_own_id(tmp_path: Path) -> None:
+    """The id of the array, which is SLURM_JOB_ID of one task, would requeue all tasks."""
     task = {"SLURM_JOB_ID": "6", "SLURM_ARRAY_JOB_ID": "6"}
     owned = OURS.replace('"7"', '"6_1"')
     status, output, requeued = behave(tmp_path, owned + "exit 1", seeds=(3, 4), **task)
@@ -286,26 +286,26 @@ def test_a_task_of_an_array_speaks_of_itself_alone(tmp_path: Path) -> None:
     assert "failed" in output
     assert "--jobs=6_1 " in (tmp_path / "asked").read_text()
     assert "--jobs=6 " not in (tmp_path / "asked").read_text()
-    # Preempted: stays while Slurm says that the task runs, whatever the others do.
-    told = "kill -TERM $PPID; sleep 0.2; " + STOP.replace('"7"', '"6_1"')
+    # Preempted: waits while Slurm reports this task as running, regardless of the others.
+    terminated = "kill -TERM $PPID; sleep 0.2; " + STOP.replace('"7"', '"6_1"')
     (tmp_path / "asked").unlink()
-    assert behave(tmp_path, told, seeds=(3, 4), **task)[::2] == (1, "")
+    assert behave(tmp_path, terminated, seeds=(3, 4), **task)[::2] == (1, "")
     assert (tmp_path / "asked").read_text() == "--noheader --jobs=6_1 --format=%T\n"
-    # Another array's task on the same run.
+    # Task of another array on the same run.
     status, output, _ = behave(tmp_path, owned, seeds=(3, 4), QUEUE="6_1", SLURM_ARRAY_JOB_ID="8")
     assert status == 1
     assert "job 6_1 is running the same run; end it first (scancel 6_1)" in output
 
 
-def test_a_job_that_is_being_cancelled_does_not_come_back(tmp_path: Path) -> None:
-    """Also where the script was not told."""
+def test_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
+    """Even if the script received no signal."""
     status, output, requeued = behave(tmp_path, STOP, QUEUE="COMPLETING")
     assert (status, requeued) == (1, ""), output
 
 
 @pytest.mark.parametrize("ranks", [OURS, ASKED, STOP])
-def test_a_signal_to_all_processes_while_it_looks(tmp_path: Path, ranks: str) -> None:
-    """A node's loss: Slurm's SIGTERM comes late, and ends what the script has started to see how the ranks ended."""
+def test_signal_to_all_processes_while_files_are_read(tmp_path: Path, ranks: str) -> None:
+    """After losing a node, Slurm's SIGTERM comes late and kills commands that the script runs after the ranks ended."""
     commands = tmp_path / "bin"
     commands.mkdir()
     kill = f"printf '#!/bin/bash\\nkill -TERM 0\\n' >'{commands}/squeue'"
@@ -317,6 +317,6 @@ def test_a_signal_to_all_processes_while_it_looks(tmp_path: Path, ranks: str) ->
     assert "only Slurm may start it again" in output
 
 
-def test_an_old_end_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+def test_status_files_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
     assert behave(tmp_path, OURS + "echo '{}' >completed.json")[0] == 0
     assert behave(tmp_path, OURS + "exit 1")[2] == "7"

@@ -1,4 +1,4 @@
-"""What a run's folder and squeue say of a run."""
+"""Run status from the run's folder and squeue."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import pytest
 from cluster.__main__ import main
 from cluster.status import last_step, read_status, runs_of
 from maskvr_ds.run_folder import fence, layout
-from maskvr_ds.run_folder import status as outcome
+from maskvr_ds.run_folder.status import clear, write
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that a Slurm job on two nodes has begun, whose process is gone. No squeue here."""
+    """Folder of a run started by a Slurm job on two nodes, whose process has ended. Without squeue."""
     monkeypatch.setenv("PATH", "")
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"step": 22, "loss": 2.5, "tokens_per_second": 1000.5},
         {"event": "checkpoint", "step": 20, "seconds": 1.0},
     ]
-    # A kill has cut off the last line.
+    # A kill has truncated the last line.
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 23, "lo')
     (folder / "slurm").mkdir()
     (folder / "slurm" / "attempt").write_text("41 2\n")
@@ -36,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gone(run: Path) -> None:
-    """The owner's process is not there any more."""
+    """Make the owner's process look ended."""
     owner = json.loads((run / layout.OWNER).read_text())
     (run / layout.OWNER).write_text(json.dumps({**owner, "started": 0}))
 
@@ -55,7 +55,7 @@ def beat(run: Path, age: float, rank: int = 0) -> None:
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_everything_that_the_folder_says(run: Path) -> None:
+def test_status_from_the_folder(run: Path) -> None:
     status = read_status(run)
     assert (status.state, status.job, status.restarts, status.ranks, status.nodes) == ("ended", "41", 2, 8, "n[1-2]")
     assert (status.step, status.loss, status.tokens_per_second) == (22, 2.5, 1000.5)
@@ -66,21 +66,21 @@ def test_everything_that_the_folder_says(run: Path) -> None:
 def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beat(run, 300)
     beat(run, 200, rank=1)
-    assert read_status(run).state == "ended", "the beats are too old"
+    assert read_status(run).state == "ended", "the heartbeats are too old"
     ages = read_status(run).heartbeat_ages
     assert ages is not None
     assert ages == pytest.approx((200, 300), abs=30)
     beat(run, 3)
     assert read_status(run).state == "running"
     beat(run, 300)
-    outcome.write(run, layout.STOPPED, 20)
+    write(run, layout.STOPPED, 20)
     assert read_status(run).state == "stopped"
-    outcome.clear(run)
-    outcome.write(run, layout.COMPLETED, 30)
-    assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json names step 30")
+    clear(run)
+    write(run, layout.COMPLETED, 30)
+    assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json: step 30")
 
 
-def test_a_process_of_this_host_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     fence.take(tmp_path, 1, {})
     assert read_status(tmp_path).state == "running"
@@ -94,11 +94,11 @@ def test_a_process_of_this_host_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
         ("", "ended", "n[1-2]"),
     ],
 )
-def test_squeue_says_more(run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str, nodes: str) -> None:
+def test_status_from_squeue(run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, state: str, nodes: str) -> None:
     queue(run.parent, monkeypatch, answer)
-    # Requeued, a job has saved before.
+    # A requeued job has stopped before.
     if answer.startswith("PENDING"):
-        outcome.write(run, layout.STOPPED, 20)
+        write(run, layout.STOPPED, 20)
     status = read_status(run)
     assert (status.state, status.nodes) == (state, nodes)
     if state == "queued":
@@ -124,7 +124,7 @@ def test_runs_of_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (tmp_path / f"seed-{seed}").mkdir()
     assert [path.name for path in runs_of(tmp_path)] == ["seed-0", "seed-10"]
     assert main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("not begun") == 2
+    assert capsys.readouterr().out.count("not started") == 2
 
 
 def test_reads_the_end_of_a_long_file(tmp_path: Path) -> None:

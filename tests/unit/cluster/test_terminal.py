@@ -1,4 +1,4 @@
-"""Signals to `launch`, from whoever sends them, and terminals that hang up: the ranks save before they end."""
+"""Signals to `launch`, and terminals that hang up: the ranks save a checkpoint before they end."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ from maskvr_ds.run_folder.status import EXIT_STOPPED
 from tests.unit.cluster.test_launch import make_plan
 
 ROOT = Path(__file__).parents[3]
-# In place of DeepSpeed's runner, with its one rank: says something all the time; asked to stop, it takes a while.
+# Replaces DeepSpeed's runner and its only rank: prints continuously; stops 3 s after a stop request.
 RANK = """
 import json, sys, time
 from pathlib import Path
@@ -40,7 +40,7 @@ status.write(run, layout.STOPPED, 5)
 
 
 def drive(run: Path) -> int:
-    """What `launch` does once it has a plan."""
+    """Run `launch` from the point where it has a plan."""
     supervisor.runner_command = lambda plan: [sys.executable, "-c", RANK, str(run)]
     remote.ask = lambda *arguments, **more: {}
     plan = make_plan(run, {"h1": 1}, environment={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -49,7 +49,7 @@ def drive(run: Path) -> int:
 
 @contextmanager
 def launched(run: Path, stdin: int, out: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """`drive`, in a session of its own whose terminal is `stdin`, where that is one; its rank is at work."""
+    """Run `drive` in a new session, with `stdin` as its terminal if it is one; yields once the rank is running."""
 
     def take_terminal() -> None:
         if os.isatty(0):
@@ -76,11 +76,11 @@ def launched(run: Path, stdin: int, out: int) -> Iterator["subprocess.Popen[byte
     finally:
         process.kill()
         process.wait()
-        (run / STOP_REQUEST).touch()  # a rank that is left ends then
+        (run / STOP_REQUEST).touch()  # ends a rank that is still running
 
 
-def test_a_terminal_that_hangs_up_costs_nothing(tmp_path: Path) -> None:
-    """Its output cannot be written any more, neither by the handler nor by what prints rank 0's words."""
+def test_terminal_that_hangs_up(tmp_path: Path) -> None:
+    """Neither the signal handler nor the output of rank 0 can be printed then."""
     ours, theirs = pty.openpty()
     with launched(tmp_path, theirs, theirs) as process:
         os.close(theirs)
@@ -90,7 +90,7 @@ def test_a_terminal_that_hangs_up_costs_nothing(tmp_path: Path) -> None:
     assert (tmp_path / STOPPED).exists()
 
 
-def test_a_reader_that_ends_costs_nothing(tmp_path: Path) -> None:
+def test_broken_pipe(tmp_path: Path) -> None:
     """As in `launch … | head`."""
     ours, theirs = os.pipe()
     with launched(tmp_path, subprocess.DEVNULL, theirs) as process:
@@ -103,7 +103,7 @@ def test_a_reader_that_ends_costs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
-def test_the_same_signal_at_once_is_an_echo(tmp_path: Path, second: signal.Signals) -> None:
+def test_repeated_signal_is_ignored(tmp_path: Path, second: signal.Signals) -> None:
     with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
@@ -115,7 +115,7 @@ def test_the_same_signal_at_once_is_an_echo(tmp_path: Path, second: signal.Signa
 @pytest.mark.parametrize(
     ("number", "wait"), [(signal.SIGTERM, DEBOUNCE_SECONDS + 0.2), (signal.SIGUSR1, 0.2), (signal.SIGINT, 0)]
 )
-def test_a_second_one_or_another_ends_everything(tmp_path: Path, number: signal.Signals, wait: float) -> None:
+def test_second_signal_or_sigint_kills_the_ranks(tmp_path: Path, number: signal.Signals, wait: float) -> None:
     with launched(tmp_path, subprocess.DEVNULL, subprocess.DEVNULL) as process:
         if wait:
             process.send_signal(signal.SIGTERM)

@@ -70,12 +70,12 @@ INPUTS: dict[str, tuple[str, bytes, str]] = {
     "gzip cut": (
         "a.txt.gz",
         gzip.compress(BIG)[:-9],
-        r"a\.txt\.gz: broken gzip file \(Truncated.*Copy or make",
+        r"a\.txt\.gz: corrupt gzip file \(Truncated.*Copy or create",
     ),
-    "gzip broken": ("a.txt.gz", gzip.compress(BIG)[:-9] + b"x" * 9, r"a\.txt\.gz: broken gzip file"),
-    "no gzip": ("a.txt.gz", BIG, r"a\.txt\.gz: broken gzip file"),
-    "zstd cut": ("a.txt.zst", zstandard.compress(BIG)[:-9], r"a\.txt\.zst: broken zstd file \(Truncated"),
-    "no zstd": ("a.jsonl.zst", BIG, r"a\.jsonl\.zst: broken zstd file"),
+    "gzip broken": ("a.txt.gz", gzip.compress(BIG)[:-9] + b"x" * 9, r"a\.txt\.gz: corrupt gzip file"),
+    "no gzip": ("a.txt.gz", BIG, r"a\.txt\.gz: corrupt gzip file"),
+    "zstd cut": ("a.txt.zst", zstandard.compress(BIG)[:-9], r"a\.txt\.zst: corrupt zstd file \(Truncated"),
+    "no zstd": ("a.jsonl.zst", BIG, r"a\.jsonl\.zst: corrupt zstd file"),
     "no json": (
         "a.jsonl",
         json_lines({"text": "x"}) + b"{text}\n",
@@ -86,8 +86,8 @@ INPUTS: dict[str, tuple[str, bytes, str]] = {
         json_lines({"text": "x"}, {"body": "x"}),
         r"a\.jsonl:2: has no field 'text', only body",
     ),
-    "no parquet": ("a.parquet", BIG, r"a\.parquet: broken parquet file"),
-    "other suffix": ("a.doc", BIG, r"a\.doc: cannot be read as text\. Known are \.txt"),
+    "no parquet": ("a.parquet", BIG, r"a\.parquet: corrupt Parquet file"),
+    "other suffix": ("a.doc", BIG, r"a\.doc: unknown file type\. Supported: \.txt"),
 }
 
 
@@ -117,7 +117,7 @@ def test_bad_input(
 def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     options = ["--tokenizer", tokenizer, "--sequence-length", 16, "--output", tmp_path / "out"]
-    message = r"a\.parquet: has no column 'text', only body\. Name the one that holds the text with --text-field"
+    message = r"a\.parquet: has no column 'text', only body\. Set --text-field to the column that holds the text"
     fails(capsys, ["build", "--input", tmp_path, *options], message)
     assert not (tmp_path / "out").exists()
     assert main([str(x) for x in ["build", "--input", tmp_path, *options, "--text-field", "body"]]) == 0
@@ -130,7 +130,7 @@ def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pyt
         (["--sequence-length", -1], "sequence length -1: must be at least 8"),
         (["--sequence-length", 16, "--workers", 0], "workers 0: must be at least 1"),
         (["--sequence-length", 16, "--held-out", 1], r"held-out share 1\.0: must be from 0 to below 1"),
-        (["--sequence-length", 16, "--held-out", 1e-12], "no document falls on the side held_out"),
+        (["--sequence-length", 16, "--held-out", 1e-12], "side held_out gets no documents"),
         (["--sequence-length", 16, "--seed", -1], "seed -1: must be from 0"),
         (["--sequence-length", 16, "--shard-size", 0], r"shard size 0\.0: must be above 0"),
     ],
@@ -170,9 +170,9 @@ def test_output_folder_that_is_not_ours(
         "--output",
     ]
     for folder, message in (
-        (tokenizer, "output folder is not empty, and no build began it. Choose another, or remove it"),
+        (tokenizer, "output folder is not empty and holds no build. Choose another, or remove it"),
         (tmp_path / "a.txt", "is a file, the output must be a folder"),
-        (corpus, "output folder holds a build of another command: sequence_length 16 then, 32 now"),
+        (corpus, "output folder holds a build with other arguments: sequence_length was 16, is now 32"),
     ):
         before = tree(folder)
         fails(capsys, [*start, folder], message)
@@ -231,7 +231,7 @@ Damage = Callable[[Path], object]
         ),
         (
             lambda c: (c / "manifest.json").unlink(),
-            r"manifest\.json: not found\. .*run the same build command again",
+            r"manifest\.json: not found\. .*rerun the build command",
         ),
     ],
 )

@@ -45,9 +45,9 @@ def fault(folder: Path, path: Path, message: str) -> None:
         ({"name": "../x"}, r"sources\.0\.name: String should match pattern"),
         ({"inputs": []}, r"sources\.0\.inputs: Tuple should have at least 1 item"),
         ({"inputs": ["missing.txt"]}, r"missing\.txt: no such file or folder"),
-        ({"split": "train"}, "split is for format dataset, this one is auto"),
-        ({"format": "dataset", "inputs": ["."]}, r"state\.json: no dataset saved by save_to_disk"),
-        ({"format": "wikiextractor"}, "an article begins with 'text', not with <doc"),
+        ({"split": "train"}, "split requires format dataset, found auto"),
+        ({"format": "dataset", "inputs": ["."]}, r"state\.json: not a dataset saved by save_to_disk"),
+        ({"format": "wikiextractor"}, "an article starts with 'text', not with <doc"),
         ({"documents": "page"}, r"sources\.0\.documents: Input should be"),
     ],
 )
@@ -59,8 +59,8 @@ def test_bad_sources(folder: Path, tmp_path: Path, change: dict[str, Any], messa
 def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", ["text"])
     one = {"name": "a", "inputs": ["a.txt"]}
-    fault(folder, describe_in(tmp_path, [one, one]), "source 'a' is there twice")
-    fault(folder, describe_in(tmp_path, [one, one | {"name": "b"}]), r"a\.txt: belongs to the sources a and b")
+    fault(folder, describe_in(tmp_path, [one, one]), "source name 'a' is not unique")
+    fault(folder, describe_in(tmp_path, [one, one | {"name": "b"}]), r"a\.txt: is in both sources a and b")
     fault(folder, describe_in(tmp_path, []), r"sources: Tuple should have at least 1 item")
     fault(
         folder, describe_in(tmp_path, [one], documents={"bad_bytes": "keep"}), r"documents\.bad_bytes: Input should be"
@@ -70,11 +70,15 @@ def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
         describe_in(tmp_path, [one], documents={"min_characters": 100}),
         r"every document was dropped \(too_short 1\)",
     )
-    fault(folder, describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}), r"no\.tsv: must be a file of")
+    fault(
+        folder,
+        describe_in(tmp_path, [one], documents={"decontaminate": ["no.tsv"]}),
+        r"no\.tsv: decontamination needs",
+    )
     (tmp_path / "corpus.yaml").write_text("[")
     fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
     (tmp_path / "corpus.yaml").write_text("- a")
-    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: needs the key sources")
+    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: the key sources is required")
 
 
 def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
@@ -89,18 +93,18 @@ def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
     state = json.loads((tmp_path / "chosen/state.json").read_text())
     if state.get("_indices_files"):
         fault(folder, source("chosen"), "flatten_indices")
-    fault(folder, source("dict"), r"holds the splits test, train: say which")
-    fault(folder, source("dict", split="dev"), r"split 'dev' is not among them")
-    fault(folder, source("good", split="train"), "holds one dataset without splits")
+    fault(folder, source("dict"), r"has the splits test, train: choose one")
+    fault(folder, source("dict", split="dev"), r"split 'dev' does not exist")
+    fault(folder, source("good", split="train"), "has one dataset without splits")
     fault(folder, source("good", text_field="body"), "has no column 'body', only text, n")
     fault(folder, source("good", text_field="n"), "column 'n' holds int64, text")
     file = next((tmp_path / "good").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:200])
-    fault(folder, source("good"), "broken Arrow file")
+    fault(folder, source("good"), "corrupt Arrow file")
     state = json.loads((tmp_path / "dict/train/state.json").read_text())
     state["_data_files"] = [{"filename": "../test/data-00000-of-00001.arrow"}]
     (tmp_path / "dict/train/state.json").write_text(json.dumps(state))
-    fault(folder, source("dict", split="train"), "names no data files in this folder")
+    fault(folder, source("dict", split="train"), "lists no data files in this folder")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
     path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.jsonl"], "format": "builder:json"}])
     fault(folder, path, r"a\.jsonl \(builder json\): ")
@@ -166,12 +170,12 @@ def test_a_source_that_is_given_twice(folder: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "in/a.txt", ["text"])
     (tmp_path / "link").symlink_to(tmp_path / "in")
     save_arrow(tmp_path / "saved", pa.array(["text"]))
-    one, message = {"name": "a", "inputs": ["in/a.txt"]}, "is given twice .the same file as .*. Name every input once"
+    one, message = {"name": "a", "inputs": ["in/a.txt"]}, "is listed twice .same file as .*. List every input once"
     fault(folder, describe_in(tmp_path, [one | {"inputs": ["in/*.txt", "in/a.txt"]}]), message)
     fault(folder, describe_in(tmp_path, [one | {"inputs": ["in", "link/a.txt"]}]), message)
     fault(folder, describe_in(tmp_path, [one | {"inputs": ["saved", "saved"], "format": "dataset"}]), message)
     both = [{"name": n, "inputs": ["saved"], "format": "dataset"} for n in "ab"]
-    fault(folder, describe_in(tmp_path, both), r"data\.arrow: belongs to the sources a and b. Name it in one")
+    fault(folder, describe_in(tmp_path, both), r"data\.arrow: is in both sources a and b. Remove it from one")
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "1001"])
@@ -226,7 +230,7 @@ def test_a_source_that_vanishes(kind: str, folder: Path, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_plan", vanish)
-        with pytest.raises(CorpusError, match=f"{gone.name}: vanished during the build. Put it back and run again"):
+        with pytest.raises(CorpusError, match=f"{gone.name}: disappeared during the build. Restore it and rerun"):
             build(None, folder / "tok", 16, tmp_path / "out", description=path, **SIZES)
     assert not (tmp_path / "out/manifest.json").exists()
     (tmp_path / "away").rename(gone)

@@ -241,7 +241,7 @@ def test_ctrl_c_leaves_a_clean_folder_to_go_on_from(folder: Path, tmp_path: Path
     _, errors = process.communicate(timeout=30)
     if process.returncode != 0:  # it may just have finished
         assert process.returncode == 130
-        assert errors == "error: interrupted. The same command goes on where it stopped\n"
+        assert errors == "error: interrupted. Rerun the same command to resume\n"
         assert not list((tmp_path / "out").rglob("*.partial"))
         assert not (tmp_path / "out/manifest.json").exists()
     subprocess.run(build_command(folder, tmp_path / "out"), cwd=ROOT, check=True, capture_output=True)
@@ -308,7 +308,7 @@ def test_input_written_to_between_two_runs_is_refused(
         with pytest.raises(KeyboardInterrupt):
             build([source], folder / "tok", LENGTH, tmp_path / "out", progress=False)
     source.write_text(source.read_text().replace("some", "same"))
-    with pytest.raises(CorpusError, match=r"a\.txt: was written to since the build began"):
+    with pytest.raises(CorpusError, match=r"a\.txt: modified since the build started"):
         build([source], folder / "tok", LENGTH, tmp_path / "out", progress=False)
 
 
@@ -318,7 +318,7 @@ def test_two_builds_in_one_folder(folder: Path, tmp_path: Path, monkeypatch: pyt
     run = Pool.run
 
     def second(*arguments: Any) -> Any:
-        with pytest.raises(CorpusError, match="another build is at work") as caught:
+        with pytest.raises(CorpusError, match="another build is running") as caught:
             build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES)
         messages.append(caught.value)
         return run(*arguments)

@@ -73,10 +73,10 @@ def test_mpirun_without_mpi4py_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("PMI_SIZE", "1")
     assert join_team() is None
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    with pytest.raises(CorpusError, match="started by mpirun or srun with 4 ranks, but mpi4py is not there"):
+    with pytest.raises(CorpusError, match="started by mpirun or srun with 4 ranks, but mpi4py is not available"):
         join_team()
     assert cli.main(["build", "--input", "x", "--tokenizer", "t", "--sequence-length", "16", "--output", "o"]) == 1
-    assert "mpi4py is not there" in capsys.readouterr().err
+    assert "mpi4py is not available" in capsys.readouterr().err
 
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
@@ -126,5 +126,5 @@ def test_tasks_of_srun_with_mpi(world: int, launcher: dict[str, str], monkeypatc
         assert team is not None
         assert (team.rank, team.size) == (1, 3)
     else:
-        with pytest.raises(CorpusError, match="started with 3 ranks, but MPI makes a world of 1"):
+        with pytest.raises(CorpusError, match="started with 3 ranks, but the MPI world size is 1"):
             join_team()

@@ -104,7 +104,7 @@ def test_changed_input_of_a_finished_folder_is_refused(
     if keep_time:
         os.utime(source, ns=(0, time))
     before = tree(tmp_path / "out")
-    with pytest.raises(CorpusError, match=r"a\.txt: was written to since .*out was built of it"):
+    with pytest.raises(CorpusError, match=r"a\.txt: modified since .*out was built from it"):
         run()
     assert tree(tmp_path / "out") == before
 
@@ -129,7 +129,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
     run(tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     edit(sources[0])
-    with pytest.raises(CorpusError, match=r"a\.txt: was written to since the build began"):
+    with pytest.raises(CorpusError, match=r"a\.txt: modified since the build started"):
         run(tmp_path / "other")
     write_text(sources[0], make_documents(200))
     # The beginning is not tokenised, what follows is: nothing tells whether it was the same.
@@ -137,7 +137,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
     (results / "unit-00000.json").rename(results / "unit-00001.json")
     found = json.loads((results / "unit-00001.json").read_text())
     (results / "unit-00001.json").write_text(json.dumps(found | {"sha256": {}}))
-    with pytest.raises(CorpusError, match=r"a\.txt: was written to since the build began"):
+    with pytest.raises(CorpusError, match=r"a\.txt: modified since the build started"):
         run(tmp_path / "other")
 
 
@@ -165,7 +165,7 @@ def test_damaged_finished_folder(
 
     assert run() == run()
     damage(tmp_path / "out")
-    with pytest.raises(CorpusError, match=rf"{message}.*: remove the folder .*out, then run this again"):
+    with pytest.raises(CorpusError, match=rf"{message}.*: remove the folder .*out, then rerun the command"):
         run()
 
 
@@ -194,7 +194,7 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path, tokenizer: Path, capsy
     for name in ("b.bz2", "deep/c.JSON", "d.json", "README", ".hidden"):
         write_text(tmp_path / "in" / name, ["text"])
     build([tmp_path / "in"], tokenizer, 16, tmp_path / "out", progress=False)
-    assert capsys.readouterr().err == "passed over 4 files: .bz2 1, .json 2, without suffix 1\n"
+    assert capsys.readouterr().err == "skipped 4 files: .bz2 1, .json 2, without suffix 1\n"
     build([tmp_path / "in/a.txt"], tokenizer, 16, tmp_path / "one", progress=False)
     assert capsys.readouterr().err == ""
 

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from data_pipeline.files import CorpusError
 from data_pipeline.filters.minhash import Signature, exact_duplicates, near_duplicates
 from data_pipeline.filters.ngrams import WordHashes, ngram_hashes, task_ngrams
-from data_pipeline.filters.rules import DocumentRules, Judge, clean, quality_fault
+from data_pipeline.filters.rules import DocumentFilter, DocumentRules, clean, quality_fault
 
 
 def rules(**values: object) -> DocumentRules:
     return DocumentRules.model_validate(values)
 
 
-def judge(documents: Sequence[str], found: DocumentRules) -> tuple[list[str], dict[str, int]]:
-    judge = Judge(found, False, None)
-    return judge(documents, [True] * len(documents)).texts, dict(judge.dropped)
+def apply(documents: Sequence[str], found: DocumentRules) -> tuple[list[str], dict[str, int]]:
+    rule_filter = DocumentFilter(found, False, None)
+    return rule_filter(documents, [True] * len(documents)).texts, dict(rule_filter.dropped)
 
 
 @given(st.text())
@@ -46,19 +46,19 @@ def test_cleaning_keeps_what_it_should(text: str) -> None:
 
 @pytest.mark.parametrize(("policy", "expected"), [("replace", ["a\ufffdb", "good"]), ("skip", ["good"])])
 def test_bad_bytes(policy: str, expected: list[str]) -> None:
-    found = Judge(rules(bad_bytes=policy), False, None)
+    found = DocumentFilter(rules(bad_bytes=policy), False, None)
     assert found(["a\udcff\udcfeb", "good"], [True, True]).texts == expected
     assert (found.replaced, dict(found.dropped)) == ((1, {}) if policy == "replace" else (0, {"bad_bytes": 1}))
 
 
 def test_bad_bytes_late_in_a_long_document() -> None:
-    found = Judge(rules(bad_bytes="skip"), True, None)
-    judged = found(["begins", "goes on", "ends \udcff", "next"], [False, False, True, True])
-    assert judged.late == ["bad_bytes", None]
-    assert judged.ends == [False, False, True, True]
+    found = DocumentFilter(rules(bad_bytes="skip"), True, None)
+    filtered = found(["begins", "goes on", "ends \udcff", "next"], [False, False, True, True])
+    assert filtered.late == ["bad_bytes", None]
+    assert filtered.ends == [False, False, True, True]
     assert dict(found.dropped) == {"bad_bytes": 1}
     # Dropped by its first piece: nothing of it is handed on, whatever batch the pieces come in.
-    found = Judge(rules(bad_bytes="skip"), False, None)
+    found = DocumentFilter(rules(bad_bytes="skip"), False, None)
     assert found(["\udcff begins"], [False]).texts == []
     assert found(["ends", "next"], [True, True]).texts == ["next"]
 
@@ -78,7 +78,7 @@ def test_bad_bytes_late_in_a_long_document() -> None:
 def test_quality(found: DocumentRules, good: str, bad: str, reason: str) -> None:
     if "repeated" in reason:
         good = "one\ntwo and more\none"
-    assert judge([good, bad, good], found) == ([good, good], {reason: 1})
+    assert apply([good, bad, good], found) == ([good, good], {reason: 1})
     assert quality_fault(bad, found) == reason
 
 
@@ -112,20 +112,20 @@ def test_decontamination_reads_every_kind_of_task_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [1], "question": [texts[5]]}), tmp_path / "a.parquet")
     found = task_ngrams(sorted(tmp_path.iterdir()), 6)
     assert len(found) == 6
-    checked = Judge(rules(decontaminate=("x",), decontaminate_words=6), False, found)
+    checked = DocumentFilter(rules(decontaminate=("x",), decontaminate_words=6), False, found)
     documents = [f"before, {text.upper()}! after" for text in texts] + ["one two three four five six"]
     assert checked(documents, [True] * 7).texts == documents[-1:]
     assert dict(checked.dropped) == {"contaminated": 6}
-    with pytest.raises(CorpusError, match=r"a\.txt: no text in it has 60 words"):
+    with pytest.raises(CorpusError, match=r"a\.txt: no text has 60 words"):
         task_ngrams([tmp_path / "a.txt"], 60)
-    with pytest.raises(CorpusError, match=r"b\.txt: must be a file of"):
+    with pytest.raises(CorpusError, match=r"b\.txt: decontamination needs an existing file"):
         task_ngrams([tmp_path / "b.txt"], 6)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=30))
 def test_exact_duplicates_are_those_seen_before(documents: list[str]) -> None:
-    judged = Judge(rules(duplicates="exact"), True, None)(documents, [True] * len(documents))
-    digests = np.frombuffer(b"".join(judged.digests), np.uint8).reshape(-1, 16)
+    filtered = DocumentFilter(rules(duplicates="exact"), True, None)(documents, [True] * len(documents))
+    digests = np.frombuffer(b"".join(filtered.digests), np.uint8).reshape(-1, 16)
     assert exact_duplicates(digests).tolist() == [d in documents[:i] for i, d in enumerate(documents)]
 
 
@@ -150,7 +150,7 @@ def signatures(documents: Sequence[str], shingle: int) -> np.ndarray:
     hashes, signature = WordHashes(), Signature(shingle)
     out = []
     for document in documents:
-        signature.begin()
+        signature.reset()
         signature.add(hashes(document))
         out.append(signature.end())
     return np.array(out)

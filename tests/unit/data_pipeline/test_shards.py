@@ -135,13 +135,13 @@ Change = Callable[[dict], object]
         (lambda m: m["shards"][0].update(file="/etc/passwd"), "not a plain file name"),
         (lambda m: m["shards"][0].update(file=".."), "not a plain file name"),
         (lambda m: m["shards"][0].update(file="a\\b"), "not a plain file name"),
-        (lambda m: m["shards"][0].update(rows=4), "add up to 12"),
+        (lambda m: m["shards"][0].update(rows=4), "the shards have 12 rows in total"),
         (lambda m: m["shards"][1].update(m["shards"][0], rows=1), "listed twice"),
         (lambda m: m.update(schema_version=3), "schema_version is 3, this version reads 1 and 2"),
         (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
         (lambda m: m.pop("seed"), "seed: Field required"),
         (lambda m: m.update(tokens=10**9), "more than rows x sequence_length"),
-        (lambda m: m.update(vocab_size=4), "not below vocab_size 4"),
+        (lambda m: m.update(vocab_size=4), "must be below vocab_size 4"),
         (lambda m: m.update(vocab_size=2**32 + 1), "less than or equal to 4294967296"),
         (lambda m: m.update(packing="other"), "full_sequences"),
     ],
@@ -158,7 +158,7 @@ def test_bad_manifest(tmp_path: Path, change: Change, message: str) -> None:
 
 
 def test_manifest_missing_or_not_json(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="run the same build command again"):
+    with pytest.raises(CorpusError, match="rerun the build command"):
         Corpus(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(CorpusError, match="not JSON"):

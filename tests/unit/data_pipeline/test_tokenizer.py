@@ -169,8 +169,8 @@ def test_faulty_folders(tmp_path: Path) -> None:
     [
         (5, "must be above 5"),
         (2**32 + 1, "at most 4,294,967,296"),
-        (50_000, r"50,000 cannot be had from this text, it gives \d+: .* no more word pieces"),
-        (20, r"20 cannot be had from this text, it gives \d+: its letters alone need more"),
+        (50_000, r"50,000 is not possible with this text, which gives \d+: .* no more word pieces"),
+        (20, r"20 is not possible with this text, which gives \d+: the characters alone need more"),
     ],
 )
 def test_vocabulary_size_that_cannot_be_had(text: Path, tmp_path: Path, vocab_size: int, message: str) -> None:

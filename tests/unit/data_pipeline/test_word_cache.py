@@ -1,4 +1,4 @@
-"""The memo of words and the planes of word and sentence starts, against the tokenizer itself."""
+"""The cache of words and the planes of word and sentence starts, against the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from data_pipeline.sources.sentences import TAIL, sentence_starts
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
-from data_pipeline.tokenization.word_cache import WordMemo, why_not_word_wise
+from data_pipeline.tokenization.word_cache import WordCache, why_not_word_wise
 from tests.support.documents import write_tokenizer
 
 SIGNS = "ab é漢字Σςİı\u0301\u0345 \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2028\u200b\u200d\u3000.,'-!?😀한\u1100\u1161ﬁ½"
@@ -49,8 +49,8 @@ WORD_WISE = {
 }
 
 
-def check(tokenizer: Tokenizer, memo: WordMemo, texts: list[str]) -> None:
-    ids, counts, starts = memo.encode(texts, True)
+def check(tokenizer: Tokenizer, cache: WordCache, texts: list[str]) -> None:
+    ids, counts, starts = cache.encode(texts, True)
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     assert [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] == [e.ids for e in encodings]
     words = [w for e in encodings for w in (np.diff([-1, *e.word_ids]) != 0).tolist()]
@@ -65,12 +65,12 @@ def check(tokenizer: Tokenizer, memo: WordMemo, texts: list[str]) -> None:
         st.one_of(st.text(st.sampled_from(SIGNS), max_size=40), st.text(max_size=40)), min_size=1, max_size=5
     )
 )
-def test_memo_equals_the_tokenizer(name: str, texts: list[str]) -> None:
+def test_cache_matches_tokenizer(name: str, texts: list[str]) -> None:
     tokenizer = WORD_WISE[name]()
     assert why_not_word_wise(tokenizer) is None
-    memo = WordMemo(tokenizer, np.dtype(np.uint16))
-    check(tokenizer, memo, texts)
-    check(tokenizer, memo, texts[::-1])
+    cache = WordCache(tokenizer, np.dtype(np.uint16))
+    check(tokenizer, cache, texts)
+    check(tokenizer, cache, texts[::-1])
 
 
 @pytest.mark.parametrize("name", WORD_WISE)
@@ -80,20 +80,20 @@ def test_every_code_point_between_two_words(name: str) -> None:
     signs = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc")
     points = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in signs or ord(c) % 211 == 0]
     points = [c for c in points if not 0xD800 <= ord(c) < 0xE000]
-    memo = WordMemo(tokenizer, np.dtype(np.uint16))
+    cache = WordCache(tokenizer, np.dtype(np.uint16))
     texts = ["".join(f"a{c}b {c}a\n" for c in points[j : j + 10]) for j in range(0, len(points), 10)]
-    ids, counts, _ = memo.encode(texts, False)
+    ids, counts, _ = cache.encode(texts, False)
     expected = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     assert counts.tolist() == [len(e.ids) for e in expected]
     assert ids.tolist() == [i for e in expected for i in e.ids]
 
 
-def test_memo_forgets_and_stays_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleared_cache_stays_correct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.tokenization.word_cache._ENTRIES", 3)
     tokenizer = bert()
-    memo = WordMemo(tokenizer, np.dtype(np.uint32))
+    cache = WordCache(tokenizer, np.dtype(np.uint32))
     for i in range(20):
-        check(tokenizer, memo, [f"ab {'ba' * i} is {i}", "", "  "])
+        check(tokenizer, cache, [f"ab {'ba' * i} is {i}", "", "  "])
 
 
 def byte_level() -> Tokenizer:
@@ -123,11 +123,11 @@ def dropout() -> Tokenizer:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (byte_level, "pre-tokeniser ByteLevel"),
+        (byte_level, "pre-tokenizer ByteLevel"),
         (added, "added token 'a b' is not special"),
-        (replaced, "normaliser Replace"),
+        (replaced, "normalizer Replace"),
         (dropout, "BPE dropout"),
-        (lambda: Tokenizer(models.WordLevel({"a": 0})), "pre-tokeniser none"),
+        (lambda: Tokenizer(models.WordLevel({"a": 0})), "pre-tokenizer none"),
     ],
 )
 def test_what_is_not_word_wise_is_named(make: Callable[[], Tokenizer], reason: str) -> None:
@@ -157,21 +157,21 @@ def test_sentences(text: str, mode: str, expected: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    folder = tmp_path_factory.mktemp("memo")
+    folder = tmp_path_factory.mktemp("cache")
     copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
     return Encoder(folder / "tok")
 
 
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text(st.sampled_from("ab. !?。\n\x0b漢é,T'"), max_size=60), min_size=1, max_size=4))
-def test_planes_are_the_same_with_and_without_the_memo(encoder: Encoder, texts: list[str]) -> None:
+def test_planes_do_not_depend_on_cache(encoder: Encoder, texts: list[str]) -> None:
     cuts = [sentence_starts(text, "punctuation", "") for text in texts]
     ids, counts, planes = encoder.encode_planes(texts, cuts, True)
-    memo, encoder.memo = encoder.memo, None
+    cache, encoder.word_cache = encoder.word_cache, None
     try:
         other, other_counts, other_planes = encoder.encode_planes(texts, cuts, True)
     finally:
-        encoder.memo = memo
+        encoder.word_cache = cache
     assert ids.tolist() == other.tolist()
     assert counts.tolist() == other_counts.tolist()
     for name in ("word_start", "sentence_start"):

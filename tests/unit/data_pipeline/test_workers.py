@@ -29,7 +29,7 @@ def die(how: str, report: Callable[[int, int], object]) -> int:
 @pytest.mark.parametrize(
     ("how", "kind", "message"),
     [
-        ("signal", CorpusError, "unit 1 .a.txt.: the worker died, killed by SIGKILL .*memory ran out"),
+        ("signal", CorpusError, "unit 1 .a.txt.: the worker died, killed by SIGKILL .*out of memory"),
         ("exit", CorpusError, "unit 1 .a.txt.: the worker died, exit code 3"),
         ("error", CorpusError, "^a.txt: bad$"),
         ("bug", RuntimeError, "(?s)unit 1 .a.txt.: .*ZeroDivisionError"),

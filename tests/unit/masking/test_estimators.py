@@ -1,4 +1,4 @@
-"""Estimators by enumeration of every mask: what each is unbiased for, and by how much Hájek's is not."""
+"""Estimators by enumeration of every mask: the estimand of each, and the bias of Hájek's."""
 
 import math
 
@@ -17,7 +17,7 @@ WIDTH = 5
 
 
 def every_mask(row: Row) -> tuple[Draw, torch.Tensor]:
-    """All masks of a row as one batch, and their probabilities q(M) by the definition."""
+    """All masks of a row as one batch, and their probabilities q(M) by definition."""
     sets = torch.tensor(row.sets())
     times = len(sets)
     counts = torch.full((times,), row.k)
@@ -32,7 +32,7 @@ def every_mask(row: Row) -> tuple[Draw, torch.Tensor]:
 
 
 def random_losses(draw: Draw, seed: int, *, of_context: bool) -> torch.Tensor:
-    """ℓ_i(M) at the predictions, float64 [sets, K], 0 in unused slots: of i alone, or another for every mask."""
+    """ℓ_i(M) at the predictions, float64 [sets, K], 0 in unused slots: a function of i alone, or of i and the mask."""
     generator = torch.Generator().manual_seed(seed)
     losses = torch.randn(1, draw.inclusion.shape[1], dtype=torch.float64, generator=generator) + 3
     losses = losses.expand(draw.inclusion.shape)
@@ -113,7 +113,7 @@ def test_bias_of_hajek_is_minus_a_covariance(row: Row, seed: int) -> None:
 
 
 def test_bias_of_hajek_falls_as_one_over_k() -> None:
-    """A population of two kinds of positions, repeated: the number j of the first kind in the mask says all.
+    """A repeated population of two kinds of positions: the number j of the first kind in the mask is sufficient.
 
     P(j) is proportional to C(m, j) o^j C(m, k − j), exact by sums; losses 1 at the first kind, 0 at the second.
     """
@@ -182,7 +182,7 @@ def test_layout_does_not_matter(name: str) -> None:
         assert torch.equal(torch.cat([ESTIMATORS[name](piece) for piece in pieces]), whole)
 
 
-def test_one_inclusion_probability_a_row_serves_too() -> None:
+def test_one_inclusion_probability_per_row() -> None:
     draw = drawn()
     share = (draw.counts.double() / draw.n.clamp(min=1))[:, None]
     uniform = Draw(draw.positions, draw.used, draw.n, draw.counts, share)

@@ -1,4 +1,4 @@
-"""fully_explored: every token once a round, each mask a uniform one, and the first of a round that of `uniform`."""
+"""fully_explored: every token once per round, each mask uniform, and the first mask of a round that of `uniform`."""
 
 import math
 from collections import Counter
@@ -26,8 +26,8 @@ def whole_rows(n: int, rows: int = 3, extra: int = 2) -> TokenBatch:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 150), st.floats(0.01, 0.99), st.integers(0, 3), st.integers(0, 50), st.integers(0, 2**40))
-def test_every_token_is_predicted_exactly_once_a_round(n: int, rate: float, extra: int, first: int, seed: int) -> None:
-    """Also with other special tokens in the row; from any round on; sizes even and at most k."""
+def test_every_token_is_predicted_once_per_round(n: int, rate: float, extra: int, first: int, seed: int) -> None:
+    """Also with more special tokens in the row and from any round on; sizes differ by at most one and are at most k."""
     batch = whole_rows(n, extra=2 + extra)
     draw = masker("fully_explored", n + 2 + extra, rate=rate, seed=seed)
     s = segments(n, rate)
@@ -51,7 +51,7 @@ def test_placements_explore_the_corpus_fully(tmp_path: Path, copies: int) -> Non
     batches = Loader(corpus, seed=1, global_size=30, copies=copies).batches()
     draw = masker("fully_explored", rate=0.2)
     seen = {row: Counter[int]() for row in range(30)}
-    for _ in range(10):  # 10 readings of every row: two rounds of those with 30 maskable tokens
+    for _ in range(10):  # 10 reads of every row: two rounds of those with 30 maskable tokens
         batch = next(batches)
         masked = chosen(draw(batch))
         if copies == 5:
@@ -68,8 +68,8 @@ def test_placements_explore_the_corpus_fully(tmp_path: Path, copies: int) -> Non
 
 
 @pytest.mark.parametrize(("rate", "whole"), [(0.2, True), (0.15, True), (0.22, False)])
-def test_a_round_begins_as_uniform_masks_would(rate: float, whole: bool) -> None:
-    """Segment 0 is uniform's mask of that epoch, corruption too, where ⌈n/S⌉ = k, and else its first ⌈n/S⌉ ranks."""
+def test_a_round_starts_with_the_uniform_mask(rate: float, whole: bool) -> None:
+    """Segment 0 is uniform's mask of that epoch, with its corruption, if ⌈n/S⌉ = k, otherwise its first ⌈n/S⌉ ranks."""
     batch = whole_rows(60, rows=20)
     s = segments(60, rate)
     for epoch in (0, s, 3 * s):
@@ -85,7 +85,7 @@ def test_a_round_begins_as_uniform_masks_would(rate: float, whole: bool) -> None
     assert all(a != b for a, b in zip(chosen(ours), chosen(theirs), strict=True))
 
 
-def test_rounds_rows_and_seeds_have_other_permutations() -> None:
+def test_rounds_rows_and_seeds_have_different_permutations() -> None:
     batch = whole_rows(60)
     one = chosen(masker("fully_explored", 62)(batch))
     assert one[0] != one[1] != one[2]

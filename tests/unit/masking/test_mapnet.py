@@ -102,7 +102,7 @@ def test_variance_is_the_second_moment_whichever_proposal_drew() -> None:
 
 
 def test_variance_is_homogeneous() -> None:
-    """What lets s̄ be applied to the summed gradient after the reduction."""
+    """Which allows dividing by s̄ after the reduction of the gradients."""
     w, u, s = torch.rand(3, 20, dtype=torch.float64)
     s_mean = torch.tensor(2.5, dtype=torch.float64)
     objective = OBJECTIVES["variance"]
@@ -110,7 +110,7 @@ def test_variance_is_homogeneous() -> None:
     assert inside.item() == pytest.approx((objective.loss(w, w, u, s, s_mean) / s_mean**objective.degree).item())
 
 
-def test_network_begins_at_uniform_and_sees_both_sides() -> None:
+def test_network_starts_uniform_and_sees_both_sides() -> None:
     torch.manual_seed(0)
     net = MapNet(vocab_size=50, max_length=16, layers=2, hidden=64, reach=3)
     ids = torch.randint(0, 50, (2, 16))
@@ -129,7 +129,7 @@ def test_network_begins_at_uniform_and_sees_both_sides() -> None:
     torch.testing.assert_close(net(ids[:, :12]), before)
 
 
-def test_what_is_expected_of_a_token_does_not_know_it() -> None:
+def test_expected_does_not_see_the_token() -> None:
     """`expected` sees the neighbours in order, and not the token: with it, the network would only learn to repeat."""
     torch.manual_seed(0)
     net = MapNet(vocab_size=50, max_length=16, layers=1, hidden=32, reach=2)
@@ -149,7 +149,7 @@ def test_what_is_expected_of_a_token_does_not_know_it() -> None:
 def test_flops_are_those_that_torch_counts() -> None:
     sizes = {"layers": 2, "hidden": 64, "reach": 3}
     net = MapNet(vocab_size=50, max_length=16, **sizes)
-    # The counter knows only the mathematics kernel of attention on a CPU.
+    # On a CPU the counter supports only the math kernel of attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.randint(0, 50, (3, 16)))
     counted = counter.get_total_flops() - 3 * 16 * 2 * 64  # without the score

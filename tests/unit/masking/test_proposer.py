@@ -1,4 +1,4 @@
-"""MAPNet in one process: it learns a known target, its masks, its state."""
+"""MAPNet in one process: learning a known target, its masks, its state."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("objective", "least"), [("variance", 0.5), ("regression", 0.85)])
-def test_it_learns_what_frequency_cannot_tell(objective: str, least: float) -> None:
+def test_it_learns_a_target_that_frequency_cannot_represent(objective: str, least: float) -> None:
     of = proposer(objective=objective, lr=3e-3, floor=0.1)
     lines = train(of, 600)
     batch = tokens(10_000)
@@ -108,7 +108,7 @@ def test_ratio_does_not_depend_on_who_draws() -> None:
     assert means[0] < 0.95
 
 
-def test_state_goes_on_to_the_bit() -> None:
+def test_resume_from_state_is_bit_identical() -> None:
     whole, first = proposer(), proposer()
     expected = train(whole, 10)
     train(first, 6)
@@ -120,7 +120,7 @@ def test_state_goes_on_to_the_bit() -> None:
         proposer(layers=2, hidden=64).load(first.state())
 
 
-def test_norms_that_overflowed_are_left_out() -> None:
+def test_overflowed_norms_are_skipped() -> None:
     of, draw = proposer(), None
     draw, batch = masker(of.propose), tokens(0)
     masked = draw(batch)
@@ -164,7 +164,7 @@ def test_same_inclusion_gives_the_same_mask_whatever_the_layout() -> None:
     assert torch.equal(whole.positions, torch.cat([part.positions for part in parts]))
 
 
-def test_hash_tells_every_bit_and_the_order() -> None:
+def test_hash_depends_on_every_bit_and_the_order() -> None:
     values = torch.randn(1000)
     changed = values.clone()
     changed.view(torch.int32)[500] ^= 1

@@ -1,4 +1,4 @@
-"""Strategies against definitions a position at a time, enumeration and invariants."""
+"""Strategies against definitions that loop over positions, enumeration and invariants."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def tokens(rows: int, length: int = 32, seed: int = 0) -> TokenBatch:
 
 
 def masker(strategy: str, length: int = 32, *, rate: float = 0.15, seed: int = 5, **options: object) -> Masker:
-    """strategy: its name, perhaps with those of sampler and estimator behind it."""
+    """strategy: its name, optionally followed by those of sampler and estimator."""
     strategy, *how = strategy.split()
     return Masker(
         vocab_size=VOCABULARY,
@@ -137,7 +137,7 @@ def test_all_show_mask(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ALONE)
 def test_rows_without_special_tokens_at_the_ends(strategy: str) -> None:
-    """Every position maskable: unused slots must not write over what used ones wrote."""
+    """Every position maskable: unused slots must not overwrite used ones."""
     batch = tokens(200, 12)
     batch.input_ids.copy_(torch.randint(5, VOCABULARY, (200, 12), generator=torch.Generator().manual_seed(0)))
     masked = masker(strategy, 12, rate=0.7, corruption=Corruption(1.0, 0.0))(batch)
@@ -165,8 +165,8 @@ def draws_of(batch: TokenBatch, row: int, counters: list[int], seed: int) -> lis
 
 
 def plain_choice(units: list[list[list[int]]], order: list[int], k: int, passes: int = 4) -> set[int]:
-    """Words of the units in order, those that do not fit skipped. A word that would have fitted when a pass began and
-    does not now begins the next pass; behind the last pass nothing is tried."""
+    """Words of the units in order, skipping those that do not fit. A word that fitted at the start of a pass and does
+    not any longer starts the next pass; nothing is tried after the last pass."""
     taken: set[int] = set()
     at_start = k
     for word in (word for unit in order for word in units[unit]):
@@ -245,10 +245,10 @@ def test_span_lengths_have_the_given_distribution() -> None:
 
 @pytest.mark.parametrize("how", ["frequency", *EXACT, "frequency pareto hajek"])
 def test_weights_are_those_of_the_estimator(how: str) -> None:
-    """Over 40,000 epochs of one row the mean of Σ w ℓ / k is what the estimator says, within 5 standard errors.
+    """Over 40,000 epochs of one row the mean of Σ w ℓ / k equals the estimand within 5 standard errors.
 
-    ℓ_i(M) = a_i under Horvitz–Thompson, whose mean is that of a; a_i (1 + [i + 1 ∈ M]) for whole masks, expected as
-    under uniform ones. Weights ≤ 1/λ; of Hájek, Σ w = k.
+    ℓ_i(M) = a_i for Horvitz–Thompson, with the mean of a; a_i (1 + [i + 1 ∈ M]) for whole_mask, with the mean under
+    uniform masks. Weights ≤ 1/λ; for Hájek, Σ w = k.
     """
     batch = tokens(2, 40, seed=3)
     draws = 40_000

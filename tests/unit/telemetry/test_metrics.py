@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step, also over kills and resumes."""
+"""metrics.jsonl has one line per step, also after kills and resumes; monitors and plots."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_figures_of_a_line(tmp_path: Path) -> None:
     assert line["model_tflops_per_rank"] == pytest.approx(line["tokens_per_second"] * 1e-6)
 
 
-def test_a_step_is_written_when_the_next_one_comes(tmp_path: Path) -> None:
+def test_a_step_is_written_with_the_next_one(tmp_path: Path) -> None:
     metrics = log(tmp_path)
     metrics.step(record(1))
     assert read_lines(tmp_path / METRICS) == []
@@ -82,7 +82,7 @@ def test_a_step_is_written_when_the_next_one_comes(tmp_path: Path) -> None:
     assert [x["step"] for x in read_lines(tmp_path / METRICS)] == [1, 2]
 
 
-def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_resume_drops_lines_after_the_checkpoint(tmp_path: Path) -> None:
     metrics = log(tmp_path)
     for step in range(1, 6):
         metrics.step(record(step))
@@ -97,7 +97,7 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert lines[-1]["tokens_per_second"] == pytest.approx(80 / lines[-1]["step_seconds"])
 
 
-def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1, "tokens": 5}\n')
     log(tmp_path).close()
     assert read_lines(tmp_path / METRICS) == []
@@ -167,7 +167,7 @@ def test_histograms_in_tensorboard(tmp_path: Path) -> None:
 
 
 def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not installed with the tests: a double of the two calls.
+    # wandb is not installed with the tests: a fake of the two calls.
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=lambda values: list(values)))
     logged: list[Any] = []
     metrics = log(tmp_path)
@@ -179,19 +179,19 @@ def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mo
     assert logged == [({"train/trust_ratio_log10": pytest.approx([-2, 1, 0])}, 16)]
 
 
-def test_monitors_drop_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_monitors_drop_values_after_the_checkpoint(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monitor = MonitorConfig(csv=True)
     path = tmp_path / "csv" / "train_loss.csv"
-    # (step resumed from, steps made): killed, killed before the first checkpoint, rolled back.
+    # (step resumed from, steps run): killed, killed before the first checkpoint, rolled back.
     for resume, steps in ((0, (1, 2, 3)), (0, (1, 2, 3, 4, 5)), (3, (4, 5, 6)), (4, (5,))):
         metrics = log(tmp_path, resume_step=resume, monitor=monitor)
         for step in steps:
             metrics.step(record(step))
         metrics.close()
         with path.open("a") as file:
-            file.write("4")  # cut off by a kill
+            file.write("4")  # truncated by a kill
     log(tmp_path, resume_step=5, monitor=monitor).close()
     rows = [line.split(",") for line in path.read_text().splitlines()]
     assert rows[0] == ["step", "loss"]
@@ -200,8 +200,8 @@ def test_monitors_drop_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     assert [event.step for event in shown] == [8, 16, 24, 32, 40]
 
 
-def test_weights_and_biases_goes_on_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not installed with the tests: a double that notes what wandb.init reads.
+def test_weights_and_biases_resumes_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # wandb is not installed with the tests: a fake that records what wandb.init reads.
     runs: list[tuple[str | None, str | None]] = []
     wandb = ModuleType("wandb")
     wandb.init = lambda **_: runs.append((os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_RESUME")))
