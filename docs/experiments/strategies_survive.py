@@ -28,20 +28,20 @@ STRATEGIES: dict[str, list[str]] = {
     "fully_explored, across_epochs": ["masking.strategy=fully_explored"],
     "fully_explored, same_batch": [
         "masking.strategy=fully_explored",
-        "masking.placement=same_batch",
-        "masking.segments_per_sequence=4",
+        "masking.fully_explored.placement=same_batch",
+        "masking.fully_explored.segments_per_sequence=4",
     ],
     "whole_word": ["masking.strategy=whole_word"],
     "span": ["masking.strategy=span"],
-    "frequency": ["masking.strategy=frequency", "masking.frequency_power=0.3"],
+    "frequency": ["masking.strategy=frequency", "masking.frequency.power=0.3"],
     "frequency, Hájek": [
         "masking.strategy=frequency",
-        "masking.frequency_power=0.3",
-        "masking.sampler=conditional_poisson",
-        "masking.estimator=hajek",
+        "masking.frequency.power=0.3",
+        "masking.frequency.sampler=conditional_poisson",
+        "masking.frequency.estimator=hajek",
     ],
-    "mapnet": ["masking.strategy=mapnet", "mapnet.gate=always"],
-    "auto": ["masking.strategy=auto", "auto.every_steps=60", "auto.rows=16", "auto.draws=2"],
+    "mapnet": ["masking.strategy=mapnet", "masking.mapnet.gate=always"],
+    "auto": ["masking.strategy=auto", "masking.auto.every_steps=60", "masking.auto.rows=16", "masking.auto.draws=2"],
 }
 SAME = ("step", "data_digest", "mask_digest", "loss", "grad_norm")
 
