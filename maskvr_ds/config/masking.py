@@ -146,10 +146,15 @@ class MaskingConfig(Section):
     change_at_resume: bool = False
     """Resume from a checkpoint whose run had other masking settings, instead of refusing it."""
     span: SpanConfig = SpanConfig()
+    """Strategy span: lengths of spans."""
     fully_explored: FullyExploredConfig = FullyExploredConfig()
+    """Strategy fully_explored: placement of a row's segments."""
     frequency: FrequencyConfig = FrequencyConfig()
+    """Strategy frequency: exponents, sampler, estimator."""
     mapnet: MapNetConfig = MapNetConfig()
+    """Strategies mapnet and auto: the mask proposal network."""
     auto: AutoConfig = AutoConfig()
+    """Strategy auto: measurements of the gradient's variance."""
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:

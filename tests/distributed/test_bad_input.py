@@ -40,7 +40,7 @@ EXPECTED = {
     "only broken checkpoints": "CheckpointError: .*none of step-00000002 is intact",
     "resume with another tokenizer": "CheckpointError: .*belongs to another run: tokenizer was",
     "resume with another length": "CheckpointError: .*sequence_length was 32, is 16",
-    "resume with another model": "CheckpointError: .*model was .*'hidden_size': 32.* is .*'hidden_size': 64",
+    "resume with another model": "CheckpointError: .*another run: model.hidden_size was 32, is 64",
     "resume with another seed": "CheckpointError: .*seed was 0, is 1",
     "resume with another precision": "CheckpointError: .*dtype was float32, is bfloat16",
     "resume with a damaged checkpoint": "CheckpointError: .*weights.safetensors: the SHA-256 differs",
