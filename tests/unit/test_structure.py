@@ -21,7 +21,8 @@ ROWS = {
         {"engine"},
         {"masking", "models", "reliability"},
         {"data", "telemetry"},
-        {"config", "run_folder", "lamb"},
+        {"config", "lamb"},
+        {"run_folder"},
         {"hashing", "optim", "runtime", "recipes"},
     ],
     "data_pipeline": [
