@@ -1,1 +1,1 @@
-"""DeepSpeed configurations: ZeRO stage, precision, communication. A package so that wheels carry the JSON."""
+"""DeepSpeed configurations: ZeRO stage, precision, communication. A package so that wheels include the JSON files."""

@@ -1,7 +1,7 @@
-"""Counter-based hashing: the one source of randomness for data order, masks and digests.
+"""Counter-based hashing: the source of randomness for data order, masks and digests.
 
-Every function works alike on NumPy arrays and torch tensors of dtype int64 (two's complement, wrapping), so
-what the host and the device compute is equal bit for bit. The mixer is the output function of SplitMix64
+All functions accept NumPy arrays and torch tensors of dtype int64 (two's complement, wrapping) and give the same bits
+on host and device. The mixer is the output function of SplitMix64
 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"); a stream is the sequence
 mix(key + i · golden), i = 1, 2, …, which is that generator with `key` as its state.
 """
@@ -30,9 +30,9 @@ _MULTIPLIER_2 = _signed(0x94D0_49BB_1331_11EB)
 
 
 def mix(x: Int64) -> Int64:
-    """A bijection of 64-bit integers whose outputs look independent. Any shape, int64 in and out."""
-    # int64 shifts arithmetically; the masks turn each into the logical shift that the mixer is defined with.
-    # Updates in place: this is the hottest code of masking, and fresh memory costs more than the arithmetic.
+    """Output function of SplitMix64, a bijection: int64 of any shape → int64 of the same shape."""
+    # int64 shifts are arithmetic; the masks turn them into the logical shifts of the mixer's definition. In place: this
+    # is the hottest code of masking, and allocation costs more than the arithmetic.
     y = x >> 30
     y &= 0x3_FFFF_FFFF
     y ^= x
@@ -48,12 +48,12 @@ def mix(x: Int64) -> Int64:
 
 
 def stream(key: "Int64 | int", counter: Int64) -> Int64:
-    """Draw number `counter` (≥ 0, int64) of the stream that belongs to `key` (int64); shapes broadcast."""
+    """Element `counter` (≥ 0, int64) of the stream of `key` (int64); shapes broadcast."""
     return mix(key + (counter + 1) * GOLDEN)
 
 
 def fold(seed: int, *parts: int) -> int:
-    """One signed 64-bit key out of a seed and further integers; the order of the parts counts."""
+    """Combine a seed and further integers into one signed 64-bit key; their order matters."""
     key = seed
     for part in (0, *parts):
         key = _mix_int(key + (part + 1) * GOLDEN)
@@ -61,7 +61,7 @@ def fold(seed: int, *parts: int) -> int:
 
 
 def _mix_int(x: int) -> int:
-    """`mix` of one Python integer, modulo 2^64 (NumPy scalars would warn where arrays wrap)."""
+    """`mix` of one Python integer, modulo 2^64 (NumPy scalars would warn on overflow, arrays do not)."""
     x &= _ALL_BITS
     x = ((x ^ (x >> 30)) * _MULTIPLIER_1) & _ALL_BITS
     x = ((x ^ (x >> 27)) * _MULTIPLIER_2) & _ALL_BITS
@@ -70,5 +70,5 @@ def _mix_int(x: int) -> int:
 
 def unit_interval(bits: "torch.Tensor") -> "torch.Tensor":
     """Hash bits (int64, any shape) → float64 uniform on the open interval (0, 1), 2^52 equidistant values."""
-    # The upper 52 bits, signed, in [-2^51, 2^51); every sum below is exact in float64.
+    # The upper 52 bits, signed, in [-2^51, 2^51); the sum is exact in float64.
     return ((bits >> 12).double() + (2.0**51 + 0.5)) * 2.0**-52

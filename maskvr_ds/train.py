@@ -120,7 +120,7 @@ def train_phase(
                 phase.config.batch.micro_size,
                 context.proposer,
                 guard=context.guard,
-                stop=stop is not None and stop.heard(run.output_dir if distributed.rank() == 0 else None),
+                stop=stop is not None and stop.requested(run.output_dir if distributed.rank() == 0 else None),
                 writing=saver.writing,
             )
             step += 1
@@ -130,7 +130,7 @@ def train_phase(
             context.log.add(**context.guard.after_update(step, number, result.grad_norm, loss_scale=scale))
             context.guard.check(step, is_last=step == phase.last_step)
 
-            stopping = stop is not None and stop.agreed(DeferredTensor(result.stop_requests))
+            stopping = stop is not None and stop.requested_on_any_rank(DeferredTensor(result.stop_requests))
             written = saver.all_written(DeferredTensor(result.writing_ranks))
             evaluate = is_due(step, phase.config.evaluation.every_steps, phase.last_step)
             evaluation = context.evaluation if evaluate else None

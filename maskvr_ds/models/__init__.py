@@ -1,1 +1,1 @@
-"""Encoders, prediction heads, losses, pretrained weights."""
+"""Encoder, prediction head, loss, FLOPs and pretrained weights."""

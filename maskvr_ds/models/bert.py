@@ -1,7 +1,7 @@
-"""transformers' BertForMaskedLM with the prediction head evaluated on the K masked positions only.
+"""transformers' BertForMaskedLM with the prediction head evaluated only at the K masked positions.
 
-B sequences, L positions, K predictions a sequence, D hidden, V vocabulary. Of L = 128 positions K = 19 are
-predicted: the head's [B, K, V] logits, not [B, L, V], is what makes large vocabularies affordable.
+Shapes: B sequences, L positions, K predictions per sequence, D hidden, V vocabulary. With L = 128 and K = 19, logits
+[B, K, V] instead of [B, L, V] make large vocabularies affordable.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from maskvr_ds.config import ModelConfig
 
 
 def bert_config(model: ModelConfig, *, vocab_size: int, pad_id: int) -> BertConfig:
-    """The transformers configuration that the section describes."""
+    """The transformers configuration for the `model` section."""
     return BertConfig(
         vocab_size=vocab_size,
         pad_token_id=pad_id,
@@ -35,10 +35,10 @@ def bert_config(model: ModelConfig, *, vocab_size: int, pad_id: int) -> BertConf
 
 
 class MaskedLanguageModel(nn.Module):
-    """BertForMaskedLM whose forward takes a mask's positions and returns each prediction's loss.
+    """BertForMaskedLM whose forward takes the masked positions and returns the loss of each prediction.
 
-    observer: called in every training forward pass with h [B, K, D], the hidden states that enter the prediction head,
-    and the losses [B, K], for hooks on both (gradient_norm.py); None: nobody looks.
+    observer: called in every training forward pass with h [B, K, D], the input of the prediction head, and the losses
+    [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
     """
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
@@ -52,7 +52,7 @@ class MaskedLanguageModel(nn.Module):
     def hidden(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """h: input_ids int64 [B, L], positions int64 [B, K], attention_mask bool [B, L] or None → [B, K, D]."""
+        """Input of the head, h [B, K, D], for input_ids int64 [B, L], positions int64 [B, K], mask bool [B, L]."""
         hidden = self.mlm.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -63,12 +63,11 @@ class MaskedLanguageModel(nn.Module):
         labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy of every prediction in nats: labels int64 [B, K] → float32 [B, K].
+        """Cross-entropy per prediction in nats, float32 [B, K], for labels int64 [B, K]; without labels, logits
+        [B, K, V].
 
-        Without labels: logits [B, K, V].
-
-        Under ZeRO 3 everything that computes goes through here: the hooks that gather a module's parameters follow the
-        order of a whole forward pass.
+        Under ZeRO 3 all computation must go through this method: the hooks that gather a module's parameters expect a
+        complete forward pass.
         """
         hidden = self.hidden(input_ids, positions, attention_mask)
         logits = self.mlm.cls(hidden)

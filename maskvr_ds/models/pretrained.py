@@ -1,10 +1,10 @@
-"""Weights to begin with: those of a Hugging Face folder, as save_pretrained and `maskvr export` write it.
+"""Initialising from a pretrained model: a Hugging Face folder, as written by save_pretrained and `maskvr export`.
 
-Rank 0 alone reads the folder, the others receive what it read: all begin with equal bits, and the folder may lie on one
-host. Only safetensors are read, so nothing is unpickled; nothing is downloaded. A run that has a checkpoint needs the
-folder no more: sizes, weights and the SHA-256 of what it began with stand there.
+Only rank 0 reads the folder and broadcasts the weights, so all ranks start with the same bits and the folder may be on
+a single host. Only safetensors files are read (nothing is unpickled), and nothing is downloaded. Once a run has a
+checkpoint it no longer needs the folder: the checkpoint holds sizes, weights and the SHA-256 of the initial weights.
 
-Collectives: `load`, one fp32 broadcast a parameter; `distributed.run_collectively` before it.
+Collectives: `load`, one fp32 broadcast per parameter after `distributed.run_on_rank0`.
 """
 
 import logging
@@ -28,14 +28,14 @@ from maskvr_ds.runtime.files import sha256
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-# Name in a file → the parameter that it shares its values with.
+# Tensor name in a file → the parameter that it is tied to.
 _TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-# What a file may have that no masked language model computes with: pooler, next sentences, a buffer of old versions.
-_NOT_USED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
-# As the first BERTs were converted, bert-base-uncased among them.
+# Tensors that masked-LM training ignores: pooler, next-sentence head, a buffer of old versions.
+_UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
+# Names in early conversions, bert-base-uncased among them.
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 3
@@ -43,18 +43,18 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """folder: as the configuration names it. sha256: of its model.safetensors when the run began."""
+    """folder: as given in the configuration. sha256: of its model.safetensors when the run started."""
 
     folder: Path
     sha256: str
 
 
 def weights_file(folder: Path) -> Path:
-    """The folder's model.safetensors. Raises ConfigError where folder or file is missing, or of a kind not read."""
+    """Path of the folder's model.safetensors. Raises ConfigError if folder or file is missing or of another format."""
     where = f"model.initialize_from {folder}"
     if not folder.is_dir():
         raise ConfigError(
-            f"{where}: no such folder; a local one expected, as save_pretrained and `maskvr export` write it "
+            f"{where}: no such folder; expected a local folder written by save_pretrained or `maskvr export` "
             "(nothing is downloaded)"
         )
     for name in (WEIGHTS, BERT_CONFIG):
@@ -63,28 +63,28 @@ def weights_file(folder: Path) -> Path:
         convert = f"BertForMaskedLM.from_pretrained('{folder}').save_pretrained('NEW')"
         if name == WEIGHTS and (folder / "pytorch_model.bin").is_file():
             raise ConfigError(
-                f"{where}: its pytorch_model.bin is not read, since unpickling runs whatever code is in a file; "
-                f"convert it where you trust it, and name the folder NEW: {convert}"
+                f"{where}: pytorch_model.bin is not read, because unpickling can run arbitrary code; if you trust the "
+                f"file, convert it and use the folder NEW: {convert}"
             )
         if name == WEIGHTS and (folder / f"{WEIGHTS}.index.json").is_file():
             raise ConfigError(
-                f"{where}: its weights are in several files; write one, and name the folder NEW: {convert}"
+                f"{where}: its weights are split into several files; write one file and use the folder NEW: {convert}"
             )
-        raise ConfigError(f"{where}: has no {name}; save a BertForMaskedLM there with save_pretrained")
+        raise ConfigError(f"{where}: has no {name}; save a BertForMaskedLM to it with save_pretrained")
     return folder / WEIGHTS
 
 
 def check_vocabulary(initial: InitialWeights, corpus: Corpus) -> None:
-    """Raise ConfigError where the corpus' ids are not those that the weights were trained on.
+    """Raise ConfigError if the corpus' token ids are not those that the weights were trained on.
 
-    Sizes must agree, and, where the folder has a tokenizer too (tokenizer.json or vocab.txt), every token's id.
+    Vocabulary sizes must match and, if the folder has a tokenizer (tokenizer.json or vocab.txt), the id of every token.
     """
     folder, size = initial.folder, corpus.manifest.vocab_size
     remedy = f"build the corpus with that model's tokenizer (--tokenizer {folder})"
     theirs = (read_bert_config(folder) or {}).get("vocab_size", 30522)
     if size != theirs:
         raise ConfigError(
-            f"{corpus.folder}: its tokenizer has {size} tokens, the model in {folder} has {theirs}; {remedy}"
+            f"{corpus.folder}: its tokenizer has {size} tokens, but the model in {folder} has {theirs}; {remedy}"
         )
     expected = token_ids(folder)
     found = token_ids(corpus.tokenizer_folder)
@@ -96,15 +96,15 @@ def check_vocabulary(initial: InitialWeights, corpus: Corpus) -> None:
         for token in differing
         if found.get(token) != expected.get(token)
     ]
-    raise ConfigError(f"{corpus.folder}: its tokenizer gives other ids than that of {folder} ({_few(shown)}); {remedy}")
+    raise ConfigError(f"{corpus.folder}: its token ids differ from those of {folder} ({_few(shown)}); {remedy}")
 
 
 def load(module: nn.Module, initial: InitialWeights) -> None:
-    """Put the folder's weights into a BertForMaskedLM on the CPU, in fp32. Every rank calls, before DeepSpeed casts or
-    cuts it. Rank 0 says what was loaded.
+    """Load the folder's weights into an fp32 BertForMaskedLM on the CPU and log what was loaded.
 
-    Raises ConfigError (on the other ranks RemoteError) where tensors are missing, unexpected, of another shape, not
-    finite, or the file is not the one that the run began with.
+    Collective: call on all ranks, before DeepSpeed casts or partitions the module. Raises ConfigError (RemoteError on
+    the other ranks) if tensors are missing, unexpected, non-finite or of another shape, or if the file has changed
+    since the run started.
     """
     summary = distributed.run_on_rank0(lambda: _read(module, initial))
     for parameter in module.parameters():
@@ -114,13 +114,13 @@ def load(module: nn.Module, initial: InitialWeights) -> None:
 
 @torch.no_grad()
 def _read(module: nn.Module, initial: InitialWeights) -> str:
-    """Fill the module tensor by tensor; → what was loaded, in words."""
+    """Copy the weights into the module; returns a summary for the log."""
     file = weights_file(initial.folder)
     if (found := sha256(file)) != initial.sha256:
         raise ConfigError(
-            f"{file}: changed since the run began (SHA-256 {initial.sha256[:12]}, now {found[:12]}); put it back"
+            f"{file}: changed since the run started (SHA-256 {initial.sha256[:12]}, now {found[:12]}); restore it"
         )
-    # What is tied is one parameter.
+    # Tied parameters appear once.
     parameters = dict(module.named_parameters())
     try:
         with safe_open(file, framework="pt") as content:
@@ -134,15 +134,15 @@ def _read(module: nn.Module, initial: InitialWeights) -> str:
                 for copy in copies[1:]:
                     if not torch.equal(tensor, content.get_tensor(stored[copy])):
                         raise ConfigError(
-                            f"{file}: {copy} and {name} differ, and are one tensor in the model trained here "
-                            "(tie_word_embeddings); its head cannot be gone on with"
+                            f"{file}: {copy} and {name} differ, but are one tensor in the model trained here "
+                            "(tie_word_embeddings); models with an untied head are not supported"
                         )
     except SafetensorError as error:
-        raise ConfigError(f"{file}: not a whole safetensors file: {error}") from None
+        raise ConfigError(f"{file}: not a complete safetensors file: {error}") from None
     count = sum(parameter.numel() for parameter in parameters.values())
-    unused = [stored[name] for name in stored if name.startswith(_NOT_USED)]
+    unused = [stored[name] for name in stored if name.startswith(_UNUSED)]
     return f"weights of {file}: {len(parameters)} tensors, {count:,} parameters, SHA-256 {initial.sha256[:12]}" + (
-        f"; not used: {_few(unused)}" if unused else ""
+        f"; unused: {_few(unused)}" if unused else ""
     )
 
 
@@ -155,7 +155,7 @@ def _check_names(file: Path, parameters: Iterable[str], stored: dict[str, str]) 
     given = {_TIED.get(name, name) for name in stored}
     missing = sorted(parameters - given)
     unexpected = sorted(stored[name] for name in stored if _TIED.get(name, name) not in parameters)
-    unexpected = [name for name in unexpected if not name.startswith(_NOT_USED)]
+    unexpected = [name for name in unexpected if not name.startswith(_UNUSED)]
     faults = [
         f"{len(names)} {what} ({_few(names)})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
@@ -163,21 +163,21 @@ def _check_names(file: Path, parameters: Iterable[str], stored: dict[str, str]) 
     ]
     if faults:
         raise ConfigError(
-            f"{file}: tensors are not those of a BertForMaskedLM of this config.json: {'; '.join(faults)}. Without its "
-            "prediction head, or with another, a model cannot be gone on with: save it as BertForMaskedLM"
+            f"{file}: tensors do not match a BertForMaskedLM with this config.json: {'; '.join(faults)}. Training "
+            "needs the prediction head: save the model as BertForMaskedLM"
         )
 
 
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
     if tensor.shape != parameter.shape:
         raise ConfigError(
-            f"{file}: {name} is {list(tensor.shape)}, {list(parameter.shape)} expected by {BERT_CONFIG}; they are not "
-            "of one model"
+            f"{file}: {name} has shape {list(tensor.shape)}, expected {list(parameter.shape)} by {BERT_CONFIG}; the "
+            "files are from different models"
         )
     if tensor.dtype not in _FLOATS:
         raise ConfigError(f"{file}: {name} is {tensor.dtype}; save the model in float32, bfloat16 or float16")
     if not tensor.isfinite().all():
-        raise ConfigError(f"{file}: {name} has values that are not finite; the model is damaged")
+        raise ConfigError(f"{file}: {name} has non-finite values; the model is damaged")
 
 
 def _few(names: list[Any]) -> str:

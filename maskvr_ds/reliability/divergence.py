@@ -1,17 +1,18 @@
-"""What becomes of a step whose loss or gradient norm is not finite, or far above the median of late.
+"""Divergence guard: skips updates whose loss or gradient norm is non-finite or far above the recent median.
 
-1. Its update is left out: neither weights nor moments see it (MAPNet learns from those of its gradient norms that are
-   finite). The loss is known to all ranks before the optimizer steps, and so is the norm that DeepSpeed has taken by
-   then; the optimizer's step is held back between the two.
-2. Where more than `max_skipped` of the last `history` steps were so, the run goes back to its last checkpoint, and
-   passes over the batches of those steps from there on. After `max_rollbacks` to one checkpoint it ends.
-3. Nothing is saved after a step whose update was left out: the fault may be the weights'. What is due is saved after
-   the next good step; a phase that would end on such a step goes back too.
+1. A skipped update changes neither weights nor moments (MAPNet still learns from those of its gradient norms that are
+   finite). The loss is known on all ranks before the optimizer steps, and DeepSpeed has computed the norm by then:
+   engine/deepspeed_patches.py asks `Guard.allow_update` in between.
+2. If more than `max_skipped` of the last `history` updates were skipped, the run rolls back to its last checkpoint and
+   skips the batches of those steps from there on (training/rollback.py). After `max_rollbacks` to the same checkpoint
+   it ends.
+3. No checkpoint is written after a skipped update, since the weights may be at fault. A checkpoint that is due is
+   written after the next good step; a phase whose last update is skipped rolls back, too.
 
-A resume is exact: figures and bad steps of late stand in the checkpoint, roll-backs in RUN/rollbacks.json, which is
-written before the run goes back; which batches are read is a function of the roll-backs and of the number trained.
+Resume is exact: recent losses, norms and skipped steps are in the checkpoint, rollbacks in RUN/rollbacks.json, which is
+written before the run rolls back. The batches read are a function of the rollbacks and of the number of steps trained.
 
-No collective: all ranks hold the same figures. The host waits for the loss of every step.
+No collectives: all ranks hold the same figures. The host waits for the loss of every step.
 """
 
 import math
@@ -27,7 +28,7 @@ Window = tuple[int, int]
 
 
 class DivergedError(ArithmeticError):
-    """The run goes back. Raised on every rank alike, at the end of a step."""
+    """The run must roll back. Raised on all ranks at the end of a step; windows: ranges of batches to skip."""
 
     def __init__(self, step: int, reason: str, windows: list[Window]) -> None:
         super().__init__(f"step {step}: {reason}")
@@ -37,23 +38,22 @@ class DivergedError(ArithmeticError):
 class Guard:
     """Judges the steps of one phase.
 
-    Args:
-        config: the section. restored: `state` of the checkpoint that the phase goes on from; empty: it begins.
+    restored: `state()` from the checkpoint that the phase resumes from; empty if the phase starts.
     """
 
     def __init__(self, config: DivergenceConfig, restored: dict[str, Any]) -> None:
         self._config = config
         self._losses: deque[float] = deque(restored.get("losses", ()), config.history)
         self._norms: deque[float] = deque(restored.get("norms", ()), config.history)
-        # (step, number of its batch in the phase) of those that were left out.
+        # Skipped updates: (step, number of its batch in the phase).
         self._bad: list[tuple[int, int]] = [(step, batch) for step, batch in restored.get("bad", ())]
         self._loss = 0.0
         self._update_skipped = False
-        # Why the last update was left out.
+        # Reason for which the last update was skipped.
         self._fault: str | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint says of it, in JSON types."""
+        """State for a checkpoint, in JSON types."""
         return {"losses": list(self._losses), "norms": list(self._norms), "bad": self._bad}
 
     @property
@@ -61,7 +61,7 @@ class Guard:
         return self._config.enabled
 
     def before_update(self, loss: float, norm: float | None) -> None:
-        """The loss of the step whose update comes next; its gradient norm, where that is known already."""
+        """Record the loss of the step whose update comes next, and its gradient norm if already known."""
         self._loss = loss
         self._update_skipped = self._reason(norm or 0.0) is not None
 
@@ -89,9 +89,10 @@ class Guard:
     def after_update(
         self, step: int, batch: int, norm: torch.Tensor | float, *, loss_scale: float | None
     ) -> dict[str, str]:
-        """Take the step in; → what its line in metrics.jsonl says of it: why its update was left out, if it was.
+        """Judge and record a step; returns the entry for its line in metrics.jsonl: the reason if it was skipped.
 
-        batch: number of its batch in the phase. loss_scale: of fp16, which leaves out updates by itself to find it.
+        batch: number of its batch in the phase. loss_scale: in fp16, where an overflow that only lowers the scale is
+        not judged.
         """
         self._fault = None
         if not self._config.enabled:
@@ -109,8 +110,7 @@ class Guard:
         return {"update_left_out": reason}
 
     def check(self, step: int, *, is_last: bool) -> None:
-        """Raise DivergedError, on every rank alike, where updates were left out too often, or that of a phase's last
-        step."""
+        """Raise DivergedError on all ranks if too many recent updates were skipped, or that of a phase's last step."""
         if self._fault is not None and (is_last or len(self._bad) > self._config.max_skipped):
             margin = self._config.margin
             windows = [(max(0, b - margin), b + margin + 1) for _, b in self._bad]

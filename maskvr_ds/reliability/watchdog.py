@@ -1,11 +1,12 @@
-"""Ranks that stop answering end the job, by name, before a collective's timeout (or nothing at all) does.
+"""Watchdog: ends the job if a rank hangs or fails, and names that rank.
 
-Every rank has a thread that writes a small file, its heartbeat, in RUN/heartbeats/JOB/: beat, step, place. Rank 0 reads
-those of all others, the others that of rank 0. A rank whose beat has stood still for `hangs.timeout` seconds (process
-stopped, machine gone), and ranks that stay behind the others within a step for as long (stuck in reading, in a kernel),
-are told, and all end with status 1. So is a rank that leaves with an error of its own while the others go on, who would
-wait for it in a collective. Files, because they work where the network or rank 0 is what hangs; ages are measured by
-the reader's own clock, so clocks of nodes may differ. No collective.
+Every rank has a thread that writes a heartbeat file in RUN/heartbeats/JOB/: beat, step, place. Rank 0 reads the files
+of all other ranks, the others that of rank 0. All ranks exit with status 1, and the culprit is reported, if
+- a rank's beat has not changed for `hangs.timeout` seconds (stopped process, lost machine);
+- ranks lag behind the others within a step for that long (stuck in I/O, in a kernel);
+- a rank has left with an exception while the others continue and would wait for it in a collective.
+Heartbeats are files because these work even if the network or rank 0 hangs. Ages are measured by the reader's clock, so
+clocks of nodes may differ. Collectives: a broadcast and `distributed.run_on_rank0` when it is created.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.heartbeats import HeartbeatWriter, rank_path, read_record
 
 _ABORT = "abort"
-# Beats within a timeout; a slow file system may lose some.
+# Beats per timeout; a slow file system may lose some.
 _BEATS = 8
-# Seconds that ranks have to end by themselves once one has failed: an error of all of them is told by its own rank.
+# Seconds for the other ranks to exit once one has failed: if all fail, each reports its own error.
 _GRACE = 5.0
 
 
 class Watchdog:
-    """Beats and watches from `with` to its end. Every rank makes one; timeout 0: none of it.
+    """Context manager that writes and checks heartbeats. Collective: create it on all ranks.
 
-    run: the run's folder, on a file system that all nodes share. timeout: seconds. orderly: exceptions that all ranks
-    raise alike, and that are no failures.
+    run: the run's folder, on a file system that all nodes share. timeout: in seconds; 0 disables it. orderly:
+    exceptions that all ranks raise together and that are not failures.
     """
 
     def __init__(self, run: Path, timeout: float, orderly: tuple[type[Exception], ...] = ()) -> None:
@@ -49,21 +50,21 @@ class Watchdog:
         job = distributed.broadcast_object(f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}")
         self._folder = run / HEARTBEATS / job
 
-        def make() -> None:
+        def create() -> None:
             shutil.rmtree(run / HEARTBEATS, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
-        distributed.run_on_rank0(make)
+        distributed.run_on_rank0(create)
         self._heartbeat = HeartbeatWriter(rank_path(self._folder, self._rank))
         self._interval = min(timeout / _BEATS, LONGEST_BEAT)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def mark(self, step: int, place: str) -> None:
-        """The main thread has come here: place "step" is watched for ranks that stay behind, others are not."""
+        """Report the main thread's progress. Ranks that lag behind are detected in the places "data" and "step"."""
         self._progress = (self._progress[0] + 1, step, place)
 
     def pause(self) -> None:
-        """As `mark`, in the same step: other things than training are to be done."""
+        """Like `mark`, in the same step: something other than training follows, such as evaluation or saving."""
         self.mark(self._progress[1], "pause")
 
     def __enter__(self) -> "Watchdog":
@@ -97,7 +98,7 @@ class Watchdog:
                 os._exit(1)
             now = time.monotonic()
             if now - last > self._timeout / 2:
-                # It was this process that stood still.
+                # This process itself was suspended.
                 since, marks_since = dict.fromkeys(others, now), now
             last = now
             for rank in others:
@@ -106,7 +107,7 @@ class Watchdog:
                     seen[rank], since[rank] = record, now
                 place, silent = seen.get(rank, {}).get("place"), now - since[rank]
                 if place == FAILED and silent > min(_GRACE, self._timeout):
-                    self._abort(f"{_describe(rank, seen[rank])} has ended with an error, and the others wait for it")
+                    self._abort(f"{_describe(rank, seen[rank])} has failed while the others wait for it")
                 if place not in (ENDED, FAILED) and silent > self._timeout:
                     who = _describe(rank, seen.get(rank))
                     self._abort(f"{who} has not answered for {self._timeout:g} s (hangs.timeout)")
@@ -118,7 +119,7 @@ class Watchdog:
                 if watched and len(records) == self._world_size and now - marks_since > self._timeout:
                     behind = [rank for rank, r in records.items() if r["marks"] == min(present)]
                     names = ", ".join(_describe(rank, records[rank]) for rank in behind)
-                    self._abort(f"no progress for {self._timeout:g} s (hangs.timeout); behind or alike: {names}")
+                    self._abort(f"no progress for {self._timeout:g} s (hangs.timeout); furthest behind: {names}")
             self._end.wait(self._interval)
 
     def _own(self) -> dict[str, Any]:
@@ -126,21 +127,21 @@ class Watchdog:
         return {"marks": marks, "step": step, "place": place, "host": socket.gethostname()}
 
     def _abort(self, why: str) -> None:
-        """Tell it, have all ranks end, end."""
+        """Report why, make all ranks exit, and exit."""
         try:
-            # Of several that notice, the first one tells.
+            # Only the first rank to create the file reports.
             os.close(os.open(self._folder / _ABORT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         except FileExistsError:
             os._exit(1)
         except OSError:
             pass
-        text = f"error: {why}. The job ends; go on from the last checkpoint with --resume auto\n"
-        with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone
+        text = f"error: {why}. The job ends; resume from the last checkpoint with --resume auto\n"
+        with contextlib.suppress(OSError):  # the log's disk is full, or the terminal is closed
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         os._exit(1)
 
 
 def _describe(rank: int, record: dict[str, Any] | None) -> str:
     if record is None:
-        return f"rank {rank} (never heard of)"
+        return f"rank {rank} (no heartbeat yet)"
     return f"rank {rank} on {record['host']} (last step {record['step']}, {record['place']})"

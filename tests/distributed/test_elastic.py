@@ -51,7 +51,7 @@ ALL = {
     "fp16 adam": (("zero3_fp16", "zero1_fp16", "zero2_fp16", "zero3_fp16"), {"optimizer": ADAM}),
     "mapnet": (
         ("zero2_fp32", "zero1_fp32", "zero3_fp32", "zero2_fp32"),
-        {"masking": {"strategy": "mapnet"}, "mapnet": {"hidden": 32, "layers": 1}},
+        {"masking": {"strategy": "mapnet", "mapnet": {"hidden": 32, "layers": 1}}},
     ),
 }
 

@@ -133,11 +133,11 @@ def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path:
     answers = run_ranks(live, 2, lives, free_ports(len(lives)), timeout=600)[0]
     assert answers[0] == [None, None]
     assert answers[1] == answers[3] == "killed"
-    for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not there)", "is not set"), strict=True):
+    for refused, now in zip(answers[2], (f"is {other} (SHA", "nowhere (not found)", "is not set"), strict=True):
         assert f"it was initialised from {once} (SHA-256 " in refused
         assert now in refused
     assert answers[4] == [None]
-    assert "no such folder; a local one expected" in answers[5][0]
+    assert "no such folder; expected a local folder" in answers[5][0]
     figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
     assert column(tmp_path / "killed", *figures) == column(tmp_path / "whole", *figures)
     ends = [load.read_weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("killed", "whole")]
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tm
     tokenizer.write_text(tokenizer.read_text().replace('"w3"', '"w99"'))
     (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
     cases = {
-        "its tokenizer has 26 tokens, the model in .* has 25": (model, tmp_path / "larger"),
+        "its tokenizer has 26 tokens, but the model in .* has 25": (model, tmp_path / "larger"),
         "sequences of 80 tokens exceed .* 64 of .*; build the corpus with --sequence-length 64 or less": (
             model,
             tmp_path / "longer",
@@ -172,14 +172,17 @@ def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tm
             changed("names", **{f"{query}.bias": None, "extra": torch.zeros(1)}),
             corpus,
         ),
-        r"is \[63, 32\], \[64, 32\] expected": (changed("shape", **{table: weights[table][:63].clone()}), corpus),
+        r"shape \[63, 32\], expected \[64, 32\]": (
+            changed("shape", **{table: weights[table][:63].clone()}),
+            corpus,
+        ),
         "self.query.bias is torch.int8": (changed("int8", **{f"{query}.bias": torch.ones(32).char()}), corpus),
-        "are not finite": (changed("nan", **{f"{query}.bias": torch.full((32,), torch.nan)}), corpus),
+        "has non-finite values": (changed("nan", **{f"{query}.bias": torch.full((32,), torch.nan)}), corpus),
         "decoder.weight and bert.embeddings.word_embeddings.weight differ": (
             changed("untied", **{"cls.predictions.decoder.weight": torch.ones(25, 32)}),
             corpus,
         ),
-        "not a whole safetensors file": (broken, corpus),
+        "not a complete safetensors file": (broken, corpus),
     }
     jobs = []
     for number, (folder, of) in enumerate(cases.values()):

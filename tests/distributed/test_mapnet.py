@@ -106,8 +106,10 @@ class Runs:
                         steps=steps,
                         model=NO_DROPOUT,
                         batch={"micro_size": 3},
-                        masking={"strategy": "mapnet"},
-                        mapnet={"hidden": 32, "layers": 1, "lr": 3e-3, "objective": "regression", **section},
+                        masking={
+                            "strategy": "mapnet",
+                            "mapnet": {"hidden": 32, "layers": 1, "lr": 3e-3, "objective": "regression", **section},
+                        },
                         evaluation={"every_steps": 0},
                         checkpoint={"every_steps": SAVED},
                         deepspeed=deepspeed,

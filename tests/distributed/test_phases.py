@@ -83,8 +83,7 @@ class Runs:
         other = make_corpus(folder / "other", rows=90, words=30, length=64)
 
         proposing = {
-            "masking": {"strategy": "mapnet"},
-            "mapnet": {"hidden": 32, "layers": 1},
+            "masking": {"strategy": "mapnet", "mapnet": {"hidden": 32, "layers": 1}},
             "deepspeed": "zero2_fp32",
         }
         # Their first phase reads a mixture.

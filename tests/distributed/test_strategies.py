@@ -17,10 +17,10 @@ from tests.support.corpora import make_corpus
 STEPS, SIZE = 12, 120
 # Rows of 32 tokens at 0.2: k = 6, 5 segments; 120 sequences a step are 24 rows of 5 segments.
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "same_batch": {"strategy": "fully_explored", "placement": "same_batch"},
+    "same_batch": {"strategy": "fully_explored", "fully_explored": {"placement": "same_batch"}},
     "frequency": {"strategy": "frequency", "final_rate": 0.1},
-    "documents": {"strategy": "frequency", "document_frequency_power": 0.5, "estimator": "hajek"},
-    "whole_mask": {"strategy": "frequency", "sampler": "conditional_poisson", "estimator": "whole_mask"},
+    "documents": {"strategy": "frequency", "frequency": {"document_power": 0.5, "estimator": "hajek"}},
+    "whole_mask": {"strategy": "frequency", "frequency": {"sampler": "conditional_poisson", "estimator": "whole_mask"}},
 }
 # test_train.py trains with uniform masks too.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "whole_word": {"strategy": "whole_word"},
     "span": {"strategy": "span"},
     "across_epochs": {"strategy": "fully_explored"},
-    "exact": {"strategy": "frequency", "sampler": "conditional_poisson"},
+    "exact": {"strategy": "frequency", "frequency": {"sampler": "conditional_poisson"}},
 }
 # Ranks, accumulation.
 LAYOUTS = [(1, 1), (2, 4), (3, 1)]
@@ -39,20 +39,20 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "masking.final_rate 0.1: with strategy fully_explored the rate must not change the number of segments",
     ),
     "too many segments": (
-        {"strategy": "fully_explored", "placement": "same_batch", "segments_per_sequence": 6},
-        "masking.fully_explored.segments_per_sequence 6 exceeds the maximum: a sequence of 32 tokens has 5 segments",
+        {"strategy": "fully_explored", "fully_explored": {"placement": "same_batch", "segments_per_sequence": 6}},
+        "segments_per_sequence 6 exceeds the maximum: a sequence of 32 tokens has 5 segments at rate 0.2",
     ),
     "does not divide": (
-        {"strategy": "fully_explored", "placement": "same_batch", "rate": 0.13},
+        {"strategy": "fully_explored", "fully_explored": {"placement": "same_batch"}, "rate": 0.13},
         r"batch.global_size 60 is not a multiple of 8, .* set it to 56 or 64, or masking.fully_explored.segments",
     ),
     "no probability": (
-        {"strategy": "frequency", "estimator": "whole_mask"},
-        "estimator whole_mask needs the probability of a mask, which sampler pareto does not know",
+        {"strategy": "frequency", "frequency": {"estimator": "whole_mask"}},
+        "estimator whole_mask needs the probability of a mask, which sampler pareto does not provide",
     ),
     "not its own": (
-        {"estimator": "hajek"},
-        "estimator belongs to strategy frequency or mapnet; strategy is uniform",
+        {"frequency": {"estimator": "hajek"}},
+        r"frequency \(estimator\) belongs to strategy frequency; strategy is uniform",
     ),
 }
 

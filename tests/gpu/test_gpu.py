@@ -27,8 +27,8 @@ STAGES = [f"zero{stage}_{dtype}" for stage in (0, 1, 2, 3) for dtype in ("fp32",
 ENGINES = [name for name in STAGES if name != "zero0_fp16"] + ["zero2_bf16_offload", "zero3_bf16_offload"]
 # Largest difference of the loss (about 3) to fp32 on the CPU; those of tests/distributed/test_precision.py.
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 6e-4}
-MAPNET: dict[str, Any] = {"masking": {"strategy": "mapnet", "rate": 0.2}, "mapnet": {"gate": "always"}}
-AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2}, "auto": {"every_steps": 2}}
+MAPNET: dict[str, Any] = {"masking": {"strategy": "mapnet", "rate": 0.2, "mapnet": {"gate": "always"}}}
+AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2, "auto": {"every_steps": 2}}}
 
 
 def values(folder: Path, name: str, accelerator: str, **sections: Any) -> dict[str, Any]:

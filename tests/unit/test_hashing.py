@@ -1,4 +1,4 @@
-"""The mixer against SplitMix64 as published, and NumPy against torch against plain integers."""
+"""The mixer against published SplitMix64; NumPy, torch and plain integers against each other."""
 
 import numpy as np
 import torch
@@ -40,13 +40,13 @@ def test_stream_agrees(key: int, counters: list[int]) -> None:
     assert int(drawn[0]) & ALL == splitmix64(key + (counters[0] + 1) * 0x9E3779B97F4A7C15)
 
 
-def test_mix_leaves_its_argument_alone() -> None:
+def test_mix_does_not_modify_its_argument() -> None:
     x = torch.arange(5)
     hashing.mix(x)
     assert x.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_fold_tells_order_number_and_value_of_parts_apart() -> None:
+def test_fold_depends_on_order_number_and_value_of_parts() -> None:
     keys = {hashing.fold(*parts) for parts in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 1, 0)]}
     assert len(keys) == 7
     assert all(-(1 << 63) <= key < 1 << 63 for key in keys)

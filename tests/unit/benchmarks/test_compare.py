@@ -121,7 +121,7 @@ def test_incomplete_runs_do_not_count(tmp_path: Path, corpus: Path) -> None:
     [
         ({"seeds": [0, 1, 0]}, "--seeds 0 1 0: a seed is listed twice"),
         ({"strategies": ["uniform", "oracle_head"]}, "oracle_head: oracles cannot be used in training"),
-        ({"strategies": ["uniform", "span:max_length=0"]}, "max_length"),
+        ({"strategies": ["uniform", "span:max_length=0"]}, "span.max_length"),
         ({"strategies": ["span:rate=0.2", "span::rate=0.2"]}, "two names differ only in punctuation"),
     ],
 )

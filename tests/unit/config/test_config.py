@@ -9,6 +9,7 @@ import yaml
 import ds_configs
 from maskvr_ds.config import (
     ConfigError,
+    MaskingConfig,
     RunConfig,
     deepspeed_config_path,
     dump_config,
@@ -16,6 +17,7 @@ from maskvr_ds.config import (
     recipe_text,
     recipes,
 )
+from maskvr_ds.config.masking import SpanConfig
 
 MINIMAL = {"output_dir": "runs/x", "data": {"path": "corpus"}, "training": {"steps": 100}}
 
@@ -52,9 +54,23 @@ def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     two.write_text("base: nowhere\n")
     with pytest.raises(ConfigError, match="config 'nowhere': neither a file nor a recipe"):
         load_config(one)
-    two.write_text("base: [demo_cpu]\n")
-    with pytest.raises(ConfigError, match="the name of a recipe or a file expected"):
+    two.write_text("base: {demo_cpu: 1}\n")
+    with pytest.raises(ConfigError, match="a recipe, a file, or a list of them expected"):
         load_config(one)
+    two.write_text("base: [demo_cpu, one.yaml]\n")
+    with pytest.raises(ConfigError, match=r"base one\.yaml leads back to itself"):
+        load_config(one)
+
+
+def test_several_bases_are_laid_over_each_other(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("model: {preset: bert-mini}\nseed: 3\n")
+    (tmp_path / "masks.yaml").write_text("masking: {strategy: span, span: {max_length: 4}}\nseed: 4\n")
+    (tmp_path / "run.yaml").write_text("base: [demo_cpu, model.yaml, masks.yaml]\nmasking: {strategy: mapnet}\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.seed, config.model.preset, config.model.hidden_size) == (4, "bert-mini", 256)
+    assert config.masking == MaskingConfig(strategy="mapnet"), "another strategy drops the subsection below it"
+    (tmp_path / "run.yaml").write_text("base: [masks.yaml, demo_cpu]\nmasking: {span: {geometric_p: 0.5}}\n")
+    assert load_config(tmp_path / "run.yaml").masking.span == SpanConfig(max_length=4, geometric_p=0.5)
 
 
 def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
@@ -78,9 +94,9 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optimizer.lrr=1", "optimizer.lrr: unknown key; known here: name, lr, betas"),
-        ("optimiser.lr=1", "optimiser: unknown key; known here: output_dir"),
-        ("monitor.wandb={project: p, teem: x}", "monitor.wandb.teem: unknown key; known here: project, group, team"),
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; known keys are name, lr, betas"),
+        ("optimiser.lr=1", "optimiser: unknown key; known keys are output_dir"),
+        ("monitor.wandb={project: p, teem: x}", "monitor.wandb.teem: unknown key; known keys are project, group, team"),
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0 .given: 0."),
         ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: expected 0 ≤ min ≤ max"),
         ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
@@ -90,17 +106,24 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("masking.rate=0", "masking.rate: Input should be greater than 0"),
         ("masking.random_probability=0.3", "more than 1"),
         ("masking.final_rate=0", "masking.final_rate: Input should be greater than 0"),
-        ("masking={strategy: frequency, floor: 0}", "masking.floor: Input should be greater than 0"),
-        ("masking={strategy: frequency, floor: 1.1}", "masking.floor: Input should be less than or equal to 1"),
-        ("masking.floor=0.2", "masking: floor belongs to strategy frequency; strategy is uniform"),
-        ("masking={strategy: span, placement: same_batch}", "placement belongs to strategy fully_explored; .* is span"),
         (
-            "masking={strategy: fully_explored, segments_per_sequence: 2}",
-            "belongs to placement same_batch; leave it out",
+            "masking={strategy: frequency, frequency: {floor: 0}}",
+            "masking.frequency.floor: Input should be greater than 0",
+        ),
+        ("masking={strategy: frequency, frequency: {floor: 2}}", "masking.frequency.floor: Input should be less than"),
+        ("masking.frequency.floor=0.2", r"masking: frequency \(floor\) belongs to strategy frequency; .* is uniform"),
+        (
+            "masking={strategy: span, mapnet: {lr: 0.1}}",
+            r"mapnet \(lr\) belongs to strategy mapnet or auto; .* is span",
+        ),
+        ("masking={strategy: auto, mapnet: {gate: never}}", "mapnet.gate never belongs to strategy mapnet"),
+        (
+            "masking={strategy: fully_explored, fully_explored: {segments_per_sequence: 2}}",
+            "belongs to placement same_batch; remove it",
         ),
         (
-            "masking={strategy: fully_explored, placement: same_batch, segments_per_sequence: 7}",
-            "batch.global_size 256 is not a multiple of masking.segments_per_sequence 7",
+            "masking={strategy: fully_explored, fully_explored: {placement: same_batch, segments_per_sequence: 7}}",
+            "batch.global_size 256 is not a multiple of masking.fully_explored.segments_per_sequence 7",
         ),
         ("masking.strategy=spam", "masking.strategy: Input should be 'uniform', 'whole_word', 'span'"),
         ("model.num_attention_heads=7", "hidden_size 768 is not a multiple of num_attention_heads 7"),

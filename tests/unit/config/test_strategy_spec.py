@@ -8,22 +8,33 @@ COMMON = {"rate": 0.2, "mask_probability": 1.0, "random_probability": 0.0}
 
 def test_settings_find_their_section() -> None:
     spec = parse_strategy("mapnet:floor=0.1,rate=0.3,optimizer.lr=0.02")
-    assert spec.assignments == ("masking.strategy=mapnet", "mapnet.floor=0.1", "masking.rate=0.3", "optimizer.lr=0.02")
+    assert spec.assignments == (
+        "masking.strategy=mapnet",
+        "masking.mapnet.floor=0.1",
+        "masking.rate=0.3",
+        "optimizer.lr=0.02",
+    )
     spec = parse_strategy("auto:every_steps=50,lr=0.01,rate=0.3")
-    assert spec.assignments == ("masking.strategy=auto", "auto.every_steps=50", "mapnet.lr=0.01", "masking.rate=0.3")
-    assert parse_strategy("frequency:floor=0.1").masking(COMMON).floor == 0.1
+    assert spec.assignments == (
+        "masking.strategy=auto",
+        "masking.auto.every_steps=50",
+        "masking.mapnet.lr=0.01",
+        "masking.rate=0.3",
+    )
+    assert parse_strategy("frequency:floor=0.1").masking(COMMON).frequency.floor == 0.1
     masking = parse_strategy("fully_explored:placement=same_batch,segments_per_sequence=3").masking(COMMON)
-    assert (masking.segments_per_sequence, masking.rate, masking.mask_probability) == (3, 0.2, 1.0)
+    assert (masking.fully_explored.segments_per_sequence, masking.rate, masking.mask_probability) == (3, 0.2, 1.0)
     oracle = parse_strategy("oracle_gradient:floor=0.05")
     assert oracle.masking(COMMON).strategy == "mapnet"
-    assert oracle.floor(0.3) == 0.05
-    assert parse_strategy("mapnet").floor(0.3) == 0.3
+    assert oracle.masking(COMMON, floor=0.4).mapnet.floor == 0.05
+    assert parse_strategy("mapnet").masking(COMMON, floor=0.4).mapnet.floor == 0.4
+    assert parse_strategy("mapnet:estimator=hajek").masking(COMMON).weighted.estimator == "hajek"
 
 
 def test_names_of_files() -> None:
-    texts = ["fully_explored:placement=same_batch", "uniform", "span:optimizer.lr=1e-3,span_maximum=5"]
+    texts = ["fully_explored:placement=same_batch", "uniform", "span:optimizer.lr=1e-3,max_length=5"]
     folders = [parse_strategy(text).folder for text in texts]
-    assert folders == ["fully_explored_placement=same_batch", "uniform", "span_optimizer.lr=1e-3_span_maximum=5"]
+    assert folders == ["fully_explored_placement=same_batch", "uniform", "span_optimizer.lr=1e-3_max_length=5"]
 
 
 @pytest.mark.parametrize(
@@ -33,10 +44,11 @@ def test_names_of_files() -> None:
         ("uniform:rate", "strategy, or strategy:setting=value"),
         (":rate=0.2", "strategy, or strategy:setting=value"),
         ("unifrom", "unifrom: strategy: Input should be 'uniform'"),
-        ("uniform:colour=red", "uniform:colour=red: colour: unknown key; known here: strategy"),
+        ("uniform:colour=red", "uniform:colour=red: colour: unknown key; known keys are strategy"),
         ("uniform:optimizer.lr=1", "optimizer cannot be changed here"),
-        ("auto", "auto: auto goes from one strategy to another; name those"),
+        ("auto", "auto: auto changes strategies during training"),
         ("uniform:rate=2", "rate: Input should be less than 1"),
+        ("span:span_maximum=3", "span:span_maximum=3: masking.span_maximum is now masking.span.max_length"),
     ],
 )
 def test_faults(text: str, message: str) -> None:
@@ -45,10 +57,10 @@ def test_faults(text: str, message: str) -> None:
 
 
 def test_faults_of_the_network() -> None:
-    with pytest.raises(ConfigError, match="layers belongs to training; only floor counts here"):
-        parse_strategy("mapnet:layers=3").floor(0.3)
+    with pytest.raises(ConfigError, match="layers belongs to training; only estimator, floor, sampler apply here"):
+        parse_strategy("mapnet:layers=3").masking(COMMON)
     with pytest.raises(ConfigError, match="floor: Input should be greater than 0"):
-        parse_strategy("mapnet:floor=0").floor(0.3)
+        parse_strategy("mapnet:floor=0").masking(COMMON)
 
 
 def test_order_and_repetition() -> None:

@@ -176,4 +176,12 @@ def test_hash_depends_on_every_bit_and_the_order() -> None:
 @pytest.mark.parametrize("floor", ["0", "-0.1", "1.5", ".nan"])
 def test_a_floor_outside_its_range_is_refused(floor: str, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"mapnet\.floor"):
-        load_config("demo_cpu", [f"mapnet.floor={floor}", f"data.path={tmp_path}", f"output_dir={tmp_path}"])
+        load_config(
+            "demo_cpu",
+            [
+                "masking.strategy=mapnet",
+                f"masking.mapnet.floor={floor}",
+                f"data.path={tmp_path}",
+                f"output_dir={tmp_path}",
+            ],
+        )

@@ -1,4 +1,4 @@
-"""The head on K positions against transformers' own loss on all positions; FLOPs against torch's counter."""
+"""The loss at K positions against transformers' loss at all positions; FLOPs against torch's counter."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def batch(padded: bool) -> MaskedBatch:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_loss_is_that_of_transformers(padded: bool) -> None:
+def test_loss_equals_transformers(padded: bool) -> None:
     ours, masked = model().eval(), batch(padded)
     labels = torch.full((B, L), -100)
     used = masked.weights != 0
@@ -74,12 +74,12 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
-def test_flops_are_those_that_torch_counts() -> None:
-    # The counter knows matrix products, so attention must be one: not the fused CPU kernel.
+def test_flops_equal_torchs_count() -> None:
+    # The counter knows matrix products only, so attention must not use the fused CPU kernel.
     config = bert_config(small(num_hidden_layers=3, hidden_size=32), vocab_size=V, pad_id=0)
     config._attn_implementation = "eager"
     ours, masked = MaskedLanguageModel(config), batch(False)
     with FlopCounterMode(display=False) as counter:
         weighted_loss(ours, masked).backward()
-    # The first layer's input needs no gradient only from the embeddings down, which are no matrix products.
+    # Every matrix product has a full backward pass: only the embeddings need no gradient of their input.
     assert counter.get_total_flops() / B == pytest.approx(flops_per_sequence(config, L, K), rel=1e-6)

@@ -1,4 +1,4 @@
-"""model.initialize_from: whose sizes count, which folders are refused, what a resume asks of it."""
+"""model.initialize_from: sizes, unusable folders, resume."""
 
 import json
 from pathlib import Path
@@ -40,16 +40,16 @@ def change(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
-def test_sizes_are_the_folders_and_dropout_the_runs(tmp_path: Path, folder: Path) -> None:
+def test_sizes_come_from_the_folder_and_dropout_from_the_run(tmp_path: Path, folder: Path) -> None:
     given = {"initialize_from": str(folder)}
     model = load(tmp_path, given).model
     assert {key: getattr(model, key) for key in {**SIZES, **OTHER}} == {**SIZES, **OTHER}
     assert (model.hidden_dropout_prob, model.attention_probs_dropout_prob) == (0.2, 0.1)
     model = load(tmp_path, {**given, "hidden_dropout_prob": 0.0, "layer_norm_eps": "1e-5", **SIZES}).model
-    assert model.hidden_dropout_prob == 0.0, "and what agrees may be said"
+    assert model.hidden_dropout_prob == 0.0, "values that match may be given"
 
 
-def test_a_file_without_keys_means_what_transformers_takes_it_for(tmp_path: Path) -> None:
+def test_missing_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     model, bert = ModelConfig(initialize_from=tmp_path), BertConfig()
     for key in ModelConfig.model_fields.keys() - {"preset", "initialize_from", "activation_checkpointing"}:
@@ -69,14 +69,14 @@ def test_a_file_without_keys_means_what_transformers_takes_it_for(tmp_path: Path
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and .* has 'relu'"),
     ],
 )
-def test_what_contradicts_the_folder_is_refused(
+def test_contradicting_the_folder_is_an_error(
     tmp_path: Path, folder: Path, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, {"initialize_from": str(folder), **given})
 
 
-def test_null_takes_a_size_out_of_a_base(tmp_path: Path, folder: Path) -> None:
+def test_null_removes_a_size_of_a_base(tmp_path: Path, folder: Path) -> None:
     config = load(tmp_path, {"preset": "bert-base", "num_hidden_layers": 7}, f"model={{initialize_from: {folder}}}")
     assert config.model.num_hidden_layers == 3
     given = {"initialize_from": str(folder), "preset": "bert-base", "num_hidden_layers": 7}
@@ -94,19 +94,19 @@ def test_null_takes_a_size_out_of_a_base(tmp_path: Path, folder: Path) -> None:
         ({"hidden_act": "mish"}, r"model.hidden_act: Input should be 'gelu'.*\(given: 'mish'\)"),
     ],
 )
-def test_another_kind_of_model_is_refused(tmp_path: Path, folder: Path, values: dict[str, Any], message: str) -> None:
+def test_unsupported_models_are_an_error(tmp_path: Path, folder: Path, values: dict[str, Any], message: str) -> None:
     change(folder, **values)
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, {"initialize_from": str(folder)})
 
 
-def test_config_json_that_is_none(tmp_path: Path, folder: Path) -> None:
+def test_invalid_config_json(tmp_path: Path, folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config.json: not JSON"):
         load(tmp_path, {"initialize_from": str(folder)})
 
 
-def test_dump_is_read_back_whether_the_folder_is_there_or_not(tmp_path: Path, folder: Path) -> None:
+def test_dump_loads_with_and_without_the_folder(tmp_path: Path, folder: Path) -> None:
     phases = [{"name": "all", "data": {"path": "corpus"}, "training": {"steps": 5}}]
     for sections in ({}, {"phases": phases, "data": {}, "training": {}}):
         config = load(tmp_path, {"initialize_from": str(folder)}, **sections)
@@ -115,30 +115,30 @@ def test_dump_is_read_back_whether_the_folder_is_there_or_not(tmp_path: Path, fo
             (tmp_path / "again.yaml").write_text(dump_config(one))
             assert load_config(tmp_path / "again.yaml") == one
         assert config.phase(0).model.hidden_size == 48
-        assert gone.model.model_fields_set == {"initialize_from", "hidden_size"}, "so it stands against no folder"
+        assert gone.model.model_fields_set == {"initialize_from", "hidden_size"}, "sizes are compared with no folder"
 
 
-def test_folders_that_cannot_be_begun_with(tmp_path: Path, folder: Path) -> None:
+def test_unusable_folders(tmp_path: Path, folder: Path) -> None:
     weights = folder / "model.safetensors"
 
     def refused(path: Path, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             resolve_model_config(ModelConfig(initialize_from=path), None)
 
-    refused(tmp_path / "bert-base-uncased", "no such folder; a local one expected.*nothing is downloaded")
+    refused(tmp_path / "bert-base-uncased", "no such folder; expected a local folder.*nothing is downloaded")
     weights.rename(folder / "kept")
-    refused(folder, r"bert: has no model.safetensors; save a BertForMaskedLM there")
+    refused(folder, r"bert: has no model.safetensors; save a BertForMaskedLM to it")
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "its weights are in several files")
+    refused(folder, "its weights are split into several files")
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    refused(folder, r"unpickling runs whatever code.*from_pretrained\('.*bert'\).save_pretrained\('NEW'\)")
+    refused(folder, r"unpickling can run arbitrary code.*from_pretrained\('.*bert'\).save_pretrained\('NEW'\)")
     (folder / "kept").rename(weights)
     assert resolve_model_config(ModelConfig(initialize_from=folder), None)[1] == InitialWeights(folder, sha256(weights))
     (folder / "config.json").unlink()
     refused(folder, r"has no config.json")
 
 
-def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path) -> None:
+def test_resume_uses_the_checkpoints_model(tmp_path: Path, folder: Path) -> None:
     model, initial = resolve_model_config(ModelConfig(initialize_from=folder), None)
     assert initial is not None
     trained = model.model_dump(exclude={"preset", "activation_checkpointing", "initialize_from"})
@@ -147,17 +147,17 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
         state = CheckpointState(1, 1, 1, 0, "float32", [], {"model": identity}, settings)
         return Checkpoint(tmp_path / name, state)
 
-    began = {**trained, "initialize_from": initial.sha256}
-    latest = checkpoint("latest", began, **{"model.initialize_from": str(folder)})
+    identity = {**trained, "initialize_from": initial.sha256}
+    latest = checkpoint("latest", identity, **{"model.initialize_from": str(folder)})
     from_seed = checkpoint("from_seed", trained)
     assert resolve_model_config(model, latest) == (model, initial)
     assert resolve_model_config(ModelConfig(), from_seed) == (ModelConfig(), None)
     moved = folder.rename(tmp_path / "moved")
     assert resolve_model_config(ModelConfig(initialize_from=moved), latest)[1] == InitialWeights(moved, initial.sha256)
     gone = ModelConfig(initialize_from=folder, attention_probs_dropout_prob=0.3)
-    settled, known = resolve_model_config(gone, latest)
+    resolved, known = resolve_model_config(gone, latest)
     assert known == initial
-    assert settled == model.model_copy(update={"attention_probs_dropout_prob": 0.3})
+    assert resolved == model.model_copy(update={"attention_probs_dropout_prob": 0.3})
     for other, at, message in (
         (
             ModelConfig(initialize_from=tmp_path / "x"),
@@ -175,7 +175,7 @@ def test_a_resume_goes_by_what_the_checkpoint_says(tmp_path: Path, folder: Path)
         resolve_model_config(ModelConfig(initialize_from=moved), latest)
 
 
-def test_the_readmes_example_is_a_configuration(tmp_path: Path) -> None:
+def test_readme_example_is_valid(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     block = readme.split("### Continue from an existing model")[1].split("```yaml\n")[1].split("```")[0]
     (tmp_path / "domain.yaml").write_text(block)

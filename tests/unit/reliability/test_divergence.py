@@ -1,4 +1,4 @@
-"""Which batches are passed over, what counts as a bad step, and what of it a checkpoint carries."""
+"""Divergence guard and rollbacks: skipped batches, skipped updates, state in checkpoints."""
 
 import itertools
 import json
@@ -26,19 +26,19 @@ WINDOWS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)).map(lambda w
 
 
 @given(WINDOWS, st.integers(0, 40))
-def test_position_counts_what_is_not_passed_over(windows: list[tuple[int, int]], trained: int) -> None:
-    left = (n for n in itertools.count() if not any(first <= n < end for first, end in windows))
-    assert position(trained, windows) == next(itertools.islice(left, trained, None))
+def test_position_counts_batches_outside_windows(windows: list[tuple[int, int]], trained: int) -> None:
+    kept = (n for n in itertools.count() if not any(first <= n < end for first, end in windows))
+    assert position(trained, windows) == next(itertools.islice(kept, trained, None))
 
 
 @given(WINDOWS)
-def test_merged_windows_cover_the_same_and_do_not_touch(windows: list[tuple[int, int]]) -> None:
+def test_merged_windows_are_equivalent_and_disjoint(windows: list[tuple[int, int]]) -> None:
     merged = merge(windows)
     assert {n for w in merged for n in range(*w)} == {n for w in windows for n in range(*w)}
     assert all(end < first for (_, end), (first, _) in itertools.pairwise(merged))
 
 
-def test_batches_are_those_of_the_loader_with_windows_left_out(tmp_path: Path) -> None:
+def test_batches_skip_the_windows(tmp_path: Path) -> None:
     corpus = Corpus(make_corpus(tmp_path / "corpus", rows=40, length=8))
     loader = Loader(corpus, seed=3, global_size=4)
     plain = [batch.sample_ids.tolist() for batch in itertools.islice(loader.batches(), 20)]
@@ -75,14 +75,14 @@ def one_step(
     guard, engine = made
     guard.before_update(loss, None)
     engine.optimizer._global_grad_norm = norm
-    for _ in range(2):  # a call a parameter group
+    for _ in range(2):  # one call per parameter group
         engine.basic_optimizer.step()
     line = guard.after_update(step, step + 100, norm, loss_scale=scale)
     guard.check(step, is_last=False)
     return line
 
 
-def test_bad_steps_update_nothing() -> None:
+def test_bad_steps_skip_the_update() -> None:
     made = make_guard(history=10, max_skipped=9, loss_factor=2, norm_factor=5)
     for step in range(4):
         assert one_step(made, step, 3.0 + step / 10, 1.0) == {}
@@ -100,43 +100,43 @@ def test_bad_steps_update_nothing() -> None:
     assert made[1].basic_optimizer.steps == 10
 
 
-def test_nothing_is_far_above_the_median_of_a_few() -> None:
+def test_median_needs_a_fifth_of_the_history() -> None:
     made = make_guard(history=10)
     assert one_step(made, 0, 3.0, 1.0) == {}
-    assert one_step(made, 1, 30.0, 1000.0) == {}, "a fifth of the history is not there yet"
+    assert one_step(made, 1, 30.0, 1000.0) == {}, "too few steps to judge"
 
 
-def test_an_overflow_of_fp16_is_not_judged() -> None:
+def test_fp16_overflow_is_not_judged() -> None:
     made = make_guard(max_skipped=0)
     assert one_step(made, 0, 3.0, math.inf, scale=65536.0) == {}
     with pytest.raises(DivergedError, match="step 1: loss is nan"):
         one_step(made, 1, math.nan, math.inf, scale=65536.0)
 
 
-def test_too_many_in_the_history_go_back_with_their_batches_passed_over() -> None:
+def test_too_many_skipped_updates_roll_back() -> None:
     made = make_guard(history=10, max_skipped=2, margin=1)
     for step in range(3):
         one_step(made, step, 3.0, 1.0)
     for step in (3, 20, 22):
         assert one_step(made, step, math.nan, 1.0)
-    # A checkpoint in between carries what counts.
+    # The state survives a checkpoint in between.
     carried = json.loads(json.dumps(made[0].state()))
     again = make_guard(carried, history=10, max_skipped=2, margin=1)
     for guard in (made, again):
         with pytest.raises(DivergedError) as caught:
             one_step(guard, 24, math.nan, 1.0)
-        assert caught.value.windows == [(119, 122), (121, 124), (123, 126)], "that of step 3 is long ago"
+        assert caught.value.windows == [(119, 122), (121, 124), (123, 126)], "step 3 is no longer in the history"
     again[0].clear_skipped()
     assert one_step(again, 25, math.nan, 1.0)
 
 
-def test_a_guard_that_is_off_does_nothing() -> None:
+def test_disabled_guard_does_nothing() -> None:
     made = make_guard(enabled=False, max_skipped=0)
     assert one_step(made, 0, math.nan, math.nan) == {}
     assert made[1].basic_optimizer.steps == 2
 
 
-def test_roll_backs_are_read_from_the_run_or_else_from_the_checkpoint(tmp_path: Path) -> None:
+def test_rollbacks_are_read_from_the_run_or_the_checkpoint(tmp_path: Path) -> None:
     entry = {"phase": 1, "step": 9, "to_step": 4, "passed_over": [[5, 7]], "event": "rollback"}
     assert read_rollbacks(tmp_path, {}) == []
     assert read_rollbacks(tmp_path, {"rollbacks": [entry]}) == [entry]
@@ -145,7 +145,7 @@ def test_roll_backs_are_read_from_the_run_or_else_from_the_checkpoint(tmp_path: 
     assert windows_of(read_rollbacks(tmp_path, {}), 1) == [(5, 7)]
 
 
-def test_events_stand_in_metrics_and_are_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_in_metrics_are_not_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskvr_ds.config import MonitorConfig
 
     # DeepSpeed's MonitorMaster asks for the rank.

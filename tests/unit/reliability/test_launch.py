@@ -1,4 +1,4 @@
-"""Ranks of one machine: where they are told to be, and what becomes of the others when one of them ends badly."""
+"""Ranks of one machine: their environment, signals, and what happens to the others if one of them fails."""
 
 import json
 import os
@@ -31,7 +31,7 @@ if end == "saves":
     run = pathlib.Path(sys.argv[1], "..", "run")
     while not (run / "stop_requested").exists():
         time.sleep(0.05)
-    # Long enough for an echo.
+    # Long enough for a repeated signal.
     time.sleep(1)
     (run / "stopped.json").write_text('{"step": 3}')
     sys.exit(75)
@@ -50,27 +50,25 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "a_rank"
 
 
-def test_every_rank_has_its_place(module: str, tmp_path: Path) -> None:
+def test_rank_environments(module: str, tmp_path: Path) -> None:
     assert launch.run_here(module, [str(tmp_path / "said"), "0", "0", "0"], 3) == 0
     places = [json.loads((tmp_path / "said" / str(rank)).read_text()) for rank in range(3)]
     assert [(p["RANK"], p["LOCAL_RANK"], p["WORLD_SIZE"]) for p in places] == [(str(r), str(r), "3") for r in range(3)]
     assert len({(p["MASTER_ADDR"], p["MASTER_PORT"]) for p in places}) == 1
 
 
-@pytest.mark.parametrize(
-    ("ends", "said"), [(("waits", "1"), ""), (("waits", "killed"), "rank 1 was killed by SIGKILL")]
-)
-def test_a_rank_that_fails_takes_the_others_along(
+@pytest.mark.parametrize(("ends", "said"), [(("waits", "1"), ""), (("waits", "killed"), "rank 1 was killed by")])
+def test_one_failing_rank_ends_the_others(
     module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], ends: tuple[str, str], said: str
 ) -> None:
-    began = time.monotonic()
+    started = time.monotonic()
     assert launch.run_here(module, [str(tmp_path / "said"), *ends], 2) == 1
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - started < 60
     assert said in capfd.readouterr().err
 
 
-def test_a_single_host_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What DeepSpeed's own parser makes of the words that it is given."""
+def test_single_host_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own parser reads the arguments as intended."""
     from deepspeed.launcher import runner
 
     started: list[list[str]] = []
@@ -83,7 +81,7 @@ def test_a_single_host_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.M
     assert (parsed.user_script, parsed.user_args) == ("maskvr_ds.train", ["--config", "demo_cpu", "--set", "seed=3"])
 
 
-def test_a_value_that_would_leave_its_quotes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_quotes_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("elsewhere slots=2\n")
     value = "output_dir=run'; touch pwned '"
@@ -91,7 +89,7 @@ def test_a_value_that_would_leave_its_quotes_is_refused(tmp_path: Path, capsys: 
     assert "DeepSpeed's launcher cannot pass values that contain a single quote" in capsys.readouterr().err
 
 
-def test_a_hostfile_is_read_before_deepspeed_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostfile_is_checked_before_deepspeed_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# mine\nh1 slots=2  # the first\n\nh2\n")
     assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts)]) == 1
@@ -106,17 +104,16 @@ def test_ranks_are_counted_from_one(count: str, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_what_is_said_of_ranks_that_failed(saved: bool, tmp_path: Path, module: str, capfd: Any) -> None:
-    """That a resume goes on, where there is something to go on from."""
+def test_resume_is_suggested_if_there_is_a_checkpoint(saved: bool, tmp_path: Path, module: str, capfd: Any) -> None:
     if saved:
         (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
         (tmp_path / "run/checkpoints/step-00000001/checkpoint.json").touch()
     (tmp_path / "said").mkdir(exist_ok=True)
     assert launch.launch_here(module, [str(tmp_path / "said"), "1", "1"], 2, tmp_path / "run", 10) == 1
-    assert ("--resume auto goes on" in capfd.readouterr().err) == saved
+    assert ("resume with --resume auto" in capfd.readouterr().err) == saved
 
 
-def test_a_configuration_printed_whole_is_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_configuration_loads_as_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "--config", "demo_cpu", "--set", "seed=7"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
@@ -126,11 +123,11 @@ def test_a_configuration_printed_whole_is_the_configuration(tmp_path: Path, caps
     assert "printed.yaml: not UTF-8 text" in capsys.readouterr().err
 
 
-def test_a_job_that_was_given_gpus_does_not_train_without(tmp_path: Path) -> None:
+def test_job_with_gpus_does_not_train_on_cpus(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("the GPU is seen")
+        pytest.skip("torch sees a GPU")
     environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"SLURM_GPUS_ON_NODE": "2"}
     words = [sys.executable, "-m", "maskvr_ds.train", "--config", "demo_cpu", "--set", f"output_dir={tmp_path / 'run'}"]
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -147,7 +144,7 @@ sys.exit(launch.launch_here("a_rank", sys.argv[2:], 2, pathlib.Path(sys.argv[1])
 
 
 def start(folder: Path, *ends: str, terminal: int = subprocess.DEVNULL) -> tuple["subprocess.Popen[bytes]", list[int]]:
-    """A launcher of two ranks, once they run; → its process, their ids."""
+    """Start a launcher of two ranks and wait until they run; returns its process and their ids."""
     (folder / "run").mkdir()
     words = [sys.executable, "-c", LAUNCHER, str(folder / "run"), str(folder / "said"), *ends]
     process = subprocess.Popen(words, stdout=terminal, stderr=terminal)
@@ -159,7 +156,7 @@ def start(folder: Path, *ends: str, terminal: int = subprocess.DEVNULL) -> tuple
 
 @pytest.mark.usefixtures("module")
 @pytest.mark.parametrize("signals", [["TERM", "TERM"], ["HUP"], ["TERM", "HUP"], ["USR1", "USR1"]])
-def test_echoes_of_a_signal_are_one_request(tmp_path: Path, signals: Sequence[str]) -> None:
+def test_repeated_signal_is_one_request(tmp_path: Path, signals: Sequence[str]) -> None:
     process, _ = start(tmp_path, "saves", "saves")
     for name in signals:
         process.send_signal(signal.Signals[f"SIG{name}"])
@@ -169,7 +166,7 @@ def test_echoes_of_a_signal_are_one_request(tmp_path: Path, signals: Sequence[st
 
 
 @pytest.mark.usefixtures("module")
-def test_another_signal_ends_all_at_once(tmp_path: Path) -> None:
+def test_second_signal_kills_the_ranks(tmp_path: Path) -> None:
     process, ranks = start(tmp_path, "waits", "waits")
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.1)
@@ -179,7 +176,7 @@ def test_another_signal_ends_all_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("module")
-def test_a_terminal_that_is_gone_does_not_keep_ranks_from_saving(tmp_path: Path) -> None:
+def test_closed_terminal_does_not_keep_ranks_from_saving(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process, _ = start(tmp_path, "saves", "saves", terminal=theirs)
     os.close(theirs)
@@ -189,7 +186,7 @@ def test_a_terminal_that_is_gone_does_not_keep_ranks_from_saving(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("module")
-def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
     process, ranks = start(tmp_path, "waits", "waits")
     assert len(ranks) == 2
     process.kill()

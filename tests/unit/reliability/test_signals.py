@@ -1,4 +1,4 @@
-"""What a rank makes of signals, in a process of its own each time."""
+"""Signals to a rank, in a separate process each."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ from maskvr_ds.reliability.signals import StopRequest
 
 
 def in_a_fork(life: Callable[[StopRequest], None]) -> int:
-    """Status of a process that lives this life: 7 where it was asked to stop and came to its end."""
+    """Exit status of a process that runs `life`: 7 if it was asked to stop and exited normally."""
     if (child := os.fork()) == 0:
         try:
             request = StopRequest()
             life(request)
             deadline = time.monotonic() + 10
-            while not request.heard(None) and time.monotonic() < deadline:
+            while not request.requested(None) and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.2)
-            os._exit(7 if request.heard(None) else 8)
+            os._exit(7 if request.requested(None) else 8)
         finally:
             os._exit(9)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -29,7 +29,7 @@ def in_a_fork(life: Callable[[StopRequest], None]) -> int:
 def send(*signals: signal.Signals) -> None:
     for number in signals:
         os.kill(os.getpid(), number)
-        # So that none is merged with the one before.
+        # So that it is not merged with the previous one.
         time.sleep(0.05)
 
 
@@ -48,7 +48,7 @@ def test_signals(signals: list[signal.Signals], status: int) -> None:
     assert in_a_fork(lambda request: send(*signals)) == status
 
 
-def test_a_second_one_later_ends_at_once() -> None:
+def test_later_second_signal_terminates_immediately() -> None:
     def life(request: StopRequest) -> None:
         send(signal.SIGTERM)
         time.sleep(1.2)

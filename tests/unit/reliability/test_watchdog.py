@@ -1,4 +1,4 @@
-"""Ranks that watch each other by files, in forks that are told which rank they are."""
+"""Ranks that watch each other by heartbeat files, in forks with patched rank numbers."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.layout import HEARTBEATS
 from maskvr_ds.runtime import distributed
 
-# Far longer than a test waits.
+# Far longer than any test takes.
 TIMEOUT = 120.0
 Life = Callable[[Watchdog], object]
 
@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(run: Path, number: int, ranks: int, life: Life) -> int:
-    """The process of a rank with this life: its status is 0, 7 where it leaves with an error, 1 where others end it."""
+    """Fork a rank that runs `life`; its exit status is 0, 7 after an exception, 1 if another rank ended it."""
     if child := os.fork():
         return child
     try:
@@ -69,27 +69,25 @@ def fails(dog: Watchdog) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 2])
-def test_a_rank_that_fails_takes_the_others_along(
-    failing: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    began = time.monotonic()
+def test_one_failing_rank_ends_the_others(failing: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
     children = [start(tmp_path, number, 3, fails if number == failing else waits) for number in range(3)]
     assert [status(child) for child in children] == [7 if number == failing else 1 for number in range(3)]
-    assert time.monotonic() - began < 15
-    told = capfd.readouterr().err
-    assert told.count("error: ") == 1
-    assert f"error: rank {failing} on " in told
-    assert "(last step 12, failed) has ended with an error" in told
+    assert time.monotonic() - started < 15
+    output = capfd.readouterr().err
+    assert output.count("error: ") == 1
+    assert f"error: rank {failing} on " in output
+    assert "(last step 12, failed) has failed while the others wait" in output
     assert fence.heartbeat_ages(tmp_path).keys() == {0, 1, 2} - {failing}
 
 
-def test_an_error_of_all_ranks_is_left_to_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_error_on_all_ranks_is_reported_by_each(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     children = [start(tmp_path, number, 2, fails) for number in range(2)]
     assert [status(child) for child in children] == [7, 7]
     assert capfd.readouterr().err == ""
 
 
-def test_an_orderly_end_hurries_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_orderly_exit_does_not_end_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def leaves(dog: Watchdog) -> None:
         raise OrderlyError
 
@@ -99,8 +97,8 @@ def test_an_orderly_end_hurries_nobody(tmp_path: Path, capfd: pytest.CaptureFixt
     assert fence.heartbeat_ages(tmp_path) == {}
 
 
-def test_a_single_rank_gives_signs_of_life(tmp_path: Path) -> None:
-    """By which a second job on another host sees it."""
+def test_single_rank_writes_heartbeats(tmp_path: Path) -> None:
+    """A second job on another host detects the run by them."""
 
     def looks(dog: Watchdog) -> None:
         deadline = time.monotonic() + 10

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
-from maskvr_ds.config.masking import STRATEGY_SETTINGS, MaskingConfig
+from maskvr_ds.config.masking import SUBSECTIONS, MaskingConfig
 from maskvr_ds.config.phases import PhaseStart
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.training.phases import apply_start, done, next_phase, plan, tokens_done
@@ -64,38 +64,44 @@ def test_a_phase_is_its_sections_over_the_runs() -> None:
 
 
 def test_a_phase_with_another_strategy_does_not_inherit_what_belongs_to_the_first() -> None:
-    masking = {"strategy": "frequency", "floor": 0.2, "rate": 0.3, "final_rate": 0.15}
+    masking = {"strategy": "frequency", "frequency": {"floor": 0.2}, "rate": 0.3, "final_rate": 0.15}
     long = RunConfig.model_validate({**two(masking={"strategy": "span", "rate": 0.2}), "masking": masking}).phase(1)
-    assert (long.masking.strategy, long.masking.floor, long.masking.final_rate) == ("span", 0.3, None)
+    assert (long.masking.strategy, long.masking.frequency.floor, long.masking.final_rate) == ("span", 0.3, None)
     phases = plan(RunConfig.model_validate({**two(), "masking": masking}))
     assert [phases[0].masking_rate(step) for step in (0, 9)] == [0.3, 0.15]
     assert [phases[1].masking_rate(step) for step in (10, 13)] == [0.3, 0.15], "its schedule restarts"
 
 
-# Another value than the default, for each.
-OTHERS = {
-    "placement": "same_batch",
-    "segments_per_sequence": 2,
-    "frequency_power": 0.7,
-    "document_frequency_power": -0.2,
-    "floor": 0.2,
-    "span_probability": 0.3,
-    "span_maximum": 5,
-    "sampler": "conditional_poisson",
-    "estimator": "hajek",
+# A non-default value for each subsection.
+OTHERS: dict[str, dict[str, Any]] = {
+    "fully_explored": {"placement": "same_batch", "segments_per_sequence": 2},
+    "frequency": {"power": 0.7, "floor": 0.2, "sampler": "conditional_poisson", "estimator": "hajek"},
+    "span": {"geometric_p": 0.3, "max_length": 5},
+    "mapnet": {"hidden": 32, "floor": 0.5, "lr": 0.01},
+    "auto": {"every_steps": 7},
 }
 
 
-def test_settings_go_over_to_the_strategies_that_they_belong_to() -> None:
-    assert OTHERS.keys() == STRATEGY_SETTINGS.keys()
-    default = MaskingConfig().model_dump()
-    for before in ("fully_explored", "frequency", "span", "mapnet"):
-        settings = {name: OTHERS[name] for name, strategies in STRATEGY_SETTINGS.items() if before in strategies}
-        for after in ("uniform", "whole_word", "fully_explored", "frequency", "mapnet"):
-            values = {**two(masking={"strategy": after}), "masking": {"strategy": before, **settings}}
-            found = RunConfig.model_validate(values).phase(1).masking
-            for name, value in settings.items():
-                assert getattr(found, name) == (value if after in STRATEGY_SETTINGS[name] else default[name])
+@pytest.mark.parametrize("before", ["fully_explored", "frequency", "span", "mapnet", "auto"])
+@pytest.mark.parametrize("after", list(SUBSECTIONS))
+def test_a_new_strategy_keeps_only_its_own_subsections(before: str, after: str) -> None:
+    settings = {name: OTHERS[name] for name in SUBSECTIONS[before]}
+    values = {**two(masking={"strategy": after}), "masking": {"strategy": before, **settings}}
+    found = RunConfig.model_validate(values).phase(1).masking
+    for name in OTHERS:
+        kept = settings[name] if name in settings and name in SUBSECTIONS[after] else {}
+        assert getattr(found, name).model_dump(exclude_defaults=True) == kept, name
+
+
+def test_a_phase_changes_single_fields_of_a_subsection() -> None:
+    masking = {"strategy": "mapnet", "mapnet": {"hidden": 32, "floor": 0.5}}
+    values = {**two(masking={"mapnet": {"floor": 0.1}}), "masking": masking}
+    section = RunConfig.model_validate(values).phase(1).masking.mapnet
+    assert (section.hidden, section.floor) == (32, 0.1)
+    explored = {"strategy": "fully_explored", "fully_explored": {"placement": "same_batch", "segments_per_sequence": 2}}
+    values = {**two(masking={"fully_explored": {"placement": "across_epochs"}}), "masking": explored}
+    found = RunConfig.model_validate(values).phase(1).masking
+    assert found == MaskingConfig(strategy="fully_explored"), "segments_per_sequence is not inherited"
 
 
 def test_a_run_without_phases_is_one_phase() -> None:
