@@ -72,11 +72,15 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
 
 
 def differences(key: str, was: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted key, earlier value, present value) of everything that differs, in mappings key by key."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        nested = (differences(f"{key}.{name}", was.get(name), now.get(name)) for name in {**was, **now})
-        return [difference for found in nested for difference in found]
-    return [] if was == now else [(key, was, now)]
+    """(dotted key, earlier value, present value) of everything that differs, in mappings key by key.
+
+    A subsection that only one side has follows from another setting (masking.strategy), which is reported instead.
+    """
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return [] if was == now else [(key, was, now)]
+    nested = (differences(f"{key}.{name}", was.get(name), now.get(name)) for name in {**was, **now})
+    found = [difference for differing in nested for difference in differing]
+    return [d for d in found if isinstance(d[1], dict) == isinstance(d[2], dict)] or found
 
 
 def read_probe(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,9 +19,14 @@ def add_recipes(commands: Commands) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from maskvr_ds.config import recipe_text, recipes
+    from maskvr_ds.config import recipe_parts, recipe_text, recipes
 
-    print(recipe_text(arguments.name) if arguments.name else "\n".join(recipes()))
+    if arguments.name:
+        print(recipe_text(arguments.name))
+    else:
+        print("\n".join(recipes()))
+        print("\nparts of recipes, to be combined in base: [...]")
+        print("\n".join(recipe_parts()))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Configuration of a run, checked before anything is spent. Loads no torch.
+"""Configuration of a run, validated before training starts. Loads no torch.
 
-The public names; `run.py` has RunConfig, the other modules one group of sections each.
+Public names of the package: RunConfig is in `run.py`, its sections are in the other modules.
 """
 
 from maskvr_ds.config.base import ConfigError
 from maskvr_ds.config.data import DataConfig
-from maskvr_ds.config.loading import recipe_text, recipes
+from maskvr_ds.config.loading import recipe_parts, recipe_text, recipes
 from maskvr_ds.config.masking import AutoConfig, MapNetConfig, MaskingConfig
 from maskvr_ds.config.model import ModelConfig
 from maskvr_ds.config.options import add_config_options, add_run_options
@@ -44,6 +44,7 @@ __all__ = [
     "deepspeed_config_path",
     "dump_config",
     "load_config",
+    "recipe_parts",
     "recipe_text",
     "recipes",
 ]

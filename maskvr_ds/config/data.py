@@ -1,4 +1,4 @@
-"""The section of what a run reads. Loads no torch."""
+"""Section `data`: the corpora that a run reads. Loads no torch."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,24 +11,28 @@ MAX_WEIGHT = 1000
 
 
 class MixtureCorpus(Section):
-    """One corpus of several."""
+    """One corpus of a mixture."""
 
     path: Path
-    # How often its rows are read in an epoch; 0.5: half of them in each, the others in the next.
+    """Folder of the corpus."""
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
+    """How often its rows are read per epoch; 0.5: half of them in each epoch, the other half in the next."""
 
 
 class DataConfig(Section):
-    """Corpora as `python -m data_pipeline build` writes them: `path` of one, or `mixture` of several."""
+    """Corpora as written by `python -m data_pipeline build`: one in `path`, or several in `mixture`."""
 
     path: Path | None = None
+    """Folder of the only corpus; null with a mixture."""
     mixture: tuple[MixtureCorpus, ...] = ()
-    # None: the folder held_out in the corpus, or those in all corpora of the mixture, where evaluation asks for them.
+    """Several corpora, each with a weight; empty with `path`."""
     held_out_path: Path | None = None
-    # "full" reads every shard once at the start and compares its SHA-256, the work divided among the ranks.
+    """Corpus for evaluation. null: the subfolder held_out of the corpus, or of every corpus of the mixture."""
     verify: Literal["full", "size"] = "full"
-    # Steps that each rank reads ahead.
+    """full: read every shard once at the start and compare its SHA-256, the work divided among the ranks; size: compare
+    file sizes only."""
     prefetch: PositiveInt = 2
+    """Steps that each rank reads ahead."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
@@ -40,5 +44,5 @@ class DataConfig(Section):
 
     @property
     def corpora(self) -> tuple[MixtureCorpus, ...]:
-        """What is read, also where it is one."""
+        """The corpora as a mixture, even if there is only one."""
         return self.mixture or (MixtureCorpus(path=self.path or Path()),)

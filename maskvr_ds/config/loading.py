@@ -11,47 +11,74 @@ from maskvr_ds.config.masking import without_foreign
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, JOBS, METRICS, OWNER
 from maskvr_ds.run_folder.migration import SCHEMA, migrate_config
 
+_RECIPES = "maskvr_ds.recipes"
+_PARTS = "parts"
+
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    files = resources.files("maskvr_ds.recipes").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    """Names of the recipes that come with the package: configurations that are complete but for the paths."""
+    return _names()
+
+
+def recipe_parts() -> list[str]:
+    """Names of the parts of recipes: a model, a schedule or masks alone, to be combined in `base`."""
+    return _names(_PARTS)
 
 
 def recipe_text(name: str) -> str:
-    """The YAML text of a recipe. Raises ConfigError if there is none of that name."""
-    if name not in recipes():
-        raise ConfigError(f"{name!r}: no such recipe; there are {', '.join(recipes())}")
-    return (resources.files("maskvr_ds.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    """The YAML text of a recipe or of a part. Raises ConfigError if there is none of that name."""
+    folder = resources.files(_RECIPES)
+    if name in recipe_parts():
+        folder = folder / _PARTS
+    elif name not in recipes():
+        raise ConfigError(
+            f"{name!r}: no such recipe; there are {', '.join(recipes())}, and the parts {', '.join(recipe_parts())}"
+        )
+    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read_yaml(config: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the recipe of that name, laid over those that its `base` names.
+def _names(*folder: str) -> list[str]:
+    files = resources.files(_RECIPES).joinpath(*folder).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
-    base: a recipe, a file (relative to the folder of the file that names it), or a list of them, each laid over the
-    ones before: recipes compose as model, data, schedule. Sections are merged field by field, lists are replaced.
-    above: the files that led here. Raises ConfigError if a base is missing or leads back to itself.
+
+def read_yaml(config: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the recipe of that name, merged over those that its `base` names.
+
+    base: a recipe, a file (relative to the folder of the file that names it), or a list of them. They are merged from
+    left to right, then the file itself; later values win. Sections are merged field by field, lists are replaced.
+    Raises ConfigError if a base is missing, leads back to itself, or is included along two ways.
     """
-    values = _read_mapping(config)
+    return _read_with_bases(str(config), (), {})
+
+
+def _read_with_bases(name: str, chain: tuple[str, ...], included: dict[str, str]) -> dict[str, Any]:
+    """chain: the files that led here, outermost first. included: what was read so far -> the file that named it."""
+    values = _read_mapping(name)
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(
-            f"config {config}: base is {bases!r}; the name of a recipe, a file, or a list of them expected"
-        )
-    above = (*above, str(config))
+        raise ConfigError(f"config {name}: base is {bases!r}; the name of a recipe, a file, or a list of them expected")
+    chain = (*chain, name)
     merged: dict[str, Any] = {}
     for base in bases:
-        relative = Path(config).parent / base
-        name = str(relative) if relative.is_file() else base
-        if name in above:
-            raise ConfigError(f"config {config}: base {base} leads back to itself ({' -> '.join((*above, name))})")
-        merged = _merged(merged, read_yaml(name, above))
+        relative = Path(name).parent / base
+        path = str(relative) if relative.is_file() else base
+        key = str(relative.resolve()) if relative.is_file() else base
+        if key in {str(Path(above).resolve()) if Path(above).is_file() else above for above in chain}:
+            raise ConfigError(f"config {name}: base {base} leads back to itself ({' -> '.join((*chain, path))})")
+        if key in included:
+            raise ConfigError(
+                f"config {name}: base {base} is also included by {included[key]}; merged a second time it would undo "
+                "what was merged over it. Include it once"
+            )
+        included[key] = name
+        merged = _merged(merged, _read_with_bases(path, chain, included))
     return _merged(merged, values)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections field by field; `above` takes precedence. A masking.strategy in `above` drops the subsections of other
+    """Sections field by field, `above` over `below`. A masking.strategy in `above` drops the subsections of other
     strategies from `below`."""
     merged = dict(below)
     for key, value in above.items():
@@ -71,7 +98,7 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"config {config}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    elif str(config) in recipes():
+    elif str(config) in (*recipes(), *recipe_parts()):
         text = recipe_text(str(config))
     else:
         raise ConfigError(f"config {str(config)!r}: neither a file nor a recipe ({', '.join(recipes())})")
@@ -82,8 +109,8 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
     schema = values.pop("schema", 1 if _stored_by_run(path) else SCHEMA)
-    if schema not in range(1, SCHEMA + 1):
-        raise ConfigError(f"config {config}: schema {schema!r}, this version reads 1 to {SCHEMA}; update maskvr_ds")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        raise ConfigError(f"config {config}: schema {schema!r}; this version reads 1 to {SCHEMA}, update maskvr_ds")
     return values if schema == SCHEMA else migrate_config(values)
 
 
@@ -116,8 +143,10 @@ def assign(values: dict[str, Any], assignment: str) -> None:
         place[field] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {assignment}: the value is not YAML: {error}") from None
-    if sections == ["masking"] and field == "strategy" and isinstance(place[field], str):
-        values["masking"] = without_foreign(place, place[field])
+    if sections[-1:] == ["masking"] and field == "strategy" and isinstance(place[field], str):
+        own = without_foreign(place, place[field])
+        place.clear()
+        place.update(own)
 
 
 def _entry(entries: list[Any], name: str, assignment: str) -> Any:

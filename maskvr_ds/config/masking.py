@@ -1,5 +1,6 @@
 """Section `masking`: which tokens are predicted, with one subsection per strategy. Loads no torch."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -19,6 +20,8 @@ SUBSECTIONS: dict[str, tuple[str, ...]] = {
     "mapnet": ("mapnet",),
     "auto": ("auto", "mapnet"),
 }
+# Settings of subsection mapnet that strategy auto decides by itself.
+_NOT_UNDER_AUTO = ("gate", "sampler", "estimator")
 # Settings of the proposal network that may change on resume.
 MAPNET_MAY_CHANGE = {"lr", "check_every"}
 
@@ -165,7 +168,7 @@ class MaskingConfig(Section):
                     f"{name} ({given}) belongs to strategy {' or '.join(owners)}; strategy is {self.strategy}"
                 )
         if self.strategy == "auto":
-            fixed = self.mapnet.model_dump(include={"gate", "sampler", "estimator"}, exclude_defaults=True)
+            fixed = self.mapnet.model_dump(include=set(_NOT_UNDER_AUTO), exclude_defaults=True)
             if fixed:
                 name, value = next(iter(fixed.items()))
                 raise ValueError(
@@ -204,7 +207,11 @@ def subsections() -> set[str]:
     return {name for names in SUBSECTIONS.values() for name in names}
 
 
-def without_foreign(masking: dict[str, Any], strategy: str) -> dict[str, Any]:
-    """The mapping without subsections of other strategies than `strategy`."""
+def without_foreign(masking: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+    """Raw settings of `masking` that still apply when the strategy changes to `strategy`: no subsections of other
+    strategies, and of `mapnet` under auto nothing that auto decides."""
     foreign = subsections() - set(SUBSECTIONS.get(strategy, subsections()))
-    return {key: value for key, value in masking.items() if key not in foreign}
+    values = {key: value for key, value in masking.items() if key not in foreign}
+    if strategy == "auto" and isinstance(section := values.get("mapnet"), Mapping):
+        values["mapnet"] = {key: value for key, value in section.items() if key not in _NOT_UNDER_AUTO}
+    return values

@@ -1,4 +1,4 @@
-"""The model that a run trains: its sizes given, by preset, or those of an existing model. Loads no torch."""
+"""Section `model`: sizes given explicitly, by preset, or by an existing model. Loads no torch."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 _OF_PRESET = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 
 BERT_CONFIG = "config.json"
-# What of an existing model's config.json the weights are made for, with what a file without the key means.
+# Keys of an existing model's config.json that its weights depend on -> value if the file lacks the key.
 _FIXED: dict[str, Any] = {
     "num_hidden_layers": 12,
     "hidden_size": 768,
@@ -35,9 +35,9 @@ _FIXED: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "initializer_range": 0.02,
 }
-# What a run may have otherwise.
+# Keys that a run may override.
 _FREE: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-# Values with which a model is the one that is trained here; the first is that of a file without the key.
+# Values that the model trained here supports; the first one applies if the file lacks the key.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
     "position_embedding_type": ("absolute",),
@@ -51,9 +51,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def read_bert_config(folder: Path) -> dict[str, Any] | None:
-    """A Hugging Face folder's config.json, checked to be of a BERT that can be trained here; None where there is none.
+    """A Hugging Face folder's config.json, checked to describe a BERT that can be trained here; None if there is none.
 
-    Raises ValueError naming the key.
+    Raises ValueError naming the key that is not supported.
     """
     path = folder / BERT_CONFIG
     if not path.is_file():
@@ -68,14 +68,14 @@ def read_bert_config(folder: Path) -> dict[str, Any] | None:
         if (value := content.get(key, allowed[0])) not in allowed:
             expected = "no such key" if allowed[0] is None else repr(allowed[0])
             raise ValueError(
-                f"{path}: {key} is {value!r}, {expected} expected: only weights of transformers' BertForMaskedLM can "
-                "be gone on with"
+                f"{path}: {key} is {value!r}, {expected} expected: only weights of transformers' BertForMaskedLM are "
+                "supported"
             )
     return content
 
 
 def _sizes(folder: Path) -> dict[str, Any]:
-    """Fields of ModelConfig that an existing model's config.json gives; none where there is no such file."""
+    """Fields of ModelConfig that an existing model's config.json sets; none if there is no such file."""
     content = read_bert_config(folder)
     if content is None:
         return {}
@@ -83,30 +83,43 @@ def _sizes(folder: Path) -> dict[str, Any]:
 
 
 class ModelConfig(Section):
-    """transformers' BertConfig; the vocabulary comes from the corpus. A preset gives sizes, fields override it."""
+    """transformers' BertConfig; the size of the vocabulary comes from the corpus."""
 
     preset: Literal["bert-tiny", "bert-mini", "bert-small", "bert-medium", "bert-base", "bert-large"] | None = None
-    # A Hugging Face folder (config.json, model.safetensors) whose weights the run begins with; the sizes below are then
-    # the folder's, and only dropout may differ. A resume needs it no more, so it may be missing when this is read.
+    """Sets num_hidden_layers, hidden_size and num_attention_heads, which override it if given; null: no preset."""
+    # Resuming does not need the folder, so it may be missing when a configuration is read.
     initialize_from: Path | None = None
+    """Hugging Face folder (config.json, model.safetensors) whose weights training starts from. The sizes below are then
+    those of the folder; only the dropout probabilities may differ. null: random weights from the seed."""
     num_hidden_layers: PositiveInt = 12
+    """Transformer layers."""
     hidden_size: PositiveInt = 768
+    """Hidden size D, a multiple of num_attention_heads."""
     num_attention_heads: PositiveInt = 12
-    # None: 4 × hidden_size.
+    """Attention heads per layer."""
     intermediate_size: PositiveInt | None = None
+    """Width of the feed-forward layers; null: 4 × hidden_size."""
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
+    """Activation of the feed-forward layers and of the prediction head."""
     hidden_dropout_prob: Probability = 0.1
+    """Dropout of embeddings and layer outputs."""
     attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of attention weights."""
     max_position_embeddings: PositiveInt = 512
+    """Maximum sequence length, in tokens."""
     type_vocab_size: PositiveInt = 2
+    """Number of token types (segments)."""
     layer_norm_eps: float = 1e-12
+    """ε of LayerNorm."""
     initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _take_sizes(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Where the section has no size: the preset's, then the folder's. Those that it has must be the folder's."""
+        """Fill in missing sizes from the preset, then from the folder; given sizes must match the folder's."""
         if not isinstance(values, Mapping):
             return validate(values)
         values = dict(values)
@@ -123,14 +136,14 @@ class ModelConfig(Section):
             if key in sizes and (given := getattr(model, key)) != sizes[key]:
                 by_preset = f" (preset {preset})" if preset and key in _OF_PRESET else ""
                 raise ValueError(
-                    f"{key} is {given!r}{by_preset}, and {folder}/{BERT_CONFIG} has {sizes[key]!r}: its weights are "
-                    f"made for that; leave it{' and preset' if by_preset else ''} out, or set it to null"
+                    f"{key} is {given!r}{by_preset}, and {folder}/{BERT_CONFIG} has {sizes[key]!r}, which its weights "
+                    f"require; remove {key}{' and preset' if by_preset else ''}, or set it to null"
                 )
         return model
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        # Of a folder that is gone the sizes are not known here, but to the checkpoint.
+        # If the folder is gone, only the checkpoint knows the sizes.
         known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
         if known and self.hidden_size % self.num_attention_heads:
             raise ValueError(

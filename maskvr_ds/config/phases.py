@@ -1,4 +1,4 @@
-"""Phases of a run, as its configuration declares them: their own sections over the run's. Loads no torch."""
+"""Section `phases`: the phases of a run, each with sections merged over those of the run. Loads no torch."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -10,33 +10,42 @@ from maskvr_ds.config.masking import without_foreign
 
 
 class PhaseStart(Section):
-    """What a phase takes over from the one before. No field has a default: published recipes differ here."""
+    """State carried over from the previous phase. No field has a default, because published recipes differ here."""
 
-    # First and second moments of the gradients.
     moments: Literal["keep", "zero"]
-    # The optimizer's t, which corrects the moments' bias.
+    """First and second moments of the gradients."""
     step_counter: Literal["keep", "zero"]
-    # continue: the schedule of the phase before goes on, its length that of both phases together.
+    """The optimizer's step t, used for bias correction."""
     schedule: Literal["restart", "continue"]
+    """continue: the schedule of the previous phase continues; its length is that of both phases together."""
 
 
 class Phase(Section):
-    """A part of a run: what it has other than the run, as sections with some of their fields.
+    """One phase: sections with the fields that differ from those of the run.
 
-    Every phase has its data.path (or data.mixture) and training.steps; of `optimizer` only lr may differ.
+    Every phase sets data.path (or data.mixture) and training.steps.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
-    # Required in every phase but the first.
+    """Unique name, shown in metrics.jsonl and used by `--set phases.NAME.section.field=value`."""
     start: PhaseStart | None = None
+    """Required in all phases except the first."""
     data: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `data`."""
     masking: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `masking`. A new strategy drops the run's subsections of other strategies."""
     batch: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `batch`."""
     optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `optimizer`: only lr."""
     schedule: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `schedule`."""
     training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `training`."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `evaluation`."""
     checkpoint: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `checkpoint`."""
 
     @property
     def continues_schedule(self) -> bool:
@@ -44,7 +53,7 @@ class Phase(Section):
 
 
 Phases = tuple[Phase, ...]
-# Fields of `data` that each phase has for itself.
+# Fields of `data` that every phase sets for itself.
 OF_PHASES = ("path", "mixture", "held_out_path")
 SECTIONS = tuple(name for name in Phase.model_fields if name not in ("name", "start"))
 # Section -> field set by a phase -> fields that the phase then does not inherit, as they would not fit the new value.
@@ -61,8 +70,8 @@ _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def take_from_phases(values: Any) -> Any:
-    """A run's raw values, with what its required sections lack filled in: the first phase's corpora, the sum of all
-    training.steps. Raises ValueError where a phase lacks its own, or the run's sections say it too."""
+    """Fill in required fields of a run's raw values from its phases: the first phase's corpora and the sum of all
+    training.steps. Raises ValueError if a phase lacks them, or the run sets them too."""
     phases = values.get("phases") if isinstance(values, Mapping) else None
     if not phases or not isinstance(phases, list) or not all(isinstance(phase, Mapping) for phase in phases):
         return values
@@ -74,7 +83,7 @@ def take_from_phases(values: Any) -> Any:
     for section, given, keys in (("data", data, OF_PHASES), ("training", training, tuple(training))):
         if found := next((key for key in keys if key in given), None):
             where = f"phases.NAME.{section}.{found}"
-            raise ValueError(f"{section}.{found}: with phases each has its own; remove it here and set {where}")
+            raise ValueError(f"{section}.{found}: set by each phase; remove it here and set {where}")
     steps = 0
     for number, phase in enumerate(phases):
         where = f"phases.{phase.get('name', number)}"
@@ -89,21 +98,21 @@ def take_from_phases(values: Any) -> Any:
 
 
 def check_phases(phases: Phases) -> None:
-    """Raise ValueError naming the phase that is at odds with the others."""
+    """Raise ValueError naming the phase that does not fit the others."""
     names = [phase.name for phase in phases]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"phases: two are named {twice!r}; a name stands for one phase")
+        raise ValueError(f"phases: two are named {twice!r}; names must be unique")
     for index, phase in enumerate(phases):
         where = f"phases.{phase.name}"
         if phase.start is None and index:
             raise ValueError(
-                f"{where}.start: required: say what it takes over from phase {names[index - 1]!r}: "
+                f"{where}.start: required, to state what is carried over from phase {names[index - 1]!r}: "
                 "moments and step_counter, keep or zero; schedule, restart or continue"
             )
         if phase.start is not None and not index:
-            raise ValueError(f"{where}.start: the first phase has none before it; remove the section")
+            raise ValueError(f"{where}.start: the first phase has no predecessor; remove the section")
         if fixed := next((key for key in phase.optimizer if key != "lr"), None):
-            raise ValueError(f"{where}.optimizer.{fixed}: only lr may differ between phases; set it for the whole run")
+            raise ValueError(f"{where}.optimizer.{fixed}: only lr may differ between phases; set it for the run")
         if phase.continues_schedule:
             own = [name for name in ("schedule", "optimizer") if getattr(phase, name)]
             own += ["training.schedule_steps"] if "schedule_steps" in phase.training else []
@@ -122,7 +131,7 @@ def schedule_span(phases: Phases, index: int) -> tuple[int, int]:
 
 
 def _overlay(section: str, inherited: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over `inherited`, field by field, subsections too."""
+    """`given` merged over `inherited` field by field, including subsections."""
     dropped = {name for key in given for name in _REPLACES.get(section, {}).get(key, ())}
     values = {key: value for key, value in inherited.items() if key not in dropped}
     for key, value in given.items():
@@ -134,12 +143,12 @@ def _overlay(section: str, inherited: Mapping[str, Any], given: Mapping[str, Any
 
 
 def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
-    """Sections of the run, dumped, with those of one phase laid over them: the raw values of a run without phases."""
+    """Sections of one phase merged over those of the run, dumped -> raw values of a run without phases."""
     first, end = schedule_span(phases, index)
-    # The run's own corpora and steps were taken from the phases.
+    # The run's corpora and steps were filled in from the phases.
     values = {**run, "training": {}, "data": {k: v for k, v in run["data"].items() if k not in OF_PHASES}}
     for section in SECTIONS:
-        # A schedule that continues is that of the phase where it began, with its peak.
+        # A continued schedule, and its peak learning rate, are those of the phase that started it.
         given = getattr(phases[first if section in ("schedule", "optimizer") else index], section)
         inherited = values[section]
         if section == "masking" and "strategy" in given:

@@ -1,4 +1,4 @@
-"""The sections of what keeps a run alive: checkpoints, divergence, hangs. Loads no torch."""
+"""Sections `checkpoint`, `divergence` and `hangs`. Loads no torch."""
 
 from typing import Annotated
 
@@ -10,34 +10,42 @@ Factor = Annotated[float, Field(gt=1)]
 
 
 class CheckpointConfig(Section):
-    """After every n-th step and after the last; 0: only after the last."""
+    """When checkpoints are saved, and which are kept. One is always saved after the last step."""
 
     every_steps: NonNegativeInt = 1000
+    """Steps between checkpoints; 0: only after the last step."""
     keep_last: PositiveInt = 3
-    # Those of every n-th step are kept for good; 0: none. Counts only where a checkpoint falls on such a step.
+    """Number of newest checkpoints to keep."""
     keep_every_steps: NonNegativeInt = 0
-    # Copied to host memory at once, written while training goes on.
+    """Also keep the checkpoints of steps that are multiples of this number; 0: none. It does not cause checkpoints."""
     asynchronous: bool = False
+    """Copy to host memory at once and write to disk while training continues."""
 
 
 class DivergenceConfig(Section):
-    """A step whose loss or gradient norm is not finite, or far above the median of late, updates no weights; where
-    that comes too often the run goes back to its last checkpoint and passes over the batches of such steps."""
+    """Guard against divergence: an update whose loss or gradient norm is non-finite, or far above the median of the
+    last `history` good steps, is skipped. If that happens too often, the run rolls back to its last checkpoint and
+    skips the batches of such steps."""
 
     enabled: bool = True
-    # Far above: times the median of the last `history` good steps (judged once a fifth of them are there).
+    """Whether to check losses and gradient norms."""
     loss_factor: Factor = 2.0
+    """A loss above this multiple of the median is too high (judged once a fifth of `history` is recorded)."""
     norm_factor: Factor = 100.0
+    """A gradient norm above this multiple of the median is too high."""
     history: PositiveInt = 100
-    # So many of `history` steps in a row may leave their update out; one more, and the run goes back.
+    """Number of steps that the medians and `max_skipped` refer to."""
     max_skipped: NonNegativeInt = 2
-    # Batches before and after that of a bad step that are passed over with it.
+    """Maximum number of skipped updates within the last `history` steps; one more causes a rollback."""
     margin: NonNegativeInt = 1
-    # To the same checkpoint; then the run ends with an explanation.
+    """Batches before and after that of a bad step that are skipped with it after a rollback."""
     max_rollbacks: NonNegativeInt = 3
+    """Maximum number of rollbacks to the same checkpoint; one more ends the run with an explanation."""
 
 
 class HangsConfig(Section):
-    # Seconds after which a rank that gives no sign of life, or does not get on while others wait, ends the job. Longer
-    # than the slowest step. 0: never.
+    """Detection of hanging ranks."""
+
     timeout: Annotated[float, Field(ge=0)] = 900.0
+    """Seconds without a heartbeat, or without progress while other ranks wait, after which the job is ended. Must
+    exceed the duration of the slowest step; 0: never."""

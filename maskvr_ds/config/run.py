@@ -1,8 +1,8 @@
-"""RunConfig: everything a run is, checked before anything is spent. Loads no torch.
+"""RunConfig: the complete configuration of a run, validated before training starts. Loads no torch.
 
-One section a component; a component is given its own section, never the whole. YAML gives the values,
-`--set section.field=value` changes single ones (config_file.py). ds_configs/*.json own what is not here: ZeRO stage,
-precision, communication, offload.
+One section per component; a component receives its own section, never the entire configuration. Values come from YAML,
+and single ones from `--set section.field=value` (loading.py). ds_configs/*.json hold the rest: ZeRO stage, precision,
+communication, offload.
 """
 
 from collections.abc import Sequence
@@ -36,27 +36,41 @@ from maskvr_ds.run_folder.migration import SCHEMA, renamed
 
 
 class RunConfig(Section):
-    # The run's folder: config.yaml, metrics.jsonl, loss.png, checkpoints/, monitors.
+    """The configuration of a run. Only output_dir, data and training.steps are required."""
+
     output_dir: Path
-    # Keys initial weights, data order, masks and dropout.
+    """Directory of the run: config.yaml, metrics.jsonl, loss.png, checkpoints/, monitors."""
     seed: NonNegativeInt = 0
-    # A name from ds_configs/ or the path of a JSON file.
+    """Seed of initial weights, data order, masks and dropout."""
     deepspeed: str = "zero1_fp32"
-    # With phases, data and training are theirs: here stand the first one's corpora and the sum of their steps.
+    """Name of a file in ds_configs/, or path of a JSON file."""
+    # With phases: the corpora of the first one, and in `training` the sum of all steps.
     data: DataConfig
+    """Corpora; with phases, set by each of them."""
     model: ModelConfig = ModelConfig()
+    """Sizes of the model, or an existing model to start from."""
     masking: MaskingConfig = MaskingConfig()
+    """Which tokens are predicted."""
     batch: BatchConfig = BatchConfig()
+    """Batch sizes."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """LAMB or AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate schedule."""
     training: TrainingConfig
+    """Length of the training; with phases, set by each of them."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved, and which are kept."""
     divergence: DivergenceConfig = DivergenceConfig()
+    """Guard against divergence."""
     hangs: HangsConfig = HangsConfig()
+    """Detection of hanging ranks."""
     monitor: MonitorConfig = MonitorConfig()
-    # One after the other, each with what it changes in the sections above. None: the run is one phase.
+    """TensorBoard, CSV, Weights & Biases."""
     phases: tuple[Phase, ...] = ()
+    """Phases trained one after the other, each with the fields that it changes; empty: a single phase."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,14 +101,14 @@ class RunConfig(Section):
         return self
 
     def phase(self, index: int) -> "RunConfig":
-        """A phase as a run of its own, without phases; of a run without, the run itself.
+        """One phase resolved to a configuration without phases; the run itself if it has none.
 
-        Where schedules continue, training.schedule_steps is their joint length. Raises ValueError naming the phase.
+        If schedules continue, training.schedule_steps is their joint length. Raises ValueError naming the phase.
         """
         if not self.phases:
             return self
         values = resolve(self.model_dump(exclude={"phases"}), self.phases, index)
-        values["model"] = self.model  # as it is: it tells sizes that were given from defaults
+        values["model"] = self.model  # not dumped: it knows which sizes were set explicitly
         try:
             return RunConfig.model_validate(values)
         except ValidationError as error:
@@ -111,7 +125,7 @@ class RunConfig(Section):
         return self.training.schedule_steps or self.training.steps
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches a step on each rank. Raises ConfigError where the global batch does not divide."""
+        """Micro-batches per step and rank. Raises ConfigError if the global batch is not divisible."""
         size, micro = self.batch.global_size, self.batch.micro_size
         if size % (micro * world_size):
             per_pass = micro * world_size
@@ -153,7 +167,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def deepspeed_config_path(name: str) -> Path:
-    """The JSON file behind RunConfig.deepspeed. Raises ConfigError where there is none."""
+    """The JSON file that RunConfig.deepspeed names. Raises ConfigError if there is none."""
     path = Path(name)
     if path.is_file():
         return path

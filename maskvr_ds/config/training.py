@@ -1,4 +1,4 @@
-"""Sections of the training itself: batch, optimizer, schedule, evaluation, monitor. Loads no torch."""
+"""Sections `batch`, `optimizer`, `schedule`, `training`, `evaluation` and `monitor`. Loads no torch."""
 
 from dataclasses import replace
 from typing import Annotated, Literal, Self
@@ -12,37 +12,44 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class BatchConfig(Section):
-    """Sequences. global_size is what the optimizer sees; gradient accumulation fills it up."""
+    """Batch sizes, in sequences. Gradient accumulation makes up the difference."""
 
     global_size: PositiveInt = 256
-    # Sequences a forward pass on one rank.
+    """Sequences per optimizer step, over all ranks."""
     micro_size: PositiveInt = 32
+    """Sequences per forward pass on one rank."""
 
 
 class OptimizerConfig(Section):
-    """lamb: `maskvr_ds.lamb`; adam: DeepSpeed's own AdamW (torch's on a CPU), as a baseline."""
+    """The optimizer. Biases and LayerNorm have no weight decay."""
 
     name: Literal["lamb", "adam"] = "lamb"
+    """lamb: `maskvr_ds.lamb`; adam: DeepSpeed's AdamW (torch's on a CPU), as a baseline."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of the first and second moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
-    # lamb: whose LAMB, a row of the table in variants.py.
+    """Added to the square root of the second moment."""
     variant: Literal["paper", "nvidia", "deepspeed"] = "paper"
-    # In place of what the variant has; None: the variant's. The ratios bound the trust ratio.
+    """lamb: whose LAMB, a row of the table in optim/variants.py."""
     bias_correction: Literal["moments", "rate", "none"] | None = None
+    """lamb: overrides the variant's bias correction; null: the variant's."""
     min_ratio: Annotated[float, Field(ge=0)] | None = None
+    """lamb: lower bound of the trust ratio; null: the variant's."""
     max_ratio: Annotated[float, Field(gt=0)] | None = None
-    # Not applied to biases and LayerNorm.
+    """lamb: upper bound of the trust ratio; null: the variant's."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    # Largest global gradient norm; 0 turns clipping off.
+    """Decoupled weight decay λ."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Maximum global gradient norm; 0: no clipping."""
 
     @model_validator(mode="after")
     def _of_lamb(self) -> Self:
         given = (self.variant != "paper", self.bias_correction, self.min_ratio, self.max_ratio)
         if self.name != "lamb" and given != (False, None, None, None):
             raise ValueError(
-                f"variant, bias_correction, min_ratio and max_ratio are LAMB's; optimizer.name is {self.name}"
+                f"variant, bias_correction, min_ratio and max_ratio belong to LAMB; optimizer.name is {self.name}"
             )
         if (norm := self.lamb_variant().max_grad_norm) and self.gradient_clipping != norm:
             raise ValueError(
@@ -52,44 +59,50 @@ class OptimizerConfig(Section):
         return self
 
     def lamb_variant(self) -> Variant:
-        """The named variant with the switches that are set by themselves."""
-        switches = self.model_dump(include={"bias_correction", "min_ratio", "max_ratio"}, exclude_none=True)
-        return replace(VARIANTS[self.variant], **switches)
+        """The variant with the overrides given here."""
+        overrides = self.model_dump(include={"bias_correction", "min_ratio", "max_ratio"}, exclude_none=True)
+        return replace(VARIANTS[self.variant], **overrides)
 
 
 class ScheduleConfig(Section):
-    """Warm-up from initial_lr to optimizer.lr, then decay towards final_lr; the formulas stand in schedule.py."""
+    """Learning rate: warm-up from initial_lr to optimizer.lr, then decay towards final_lr (training/schedule.py)."""
 
-    # The warm-up's length: in steps, or as a share of the schedule's steps (rounded); one of the two.
     warmup_steps: NonNegativeInt = 0
+    """Length of the warm-up in steps; alternative to warmup_share."""
     warmup_share: Probability = 0.0
-    # 1: linear; 2: bing_bert's.
+    """Length of the warm-up as a fraction of the schedule's steps, rounded."""
     warmup_power: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of the warm-up; 1: linear, 2: as in bing_bert."""
     initial_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the start of the warm-up."""
     final_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate that the decay approaches."""
     decay: Literal["polynomial", "exponential"] = "polynomial"
-    # polynomial: (1 − t)^power, where t is 0 at the end of the warm-up, or at the schedule's start (as NVIDIA has it).
+    """polynomial: (1 − t)^power, t from 0 to 1; exponential: times decay_rate every decay_steps steps."""
     power: Annotated[float, Field(gt=0)] = 1.0
+    """polynomial: exponent."""
     decay_from: Literal["warmup", "start"] = "warmup"
-    # exponential: times decay_rate every decay_steps steps.
+    """polynomial: t is 0 at the end of the warm-up, or at the start of the schedule (NVIDIA)."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """exponential: factor, required."""
     decay_steps: PositiveInt | None = None
+    """exponential: steps per factor, required."""
 
     @model_validator(mode="after")
     def _kinds(self) -> Self:
         if self.warmup_steps and self.warmup_share:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} and warmup_share {self.warmup_share:g} both say how long the "
-                "warm-up is; give one of them"
+                f"warmup_steps {self.warmup_steps} and warmup_share {self.warmup_share:g} both set the length of the "
+                "warm-up; set one of them"
             )
         exponential = (self.decay_rate, self.decay_steps)
         if self.decay == "exponential":
             if None in exponential:
                 raise ValueError("decay exponential needs decay_rate and decay_steps")
             if (self.power, self.decay_from) != (1.0, "warmup"):
-                raise ValueError("power and decay_from belong to decay polynomial; leave them out")
+                raise ValueError("power and decay_from belong to decay polynomial; remove them")
         elif exponential != (None, None):
-            raise ValueError("decay_rate and decay_steps belong to decay exponential; leave them out, or set decay")
+            raise ValueError("decay_rate and decay_steps belong to decay exponential; remove them, or set decay")
         return self
 
     def warmup(self, total_steps: int) -> int:
@@ -98,31 +111,43 @@ class ScheduleConfig(Section):
 
 
 class TrainingConfig(Section):
+    """Length of the training."""
+
     steps: PositiveInt
-    # The step at which the schedule ends; None: `steps`. Set it to train only the first part of a longer run.
+    """Optimizer steps to train."""
     schedule_steps: PositiveInt | None = None
+    """Step at which the schedule ends; null: `steps`. Set it to train only the first part of a longer run."""
 
 
 class EvaluationConfig(Section):
-    """Loss on held-out rows under uniform masks that never change; also after the last step. 0 steps: never."""
+    """Loss on held-out rows under fixed uniform masks; also measured after the last step."""
 
     every_steps: NonNegativeInt = 500
-    # At most; the whole held-out corpus where it is smaller.
+    """Steps between evaluations; 0: never."""
     rows: PositiveInt = 1024
+    """Maximum number of held-out rows."""
 
 
 class WandbConfig(Section):
+    """Weights & Biases."""
+
     project: str
+    """Name of the project."""
     group: str | None = None
+    """Group of the run; null: none."""
     team: str | None = None
+    """Team (entity); null: the default one."""
 
 
 class MonitorConfig(Section):
-    """DeepSpeed's monitors, beside metrics.jsonl which is always written."""
+    """DeepSpeed's monitors, in addition to metrics.jsonl, which is always written."""
 
     tensorboard: bool = True
+    """Write TensorBoard events to RUN/tensorboard."""
     csv: bool = False
+    """Write CSV files to RUN/csv."""
     wandb: WandbConfig | None = None
-    # Steps between histograms of LAMB's trust ratios (TensorBoard, Weights & Biases) and lines of trust_ratios.jsonl,
-    # which has them tensor by tensor; 0: never.
+    """Log to Weights & Biases; null: do not."""
     histogram_every: NonNegativeInt = 100
+    """Steps between histograms of LAMB's trust ratios (TensorBoard, Weights & Biases) and lines of trust_ratios.jsonl,
+    which lists them per tensor; 0: never."""

@@ -1,1 +1,1 @@
-"""Named runs as YAML. A package so that wheels carry them."""
+"""Recipes: configurations as YAML, and in parts/ their parts. A package, so that wheels contain them."""

@@ -22,6 +22,7 @@ _OF_MASKING: dict[str, tuple[str | None, str]] = {
     "sampler": (None, "sampler"),
     "estimator": (None, "estimator"),
 }
+_WEIGHTED = ("frequency", "mapnet")
 # Section that moved into `masking` -> strategies that used it.
 _MOVED: dict[str, tuple[str, ...]] = {"mapnet": ("mapnet", "auto"), "auto": ("auto",)}
 _OF_DIVERGENCE = {"skip_updates": "max_skipped"}
@@ -50,11 +51,12 @@ def _renamed_in(values: Mapping[str, Any], where: str, strategy: str) -> list[tu
     masking, divergence = _mapping(values.get("masking")), _mapping(values.get("divergence"))
     strategy = masking.get("strategy", strategy)
     found = []
-    weighted = "mapnet" if strategy == "mapnet" else "frequency"
+    weighted = (strategy,) if strategy in _WEIGHTED else _WEIGHTED
     for key in masking:
         if key in _OF_MASKING:
             owner, name = _OF_MASKING[key]
-            found.append((f"{where}masking.{key}", f"{where}masking.{owner or weighted}.{name}"))
+            new = [f"{where}masking.{section}.{name}" for section in ((owner,) if owner else weighted)]
+            found.append((f"{where}masking.{key}", " or ".join(new)))
     found += [(f"divergence.{key}", f"divergence.{new}") for key, new in _OF_DIVERGENCE.items() if key in divergence]
     return found
 
@@ -64,32 +66,35 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def migrate_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Raw values of a configuration in schema 1 -> schema 2."""
+    """Raw values of a configuration in schema 1 -> schema 2. Keys that schema 2 has already are kept."""
     values = dict(values)
     moved = {section: values.pop(section) for section in _MOVED if section in values}
-    masking = values.get("masking") or {}
-    strategy = masking.get("strategy", "uniform")
+    masking = _mapping(values.get("masking"))
     if masking or moved:
-        values["masking"] = _nest(masking, strategy, moved)
-    if "phases" in values:
-        values["phases"] = [_migrate_phase(phase, strategy, moved) for phase in values["phases"]]
-    if "divergence" in values:
-        values["divergence"] = {_OF_DIVERGENCE.get(key, key): v for key, v in values["divergence"].items()}
+        values["masking"] = _nest(masking, masking.get("strategy", "uniform"), moved)
+    if isinstance(phases := values.get("phases"), list):
+        values["phases"] = [_migrate_phase(p, masking, moved) if isinstance(p, Mapping) else p for p in phases]
+    if isinstance(divergence := values.get("divergence"), Mapping):
+        values["divergence"] = {_OF_DIVERGENCE.get(key, key): value for key, value in divergence.items()}
     return values
 
 
-def _migrate_phase(phase: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -> dict[str, Any]:
+def _migrate_phase(phase: Mapping[str, Any], run: Mapping[str, Any], moved: Mapping[str, Any]) -> dict[str, Any]:
+    """run: the run's flat settings of masking, which the phase inherits."""
     phase = dict(phase)
-    if masking := phase.get("masking"):
-        own = masking.get("strategy")
-        # The sections applied to the entire run; a phase of another strategy than the run's has to bring its own.
-        phase["masking"] = _nest(masking, own or strategy, moved if own not in (None, strategy) else {})
+    if masking := _mapping(phase.get("masking")):
+        before = run.get("strategy", "uniform")
+        if (strategy := masking.get("strategy", before)) == before:
+            moved = {}
+        elif {strategy, before} == set(_WEIGHTED):
+            # Both used these two settings; in schema 2 each has its own, which a phase does not inherit.
+            masking = {**{key: run[key] for key in ("sampler", "estimator") if key in run}, **masking}
+        phase["masking"] = _nest(masking, strategy, moved)
     return phase
 
 
 def _nest(masking: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings, and the sections next to them, as subsections. Settings that other strategies ignored are
-    dropped."""
+    """Flat settings and `moved` sections as subsections, without those of other strategies, which had no effect."""
     nested = {key: value for key, value in masking.items() if key not in _OF_MASKING}
     for section, content in moved.items():
         if strategy in _MOVED[section]:
@@ -99,7 +104,8 @@ def _nest(masking: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -
         if key in _OF_MASKING:
             owner, name = _OF_MASKING[key]
             subsection = owner or weighted
-            if subsection == strategy or subsection in nested:
+            # Under auto the network draws by the defaults.
+            if subsection == strategy or (subsection == "mapnet" and subsection in nested):
                 nested.setdefault(subsection, {})[name] = value
     return nested
 

@@ -63,11 +63,11 @@ def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_bases_are_laid_over_each_other(tmp_path: Path) -> None:
-    (tmp_path / "model.yaml").write_text("model: {preset: bert-mini}\nseed: 3\n")
+    (tmp_path / "model.yaml").write_text("model: {num_hidden_layers: 5}\nseed: 3\n")
     (tmp_path / "masks.yaml").write_text("masking: {strategy: span, span: {max_length: 4}}\nseed: 4\n")
     (tmp_path / "run.yaml").write_text("base: [demo_cpu, model.yaml, masks.yaml]\nmasking: {strategy: mapnet}\n")
     config = load_config(tmp_path / "run.yaml")
-    assert (config.seed, config.model.preset, config.model.hidden_size) == (4, "bert-mini", 256)
+    assert (config.seed, config.model.num_hidden_layers, config.model.hidden_size) == (4, 5, 128)
     assert config.masking == MaskingConfig(strategy="mapnet"), "another strategy drops the subsection below it"
     (tmp_path / "run.yaml").write_text("base: [masks.yaml, demo_cpu]\nmasking: {span: {geometric_p: 0.5}}\n")
     assert load_config(tmp_path / "run.yaml").masking.span == SpanConfig(max_length=4, geometric_p=0.5)
@@ -101,7 +101,7 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: expected 0 ≤ min ≤ max"),
         ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
         ("optimizer={variant: nvidia, gradient_clipping: 0}", "norm of at most 1, gradient_clipping is 0; set it to 1"),
-        ("optimizer={name: adam, variant: nvidia}", "are LAMB's; optimizer.name is adam"),
+        ("optimizer={name: adam, variant: nvidia}", "belong to LAMB; optimizer.name is adam"),
         ("masking.rate=1", "masking.rate: Input should be less than 1 .given: 1."),
         ("masking.rate=0", "masking.rate: Input should be greater than 0"),
         ("masking.random_probability=0.3", "more than 1"),

@@ -190,7 +190,7 @@ def test_phases_have_mixtures_of_their_own() -> None:
         assert [str(entry.path) for entry in corpora["short"]] == ["b", "c"]
         assert [str(entry.path) for entry in corpora["long"]] == ["a"]
         assert config.data.corpora == config.phase(0).data.corpora
-    with pytest.raises(ValidationError, match=r"data\.mixture: with phases each has its own"):
+    with pytest.raises(ValidationError, match=r"data\.mixture: set by each phase"):
         RunConfig.model_validate({"output_dir": "run", "phases": phases, "data": {"mixture": mixture}})
 
 

@@ -59,11 +59,11 @@ def test_missing_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"hidden_size": 64}, r"model: hidden_size is 64, and .*bert/config.json has 48: .*; leave it out"),
+        ({"hidden_size": 64}, r"model: hidden_size is 64, and .*bert/config.json has 48, .*; remove hidden_size"),
         ({"num_hidden_layers": 12}, "num_hidden_layers is 12, and"),  # the default, but said
         (
             {"preset": "bert-base"},
-            r"num_hidden_layers is 12 \(preset bert-base\), .* has 3: .*; leave it and preset out",
+            r"num_hidden_layers is 12 \(preset bert-base\), .* has 3, .*; remove num_hidden_layers and preset",
         ),
         ({"max_position_embeddings": 512}, "max_position_embeddings is 512, and .* has 40"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and .* has 'relu'"),
