@@ -206,7 +206,7 @@ Damage = Callable[[Path], object]
         (lambda c: change_byte(c / "held_out/shard-00000.arrow"), r"held_out/shard-00000\.arrow: sha256"),
         (lambda c: os.truncate(c / "shard-00001.arrow", 500), r"shard-00001\.arrow: .* expected, 500 found"),
         (lambda c: (c / "shard-00001.arrow").unlink(), r"shard-00001\.arrow: shard is missing"),
-        (link_away, r"shard-00001\.arrow: is a link that leaves the corpus folder"),
+        (link_away, r"shard-00001\.arrow: links to outside the corpus folder"),
         (
             lambda c: change_manifest(c, lambda m: m["shards"][0].update(file="../away.arrow")),
             r"manifest\.json: shards\.0\.file: .*'\.\./away\.arrow' is not a plain file name",
@@ -227,7 +227,7 @@ Damage = Callable[[Path], object]
         ),
         (
             lambda c: change_manifest(c, lambda m: m.update(vocab_size=50)),
-            r"shard-00000\.arrow: row \d+ has the id \d+, not below the vocabulary size 50",
+            r"shard-00000\.arrow: row \d+ has id \d+, must be below the vocabulary size 50",
         ),
         (
             lambda c: (c / "manifest.json").unlink(),

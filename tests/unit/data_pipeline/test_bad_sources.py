@@ -97,7 +97,7 @@ def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
     fault(folder, source("dict", split="dev"), r"split 'dev' does not exist")
     fault(folder, source("good", split="train"), "has one dataset without splits")
     fault(folder, source("good", text_field="body"), "has no column 'body', only text, n")
-    fault(folder, source("good", text_field="n"), "column 'n' holds int64, text")
+    fault(folder, source("good", text_field="n"), "column 'n' has type int64, must be string")
     file = next((tmp_path / "good").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:200])
     fault(folder, source("good"), "corrupt Arrow file")
@@ -157,7 +157,7 @@ def save_arrow(folder: Path, column: pa.Array) -> None:
         (lambda: pa.array([], pa.string()), "the corpus is empty: no text in .*data.arrow. Add text"),
         (lambda: pa.array(["x", None]), "row 1 of record batch 0 has no 'text' .null."),
         (lambda: pa.array([b"x", b"t\xe4xt"]).view(pa.string()), "rows 0 to 1 of record batch 0: 'text' is not UTF-8"),
-        (lambda: pa.array([[1]]), "column 'text' holds list"),
+        (lambda: pa.array([[1]]), "column 'text' has type list"),
     ],
 )
 def test_bad_texts_of_a_dataset(column: Callable[[], pa.Array], message: str, folder: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_stats_of_each_source(folder: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("data_pipeline.reports.scan._ROWS", 3)
     assert f"{repeated:,} documents" in describe(tmp_path / "out")
     monkeypatch.setattr("data_pipeline.packing.source_counts._SAMPLE", len(stored) // 3)
-    assert ", by a sample of " in describe(tmp_path / "out")
+    assert ", estimated from a sample of " in describe(tmp_path / "out")
 
 
 def near_copy(document: str, rng: random.Random) -> str:

@@ -161,9 +161,9 @@ def test_faulty_inputs(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["text"])
     (tmp_path / "b.md").write_text("text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusError, match="given twice"):
+    with pytest.raises(CorpusError, match="listed twice"):
         find_sources([path, tmp_path / "empty/../a.txt"])
-    with pytest.raises(CorpusError, match="given twice"):
+    with pytest.raises(CorpusError, match="listed twice"):
         find_sources([tmp_path, path])
     with pytest.raises(CorpusError, match=r"b\.md: unknown file type"):
         find_sources([tmp_path / "b.md"])
@@ -230,7 +230,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"title": ["x"], "size": [3]}), path)
     with pytest.raises(CorpusError, match=r"has no column 'text', only title, size\. Set --text-field to"):
         read([path])
-    with pytest.raises(CorpusError, match="column 'size' holds int64, text"):
+    with pytest.raises(CorpusError, match="column 'size' has type int64, must be string"):
         read([path], field="size")
     pq.write_table(pa.table({"text": ["x", "y", None]}), path)
     with pytest.raises(CorpusError, match="row 2 of row group 0 has no"):

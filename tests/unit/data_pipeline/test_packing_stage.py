@@ -262,6 +262,6 @@ def test_inspect_and_picture(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["verify", str(folder / "tokens")]) == 0
     assert "token shards checked" in capsys.readouterr().out
     assert main(["stats", str(tmp_path / "out"), "--top", "-3"]) == 1
-    assert "--top -3: 0 or more expected" in capsys.readouterr().err
+    assert "--top -3: must be at least 0" in capsys.readouterr().err
     assert main(["stats", str(folder / "tokens")]) == 1
     assert "describes token shards, not a corpus" in capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_a_stranger_is_another_document_of_the_neighbourhood(number: int, row: i
     number %= total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs_module, "NEIGHBOURS", 32)
-        found = pairs_module.stranger_of(number, row, total, seed)
+        found = pairs_module.random_document(number, row, total, seed)
     blocks = [range(first, first + 32) for first in range(0, total - 31, 32)] or [range(total)]
     blocks[-1] = range(blocks[-1].start, total)
     assert found != number
@@ -179,7 +179,7 @@ def test_a_stranger_is_another_document_of_the_neighbourhood(number: int, row: i
 
 
 def test_strangers_are_drawn_evenly() -> None:
-    counts = np.bincount([pairs_module.stranger_of(3, row, 11, 5) for row in range(10_000)], minlength=11)
+    counts = np.bincount([pairs_module.random_document(3, row, 11, 5) for row in range(10_000)], minlength=11)
     assert counts[3] == 0
     # A thousand each, standard deviation 30.
     assert abs(np.delete(counts, 3) - 1000).max() < 150
@@ -207,9 +207,9 @@ def test_cuts_are_sentences_and_pieces_of_them(sentences: list[list[int]], longe
 def test_pairs_need_sentences(tokenizer: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", ["one", "two"])
     tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "tokens", progress=False)
-    with pytest.raises(CorpusError, match="makes no row of side train: no document has two sentences"):
+    with pytest.raises(CorpusError, match="gives no rows for side train: no document has two sentences"):
         pack(tmp_path / "tokens", 16, tmp_path / "out", packing="sop", progress=False)
     write_text(tmp_path / "b.txt", ["only one document"])
     tokenize([tmp_path / "b.txt"], tokenizer, tmp_path / "single", progress=False)
-    with pytest.raises(CorpusError, match="nsp needs two documents at least, side train has 1"):
+    with pytest.raises(CorpusError, match="nsp needs at least two documents, side train has 1"):
         pack(tmp_path / "single", 16, tmp_path / "out2", packing="nsp", progress=False)

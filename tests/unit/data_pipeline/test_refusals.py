@@ -73,7 +73,7 @@ def test_changed_task_file_is_refused(finished: bool, tmp_path: Path, tokenizer:
     else:
         stopped_before_packing(run)
     edit(task)
-    with pytest.raises(CorpusError, match=r"another command: decontaminate .*task\.txt"):
+    with pytest.raises(CorpusError, match=r"other arguments: decontaminate .*task\.txt"):
         run()
     # A folder of an earlier version does not say what the task files were.
     arguments = json.loads((tmp_path / "out/build.json").read_text())
@@ -147,7 +147,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
         (lambda c: (c / "shard-00001.arrow").unlink(), r"shard-00001\.arrow: shard is missing"),
         (lambda c: os.truncate(c / "shard-00001.arrow", 500), r"shard-00001\.arrow: .* 500 found"),
         (lambda c: (c / "held_out/shard-00000.arrow").unlink(), r"held_out/shard-00000\.arrow: shard is missing"),
-        (lambda c: (c / "held_out/manifest.json").unlink(), r"held_out/manifest\.json: is missing"),
+        (lambda c: (c / "held_out/manifest.json").unlink(), r"held_out/manifest\.json: missing"),
     ],
 )
 @pytest.mark.parametrize("make", ["build", "pack"])
@@ -173,7 +173,7 @@ def test_damaged_finished_folder(
 def test_weights_that_leave_nothing(packing: str, tmp_path: Path, tokenizer: Path) -> None:
     source = write_text(tmp_path / "a.txt", make_documents(5))
     tokenize([source], tokenizer, tmp_path / "tokens", progress=False)
-    with pytest.raises(CorpusError, match="side train: the weights leave no document; raise them"):
+    with pytest.raises(CorpusError, match="side train: the weights select no documents; increase them"):
         pack(tmp_path / "tokens", 16, tmp_path / "out", packing=packing, weights={"": 1e-9}, progress=False)
 
 
