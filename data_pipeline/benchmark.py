@@ -242,7 +242,7 @@ def main() -> None:
     print("thousand tokens per second")
     _table({key: [tokens / one["wall"] / 1e3 for one in runs] for key, runs in found.items()})
     print(
-        "ratios per round: build / candidate in tokens per CPU-second; build / build with the first --workers in tokens/s"
+        "ratios per round: build / candidate in tokens per CPU-second; build / build with first --workers in tokens/s"
     )
     for (way, workers), runs in found.items():
         figure, mine = ("cpu", workers) if way != "build" else ("wall", arguments.workers[0])
