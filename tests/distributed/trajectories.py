@@ -281,7 +281,7 @@ def fp32_run(run: Run, how: str = "bind") -> dict[str, Any]:
 
 
 def low_precision_run(run: Run) -> tuple[float, int]:
-    """Maximum ‖engine − reference‖ / ‖reference‖ over master weight tensors after all steps; number of skipped steps."""
+    """Maximum ‖engine − reference‖ / ‖reference‖ over master weight tensors after all steps; skipped steps."""
     from deepspeed.utils import safe_get_full_grad
 
     engine = make_engine(run)
