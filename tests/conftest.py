@@ -19,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-matrix",
         action="store_true",
-        help="all combinations of settings (stage, ranks, precision, clipping, offload, accumulation, strategy) instead "
-        "of a subset that covers all pairs (an hour)",
+        help="all combinations of settings (stage, ranks, precision, clipping, offload, accumulation, strategies) "
+        "instead of a subset that covers all pairs (an hour)",
     )
     parser.addoption(
         "--whole-survival",

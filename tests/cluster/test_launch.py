@@ -203,9 +203,7 @@ def test_sigterm_ends_the_launch_with_a_checkpoint(lives: dict[str, Life]) -> No
     assert life.left == [[], []]
 
 
-def test_leftovers_of_an_earlier_launch_are_killed_and_a_foreign_job_is_not(
-    scene: Scene, lives: dict[str, Life]
-) -> None:
+def test_leftovers_of_an_earlier_launch_are_killed_but_no_foreign_job(scene: Scene, lives: dict[str, Life]) -> None:
     assert "warning: h1: ranks of an earlier launch of this run are still running" in lives["done"].err
     assert lives["done"].left == [[], []]
     assert "h1: another DeepSpeed job is running" in lives["done"].err
