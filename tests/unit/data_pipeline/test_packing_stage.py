@@ -197,7 +197,7 @@ def corpus_documents_of(folder: Path) -> list[list[int]]:
     ("options", "message"),
     [
         ({"packing": "pages"}, "packing 'pages': must be one of"),
-        ({"bins": (8,)}, "only packing documents has them"),
+        ({"bins": (8,)}, "only packing documents uses them"),
         ({"packing": "documents", "bins": (12, 10)}, "bins .12, 10.: must be ascending"),
         ({"packing": "documents", "bins": (16,)}, "below the sequence length"),
         ({"packing": "nsp", "pair_probability": 1.0}, "pair probability 1.0: must be above 0 and below 1"),
@@ -232,7 +232,7 @@ def test_incomplete_token_shards(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=rf"train\.ids: ends after {len(data) - 2:,} bytes. Tokenise"):
         reader.ids(0, reader.length)
     (tokens / "manifest.json").unlink()
-    with pytest.raises(CorpusError, match="Make token shards with the command tokenize"):
+    with pytest.raises(CorpusError, match="Run the command tokenize"):
         pack(tokens, 16, tmp_path / "out", progress=False)
 
 
