@@ -97,7 +97,7 @@ def test_take_matches_naive_gather(tmp_path: Path, order: str) -> None:
 def test_take_refuses_rows_out_of_range(tmp_path: Path, wanted: list[int]) -> None:
     make_corpus(tmp_path)
     corpus = Corpus(tmp_path)
-    with pytest.raises(IndexError, match="corpus of 13 rows"):
+    with pytest.raises(IndexError, match="corpus has 13 rows"):
         corpus.take(np.array(wanted), np.empty((len(wanted), LENGTH), corpus.dtype))
 
 
