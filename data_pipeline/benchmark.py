@@ -1,20 +1,20 @@
-"""Tokens per CPU-second and per second of `build`, against the bare tokenizer and against other pipelines.
+"""Benchmark of `build`: tokens per CPU-second and per second, against the bare tokenizer and other pipelines.
 
     python -m data_pipeline.benchmark --input texts/ --tokenizer tok/ --workers 1 2 --datatrove-python PYTHON
 
-Ways to the same text, alternating, each in fresh processes of one thread:
+Candidates process the same text in alternation, each in fresh single-threaded processes:
 
-    build       the whole command: interpreter, reading, hashing, tokenising, packing, writing
-    encode      `tokenizers` encode_batch_fast alone, in one process: only the calls, the documents being in memory
-    datasets    as in transformers' run_mlm.py: map(tokenizer), map(group_texts), save_to_disk; whole process
-    datatrove   its DocumentTokenizer, unshuffled, from the same documents in .jsonl; whole process. Needs
-                --datatrove-python, an interpreter that has datatrove and tokenizers
-    lddl        NVIDIA's preprocess_bert_pretrain, a line a document, every document once; whole process. It makes
+    build       the complete command: interpreter start, reading, hashing, tokenization, packing, writing
+    encode      encode_batch_fast of `tokenizers` alone, in one process: only the calls, with documents in memory
+    datasets    as in run_mlm.py of transformers: map(tokenizer), map(group_texts), save_to_disk; complete process
+    datatrove   DocumentTokenizer, unshuffled, on the same documents in .jsonl; complete process. Needs
+                --datatrove-python, an interpreter with datatrove and tokenizers
+    lddl        NVIDIA's preprocess_bert_pretrain, one document per line, each used once; complete process. It makes
                 pairs for next-sentence prediction: compare with --packing nsp. Needs --lddl-python, an interpreter
-                that has lddl with its requirements and finds NLTK's sentence splitter
+                with lddl, its requirements and NLTK's sentence splitter
 
-CPU seconds are user + system, of all processes. A token is a token of the text, without special tokens: the same number
-for all.
+CPU time is user + system time of all processes. Tokens are those of the text without special tokens, the same number
+for all candidates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from data_pipeline.sources.inputs import Piece, find_sources
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 
 WAYS = ("build", "encode", "datasets")
-# Runs where this project need not be installed.
+# Script for an interpreter in which this project may not be installed.
 _DATATROVE = """
 import sys
 from datatrove.executor import LocalPipelineExecutor
@@ -52,10 +52,10 @@ if __name__ == "__main__":
     documents, tokenizer, folder, workers = sys.argv[1:]
     tokenize = DocumentTokenizer(folder + "/tokens", tokenizer + "/tokenizer.json", shuffle_documents=False)
     steps = [JsonlReader(documents), tokenize]
-    # spawn: the processor time of what a fork server starts is nobody's.
+    # spawn: the CPU time of processes started by a fork server is not accounted to this process.
     LocalPipelineExecutor(steps, tasks=int(workers), logging_dir=folder + "/logs", start_method="spawn").run()
 """
-# Its command line, whose entry point need not be on PATH.
+# LDDL's entry point, which may not be on PATH.
 _LDDL = "from lddl.dask.bert.pretrain import console_script; console_script()"
 
 
@@ -77,9 +77,9 @@ def _build(
 def _encode(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int) -> dict[str, Any]:
     encoder = Encoder(tokenizer)
     texts = [batch for batch, _ in batches(_documents(inputs), 1 << 20)]
-    begin, clock = time.process_time(), time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter()
     tokens = sum(sum(map(len, encoder.tokenizer.encode_batch_fast(b, add_special_tokens=False))) for b in texts)
-    return {"cpu": time.process_time() - begin, "wall": time.perf_counter() - clock, "tokens": tokens}
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "tokens": tokens}
 
 
 def _datasets(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, workers: int) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _datasets(inputs: Sequence[str], tokenizer: str, length: int, folder: Path, 
 
 
 def _write_documents(inputs: Sequence[str], peer: str, folder: Path, files: int) -> None:
-    """The documents as a peer reads them, in `files` files of about equal size: datatrove divides its work by files."""
+    """Write the documents as input of a peer, to files of about equal size: datatrove parallelises over files."""
     folder.mkdir(parents=True)
     texts = [text for text, _ in _documents(inputs)]
     share = sum(map(len, texts)) / files
@@ -139,7 +139,7 @@ def _lddl_command(python: str, texts: Path, tokenizer: Path, folder: Path, worke
         "vocab-file": folder / "vocab.txt",
         "schedule": "local",
         "local-n-workers": workers,
-        # Its tasks: a few a worker, so that none waits for another for long.
+        # A few tasks per worker, to balance the load.
         "num-blocks": 4 * workers,
         "duplicate-factor": 1,
         "sample-ratio": 1.0,
@@ -151,16 +151,16 @@ _PEERS = {"datatrove": _datatrove_command, "lddl": _lddl_command}
 
 
 def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run one way in a fresh process; returns its CPU seconds (user + system), its seconds, and what it reported."""
+    """Run a command in a fresh process; returns its CPU seconds (cpu), seconds (wall), and the values it printed."""
     one_thread = {
         "TOKENIZERS_PARALLELISM": "false",
         "RAYON_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "home"),
-        "DASK_TEMPORARY_DIRECTORY": str(folder),  # LDDL's; otherwise here
+        "DASK_TEMPORARY_DIRECTORY": str(folder),  # LDDL writes to the working directory by default
     }
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with (folder / "errors").open("wb") as errors:
         process = subprocess.Popen(
             command, env=os.environ | one_thread, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -170,10 +170,10 @@ def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        told = (folder / "errors").read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}: {told}")
-    found = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - begin}
-    return found | (json.loads(lines[-1]) if (lines := output.splitlines()) and lines[-1].startswith("{") else {})
+        errors_tail = (folder / "errors").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}: {errors_tail}")
+    measured = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - start}
+    return measured | (json.loads(lines[-1]) if (lines := output.splitlines()) and lines[-1].startswith("{") else {})
 
 
 def _table(rates: dict[tuple[str, int], list[float]]) -> None:
@@ -183,15 +183,15 @@ def _table(rates: dict[tuple[str, int], list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--input", nargs="+", required=True, help="text files, documents separated by blank lines")
+    parser.add_argument("--input", nargs="+", required=True, help="text files, with documents separated by blank lines")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer folder")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="processes, one number after the other")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which of them (default: all)")
-    parser.add_argument("--packing", choices=PACKINGS, default="full_sequences", help="of build")
-    parser.add_argument("--datatrove-python", metavar="PYTHON", help="interpreter with datatrove, to measure it too")
-    parser.add_argument("--lddl-python", metavar="PYTHON", help="interpreter with lddl, to measure it too")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of processes to measure")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="candidates to measure (default: all)")
+    parser.add_argument("--packing", choices=PACKINGS, default="full_sequences", help="packing of build")
+    parser.add_argument("--datatrove-python", metavar="PYTHON", help="interpreter with datatrove; also measures it")
+    parser.add_argument("--lddl-python", metavar="PYTHON", help="interpreter with lddl; also measures it")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -229,19 +229,21 @@ def main() -> None:
                 if way == "build":
                     manifest = read_manifest(folder / "corpus")
                     size = sum(shard.bytes for shard in manifest.shards) / manifest.tokens
-                    print(f"output {size:.4f} bytes a token; ", end="")
+                    print(f"output {size:.4f} bytes per token; ", end="")
             found.setdefault((way, workers), []).append(measured)
             seconds = f"{measured['cpu']:8.2f} CPU-seconds, {measured['wall']:8.2f} seconds"
             print(f"round {round_ + 1}: {way:9} workers {workers} {seconds}", flush=True)
 
     text = sum(source.bytes for source in find_sources(inputs))
     print(f"\n{text:,} bytes of input, {tokens:,} tokens of text")
-    print("way, workers        min   median      max")
-    print("thousand tokens a CPU-second")
+    print("candidate, workers  min   median      max")
+    print("thousand tokens per CPU-second")
     _table({key: [tokens / one["cpu"] / 1e3 for one in runs] for key, runs in found.items()})
-    print("thousand tokens a second")
+    print("thousand tokens per second")
     _table({key: [tokens / one["wall"] / 1e3 for one in runs] for key, runs in found.items()})
-    print("round by round: build ÷ way, tokens a CPU-second; build ÷ build with the first number of workers, a second")
+    print(
+        "ratios per round: build / candidate in tokens per CPU-second; build / build with first --workers in tokens/s"
+    )
     for (way, workers), runs in found.items():
         figure, mine = ("cpu", workers) if way != "build" else ("wall", arguments.workers[0])
         others = found.get(("build", mine))

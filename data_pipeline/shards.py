@@ -1,28 +1,28 @@
-"""The corpus on disk: manifest, shards, reader and writer. The only module that training imports.
+"""Corpus format: shards, their reader and writer. The interface that training uses.
 
 A corpus is a folder:
 
-    manifest.json                what it is: tokenizer, counts, sources, and size and SHA-256 of every shard
+    manifest.json                tokenizer, counts, sources, and size and SHA-256 of every shard
     shard-00000.arrow ...        rows of token ids, unmasked
-    tokenizer/                   the tokenizer that made the ids
-    held_out/                    a corpus of its own, where the build was asked to hold documents out
+    tokenizer/                   the tokenizer that produced the ids
+    held_out/                    corpus of the held-out documents, if the build was asked for one
 
-A shard is an uncompressed Arrow IPC file of exactly one record batch, so that a column is one run of memory
-in the map and NumPy reads it in place. Columns, both without nulls:
+A shard is an uncompressed Arrow IPC file with exactly one record batch, so that each column is contiguous in the memory
+map and NumPy reads it in place. Columns, without nulls:
 
-    input_ids       FixedSizeList<uint16>[L] (uint32 where the vocabulary exceeds 65,536)
-    document_end    bool, one bit a row: the final [SEP] of the row ends a document
+    input_ids       FixedSizeList<uint16>[L] (uint32 if the vocabulary exceeds 65,536)
+    document_end    bool, one bit per row: the final [SEP] of the row ends a document
 
-and, where the manifest's `columns` name them:
+and, if listed in `columns` of the manifest:
 
-    word_start      FixedSizeList<bool>[L], a bit a position: the token begins a word of the pre-tokeniser
-    sentence_start  FixedSizeList<bool>[L]: the token begins a sentence
+    word_start      FixedSizeList<bool>[L], one bit per position: the token starts a word of the pre-tokenizer
+    sentence_start  FixedSizeList<bool>[L]: the token starts a sentence
     segment_start   uint16: position of the first token of the second segment of a pair
-    pair_label      bool: the second segment is a random one (nsp), or the two are swapped (sop)
+    pair_label      bool: the second segment is a random one (nsp), or the segments are swapped (sop)
 
-In full sequences every [SEP] inside a row ends a document, text never yields a [SEP], so ids and bits record all
-boundaries. In the packing `documents` a row holds one document, or one part of a long one. Length bins: a shard's
-rows may be stored shorter than L; `Corpus.take` pads them.
+In full sequences, every [SEP] inside a row ends a document, and text never encodes to [SEP], so ids and bits record all
+boundaries. In the packing `documents`, a row holds one document, or one part of a long one. With length bins, the rows
+of a shard may be stored shorter than L; `Corpus.take` pads them.
 
 Shapes: R rows of a shard, B rows of a batch, L positions of a row.
 """
@@ -104,12 +104,12 @@ def write_shard(
     columns: Mapping[str, NDArray[Any]] | None = None,
     binned: bool = False,
 ) -> ShardEntry:
-    """Write one shard, whole or not at all, and return its manifest entry.
+    """Write one shard atomically, and return its manifest entry.
 
-    input_ids: uint16 or uint32 [R, L]; document_end: bool [R]; columns: those of manifest.COLUMNS to store, in this
-    order: word_start and sentence_start bool [R, L], segment_start uint16 [R], pair_label bool [R]. R must be at
-    least 1. With `binned`, L is the shard's own and goes into its entry.
-    Raises CorpusError where the disk is full.
+    input_ids: uint16 or uint32 [R, L], R > 0; document_end: bool [R]; columns: in the order of manifest.COLUMNS,
+    word_start and sentence_start bool [R, L], segment_start uint16 [R], pair_label bool [R]. binned: L is specific to
+    this shard, and recorded in its entry.
+    Raises CorpusError if the disk is full.
     """
     rows, length = input_ids.shape
     columns = columns or {}
@@ -118,7 +118,7 @@ def write_shard(
     assert document_end.shape == (rows,), document_end.shape
     assert rows > 0
     schema = _schema(length, input_ids.dtype, tuple(columns))
-    # From buffers, here and in the reader: Arrow's own conversions from and to NumPy import pandas, a quarter second.
+    # From buffers, here and in the reader: Arrow's conversions from and to NumPy import pandas, which takes 0.25 s.
     arrays = [_array(input_ids, schema.field(0).type), _array(document_end, pa.bool_())]
     arrays += [_array(values, schema.field(name).type) for name, values in columns.items()]
     batch = pa.record_batch(arrays, schema=schema)
@@ -132,7 +132,7 @@ def write_shard(
 def _array(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
     item = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
     if pa.types.is_boolean(item):
-        # packbits zeroes the bits behind the last: equal corpora must be equal bytes.
+        # packbits clears the padding bits: equal corpora must have equal bytes.
         data = pa.py_buffer(np.packbits(values.reshape(-1), bitorder="little"))
     else:
         data = pa.py_buffer(np.ascontiguousarray(values))
@@ -141,12 +141,12 @@ def _array(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _shard_path(folder: Path, entry: ShardEntry) -> Path:
-    """Path of a shard that exists, lies in `folder` also after symbolic links, and has the right size."""
+    """Path of a shard. Raises CorpusError if it is missing, resolves to outside `folder`, or has the wrong size."""
     path = folder / entry.file
     if not path.is_file():
         raise CorpusError(f"{path}: shard is missing. Copy it again or build the corpus again")
     if path.resolve().parent != folder.resolve():
-        raise CorpusError(f"{path}: is a link that leaves the corpus folder (to {path.resolve()}). Copy the file in")
+        raise CorpusError(f"{path}: links to outside the corpus folder (to {path.resolve()}). Copy the file instead")
     if (size := path.stat().st_size) != entry.bytes:
         raise CorpusError(
             f"{path}: {entry.bytes:,} bytes expected, {size:,} found. Copy it again or build the corpus again"
@@ -155,11 +155,11 @@ def _shard_path(folder: Path, entry: ShardEntry) -> Path:
 
 
 OpenFiles = Callable[[Callable[[int], int], int], Iterable[int]]
-"""Called with (open, n): the descriptors open(0) … open(n − 1), or those that another process opened, in this order."""
+"""Called with (open, n); returns the descriptors open(0) … open(n − 1), possibly opened by another process."""
 
 
 def open_here(open_one: Callable[[int], int], number: int) -> Iterable[int]:
-    """In this process, one after the other."""
+    """Open all files in this process (the default OpenFiles)."""
     return map(open_one, range(number))
 
 
@@ -168,8 +168,10 @@ def _open_shard(folder: Path, entry: ShardEntry) -> int:
 
 
 def _map_shard(descriptor: int, path: Path, entry: ShardEntry, manifest: Manifest) -> tuple[pa.Buffer, pa.RecordBatch]:
-    """Map a shard's file and its record batch, reading no data; closes the descriptor. Raises CorpusError where it is
-    not as in the manifest."""
+    """Memory-map a shard without reading its data; closes the descriptor. Returns the map and the record batch.
+
+    Raises CorpusError if the file does not match the manifest.
+    """
     length = entry.length or manifest.sequence_length
     expected = _schema(length, id_dtype(manifest.vocab_size), manifest.columns)
 
@@ -178,7 +180,7 @@ def _map_shard(descriptor: int, path: Path, entry: ShardEntry, manifest: Manifes
 
     try:
         try:
-            # A file that is shorter than its map is deadly to read.
+            # Reading a map beyond the end of its file is a SIGBUS.
             if (size := os.fstat(descriptor).st_size) != entry.bytes:
                 raise refuse(f"{entry.bytes:,} bytes expected", f"{size:,}")
             memory = map_file(descriptor, size)
@@ -198,7 +200,7 @@ def _map_shard(descriptor: int, path: Path, entry: ShardEntry, manifest: Manifes
     ids = batch.column(0).values
     if any(column.null_count for column in (*batch.columns, ids)):
         raise refuse("no nulls expected", "some")
-    # A compressed batch is decompressed into fresh memory: it would fill the machine instead of the map.
+    # A compressed batch would be decompressed into RAM.
     if not memory.address <= ids.buffers()[1].address < memory.address + memory.size:
         raise refuse("uncompressed data expected", "compressed")
     return memory, batch
@@ -211,13 +213,13 @@ def check_shard(
     full: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Check one shard: exists, size, schema and rows; with `full` also the SHA-256 of the whole file.
+    """Check existence, size, schema and number of rows of a shard; full: also its SHA-256.
 
-    `progress` is called with the bytes read by each step of the full check.
-    Raises CorpusError naming the shard, what was expected, what was found, and the remedy.
+    progress: called with the bytes read for the SHA-256.
+    Raises CorpusError naming the shard, the expected and actual values, and the remedy.
     """
     path = _shard_path(Path(folder), entry)
-    # The hash first: a flipped byte in the Arrow header is a broken file, not a matter of schema.
+    # Hash first: report a flipped byte in the Arrow header as damage, not as a wrong schema.
     if full and (found := sha256_file(path, progress)) != entry.sha256:
         raise _damaged(path, entry, found)
     _map_shard(_open_shard(Path(folder), entry), path, entry, manifest)
@@ -225,7 +227,7 @@ def check_shard(
 
 def _damaged(path: Path, entry: ShardEntry, found: str) -> CorpusError:
     return CorpusError(
-        f"{path}: sha256 {entry.sha256} expected, {found} found: the file was changed or damaged. "
+        f"{path}: sha256 {entry.sha256} expected, {found} found: the file was modified or damaged. "
         "Copy it again or build the corpus again"
     )
 
@@ -236,7 +238,7 @@ def verify_shards(
     indices: Sequence[int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Check shards in full (all, or `indices`). Raises one CorpusError with a line for each bad one."""
+    """Check shards (all, or `indices`) including their SHA-256. Raises one CorpusError with one line per bad shard."""
     faults = []
     for i in range(len(manifest.shards)) if indices is None else indices:
         try:
@@ -248,25 +250,23 @@ def verify_shards(
 
 
 def check_tokenizer(folder: str | Path, manifest: Manifest) -> None:
-    """Raise CorpusError where `folder/tokenizer/tokenizer.json` is not the one that the manifest names."""
+    """Raise CorpusError if `folder/tokenizer/tokenizer.json` does not match the manifest."""
     path = Path(folder) / TOKENIZER / "tokenizer.json"
     if not path.is_file():
         raise CorpusError(f"{path}: missing. Copy the corpus again, with its tokenizer folder")
     if (found := sha256_file(path)) != manifest.tokenizer_sha256:
         raise CorpusError(
-            f"{path}: sha256 {found} found, but the manifest was made with the tokenizer "
-            f"{manifest.tokenizer_sha256}: the ids would mean other words. "
-            "Restore that tokenizer or build again"
+            f"{path}: sha256 {found} found, but the corpus was built with the tokenizer "
+            f"{manifest.tokenizer_sha256}: ids would have another meaning. Restore that tokenizer or build again"
         )
 
 
 class Corpus:
     """Memory-mapped reader of a corpus folder.
 
-    Opening checks the manifest, the tokenizer's fingerprint, and existence, size, schema and rows of every
-    shard; it reads no token data (`verify` does). Every shard is opened once, and stays mapped without a descriptor;
-    open_files: who opens them, where that is not this process. Raises CorpusError where something is not as it
-    should be.
+    Opening checks the manifest, the SHA-256 of the tokenizer, and existence, size, schema and number of rows of every
+    shard, but reads no token data (`verify` does). Each shard is opened once, and stays mapped without a descriptor.
+    open_files: opens the shards, possibly through another process. Raises CorpusError if any check fails.
     """
 
     def __init__(self, folder: str | Path, open_files: OpenFiles = open_here) -> None:
@@ -291,15 +291,14 @@ class Corpus:
             for batch, shard in zip(self._batches, shards, strict=True)
             for length in [shard.length or self.sequence_length]
         ]
-        # Row i lies in the shard s with bounds[s] <= i < bounds[s + 1]; int64 [S + 1].
+        # Row i is in shard s if bounds[s] <= i < bounds[s + 1]; int64 [S + 1].
         self._bounds = np.concatenate([[0], np.cumsum([s.rows for s in shards])]).astype(np.int64)
 
     def take(self, rows: NDArray[np.int64], out: NDArray[np.unsignedinteger]) -> None:
         """Copy rows into a buffer: out[i] = row rows[i].
 
-        rows: int64 [B], ascending (other orders are right too, but slower). out: self.dtype [B, L],
-        C-ordered. Raises IndexError where a row is outside of [0, self.rows), ValueError where out does not
-        fit.
+        rows: int64 [B], in any order, but fastest if ascending; out: self.dtype [B, L], C-contiguous. Raises IndexError
+        if a row is outside [0, self.rows), ValueError if out has another shape or dtype.
         """
         if out.shape != (len(rows), self.sequence_length) or out.dtype != self.dtype:
             raise ValueError(
@@ -308,19 +307,19 @@ class Corpus:
         if len(rows) == 0:
             return
         if rows.min() < 0 or rows.max() >= self.rows:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a corpus of {self.rows} rows")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} requested, but the corpus has {self.rows} rows")
         for shard, start, stop in self._runs(rows):
             view = self._views[shard]
             here = rows[start:stop] - self._bounds[shard]
             if view.shape[1] == self.sequence_length:
-                # "clip" writes straight into out, the default "raise" through a buffer. Checked above.
+                # "clip" writes to out directly, the default "raise" through a buffer. Bounds are checked above.
                 np.take(view, here, axis=0, out=out[start:stop], mode="clip")
             else:
                 out[start:stop, : view.shape[1]] = view[here]
                 out[start:stop, view.shape[1] :] = self.manifest.special_tokens.pad
 
     def _runs(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-        """(shard, start, stop): rows[start:stop] lie in this shard."""
+        """Yield (shard, start, stop) such that rows[start:stop] are in this shard."""
         shard_of = self._bounds.searchsorted(rows, side="right") - 1
         cuts = np.flatnonzero(shard_of[1:] != shard_of[:-1]) + 1
         start = 0
@@ -329,15 +328,15 @@ class Corpus:
             start = stop
 
     def take_column(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """A column of some rows, int64 [B]: bool [B, L] of word_start and sentence_start, uint16 [B] of segment_start,
-        bool [B] of pair_label and document_end. Raises ValueError where the corpus has no such column, IndexError
-        where a row is outside of [0, self.rows).
+        """A column of the given rows, int64 [B]: word_start and sentence_start bool [B, L], segment_start uint16 [B],
+        pair_label and document_end bool [B]. Raises ValueError if the corpus has no such column, IndexError if a row is
+        outside [0, self.rows).
         """
         names = ("document_end", *self.manifest.columns)
         if name not in names:
             raise ValueError(f"{self.folder}: has no column {name!r}, only {', '.join(names)}. Pack the corpus with it")
         if len(rows) and (rows.min() < 0 or rows.max() >= self.rows):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a corpus of {self.rows} rows")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} requested, but the corpus has {self.rows} rows")
         by_position = name in ("word_start", "sentence_start")
         shape = (len(rows), self.sequence_length) if by_position else (len(rows),)
         out: NDArray[Any] = np.zeros(shape, np.uint16 if name == "segment_start" else np.bool_)
@@ -369,19 +368,19 @@ class Corpus:
         return found
 
     def input_ids(self, i: int) -> NDArray[np.unsignedinteger]:
-        """Ids of shard i: self.dtype [R, L] (fewer positions where the shard is of a length bin), a read-only view of
-        the memory map."""
+        """Ids of shard i: a read-only view of the memory map, self.dtype [R, L] (with length bins, the length of the
+        shard)."""
         return self._views[i]
 
     def document_end(self, i: int) -> NDArray[np.bool_]:
-        """Whether the final [SEP] of each row of shard i ends a document: bool [R], a copy."""
+        """Whether the final [SEP] of each row of shard i ends a document: a copy, bool [R]."""
         bits = np.frombuffer(self._batches[i].column(1).buffers()[1], np.uint8)
         return np.unpackbits(bits, count=self.manifest.shards[i].rows, bitorder="little").astype(bool)
 
     def verify(self, indices: Sequence[int] | None = None, progress: Callable[[int], object] | None = None) -> None:
-        """Read shards in full, through the map, and compare their SHA-256 (all, or those in `indices`).
+        """Read shards (all, or `indices`) through the memory map and check their SHA-256.
 
-        `progress` is called with the bytes read by each step. Raises one CorpusError naming every bad shard.
+        progress: called with the number of bytes of each read. Raises one CorpusError with one line per bad shard.
         """
         faults = []
         for i in range(len(self._memory)) if indices is None else indices:

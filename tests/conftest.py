@@ -3,12 +3,12 @@ import signal
 import pytest
 from hypothesis import settings
 
-# How long an example takes says more about what else the machine does than about the code.
+# The time of an example depends more on the machine's load than on the code.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
-# What is ignored here (by nohup, or by a shell that runs this behind) stays so in all processes of the tests, and some
-# are about these signals. Handlers are not inherited.
+# Children inherit ignored signals (from nohup, or from a shell that runs pytest in the background), and some tests send
+# these signals. Handlers are not inherited.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -19,10 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-matrix",
         action="store_true",
-        help="LAMB: every combination of stage, ranks, precision, clipping, offload and accumulation (an hour)",
+        help="all combinations of settings (stage, ranks, precision, clipping, offload, accumulation, strategies) "
+        "instead of a subset that covers all pairs (an hour)",
     )
     parser.addoption(
         "--whole-survival",
         action="store_true",
-        help="faults: 20 random kills, every file of a checkpoint damaged, all crossings of stages (15 minutes)",
+        help="20 random kills per test, damage to all files of a checkpoint, all transitions between stages "
+        "(15 minutes)",
     )

@@ -30,7 +30,7 @@ class JobEnvironment:
 
     folder: working directory. python: interpreter, unless venv or container has one. modules: arguments of `module
     load`, in this order. venv: virtual environment. container: Apptainer image. binds: files and folders to bind into
-    the container, besides folder and venv. gpus: False to train on CPUs.
+    the container, in addition to folder and venv. gpus: False to train on CPUs.
     """
 
     folder: Path

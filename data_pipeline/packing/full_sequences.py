@@ -1,17 +1,16 @@
-"""Packing `full_sequences`: documents one after the other in rows `[CLS] ... [SEP]` of exactly L ids.
+"""Packing `full_sequences`: consecutive documents in rows `[CLS] ... [SEP]` of exactly L ids.
 
-The corpus is one stream: the ids of the documents in order, each document closed by [SEP]. A row holds the
-next L - 2 ids of the stream between [CLS] and its final [SEP]. Where the next id of the stream is the [SEP]
-of a document that has just filled the row, the final [SEP] is that one (`document_end`) and the stream goes
-on behind it; otherwise the document goes on in the next row. Only the last row may be short: it ends with the
-last document's [SEP] and is filled up with [PAD]. Nothing is dropped, moved or repeated.
+The corpus is one stream: the ids of the documents in order, each document terminated by [SEP]. A row holds the next
+L - 2 ids of the stream between [CLS] and its final [SEP]. If the next id of the stream is the [SEP] of a document that
+has just filled the row, it becomes the final [SEP] (`document_end`); otherwise the document continues in the next row.
+Only the last row may be short: it ends with the [SEP] of the last document and is padded with [PAD]. Nothing is
+dropped, moved or repeated.
 
-One case cannot be had without a pad inside of the corpus: a document ends one place before the row does. Its
-own [SEP] takes that place and the row's final [SEP] stands behind it, so that such a row ends in two of them.
-It is a document boundary like any other: the inner [SEP] ends the document, the final one (bit not set) does
-not.
+If a document ends one position before the end of the row, its own [SEP] takes that position and the final [SEP] of the
+row follows, since padding is not allowed there: the row ends with two [SEP]. The inner one ends the document, as
+always; the final one (bit not set) does not.
 
-Shapes: D documents, T ids of a stream, R rows, L positions; width = L - 2 ids of the stream in a row.
+Shapes: D documents, T ids of a stream, R rows, L positions; width = L - 2 ids of the stream per row.
 """
 
 from __future__ import annotations
@@ -28,16 +27,15 @@ _BLOCK = 256
 def closing_documents(ends: NDArray[np.int64], start: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the documents whose [SEP] is the final one of a row.
 
-    ends: int64 [D], ascending stream positions of the documents' [SEP]; start: stream position of the first
-    row. Returns their indices, int64 [H], and the row starts, int64 [H + 1], from which rows follow each
-    other at distance `width` until the next of these documents: `start`, then the position behind each one's
-    [SEP].
+    ends: int64 [D], ascending stream positions of the [SEP] of documents; start: stream position of the first row.
+    Returns the indices of these documents, int64 [H], and int64 [H + 1]: `start`, then the position after each of their
+    [SEP]. From each of these positions to the next such document, rows start every `width` ids.
     """
     hits: list[int] = []
     starts = [start]
     i = 0
-    # After a hit everything moves by one place, so hits are found one by one; about one document in `width`
-    # is one.
+    # Each hit shifts all following rows by one position, so hits are found one by one; about one document in `width`
+    # is a hit.
     while i < len(ends):
         found = np.flatnonzero((ends[i : i + _BLOCK] - start) % width == 0)
         if len(found) == 0:
@@ -53,10 +51,10 @@ def closing_documents(ends: NDArray[np.int64], start: int, width: int) -> tuple[
 
 @dataclass
 class ShardLayout:
-    """Where in the stream each shard begins, found in one pass over the documents' ends.
+    """Stream positions of shards, computed in one pass over the document ends.
 
-    `starts[k]` is the stream position of the first row of shard k; `rows` the rows laid out so far;
-    `padding`, once finished, the number of [PAD] in the last row.
+    starts: position of the first row of each shard; rows: number of rows so far; padding: number of [PAD] in the last
+    row, set by `finish`.
     """
 
     width: int
@@ -68,7 +66,7 @@ class ShardLayout:
     _last: int = -1
 
     def add(self, ends: NDArray[np.int64]) -> None:
-        """Lay out the next documents. ends: int64 [D], positions of their [SEP] in the whole stream."""
+        """Lay out the next documents. ends: int64 [D], positions of their [SEP] in the stream."""
         if len(ends) == 0:
             return
         hits, starts = closing_documents(ends, self._start, self.width)
@@ -77,7 +75,7 @@ class ShardLayout:
         self._start, self._last = int(starts[-1]), int(ends[-1])
 
     def finish(self) -> None:
-        """Lay out what the last documents leave: full rows, and a short one."""
+        """Lay out the remaining tokens: full rows, and possibly a short one."""
         tail = self._last - self._start
         self._add_rows(self._start, -(-tail // self.width))
         self.padding = -tail % self.width if tail > 0 else 0
@@ -100,17 +98,17 @@ def pack_rows(
     pad: int,
     last: bool = True,
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
-    """Pack a part of the stream that begins where a row does.
+    """Pack a part of the stream that starts at the start of a row.
 
-    stream: uint16 or uint32 [T]; ends: int64 [D], positions in it of the documents' [SEP]; length: L. With
-    `last` the stream's end is the corpus's end (T > 0), otherwise it must be the end of a row.
-    Returns input_ids [R, L] of the stream's dtype, and document_end, bool [R].
+    stream: uint16 or uint32 [T]; ends: int64 [D], positions of the [SEP] of documents in `stream`; length: L. last:
+    whether the part ends the corpus (T > 0 is required); otherwise it must end at the end of a row.
+    Returns input_ids [R, L] with the dtype of `stream`, and document_end, bool [R].
     """
     width = length - 2
     hits, starts = closing_documents(ends, 0, width)
     tail = len(stream) - int(starts[-1])
     if last:
-        # The last [SEP] is the final one of its row, full or short.
+        # The last [SEP] is the final one of its row, whether full or short.
         tail = max(tail - 1, 0)
     else:
         assert tail % width == 0, (tail, width)
@@ -148,13 +146,13 @@ def pack_pieces(
     pad: int,
     last: bool,
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
-    """`pack_rows` of the stream of `total` ids that pieces make together, of which one at a time is in memory.
+    """`pack_rows` for a stream of `total` ids in pieces, with one piece in memory at a time.
 
-    pieces: ids [T] of `dtype`, T > 0, and the ends in them, int64 [D].
+    pieces: ids [T] of `dtype`, T > 0, and the document ends within them, int64 [D].
     """
     width = length - 2
-    most = -(-total // width)
-    input_ids, document_end = np.empty((most, length), dtype), np.zeros(most, np.bool_)
+    max_rows = -(-total // width)
+    input_ids, document_end = np.empty((max_rows, length), dtype), np.zeros(max_rows, np.bool_)
     stream, ends = np.empty(0, dtype), np.empty(0, np.int64)
     row, left = 0, total
     for more, more_ends in pieces:
@@ -163,7 +161,7 @@ def pack_pieces(
         del more  # a piece may be tens of megabytes
         cut = len(stream)
         if left:
-            # One id behind the last row stays with it: it may be a [SEP] that belongs to it.
+            # Keep one id after the last row: it may be a [SEP] that belongs to this row.
             start = int(closing_documents(ends, 0, width)[1][-1])
             cut = start + max(len(stream) - start - 1, 0) // width * width
         inside = int(np.searchsorted(ends, cut))

@@ -1,19 +1,19 @@
-"""Rows of one document, and rows of sentence pairs `[CLS] A [SEP] B [SEP]`.
+"""Packings of one document per row, and of sentence pairs `[CLS] A [SEP] B [SEP]`.
 
-`documents`: a row holds one document, or, of a document longer than L - 2 tokens, one part after the other. Rows go
-to the shortest of the length bins that holds them; the parts of a long document stay together in the longest.
+`documents`: one document per row; documents longer than L - 2 tokens are split over several rows. Each row goes to the
+shortest length bin that holds it; the parts of a long document stay together in the longest bin.
 
-`nsp` and `sop`: sentences of a document are taken as long as they fit in L - 3 tokens, and split in two at a sentence's
-beginning that is drawn. Next-sentence prediction (Devlin et al. 2018, section 3.1): with the probability asked, B is
-instead taken from a random other document, from a random sentence on, and cut where the row is full; what B was goes
-into the next row. That document is one of the same `NEIGHBOURS`, or up to twice as many: reading from anywhere in a
-corpus of terabytes would cost a seek a row. Sentence-order prediction (Lan et al. 2019, section 3.1): with that
-probability A and B are swapped.
-Differences from the papers' code: sentences longer than half of a row are cut in pieces, which count as sentences, so
-that nothing of A is ever cut off; the label is drawn for every row alike, so a document's last sentence, where it is
-left over alone, makes no row (`unused`); rows are not shortened at random.
+`nsp` and `sop`: as many consecutive sentences of a document as fit in L - 3 tokens are split in two at a random
+sentence start. Next-sentence prediction (Devlin et al. 2018, section 3.1): with the given probability, B is replaced by
+text of a random other document, from a random sentence start, truncated to fill the row; the original B goes to the
+next row. The other document is drawn from a neighbourhood of NEIGHBOURS to twice as many documents, since random access
+to a corpus of terabytes would cost a seek per row. Sentence-order prediction (Lan et al. 2019, section 3.1): with the
+given probability, A and B are swapped.
+Differences from the code of the papers: sentences longer than half a row are split into pieces that count as sentences,
+so that A is never truncated; the label is drawn independently for every row, so a single remaining sentence at the end
+of a document makes no row (`unused`); rows are not randomly shortened.
 
-All draws are functions of (seed, number of the document in the corpus, number of the row in the document).
+All random draws are functions of (seed, index of the document in the corpus, index of the row in the document).
 
 Shapes: R rows, L positions, T ids of a stream.
 """
@@ -30,14 +30,14 @@ from numpy.typing import NDArray
 from data_pipeline.shards import SpecialTokens
 from data_pipeline.tokenization.token_shards import SideReader
 
-# So many documents, one after the other in the corpus whatever its units of work: the output does not depend on those.
+# Documents per neighbourhood, consecutive in the corpus and independent of its units of work.
 NEIGHBOURS = 1 << 16
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 18
 
 
 def hash_key(*key: int) -> int:
-    """A 64-bit hash of integers (splitmix64's steps)."""
+    """64-bit hash of integers, by steps of splitmix64: the random numbers of this module."""
     state = 0
     for value in key:
         state = (state ^ value) * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15 & _MASK
@@ -49,7 +49,8 @@ def hash_key(*key: int) -> int:
 
 @dataclass
 class Rows:
-    """Rows of one length bin: input_ids [R, L], document_end bool [R], and columns as in a shard."""
+    """Rows of length bin `bin`: input_ids [R, L], document_end bool [R], and columns as in a shard; unused: number of
+    tokens that are in no row."""
 
     bin: int
     input_ids: NDArray[np.unsignedinteger]
@@ -68,7 +69,8 @@ class _Segment:
 
 @dataclass
 class _Block:
-    """Some documents: ids [T], each closed by [SEP]; ends int64 [D], where those lie; planes bool [T] each."""
+    """Consecutive documents: ids [T], each terminated by [SEP]; ends int64 [D], positions of these; planes bool [T]
+    each."""
 
     ids: NDArray[np.unsignedinteger]
     ends: NDArray[np.int64]
@@ -82,22 +84,22 @@ class _Block:
 
 
 def _blocks(reader: SideReader, planes: Iterable[str]) -> Iterator[_Block]:
-    """All documents of a part, in order."""
+    """All documents of a part in order, in blocks."""
     first = 0
     while first < reader.documents:
-        begin = reader.start(first)
-        last = max(int(np.searchsorted(reader.ends, begin + _BLOCK)), first + 1)
-        ends = reader.ends[first:last] - begin
-        stop = begin + int(ends[-1]) + 1
-        yield _Block(reader.ids(begin, stop), ends, {plane: reader.plane(plane, begin, stop) for plane in planes})
+        start = reader.start(first)
+        last = max(int(np.searchsorted(reader.ends, start + _BLOCK)), first + 1)
+        ends = reader.ends[first:last] - start
+        stop = start + int(ends[-1]) + 1
+        yield _Block(reader.ids(start, stop), ends, {plane: reader.plane(plane, start, stop) for plane in planes})
         first = last
 
 
 def document_rows(
     reader: SideReader, bins: Sequence[int], special: SpecialTokens, dtype: np.dtype, planes: Sequence[str]
 ) -> Iterator[Rows]:
-    """Rows of a part's documents, a block at a time and in a block bin by bin. bins: lengths, ascending; the last is
-    L."""
+    """Rows of the documents of a part, block by block, and within a block bin by bin. bins: ascending lengths, the last
+    of which is L."""
     width = bins[-1] - 2
     for block in _blocks(reader, planes):
         ids, ends, bits = block.ids, block.ends, block.planes
@@ -106,7 +108,7 @@ def document_rows(
         of_row, part = _spread(rows)
         row_starts = starts[of_row] + part * width
         sizes = np.minimum(ends[of_row] - row_starts, width)
-        # A long document's parts stay together, so that they can be read in order.
+        # Keep the parts of a long document in one bin, so that they can be read in order.
         chosen = np.where(rows[of_row] > 1, len(bins) - 1, np.searchsorted(np.array(bins), sizes + 2))
         for index, length in enumerate(bins):
             mine = chosen == index
@@ -128,7 +130,7 @@ def document_rows(
 
 @dataclass(frozen=True)
 class PairOptions:
-    """objective: "nsp" or "sop"; probability: of a random second segment, or of swapped ones; length: L."""
+    """objective: "nsp" or "sop"; probability: of a random second segment (nsp) or swapped segments (sop); length: L."""
 
     objective: str
     probability: float
@@ -139,32 +141,32 @@ class PairOptions:
 def sentence_cuts(
     sentence_start: NDArray[np.bool_], starts: NDArray[np.int64], ends: NDArray[np.int64], longest: int
 ) -> NDArray[np.int64]:
-    """Where sentences begin, those longer than `longest` cut in pieces of it: int64 [S].
+    """Sentence starts, int64 [S], with sentences longer than `longest` split into pieces of this length.
 
-    sentence_start: bool [T]; starts, ends: int64 [D], documents are [starts[d], ends[d]), in order, none empty.
+    sentence_start: bool [T]; starts, ends: int64 [D]; documents are [starts[d], ends[d]), in order and not empty.
     """
     marked = sentence_start.copy()
     marked[starts] = True
-    begins = np.flatnonzero(marked)
-    stops = np.minimum(np.append(begins[1:], ends[-1]), ends[np.searchsorted(ends, begins)])
-    pieces = -((begins - stops) // longest)
+    cuts = np.flatnonzero(marked)
+    stops = np.minimum(np.append(cuts[1:], ends[-1]), ends[np.searchsorted(ends, cuts)])
+    pieces = -((cuts - stops) // longest)
     if pieces.max() == 1:
-        return begins
+        return cuts
     sentence, piece = _spread(pieces)
-    return begins[sentence] + piece * longest
+    return cuts[sentence] + piece * longest
 
 
 def _spread(sizes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of all members of groups of such sizes: the number of the group, the place in it."""
+    """Group index, and index within the group, of every member of groups of the given sizes."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     return group, np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> tuple[list[tuple[int, ...]], int]:
-    """The pairs of one document, and its tokens that are in none.
+    """The pairs of one document, and the number of its unused tokens.
 
-    bounds: of its sentences; number: of the document in the corpus. A pair is (start, middle, stop, label): tokens
-    [start, middle) and [middle, stop); with label and nsp, [start, middle) and something else.
+    bounds: of its sentences; number: index of the document in the corpus. A pair is (start, middle, stop, label), with
+    segments [start, middle) and [middle, stop); for nsp with label 1, the second segment is to be replaced.
     """
     room = options.length - 3
     pairs: list[tuple[int, ...]] = []
@@ -173,7 +175,7 @@ def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> 
         j = i
         while j < len(bounds) - 1 and bounds[j + 1] - bounds[i] <= room:
             j += 1
-        if j - i < 2:  # pieces are at most half of a row: only the last one can be alone
+        if j - i < 2:  # two sentences always fit, so this is the last one
             break
         middle = i + 1 + hash_key(options.seed, number, len(pairs), 0) % (j - i - 1)
         label = hash_key(options.seed, number, len(pairs), 1) < options.probability * 2.0**64
@@ -182,8 +184,8 @@ def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> 
     return pairs, bounds[-1] - bounds[i]
 
 
-def stranger_of(number: int, row: int, total: int, seed: int) -> int:
-    """The document that a row of document `number` takes its random second segment from."""
+def random_document(number: int, row: int, total: int, seed: int) -> int:
+    """Index of the document from which a row of document `number` takes its random second segment."""
     first = NEIGHBOURS * max(min(number // NEIGHBOURS, total // NEIGHBOURS - 1), 0)
     stop = first + NEIGHBOURS if first + 2 * NEIGHBOURS <= total else total
     drawn = first + hash_key(seed, number, row, 2) % (stop - first - 1)
@@ -200,21 +202,21 @@ def pair_rows(
     dtype: np.dtype,
     planes: Sequence[str],
 ) -> Iterator[Rows]:
-    """Rows of pairs of a part's documents.
+    """Pair rows of the documents of a part.
 
-    first: number of its first document in the corpus of `total`; other: the part of the document of a number, and its
-    index there.
+    first: index of its first document in the corpus of `total` documents; other: maps the index of a document to the
+    reader of its part and the index therein.
     """
     longest = (options.length - 3) // 2
 
     def random_segment(number: int, row: int, longest_segment: int) -> _Segment:
-        reader, index = other(stranger_of(number, row, total, options.seed))
-        begin, end = reader.start(index), int(reader.ends[index])
-        whole = reader.plane("sentence_start", begin, end)
-        cuts = sentence_cuts(whole, np.array([0]), np.array([end - begin]), longest)
-        begin += int(cuts[hash_key(options.seed, number, row, 3) % len(cuts)])
-        stop = min(begin + longest_segment, end)
-        return _Segment(reader.ids(begin, stop), {plane: reader.plane(plane, begin, stop) for plane in planes})
+        reader, index = other(random_document(number, row, total, options.seed))
+        start, end = reader.start(index), int(reader.ends[index])
+        marked = reader.plane("sentence_start", start, end)
+        cuts = sentence_cuts(marked, np.array([0]), np.array([end - start]), longest)
+        start += int(cuts[hash_key(options.seed, number, row, 3) % len(cuts)])
+        stop = min(start + longest_segment, end)
+        return _Segment(reader.ids(start, stop), {plane: reader.plane(plane, start, stop) for plane in planes})
 
     number = first
     for block in _blocks(part, {"sentence_start", *planes}):

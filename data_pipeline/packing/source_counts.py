@@ -1,4 +1,4 @@
-"""What a corpus holds of each source of its description: the manifest's entries of the mixture."""
+"""Per-source counts of a corpus: the mixture entries of its manifest."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 from data_pipeline.manifest import MixtureEntry
 from data_pipeline.tokenization.token_shards import SideReader, TokenManifest
 
-# Documents whose hashes are held in memory: 32 MB.
+# Maximum number of document hashes held in memory: 32 MB.
 _SAMPLE = 1 << 22
 
 
 def sample_modulus(documents: int) -> int:
-    """k: equal documents are looked for among those whose hash is a multiple of k. Equal ones have equal hashes, so
-    that the sample has as large a share of repeated ones as the whole."""
+    """k such that repeated documents are counted among those whose hash is a multiple of k. Equal documents have equal
+    hashes, so the share of repeated documents in this sample is an estimate for the corpus."""
     return max(1, documents // _SAMPLE)
 
 
 def is_repeated(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whether a hash was there before: uint64 [n] to bool [n]."""
+    """Whether an equal hash occurs earlier: bool [n]. hashes: uint64 [n]."""
     found = np.ones(len(hashes), np.bool_)
     found[np.unique(hashes, return_index=True)[1]] = False
     return found
 
 
 def _repeated(folder: Path, manifest: TokenManifest, side: str) -> list[float | None]:
-    """Of each source, the share of its documents that equal an earlier one; None where nothing says so."""
+    """Share of documents that equal an earlier one, for each source; None if hashes were not stored."""
     names, shards = manifest.names, manifest.shards
     if not all("keys" in shard.sides[side].files for shard in shards):
         return [None] * len(names)
@@ -53,8 +53,8 @@ def mixture_entries(
     documents: Sequence[int],
     tokens: Sequence[int],
 ) -> tuple[MixtureEntry, ...]:
-    """Of one side. weights, documents, tokens: of each source, as the corpus has them. Nothing for sources without a
-    name."""
+    """Mixture entries of one side, empty for sources without names. weights, documents, tokens: per source, as in the
+    corpus."""
     if manifest.names == ("",):
         return ()
     found = []

@@ -1,11 +1,11 @@
-"""Token shards to a corpus of rows, on any number of processes.
+"""Packing stage: token shards to a corpus of rows, parallel and resumable.
 
-The documents of a side are one stream: the parts of it are the token shards in order, then once more those whose source
-has a weight above 1, and so on: copies of a document are as far apart as can be. A weight's fraction takes documents by
-their hash. What is held out is used once, whatever the weights.
+The documents of a side form one stream of parts: all token shards in order, then again those whose source has a weight
+above 1, and so on, which keeps copies of a document far apart. The fractional part of a weight selects documents by
+their hash. Held-out documents are used once, whatever the weights.
 
-`full_sequences`: the layout of all rows is found from the documents' lengths, then every shard is written by itself.
-The other packings (`pairs`) make the rows of each part first, in files that do not stay, and then shards of them.
+`full_sequences`: the layout of all rows is computed from the document lengths, then shards are written independently.
+The other packings (packing/pairs.py) first write the rows of each part to temporary files, then join these to shards.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from data_pipeline.tokenization.token_shards import SideReader, TokenManifest, r
 from data_pipeline.tokenization.tokenizer import copy_tokenizer
 
 _BLOCK = 1 << 20
-_OPEN_PARTS = 64  # of the neighbourhood from which random segments come
+_OPEN_PARTS = 64  # open readers per process, for random segments from the neighbourhood
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How rows are made. columns: of word_start and sentence_start, those to store; bins: lengths for `documents`,
-    ascending, the last is the sequence length; probability: of the label of pairs; weights: of the sources;
-    shard_size in MB."""
+    """Packing options. bins: ascending row lengths for `documents`, the last of which is the sequence length;
+    probability: of the label of a pair; columns: of word_start and sentence_start, those to store; weights: per source;
+    shard_size: in MB."""
 
     sequence_length: int
     packing: str
@@ -59,8 +59,9 @@ class PackOptions:
 
     @property
     def all_columns(self) -> tuple[str, ...]:
-        asked = {*self.columns, *(("segment_start", "pair_label") if self.packing in ("nsp", "sop") else ())}
-        return tuple(column for column in COLUMNS if column in asked)
+        """Optional columns of the shards, in the order of COLUMNS."""
+        wanted = {*self.columns, *(("segment_start", "pair_label") if self.packing in ("nsp", "sop") else ())}
+        return tuple(column for column in COLUMNS if column in wanted)
 
     def rows_per_shard(self, length: int, dtype: np.dtype) -> int:
         planes = sum(column in ("word_start", "sentence_start") for column in self.columns)
@@ -71,7 +72,7 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class Part:
-    """A token shard's documents of one side, in one copy."""
+    """One copy of the documents of a token shard."""
 
     shard: int
     copy: int
@@ -79,7 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Side:
-    """What the tasks of one side share. tokens: folder of the token shards; work: folder for rows."""
+    """Settings shared by the tasks of one side. tokens: folder of the token shards; work: folder for temporary rows."""
 
     tokens: str
     work: str
@@ -88,7 +89,7 @@ class _Side:
 
 
 def make_parts(manifest: TokenManifest, side: str, weights: Sequence[float]) -> list[Part]:
-    """The parts of a side's stream, in order."""
+    """The parts of the stream of one side, in order."""
     uses = [1.0 if side == HELD_OUT else weights[shard.source] for shard in manifest.shards]
     copies = math.ceil(max(uses, default=0))
     return [Part(i, copy) for copy in range(copies) for i, weight in enumerate(uses) if weight > copy]
@@ -97,14 +98,14 @@ def make_parts(manifest: TokenManifest, side: str, weights: Sequence[float]) -> 
 def open_part(
     folder: str | Path, manifest: TokenManifest, side: str, part: Part, weights: Sequence[float]
 ) -> SideReader:
-    """The documents of a part that the weights leave in it."""
+    """Reader of a part, restricted to the documents that the weight of its source selects."""
     shard = manifest.shards[part.shard]
     share = 1.0 if side == HELD_OUT else min(weights[shard.source] - part.copy, 1.0)
     keep = None
     if share < 1:
         reader = SideReader(folder, manifest, part.shard, side)
         keys = reader.keys()
-        # Mixed again: the same bits chose what is held out.
+        # Hash again: the held-out split was selected by the same bits.
         mixed = (keys ^ (keys >> np.uint64(31))) * _GOLDEN
         keep = (mixed ^ (mixed >> np.uint64(29))) * _GOLDEN < np.uint64(share * 2.0**64)
     return SideReader(folder, manifest, part.shard, side, keep)
@@ -131,9 +132,9 @@ def pack_side(
     pool: Pool,
     bar: ProgressBar,
 ) -> Manifest:
-    """Write the corpus of one side into `folder`, resuming from `work`; returns its manifest, which is written last.
+    """Write the corpus of one side to `folder`, resuming from `work`; returns its manifest, which is written last.
 
-    Raises CorpusError where no row comes out of it.
+    Raises CorpusError if there would be no rows.
     """
     folder.mkdir(exist_ok=True)
     shared = _Side(str(tokens), str(work), side, options)
@@ -149,13 +150,13 @@ def pack_side(
         documents[source] += reader.documents
         lengths[source] += reader.length - reader.documents
     if not any(documents):
-        raise CorpusError(f"side {side}: the weights leave no document; raise them")
+        raise CorpusError(f"side {side}: the weights select no documents; increase them")
     if options.packing == "full_sequences":
         found = _pack_full(shared, manifest, folder, parts, sizes, pool, bar)
     else:
         found = _pack_rows_of_parts(shared, manifest, folder, parts, sizes, pool, bar)
     if not found["shards"]:
-        raise CorpusError(f"packing {options.packing} makes no row of side {side}: no document has two sentences")
+        raise CorpusError(f"packing {options.packing} gives no rows for side {side}: no document has two sentences")
     copy_tokenizer(tokenizer, folder / TOKENIZER)
     result = Manifest(
         schema_version=LATEST_VERSION,
@@ -219,7 +220,7 @@ def _pack_full(
 
 
 def lay_out(shared: _Side, parts: Sequence[Part], rows_per_shard: int) -> ShardLayout:
-    """Find the stream position of every shard's first row; of the documents' ends, a block is in memory."""
+    """Compute the stream position of the first row of every shard, with one block of document ends in memory."""
     layout = ShardLayout(shared.options.sequence_length - 2, rows_per_shard)
     manifest = _tokens(shared.tokens)
     offset = 0
@@ -235,8 +236,7 @@ def lay_out(shared: _Side, parts: Sequence[Part], rows_per_shard: int) -> ShardL
 def pack_shard(
     shared: _Side, folder: str, file_name: str, pieces: Sequence[tuple[Part, int, int]], last: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write one shard of full sequences from its pieces (part, start, stop) of the stream; returns its manifest
-    entry."""
+    """Write one shard of full sequences from pieces (part, start, stop) of the stream; returns its manifest entry."""
     manifest = _tokens(shared.tokens)
     length = shared.options.sequence_length
     total = sum(stop - start for _, start, stop in pieces)
@@ -244,9 +244,9 @@ def pack_shard(
     def read(name: str) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
         for part, start, stop in pieces:
             reader = _open(shared, part)
-            # Searched in the map: the file of a large unit is longer than what a shard needs.
-            first, behind = np.searchsorted(reader.ends, (start, stop))
-            ends = reader.ends[first:behind] - start
+            # Search in the memory map: the file of a large unit has more ends than a shard needs.
+            first, after = np.searchsorted(reader.ends, (start, stop))
+            ends = reader.ends[first:after] - start
             if name == "input_ids":
                 yield reader.ids(start, stop), ends
             else:
@@ -257,7 +257,7 @@ def pack_shard(
 
     tokens = manifest.special_tokens
     input_ids, document_end = packed("input_ids", manifest.dtype, tokens.cls, tokens.sep, tokens.pad)
-    # A plane is packed like the ids, with bits that are not set at the special tokens.
+    # Planes are packed like the ids, with bits cleared at special tokens.
     columns = {plane: packed(plane, np.uint8, 0, 0, 0)[0].view(np.bool_) for plane in shared.options.columns}
     entry = write_shard(folder, file_name, input_ids, document_end, columns)
     progress(total * input_ids.itemsize, 0)
@@ -276,8 +276,8 @@ def _pack_rows_of_parts(
     options, item = shared.options, manifest.dtype.itemsize
     firsts = [0, *accumulate(n for n, _ in sizes)]
     if options.packing == "nsp" and firsts[-1] < 2:
-        raise CorpusError(f"packing nsp needs two documents at least, side {shared.side} has {firsts[-1]}. Add text")
-    # In a file: with every task it would be sent as often as there are parts.
+        raise CorpusError(f"packing nsp needs at least two documents, side {shared.side} has {firsts[-1]}. Add text")
+    # In a file, because sending it with each task would be quadratic in the number of parts.
     write_json(_firsts_path(shared), firsts)
     _firsts.cache_clear()
     tasks = []
@@ -319,13 +319,13 @@ def _firsts_path(shared: _Side) -> Path:
 
 @lru_cache(maxsize=1)
 def _firsts(shared: _Side) -> tuple[list[Part], list[int]]:
-    """The parts of the stream, and the number of the first document of each (one more: the number of documents)."""
+    """The parts of the stream, and the index of the first document of each, plus the total number of documents."""
     parts = make_parts(_tokens(shared.tokens), shared.side, shared.options.weights)
     return parts, json.loads(_firsts_path(shared).read_bytes())
 
 
 def make_rows(shared: _Side, i: int, progress: Progress) -> dict[str, Any]:
-    """Write the rows of part i, a file a bin and column."""
+    """Write the rows of part i, in one file per bin and column."""
     options = shared.options
     manifest = _tokens(shared.tokens)
     parts, _ = _firsts(shared)
@@ -357,7 +357,7 @@ def _blocks(shared: _Side, manifest: TokenManifest, reader: SideReader, i: int) 
     special, dtype, planes = manifest.special_tokens, manifest.dtype, options.columns
     if options.packing == "documents":
         return document_rows(reader, options.bins, special, dtype, planes)
-    # Beside those of _open, whose key takes long to hash.
+    # A second cache, by index: the key of _open is slow to hash.
     opened = lru_cache(maxsize=_OPEN_PARTS)(lambda part: _open(shared, parts[part]))
 
     def other(number: int) -> tuple[SideReader, int]:
@@ -371,7 +371,7 @@ def _blocks(shared: _Side, manifest: TokenManifest, reader: SideReader, i: int) 
 def join_rows(
     shared: _Side, folder: str, file_name: str, index: int, pieces: Sequence[tuple[int, int, int]], progress: Progress
 ) -> dict[str, Any]:
-    """Write one shard of the rows [start, stop) of parts, all of one length bin; returns its entry."""
+    """Write one shard from pieces (part, start, stop) of the rows of one length bin; returns its manifest entry."""
     options = shared.options
     length = options.bins[index]
     kinds: dict[str, Any] = {"input_ids": _tokens(shared.tokens).dtype, "segment_start": np.dtype(np.uint16)}

@@ -1,4 +1,4 @@
-"""Statistics of a corpus as text, and their plot."""
+"""Statistics of a corpus as text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +15,13 @@ from data_pipeline.tokenization.tokenizer import Encoder
 def describe(
     folder: str | Path, top: int = 20, progress: Callable[[int], object] | None = None, png: Path | None = None
 ) -> str:
-    """The table that `stats` prints: counts, unknown rate, repeated documents, what was dropped, each source, lengths
-    of documents, most frequent tokens; png: where to draw the last three."""
+    """Text printed by the command stats: counts, unknown rate, repeated and dropped documents, sources, document
+    lengths, and the `top` most frequent tokens. png: file to plot the last three to.
+
+    Raises CorpusError if top < 0 or the corpus is damaged.
+    """
     if top < 0:
-        raise CorpusError(f"--top {top}: 0 or more expected")
+        raise CorpusError(f"--top {top}: must be at least 0")
     corpus = Corpus(folder)
     manifest = corpus.manifest
     found = scan(corpus, progress, hashes=True)
@@ -29,7 +32,7 @@ def describe(
 
         plot(folder, found, top, png)
     special = manifest.special_tokens
-    # [CLS] and [SEP] are the packing's, not the text's.
+    # Special tokens added by the packing are not text.
     text = found.counts.copy()
     text[[i for i in special.all if i != special.unk]] = 0
     total = int(text.sum())
@@ -42,12 +45,12 @@ def describe(
         "documents": f"{manifest.documents:,}",
         "tokens": f"{manifest.tokens:,} ({total:,} of text)",
         "unknown": f"{text[special.unk]:,} ({text[special.unk] / total:.4%} of text)",
-        "bytes a token": f"{size / manifest.tokens:.4f} ({size:,} in all)",
+        "bytes per token": f"{size / manifest.tokens:.4f} ({size:,} in total)",
         "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
     }
     if found.hashes and (hashes := np.concatenate(found.hashes)).size:
         share = is_repeated(hashes).mean()
-        of = "" if found.modulus == 1 else f", by a sample of {len(hashes):,}"
+        of = "" if found.modulus == 1 else f", estimated from a sample of {len(hashes):,}"
         facts["repeated"] = f"{share * manifest.documents:,.0f} documents ({share:.2%}) equal an earlier one{of}"
     facts |= {f"dropped, {reason}": f"{count:,}" for reason, count in manifest.dropped.items()}
     if manifest.replaced:
@@ -66,7 +69,7 @@ def describe(
     return "\n".join(
         [
             *(f"{name:{width}} {value}" for name, value in facts.items()),
-            *(["", "tokens a document"] if found.lengths else []),
+            *(["", "tokens per document"] if found.lengths else []),
             *(f"  {quantile:>6.0%}  {length:>12,}" for quantile, length in quantiles),
             "",
             "most frequent tokens",

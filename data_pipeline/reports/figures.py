@@ -1,4 +1,4 @@
-"""Plots of a corpus: lengths, frequent tokens, sources."""
+"""Plots of a corpus: document lengths, most frequent tokens, sources."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +13,22 @@ from data_pipeline.tokenization.tokenizer import Encoder
 
 
 def plot(folder: str | Path, found: Scan, top: int, path: Path) -> None:
-    """A PNG of the documents' lengths, the most frequent tokens and, of a mixture, the sources' shares.
+    """Plot document lengths, the `top` most frequent tokens, and tokens per source to a PNG file.
 
-    Raises CorpusError where matplotlib is missing or the disk is full.
+    Raises CorpusError if matplotlib is missing or the disk is full.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise CorpusError("--png: needs the package matplotlib. Install it, or leave --png out") from None
+        raise CorpusError("--png: requires the package matplotlib. Install it, or omit --png") from None
     corpus = Corpus(folder)
     manifest = corpus.manifest
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     lengths, tokens, sources = figure.subplots(1, 3)
     edges = 2.0 ** np.arange(0, np.log2(max(found.lengths, default=1)) + 2)
     lengths.hist(list(found.lengths), bins=edges.tolist(), weights=list(found.lengths.values()))
-    lengths.set(xscale="log", xlabel="tokens a document", ylabel="documents", title="lengths")
-    _bars(tokens, *top_tokens(corpus, found, top), "tokens")
+    lengths.set(xscale="log", xlabel="tokens per document", ylabel="documents", title="document lengths")
+    _bars(tokens, *top_tokens(corpus, found, top), "most frequent tokens")
     names = [entry.name for entry in manifest.mixture] or ["all"]
     _bars(sources, names, [entry.tokens for entry in manifest.mixture] or [manifest.tokens], "tokens by source")
     with atomic_file(path) as file:
@@ -36,7 +36,7 @@ def plot(folder: str | Path, found: Scan, top: int, path: Path) -> None:
 
 
 def top_tokens(corpus: Corpus, found: Scan, top: int) -> tuple[list[str], list[int]]:
-    """The most frequent tokens of the text, and how often each occurs."""
+    """The most frequent tokens of the text, and their counts."""
     special = corpus.manifest.special_tokens
     counts = found.counts.copy()
     counts[[i for i in special.all if i != special.unk]] = 0
@@ -46,7 +46,7 @@ def top_tokens(corpus: Corpus, found: Scan, top: int) -> tuple[list[str], list[i
 
 
 def _bars(axes: object, names: Sequence[str], values: Sequence[int], title: str) -> None:
-    # Names are text: "$" is no formula.
+    # Escape "$", which starts a formula in matplotlib.
     labels = [name.replace("$", r"\$") for name in names]
     axes.barh(range(len(names)), list(values), tick_label=labels)  # type: ignore[attr-defined]
     axes.invert_yaxis()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Rows of a corpus as one can read them, and its figures as a picture."""
+"""Rows of a corpus in readable form."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from data_pipeline.tokenization.tokenizer import Encoder
 
 
 def decoded_rows(folder: str | Path, first: int, count: int) -> str:
-    """Rows [first, first + count) as tokens, a line of facts above each. `¶` stands before a token that begins a
-    sentence and `·` before one that begins a word, where the corpus stores these.
+    """Rows [first, first + count) as tokens, each below a line of facts. `¶` marks sentence starts and `·` word starts,
+    if the corpus stores them.
 
-    Raises CorpusError where there are no such rows.
+    Raises CorpusError if the range is empty or starts outside the corpus.
     """
     corpus = Corpus(folder)
     if not 0 <= first < corpus.rows or count < 1:

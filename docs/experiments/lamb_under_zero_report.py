@@ -58,7 +58,7 @@ def best_rate(runs: list[dict[str, Any]], method: str, ranks: int) -> float:
 
 
 def summary(runs: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """The figures of the tables and of docs/lamb.md. ranks: number of ranks of the sweep."""
+    """The figures of the tables and of docs/explanation/lamb-under-zero.md. ranks: number of ranks of the sweep."""
     by_job = {job_of(run): run for run in runs}
     best = {method: best_rate(runs, method, ranks) for method in ("bound", "unaware")}
     held_out: dict[str, dict[str, Any]] = {}

@@ -161,7 +161,7 @@ def bind(engine: Any) -> None:
     Raises:
         ValueError: if the engine's optimizer is neither, if the variant scales gradients and `gradient_clipping`
             differs from its norm, or if the engine uses a feature that would give wrong norms or is untested
-            (docs/lamb.md lists them).
+            (docs/explanation/lamb-under-zero.md lists them).
         RuntimeError: on the ranks concerned, if a fragment differs from the model's weights at its place.
     """
     optimizer = getattr(engine, "basic_optimizer", None)

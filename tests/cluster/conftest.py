@@ -1,4 +1,4 @@
-"""One Slurm cluster a session."""
+"""One Slurm cluster per test process."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.cluster.slurm_cluster import Cluster
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes, n1 and n2, a CPU each. Skipped where Slurm cannot be had; in CI, which installs it, a failure."""
+    """Two nodes, n1 and n2, one CPU each. Skipped if Slurm is not available; in CI, which installs it, a failure."""
     if why := slurm_cluster.missing():
         if os.environ.get("CI") == "true":
             pytest.fail(f"no Slurm cluster: {why}")

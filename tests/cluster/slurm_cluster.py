@@ -1,7 +1,7 @@
-"""A real Slurm cluster of two nodes on one machine, in namespaces of its own: processes, mounts, network.
+"""A real Slurm cluster of two nodes on one machine, in its own process, mount and network namespaces.
 
-Nothing is seen from outside, and everything ends with the namespace's first process, which ends when its standard input
-is closed: also where pytest itself is killed.
+It is invisible from outside, and everything ends with the namespace's first process, which exits when its standard
+input is closed, even if pytest is killed.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.distributed.training import environment
 
 NODES = ("n1", "n2")
 PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "unshare", "nsenter", "ip")
-# In seconds: what a node may be silent, what a signalled job has, how long credentials (and so requeues) take.
+# Seconds: how long a node may be silent, from SIGTERM to SIGKILL, until credentials expire (which delays requeues).
 _SILENCE, _KILL_WAIT, _CREDENTIALS = 6, 3, 5
 
 _CONF = """ClusterName=test
@@ -64,8 +64,8 @@ PartitionName=patient Nodes=ALL State=UP PriorityTier=1 PreemptMode=REQUEUE Grac
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
 
-# bash stays the first process, and reaps what loses its parent.
-# Without an address that is not of the loopback network, resolvers hold that there is no network.
+# bash stays the first process and reaps orphans.
+# Without an address outside the loopback network, resolvers assume that there is no network.
 _START = """set -e
 ip link set lo up
 ip address add 10.0.0.1/32 dev lo
@@ -80,7 +80,7 @@ cat >/dev/null
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, if there cannot."""
+    """Why a cluster cannot run here; None if it can."""
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
         return f"not installed: {', '.join(absent)}"
     probe = subprocess.run(["unshare", "--pid", "--mount", "--net", "--fork", "true"], capture_output=True, text=True)
@@ -88,14 +88,14 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """The cluster, seen from outside. folder: its configuration, logs and state."""
+    """A handle on the cluster from outside its namespaces. folder: its configuration, logs and state."""
 
     def __init__(self, folder: Path, process: "subprocess.Popen[str]") -> None:
         self.folder = folder
         self._first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
 
     def command(self, *words: object) -> list[str]:
-        """As typed on a login node."""
+        """The command line that runs `words` as on a login node."""
         enter = ["nsenter", f"--target={self._first}", "--pid", "--mount", "--net", f"--wdns={self.folder}"]
         return [*enter, *map(str, words)]
 
@@ -112,11 +112,11 @@ class Cluster:
         return self.run(sys.executable, "-m", "cluster", *words, check=check)
 
     def sbatch(self, *words: object) -> str:
-        """→ the job's id."""
+        """Submit; returns the job id."""
         return self.run("sbatch", "--parsable", *words).stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What the controller says of a job."""
+        """The controller's fields of a job."""
         text = self.run("scontrol", "--oneliner", "show", "job", job).stdout
         return dict(field.partition("=")[::2] for field in text.split() if "=" in field)
 
@@ -135,7 +135,7 @@ class Cluster:
         return value
 
     def wait_idle(self) -> None:
-        """Both nodes are there and free."""
+        """Wait until both nodes are up and idle."""
         self.wait_until(lambda: set(self.node_states().values()) == {"idle"}, "both nodes idle", timeout=60)
 
     def describe(self) -> str:
@@ -144,7 +144,7 @@ class Cluster:
         return "\n".join([queue, str(self.node_states()), *logs])
 
     def processes(self, node: str, text: str) -> list[int]:
-        """Process ids, as seen from outside, of processes that Slurm has started on a node, `text` in their command."""
+        """Outside pids of processes that Slurm started on a node and whose command line contains `text`."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -158,18 +158,18 @@ class Cluster:
         return found
 
     def kill_daemon(self, node: str) -> None:
-        """SIGKILL for the node's slurmd; what runs there goes on."""
+        """SIGKILL the node's slurmd; its jobs keep running."""
         self.run("kill", "-KILL", (self.folder / f"slurmd-{node}.pid").read_text().strip())
 
     def crash(self, node: str) -> None:
-        """All that runs on a node ends at once, as when its power does."""
+        """SIGKILL all processes of a node at once, as a power failure would."""
         self.kill_daemon(node)
         for pid in [*self._step_daemons(node), *self.processes(node, "")]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _step_daemons(self, node: str) -> list[int]:
-        """slurmstepd writes over its environment: known by the log that it holds open."""
+        """slurmstepd overwrites its environment, so it is recognised by the log that it holds open."""
         log, found = str(self.folder / f"slurmd-{node}.log"), []
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -184,7 +184,7 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Bring one up, in a folder of its own; take it down."""
+    """A running cluster with its files in an empty `folder`; shut down at the end."""
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o700)
@@ -194,10 +194,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
     times = {"silence": _SILENCE, "kill_wait": _KILL_WAIT, "credentials": _CREDENTIALS}
     (folder / "slurm.conf").write_text(_CONF.format(host=host, folder=folder, **times))
-    # Nothing opens them: they are there for what asks for GPUs to be accepted.
+    # Nothing opens these devices; they let jobs that ask for GPUs be accepted.
     devices = [f"NodeName=n[1-2] Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero")]
     (folder / "gres.conf").write_text("".join(devices))
-    # Where cgroups are not mounted slurmd asks for version 1 to be named.
+    # If cgroups are not mounted, slurmd requires version 1 to be named.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     unshare = ["unshare", "--pid", "--mount", "--net", "--fork", "--kill-child", "--mount-proc"]
     with (folder / "start.log").open("w") as log:
@@ -220,6 +220,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def dump(path: Path, values: dict[str, Any]) -> Path:
-    """A configuration as a file: JSON is YAML."""
+    """Write a configuration file; JSON is YAML."""
     path.write_text(json.dumps(values))
     return path

@@ -1,7 +1,7 @@
-"""Real ssh hosts on one machine: each h1, h2 … has network, hostname, processes, mounts and /dev/shm of its own.
+"""Real ssh hosts on one machine: h1, h2 … each with its own network, hostname, processes, mounts and /dev/shm.
 
-The head has too; the hosts hang on its bridge. Everything is in private namespaces and dies with the head's first
-process, which ends when its stdin does: however the tests end, nothing stays. Root alone can do this.
+So has the head node, whose bridge connects the hosts. Everything lives in private namespaces and dies with the head's
+first process, which exits when its stdin is closed: nothing survives the tests, however they end. Needs root.
 """
 
 import os
@@ -29,7 +29,7 @@ mount --bind "$0/hosts" /etc/hosts && mount --bind "$0/ssh_config" /etc/ssh/ssh_
 echo ready
 cat
 """
-# "$1": its number. The link comes from the head's side.
+# "$1": the host's number. The head creates the link.
 _HOST = """
 set -e
 hostname "h$1"
@@ -58,7 +58,7 @@ _SSH = """Host *
 
 
 def why_not() -> str | None:
-    """What this machine lacks for it."""
+    """Why ssh hosts cannot run here; None if they can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if not Path(SSHD).exists():
         missing.append(SSHD)
@@ -71,7 +71,7 @@ def why_not() -> str | None:
 
 
 def require() -> None:
-    """Skip where that cannot be had; in CI, where it can, that is a failure."""
+    """Skip if ssh hosts cannot run here; in CI, which can run them, that is a failure."""
     if (reason := why_not()) is not None:
         if os.environ.get("CI") == "true":
             pytest.fail(f"ssh hosts cannot be had: {reason}")
@@ -79,7 +79,7 @@ def require() -> None:
 
 
 class SshHosts:
-    """h1 … hN. folder: for keys and logs."""
+    """h1 … hN and the head. folder: keys and logs."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
@@ -101,11 +101,11 @@ class SshHosts:
             self.boot(number)
 
     def boot(self, number: int) -> None:
-        """Start a host, or start it again after a crash."""
+        """Start a host, also after a crash."""
         (self.folder / f"sshd_h{number}.conf").write_text(_SSHD.format(number=number, folder=self.folder))
         self._hosts[number] = self.start([*self._unshare, "sh", "-c", _HOST, str(self.folder), str(number)])
         wait_until(lambda: self.pid(number) is not None)
-        # Not in the head's own processes: the number is one of ours.
+        # Not in the head's process namespace: the pid is one of ours.
         on_bridge = ["nsenter", "-t", str(self._first), "-n", "ip", "link"]
         words = ["add", f"v{number}", "type", "veth", "peer", "name", "eth0", "netns", str(self.pid(number))]
         subprocess.run([*on_bridge, *words], check=True)
@@ -113,27 +113,27 @@ class SshHosts:
         wait_until(lambda: self.run(["ssh", "-o", "ConnectTimeout=2", f"h{number}", "true"]).returncode == 0)
 
     def pid(self, number: int) -> int | None:
-        """The host's first process."""
+        """The pid of the host's first process; None while it is starting."""
         inner = _inner(self._hosts[number].pid)
         try:
-            # Until then it is in the head's namespaces.
+            # A wrapper is still in the head's namespaces.
             return None if psutil.Process(inner).name() in _WRAPPERS else inner
         except psutil.Error:
             return None
 
     def crash(self, number: int) -> None:
-        """All processes of the host die, its link goes."""
+        """Kill all processes of the host; its link disappears."""
         pid = self.pid(number)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         self._hosts[number].wait(30)
 
     def link(self, number: int, state: str) -> None:
-        """state: up, down."""
+        """Set the host's link. state: up, down."""
         subprocess.run(["nsenter", "-t", str(self._first), "-n", "ip", "link", "set", f"v{number}", state], check=True)
 
     def start(self, words: list[Any], **options: Any) -> "subprocess.Popen[bytes]":
-        """A process on the head; what Popen knows is nsenter, `signal` reaches the process itself."""
+        """Start a process on the head. The Popen is that of nsenter; `send` signals the process itself."""
         where = ["nsenter", "-t", str(self._first), "-n", "-m", "-u", "-i", "-p", f"--wdns={Path.cwd()}"]
         return subprocess.Popen([*where, *map(str, words)], **options)
 
@@ -147,12 +147,12 @@ class SshHosts:
         return subprocess.CompletedProcess(words, process.returncode, str(out), str(err))
 
     def on(self, number: int, *words: Any) -> "subprocess.CompletedProcess[str]":
-        """Run in the host's namespaces, its link up or down."""
+        """Run a command in the host's namespaces, whether its link is up or down."""
         where = ["nsenter", "-t", str(self.pid(number)), "-n", "-m", "-u", "-i", "-p"]
         return subprocess.run([*where, *map(str, words)], capture_output=True, text=True, check=False)
 
     def processes(self, number: int) -> list[tuple[psutil.Process, list[str]]]:
-        """Those of a host, but for sshd, with their command lines."""
+        """Processes of a host except sshd, with their command lines."""
         pid = self.pid(number)
         assert pid is not None
         found = []
@@ -173,12 +173,12 @@ class SshHosts:
 
 
 def send(process: "subprocess.Popen[bytes]", number: int) -> None:
-    """A signal for what `SshHosts.start` has started."""
+    """Signal a process started by `SshHosts.start`."""
     os.kill(_inner(process.pid), number)
 
 
 def _inner(pid: int) -> int:
-    """Past nsenter and unshare, which wait for the one process that they have forked."""
+    """The process that nsenter and unshare have forked and wait for."""
     process = psutil.Process(pid)
     while process.name() in _WRAPPERS and (children := process.children()):
         process = children[0]
@@ -188,5 +188,5 @@ def _inner(pid: int) -> int:
 def wait_until(condition: Callable[[], Any], timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "not within its time"
+        assert time.monotonic() < deadline, f"not within {timeout} s"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Two ssh hosts, two ranks on each, through pdsh: one run that everything befalls, against one that nothing does."""
+"""Two ssh hosts with two ranks each, through pdsh: a run that suffers every fault, against an undisturbed one."""
 
 import hashlib
 import os
@@ -28,17 +28,17 @@ from tests.distributed.training import column, configuration, environment
 from tests.support.corpora import make_corpus
 
 EVERY, TIMEOUT, GRACE = 10, 10, 5
-# How fast steps are must not matter: a run ends where the last fault has left it, and the undisturbed one there too.
+# The speed of steps must not matter: a run ends soon after its last fault, and the undisturbed one at the same step.
 FAR = 100_000
 FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
-# What this machine may be late by, where it is four times slower than quiet.
+# Seconds of tolerance for a loaded machine (four times slower than idle).
 LATE = 60
 SLEEP = "import time; time.sleep(3000)"
 
 
 @dataclass
 class Life:
-    """What a launch came to: seconds from the fault to its end; left: processes on each host afterwards."""
+    """How a launch ended. seconds: from the fault to its end; left: remaining processes per host."""
 
     status: int
     seconds: float
@@ -51,7 +51,7 @@ class Scene:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.hosts = SshHosts(folder / "hosts", 2)
-        # A foreign job, as far as DeepSpeed's launchers can tell; their pkill would end it.
+        # Looks like a foreign job to DeepSpeed's launchers; their pkill would end it.
         words = ["ssh", "h1", f"{sys.executable} -c '{SLEEP}' python -u -m deepspeed.launcher.launch foreign"]
         self.foreign = self.hosts.start(words)
         self.corpus = make_corpus(folder / "corpus", rows=200, words=20)
@@ -80,7 +80,7 @@ class Scene:
         return [sys.executable, "-m", "cluster", command, *where, *options]
 
     def refused(self, name: str, *options: Any, **more: Any) -> str:
-        """A launch that shall not begin; → what it says."""
+        """A launch that must be refused; returns its error."""
         answer = self.hosts.run(self.words(name, *options, **more), env=environment())
         assert (answer.returncode, answer.stdout) == (1, "")
         assert answer.stderr.count("error: ") == 1
@@ -89,7 +89,7 @@ class Scene:
         return answer.stderr
 
     def live(self, run: str, act: Callable[["subprocess.Popen[bytes]"], None] | None, *options: Any) -> Life:
-        """Launch, or launch again; act once a checkpoint has been written and training goes on; see how it ends."""
+        """Launch or resume; call `act` once a new checkpoint is written; wait for the end."""
         before = len(self._checkpoints(run))
         words = self.words(run, "--resume", "auto", "--grace", GRACE, "--force", *options)
         process = self.hosts.start(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -112,7 +112,7 @@ class Scene:
         return life
 
     def leftovers(self, *numbers: int) -> list[list[str]]:
-        """What is still there of a launch, by host: pythons and MPI's helpers. Shells of ssh may just be ending."""
+        """Remaining processes of a launch by host: Python and MPI helpers. Shells of ssh may still be exiting."""
         names = []
         for number in numbers:
             lines = [" ".join(words) for _, words in self.hosts.processes(number)]
@@ -134,7 +134,7 @@ class Scene:
         raise AssertionError(f"no rank {number}")
 
     def plant(self, run: str) -> None:
-        """On h1, what a launch of this run would leave behind whose command was killed."""
+        """Start on h1 what a killed launch of this run would leave behind."""
         key = hashlib.sha256(os.fsencode((self.folder / run).resolve())).hexdigest()[:12]
         self.hosts.start(["ssh", "h1", f"{MARK}={key}-earlier {sys.executable} -c '{SLEEP}' deepspeed.launcher.launch"])
         wait_until(lambda: self.leftovers(1) != [[]])
@@ -150,7 +150,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @pytest.fixture(scope="module")
 def lives(scene: Scene) -> dict[str, Life]:
-    """One run, launched again after each fault, to its end."""
+    """One run, resumed after each fault, to its end."""
     found: dict[str, Life] = {}
     hosts = scene.hosts
     acts: dict[str, Callable[[subprocess.Popen[bytes]], Any] | None] = {
@@ -168,7 +168,7 @@ def lives(scene: Scene) -> dict[str, Life]:
         options = ("--launcher", "mpich") if name == "done" else ()
         found[name] = scene.live("run", act, *options)
         if name == "cut":
-            # The file system was there all the time: told by it, the ranks end although ssh cannot reach them.
+            # The ranks learn of the end through the shared file system, although ssh cannot reach them.
             wait_until(lambda: scene.leftovers(2) == [[]], 30)
             hosts.link(2, "up")
         if name == "crashed":
@@ -196,22 +196,22 @@ def test_a_fault_ends_the_launch_in_time_and_is_named(lives: dict[str, Life], fa
     assert life.left == [[], []]
 
 
-def test_sigterm_ends_it_with_a_checkpoint(lives: dict[str, Life]) -> None:
+def test_sigterm_ends_the_launch_with_a_checkpoint(lives: dict[str, Life]) -> None:
     life = lives["asked"]
     assert life.status == EXIT_STOPPED
     assert re.search(r"stopped at step \d+ with a checkpoint", life.err)
     assert life.left == [[], []]
 
 
-def test_what_an_earlier_launch_left_is_ended_and_a_foreign_job_is_not(scene: Scene, lives: dict[str, Life]) -> None:
+def test_leftovers_of_an_earlier_launch_are_killed_but_no_foreign_job(scene: Scene, lives: dict[str, Life]) -> None:
     assert "warning: h1: ranks of an earlier launch of this run are still running" in lives["done"].err
     assert lives["done"].left == [[], []]
     assert "h1: another DeepSpeed job is running" in lives["done"].err
     assert scene.foreign.poll() is None
 
 
-def test_resumed_after_all_of_it_equals_an_undisturbed_run(scene: Scene, lives: dict[str, Life]) -> None:
-    """The last part by MPICH's launcher; the undisturbed one by DeepSpeed's own command."""
+def test_resumed_after_all_faults_equals_an_undisturbed_run(scene: Scene, lives: dict[str, Life]) -> None:
+    """The last part runs under MPICH's launcher, the undisturbed run under DeepSpeed's own command."""
     assert lives["done"].status == 0, lives["done"].err
     whole = scene.folder / "whole"
     words = ["-m", "deepspeed.launcher.runner", "--hostfile", scene.hostfile, "--module", "maskvr_ds.train"]
@@ -240,11 +240,11 @@ def test_an_empty_hostfile(scene: Scene) -> None:
 
 
 def test_an_unreachable_second_host_and_a_wrong_number_of_slots(scene: Scene) -> None:
-    """Both are told at once, in less than the time that the rendezvous would wait."""
+    """Both are reported together, sooner than the rendezvous would time out."""
     hostfile = scene.folder / "wrong.txt"
     hostfile.write_text("h1 slots=1000\nabsent slots=1000\n")
     begun = time.monotonic()
-    # Divisible by the ranks: that fault would be told first.
+    # Divisible by the ranks: otherwise that error would come first.
     sizes = ["--set", "batch.global_size=2000", "--set", "batch.micro_size=1"]
     said = scene.refused("never", "--force", *sizes, hostfile=hostfile)
     assert "absent: not reachable by ssh: " in said
@@ -267,7 +267,7 @@ def test_hosts_that_see_different_manifests(scene: Scene) -> None:
 
 
 def _opens(corpora: list[str]) -> str | None:
-    """On a rank: open the one of its own."""
+    """On a rank: open its own corpus and compare."""
     from data_pipeline.shards import Corpus
     from maskvr_ds.runtime import distributed
     from maskvr_ds.training.corpora import check_same_corpora
@@ -281,7 +281,7 @@ def _opens(corpora: list[str]) -> str | None:
 
 
 def test_ranks_that_see_different_manifests(tmp_path: Path) -> None:
-    """As without the checks of `launch`: the trainer itself refuses."""
+    """Without the checks of `launch`: the trainer itself refuses."""
     first, other = (str(make_corpus(tmp_path / f"{seed}", rows=50, words=20, seed=seed)) for seed in (0, 1))
     assert run_ranks(_opens, 2, [first, first]) == [None, None]
     said = run_ranks(_opens, 2, [first, other])

@@ -1,4 +1,4 @@
-"""Preflight on two real ssh hosts: a good cluster, and each fault by itself."""
+"""Preflight on two real ssh hosts: a good cluster, and each kind of fault."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ class Scene:
         words += ["--config", self.folder / "run.yaml", "--minimum-free", "0.01", *options]
         answer = self.hosts.run(words, timeout=300, env=environment())
         assert "Traceback" not in answer.stderr
-        assert not (self.folder / "run").exists(), "something stays behind"
+        assert not (self.folder / "run").exists(), "preflight leaves nothing"
         return answer.returncode, answer.stdout, answer.stderr
 
 
@@ -44,7 +44,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def test_a_good_cluster(scene: Scene) -> None:
-    """h1 has two ranks, h2 has one: the ranks' links are those of the hosts, one here."""
+    """h1 has two ranks, h2 has one: links are measured between hosts, so there is one."""
     # 16 sequences do not divide among 3 ranks.
     status, out, err = scene.preflight("--json", "--set", "batch.global_size=12", "--bytes", 2**20)
     assert (status, err) == (0, "")
@@ -56,7 +56,7 @@ def test_a_good_cluster(scene: Scene) -> None:
         assert row["packages"]["torch"]
         assert row["packages"]["deepspeed"]
         assert row["free_bytes"] > 0
-        # One clock: what is measured is how well it can be told.
+        # Both hosts share one clock: the measurement has only its own uncertainty.
         assert abs(row["clock"]["offset_seconds"]) <= row["clock"]["uncertainty_seconds"] + 0.1
     first, second = (list(row["manifests"].values()) for row in said["hosts"].values())
     assert first == second != [None]
@@ -67,7 +67,7 @@ def test_a_good_cluster(scene: Scene) -> None:
     assert links["bus_bytes_per_second"] == pytest.approx(2 * 2 / 3 * 2**20 / links["all_reduce_seconds"])
 
 
-def test_faults_are_told_in_lines_and_no_rank_is_started(scene: Scene) -> None:
+def test_faults_are_listed_and_no_rank_is_started(scene: Scene) -> None:
     other = make_corpus(scene.folder / "other", rows=50, words=20, seed=1)
     scene.hosts.on(2, "mount", "--bind", other, scene.corpus)
     try:
@@ -88,12 +88,12 @@ def test_faults_are_told_in_lines_and_no_rank_is_started(scene: Scene) -> None:
     assert table[3] == "interconnect: not measured; fix the errors first"
 
 
-def test_a_folder_that_is_not_shared_a_taken_port_and_a_host_that_is_not_there(scene: Scene) -> None:
+def test_a_folder_that_is_not_shared_a_taken_port_and_an_absent_host(scene: Scene) -> None:
     (scene.folder / "absent.txt").write_text("h1 slots=2\nh2 slots=1\nabsent slots=1\n")
     logs = scene.folder / "logs"
     logs.mkdir()
     scene.hosts.on(2, "mount", "-t", "tmpfs", "tmpfs", logs)
-    # sshd has it.
+    # Port 22 is taken by sshd.
     options = ["--log-dir", logs, "--master-port", 22, "--set", "batch.global_size=8"]
     try:
         status, out, err = scene.preflight(*options, hostfile="absent.txt")

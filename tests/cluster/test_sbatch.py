@@ -1,4 +1,4 @@
-"""Job scripts as the real sbatch reads them."""
+"""Job scripts under the real sbatch."""
 
 import json
 import shlex
@@ -21,11 +21,11 @@ def test_every_variant_is_accepted(slurm: Cluster, tmp_path: Path, monkeypatch: 
             said = slurm.run("sbatch", "--test-only", path).stderr
             assert " to start at " in said, said
     refused = slurm.run("sbatch", "--test-only", "--partition=none", scripts["cpu"][0], check=False)
-    assert refused.returncode != 0, "it can be refused"
+    assert refused.returncode != 0, "the check can fail"
 
 
-def test_directives_are_read_as_they_were_meant(slurm: Cluster, tmp_path: Path) -> None:
-    """Names and paths with everything that is not refused: the controller has them to the letter."""
+def test_directives_are_quoted(slurm: Cluster, tmp_path: Path) -> None:
+    """Names and paths with every special character that is allowed reach the controller unchanged."""
     values = ['it\'s "a" $(id) `id` $HOME', "# no comment %j %% ü,;|&<>*?~!"]
     for number, value in enumerate(values):
         folder = tmp_path / f"{number} {value}"
@@ -39,12 +39,12 @@ def test_directives_are_read_as_they_were_meant(slurm: Cluster, tmp_path: Path) 
         directive("comment", "a\n#SBATCH --uid=0")
 
 
-# A python that says what it was started for, and leaves word that the run is done.
+# Stands for Python: logs its arguments and marks the run as completed.
 STAND_IN = """#!/bin/bash
 printf '%s\\n' "$SLURM_PROCID: $*" >>"$(dirname "$0")/started"
 if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]}/completed.json"; fi
 """
-# One that trains until it is told to end, saves then, and is done at the second start.
+# Runs until SIGTERM, then marks the run as stopped; completes at the second start.
 PATIENT = """#!/bin/bash
 [[ $* =~ --config\\ (.*)/slurm/config-.*\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { touch completed.json; exit 0; }
@@ -52,7 +52,7 @@ printf '{"job": "%s"}' "$SLURM_JOB_ID" >owner.json
 trap 'sleep 0.5; echo "{}" >stopped.json; exit 75' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 """
-# Of an array: one that is cancelled once both are there; then they wait for word that all may end.
+# Two tasks of an array: the first stops once both have started; after its requeue both wait for all_may_end.
 TOGETHER = """#!/bin/bash
 [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
 echo "${SLURM_RESTART_COUNT:-0}" >>starts
@@ -69,7 +69,7 @@ touch completed.json
 
 
 def settings(folder: Path) -> list[str]:
-    """Of a run on a corpus that is there."""
+    """Options of a run on an existing corpus."""
     corpus = make_corpus(folder / "corpus", rows=10, words=10)
     return ["--config", "demo_cpu", "--set", f"data.path={corpus}", "--set", "evaluation.every_steps=0"]
 
@@ -81,8 +81,8 @@ def environment(folder: Path, python: str) -> Path:
     return folder
 
 
-def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> None:
-    """The corpus' job, the array that waits for it, ranks by srun: with a stand-in for Python."""
+def test_data_first_then_one_run_per_seed(slurm: Cluster, tmp_path: Path) -> None:
+    """The corpus job, the array that depends on it, and ranks under srun, with a stand-in for Python."""
     build = build_words(tmp_path, make_corpus(tmp_path / "other", rows=10, words=10))
     venv, run = environment(tmp_path / "a venv", STAND_IN), tmp_path / "runs of 'two' seeds"
     said = slurm.tool(
@@ -103,8 +103,8 @@ def test_data_first_then_a_run_for_each_seed(slurm: Cluster, tmp_path: Path) -> 
     assert len(list((run / "slurm").glob(f"{job}_[01].log"))) == 2
 
 
-def test_a_task_of_an_array_requeues_itself_alone(slurm: Cluster, tmp_path: Path) -> None:
-    """That one whose own id is the array's."""
+def test_a_task_of_an_array_requeues_only_itself(slurm: Cluster, tmp_path: Path) -> None:
+    """The task whose own job id is that of the array."""
     venv, run = environment(tmp_path / "venv", TOGETHER), tmp_path / "run"
     said = slurm.tool(
         *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),
@@ -130,7 +130,7 @@ def states(slurm: Cluster, array: str) -> list[str]:
 
 
 def test_a_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
-    """Slurm tells the ranks alone, and would take an exit within the grace for the job's end: it requeues itself."""
+    """Slurm signals only the ranks, and treats an exit within the grace time as the end: the job requeues itself."""
     venv, run = environment(tmp_path / "venv", PATIENT), tmp_path / "run"
     said = slurm.tool(
         *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv),

@@ -1,6 +1,6 @@
-"""Trainings as Slurm jobs, on a real cluster: the time limit, preemption, cancelling, lost nodes, half-dead ranks.
+"""Trainings as Slurm jobs on a real cluster: time limit, preemption, cancelling, lost nodes, partitioned ranks.
 
-The run that all are held against is an undisturbed one: `srun` of the trainer, without a script.
+Compared with an undisturbed run: `srun` of the trainer, without a script.
 """
 
 import json
@@ -28,7 +28,7 @@ DIGESTS = ("step", "samples", "data_digest", "mask_digest")
 
 def config(folder: Path, name: str) -> Path:
     sections = {
-        # Without dropout, which is drawn per rank, losses hardly depend on how many there are.
+        # Dropout is drawn per rank; without it losses hardly depend on the number of ranks.
         "model": NO_DROPOUT,
         "evaluation": {"every_steps": 0},
         "checkpoint": {"every_steps": EVERY, "keep_last": 2},
@@ -45,7 +45,7 @@ def submit(slurm: Cluster, file: Path, nodes: str, *more: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus and a run without disturbance, "whole"."""
+    """With a corpus and an undisturbed run, "whole"."""
     folder = tmp_path_factory.mktemp("jobs")
     make_corpus(folder / "corpus", rows=200, words=20)
     train = (sys.executable, "-m", "maskvr_ds.train", "--config", config(folder, "whole"))
@@ -61,7 +61,7 @@ def log(run: Path, job: str) -> str:
 
 
 def wait_for(slurm: Cluster, job: str, run: Path, start: int, *, more: int) -> None:
-    """Until this start of the job has trained some steps, and saved."""
+    """Wait until this start of the job runs and `more` steps are logged."""
 
     def there() -> bool:
         text = log(run, job)
@@ -80,7 +80,7 @@ def wait_state(slurm: Cluster, job: str, run: Path, state: str) -> None:
 
 @contextmanager
 def frozen(processes: list[int]) -> Iterator[None]:
-    """Stopped inside; afterwards they go on, as after a network's failure."""
+    """SIGSTOP the processes inside the block and SIGCONT them after it, as in a network failure."""
     assert processes
     for pid in processes:
         os.kill(pid, signal.SIGSTOP)
@@ -99,7 +99,7 @@ def ranks(slurm: Cluster, *nodes: str) -> list[int]:
 
 
 def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
-    """SIGUSR1 as before the limit; a job of a higher priority; cancelled, and submitted again: to the bit the same."""
+    """SIGUSR1 as before the time limit; preempted; cancelled and resubmitted: bit-identical."""
     file, run = config(folder, "interrupted"), folder / "interrupted"
     job = submit(slurm, file, "2")
     wait_for(slurm, job, run, 0, more=15)
@@ -109,7 +109,7 @@ def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
     assert complete_checkpoints(run)[-1].name == f"step-{saved:08d}", "nothing is lost"
 
     wait_for(slurm, job, run, 1, more=saved + EVERY + 1)
-    # So that the run does not come to its end before.
+    # The run must not end before.
     with frozen(ranks(slurm)):
         status = json.loads(slurm.tool("status", run, "--json").stdout)[0]
         assert (status["state"], status["job"], status["restarts"], status["ranks"]) == ("running", job, 1, 2)
@@ -136,8 +136,8 @@ def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_lost_nodes_and_a_half_dead_rank(slurm: Cluster, folder: Path) -> None:
-    """Two nodes; one crashes: goes on with the other. That one is lost, though its rank lives: goes on elsewhere."""
+def test_lost_nodes_and_a_partitioned_rank(slurm: Cluster, folder: Path) -> None:
+    """Of two nodes one crashes: continues on the other. That one is lost while its rank lives: continues elsewhere."""
     file, run = config(folder, "bereft"), folder / "bereft"
     job = submit(slurm, file, "1-2")
     wait_for(slurm, job, run, 0, more=EVERY + 2)
@@ -145,7 +145,7 @@ def test_lost_nodes_and_a_half_dead_rank(slurm: Cluster, folder: Path) -> None:
 
     wait_for(slurm, job, run, 1, more=len(metrics(run)) + EVERY)
     (rank,) = ranks(slurm, "n1")
-    # The script and srun too, which would else hear of the job's end: no message reaches a node without a network.
+    # The script and srun too: a node without a network would not hear of the job's end.
     others = [pid for pid in slurm.processes("n1", "") if pid != rank]
     with frozen(others):
         with frozen([rank]):
@@ -153,10 +153,10 @@ def test_lost_nodes_and_a_half_dead_rank(slurm: Cluster, folder: Path) -> None:
             slurm.revive("n2")
             slurm.wait_until(lambda: slurm.node_states()["n2"] == "idle", "n2 is back")
             slurm.kill_daemon("n1")
-            # The second start, or the third: an old srun may still cancel the new start's step, of the same number.
+            # The second or third start: an old srun may still cancel the new start's step, which has the same number.
             slurm.wait_until(lambda: json.loads((run / "owner.json").read_text())["restarts"] >= 2, "another owner")
             assert slurm.job(job)["NodeList"] == "n2"
-        # The old rank trains on, to its next checkpoint.
+        # The old rank trains up to its next checkpoint.
         slurm.wait_until(lambda: not Path(f"/proc/{rank}").exists(), "the old rank's end", timeout=120)
     wait_state(slurm, job, run, "COMPLETED")
     assert "this job no longer owns the run and stops writing to it" in log(run, job)

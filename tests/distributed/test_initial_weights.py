@@ -1,4 +1,4 @@
-"""A run that begins with an existing model: what it computes at first is what that model computes, on any ranks."""
+"""Runs initialised from a pretrained model: at first they compute what that model computes, on any ranks."""
 
 import os
 import re
@@ -19,8 +19,8 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
 from tests.support.corpora import make_corpus
 
-# So little that no fp32 weight changes: a step, and the evaluation behind it, of the model that was given.
-STANDS_STILL: dict[str, Any] = {"optimizer": {"lr": 1e-30}, "schedule": {"warmup_steps": 0}}
+# A learning rate so small that no fp32 weight changes: one step, then an evaluation of the given model.
+FROZEN: dict[str, Any] = {"optimizer": {"lr": 1e-30}, "schedule": {"warmup_steps": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(trained: Path) -> Path:
-    """Its export, as the first BERTs were saved: with names of old, pooler, next-sentence head and tied copies."""
+    """Its export in the format of the first BERTs: old parameter names, pooler, next-sentence head, tied copies."""
     folder = trained.with_name("model")
     export(trained, folder)
     weights = load_file(folder / "model.safetensors")
@@ -58,21 +58,19 @@ def model(trained: Path) -> Path:
     return folder
 
 
-def begins_with(model: Path, output: Path, corpus: Path, *, steps: int, **sections: Any) -> dict[str, Any]:
+def started_from(model: Path, output: Path, corpus: Path, *, steps: int, **sections: Any) -> dict[str, Any]:
     values = configuration(output, corpus, steps=steps, **sections)
     values["model"] = {"initialize_from": str(model), **sections.get("model", {})}
     return values
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_begins_where_the_model_ended(
+def test_starts_from_the_weights_of_the_model(
     trained: Path, model: Path, corpus: Path, tmp_path: Path, world_size: int
 ) -> None:
-    """Every weight and the held-out loss, at each ZeRO stage; in bf16 and fp16 the masters are not rounded."""
+    """All weights and the held-out loss, at each ZeRO stage; in bf16 and fp16 the masters are not rounded."""
     names = ["zero0_fp32", "zero2_fp32", "zero3_fp32", "zero0_bf16", "zero2_bf16", "zero3_bf16", "zero1_fp16"]
-    jobs = [
-        (begins_with(model, tmp_path / name, corpus, steps=1, deepspeed=name, **STANDS_STILL), None) for name in names
-    ]
+    jobs = [(started_from(model, tmp_path / name, corpus, steps=1, deepspeed=name, **FROZEN), None) for name in names]
     assert run_ranks(train_all, world_size, jobs, True) == [[None] * len(jobs)] * world_size
     expected = load.read_weights(complete_checkpoints(trained)[-1])
     for name in names:
@@ -88,26 +86,26 @@ def test_begins_where_the_model_ended(
 
 
 def train_elsewhere(values: dict[str, Any]) -> list[str | None]:
-    """On a rank: train; on all but rank 0 the folder is not there."""
+    """On a rank: train; only rank 0 is given a folder that exists."""
     if os.environ["RANK"] != "0":
         values["model"]["initialize_from"] += "-not-here"
     return train_all([(values, None)])
 
 
-def test_rank_0_alone_needs_the_folder(trained: Path, model: Path, corpus: Path, tmp_path: Path) -> None:
-    values = begins_with(model, tmp_path / "run", corpus, steps=1, **STANDS_STILL)
+def test_only_rank_0_needs_the_folder(trained: Path, model: Path, corpus: Path, tmp_path: Path) -> None:
+    values = started_from(model, tmp_path / "run", corpus, steps=1, **FROZEN)
     assert run_ranks(train_elsewhere, 2, values) == [[None], [None]]
     found, expected = (metrics(run)[-1]["held_out_loss"] for run in (tmp_path / "run", trained))
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path: Path) -> None:
-    """With dropout, on 2 ranks: killed, the folder gone, resumed: the same bits; sizes come from the checkpoint."""
+def test_resume_needs_no_folder(model: Path, corpus: Path, tmp_path: Path) -> None:
+    """Killed on 2 ranks with dropout, folder deleted, resumed: bit-identical; sizes come from the checkpoint."""
     once = tmp_path / "once"
     shutil.copytree(model, once)
 
     def job(name: str, folder: Path) -> tuple[dict[str, Any], str | None]:
-        return begins_with(folder, tmp_path / name, corpus, steps=12, checkpoint={"every_steps": 4}), "auto"
+        return started_from(folder, tmp_path / name, corpus, steps=12, checkpoint={"every_steps": 4}), "auto"
 
     other = tmp_path / "other"
     shutil.copytree(model, other)
@@ -144,7 +142,7 @@ def test_killed_and_resumed_needs_no_folder(model: Path, corpus: Path, tmp_path:
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
-def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_models_that_do_not_fit_are_refused_on_all_ranks(model: Path, corpus: Path, tmp_path: Path) -> None:
     make_corpus(tmp_path / "larger", words=21)
     make_corpus(tmp_path / "longer", words=20, length=80)
     weights = load_file(model / "model.safetensors")
@@ -186,7 +184,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(model: Path, corpus: Path, tm
     }
     jobs = []
     for number, (folder, of) in enumerate(cases.values()):
-        values = begins_with(folder, tmp_path / str(number), of, steps=1, evaluation={"every_steps": 0}, **STANDS_STILL)
+        values = started_from(folder, tmp_path / str(number), of, steps=1, evaluation={"every_steps": 0}, **FROZEN)
         jobs.append((values, None))
     first, second = run_ranks(train_all, 2, jobs)
     for message, told, elsewhere in zip(cases, first, second, strict=True):

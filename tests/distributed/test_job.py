@@ -1,4 +1,4 @@
-"""Whole jobs through `maskvr train`: signals to the command and to a rank, a stopped rank."""
+"""Jobs through `maskvr train`: signals to the command and to a rank, a rank that hangs."""
 
 import signal
 import subprocess
@@ -25,7 +25,7 @@ FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
 
 
 class Job:
-    """A `maskvr train` on two ranks in the background."""
+    """A `maskvr train` on two ranks in the background; killed when the context ends."""
 
     def __init__(self, config: Path, *words: object) -> None:
         self.output = config.with_suffix(f".{time.monotonic_ns()}.log")
@@ -50,7 +50,7 @@ class Job:
         return [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank: it alone has RANK in its environment."""
+        """The process of a rank, found by RANK in its environment."""
         for process in self.family():
             try:
                 if process.environ().get("RANK") == str(number):
@@ -63,7 +63,7 @@ class Job:
         return self.process.wait(timeout)
 
     def end(self) -> None:
-        """SIGKILL for all that is left of it."""
+        """SIGKILL the command and all its descendants."""
         if self.process.poll() is None:
             family = self.family()
             for member in family:
@@ -89,7 +89,7 @@ def write_config(folder: Path, corpus: Path, name: str, **sections: Any) -> Path
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus and a run without disturbance, "whole"."""
+    """With a corpus and an uninterrupted run, "whole"."""
     folder = tmp_path_factory.mktemp("job")
     corpus = make_corpus(folder / "corpus", rows=200, words=20)
     values = yaml.safe_load(write_config(folder, corpus, "whole").read_text())
@@ -103,8 +103,8 @@ def same_as_whole(folder: Path, name: str) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_signals_stop_the_job_with_a_status_of_its_own(folder: Path) -> None:
-    """SIGTERM to the command, SIGUSR1 to a rank; each time it has saved, and goes on to the same end."""
+def test_signals_stop_the_job_with_a_checkpoint_and_its_own_exit_status(folder: Path) -> None:
+    """SIGTERM to the command, SIGUSR1 to a rank; the job saves each time and, resumed, ends with the same bits."""
     config = write_config(folder, folder / "corpus", "signals")
     run = folder / "signals"
     for number, to_rank, after in ((signal.SIGTERM, None, 5), (signal.SIGUSR1, 1, 5)):
@@ -121,7 +121,7 @@ def test_signals_stop_the_job_with_a_status_of_its_own(folder: Path) -> None:
     same_as_whole(folder, "signals")
 
 
-def test_a_rank_that_stops_answering_ends_the_job_by_name(folder: Path) -> None:
+def test_a_hung_rank_ends_the_job_and_is_named(folder: Path) -> None:
     config = write_config(folder, folder / "corpus", "hang", hangs={"timeout": 6}, training={"steps": 100_000})
     with Job(config) as job:
         job.wait_until(lambda: len(metrics(folder / "hang")) >= 5)
@@ -132,11 +132,11 @@ def test_a_rank_that_stops_answering_ends_the_job_by_name(folder: Path) -> None:
     assert text.count("has not answered for 6 s") == 1
     words = text[text.index("error: rank 1 on ") :]
     step = int(words.split("(last step ")[1].split(",")[0])
-    assert abs(step - last) <= 1000, "as of its last beat"
+    assert abs(step - last) <= 1000, "the step of its last heartbeat"
 
 
-def test_a_request_that_a_killed_job_has_left_stops_no_other(tmp_path: Path) -> None:
-    """On one rank, which no launcher starts."""
+def test_a_stale_stop_request_is_ignored(tmp_path: Path) -> None:
+    """On one rank, which needs no launcher."""
     corpus = make_corpus(tmp_path / "corpus", rows=200, words=20)
     config = write_config(tmp_path, corpus, "alone", training={"steps": 6})
     (tmp_path / "alone").mkdir()

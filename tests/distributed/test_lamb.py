@@ -1,7 +1,7 @@
 """LAMB under real DeepSpeed engines on gloo ranks, against the float64 reference (trajectories.py).
 
-CI runs a part of the matrix in which every (ranks, stage, precision) and every pair of settings occurs;
-`--whole-matrix` runs all of it. Everything that one world size needs runs in one spawn.
+By default a pairwise-covering subset of the matrix runs (`chosen_runs`); `--whole-matrix` runs all of it. All runs of
+one world size share one launch.
 """
 
 import weakref
@@ -23,7 +23,7 @@ from tests.distributed.trajectories import CLIP, LOUDER, OPTIMIZERS, STEPS, Run
 BOUND = 5e-5  # on the difference of any fp32 weight after STEPS steps
 STAGES = (0, 1, 2, 3)
 
-# Beside the matrix: on 2 ranks, and on 3.
+# In addition to the matrix: VARIANTS on 2 ranks, OPTIONS on 3.
 VARIANTS = [Run(stage, "fp32", CLIP, optimizer=name) for name in OPTIMIZERS if name != "paper" for stage in (2, 3)]
 OPTIONS = [
     Run(1, "fp32", zero={"round_robin_gradients": True}),
@@ -47,7 +47,7 @@ def result_of(run: Run) -> Any:
 
 
 def resumed_run(run: Run, bind_first: bool, directory: Path) -> bool:
-    """4 steps + save + 4 steps, bit for bit the same as load + 4 steps: weights, moments, step counter."""
+    """Whether 4 steps + save + 4 steps equal load + 4 steps bit for bit: weights, moments, step counter."""
     tag, first = str(run), trajectories.batches(8)
     one = trajectories.make_engine(run)
     for step in range(8):
@@ -56,7 +56,7 @@ def resumed_run(run: Run, bind_first: bool, directory: Path) -> bool:
         trajectories.train(one, first[0][step], first[1][step], LOUDER)
     other = trajectories.make_engine(run, "bind" if bind_first else "not yet")
     for p in other.basic_optimizer.state:
-        p.data.add_(1.0)  # what is not restored would show
+        p.data.add_(1.0)  # anything not restored would show
     other.load_checkpoint(str(directory), tag=tag)
     if not bind_first:
         lamb.bind(other)
@@ -64,7 +64,7 @@ def resumed_run(run: Run, bind_first: bool, directory: Path) -> bool:
         trajectories.train(other, first[0][step], first[1][step], LOUDER)
 
     def everything(engine: Any) -> list[Any]:
-        """Without the pads, which hold garbage: NaN where fp16 overflowed."""
+        """Without the pads, which hold garbage (NaN after an fp16 overflow)."""
         state, parts = engine.basic_optimizer.state, engine.basic_optimizer._layout.partitions
         pieces = [
             fragment.of_partition(flat.detach())
@@ -98,8 +98,8 @@ def error_without_bind(run: Run) -> str:
     return "no error"
 
 
-def error_where_pieces_are_elsewhere(stage: int) -> str:
-    """What `bind` says where DeepSpeed's layout is not the one that it knows: here the masters have changed places."""
+def error_of_an_unknown_layout(stage: int) -> str:
+    """The error of `bind` if DeepSpeed's layout is not the expected one: here the masters are shifted."""
     engine = trajectories.make_engine(Run(stage, "bf16"), "not yet")
     optimizer = engine.optimizer
     flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else [g["params"][0] for g in optimizer.param_groups]
@@ -114,7 +114,7 @@ def error_where_pieces_are_elsewhere(stage: int) -> str:
 
 
 def kept_after_destroy(stage: int) -> int:
-    """How many of the optimizer's tensors are still there when an engine is gone: a run makes one per phase."""
+    """How many of the optimizer's tensors outlive the engine: a run creates one engine per phase."""
     engine = trajectories.make_engine(Run(stage, "bf16"))
     for input_ids, labels in zip(*trajectories.batches(2), strict=True):
         trajectories.train(engine, input_ids, labels, 1.0)
@@ -128,7 +128,7 @@ def kept_after_destroy(stage: int) -> int:
 
 
 def poisoned_pads_run() -> dict[str, np.ndarray]:
-    """Stage 3, every pad of the weights filled with a large number before the first step."""
+    """Stage 3 with all pads of the weights set to a large number before the first step."""
     engine = trajectories.make_engine(Run(3, "fp32"))
     padded = 0
     for flat, partition in engine.basic_optimizer._layout.partitions.items():
@@ -145,7 +145,7 @@ def poisoned_pads_run() -> dict[str, np.ndarray]:
     return weights
 
 
-def whole_of_one_world_size(runs: list[Run], directory: Path) -> dict[str, Any]:
+def results_of_world_size(runs: list[Run], directory: Path) -> dict[str, Any]:
     distributed.initialize()
     world_size = torch.distributed.get_world_size()
     results: dict[str, Any] = {"runs": {str(run): result_of(run) for run in runs}}
@@ -153,11 +153,11 @@ def whole_of_one_world_size(runs: list[Run], directory: Path) -> dict[str, Any]:
         results["unaware"] = trajectories.fp32_run(Run(2, "fp32"), "unaware")["weights"]
         results["poisoned"] = poisoned_pads_run()
     if world_size == 2:
-        # Stage 0 in fp32 leaves the parameters alone: nothing to forget there.
+        # Stage 0 in fp32 leaves the parameters in place: it needs no `bind`.
         cases = [Run(*case) for case in product(STAGES, ("fp32", "bf16")) if case != (0, "fp32")]
         results["unbound"] = {str(run): error_without_bind(run) for run in cases}
         results["kept"] = {stage: kept_after_destroy(stage) for stage in STAGES}
-        results["elsewhere"] = [error_where_pieces_are_elsewhere(stage) for stage in (1, 2, 3)]
+        results["unknown layout"] = [error_of_an_unknown_layout(stage) for stage in (1, 2, 3)]
         results["resumed"] = {str(run): resumed_run(run, n % 2 == 0, directory) for n, run in enumerate(RESUMED)}
     torch.distributed.destroy_process_group()
     return results
@@ -165,7 +165,7 @@ def whole_of_one_world_size(runs: list[Run], directory: Path) -> dict[str, Any]:
 
 def runs_on(world_size: int, whole_matrix: bool) -> list[Run]:
     matrix = trajectories.all_runs() if whole_matrix else trajectories.chosen_runs()
-    # Trust ratios are compared between stages on a plain run of each.
+    # Trust ratios are compared between stages on one plain run each.
     plain = [Run(stage, "fp32") for stage in STAGES]
     more = {1: [], 2: VARIANTS, 3: OPTIONS}[world_size]
     runs = [run for ranks, run in matrix if ranks == world_size] + plain + more
@@ -176,24 +176,24 @@ def runs_on(world_size: int, whole_matrix: bool) -> list[Run]:
 def references() -> dict[tuple[str, float, str], dict[str, np.ndarray]]:
     cases = [("paper", 0.0, "whole"), ("paper", CLIP, "frozen"), *((name, CLIP, "whole") for name in OPTIMIZERS)]
     found = {case: trajectories.reference_run(*case) for case in cases}
-    assert all(smallest > CLIP for (_, clip, _), (_, smallest) in found.items() if clip), "clipping acts at every step"
+    assert all(smallest > CLIP for (_, clip, _), (_, smallest) in found.items() if clip), "clipping acts in every step"
     return {case: weights for case, (weights, _) in found.items()}
 
 
 @pytest.fixture(scope="module", params=(1, 2, 3), ids=lambda n: f"{n}_ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of all ranks of one world size."""
+    """Results of all ranks of one world size."""
     whole = request.config.getoption("--whole-matrix")
     checkpoints = tmp_path_factory.mktemp("checkpoints")
     runs = runs_on(request.param, whole)
-    results = run_ranks(whole_of_one_world_size, request.param, runs, checkpoints, timeout=7200.0 if whole else 900.0)
+    results = run_ranks(results_of_world_size, request.param, runs, checkpoints, timeout=7200.0 if whole else 900.0)
     for result in results:
         result["settings"] = {str(run): run for run in runs}
     return results
 
 
 def on_two(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`ranks`, for what does not depend on their number."""
+    """`ranks` if there are two, for checks that do not depend on the world size; others are skipped."""
     if len(ranks) != 2:
         pytest.skip("checked on 2 ranks")
     return ranks
@@ -230,22 +230,22 @@ def test_master_weights_in_low_precision(ranks: list[dict[str, Any]]) -> None:
     differences = {name: max(rank["runs"][name][0] for rank in ranks) for name in low}
     report(len(ranks), differences)
     assert max(differences.values()) <= 1e-3, differences
-    for name, run in low.items():  # that the loss scale did overflow, and only there
+    for name, run in low.items():  # the loss scale overflows in fp16, and only there
         assert all((rank["runs"][name][1] > 0) == (run.precision == "fp16") for rank in ranks), name
 
 
 def test_unaware_lamb_misses_the_bound(
     ranks: list[dict[str, Any]], references: dict[tuple[str, float, str], dict[str, np.ndarray]]
 ) -> None:
-    """The harness can fail: a LAMB whose norms are those of the flat partition is far off."""
+    """The comparison can fail: a LAMB that takes the norms of its flat partition is far off."""
     if len(ranks) == 1:
-        pytest.skip("checked where ranks share tensors")
+        pytest.skip("one rank shares no tensors")
     value = difference(ranks[0]["unaware"], references["paper", 0.0, "whole"])
     print(f"{len(ranks)} ranks, unaware: {value:.1e}")
     assert value > 100 * BOUND
 
 
-def test_pads_do_not_enter(
+def test_pads_are_ignored(
     ranks: list[dict[str, Any]], references: dict[tuple[str, float, str], dict[str, np.ndarray]]
 ) -> None:
     if len(ranks) == 1:
@@ -253,7 +253,7 @@ def test_pads_do_not_enter(
     assert max(difference(rank["poisoned"], references["paper", 0.0, "whole"]) for rank in ranks) <= BOUND
 
 
-def test_one_all_reduce_a_step(ranks: list[dict[str, Any]]) -> None:
+def test_one_all_reduce_per_step(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name, run in rank["settings"].items():
             if run.precision == "fp32":
@@ -266,7 +266,7 @@ def test_trust_ratios_agree_between_ranks_and_stages(ranks: list[dict[str, Any]]
     for stage in (1, 2, 3):
         per_rank = [rank["runs"][str(Run(stage, "fp32"))]["ratios"] for rank in ranks]
         assert all(ratios == per_rank[0] for ratios in per_rank)
-        # The true gradient of a key bias is 0 (softmax ignores it): its update is rounding noise.
+        # The exact gradient of a key bias is 0 (softmax ignores it): its update is rounding noise.
         compared = [name for name in stage0 if not name.endswith("key.bias")]
         assert [per_rank[0][name] for name in compared] == pytest.approx([stage0[name] for name in compared], rel=1e-3)
 
@@ -278,14 +278,15 @@ def test_forgotten_bind_is_an_error(ranks: list[dict[str, Any]]) -> None:
             assert "maskvr_ds.lamb.bind(engine)" in message, case
 
 
-def test_an_engine_leaves_nothing_behind(ranks: list[dict[str, Any]]) -> None:
+def test_a_destroyed_engine_leaves_no_tensors(ranks: list[dict[str, Any]]) -> None:
     for rank in on_two(ranks):
         assert rank["kept"] == dict.fromkeys(STAGES, 0)
 
 
-def test_bind_checks_where_the_pieces_are(ranks: list[dict[str, Any]]) -> None:
+def test_bind_checks_the_layout(ranks: list[dict[str, Any]]) -> None:
     for rank in on_two(ranks):
-        assert all("differs from the model's weights" in message for message in rank["elsewhere"]), rank["elsewhere"]
+        messages = rank["unknown layout"]
+        assert all("differs from the model's weights" in message for message in messages), messages
 
 
 def test_checkpoint_continues_bit_equal(ranks: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Training with MAPNet on real gloo ranks: equal replicas, one loss curve, exact resume, faults that stop the run."""
+"""Training with MAPNet on real gloo ranks: identical replicas, one loss curve, exact resume, faults stop the run."""
 
 import shutil
 from itertools import pairwise
@@ -18,10 +18,10 @@ FIGURES = (*EXACT[5:], "effective_sample_size", "proposal_entropy", "gradient_no
 
 
 def train_mapnet(jobs: list[tuple[dict[str, Any], str | None, str]]) -> list[dict[str, Any]]:
-    """On a rank: (configuration, resume, fault) in turn; → for each the error, the network's hash, the masks drawn.
+    """On a rank: train each (configuration, resume, fault) in turn; returns error, hash of the network, and masks.
 
-    fault, on rank 1 after step 7: "bit" changes the last bit of one parameter, "nan" makes another not a number.
-    masks: (epoch, sample id) → positions, in order.
+    fault, on rank 1 after step 7: "bit" flips the last bit of one parameter, "nan" sets another to NaN.
+    masks: (epoch, sample id) → sorted positions.
     """
     import torch
 
@@ -57,7 +57,7 @@ def train_mapnet(jobs: list[tuple[dict[str, Any], str | None, str]]) -> list[dic
             return masked
 
         def save(run: Path, *args: Any, **options: Any) -> Any:
-            """As it is; then a copy of the run as a kill would leave it."""
+            """Save, then copy the run as a kill would leave it."""
             folder = original_save(run, *args, **options)
             if folder.name.endswith(f"{SAVED:08d}") and distributed.rank() == 0:
                 shutil.copytree(run, run.with_name(f"{run.name}-resumed"))
@@ -131,7 +131,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("mapnet"))
 
 
-def test_all_others_train(runs: Runs) -> None:
+def test_runs_without_a_fault_train(runs: Runs) -> None:
     for (name, world_size), answers in runs.answers.items():
         if name not in ("bit", "nan"):
             assert [a["error"] for a in answers] == [None] * world_size, name
@@ -142,15 +142,15 @@ def test_replicas_are_equal_after_100_steps(runs: Runs) -> None:
     for (name, _), answers in runs.answers.items():
         if name not in ("bit", "nan"):
             assert len({a["hash"] for a in answers}) == 1, name
-    assert len({a[0]["hash"] for a in runs.answers.values()}) > 5, "they do learn"
+    assert len({a[0]["hash"] for a in runs.answers.values()}) > 5, "the networks do learn"
 
 
-def test_a_changed_bit_stops_the_run_naming_the_rank(runs: Runs) -> None:
+def test_a_flipped_bit_stops_the_run_and_names_the_rank(runs: Runs) -> None:
     for answer in runs.answers["bit", 2]:
         assert answer["error"].startswith("ReplicaError: step 10: MAPNet's parameters on rank 1 differ from those on")
 
 
-def test_scores_that_are_not_finite_stop_the_run_naming_step_and_rank(runs: Runs) -> None:
+def test_non_finite_scores_stop_the_run_and_name_step_and_rank(runs: Runs) -> None:
     for answer in runs.answers["nan", 2]:
         assert answer["error"].startswith("FloatingPointError: step 8: MAPNet's scores are not finite on rank 1;")
 
@@ -164,7 +164,7 @@ def test_loss_curve_does_not_depend_on_ranks(runs: Runs, name: str) -> None:
             assert two[figure] == pytest.approx(one[figure], abs=1e-4), (figure, one["step"])
 
 
-def test_masks_hardly_depend_on_ranks(runs: Runs) -> None:
+def test_almost_all_masks_do_not_depend_on_ranks(runs: Runs) -> None:
     assert column(runs("always", 1), "data_digest") == column(runs("always", 2), "data_digest")
     (one,) = runs.answers["always", 1]
     first, second = runs.answers["always", 2]
@@ -177,7 +177,7 @@ def test_masks_hardly_depend_on_ranks(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("other", ["again-2", "always-2-resumed"])
-def test_run_twice_or_resumed_is_the_same_to_the_bit(runs: Runs, other: str) -> None:
+def test_repeated_or_resumed_runs_are_bit_identical(runs: Runs, other: str) -> None:
     assert column(runs.folder / other, *EXACT) == column(runs("always"), *EXACT)
     ours, theirs = (
         complete_checkpoints(run)[-1] / "mapnet.safetensors" for run in (runs("always"), runs.folder / other)
@@ -199,12 +199,12 @@ def test_telemetry(runs: Runs) -> None:
 
 
 def test_auto_uses_the_proposal_while_it_pays(runs: Runs) -> None:
-    """At no cost: whenever the moving averages' ratio, recomputed here from the figures, is below 1."""
+    """At zero cost: whenever the ratio of moving averages, recomputed here from the metrics, is below 1."""
     lines = metrics(runs("auto"))
     assert lines[0]["proposal_used"] == 0
     proposed = uniform = 0.0
     for before, line in pairwise(lines):
-        # The loss of the variance objective is Σ w u s² / (s̄² N).
+        # The variance objective's loss is Σ w u s² / (s̄² N).
         second = before["mapnet_loss"] * before["gradient_norm_mean"] ** 2
         proposed, uniform = 0.99 * proposed + second, 0.99 * uniform + second / before["variance_ratio"]
         if abs(proposed / uniform - 1) > 1e-4:

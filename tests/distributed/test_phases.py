@@ -1,6 +1,6 @@
-"""Two phases on two gloo ranks: killed anywhere = never killed, each start policy = a reference, faults told at once.
+"""Two phases on two gloo ranks: exact resume after kills, start policies against a reference, early errors.
 
-All runs happen in one launch, life after life (`training.live`); the tests look at what they left.
+All runs happen in one launch, one after the other (`training.live`); the tests read what they wrote.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def changed(values: dict[str, Any], phase: int, **sections: Any) -> dict[str, An
 
 
 class Runs:
-    """The lives of this module: what the ranks answered to each, by name, and the folders."""
+    """All runs of this module: answers of the ranks by name, and the folders."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,7 +86,7 @@ class Runs:
             "masking": {"strategy": "mapnet", "mapnet": {"hidden": 32, "layers": 1}},
             "deepspeed": "zero2_fp32",
         }
-        # Their first phase reads a mixture.
+        # The first phase of these runs reads a mixture.
         second = make_corpus(folder / "second", rows=40, words=20, seed=2)
         make_corpus(second / "held_out", rows=30, words=20, seed=3)
         self.whole, killed = (
@@ -98,10 +98,10 @@ class Runs:
             for name, path in (("whole", self.short), ("killed", self.passing))
         )
         killed["data"] = {"verify": "size"}
-        # The corpus of phase one goes with its held-out part, and what it was must not matter any more.
+        # The corpus of phase one is deleted with its held-out part: after the boundary it must not matter.
         make_corpus(self.passing / "held_out", rows=30, words=20, seed=1)
         brief: dict[str, Any] = {"model": NO_DROPOUT, "schedule": {"warmup_steps": 0}, "evaluation": {"every_steps": 0}}
-        # Each policy under another stage; then states of other shapes, where only the crossing is looked at.
+        # Each policy at another stage; then optimizer states of other shapes, tested only for crossing the boundary.
         stages = dict(zip(POLICIES, ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32"), strict=True))
         self.policies = {
             policy: two_phases(folder / "-".join(policy), self.short, self.long, steps=(3, 3), **brief, deepspeed=stage)
@@ -114,7 +114,7 @@ class Runs:
             two_phases(folder / name, self.short, self.long, steps=(2, 2), deepspeed=name, **brief, optimizer=optimizer)
             for name, optimizer in (("zero0_bf16", {}), ("zero1_fp32", adam))
         ]
-        # The second phase alone has a mask proposal.
+        # Only the second phase has a mask proposal.
         self.others[1] = changed(self.others[1], 1, masking={"strategy": "mapnet"})
         new = two_phases(folder / "new", self.short, self.long)
         finished = {
@@ -154,10 +154,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("phases"))
 
 
-def test_killed_anywhere_is_never_killed(runs: Runs) -> None:
-    """SIGKILL in phase one, at the boundary, before phase two has saved and after: every figure bit for bit.
+def test_resume_is_exact_wherever_killed(runs: Runs) -> None:
+    """SIGKILL in phase one, at the boundary, before phase two has saved and after: all metrics are bit-identical.
 
-    After the boundary the first phase's corpus is gone.
+    After the boundary the first phase's corpus is deleted.
     """
     assert runs.answers["whole"] == [[None], [None]]
     for name in ("in phase one", "at the boundary", "before phase two saved", "in phase two"):
@@ -184,7 +184,7 @@ def test_killed_anywhere_is_never_killed(runs: Runs) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_mapnet_goes_on_over_the_boundary(runs: Runs) -> None:
+def test_mapnet_continues_over_the_boundary(runs: Runs) -> None:
     steps = {}
     for run in (runs.folder / "whole", runs.folder / "zero1_fp32"):
         for saved in complete_checkpoints(run):
@@ -199,7 +199,7 @@ def test_mapnet_goes_on_over_the_boundary(runs: Runs) -> None:
     }
 
 
-def test_counts_go_on_over_the_boundary(runs: Runs) -> None:
+def test_counters_continue_over_the_boundary(runs: Runs) -> None:
     lines = metrics(runs.folder / "whole")
     assert [line["step"] for line in lines] == list(range(1, SHORT + LONG + 1))
     assert [line["phase"] for line in lines] == ["short"] * SHORT + ["long"] * LONG
@@ -222,7 +222,7 @@ def test_plot_and_export(runs: Runs, tmp_path: Path) -> None:
 
 
 def reference(values: dict[str, Any], corpora: tuple[Path, Path], policy: tuple[str, str]) -> dict[str, torch.Tensor]:
-    """The two phases by hand: one process, float64, LAMB from its formula."""
+    """The two phases written out: one process, float64, LAMB from its formula."""
     config = RunConfig.model_validate(values)
     manifest = Corpus(corpora[0]).manifest
     bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
@@ -272,8 +272,8 @@ def test_each_policy_is_its_reference(runs: Runs) -> None:
     assert max(errors.values()) < 1e-5, errors
     for one, other in itertools.combinations(POLICIES, 2):
         distance = (results[one] - results[other]).norm() / results[one].norm()
-        # LAMB's ratio takes back most of what bias correction does, so two of them lie close together.
-        assert distance > 10 * max(errors.values()), (one, other, "the policies must be told apart")
+        # LAMB's trust ratio cancels most of the bias correction, so two of the policies lie close together.
+        assert distance > 10 * max(errors.values()), (one, other, "the policies must be distinguishable")
 
 
 def test_a_phase_starts_under_other_stages_and_optimizers(runs: Runs) -> None:
@@ -295,7 +295,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_one_error_before_anything_is_trained(runs: Runs, name: str) -> None:
+def test_one_error_before_training_starts(runs: Runs, name: str) -> None:
     said = runs.faults[name]
     assert all(said), f"a rank went on: {said}"
     assert sum(not str(text).startswith("RemoteError: rank ") for text in said) == 1, said
@@ -303,6 +303,6 @@ def test_one_error_before_anything_is_trained(runs: Runs, name: str) -> None:
     assert not (runs.folder / "new").exists()
 
 
-def test_at_the_boundary_what_holds_for_the_run_must_hold(runs: Runs) -> None:
+def test_at_the_boundary_settings_of_the_run_are_checked(runs: Runs) -> None:
     said = [answer[0] for answer in runs.answers["refused at the boundary"]]
     assert any(re.search("CheckpointError: .*belongs to another run: seed was 0, is 1", str(text)) for text in said)

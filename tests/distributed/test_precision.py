@@ -1,6 +1,6 @@
-"""ZeRO stage × precision × CPU offload × ranks: one run. fp16's loss scale: found, kept, resumed, and its end told.
+"""ZeRO stage × precision × CPU offload × ranks compute the same run; growth, overflow and resume of fp16's loss scale.
 
-fp16 runs on any CPU here: `allow_fp16`. Everything that one world size needs runs in one launch.
+fp16 runs on any CPU here (`allow_fp16`). All runs of one world size share one launch.
 """
 
 import json
@@ -25,11 +25,11 @@ from tests.support.corpora import make_corpus
 STEPS, SAVED = 6, 3
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MICRO_SIZES = {1: 4, 2: 3, 3: 2}  # 12 sequences a step: accumulation 3, 2, 2
-# Largest difference of the loss (about 3.2), and relative of the gradient norm, to fp32 on one rank at stage 0. Logits
-# stay below 1, where one rounding is 2^-9 in bf16 (2e-3) and 2^-12 in fp16 (2.4e-4); the bounds allow two and a half.
-# Found: bf16 3.6e-3 (ZeRO 0, which adds gradients up in bf16; 4e-4 elsewhere), fp16 4e-5. A gradient gathers the
-# roundings of a whole backward pass: 1.3e-2 and 2e-3 elsewhere, fp16 6e-4.
+MICRO_SIZES = {1: 4, 2: 3, 3: 2}  # 12 sequences per step: accumulation 3, 2, 2
+# Bounds of the differences to fp32 on one rank at stage 0: of the loss (about 3.2), relative of the gradient norm.
+# Logits stay below 1, where one rounding is 2^-9 in bf16 (2e-3) and 2^-12 in fp16 (2.4e-4); the bounds allow two and a
+# half. Measured: bf16 3.6e-3 (ZeRO 0, which sums gradients in bf16; 4e-4 at other stages), fp16 4e-5. A gradient
+# accumulates the roundings of a full backward pass: 1.3e-2 (2e-3 at other stages), fp16 6e-4.
 BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (5e-3, 2e-2), "fp16": (6e-4, 3e-3)}
 # Name → (stage, precision, offload). fp16 at stage 0 is refused: see test_refused.py.
 CASES = {
@@ -37,11 +37,11 @@ CASES = {
     for stage, precision, offload in product(STAGES, PRECISIONS, (False, True))
     if stage > 0 or (precision != "fp16" and not offload)
 }
-# A loss scale that overflows at the first five of the six steps.
+# A loss scale that overflows in the first five of the six steps.
 OVERFLOW = {"initial_scale_power": 22, "loss_scale_window": 1000}
 
-# Runs that end by themselves: at the smallest loss scale, with a fixed one, and where the weights have gone.
-# Name → (fp16 section, other sections, what is said).
+# Runs that must stop: at the minimum loss scale, at a fixed one, and after the weights have diverged.
+# Name → (fp16 section, other sections, start of the error).
 STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
     "lowest": (
         {"initial_scale_power": 24, "min_loss_scale": 2.0**23},
@@ -54,7 +54,7 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
         {"optimizer": {"lr": 1e6}, "divergence": {"enabled": False}},
         f"step {SAVED}: loss is nan; not saved",
     ),
-    # The same where bad updates are left out: what the weights have become is not saved either.
+    # With the divergence guard: the diverged weights are not saved either.
     "rolled back": (
         {},
         {"optimizer": {"lr": 1e6}, "divergence": {"max_rollbacks": 1}},
@@ -64,10 +64,10 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
 
 
 def deepspeed_json(folder: Path, name: str, **fp16: Any) -> str:
-    """A shipped configuration, made harder: → path of a JSON.
+    """Write a harder variant of a shipped configuration; returns the path of the JSON.
 
-    Stage 3: no parameter stays whole, nor from one pass to the next, as in a model of billions; and several sub-groups
-    make up a group. fp16: the loss scale doubles at every other step.
+    Stage 3: no parameter stays gathered, not even between two passes, as in a model of billions; several sub-groups
+    per group. fp16: the loss scale doubles in every other step.
     """
     stage, precision, offload = CASES[name]
     config = json.loads((Path(ds_configs.__file__).parent / f"zero{stage}_{precision}.json").read_text())
@@ -85,7 +85,7 @@ def deepspeed_json(folder: Path, name: str, **fp16: Any) -> str:
 
 
 def interrupted(run: Path) -> Path:
-    """A copy of a run as a kill after step SAVED + 1 would have left it."""
+    """A copy of a run as a kill after step SAVED + 1 would leave it."""
     copy = run.with_name(run.name + "-resumed")
     shutil.copytree(run, copy)
     for folder in complete_checkpoints(copy):
@@ -99,10 +99,10 @@ def interrupted(run: Path) -> Path:
 def train_and_resume(
     jobs: list[dict[str, Any]], resume: bool, more: list[tuple[dict[str, Any], str | None]]
 ) -> list[str | None]:
-    """On a rank: train each, then perhaps resume an `interrupted` copy; then `more`; → errors, None where all is well.
+    """On a rank: train each job and, with `resume`, an `interrupted` copy of it; then `more`. Returns as `train_all`.
 
-    A copy at once after its run, and stage 3 last: it exchanges torch's `linear` for the rest of the process, by one
-    that rounds otherwise in bf16 and fp16.
+    A copy runs right after its original, and stage 3 last: it replaces torch's `linear` for the rest of the process by
+    one that rounds differently in bf16 and fp16.
     """
     from maskvr_ds.runtime import distributed
 
@@ -116,7 +116,7 @@ def train_and_resume(
 
 
 def train_and_die(values: dict[str, Any]) -> None:
-    """On a rank: SIGKILL itself in the step after the first checkpoint."""
+    """On a rank: train; SIGKILL itself in the step after the first checkpoint."""
     from maskvr_ds import train
 
     run_step = train.run_step
@@ -134,13 +134,13 @@ def train_and_die(values: dict[str, Any]) -> None:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "corpus"
     make_corpus(folder, rows=200, words=20, padded_last_row=True)
-    # On two ranks one has a forward pass more than the other.
+    # An odd number of rows: on two ranks one has more forward passes than the other.
     make_corpus(folder / "held_out", rows=21, words=20, seed=1)
     return folder
 
 
 class Runs:
-    """Folders of the runs by case and number of ranks, made once."""
+    """Folders of the runs by case and number of ranks; all runs are made once."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
         self.folder = folder
@@ -159,11 +159,11 @@ class Runs:
             done = len(jobs) * (2 if world_size == 2 else 1)
             assert [of_rank[:done] for of_rank in outcomes] == [[None] * done] * world_size
             if world_size == 2:
-                # Of every rank; the killed run's first.
+                # Outcomes of `more` by rank.
                 self.later = [of_rank[done:] for of_rank in outcomes]
 
     def prepare_killed_and_stopping(self, corpus: Path) -> list[tuple[dict[str, Any], str | None]]:
-        """Start a run that kills itself; → how it is resumed, how it cannot be, then the runs of STOPPING."""
+        """Start a run that kills itself; returns its resume, a resume that repartitions, and the runs of STOPPING."""
         path = deepspeed_json(self.folder, "zero3-fp16", **OVERFLOW)
         values = self.values(corpus, "zero3-fp16-killed", 2, path)
         with pytest.raises(RuntimeError, match=r"ended without an answer, exit codes .*-9"):
@@ -201,7 +201,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_combination_is_one_run(runs: Runs, name: str) -> None:
+def test_all_combinations_compute_the_same_run(runs: Runs, name: str) -> None:
     reference = runs("zero0-fp32", 1)
     same = ("step", "samples", "predictions", "lr", "data_digest", "mask_digest", "skipped_updates")
     loss_bound, norm_bound = BOUNDS[CASES[name][1]]
@@ -225,7 +225,7 @@ OVERFLOWING = [f"zero{stage}-fp16-overflow" for stage in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("name", [*CASES, *OVERFLOWING])
-def test_resumed_is_never_killed(runs: Runs, name: str) -> None:
+def test_resume_is_exact(runs: Runs, name: str) -> None:
     whole = runs(name, 2)
     resumed = whole.with_name(whole.name + "-resumed")
     figures = (*EXACT, "loss_scale") if "fp16" in name else EXACT
@@ -236,15 +236,15 @@ def test_resumed_is_never_killed(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "fp16" in name])
-def test_gradients_are_whole_where_the_loss_scale_grows(runs: Runs, name: str) -> None:
-    """By `test_every_combination_is_one_run`, norms agree in these steps too; left to DeepSpeed they would be half."""
+def test_gradients_are_unscaled_when_the_loss_scale_grows(runs: Runs, name: str) -> None:
+    """`test_all_combinations_compute_the_same_run` compares the norms of these steps, which DeepSpeed would halve."""
     scales = [line["loss_scale"] for line in metrics(runs(name, 2))]
     assert scales == [256.0, 256.0, 256.0, 512.0, 512.0, 1024.0]
 
 
 @pytest.mark.parametrize("name", OVERFLOWING)
-def test_overflow_halves_the_loss_scale_and_the_run_goes_on(runs: Runs, name: str) -> None:
-    """SAVED is a step that overflowed, so `test_resumed_is_never_killed` resumes right after one."""
+def test_overflow_halves_the_loss_scale_and_training_continues(runs: Runs, name: str) -> None:
+    """SAVED is a step that overflowed, so `test_resume_is_exact` resumes right after one."""
     found = column(runs(name, 2), "loss_scale", "skipped_updates")
     skipped = found[-1][1]
     assert SAVED <= skipped < STEPS
@@ -265,7 +265,7 @@ def test_checkpoints_hold_masters_and_exports_compute_the_same(runs: Runs, name:
 
     folder = complete_checkpoints(runs(name))[-1]
     weights = load.read_weights(folder)
-    # DeepSpeed's own way from the partitions' files to whole weights.
+    # DeepSpeed's own conversion of the partitions' files to full weights.
     masters = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     for parameter, weight in weights.items():
         assert torch.equal(weight, masters[f"mlm.{parameter}"]), parameter
@@ -286,22 +286,22 @@ def test_a_checkpoint_without_a_rank_is_refused(runs: Runs, tmp_path: Path, miss
 
 
 def test_sigkill_at_stage_3_in_fp16_loses_nothing(runs: Runs) -> None:
-    """Both ranks killed themselves in the step after a checkpoint that followed an overflow."""
+    """Both ranks were killed in the step after a checkpoint that followed an overflow."""
     assert [of_rank[0] for of_rank in runs.later] == [None, None]
     whole, killed = runs("zero3-fp16-overflow"), runs("zero3-fp16-killed")
     assert column(killed, *EXACT, "loss_scale")[:STEPS] == column(whole, *EXACT, "loss_scale")
 
 
-def test_partitions_cut_otherwise_are_converted(runs: Runs) -> None:
-    """Stage 3 with another sub_group_size, in fp16: the loss scale goes on too."""
+def test_other_partition_borders_are_converted(runs: Runs) -> None:
+    """Stage 3 with another sub_group_size, in fp16: the loss scale continues too."""
     assert [of_rank[1] for of_rank in runs.later] == [None, None]
     line = metrics(runs("zero3-fp16-killed"))[STEPS]
     assert (line["step"], line["loss_scale"], line["skipped_updates"]) == (STEPS + 1, 2.0**17, 5)
 
 
 @pytest.mark.parametrize(("number", "name"), enumerate(STOPPING, 2))
-def test_fp16_that_cannot_go_on_stops(runs: Runs, number: int, name: str) -> None:
-    """On every rank, and nothing is saved."""
+def test_fp16_that_cannot_continue_stops(runs: Runs, number: int, name: str) -> None:
+    """All ranks stop, and nothing is saved."""
     for of_rank in runs.later:
         assert str(of_rank[number]).startswith(f"FloatingPointError: {STOPPING[name][2]}")
     assert not complete_checkpoints(runs(name))

@@ -1,4 +1,4 @@
-"""One run killed again and again, at random places, all ranks or one, on changing numbers of ranks."""
+"""One run killed repeatedly at random points, one rank or all, on changing numbers of ranks."""
 
 import random
 from pathlib import Path
@@ -13,11 +13,11 @@ from tests.support.corpora import make_corpus
 EVERY = 3
 
 
-def test_killed_at_random_and_resumed_is_never_killed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_resume_after_random_kills_is_exact(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     corpus, note = make_corpus(tmp_path / "corpus", rows=200, words=20), tmp_path / "note"
     chance = random.Random(20)
     whole = request.config.getoption("--whole-survival")
-    # A life that is killed makes at most 12 of them.
+    # A killed act makes at most 12 of them.
     steps = 120 if whole else 36
 
     def values(name: str, stage: int) -> dict[str, object]:
@@ -52,7 +52,7 @@ def test_killed_at_random_and_resumed_is_never_killed(tmp_path: Path, request: p
     assert killed == sum(counts) + 2, said
     assert [rank[-1] for rank in said] == ["done", "done"]
     lost = [int(line.split()[0]) - int(line.split()[1]) for line in note.read_text().splitlines()]
-    print(f"{killed} kills, steps done again: {lost}")
+    print(f"{killed} kills, steps repeated: {lost}")
     assert max(lost) <= EVERY
     figures = ("step", "samples", "lr", "data_digest", "mask_digest")
     assert column(tmp_path / "killed", *figures) == column(tmp_path / "whole", *figures)

@@ -1,4 +1,4 @@
-"""What DeepSpeed forbids or passes over on a CPU, with its own words, and that the trainer refuses it first."""
+"""Settings that DeepSpeed forbids or silently ignores on a CPU, with its own errors; the trainer refuses them first."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 
-# What DeepSpeed forbids here: what → (settings, who makes the optimizer, its error). Ours stands before each of them.
+# Forbidden by DeepSpeed: case → (settings, optimizer: DeepSpeed's Adam or ours, DeepSpeed's error).
 FORBIDDEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "fp16 on this CPU": (
         {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
@@ -39,7 +39,7 @@ FORBIDDEN: dict[str, tuple[dict[str, Any], str, str]] = {
         "ZeRORuntimeException: You are using ZeRO-Offload with a client provided optimizer",
     ),
 }
-# What DeepSpeed does not forbid and does not do; refused too.
+# Accepted and ignored by DeepSpeed, refused by the trainer: case → (settings, our error).
 IGNORED = {
     "fp16 at stage 0": (
         {"fp16": {"enabled": True}},
@@ -53,7 +53,7 @@ IGNORED = {
 
 
 def what_deepspeed_says(folder: Path) -> dict[str, list[str]]:
-    """On a rank: what → [DeepSpeed's error, ours] of FORBIDDEN, and of IGNORED what became of a step."""
+    """On a rank: case → [DeepSpeed's error, ours]; for IGNORED the first is what DeepSpeed did instead."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -86,7 +86,7 @@ def what_deepspeed_says(folder: Path) -> dict[str, list[str]]:
 
     said = {}
     for fp16 in (False, True):
-        # Also on a CPU that does have fp16 products.
+        # Whether this CPU has fp16 products must not matter.
         get_accelerator().is_fp16_supported = lambda fp16=fp16: fp16
         for what, (settings, optimizer, _) in FORBIDDEN.items():
             if (what != "fp16 on this CPU") == fp16:
@@ -106,7 +106,7 @@ def what_deepspeed_says(folder: Path) -> dict[str, list[str]]:
     return said
 
 
-def test_what_deepspeed_forbids_is_refused_by_its_own_rules(tmp_path: Path) -> None:
+def test_settings_that_deepspeed_forbids_or_ignores_are_refused(tmp_path: Path) -> None:
     (said,) = run_ranks(what_deepspeed_says, 1, tmp_path)
     for what, (_, _, error) in FORBIDDEN.items():
         assert said[what][0].startswith(error), what
@@ -116,9 +116,9 @@ def test_what_deepspeed_forbids_is_refused_by_its_own_rules(tmp_path: Path) -> N
     assert said["fp16 and bf16"][1].endswith("both fp16 and bf16 are enabled; choose one")
     assert "grad_accum_dtype" in said["fp32 gradients at stage 0 in bf16"][1]
     assert "offload_optimizer.ratio below 1" in said["a part of the optimizer offloaded"][1]
-    # By force is not how the trainer asks for it: complete_deepspeed_config.
+    # The trainer never sets zero_force_ds_cpu_optimizer: see complete_deepspeed_config.
     assert said["LAMB offloaded by force"][1] == "none"
-    assert said["fp16 at stage 0"][0] == "[1.0, 1.0, 1.0, 1.0]", "the gradients of a loss that was not scaled"
+    assert said["fp16 at stage 0"][0] == "[1.0, 1.0, 1.0, 1.0]", "gradients of a loss that was not scaled"
     assert said["offload at stage 0"][0] == "AdamW", "not offloaded"
     for what, (_, error) in IGNORED.items():
         assert error in said[what][1]

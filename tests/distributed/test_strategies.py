@@ -1,7 +1,7 @@
-"""Strategies in training on real gloo ranks: the same masks whatever ranks and layout, resumed = undisturbed.
+"""Masking strategies in training on real gloo ranks: masks do not depend on ranks and layout, resume is exact.
 
-`--whole-matrix` runs every strategy on 1, 2 and 3 ranks with accumulation 1 and 4; without it some of them, each number
-of ranks once.
+`--whole-matrix` runs all strategies on 1, 2 and 3 ranks with accumulation 1 and 4; by default STRATEGIES run, once per
+number of ranks.
 """
 
 import re
@@ -15,7 +15,7 @@ from tests.distributed.training import NO_DROPOUT, column, configuration, metric
 from tests.support.corpora import make_corpus
 
 STEPS, SIZE = 12, 120
-# Rows of 32 tokens at 0.2: k = 6, 5 segments; 120 sequences a step are 24 rows of 5 segments.
+# Rows of 32 tokens at rate 0.2: k = 6, 5 segments; 120 sequences per step are 24 rows of 5 segments.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "same_batch": {"strategy": "fully_explored", "fully_explored": {"placement": "same_batch"}},
     "frequency": {"strategy": "frequency", "final_rate": 0.1},
@@ -30,7 +30,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "across_epochs": {"strategy": "fully_explored"},
     "exact": {"strategy": "frequency", "frequency": {"sampler": "conditional_poisson"}},
 }
-# Ranks, accumulation.
+# (ranks, accumulation)
 LAYOUTS = [(1, 1), (2, 4), (3, 1)]
 ALL_LAYOUTS = [(ranks, accumulation) for ranks in (1, 2, 3) for accumulation in (1, 4)]
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -84,7 +84,7 @@ def strategies(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path, layouts: list[tuple[int, int]], strategies: dict[str, dict[str, Any]]) -> Path:
-    """Strategies in layouts; on 2 ranks also in two parts."""
+    """All strategies in all layouts; on 2 ranks also in two parts. Then the faults and changes at resume."""
     for ranks in (1, 2, 3):
         jobs: list[tuple[dict[str, Any], str | None]] = []
         for name, masking in strategies.items():
@@ -127,7 +127,7 @@ def test_masks_do_not_depend_on_ranks_or_layout(
             assert all(a == pytest.approx(b, abs=1e-4) for (a,), (b,) in losses), other
 
 
-def test_resumed_is_undisturbed_and_loss_falls(runs: Path, strategies: dict[str, dict[str, Any]]) -> None:
+def test_resume_is_exact_and_loss_falls(runs: Path, strategies: dict[str, dict[str, Any]]) -> None:
     figures = ("step", "loss", "grad_norm", "data_digest", "mask_digest")
     for name in strategies:
         assert column(runs / f"{name}-parts", *figures)[:STEPS] == column(runs / f"{name}-2-4", *figures)
@@ -135,19 +135,19 @@ def test_resumed_is_undisturbed_and_loss_falls(runs: Path, strategies: dict[str,
         assert held_out[-1] < held_out[0], name
 
 
-def test_a_rate_by_schedule_ends_at_the_final_one(runs: Path) -> None:
+def test_a_scheduled_rate_ends_at_the_final_rate(runs: Path) -> None:
     predictions = [p for (p,) in column(runs / "frequency-1-1", "predictions")]
     assert predictions[0] > predictions[6] > predictions[-1]
     assert predictions[0] == pytest.approx(2 * predictions[-1], rel=0.02)
 
 
 def test_faults_and_another_strategy_at_resume_are_refused(runs: Path) -> None:
-    """The texts are compared in `runs`."""
+    """`runs` compares the errors."""
     assert not any((runs / name).exists() for name in FAULTS)
 
 
-def test_another_strategy_goes_on_where_asked_for(runs: Path) -> None:
-    """With the next rows, on another number of ranks too."""
+def test_a_strategy_may_change_at_resume_if_allowed(runs: Path) -> None:
+    """Continues with the next rows, here on another number of ranks."""
     lines = column(runs / "frequency-parts", "step", "samples", "data_digest")
     assert [step for step, _, _ in lines] == list(range(1, STEPS + 3))
     assert lines[-1][1] == (STEPS + 2) * SIZE

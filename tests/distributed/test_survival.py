@@ -1,4 +1,4 @@
-"""Signals, kills, full disks, damage and divergence, each against the run that had none of it."""
+"""Signals, kills, full disks, damage and divergence, each compared with an undisturbed run."""
 
 import shutil
 import signal
@@ -29,7 +29,7 @@ AT_ONCE = {"divergence": {"max_skipped": 0, "margin": 0}}
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A tmpfs of 12 MB; None where this process may not mount one."""
+    """A tmpfs of 12 MB; None if this process may not mount one."""
     folder = tmp_path_factory.mktemp("disk")
     words = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder]
     mounted = shutil.which("mount") and not subprocess.run(words, check=False, capture_output=True).returncode
@@ -43,7 +43,7 @@ class Play:
         self.folder, self.disk = folder, disk
         self.corpus = make_corpus(folder / "corpus", rows=200, words=20)
         acts: dict[str, Act] = {}
-        # A row that comes in the step after BAD.
+        # A row of step BAD + 1 (1-based).
         self.row = int(self.rows_of_step(BAD)[5])
 
         def values(name: str, where: Path = folder, **sections: Any) -> dict[str, Any]:
@@ -62,12 +62,10 @@ class Play:
             values("bad row killed", **AT_ONCE), nan_row=self.row, kill=(None, "step", BAD + 2)
         )
         acts["bad row resumed"] = Act(values("bad row killed", **AT_ONCE), "auto", nan_row=self.row)
-        acts["bad row left out"] = Act(values("bad row left out"), nan_row=self.row)
+        acts["bad row skipped"] = Act(values("bad row skipped"), nan_row=self.row)
         for stage in (0, 1, 3):
-            acts[f"left out {stage}"] = Act(
-                values(f"left out {stage}", deepspeed=f"zero{stage}_fp32"), nan_row=self.row
-            )
-        # Two phases; a bad row comes soon in the second, before it has saved anything.
+            acts[f"skipped {stage}"] = Act(values(f"skipped {stage}", deepspeed=f"zero{stage}_fp32"), nan_row=self.row)
+        # Two phases; a bad row early in the second, before it has saved anything.
         half = STEPS // 2
         start = {"moments": "keep", "step_counter": "keep", "schedule": "restart"}
         phases: list[dict[str, Any]] = [
@@ -85,20 +83,20 @@ class Play:
             last = folder / name / "checkpoints" / f"step-{half:08d}" / "checkpoint.json"
             acts[name] = Act(two, nan_row=row, damage=(half + 1, last) if "damaged" in name else None)
         at_save, at_end = (int(self.rows_of_step(step)[5]) for step in (2 * EVERY - 1, STEPS - 1))
-        acts["left out at a save"] = Act(values("left out at a save"), nan_row=at_save)
-        acts["left out at the end"] = Act(values("left out at the end"), nan_row=at_end)
+        acts["skipped at a save"] = Act(values("skipped at a save"), nan_row=at_save)
+        acts["skipped at the end"] = Act(values("skipped at the end"), nan_row=at_end)
         acts["always"] = Act(values("always", divergence={"max_skipped": 0, "max_rollbacks": 2}), nan_step=BAD)
-        beside = {"checkpoint": {"every_steps": EVERY, "asynchronous": True}}
-        acts["beside"] = Act(values("beside", **beside))
-        # Ten files, each as slow: longer than the steps between two checkpoints.
-        acts["beside, bad row"] = Act(values("beside, bad row", **AT_ONCE, **beside), nan_row=self.row, slow=0.1)
-        acts["beside, term"] = Act(values("beside, term", **beside), signal=(1, 5, signal.SIGTERM), slow=0.05)
-        acts["beside, killed"] = Act(values("beside, term", **beside), "auto", kill=(1, "write", 2), slow=0.02)
-        acts["beside, killed again"] = Act(values("beside, term", **beside), "auto", kill=(None, "write", 1))
-        acts["beside, resumed"] = Act(values("beside, term", **beside), "auto")
+        asynchronous = {"checkpoint": {"every_steps": EVERY, "asynchronous": True}}
+        acts["async"] = Act(values("async", **asynchronous))
+        # Ten slow files: their writes take longer than the steps between two checkpoints.
+        acts["async, bad row"] = Act(values("async, bad row", **AT_ONCE, **asynchronous), nan_row=self.row, slow=0.1)
+        acts["async, term"] = Act(values("async, term", **asynchronous), signal=(1, 5, signal.SIGTERM), slow=0.05)
+        acts["async, killed"] = Act(values("async, term", **asynchronous), "auto", kill=(1, "write", 2), slow=0.02)
+        acts["async, killed again"] = Act(values("async, term", **asynchronous), "auto", kill=(None, "write", 1))
+        acts["async, resumed"] = Act(values("async, term", **asynchronous), "auto")
         if disk is not None:
-            acts["beside, full"] = Act(values("run beside", disk, **beside), fill=disk / "filler")
-            acts["beside, room"] = Act(values("run beside", disk, **beside), "auto", empty=disk / "filler")
+            acts["async, full"] = Act(values("run async", disk, **asynchronous), fill=disk / "filler")
+            acts["async, room"] = Act(values("run async", disk, **asynchronous), "auto", empty=disk / "filler")
             filler = disk / "filler"
             acts["full"] = Act(values("run", disk), fill=filler)
             acts["no room"] = Act(values("run", disk), "auto")
@@ -136,7 +134,7 @@ def test_a_signal_to_one_rank_stops_all_within_two_steps_with_a_checkpoint(playe
     assert first == second
     assert first.startswith("stopped: stopped at step ")
     step = int(first.removeprefix("stopped: stopped at step ").split()[0])
-    assert 6 <= step <= 8, "it came in step 6"
+    assert 6 <= step <= 8, "the signal came in step 6"
     assert played.said[f"{name} resumed"] == ["done", "done"]
     assert not (played(name) / STOPPED).exists()
     played.same_as_whole(played(name))
@@ -144,21 +142,21 @@ def test_a_signal_to_one_rank_stops_all_within_two_steps_with_a_checkpoint(playe
 
 def test_ranks_killed_in_a_step_and_while_saving(played: Play) -> None:
     assert played.said["kill one"][1] == "killed"
-    # A rank may see the other's death before its own comes.
+    # A rank may notice the other's death before its own kill.
     assert "done" not in played.said["kill one resumed"]
     assert played.said["kill one in save resumed"] == ["done", "done"]
     played.same_as_whole(played("kill one"))
     assert not list((played("kill one") / "checkpoints").glob(".*"))
 
 
-def test_checkpoints_say_how_long_training_stood_still(played: Play) -> None:
+def test_checkpoint_events_record_the_pause(played: Play) -> None:
     events = [event for event in read_events(played("whole") / METRICS) if event["event"] == "checkpoint"]
     assert [event["step"] for event in events] == [4, 8, 12, 16]
     assert all(event["seconds"] > 0 for event in events)
     assert (played("whole") / "checkpoints" / "latest").read_text() == "step-00000016\n"
 
 
-def test_a_bad_row_is_rolled_back_and_passed_over(played: Play) -> None:
+def test_a_bad_row_causes_a_rollback_and_is_skipped(played: Play) -> None:
     assert played.said["bad row"] == ["done", "done"]
     run = played("bad row")
     (event,) = [event for event in read_events(run / METRICS) if event["event"] == "rollback"]
@@ -166,12 +164,12 @@ def test_a_bad_row_is_rolled_back_and_passed_over(played: Play) -> None:
     assert event["reason"] == "loss is nan"
     digests = column(run, "data_digest")
     assert digests[:BAD] == column(played("whole"), "data_digest")[:BAD]
-    assert digests[BAD : STEPS - 1] == column(played("whole"), "data_digest")[BAD + 1 :], "one batch on"
+    assert digests[BAD : STEPS - 1] == column(played("whole"), "data_digest")[BAD + 1 :], "one batch later"
     assert all(line["loss"] is not None and line["grad_norm"] is not None for line in metrics(run))
     assert read_state(complete_checkpoints(run)[-1]).samples == STEPS * 12
 
 
-def test_a_run_killed_after_a_roll_back_is_the_one_that_was_not(played: Play) -> None:
+def test_resume_is_exact_after_a_rollback(played: Play) -> None:
     assert "done" not in played.said["bad row killed"]
     assert played.said["bad row resumed"] == ["done", "done"]
     runs = (played("bad row"), played("bad row killed"))
@@ -180,8 +178,8 @@ def test_a_run_killed_after_a_roll_back_is_the_one_that_was_not(played: Play) ->
     assert events[0] == events[1]
 
 
-def test_a_roll_back_over_a_damaged_checkpoint_into_the_phase_before(played: Play) -> None:
-    """The rest of that phase is trained again, then the next one, without the bad batch."""
+def test_a_rollback_skips_a_damaged_checkpoint_into_the_previous_phase(played: Play) -> None:
+    """The rest of the previous phase is trained again, then the next one without the bad batch."""
     runs = [played(name) for name in ("phases", "phases, damaged")]
     rolled = [[e for e in read_events(run / METRICS) if e["event"] == "rollback"] for run in runs]
     assert [(e["phase"], e["step"], e["to_step"]) for (e,) in rolled] == [(1, 11, 8), (1, 11, 4)]
@@ -191,36 +189,36 @@ def test_a_roll_back_over_a_damaged_checkpoint_into_the_phase_before(played: Pla
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_a_single_bad_step_updates_nothing(played: Play) -> None:
-    for name in ("bad row left out", "left out 0", "left out 1", "left out 3"):
+def test_a_single_bad_step_skips_its_update(played: Play) -> None:
+    for name in ("bad row skipped", "skipped 0", "skipped 1", "skipped 3"):
         assert played.said[name] == ["done", "done"], name
         lines = metrics(played(name))
         assert [line["step"] for line in lines if "update_left_out" in line] == [BAD + 1]
         assert lines[BAD]["update_left_out"] == "loss is nan"
         assert lines[BAD]["loss"] is None
         assert column(played(name), "data_digest") == column(played("whole"), "data_digest")
-        for line, of_stage_2 in zip(lines, metrics(played("bad row left out")), strict=True):
+        for line, of_stage_2 in zip(lines, metrics(played("bad row skipped")), strict=True):
             if line["step"] != BAD + 1:
                 assert line["loss"] == pytest.approx(of_stage_2["loss"], abs=1e-4), (name, line["step"])
 
 
-def test_nothing_is_saved_at_a_step_that_was_left_out(played: Play) -> None:
-    run = played("left out at a save")
-    assert played.said["left out at a save"] == ["done", "done"]
+def test_no_checkpoint_at_a_skipped_step(played: Play) -> None:
+    run = played("skipped at a save")
+    assert played.said["skipped at a save"] == ["done", "done"]
     assert [e["step"] for e in read_events(run / METRICS)] == [EVERY, 2 * EVERY + 1, 3 * EVERY, STEPS]
     assert column(run, "data_digest") == column(played("whole"), "data_digest")
 
 
-def test_a_run_does_not_end_at_a_step_that_was_left_out(played: Play) -> None:
-    run = played("left out at the end")
-    assert played.said["left out at the end"] == ["done", "done"]
+def test_a_run_does_not_end_at_a_skipped_step(played: Play) -> None:
+    run = played("skipped at the end")
+    assert played.said["skipped at the end"] == ["done", "done"]
     (event,) = [event for event in read_events(run / METRICS) if event["event"] == "rollback"]
     assert (event["step"], event["to_step"], event["passed_over"]) == (STEPS, 12, [[STEPS - 2, STEPS + 1]])
     assert metrics(run)[-1]["loss"] is not None
     assert complete_checkpoints(run)[-1].name == f"step-{STEPS:08d}"
 
 
-def test_the_same_fault_every_time_stops_the_run_with_an_explanation(played: Play) -> None:
+def test_a_fault_that_recurs_after_rollbacks_stops_the_run(played: Play) -> None:
     assert any("after 2 rollbacks to step 8 (divergence.max_rollbacks)" in s for s in played.said["always"])
     events = [e for e in read_events(played("always") / METRICS) if e["event"] != "checkpoint"]
     assert [e["event"] for e in events] == ["rollback", "rollback", "diverged"]
@@ -228,9 +226,9 @@ def test_the_same_fault_every_time_stops_the_run_with_an_explanation(played: Pla
     assert [p.name[-2:] for p in complete_checkpoints(played("always"))] == ["04", "08"]
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(played: Play) -> None:
+def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(played: Play) -> None:
     if played.disk is None:
-        pytest.skip("no right to mount a tmpfs")
+        pytest.skip("may not mount a tmpfs")
     run = played.disk / "run"
     assert any("could not be written and was discarded" in said for said in played.said["full"]), played.said
     assert any("checkpoint step-00000008 needs about" in said for said in played.said["no room"]), played.said
@@ -238,49 +236,49 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(played: Pl
     played.same_as_whole(run)
 
 
-def test_written_while_training_goes_on_is_the_same_run(played: Play) -> None:
-    assert played.said["beside"] == ["done", "done"]
-    played.same_as_whole(played("beside"))
-    events = [event for event in read_events(played("beside") / METRICS) if event["event"] == "checkpoint"]
+def test_asynchronous_checkpoints_do_not_change_the_run(played: Play) -> None:
+    assert played.said["async"] == ["done", "done"]
+    played.same_as_whole(played("async"))
+    events = [event for event in read_events(played("async") / METRICS) if event["event"] == "checkpoint"]
     assert [event["step"] for event in events] == [4, 8, 12, 16]
     assert all(event["seconds"] <= event["after_seconds"] for event in events)
-    for folder, of_whole in zip(*(complete_checkpoints(played(name)) for name in ("beside", "whole")), strict=True):
+    for folder, of_whole in zip(*(complete_checkpoints(played(name)) for name in ("async", "whole")), strict=True):
         assert not faults(folder)
         assert folder.name == of_whole.name
         ours, theirs = read_weights(folder), read_weights(of_whole)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "as of its own step"
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "the weights of its own step"
 
 
-def test_a_run_goes_back_to_what_is_still_being_written(played: Play) -> None:
-    assert played.said["beside, bad row"] == ["done", "done"]
-    runs = (played("bad row"), played("beside, bad row"))
+def test_a_rollback_waits_for_the_checkpoint_in_flight(played: Play) -> None:
+    assert played.said["async, bad row"] == ["done", "done"]
+    runs = (played("bad row"), played("async, bad row"))
     assert column(runs[0], *FIGURES) == column(runs[1], *FIGURES)
     first, second = ([e for e in read_events(run / METRICS) if e["event"] == "rollback"] for run in runs)
     assert first == second
 
 
-def test_killed_or_told_to_stop_while_writing_beside_training(played: Play) -> None:
+def test_kills_and_signals_during_asynchronous_writes(played: Play) -> None:
     said = played.said
-    assert all(rank.startswith("stopped: stopped at step ") for rank in said["beside, term"])
-    assert said["beside, killed"][1] == "killed"
-    assert "done" not in said["beside, killed"] + said["beside, killed again"]
-    assert said["beside, resumed"] == ["done", "done"]
-    played.same_as_whole(played("beside, term"))
-    assert not list((played("beside, term") / "checkpoints").glob(".*"))
+    assert all(rank.startswith("stopped: stopped at step ") for rank in said["async, term"])
+    assert said["async, killed"][1] == "killed"
+    assert "done" not in said["async, killed"] + said["async, killed again"]
+    assert said["async, resumed"] == ["done", "done"]
+    played.same_as_whole(played("async, term"))
+    assert not list((played("async, term") / "checkpoints").glob(".*"))
 
 
-def test_a_disk_that_fills_up_beside_training_ends_the_run(played: Play) -> None:
+def test_a_disk_that_fills_up_during_an_asynchronous_write_ends_the_run(played: Play) -> None:
     if played.disk is None:
-        pytest.skip("no right to mount a tmpfs")
-    run = played.disk / "run beside"
-    said = played.said["beside, full"]
+        pytest.skip("may not mount a tmpfs")
+    run = played.disk / "run async"
+    said = played.said["async, full"]
     assert any("could not be written and was discarded" in rank for rank in said), said
     assert "done" not in said
-    assert played.said["beside, room"] == ["done", "done"]
+    assert played.said["async, room"] == ["done", "done"]
     played.same_as_whole(run)
 
 
-def test_every_damage_is_named_and_the_checkpoint_before_taken(
+def test_all_damages_are_named_and_the_previous_checkpoint_is_used(
     played: Play, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     damages = [(name, how) for name in _files(played("whole")) for how in ("truncated", "flipped", "deleted")]

@@ -1,4 +1,4 @@
-"""Training on real gloo ranks: the same run whatever the ranks, killed = never killed, exported = trained."""
+"""Training on real gloo ranks: runs do not depend on the ranks, resume is exact, exports equal the trained model."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Name → changes; all must see the same data and masks, and come to the same losses.
+# Name → changes; all must see the same data and masks and compute the same losses.
 SAME = {
     "zero0": {"deepspeed": "zero0_fp32"},
     "zero1": {"deepspeed": "zero1_fp32"},
@@ -82,7 +82,7 @@ def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dic
     }
     reference = digests["zero0-1"]
     assert len(reference) == STEPS
-    assert len({d[-1] for d in reference}) == STEPS, "every step has masks of its own"
+    assert len({d[-1] for d in reference}) == STEPS, "each step has its own masks"
     assert all(found == reference for found in digests.values())
 
 
@@ -98,7 +98,7 @@ def test_losses_do_not_depend_on_ranks_stage_or_layout(same_runs: dict[str, Path
 
 
 def test_a_mixture_of_corpora_does_not_depend_on_ranks(same_runs: dict[str, Path]) -> None:
-    """Its epoch is 120 + 175 samples: two of them in 50 steps of 12."""
+    """Its epoch has 120 + 175 samples: 50 steps of 12 cover two."""
     runs = [same_runs[name] for name in ("mixture-1", "mixture-2", "zero1-1")]
     one, two, other = (column(run, "samples", "predictions", "data_digest", "mask_digest") for run in runs)
     assert one == two
@@ -160,13 +160,13 @@ def test_an_export_that_differs_is_refused(same_runs: dict[str, Path], tmp_path:
     checkpoints.write_manifest(folder, vars(state))
     with pytest.raises(export.ExportError, match="differ from the engine's"):
         export.export(run, tmp_path / "model")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], "nothing is left under the output's name"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], "no partial output"
 
 
-def test_killed_and_resumed_is_never_killed(corpus: Path, tmp_path: Path) -> None:
-    """40 steps on 2 ranks with dropout; the same with SIGKILL of the whole job after step 20. Bit for bit.
+def test_resume_is_exact(corpus: Path, tmp_path: Path) -> None:
+    """40 steps on 2 ranks with dropout, against a job killed after step 20 and resumed: bit-identical.
 
-    The undisturbed run goes through `deepspeed --module`, the others through `maskvr train`: they do the same.
+    The uninterrupted run is launched by `deepspeed --module`, the others by `maskvr train`: these are equivalent.
     """
     values = configuration(tmp_path / "whole", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
     values |= {"deepspeed": "zero2_fp32", "monitor": {"tensorboard": True, "csv": True, "histogram_every": 10}}

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints hold all of `Lamb`: a trajectory goes on at another world size and ZeRO stage."""
+"""DeepSpeed's universal checkpoints hold the full state of `Lamb`: a run continues at another world size."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -39,7 +39,7 @@ def second_half(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     for stage in STAGES:
         engine = trajectories.make_engine(Run(stage, "fp32", CLIP, 2, more={"checkpoint": {"load_universal": True}}))
         for p in engine.basic_optimizer.state:
-            p.data.add_(1.0)  # what is not restored would show
+            p.data.add_(1.0)  # anything not restored would show
         engine.load_checkpoint(str(folder / str(stage)), tag="universal")
         steps = {state["step"] for state in engine.basic_optimizer.state.values()}
         assert steps == {SAVED_AT}, f"stage {stage}: step counters {steps}"
@@ -53,7 +53,7 @@ def second_half(folder: Path) -> dict[int, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, np.ndarray]]]:
-    """Folder of converted checkpoints, and the weights of the runs that were not interrupted; 2 ranks."""
+    """Folder of converted checkpoints, and the weights of the uninterrupted runs on 2 ranks."""
     from deepspeed.checkpoint.ds_to_universal import main as convert
 
     folder = tmp_path_factory.mktemp("universal")

@@ -1,4 +1,4 @@
-"""`maskvr variance` on a run's checkpoint: ranks, files, faults."""
+"""`maskvr variance` on the checkpoint of a run: independence of ranks, output files, errors."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 def measure_all(jobs: list[list[str]]) -> list[dict[str, Any]]:
-    """On a rank: each job's report."""
+    """On a rank: the report of each job."""
     from maskvr_ds.analysis.gradient_variance import measure
     from maskvr_ds.runtime import distributed
 
@@ -50,8 +50,8 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
-def test_ranks_do_not_matter(run: Path, corpus: Path, tmp_path: Path) -> None:
-    """1 rank, and 2, which 7 rows do not divide among."""
+def test_reports_do_not_depend_on_ranks(run: Path, corpus: Path, tmp_path: Path) -> None:
+    """On 1 rank, and on 2, among which 7 rows do not divide."""
     options = [
         "--checkpoint",
         str(run),
@@ -144,7 +144,7 @@ FAULTS = [
 
 
 def faults_of(jobs: list[list[str]]) -> list[str]:
-    """On a rank: what each job is refused with."""
+    """On a rank: the error of each job."""
     from maskvr_ds.analysis.gradient_variance import measure
     from maskvr_ds.runtime import distributed
 
@@ -163,7 +163,7 @@ def faults_of(jobs: list[list[str]]) -> list[str]:
 
 
 def test_faults(run: Path, corpus: Path, tmp_path: Path) -> None:
-    """On two ranks: each is told in the same words, and the next job finds both in step."""
+    """On two ranks: both raise the same message, and stay in step for the next job."""
     plain = configuration(tmp_path / "plain", corpus, steps=6, evaluation={"every_steps": 0})
     assert run_ranks(train_all, 1, [(plain, None)]) == [[None]]
     other = make_corpus(tmp_path / "other", rows=10, length=16, words=9)

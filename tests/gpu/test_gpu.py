@@ -1,6 +1,6 @@
-"""On one GPU: what the tests of CPUs have shown holds there too. `python -m pytest tests/gpu`; skipped without a GPU.
+"""Trainings on one GPU against the same on the CPU: `python -m pytest tests/gpu`; skipped without a GPU.
 
-The reference is the CPU of the same machine, whose results the other tests hold against second implementations.
+The other tests compare the CPU's results with independent implementations.
 """
 
 import json
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 DIGESTS = ("step", "samples", "data_digest", "mask_digest")
 MASKINGS = OTHERS | STRATEGIES
-# Stage 3 last: it exchanges torch's `linear` for the rest of the process.
+# Stage 3 last: it replaces torch's `linear` for the rest of the process.
 STAGES = [f"zero{stage}_{dtype}" for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16", "fp16")]
 ENGINES = [name for name in STAGES if name != "zero0_fp16"] + ["zero2_bf16_offload", "zero3_bf16_offload"]
-# Largest difference of the loss (about 3) to fp32 on the CPU; those of tests/distributed/test_precision.py.
+# Bound of the difference of the loss (about 3) to fp32 on the CPU, as in tests/distributed/test_precision.py.
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 6e-4}
 MAPNET: dict[str, Any] = {"masking": {"strategy": "mapnet", "rate": 0.2, "mapnet": {"gate": "always"}}}
 AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2, "auto": {"every_steps": 2}}}
@@ -50,7 +50,7 @@ def values(folder: Path, name: str, accelerator: str, **sections: Any) -> dict[s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the runs of GPU and CPU, as RUN of cuda/ and cpu/."""
+    """With the runs of GPU and CPU in cuda/ and cpu/."""
     folder = tmp_path_factory.mktemp("gpu")
     make_corpus(folder / "corpus", rows=200, words=20, padded_last_row=True)
     make_corpus(folder / "corpus" / "held_out", rows=60, words=20, seed=1)
@@ -73,7 +73,7 @@ def difference(folder: Path, name: str, reference: str) -> float:
 
 
 @pytest.mark.parametrize("name", MASKINGS)
-def test_the_masks_are_those_of_a_cpu(folder: Path, name: str) -> None:
+def test_masks_equal_those_of_a_cpu(folder: Path, name: str) -> None:
     assert column(folder / "cuda" / name, *DIGESTS) == column(folder / "cpu" / name, *DIGESTS)
     assert difference(folder, name, name) < BOUNDS["fp32"]
 
@@ -85,8 +85,8 @@ def test_stages_precisions_and_offload(folder: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mapnet", "auto"])
-def test_what_measures_gradients(folder: Path, name: str) -> None:
-    """Their masks depend on floating-point numbers, which differ in the last places."""
+def test_strategies_that_measure_gradients(folder: Path, name: str) -> None:
+    """Their masks depend on floating-point numbers, which differ in the last digits."""
     lines, theirs = metrics(folder / "cuda" / name), metrics(folder / "cpu" / name)
     assert len(lines) == len(theirs) == STEPS
     assert lines[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-4)
@@ -97,7 +97,7 @@ def test_what_measures_gradients(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["zero1_bf16", "zero3_bf16"])
-def test_resumed_is_undisturbed(folder: Path, engine: str) -> None:
+def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str) -> None:
     more: dict[str, Any] = {**MAPNET, "model": {}, "deepspeed": engine}
     runs = [values(folder, f"{engine}-{name}", "cuda", **more) for name in ("whole", "again")]
     outcome = run_ranks(train_and_resume, 1, runs[:1], True, [(runs[1], None)], timeout=300, accelerator="cuda")
@@ -105,7 +105,7 @@ def test_resumed_is_undisturbed(folder: Path, engine: str) -> None:
     whole, again = (Path(run["output_dir"]) for run in runs)
     resumed = whole.with_name(whole.name + "-resumed")
     assert column(whole, "step", "samples", "data_digest") == column(resumed, "step", "samples", "data_digest")
-    # A GPU adds in an order of its own: what two undisturbed runs differ by is the measure.
+    # A GPU sums in no fixed order: the difference of two undisturbed runs is the yardstick.
     assert [p.name for p in complete_checkpoints(resumed)] == [p.name for p in complete_checkpoints(whole)]
     apart = [torch.tensor(column(run, "loss")) - torch.tensor(column(whole, "loss")) for run in (resumed, again)]
     most = [each.abs().max().item() for each in apart]

@@ -1,4 +1,4 @@
-"""Small synthetic corpora in the pipeline's format, with something to learn in them."""
+"""Small synthetic corpora in the format of the data pipeline, with learnable structure."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 
 
 def make_tokenizer(folder: Path, words: int) -> int:
-    """A WordPiece tokenizer that knows w0 … w(words − 1); returns the vocabulary's size."""
+    """Save a WordPiece tokenizer with the words w0 … w(words − 1); returns the vocabulary size."""
     folder.mkdir(parents=True)
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *(f"w{i}" for i in range(words))])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -38,13 +38,13 @@ def make_corpus(
     seed: int = 0,
     padded_last_row: bool = False,
 ) -> Path:
-    """Rows of arithmetic progressions over the words (so that context tells the masked word), several shards."""
+    """Write a corpus of arithmetic progressions over the words, so that the context determines a masked word."""
     vocab_size = make_tokenizer(folder / "tokenizer", words)
     random = np.random.default_rng(seed)
     start, step = random.integers(0, words, (rows, 1)), random.integers(1, 4, (rows, 1))
     ids = ((start + step * np.arange(length)) % words + len(SPECIAL)).astype(id_dtype(vocab_size))
     ids[:, 0], ids[:, -1] = CLS, SEP
-    # A document ends inside some rows.
+    # Some rows contain the end of a document.
     ids[random.random(rows) < 0.5, length // 2] = SEP
     if padded_last_row:
         ids[-1, length // 2 :] = PAD

@@ -1,4 +1,4 @@
-"""Small tokenizers, texts and second implementations that the data pipeline's tests share."""
+"""Small tokenizers, texts and reference implementations for tests of the data pipeline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WORDS = [
 
 
 def write_tokenizer(folder: Path, extra: Sequence[str] = ()) -> Path:
-    """A BERT folder of the old kind (vocab.txt): letters, digits, signs and some words."""
+    """An old-style BERT tokenizer folder (vocab.txt): letters, digits, punctuation and some words."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     vocabulary = [
         *SPECIAL,
@@ -58,7 +58,7 @@ def write_tokenizer(folder: Path, extra: Sequence[str] = ()) -> Path:
 
 
 def make_documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """Documents of words from WORDS, numbers and names, with line breaks but no blank lines."""
+    """Random documents of words from WORDS, numbers and names, with line breaks but without blank lines."""
     rng = random.Random(seed)
     pieces = [*WORDS, "Zürich", "naïve", "42", "[SEP]", "[MASK]", "x.", "漢字", "quux,"]
     return [
@@ -74,7 +74,7 @@ def write_text(path: Path, documents: Sequence[str]) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its relative name."""
+    """Contents of all files below a folder, by relative name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -89,7 +89,7 @@ def run_command(*arguments: object, **options: object) -> subprocess.CompletedPr
 
 
 def reference_pack(documents: Sequence[Sequence[int]], length: int) -> tuple[list[list[int]], list[bool]]:
-    """Full-sequence packing written token by token, straight from its description."""
+    """Full-sequence packing, token by token."""
     rows: list[list[int]] = []
     ends: list[bool] = []
     row: list[int] = []
@@ -113,7 +113,7 @@ def reference_pack(documents: Sequence[Sequence[int]], length: int) -> tuple[lis
 
 
 def unpack(rows: np.ndarray, document_end: np.ndarray) -> Iterator[list[int]]:
-    """Documents from rows and bits alone: what a reader of the format would write."""
+    """Documents recovered from rows and document_end bits alone."""
     document: list[int] = []
     for row, end in zip(rows.tolist(), document_end.tolist(), strict=True):
         tokens = [token for token in row if token != PAD]
@@ -139,7 +139,7 @@ def corpus_documents(folder: Path) -> list[list[int]]:
 
 
 def rows_of(folder: Path) -> tuple[Corpus, np.ndarray, dict[str, np.ndarray]]:
-    """All rows as the trainer reads them, and their columns."""
+    """The corpus, all its rows as read by the trainer, and their columns."""
     corpus = Corpus(folder)
     rows = np.arange(corpus.rows)
     ids = np.empty((corpus.rows, corpus.sequence_length), corpus.dtype)
@@ -148,7 +148,7 @@ def rows_of(folder: Path) -> tuple[Corpus, np.ndarray, dict[str, np.ndarray]]:
 
 
 def describe_in(folder: Path, sources: list[dict[str, Any]], **others: object) -> Path:
-    """A corpus description, corpus.yaml."""
+    """Write a corpus description, corpus.yaml."""
     path = folder / "corpus.yaml"
     path.write_text(yaml.safe_dump({"sources": sources, **others}))
     return path

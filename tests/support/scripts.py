@@ -1,4 +1,4 @@
-"""Job scripts of every kind, as `python -m cluster slurm` writes them."""
+"""Job scripts of all kinds, as `python -m cluster slurm` writes them."""
 
 import shlex
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from cluster.__main__ import main
 from tests.support.corpora import make_corpus
 
-# Name → options. Hostile ones are data. BUILD stands for what `build_words` says, VENV for
-# an environment with a blank in its name.
+# Name → options; some values are hostile to a shell. BUILD is replaced by `build_words`, VENV by an environment with a
+# blank in its path.
 VARIANTS: dict[str, list[str]] = {
     "cpu": ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1"],
     "cpu range": ["--nodes", "1-2", "--gpus-per-node", "0", "--tasks-per-node", "1"],
@@ -31,7 +31,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def build_words(folder: Path, corpus: Path) -> list[str]:
-    """Of a build in `folder`, whose texts are made and which has the tokenizer of a corpus that is there."""
+    """Options of a build in `folder`: writes its texts, takes the tokenizer of an existing corpus."""
     texts = folder / "my texts"
     texts.mkdir(parents=True, exist_ok=True)
     (texts / "a.txt").write_text("w1 w2 w3\n")
@@ -40,7 +40,7 @@ def build_words(folder: Path, corpus: Path) -> list[str]:
 
 
 def job_scripts(folder: Path) -> dict[str, list[Path]]:
-    """Name → its scripts, data.sbatch before job.sbatch. The run's folders have blanks, quotes and `$(…)` in them."""
+    """Name → its scripts, data.sbatch before job.sbatch. Paths of the runs contain blanks, quotes and `$(…)`."""
     corpus = make_corpus(folder / "a corpus", rows=10, words=10)
     build = shlex.join(build_words(folder, corpus))
     venv = folder / "my venv"

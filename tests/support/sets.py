@@ -1,4 +1,4 @@
-"""Designs over fixed-size sets by enumeration, and rows of odds to try them on."""
+"""Sampling designs over fixed-size sets by enumeration, and rows of odds to test them on."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Row:
-    """One row: odds of every position (0: not maskable) and how many are drawn."""
+    """One row: odds per position (0: not maskable), and the sample size k."""
 
     odds: list[float]
     k: int
@@ -26,13 +26,13 @@ class Row:
         return math.fsum(math.prod(self.odds[i] for i in s) for s in self.sets())
 
     def probabilities(self) -> torch.Tensor:
-        """q(M) of all sets, by the definition: float64 [number of sets]."""
+        """q(M) of all sets by definition: float64 [number of sets]."""
         normaliser = self.normaliser()
         products = [math.prod(self.odds[i] for i in s) for s in self.sets()]
         return torch.tensor([product / normaliser for product in products], dtype=torch.float64)
 
     def members(self) -> torch.Tensor:
-        """float64 [number of sets, L]: 1 where a position belongs to the set."""
+        """float64 [number of sets, L]: 1 if the position belongs to the set."""
         members = torch.zeros(len(self.sets()), len(self.odds), dtype=torch.float64)
         for row, positions in enumerate(self.sets()):
             members[row, list(positions)] = 1
@@ -41,7 +41,7 @@ class Row:
 
 @st.composite
 def rows(draw, low: float = -12.0, high: float = 12.0, largest: int = 10) -> Row:
-    """n ≤ largest, k ≤ 5, odds between 10^low and 10^high, up to three positions in between that are not maskable."""
+    """n ≤ largest, k ≤ 5, odds between 10^low and 10^high; up to three positions that are not maskable."""
     n = draw(st.integers(1, largest))
     odds = [10.0**e for e in draw(st.lists(st.floats(low, high), min_size=n, max_size=n))]
     for _ in range(draw(st.integers(0, 3))):

@@ -1,4 +1,4 @@
-"""What users get wrong, and disks that are full: exit code, message, and nothing half-written."""
+"""Invalid input and full disks: exit code, message, and no incomplete files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corpus(tmp_path: Path, tokenizer: Path) -> Path:
-    """A good corpus of several shards with a held-out part."""
+    """A valid corpus of several shards with held-out documents."""
     write_text(tmp_path / "a.txt", make_documents(100))
     build(
         [tmp_path / "a.txt"],
@@ -47,7 +47,7 @@ def corpus(tmp_path: Path, tokenizer: Path) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], message: str) -> str:
-    """Run a command in this process; it must fail with exit code 1 and one line on stderr."""
+    """Run a command that must fail with exit code 1 and one line on stderr, in this process."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     captured = capsys.readouterr()
@@ -91,7 +91,7 @@ INPUTS: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-# With worker processes an error takes another way, the same for all of them.
+# Errors of worker processes take another path, the same for all of them.
 @pytest.mark.parametrize(
     ("case", "workers"), [*((case, 1) for case in INPUTS), ("latin-1", 2), ("gzip cut", 2), ("no parquet", 2)]
 )
@@ -102,7 +102,7 @@ def test_bad_input(
     (tmp_path / name).write_bytes(data)
     inputs = [tmp_path / name]
     if workers == 2:
-        # Good files beside the bad one, more than one unit of work.
+        # Valid files as well, to have more than one unit of work.
         inputs += [write_text(tmp_path / f"good{i}.txt", make_documents(50)) for i in range(2)]
     options = ["--tokenizer", tokenizer, "--sequence-length", 16, "--workers", workers, "--work-size", 0.005]
     output = tmp_path / "out"
@@ -144,7 +144,7 @@ def test_bad_arguments(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_usage_has_exit_code_2(tmp_path: Path) -> None:
+def test_usage_error_has_exit_code_2(tmp_path: Path) -> None:
     for arguments in (["build", "--input", "x"], ["bild"], [], ["build", "--documents", "page"]):
         found = run_command(*arguments)
         assert found.returncode == 2
@@ -156,7 +156,7 @@ def test_wrong_usage_has_exit_code_2(tmp_path: Path) -> None:
     )
 
 
-def test_output_folder_that_is_not_ours(
+def test_foreign_output_folder(
     tmp_path: Path, tokenizer: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = [
@@ -206,7 +206,7 @@ Damage = Callable[[Path], object]
         (lambda c: change_byte(c / "held_out/shard-00000.arrow"), r"held_out/shard-00000\.arrow: sha256"),
         (lambda c: os.truncate(c / "shard-00001.arrow", 500), r"shard-00001\.arrow: .* expected, 500 found"),
         (lambda c: (c / "shard-00001.arrow").unlink(), r"shard-00001\.arrow: shard is missing"),
-        (link_away, r"shard-00001\.arrow: is a link that leaves the corpus folder"),
+        (link_away, r"shard-00001\.arrow: links to outside the corpus folder"),
         (
             lambda c: change_manifest(c, lambda m: m["shards"][0].update(file="../away.arrow")),
             r"manifest\.json: shards\.0\.file: .*'\.\./away\.arrow' is not a plain file name",
@@ -227,7 +227,7 @@ Damage = Callable[[Path], object]
         ),
         (
             lambda c: change_manifest(c, lambda m: m.update(vocab_size=50)),
-            r"shard-00000\.arrow: row \d+ has the id \d+, not below the vocabulary size 50",
+            r"shard-00000\.arrow: row \d+ has id \d+, must be below the vocabulary size 50",
         ),
         (
             lambda c: (c / "manifest.json").unlink(),
@@ -235,7 +235,7 @@ Damage = Callable[[Path], object]
         ),
     ],
 )
-def test_verify_names_what_is_damaged(
+def test_verify_names_the_damage(
     damage: Damage, message: str, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(corpus)]) == 0
@@ -253,13 +253,13 @@ def test_verify_names_every_damaged_file(corpus: Path, capsys: pytest.CaptureFix
 
 @pytest.fixture(scope="module")
 def large_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text whose corpus takes about a megabyte."""
+    """Text of a corpus of about one megabyte."""
     return write_text(tmp_path_factory.mktemp("large") / "a.txt", make_documents(2000, longest=200))
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1.5 MB, where this machine lets us mount one (root with CAP_SYS_ADMIN)."""
+    """A file system of 1.5 MB; skipped if mounting is not permitted (needs root with CAP_SYS_ADMIN)."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)]
@@ -279,13 +279,13 @@ def resize(disk: Path, size: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_full_disk(workers: int, small_disk: Path, large_text: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """The token files fit, the shards do not; with more room the same command ends as on a large disk."""
+    """Token files fit but shards do not; with more space, the same command completes as on a large disk."""
     output = small_disk / "corpus"
     arguments = ["build", "--input", large_text, "--tokenizer", tokenizer, "--sequence-length", 128]
     arguments += ["--shard-size", "0.3", "--workers", workers, "--output"]
     assert run_command(*arguments, tmp_path / "whole").returncode == 0
     whole = tree(tmp_path / "whole")
-    # Token files and shards are of about the same size.
+    # Token files and shards have about the same size.
     size = sum(map(len, whole.values()))
     resize(small_disk, int(1.6 * size))
     found = run_command(*arguments, output)
@@ -302,7 +302,7 @@ def test_full_disk(workers: int, small_disk: Path, large_text: Path, tokenizer: 
 
 
 def test_file_size_limit(large_text: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """The same path with a limit of the process, which needs no rights."""
+    """The same code path with a limit of the process, which needs no privileges."""
     output = tmp_path / "corpus"
     arguments = ["build", "--input", large_text, "--tokenizer", tokenizer, "--sequence-length", 128]
     arguments += ["--work-size", "0.05", "--output", output]
@@ -325,7 +325,7 @@ def test_file_size_limit(large_text: Path, tokenizer: Path, tmp_path: Path) -> N
     assert run_command("verify", output).returncode == 0
 
 
-def test_full_disk_before_anything_is_finished(small_disk: Path, tokenizer: Path, large_text: Path) -> None:
+def test_full_disk_before_any_task_has_finished(small_disk: Path, tokenizer: Path, large_text: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(1_500_000))
     with pytest.raises((CorpusError, OSError), match="No space left on device"):
         build([large_text], tokenizer, 128, small_disk / "corpus", progress=False)

@@ -1,4 +1,4 @@
-"""Faulty sources of a description: one error that names source, rule and remedy, and nothing left behind."""
+"""Invalid sources in descriptions: one error with source, rule and remedy; no files left behind."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
     fault(folder, source("dict", split="dev"), r"split 'dev' does not exist")
     fault(folder, source("good", split="train"), "has one dataset without splits")
     fault(folder, source("good", text_field="body"), "has no column 'body', only text, n")
-    fault(folder, source("good", text_field="n"), "column 'n' holds int64, text")
+    fault(folder, source("good", text_field="n"), "column 'n' has type int64, must be string")
     file = next((tmp_path / "good").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:200])
     fault(folder, source("good"), "corrupt Arrow file")
@@ -136,14 +136,14 @@ FILES: dict[str, tuple[str, str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_bad_files_of_the_new_formats(case: str, folder: Path, tmp_path: Path) -> None:
+def test_bad_files(case: str, folder: Path, tmp_path: Path) -> None:
     name, kind, data, message = FILES[case]
     (tmp_path / name).write_bytes(data)
     fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": [name], "format": kind}]), message)
 
 
 def save_arrow(folder: Path, column: pa.Array) -> None:
-    """As `save_to_disk` leaves it, with whatever text there is."""
+    """A dataset folder as written by `save_to_disk`, with the given text column."""
     folder.mkdir()
     table = pa.table({"text": column})
     with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
@@ -157,7 +157,7 @@ def save_arrow(folder: Path, column: pa.Array) -> None:
         (lambda: pa.array([], pa.string()), "the corpus is empty: no text in .*data.arrow. Add text"),
         (lambda: pa.array(["x", None]), "row 1 of record batch 0 has no 'text' .null."),
         (lambda: pa.array([b"x", b"t\xe4xt"]).view(pa.string()), "rows 0 to 1 of record batch 0: 'text' is not UTF-8"),
-        (lambda: pa.array([[1]]), "column 'text' holds list"),
+        (lambda: pa.array([[1]]), "column 'text' has type list"),
     ],
 )
 def test_bad_texts_of_a_dataset(column: Callable[[], pa.Array], message: str, folder: Path, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_bad_texts_of_a_dataset(column: Callable[[], pa.Array], message: str, fo
     fault(folder, describe_in(tmp_path, [{"name": "a", "inputs": ["saved"], "format": "dataset"}]), message)
 
 
-def test_a_source_that_is_given_twice(folder: Path, tmp_path: Path) -> None:
-    """By two names for one file, by a glob beside its file, as a dataset."""
+def test_source_listed_twice(folder: Path, tmp_path: Path) -> None:
+    """By two names of one file, by a glob and its file, as a dataset."""
     write_text(tmp_path / "in/a.txt", ["text"])
     (tmp_path / "link").symlink_to(tmp_path / "in")
     save_arrow(tmp_path / "saved", pa.array(["text"]))
@@ -201,8 +201,8 @@ def test_weights_that_pack_refuses(
 
 
 @pytest.mark.parametrize("kind", ["text", "wikiextractor", "dataset", "builder:csv"])
-def test_a_source_that_vanishes(kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of three files is gone when its turn comes; put back, the same command goes on."""
+def test_source_that_disappears(kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three files is missing when it is read; once restored, the same command resumes."""
     from data_pipeline.tokenization import stage
 
     texts = [make_documents(20, seed=i) for i in range(3)]
@@ -239,10 +239,10 @@ def test_a_source_that_vanishes(kind: str, folder: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("own_folder", [False, True])
-def test_a_stage_that_fails_at_once_may_be_run_again(
+def test_stage_that_fails_can_be_rerun(
     own_folder: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each stage fails with its own error, time after time; what the user had stays, nothing else does."""
+    """Each stage fails with the same error every time, keeps the files of the user and leaves no others."""
     from data_pipeline.packing import stage as pack_module
 
     path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}])

@@ -1,4 +1,4 @@
-"""The whole build: equal to a naive one, the same bytes whatever the workers, kills and restarts."""
+"""Complete builds: compared with a naive implementation; same bytes for any number of workers, kills and restarts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`in/`: six text files of documents, `tok/`: a tokenizer, `whole/`: a build of many units and shards."""
+    """`in/`: six text files, `tok/`: a tokenizer, `whole/`: an uninterrupted build with many units and shards."""
     folder = tmp_path_factory.mktemp("build")
     for i in range(6):
         write_text(folder / f"in/part{i}.txt", make_documents(60, seed=i))
@@ -58,7 +58,7 @@ def encode_naively(tokenizer: Path, documents: list[str]) -> list[list[int]]:
     return [words.encode(document, add_special_tokens=False).ids for document in documents]
 
 
-def test_corpus_equals_a_naive_one(folder: Path, tmp_path: Path) -> None:
+def test_corpus_matches_naive_implementation(folder: Path, tmp_path: Path) -> None:
     documents = [document for i in range(6) for document in make_documents(60, seed=i)]
     manifest = build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", shard_size=0.003)
     encoded = encode_naively(folder / "tok", documents)
@@ -82,14 +82,14 @@ def test_corpus_equals_a_naive_one(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_same_bytes_for_any_number_of_workers(folder: Path, tmp_path: Path, workers: int) -> None:
-    # The inputs are also named one by one and in another order.
+    # Inputs listed one by one, and in another order.
     inputs = sorted((folder / "in").iterdir(), reverse=True)
     build(inputs, folder / "tok", LENGTH, tmp_path / "out", workers=workers, **SIZES)
     assert tree(tmp_path / "out") == tree(folder / "whole")
 
 
 @pytest.mark.parametrize("work_size", [0.0005, 0.05, 30])
-def test_units_of_work_do_not_show_in_the_corpus(folder: Path, tmp_path: Path, work_size: float) -> None:
+def test_corpus_does_not_depend_on_work_size(folder: Path, tmp_path: Path, work_size: float) -> None:
     build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES | {"work_size": work_size})
     ours, whole = tree(tmp_path / "out"), tree(folder / "whole")
     assert ours.pop("build.json") != whole.pop("build.json")
@@ -103,11 +103,11 @@ def test_held_out_documents_are_on_one_side_only(folder: Path, tmp_path: Path) -
     assert sorted(train + held) == sorted(encoded)
     assert 0.1 < len(held) / len(encoded) < 0.3
     assert not {tuple(document) for document in train} & {tuple(document) for document in held}
-    # In order, each side for itself.
+    # Document order is kept on each side.
     chosen = {tuple(document) for document in held}
     assert [document for document in encoded if tuple(document) in chosen] == held
     assert len(verify(folder / "whole")) == 2
-    # Another seed makes another choice; the same document twice stays together.
+    # Another seed gives another split; equal documents stay on the same side.
     write_text(tmp_path / "twice.txt", documents + documents)
     build([tmp_path / "twice.txt"], folder / "tok", LENGTH, tmp_path / "out", **SIZES | {"seed": 5})
     other = corpus_documents(tmp_path / "out/held_out")
@@ -115,7 +115,7 @@ def test_held_out_documents_are_on_one_side_only(folder: Path, tmp_path: Path) -
     assert other[: len(other) // 2] != held
 
 
-def test_long_document_goes_through_in_pieces(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_are_processed_in_pieces(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [
         "\n".join(make_documents(40, seed=9)),
         "short",
@@ -150,7 +150,7 @@ def test_any_unicode_document_keeps_its_tokens(
     assert manifest.documents == len(expected)
 
 
-def test_stats_count_what_is_there(folder: Path) -> None:
+def test_stats_match_the_documents(folder: Path) -> None:
     documents = corpus_documents(folder / "whole")
     corpus = Corpus(folder / "whole")
     found = scan(corpus)
@@ -188,7 +188,7 @@ from data_pipeline.build import build
 source, tokenizer, folder = sys.argv[1:]
 
 def run(output, crash_at):
-    # A process of its own: kill -9 runs no clean-up.
+    # In a child process, since kill -9 skips all clean-up.
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     left, rename = crash_at, Path.rename
@@ -212,11 +212,11 @@ while run(f"{folder}/out{n}", n) == -9:
 
 
 def test_kill_before_every_single_rename(folder: Path, tmp_path: Path) -> None:
-    """Between two renames nothing visible changes, so these are all the states that a kill can leave."""
+    """Nothing visible changes between two renames, so these are all the states that a kill can leave."""
     script = [sys.executable, "-c", CRASH, folder / "in/part0.txt", folder / "tok", tmp_path]
     found = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
     kills = len(found.stdout.splitlines())
-    # The one that was not killed.
+    # The last build was not killed.
     whole = tree(tmp_path / f"out{kills}")
     assert sum(name.endswith(".arrow") for name in whole) >= 3
     assert kills > len(whole) - 8
@@ -226,7 +226,7 @@ def test_kill_before_every_single_rename(folder: Path, tmp_path: Path) -> None:
         assert tree(tmp_path / f"out{n}") == whole
 
 
-def test_ctrl_c_leaves_a_clean_folder_to_go_on_from(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_resumable_folder(folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         build_command(folder, tmp_path / "out"),
         cwd=ROOT,
@@ -239,7 +239,7 @@ def test_ctrl_c_leaves_a_clean_folder_to_go_on_from(folder: Path, tmp_path: Path
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    if process.returncode != 0:  # it may just have finished
+    if process.returncode != 0:  # unless it has just finished
         assert process.returncode == 130
         assert errors == "error: interrupted. Rerun the same command to resume\n"
         assert not list((tmp_path / "out").rglob("*.partial"))
@@ -248,7 +248,7 @@ def test_ctrl_c_leaves_a_clean_folder_to_go_on_from(folder: Path, tmp_path: Path
     assert tree(tmp_path / "out") == tree(folder / "whole")
 
 
-def test_finished_build_is_not_done_again(folder: Path, tmp_path: Path) -> None:
+def test_finished_build_is_not_repeated(folder: Path, tmp_path: Path) -> None:
     first = build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", workers=2, **SIZES) == first
@@ -261,31 +261,29 @@ def test_finished_build_is_not_done_again(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "seed 0 then, 1 now"),
-        ({"held_out": 0.3}, r"held_out 0\.2 then, 0\.3 now"),
-        ({"documents": "line"}, "documents blank-line then, line now"),
+        ({"seed": 1}, "seed was 0, is now 1"),
+        ({"held_out": 0.3}, r"held_out was 0\.2, is now 0\.3"),
+        ({"documents": "line"}, "documents was blank-line, is now line"),
         ({"shard_size": 1.0}, "shard_size"),
     ],
 )
-def test_other_command_on_a_begun_folder_is_refused(
-    folder: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_other_arguments_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES)
     (tmp_path / "out/manifest.json").unlink()
     before = tree(tmp_path / "out")
-    with pytest.raises(CorpusError, match=f"another command: {message}"):
+    with pytest.raises(CorpusError, match=f"other arguments: {message}"):
         build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES | change)
     assert tree(tmp_path / "out") == before
 
 
-def test_other_inputs_or_tokenizer_on_a_begun_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_inputs_or_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
     source = write_text(tmp_path / "a.txt", ["some text"] * 50)
     build([source], folder / "tok", LENGTH, tmp_path / "out", progress=False)
     other = copy_and_extend(folder / "vocab", tmp_path)
-    with pytest.raises(CorpusError, match="another command: tokenizer"):
+    with pytest.raises(CorpusError, match="other arguments: tokenizer"):
         build([source], other, LENGTH, tmp_path / "out", progress=False)
     write_text(source, ["other text"] * 50)
-    with pytest.raises(CorpusError, match=r"another command: sources \[\['a\.txt', 549\]\] then"):
+    with pytest.raises(CorpusError, match=r"other arguments: sources was \[\['a\.txt', 549\]\]"):
         build([source], folder / "tok", LENGTH, tmp_path / "out", progress=False)
 
 
@@ -295,9 +293,7 @@ def copy_and_extend(vocab: Path, target: Path) -> Path:
     return other
 
 
-def test_input_written_to_between_two_runs_is_refused(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modified_input_is_refused_on_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_text(tmp_path / "a.txt", ["some text"] * 50)
 
     def fail(*_: object) -> None:
@@ -337,7 +333,7 @@ def test_tokenizer_and_output_below_the_input_folder_are_not_read(folder: Path, 
         assert [source.name for source in manifest.sources] == ["a.txt"]
 
 
-def test_hidden_files_of_others_stay(folder: Path, tmp_path: Path) -> None:
+def test_foreign_hidden_files_are_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / ".download.partial").write_text("precious")
     with pytest.raises(CorpusError, match="output folder is not empty"):
         build([folder / "in"], folder / "tok", LENGTH, tmp_path, progress=False)

@@ -1,4 +1,4 @@
-"""Corpora described in YAML: every kind of source, mixtures, rules with counts, the same bytes however it is built."""
+"""Corpora from YAML descriptions: source formats, mixtures, counts of document rules, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_wiki(path: Path, documents: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("work_size", [0.0004, 1])
-def test_every_kind_of_source(folder: Path, tmp_path: Path, work_size: float) -> None:
+def test_source_formats(folder: Path, tmp_path: Path, work_size: float) -> None:
     texts = {name: make_documents(30, seed=i) for i, name in enumerate(("arrow", "csv", "split", "text", "wiki"))}
     data = datasets.Dataset.from_dict({"id": list(range(30)), "body": texts["arrow"]})
     data.save_to_disk(tmp_path / "arrow", num_shards=3)
@@ -112,11 +112,11 @@ def test_mixture(folder: Path, tmp_path: Path) -> None:
     assert set(uses("wiki")) == {2, 3}
     assert 0.4 < sum(uses("wiki")) / 600 - 2 < 0.6
     assert [entry.documents for entry in manifest.mixture] == [sum(uses(name)) for name in ("books", "web", "wiki")]
-    # Copies are far apart: all first ones, then all second ones.
+    # Copies are far apart: all first copies, then all second copies.
     wiki = encoded(folder, ["wiki 0 of"])[0]
     first, second = [i for i, document in enumerate(found) if document == wiki][:2]
     assert second - first >= 600
-    # Other weights need no second tokenising; a build of its own gives the same bytes.
+    # Other weights need no new tokenize; a separate build gives the same bytes.
     weights = {"wiki": 1.0, "web": 1.0}
     assert pack(tmp_path / "tokens", 16, tmp_path / "even", weights=weights, progress=False).documents == 1800
     again = build(None, folder / "tok", 16, tmp_path / "built", description=description, **SIZES)
@@ -131,7 +131,7 @@ def test_mixture(folder: Path, tmp_path: Path) -> None:
 
 
 def test_stats_of_each_source(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unknown and repeated documents against counting, whatever the units of work; of one without a name too."""
+    """Shares of unknown tokens and repeated documents against direct counts, for any work size and without names."""
     rng = random.Random(8)
     texts = {name: make_documents(60, seed=i, longest=12) for i, name in enumerate(("books", "web"))}
     texts["web"] += texts["books"][:15] + rng.choices(texts["web"], k=25)
@@ -157,15 +157,15 @@ def test_stats_of_each_source(folder: Path, tmp_path: Path, monkeypatch: pytest.
         assert f"unknown {entry.unknown:.2%}, repeated {entry.repeated:.2%}" in describe(tmp_path / "out")
     again = build(None, folder / "tok", 16, tmp_path / "other", description=description, **SIZES | {"work_size": 1})
     assert again.mixture == manifest.mixture
-    # The corpus itself, read back: copies of a weight above 1 repeat.
+    # From the packed corpus: copies due to a weight above 1 count as repeated.
     stored = list(map(tuple, corpus_documents(tmp_path / "out")))
     repeated = len(stored) - len(set(stored))
     assert f"{repeated:,} documents ({repeated / len(stored):.2%}) equal an earlier one\n" in describe(tmp_path / "out")
-    # Documents that go on in the next block of rows, and a sample by hash.
+    # With documents that continue in the next block of rows, and with sampling by hash.
     monkeypatch.setattr("data_pipeline.reports.scan._ROWS", 3)
     assert f"{repeated:,} documents" in describe(tmp_path / "out")
     monkeypatch.setattr("data_pipeline.packing.source_counts._SAMPLE", len(stored) // 3)
-    assert ", by a sample of " in describe(tmp_path / "out")
+    assert ", estimated from a sample of " in describe(tmp_path / "out")
 
 
 def near_copy(document: str, rng: random.Random) -> str:
@@ -176,7 +176,7 @@ def near_copy(document: str, rng: random.Random) -> str:
 
 
 def messy_corpus(folder: Path) -> tuple[Path, list[str]]:
-    """Documents of which many break a rule; returns the description and those that are to stay, in order."""
+    """Write documents many of which violate a rule; returns the description and the documents to keep, in order."""
     rng = random.Random(3)
     letters = "abcdefghijklmnopqrstuvwxyz"
     good = [" ".join("".join(rng.choices(letters, k=4)) for _ in range(300)) for _ in range(40)]
@@ -194,7 +194,7 @@ def messy_corpus(folder: Path) -> tuple[Path, list[str]]:
     return describe_in(folder, [{"name": "in", "inputs": ["in"]}], documents=rules), good
 
 
-def test_rules_count_what_they_drop(folder: Path, tmp_path: Path) -> None:
+def test_dropped_documents_are_counted(folder: Path, tmp_path: Path) -> None:
     description, good = messy_corpus(tmp_path)
     manifest = build(None, folder / "tok", 64, tmp_path / "out", description=description, **SIZES)
     assert corpus_documents(tmp_path / "out") == encoded(folder, good)
@@ -212,7 +212,7 @@ def test_rules_count_what_they_drop(folder: Path, tmp_path: Path) -> None:
 
 
 def test_no_duplicate_on_both_sides(folder: Path, tmp_path: Path) -> None:
-    """Of a held-out document and one like it in training, the training side loses it."""
+    """If a training document resembles a held-out one, the training document is dropped."""
     rng = random.Random(5)
     documents = [" ".join(f"{rng.choice('abcdef')}{rng.randrange(10**6)}" for _ in range(300)) for _ in range(60)]
     near = [near_copy(document, rng) for document in documents]
@@ -225,7 +225,7 @@ def test_no_duplicate_on_both_sides(folder: Path, tmp_path: Path) -> None:
     train, held = (set(map(tuple, corpus_documents(tmp_path / side))) for side in ("out", "out/held_out"))
     assert len(train) + len(held) == 60
     assert not train & {pairs[document] for document in held}
-    # A document is held out by its own hash, not by what became of its like.
+    # The split depends on the hash of the document alone, not on its duplicates.
     assert len(held) > 15
 
 
@@ -242,7 +242,7 @@ from data_pipeline.build import pack, tokenize
 description, tokenizer, folder = sys.argv[1:]
 
 def run(crash_at):
-    # A process of its own: kill -9 runs no clean-up.
+    # In a child process, since kill -9 skips all clean-up.
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     left, rename = crash_at, Path.rename
@@ -257,7 +257,7 @@ def run(crash_at):
     pack(f"{folder}/tokens", 64, f"{folder}/pairs", packing="sop", shard_size=0.02, progress=False)
     os._exit(0)
 
-# What a unit of work has not finished is done again, so every run must get further than the last.
+# Unfinished units of work are repeated, so every run must get further than the last.
 kills = 0
 while (code := run(5 * kills)) == -9:
     kills += 1
@@ -267,7 +267,7 @@ print(kills)
 
 
 def test_killed_at_every_few_renames(folder: Path, tmp_path: Path) -> None:
-    """tokenize with a search for duplicates, and pack in pairs, killed before renames: the same bytes."""
+    """tokenize with deduplication, and pack with pairs, killed before renames: same bytes."""
     description, _ = messy_corpus(tmp_path)
     script = [sys.executable, "-c", CRASH, str(description), str(folder / "tok"), str(tmp_path / "killed")]
     (tmp_path / "killed").mkdir()

@@ -1,4 +1,4 @@
-"""Sources, units of work and documents: which text comes out of which bytes."""
+"""Sources, units of work and documents."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def read(
     field: str = "text",
     unit_bytes: int = 1 << 40,
 ) -> list[str]:
-    """All documents of the inputs, unit by unit, the pieces of long ones joined."""
+    """All documents of the inputs, unit by unit, with the pieces of long ones joined."""
     sources = find_sources(inputs)
     found: list[str] = []
     for unit in cut_units(sources, documents, field, unit_bytes):
         for piece in unit:
-            begun: list[str] = []
+            parts: list[str] = []
             source = sources[piece.source]
             for text, end in documents_module.read_documents(source, piece, documents, field, lambda *_: None):
-                begun.append(text)
+                parts.append(text)
                 if end:
-                    found.append("".join(begun))
-                    begun = []
-            assert not begun
+                    found.append("".join(parts))
+                    parts = []
+            assert not parts
     return found
 
 
@@ -72,9 +72,9 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         ("file", ["a b\nc\n\n \t\n\nd\n\t\r\ne\nf"]),
     ],
 )
-def test_what_a_document_is(tmp_path: Path, mode: str, expected: list[str]) -> None:
+def test_document_units(tmp_path: Path, mode: str, expected: list[str]) -> None:
     path = tmp_path / "a.txt"
-    # A byte order mark, blank lines first and last, blank lines made of white space, no line end at the end.
+    # Byte order mark, leading and trailing blank lines, blank lines with white space, no final line end.
     path.write_bytes(b"\xef\xbb\xbf\n\na b\nc\n\n \t\n\nd\n\t\r\ne\nf\n\n ")
     assert read([path], mode) == expected
     path.write_bytes(b"a b\r\n\r\nc\r\n")
@@ -82,8 +82,8 @@ def test_what_a_document_is(tmp_path: Path, mode: str, expected: list[str]) -> N
 
 
 @given(st.data())
-def test_units_and_blocks_do_not_matter(data: st.DataObject) -> None:
-    """Any cut of the bytes into units and blocks gives the documents, and the pieces, of the whole."""
+def test_documents_do_not_depend_on_units_and_blocks(data: st.DataObject) -> None:
+    """Any split of the bytes into units and blocks gives the same documents and pieces."""
     text = data.draw(st.text(st.sampled_from("ab é漢\n\n\n \t"), max_size=120))
     mode = data.draw(st.sampled_from(["blank-line", "line", "file"]))
     separator = documents_module._SEPARATORS[mode]
@@ -95,17 +95,17 @@ def test_units_and_blocks_do_not_matter(data: st.DataObject) -> None:
         assert list(documents_module._text(blocks, separator)) == whole
         assert all(len(piece) <= documents_module.PIECE for piece, _ in whole)
     rule = {"blank-line": r"\n[ \t\r\f\v]*\n", "line": "\n", "file": r"(?!)"}[mode]
-    joined, begun = [], ""
+    joined, current = [], ""
     for piece, end in whole:
-        begun += piece
+        current += piece
         if end:
-            joined.append(begun)
-            begun = ""
+            joined.append(current)
+            current = ""
     assert joined == [part.strip() for part in re.split(rule, text) if part.strip()]
 
 
 @given(st.text(st.sampled_from("ab é\n\n \t"), max_size=80).filter(str.strip), st.integers(1, 40))
-def test_units_join_to_the_file(tmp_path_factory: pytest.TempPathFactory, text: str, unit_bytes: int) -> None:
+def test_units_cover_the_file(tmp_path_factory: pytest.TempPathFactory, text: str, unit_bytes: int) -> None:
     path = tmp_path_factory.mktemp("units") / "a.txt"
     path.write_text(text, newline="")
     for mode in ("blank-line", "line", "file"):
@@ -161,9 +161,9 @@ def test_faulty_inputs(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["text"])
     (tmp_path / "b.md").write_text("text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusError, match="given twice"):
+    with pytest.raises(CorpusError, match="listed twice"):
         find_sources([path, tmp_path / "empty/../a.txt"])
-    with pytest.raises(CorpusError, match="given twice"):
+    with pytest.raises(CorpusError, match="listed twice"):
         find_sources([tmp_path, path])
     with pytest.raises(CorpusError, match=r"b\.md: unknown file type"):
         find_sources([tmp_path / "b.md"])
@@ -176,7 +176,7 @@ def test_faulty_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("bad", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\xaf"])
-def test_bad_utf8_is_named_with_its_place(tmp_path: Path, suffix: str, compression: str, bad: bytes) -> None:
+def test_bad_utf8_is_located(tmp_path: Path, suffix: str, compression: str, bad: bytes) -> None:
     before = '{"text": "é"}\n'.encode() * 90_000
     data = before + bad
     path = tmp_path / f"a{suffix}{compression}"
@@ -190,7 +190,7 @@ def test_bad_utf8_is_named_with_its_place(tmp_path: Path, suffix: str, compressi
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
-def test_truncated_anywhere_or_broken(tmp_path: Path, suffix: str, compress: object) -> None:
+def test_truncated_or_corrupt(tmp_path: Path, suffix: str, compress: object) -> None:
     assert callable(compress)
     data = compress("\n\n".join(make_documents(300)).encode())
     path = tmp_path / f"a.txt{suffix}"
@@ -230,7 +230,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"title": ["x"], "size": [3]}), path)
     with pytest.raises(CorpusError, match=r"has no column 'text', only title, size\. Set --text-field to"):
         read([path])
-    with pytest.raises(CorpusError, match="column 'size' holds int64, text"):
+    with pytest.raises(CorpusError, match="column 'size' has type int64, must be string"):
         read([path], field="size")
     pq.write_table(pa.table({"text": ["x", "y", None]}), path)
     with pytest.raises(CorpusError, match="row 2 of row group 0 has no"):
@@ -256,7 +256,7 @@ def test_parquet_strings_of_every_kind(tmp_path: Path) -> None:
     assert read([tmp_path]) == []
 
 
-def test_source_that_changes_is_noticed(tmp_path: Path) -> None:
+def test_modified_source_is_detected(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["text"])
     (source,) = find_sources([path])
     source.check_unchanged()

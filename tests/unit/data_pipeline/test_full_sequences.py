@@ -1,4 +1,4 @@
-"""Packing against a token-by-token second implementation."""
+"""Full-sequence packing, compared with a token-by-token implementation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
 def make_stream(lengths: list[int]) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-    # Distinct ids: a token lost, doubled or moved cannot hide.
+    # Distinct ids, so that any lost, repeated or moved token is detected.
     ids = iter(range(100, 100 + sum(lengths)))
     documents = [[next(ids) for _ in range(n)] for n in lengths]
     stream = np.array([token for document in documents for token in [*document, SEP]], np.uint16)
@@ -29,7 +29,7 @@ def make_stream(lengths: list[int]) -> tuple[np.ndarray, np.ndarray, list[list[i
 @example([6, 6, 6], 8)
 @example([12, 5, 30], 8)
 @example([5], 8)
-def test_rows_equal_the_reference(lengths: list[int], length: int) -> None:
+def test_rows_match_reference(lengths: list[int], length: int) -> None:
     stream, ends, documents = make_stream(lengths)
     input_ids, document_end = pack_rows(stream, ends, length, CLS, SEP, PAD)
     rows, row_ends = reference_pack(documents, length)
@@ -48,14 +48,14 @@ def test_rows_keep_the_rules(lengths: list[int], length: int) -> None:
     assert (input_ids[:-1, -1] == SEP).all()
     assert (input_ids[:, 1] != SEP).all()
     double = (input_ids[:, :-1] == SEP) & (input_ids[:, 1:] == SEP)
-    # Only where a document ends one place before its row does.
+    # Only if a document ends one position before the end of its row.
     assert not double[:, :-1].any()
     assert not document_end[double[:, -1]].any()
 
 
 @settings(max_examples=200)
 @given(Lengths, st.integers(8, 16), st.integers(1, 7), st.integers(1, 9))
-def test_shards_join_to_the_whole(lengths: list[int], length: int, rows_per_shard: int, chunk: int) -> None:
+def test_shards_concatenate_to_all_rows(lengths: list[int], length: int, rows_per_shard: int, chunk: int) -> None:
     stream, ends, _ = make_stream(lengths)
     whole, whole_ends = pack_rows(stream, ends, length, CLS, SEP, PAD)
     layout = ShardLayout(length - 2, rows_per_shard)
@@ -77,9 +77,9 @@ def test_shards_join_to_the_whole(lengths: list[int], length: int, rows_per_shar
 
 @settings(max_examples=300)
 @given(Lengths, st.integers(8, 16), st.lists(st.floats(0, 1), max_size=6), st.booleans())
-def test_pieces_make_the_whole(lengths: list[int], length: int, cuts: list[float], last: bool) -> None:
+def test_pieces_match_single_call(lengths: list[int], length: int, cuts: list[float], last: bool) -> None:
     stream, ends, _ = make_stream(lengths)
-    if not last:  # what ends with a row
+    if not last:  # the part must end at the end of a row
         start = int(closing_documents(ends, 0, length - 2)[1][-1])
         stop = start + (len(stream) - start) // (length - 2) * (length - 2)
         stream, ends = stream[:stop], ends[ends < stop]

@@ -1,4 +1,4 @@
-"""Builds on several MPI ranks: the same bytes as one process. Skipped where there is no MPI."""
+"""Builds on several MPI ranks: same bytes as with one process. Skipped without MPI."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_same_bytes_for_any_number_of_ranks(folder: Path, tmp_path: Path, ranks:
     run = [*mpi_command(folder, tmp_path / "out", ranks, workers), "--progress"]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
-    # One rank speaks, and shows one bar: bytes done, time left, tokens a second, for both stages.
+    # Only rank 0 prints, with one bar for both stages: bytes, remaining time, tokens per second.
     assert len(found.stdout.splitlines()) == 1
     assert found.stderr.count("tokenise:   0%") == 1
     bar = r"pack: 100%\|█+\| [\d.]+k/[\d.]+k \[\d\d:\d\d<00:00, .*B/s, [\d,]+ tokens/s\]"
@@ -57,7 +57,7 @@ def test_same_bytes_for_any_number_of_ranks(folder: Path, tmp_path: Path, ranks:
 
 
 @needs_mpi
-def test_error_is_told_once_and_ends_every_rank(folder: Path, tmp_path: Path) -> None:
+def test_error_is_reported_once_and_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "in", tmp_path / "in")
     (tmp_path / "in/part2.txt").write_bytes(b"good\n\nb\xe4d\n")
     run = mpi_command(folder, tmp_path / "out", 3, 1)
@@ -84,7 +84,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_S
 
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any launcher that runs the tests."""
+    """Remove the variables of a launcher that may be running the tests."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_"))]:
         monkeypatch.delenv(name)
 
@@ -100,7 +100,7 @@ def test_tasks_of_srun_without_mpi_are_refused(
     assert capsys.readouterr().err.startswith("error: started by srun with 3 tasks without MPI")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert join_team() is None
-    # A batch script that asked for three tasks.
+    # A batch script with three tasks.
     monkeypatch.delenv("SLURM_STEP_ID")
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     assert join_team() is None

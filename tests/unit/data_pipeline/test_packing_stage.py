@@ -1,4 +1,4 @@
-"""Tokenise once, pack many: every packing against the tokens of the documents, read back through the reader."""
+"""Packing: rows of every packing, read back and compared with the tokens of the documents."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 
 
 def naive(encoder: Encoder, documents: list[str]) -> list[tuple[list[int], list[bool], list[bool]]]:
-    """Ids, word starts and sentence starts of each document that has a token, one token after the other."""
+    """Ids, word starts and sentence starts of each document that has tokens, computed token by token."""
     found = []
     for document in documents:
         encoding = encoder.tokenizer.encode(document.strip(), add_special_tokens=False)
         cuts = sentence_starts(document.strip(), "punctuation", "")
         words = [i == 0 or w != encoding.word_ids[i - 1] for i, w in enumerate(encoding.word_ids)]
-        # The first token of each sentence that has one.
+        # The first token of each sentence that has tokens.
         sentence_of = [sum(cut <= start for cut in cuts) for start, _ in encoding.offsets]
         begins = [i == 0 or s != sentence_of[i - 1] for i, s in enumerate(sentence_of)]
         if encoding.ids:
@@ -74,10 +74,10 @@ def naive(encoder: Encoder, documents: list[str]) -> list[tuple[list[int], list[
     st.integers(8, 20),
     st.sampled_from(["full_sequences", "documents"]),
 )
-def test_any_unicode_document_comes_back(
+def test_unicode_documents_round_trip(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, documents: list[str], length: int, packing: str
 ) -> None:
-    """decode(pack(encode(documents))): every token once and in order, boundaries where they were, across shards."""
+    """decode(pack(encode(documents))): every token once and in order, with the same boundaries, across shards."""
     path = tmp_path_factory.mktemp("any")
     source = write_jsonl(path / "a.jsonl", documents)
     expected = naive(Encoder(folder / "tok"), documents)
@@ -119,14 +119,14 @@ def test_any_unicode_document_comes_back(
         if end:
             found.append(([], [], []))
     assert found.pop() == ([], [], [])
-    if packing == "documents":  # bins change the order of rows, not what is in them
+    if packing == "documents":  # bins change only the order of rows
         assert sorted(map(repr, found)) == sorted(map(repr, expected))
     else:
         assert found == expected
 
 
 def test_pack_equals_build(folder: Path, tmp_path: Path) -> None:
-    """One tokenised pass gives the corpora that builds of their own give, whatever its units of work."""
+    """Corpora packed from one tokenize equal those of separate builds, whatever its work size."""
     for length in (16, 40):
         whole = build(
             [folder / "in"], folder / "tok", length, tmp_path / f"b{length}", held_out=0.2, shard_size=0.003, **SIZES
@@ -155,7 +155,7 @@ def test_rows_do_not_depend_on_workers_or_units(folder: Path, tmp_path: Path, pa
     assert ours == theirs
 
 
-def test_documents_lie_in_the_shortest_bin(folder: Path, tmp_path: Path) -> None:
+def test_documents_are_in_the_shortest_bin(folder: Path, tmp_path: Path) -> None:
     manifest = pack(
         folder / "tokens", 32, tmp_path / "out", packing="documents", bins=(10, 20), shard_size=0.003, progress=False
     )
@@ -177,7 +177,7 @@ def test_documents_lie_in_the_shortest_bin(folder: Path, tmp_path: Path) -> None
         == lengths.sum()
         == sum(shard_ids[shard_ids != PAD].size for shard_ids in map(corpus.input_ids, range(len(manifest.shards))))
     )
-    # On disk the rows of a bin have its length.
+    # On disk, rows have the length of their bin.
     assert {s.length for s in manifest.shards} == {10, 20, None}
     assert "documents        " in describe(tmp_path / "out")
 
@@ -197,7 +197,7 @@ def corpus_documents_of(folder: Path) -> list[list[int]]:
     ("options", "message"),
     [
         ({"packing": "pages"}, "packing 'pages': must be one of"),
-        ({"bins": (8,)}, "only packing documents has them"),
+        ({"bins": (8,)}, "only packing documents uses them"),
         ({"packing": "documents", "bins": (12, 10)}, "bins .12, 10.: must be ascending"),
         ({"packing": "documents", "bins": (16,)}, "below the sequence length"),
         ({"packing": "nsp", "pair_probability": 1.0}, "pair probability 1.0: must be above 0 and below 1"),
@@ -211,7 +211,7 @@ def test_bad_pack_arguments(folder: Path, tmp_path: Path, options: dict[str, Any
     assert not (tmp_path / "out").exists()
 
 
-def test_token_shards_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
+def test_incomplete_token_shards(folder: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", make_documents(20))
     tokens = tmp_path / "tokens"
     manifest = tokenize([tmp_path / "a.txt"], folder / "tok", tokens, **SIZES)
@@ -227,24 +227,24 @@ def test_token_shards_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
     path.write_bytes(data[:-2])
     with pytest.raises(CorpusError, match=rf"{len(data):,} bytes expected, {len(data) - 2:,} found"):
         pack(tokens, 16, tmp_path / "out", progress=False)
-    # As a file that is cut while it is read.
+    # As if the file were truncated while it is read.
     reader = SideReader(tokens, manifest, 0, "train")
     with pytest.raises(CorpusError, match=rf"train\.ids: ends after {len(data) - 2:,} bytes. Tokenise"):
         reader.ids(0, reader.length)
     (tokens / "manifest.json").unlink()
-    with pytest.raises(CorpusError, match="Make token shards with the command tokenize"):
+    with pytest.raises(CorpusError, match="Run the command tokenize"):
         pack(tokens, 16, tmp_path / "out", progress=False)
 
 
-def test_counts_of_tokens_are_kept(folder: Path, tmp_path: Path) -> None:
-    """The same tokens, whatever the packing."""
+def test_packings_preserve_token_counts(folder: Path, tmp_path: Path) -> None:
+    """All packings contain the same tokens."""
     expected = Counter(token for document in corpus_documents_of(folder) for token in document)
     for packing in ("full_sequences", "documents"):
         pack(folder / "tokens", 16, tmp_path / packing, packing=packing, progress=False)
         assert Counter(t for d in corpus_documents(tmp_path / packing) for t in d) == expected
 
 
-def test_inspect_and_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(tmp_path / "a.txt", ["the of quux. And to", "that is", "on it"])
     options = ["--tokenizer", folder / "tok", "--sequence-length", 32, "--packing", "documents"]
     options += ["--columns", "word_start", "sentence_start", "--output", tmp_path / "out"]
@@ -262,6 +262,6 @@ def test_inspect_and_picture(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["verify", str(folder / "tokens")]) == 0
     assert "token shards checked" in capsys.readouterr().out
     assert main(["stats", str(tmp_path / "out"), "--top", "-3"]) == 1
-    assert "--top -3: 0 or more expected" in capsys.readouterr().err
+    assert "--top -3: must be at least 0" in capsys.readouterr().err
     assert main(["stats", str(folder / "tokens")]) == 1
     assert "describes token shards, not a corpus" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rows of sentence pairs, against the sentences of the documents."""
+"""Sentence pair rows, compared with the sentences of the documents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> tuple[Path, list[list[list[int]]]]:
-    """Token shards of 1,500 documents of distinct sentences, and these: documents of sentences of ids."""
+    """Token shards of 1,500 documents with distinct sentences, and the ids of these (document, sentence, id)."""
     path = tmp_path_factory.mktemp("sentences")
     rng = np.random.default_rng(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -80,7 +80,7 @@ def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, prob
     assert len(labels) > 8_000
     assert abs(np.mean(labels) - probability) < 0.01
     assert manifest.labelled == sum(labels)
-    # Where each document's tokens may be cut: its sentences, in pieces of at most half of a row.
+    # Possible cuts of each document: sentences, and pieces of them of at most half a row.
     longest = (PAIR_LENGTH - 3) // 2
     streams = [[token for sentence in document for token in sentence] for document in documents]
     cuts = []
@@ -93,11 +93,11 @@ def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, prob
     document = position = used = 0
     for one, two, label in pairs:
         first, second = (two, one) if label and packing == "sop" else (one, two)
-        # Rows are in the order of the text: the next document begins where this one has no pair left.
+        # Rows are in text order: the next document starts when this one has no pairs left.
         while streams[document][position : position + len(first)] != first or position + len(first) > len(
             streams[document]
         ):
-            assert cuts[document].index(position) >= len(cuts[document]) - 2, "only a last sentence is left over"
+            assert cuts[document].index(position) >= len(cuts[document]) - 2, "only the last sentence may be unused"
             document, position = document + 1, 0
         assert position in cuts[document]
         assert position + len(first) in cuts[document]
@@ -114,7 +114,7 @@ def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, prob
     if packing == "nsp":
         by_name = {tuple(s[:3]): i for i, s in enumerate(streams)}
         strangers = [(one, two) for one, two, label in pairs if label]
-        # Most second segments are from many other documents; where they begin with a name, it is another one.
+        # Second segments come from many other documents; if one starts with a name, it is that of another document.
         named = [(by_name.get(tuple(one[:3])), by_name.get(tuple(two[:3]))) for one, two in strangers]
         known = [(a, b) for a, b in named if a is not None and b is not None]
         assert len(known) > 50
@@ -123,7 +123,7 @@ def test_pairs(sentences: tuple[Path, list[list[list[int]]]], packing: str, prob
 
 
 def test_planes_belong_to_the_ids(sentences: tuple[Path, list[list[list[int]]]], tmp_path: Path) -> None:
-    """In segments that begin with a sentence; its first five ids are no other's."""
+    """For segments that start with a sentence, whose first five ids are unique."""
     path, documents = sentences
     options = {"packing": "nsp", "columns": ("sentence_start",), "progress": False}
     pack(path / "tokens", PAIR_LENGTH, tmp_path / "out", **options)
@@ -154,7 +154,7 @@ def test_planes_belong_to_the_ids(sentences: tuple[Path, list[list[list[int]]]],
 def test_random_segments_come_from_the_neighbourhood(
     sentences: tuple[Path, list[list[list[int]]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,500 documents are one; now they are 93 of 16, and the last 12 belong to the last of these."""
+    """By default, 1,500 documents are one neighbourhood; here there are 93 of 16, and the last also has the last 12."""
     path, documents = sentences
     monkeypatch.setattr("data_pipeline.packing.pairs.NEIGHBOURS", 16)
     pack(path / "tokens", PAIR_LENGTH, tmp_path / "out", packing="nsp", progress=False)
@@ -167,37 +167,37 @@ def test_random_segments_come_from_the_neighbourhood(
 
 
 @given(number=st.integers(0, 299), row=st.integers(0, 3), total=st.integers(2, 300), seed=st.integers(0, 2**64 - 1))
-def test_a_stranger_is_another_document_of_the_neighbourhood(number: int, row: int, total: int, seed: int) -> None:
+def test_random_document_is_another_of_the_neighbourhood(number: int, row: int, total: int, seed: int) -> None:
     number %= total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs_module, "NEIGHBOURS", 32)
-        found = pairs_module.stranger_of(number, row, total, seed)
+        found = pairs_module.random_document(number, row, total, seed)
     blocks = [range(first, first + 32) for first in range(0, total - 31, 32)] or [range(total)]
     blocks[-1] = range(blocks[-1].start, total)
     assert found != number
     assert any(number in block and found in block for block in blocks)
 
 
-def test_strangers_are_drawn_evenly() -> None:
-    counts = np.bincount([pairs_module.stranger_of(3, row, 11, 5) for row in range(10_000)], minlength=11)
+def test_random_documents_are_uniform() -> None:
+    counts = np.bincount([pairs_module.random_document(3, row, 11, 5) for row in range(10_000)], minlength=11)
     assert counts[3] == 0
-    # A thousand each, standard deviation 30.
+    # Expectation 1,000 each, standard deviation 30.
     assert abs(np.delete(counts, 3) - 1000).max() < 150
 
 
 @given(
     sentences=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=5),
     longest=st.integers(1, 10),
-    told=st.booleans(),
+    marked=st.booleans(),
 )
-def test_cuts_are_sentences_and_pieces_of_them(sentences: list[list[int]], longest: int, told: bool) -> None:
-    """told: whether a document's first sentence is marked as one."""
+def test_cuts_are_sentences_and_pieces_of_them(sentences: list[list[int]], longest: int, marked: bool) -> None:
+    """marked: whether the first sentence of a document is marked as a sentence start."""
     marks, starts, ends, expected = [], [], [], []
     for document in sentences:
         starts.append(len(marks))
         for i, size in enumerate(document):
             expected += range(len(marks), len(marks) + size, longest)
-            marks += [told or i > 0, *[False] * (size - 1)]
+            marks += [marked or i > 0, *[False] * (size - 1)]
         ends.append(len(marks))
         marks.append(False)
     found = pairs_module.sentence_cuts(np.array(marks), np.array(starts), np.array(ends), longest)
@@ -207,9 +207,9 @@ def test_cuts_are_sentences_and_pieces_of_them(sentences: list[list[int]], longe
 def test_pairs_need_sentences(tokenizer: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", ["one", "two"])
     tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "tokens", progress=False)
-    with pytest.raises(CorpusError, match="makes no row of side train: no document has two sentences"):
+    with pytest.raises(CorpusError, match="gives no rows for side train: no document has two sentences"):
         pack(tmp_path / "tokens", 16, tmp_path / "out", packing="sop", progress=False)
     write_text(tmp_path / "b.txt", ["only one document"])
     tokenize([tmp_path / "b.txt"], tokenizer, tmp_path / "single", progress=False)
-    with pytest.raises(CorpusError, match="nsp needs two documents at least, side train has 1"):
+    with pytest.raises(CorpusError, match="nsp needs at least two documents, side train has 1"):
         pack(tmp_path / "single", 16, tmp_path / "out2", packing="nsp", progress=False)

@@ -1,4 +1,4 @@
-"""What a second command on an output folder refuses, and faults that were once a traceback or passed in silence."""
+"""Commands refused on used output folders, and regression tests of unclear or missing errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edit(path: Path) -> None:
-    """Other bytes, as many."""
+    """Change a file without changing its size."""
     data = bytearray(path.read_bytes())
     data[0] = ord("a") if data[0] != ord("a") else ord("b")
     path.write_bytes(data)
@@ -73,9 +73,9 @@ def test_changed_task_file_is_refused(finished: bool, tmp_path: Path, tokenizer:
     else:
         stopped_before_packing(run)
     edit(task)
-    with pytest.raises(CorpusError, match=r"another command: decontaminate .*task\.txt"):
+    with pytest.raises(CorpusError, match=r"other arguments: decontaminate .*task\.txt"):
         run()
-    # A folder of an earlier version does not say what the task files were.
+    # Folders of earlier versions do not record the task files.
     arguments = json.loads((tmp_path / "out/build.json").read_text())
     del arguments["decontaminate"]
     (tmp_path / "out/build.json").write_text(json.dumps(arguments))
@@ -110,7 +110,7 @@ def test_changed_input_of_a_finished_folder_is_refused(
 
 
 def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) -> None:
-    """Tokenised ones are known by their bytes; of others nothing was used but where they are cut."""
+    """Tokenized inputs are compared by SHA-256; of the others, only the units have been used."""
     sources = [write_text(tmp_path / f"{name}.txt", make_documents(200, seed=i)) for i, name in enumerate("ab")]
 
     def run(output: Path) -> object:
@@ -120,7 +120,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
     stopped_before_packing(lambda: run(tmp_path / "out"))
     results = sorted((tmp_path / "out/.build/results").glob("unit-*.json"))
     assert len(results) > 4
-    # As if the build had been killed after one unit of the first file, and none of the second.
+    # As if the build had been killed after one unit of the first file and none of the second.
     for path in results[1:]:
         path.unlink()
     for source in sources:
@@ -132,7 +132,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
     with pytest.raises(CorpusError, match=r"a\.txt: modified since the build started"):
         run(tmp_path / "other")
     write_text(sources[0], make_documents(200))
-    # The beginning is not tokenised, what follows is: nothing tells whether it was the same.
+    # The first unit is not tokenized but the next one is: the SHA-256 of the file is unknown.
     results = tmp_path / "other/.build/results"
     (results / "unit-00000.json").rename(results / "unit-00001.json")
     found = json.loads((results / "unit-00001.json").read_text())
@@ -147,7 +147,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
         (lambda c: (c / "shard-00001.arrow").unlink(), r"shard-00001\.arrow: shard is missing"),
         (lambda c: os.truncate(c / "shard-00001.arrow", 500), r"shard-00001\.arrow: .* 500 found"),
         (lambda c: (c / "held_out/shard-00000.arrow").unlink(), r"held_out/shard-00000\.arrow: shard is missing"),
-        (lambda c: (c / "held_out/manifest.json").unlink(), r"held_out/manifest\.json: is missing"),
+        (lambda c: (c / "held_out/manifest.json").unlink(), r"held_out/manifest\.json: missing"),
     ],
 )
 @pytest.mark.parametrize("make", ["build", "pack"])
@@ -170,14 +170,14 @@ def test_damaged_finished_folder(
 
 
 @pytest.mark.parametrize("packing", ["full_sequences", "documents", "nsp"])
-def test_weights_that_leave_nothing(packing: str, tmp_path: Path, tokenizer: Path) -> None:
+def test_weights_that_select_no_documents(packing: str, tmp_path: Path, tokenizer: Path) -> None:
     source = write_text(tmp_path / "a.txt", make_documents(5))
     tokenize([source], tokenizer, tmp_path / "tokens", progress=False)
-    with pytest.raises(CorpusError, match="side train: the weights leave no document; raise them"):
+    with pytest.raises(CorpusError, match="side train: the weights select no documents; increase them"):
         pack(tmp_path / "tokens", 16, tmp_path / "out", packing=packing, weights={"": 1e-9}, progress=False)
 
 
-def test_wrong_tokenizer_is_named_as_it_was_given(tmp_path: Path) -> None:
+def test_error_names_the_tokenizer_as_given(tmp_path: Path) -> None:
     source = write_text(tmp_path / "a.txt", ["text"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError, match=rf"^{tmp_path}/empty/tokenizer\.json: missing"):
@@ -189,7 +189,7 @@ def test_wrong_tokenizer_is_named_as_it_was_given(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_files_of_other_kinds_are_counted(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_counted(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(tmp_path / "in/a.txt", ["text"])
     for name in ("b.bz2", "deep/c.JSON", "d.json", "README", ".hidden"):
         write_text(tmp_path / "in" / name, ["text"])
@@ -213,7 +213,7 @@ def test_brackets_in_the_folder_of_a_description(tmp_path: Path, tokenizer: Path
         build(None, tokenizer, 16, tmp_path / "none", description=about, progress=False)
 
 
-def test_faults_of_a_description_in_words(tmp_path: Path, tokenizer: Path) -> None:
+def test_messages_of_description_faults(tmp_path: Path, tokenizer: Path) -> None:
     def faults(sources: list[dict[str, Any]], **others: object) -> list[str]:
         about = describe_in(tmp_path, sources, **others)
         with pytest.raises(CorpusError) as caught:
@@ -221,7 +221,7 @@ def test_faults_of_a_description_in_words(tmp_path: Path, tokenizer: Path) -> No
         return [line.removeprefix(f"{about}: ") for line in str(caught.value).splitlines()]
 
     one = {"name": "a", "inputs": ["a.txt"]}
-    # An entry at fault does not make the list an empty one.
+    # An invalid entry must not be reported as an empty list.
     (found,) = faults([one | {"colour": "red"}])
     assert found.startswith("sources.0.colour: unknown key; known here: name, inputs, format, documents,")
     (found,) = faults([one], documents={"colour": "red"})
@@ -232,7 +232,7 @@ def test_faults_of_a_description_in_words(tmp_path: Path, tokenizer: Path) -> No
 
 @pytest.mark.parametrize("option", ["--shard-size", "--work-size"])
 @pytest.mark.parametrize("value", ["inf", "nan", "1e300"])
-def test_sizes_without_end(
+def test_infinite_sizes(
     option: str, value: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_text(tmp_path / "a.txt", ["text"])

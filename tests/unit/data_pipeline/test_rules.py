@@ -1,4 +1,4 @@
-"""Rules for documents: cleaning, filters, duplicates and contamination, with counts by reason."""
+"""Document rules: cleaning, filters, duplicates and contamination, with counts by reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_cleaning_keeps_what_it_should(text: str) -> None:
     assert unicodedata.is_normalized("NFC", found)
     assert not [c for c in found if unicodedata.category(c) == "Cc" and c not in "\t\n"]
     kept = [c for c in unicodedata.normalize("NFC", text) if not unicodedata.category(c).startswith(("C", "Z"))]
-    # Removing a control character may let marks compose that it kept apart.
+    # Removing a control character may allow marks to compose.
     assert unicodedata.normalize(
         "NFC", "".join(c for c in found if not c.isspace() and unicodedata.category(c)[0] not in "CZ")
     ) == (unicodedata.normalize("NFC", "".join(kept)))
@@ -57,7 +57,7 @@ def test_bad_bytes_late_in_a_long_document() -> None:
     assert filtered.late == ["bad_bytes", None]
     assert filtered.ends == [False, False, True, True]
     assert dict(found.dropped) == {"bad_bytes": 1}
-    # Dropped by its first piece: nothing of it is handed on, whatever batch the pieces come in.
+    # Dropped at its first piece: no piece is passed on, whatever the batches.
     found = DocumentFilter(rules(bad_bytes="skip"), False, None)
     assert found(["\udcff begins"], [False]).texts == []
     assert found(["ends", "next"], [True, True]).texts == ["next"]
@@ -90,19 +90,19 @@ def reference_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 @given(
     st.lists(st.sampled_from("aábc"), max_size=30), st.lists(st.sampled_from("aábc"), max_size=30), st.integers(1, 6)
 )
-def test_ngrams_meet_where_words_do(one: list[str], two: list[str], n: int) -> None:
+def test_equal_ngrams_have_equal_words(one: list[str], two: list[str], n: int) -> None:
     words = WordHashes()
     ours = set(ngram_hashes(words(" ".join(one)), n).tolist()) & set(ngram_hashes(words(" ".join(two)), n).tolist())
     assert len(ours) == len(reference_ngrams(" ".join(one), n) & reference_ngrams(" ".join(two), n))
 
 
-def test_words_of_scripts_without_spaces_are_signs() -> None:
+def test_characters_are_words_in_scripts_without_spaces() -> None:
     words = WordHashes()
     assert len(words("漢字かな、한국어 text")) == 6
     assert words("Straße,strasse")[0] == words("STRASSE")[0] == words("strasse")[0]
 
 
-def test_decontamination_reads_every_kind_of_task_file(tmp_path: Path) -> None:
+def test_decontamination_reads_all_task_file_types(tmp_path: Path) -> None:
     texts = [f"{name} one two three four five" for name in ("txt", "tsv", "csv", "json", "jsonl", "parquet")]
     (tmp_path / "a.txt").write_text(texts[0] + "\nshort one\n")
     (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(f"id\t{texts[1]}\tlabel\n".encode()))
@@ -123,15 +123,15 @@ def test_decontamination_reads_every_kind_of_task_file(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=30))
-def test_exact_duplicates_are_those_seen_before(documents: list[str]) -> None:
+def test_exact_duplicates(documents: list[str]) -> None:
     filtered = DocumentFilter(rules(duplicates="exact"), True, None)(documents, [True] * len(documents))
     digests = np.frombuffer(b"".join(filtered.digests), np.uint8).reshape(-1, 16)
     assert exact_duplicates(digests).tolist() == [d in documents[:i] for i, d in enumerate(documents)]
 
 
 def planted(pairs: int, shared: float, seed: int, words: int = 400) -> list[str]:
-    """2 · pairs documents; those of a pair share their beginning, for a Jaccard similarity of 1-shingles of about
-    `shared`: of n words each, a are common, J = a / (2 n − a)."""
+    """2 · pairs documents. Those of a pair share their first words, such that the Jaccard similarity of 1-shingles is
+    about `shared`: of n words each, a are common, J = a / (2 n − a)."""
     rng = random.Random(seed)
     common = round(2 * shared * words / (1 + shared))
     documents = []
@@ -157,7 +157,7 @@ def signatures(documents: Sequence[str], shingle: int) -> np.ndarray:
 
 
 def test_planted_near_duplicates() -> None:
-    """Recall at Jaccard 0.8 at least 0.95, none below 0.5; the similarities are computed, not assumed."""
+    """Recall of at least 0.95 at Jaccard 0.8, no false positive below 0.5, with exactly computed similarities."""
     pairs = 400
     for shingle, asked in ((1, 0.8), (5, 0.81), (1, 0.49), (5, 0.49), (1, 0.2)):
         documents = planted(pairs, asked, seed=shingle)
@@ -172,7 +172,7 @@ def test_planted_near_duplicates() -> None:
 
 
 def test_dropped_documents_resemble_kept_ones() -> None:
-    """A chain of neighbours: each resembles the one before, the last not the first. No chain drops the lot."""
+    """A chain in which each document resembles the previous one, but not the first: not all of them are dropped."""
     words = [f"w{i}" for i in range(1000)]
     documents = [" ".join(words[40 * i : 40 * i + 400]) for i in range(12)]
     parts = signatures(documents, 1)
@@ -184,7 +184,7 @@ def test_dropped_documents_resemble_kept_ones() -> None:
         if dropped:
             assert max(jaccard(document, other, 1) for other in kept) > 0.6
     assert len(kept) >= 3
-    # Parts are only parts; what is dropped already neither counts nor is marked.
+    # The partition has no effect; documents dropped already are neither compared nor marked.
     assert (near_duplicates([parts[:5], parts[5:6], parts[6:]], usable, 0.8) == marked).all()
     usable[0] = False
     assert not near_duplicates([parts], usable, 0.8)[:2].any()
@@ -192,7 +192,7 @@ def test_dropped_documents_resemble_kept_ones() -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40), st.integers(1, 6), st.data())
-def test_signature_of_pieces_is_that_of_the_whole(words: list[str], shingle: int, data: st.DataObject) -> None:
+def test_signature_does_not_depend_on_pieces(words: list[str], shingle: int, data: st.DataObject) -> None:
     hashes = WordHashes()
     cut = data.draw(st.integers(0, len(words)))
     signature = Signature(shingle)
@@ -201,7 +201,7 @@ def test_signature_of_pieces_is_that_of_the_whole(words: list[str], shingle: int
     assert (signature.end() == signatures([" ".join(words)], shingle)[0]).all()
 
 
-def test_documents_without_words_resemble_nothing() -> None:
+def test_documents_without_words_are_no_duplicates() -> None:
     found = signatures(["!!!", "???", ""], 5)
     assert not near_duplicates([found], np.ones(3, np.bool_), 0.8).any()
     assert near_duplicates([signatures(["one two", "One, two!"], 5)], np.ones(2, np.bool_), 0.8).tolist() == [
@@ -210,6 +210,6 @@ def test_documents_without_words_resemble_nothing() -> None:
     ]
 
 
-def test_rules_that_contradict() -> None:
+def test_contradictory_rules() -> None:
     with pytest.raises(ValueError, match="max_characters 3 is below min_characters 5"):
         rules(min_characters=5, max_characters=3)

@@ -73,7 +73,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, dtype: type) -> None:
     corpus.verify()
 
 
-def test_views_lie_in_the_map_and_cannot_be_written(tmp_path: Path) -> None:
+def test_views_are_memory_mapped_and_read_only(tmp_path: Path) -> None:
     make_corpus(tmp_path)
     view = Corpus(tmp_path).input_ids(0)
     assert not view.flags.owndata
@@ -81,7 +81,7 @@ def test_views_lie_in_the_map_and_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["ascending", "shuffled", "repeated"])
-def test_take_equals_a_naive_gather(tmp_path: Path, order: str) -> None:
+def test_take_matches_naive_gather(tmp_path: Path, order: str) -> None:
     rows = make_corpus(tmp_path, (5, 1, 7, 30, 2, 2))
     corpus = Corpus(tmp_path)
     rng = np.random.default_rng(1)
@@ -94,10 +94,10 @@ def test_take_equals_a_naive_gather(tmp_path: Path, order: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [[-1], [13], [0, 13], [-1, 2]])
-def test_take_refuses_rows_that_are_not_there(tmp_path: Path, wanted: list[int]) -> None:
+def test_take_refuses_rows_out_of_range(tmp_path: Path, wanted: list[int]) -> None:
     make_corpus(tmp_path)
     corpus = Corpus(tmp_path)
-    with pytest.raises(IndexError, match="corpus of 13 rows"):
+    with pytest.raises(IndexError, match="corpus has 13 rows"):
         corpus.take(np.array(wanted), np.empty((len(wanted), LENGTH), corpus.dtype))
 
 
@@ -108,7 +108,7 @@ def test_take_refuses_a_buffer_that_does_not_fit(tmp_path: Path, shape: tuple[in
         Corpus(tmp_path).take(np.array([0]), np.empty(shape, dtype))
 
 
-def test_size_stays_below_two_bytes_and_a_bit(tmp_path: Path) -> None:
+def test_size_is_two_bytes_per_token(tmp_path: Path) -> None:
     rows = np.zeros((20_000, 128), np.uint16)
     entry = write_shard(tmp_path, "shard-00000.arrow", rows, np.ones(20_000, np.bool_))
     assert entry.bytes == (tmp_path / entry.file).stat().st_size
@@ -165,12 +165,12 @@ def test_manifest_missing_or_not_json(tmp_path: Path) -> None:
         Corpus(tmp_path)
 
 
-def test_link_that_leaves_the_folder(tmp_path: Path) -> None:
+def test_link_to_outside_the_folder(tmp_path: Path) -> None:
     make_corpus(tmp_path / "corpus")
     shard = tmp_path / "corpus/shard-00001.arrow"
     shard.rename(tmp_path / "elsewhere.arrow")
     shard.symlink_to(tmp_path / "elsewhere.arrow")
-    with pytest.raises(CorpusError, match=r"shard-00001\.arrow: is a link that leaves the corpus folder"):
+    with pytest.raises(CorpusError, match=r"shard-00001\.arrow: links to outside the corpus folder"):
         Corpus(tmp_path / "corpus")
 
 
@@ -202,7 +202,7 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
         shard.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
         with pytest.raises(CorpusError, match=r"shard-00001\.arrow: sha256 .* expected"):
             check_shard(tmp_path, manifest.shards[1], manifest)
-        # Opening checks less, but a broken header must not end in anything but this error either.
+        # Opening checks less, but for a damaged header it must raise no other error.
         with suppress(CorpusError):
             Corpus(tmp_path)
 
@@ -225,7 +225,7 @@ def test_verify_names_every_bad_shard(tmp_path: Path) -> None:
 
 
 def replace_shard(folder: Path, table: pa.Table, compression: str | None = None, rows_per_batch: int = 5) -> None:
-    """Put another Arrow file in the place of the only shard, with a manifest that agrees about its bytes."""
+    """Replace the only shard by another Arrow file, and update size and SHA-256 in the manifest."""
     path = folder / "shard-00000.arrow"
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, options=options) as writer:
@@ -251,7 +251,7 @@ def make_table(dtype: pa.DataType, nullable: bool = False, length: int = LENGTH,
         (make_table(pa.uint16(), length=9), "schema .* expected, found"),
     ],
 )
-def test_shard_of_another_form(tmp_path: Path, table: pa.Table, message: str) -> None:
+def test_shard_with_another_schema(tmp_path: Path, table: pa.Table, message: str) -> None:
     make_corpus(tmp_path, (5,))
     replace_shard(tmp_path, table)
     with pytest.raises(CorpusError, match=rf"shard-00000\.arrow: {message}"):
@@ -273,7 +273,7 @@ def test_shard_in_two_batches_compressed_or_with_nulls(tmp_path: Path) -> None:
         Corpus(tmp_path)
 
 
-def test_shard_that_is_no_arrow_file(tmp_path: Path) -> None:
+def test_shard_that_is_not_an_arrow_file(tmp_path: Path) -> None:
     make_corpus(tmp_path, (5,))
     path = tmp_path / "shard-00000.arrow"
     path.write_bytes(bytes(path.stat().st_size))

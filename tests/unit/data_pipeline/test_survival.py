@@ -1,7 +1,7 @@
-"""SIGKILL at random moments, of one process or of all, with worker processes and MPI ranks: the same bytes in the end.
+"""SIGKILL of one or all processes at random moments, with worker processes and MPI ranks: same bytes after resuming.
 
-A few kills by default, 20 of each kind of build with --whole-survival. Every state that a kill can leave is gone
-through one by one in test_data_build and test_data_description.
+A few kills by default, 20 for each kind of build with --whole-survival. test_build.py and test_description.py go
+through all states that a kill can leave.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def start(folder: Path, output: Path, launcher: str, **environment: str) -> subp
 
 
 def descendants(process: int) -> list[int]:
-    """All processes below one."""
+    """All descendants of a process."""
     found = []
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -78,11 +78,11 @@ def kill(process: int) -> None:
 
 
 def end(process: subprocess.Popen[str], below: list[int]) -> None:
-    """Until a job of which some processes were killed is gone."""
+    """Wait until all processes of a killed job have exited."""
     try:
         process.wait(60)
     except subprocess.TimeoutExpired:
-        # A launcher may wait for ever for a helper of its own that is gone; the ranks are what counts.
+        # A launcher may wait forever for one of its helpers that was killed; only the ranks matter.
         kill(process.pid)
         process.wait()
     for left in below:
@@ -97,14 +97,14 @@ def end(process: subprocess.Popen[str], below: list[int]) -> None:
 def tasks_done(output: Path) -> int:
     try:
         return sum(path.suffix == ".json" for path in (output / ".build/results").iterdir())
-    except FileNotFoundError:  # not begun, or done: then the folder goes, perhaps at this moment
+    except FileNotFoundError:  # not started, or finished and just removed
         return 0
 
 
 @pytest.mark.parametrize("launcher", ["workers", pytest.param("mpi", marks=needs_mpi)])
 def test_killed_at_random_moments(folder: Path, tmp_path: Path, launcher: str, request: pytest.FixtureRequest) -> None:
-    """Killed alternately: the whole job, any one process of it. Some kills come at the start, the others when a few
-    more tasks are done, so that they fall into the work however fast the machine is."""
+    """Kills alternate between the entire job and one process of it. Some are at the start, others after a few more
+    finished tasks, so that they interrupt work on machines of any speed."""
     rng = random.Random(launcher)
     wanted, kills, builds = 20 if request.config.getoption("--whole-survival") else 3, 0, 0
     whole = tree(folder / "whole")
@@ -135,7 +135,7 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path, launcher: str, r
     print(f"{launcher}: {kills} kills, {builds + 1} builds")
 
 
-# Loaded by every Python process of the job: the first that is about to give a file its name dies there.
+# Loaded by every Python process of the job: the first to rename a matching file is killed before the rename.
 DIES_RENAMING = """
 import os, pathlib
 rename = pathlib.Path.rename
@@ -154,19 +154,19 @@ pathlib.Path.rename = deadly
 
 @needs_mpi
 @pytest.mark.parametrize("dies_at", ["tokens-00003.train.ends", "shard-00001.arrow"])
-def test_a_rank_killed_while_renaming(folder: Path, tmp_path: Path, dies_at: str) -> None:
-    """Its task is named, nothing half-done has a final name, and the next start does that task again."""
+def test_rank_killed_before_rename(folder: Path, tmp_path: Path, dies_at: str) -> None:
+    """The error names its task, no incomplete file has its final name, and the next start repeats the task."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(DIES_RENAMING)
     environment = {"PYTHONPATH": f"{tmp_path}/site", "DIES_AT": dies_at, "DIES_ONCE": str(tmp_path / "died")}
     process = start(folder, tmp_path / "out", "mpi", **environment)
-    told, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert (tmp_path / "died").exists()
-    assert "rank " in told
-    assert "the worker died, killed by SIGKILL" in told
+    assert "rank " in output
+    assert "the worker died, killed by SIGKILL" in output
     assert not list((tmp_path / "out").rglob(dies_at))
     process = start(folder, tmp_path / "out", "mpi", **environment)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
     assert tree(tmp_path / "out") == tree(folder / "whole")

@@ -1,4 +1,4 @@
-"""Training, loading and copying tokenizers; the trained one against transformers' own loader."""
+"""Training, loading and copying tokenizers; trained ones are compared with transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_trained_folder_is_a_bert_tokenizer_for_transformers(text: Path, tmp_pat
     assert theirs.convert_tokens_to_ids(SPECIAL) == [0, 1, 2, 3, 4]
     assert len(theirs) == 120
     encoder = Encoder(tmp_path / "tok")
-    # Where text spells a special token, transformers makes it one; this pipeline never does.
+    # transformers encodes "[SEP]" in a text as the special token; this pipeline never does.
     plain = [text for text in TEXTS if "[" not in text]
     ids, counts = encoder.encode(plain)
     assert [i for text in plain for i in theirs(text, add_special_tokens=False)["input_ids"]] == ids.tolist()
@@ -69,8 +69,8 @@ def test_text_never_becomes_a_special_id(tmp_path: Path) -> None:
     assert ids.min() > 4
 
 
-def test_whole_word_that_is_special_becomes_unknown(tmp_path: Path) -> None:
-    """A tokenizer that looks whole words up finds "[SEP]" in its vocabulary whatever it is told."""
+def test_special_token_as_a_word_becomes_unknown(tmp_path: Path) -> None:
+    """A tokenizer with word-level look-up matches "[SEP]" in its vocabulary despite encode_special_tokens."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, "the"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -83,7 +83,7 @@ def test_whole_word_that_is_special_becomes_unknown(tmp_path: Path) -> None:
     assert ids.tolist() == [5, 1, 1, 5]
 
 
-def test_truncation_and_padding_of_the_folder_do_not_count(tmp_path: Path) -> None:
+def test_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
     copy_tokenizer(write_tokenizer(tmp_path / "vocab"), tmp_path / "tok")
     path = tmp_path / "tok/tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
@@ -93,7 +93,7 @@ def test_truncation_and_padding_of_the_folder_do_not_count(tmp_path: Path) -> No
     assert Encoder(tmp_path / "tok").encode(["the of and to", "a"])[1].tolist() == [4, 1]
 
 
-def test_folder_with_vocab_txt_alone(tmp_path: Path) -> None:
+def test_folder_with_only_vocab_txt(tmp_path: Path) -> None:
     from transformers import BertTokenizer
 
     folder = write_tokenizer(tmp_path / "vocab")
@@ -127,7 +127,7 @@ ROBERTA = {
 }
 
 
-def test_roles_as_the_folder_declares_them(tmp_path: Path) -> None:
+def test_declared_roles(tmp_path: Path) -> None:
     special = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "<extra>"]
     found = Encoder(make_folder(tmp_path / "bos", special, ROBERTA)).special_tokens
     assert (found.unk, found.cls, found.sep, found.pad, found.mask) == (0, 1, 2, 3, 4)
@@ -135,7 +135,7 @@ def test_roles_as_the_folder_declares_them(tmp_path: Path) -> None:
     declared = ROBERTA | {"cls_token": "<extra>", "sep_token": "<s>"}
     found = Encoder(make_folder(tmp_path / "cls", special, declared)).special_tokens
     assert (found.cls, found.sep) == (5, 1)
-    # As on the model hub: BERT's folder names no roles, its special tokens are spelled as BERT's.
+    # As on the Hugging Face Hub: BERT's folder declares no roles, but its special tokens have BERT's names.
     found = Encoder(make_folder(tmp_path / "bert", SPECIAL, {"do_lower_case": True})).special_tokens
     assert (found.pad, found.unk, found.cls, found.sep, found.mask) == (0, 1, 2, 3, 4)
 
@@ -173,13 +173,13 @@ def test_faulty_folders(tmp_path: Path) -> None:
         (20, r"20 is not possible with this text, which gives \d+: the characters alone need more"),
     ],
 )
-def test_vocabulary_size_that_cannot_be_had(text: Path, tmp_path: Path, vocab_size: int, message: str) -> None:
+def test_impossible_vocabulary_size(text: Path, tmp_path: Path, vocab_size: int, message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         train_tokenizer([text], vocab_size, tmp_path / "tok", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_training_refuses_no_text_and_a_full_folder(text: Path, tmp_path: Path) -> None:
+def test_training_without_text_or_into_a_used_folder(text: Path, tmp_path: Path) -> None:
     empty = write_text(tmp_path / "in/empty.txt", [""])
     with pytest.raises(CorpusError, match="the corpus is empty"):
         train_tokenizer([empty], 100, tmp_path / "tok", progress=False)

@@ -1,4 +1,4 @@
-"""The cache of words and the planes of word and sentence starts, against the tokenizer itself."""
+"""Word cache, and planes of word and sentence starts, compared with the tokenizer."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_cache_matches_tokenizer(name: str, texts: list[str]) -> None:
 @pytest.mark.parametrize("name", WORD_WISE)
 def test_every_code_point_between_two_words(name: str) -> None:
     tokenizer = WORD_WISE[name]()
-    # All that separates, controls or combines, and a sample of the others.
+    # All separators, control characters and combining marks, and a sample of the others.
     signs = ("Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Mc")
     points = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in signs or ord(c) % 211 == 0]
     points = [c for c in points if not 0xD800 <= ord(c) < 0xE000]
@@ -130,7 +130,7 @@ def dropout() -> Tokenizer:
         (lambda: Tokenizer(models.WordLevel({"a": 0})), "pre-tokenizer none"),
     ],
 )
-def test_what_is_not_word_wise_is_named(make: Callable[[], Tokenizer], reason: str) -> None:
+def test_why_not_word_wise(make: Callable[[], Tokenizer], reason: str) -> None:
     assert why_not_word_wise(make()) == reason
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_word_wise_is_named(make: Callable[[], Tokenizer], reason: s
 def test_sentences(text: str, mode: str, expected: list[str]) -> None:
     starts = sentence_starts(text, mode, "")
     assert [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)] == expected
-    # Wherever a long document is cut at white space, its sentences begin where they did.
+    # Cutting a long document at white space does not change its sentence starts.
     for cut in (i for i, sign in enumerate(text) if sign.isspace() and i):
         parts = sentence_starts(text[:cut], mode, "")
         parts += [cut + at for at in sentence_starts(text[cut:], mode, text[:cut][-TAIL:])]

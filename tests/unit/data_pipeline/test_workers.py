@@ -1,4 +1,4 @@
-"""The process pool: a worker that fails is named, what was done stays done."""
+"""Process pool: failures name the task, finished tasks are kept."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from data_pipeline.files import CorpusError
 
 
 def die(how: str, report: Callable[[int, int], object]) -> int:
-    """A task for the pool: ends its process, raises, or is good."""
+    """Task that kills or exits its process, raises, or succeeds."""
     report(10, 1)
     if how == "signal":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -175,13 +175,6 @@ def test_resume_uses_the_checkpoints_model(tmp_path: Path, folder: Path) -> None
         resolve_model_config(ModelConfig(initialize_from=moved), latest)
 
 
-def test_readme_example_is_valid(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    block = readme.split("### Continue from an existing model")[1].split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "domain.yaml").write_text(block)
-    assert load_config(tmp_path / "domain.yaml").model.initialize_from == Path("bert-base-uncased")
-
-
 def test_token_ids_of_both_kinds_of_file(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 

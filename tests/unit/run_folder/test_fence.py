@@ -80,9 +80,9 @@ def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
     later.check()
     assert (read(tmp_path).epoch, read(tmp_path).ranks) == (2, 2)  # type: ignore[union-attr]
     assert former.label != later.label
-    with pytest.raises(FencedError, match=rf"process {os.getpid()} on .*writes nothing more"):
+    with pytest.raises(FencedError, match=rf"process {os.getpid()} on .*stops writing to it"):
         former.check()
-    with pytest.raises(FencedError, match="writes nothing more"):
+    with pytest.raises(FencedError, match="stops writing to it"):
         former.take(4)
     (tmp_path / OWNER).unlink()
     with pytest.raises(FencedError, match="is missing"):
