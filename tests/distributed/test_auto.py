@@ -62,10 +62,13 @@ class Runs:
             self.corpus,
             steps=STEPS,
             model=NO_DROPOUT,
-            masking={"strategy": "auto", "rate": 0.2},
-            # By its FLOPs it would cost half as much as this small model.
-            mapnet={"hidden": 32, "layers": 1, "cost": 0.0},
-            auto={"every_steps": EVERY, "rows": 5, "draws": 2, "sketch_size": 500},
+            masking={
+                "strategy": "auto",
+                "rate": 0.2,
+                # By its FLOPs the network would cost half as much as this small model.
+                "mapnet": {"hidden": 32, "layers": 1, "cost": 0.0},
+                "auto": {"every_steps": EVERY, "rows": 5, "draws": 2, "sketch_size": 500},
+            },
             batch={"global_size": 60, "micro_size": 30 // ranks},
             evaluation={"every_steps": 0},
         )

@@ -109,7 +109,7 @@ def runs(folder: Path, layouts: list[tuple[int, int]], strategies: dict[str, dic
         assert re.search(expected, str(text)), text
     assert re.search("belongs to another run: .*masking.strategy was 'frequency', is 'whole_word'", str(refused)), refused
     assert "masking.change_at_resume=true lets masks differ" in str(refused)
-    assert "segments of a row in a global batch were 1, are all at rate 0.2" in str(refused_too)
+    assert "segments of a row per global batch were 1, are all at rate 0.2" in str(refused_too)
     assert accepted is None
     return folder
 
