@@ -245,10 +245,10 @@ def masters_of(engine: Any) -> dict[str, np.ndarray]:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    beside: dict[torch.Tensor, torch.Tensor] = {}
+    masters: dict[torch.Tensor, torch.Tensor] = {}
     if not engine.zero_optimization_stage() and hasattr(engine.optimizer, "fp32_groups"):
         low, high = engine.optimizer.fp16_groups, engine.optimizer.fp32_groups
-        beside = {p: m for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)}
+        masters = {p: m for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)}
     weights = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:  # there is no master
@@ -260,7 +260,7 @@ def masters_of(engine: Any) -> dict[str, np.ndarray]:
         if parameter.dtype != torch.float32 or hasattr(parameter, "ds_tensor"):
             master = safe_get_full_fp32_param(parameter)
         if master is None:
-            master = beside.get(parameter, parameter)
+            master = masters.get(parameter, parameter)
         weights[name] = master.detach().float().numpy().copy()
     return weights
 
