@@ -55,7 +55,7 @@ class Runs:
             texts = run_ranks(train_all, ranks, [(measured, None), (faulty, None)])
             assert [answer[0] for answer in texts] == [None] * ranks
             assert any(
-                "auto.rows 201: " in str(answer[1]) and "has only 200 rows" in str(answer[1]) for answer in errors
+                "auto.rows 201: " in str(answer[1]) and "has only 200 rows" in str(answer[1]) for answer in texts
             )
 
     def values(self, name: str, ranks: int) -> dict[str, Any]:
