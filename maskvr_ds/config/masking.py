@@ -20,7 +20,7 @@ SUBSECTIONS: dict[str, tuple[str, ...]] = {
     "mapnet": ("mapnet",),
     "auto": ("auto", "mapnet"),
 }
-# Settings of subsection mapnet that strategy auto decides by itself.
+# Settings of subsection mapnet that strategy auto controls.
 _NOT_UNDER_AUTO = ("gate", "sampler", "estimator")
 # Settings of the proposal network that may change on resume.
 MAPNET_MAY_CHANGE = {"lr", "check_every"}

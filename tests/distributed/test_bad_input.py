@@ -30,7 +30,7 @@ EXPECTED = {
     "truncated shard": "CorpusError: .*shard-00000.arrow: .* bytes expected",
     "missing shard": "CorpusError: .*shard-00001.arrow: shard is missing",
     "leaving path": "CorpusError: .*'../shard-00000.arrow' is not a plain file name",
-    "other tokenizer": "CorpusError: .*made with the tokenizer",
+    "other tokenizer": "CorpusError: .*built with the tokenizer",
     "long sequences": "ConfigError: .*sequences of 32 tokens exceed model.max_position_embeddings 16",
     "no held-out corpus": "ConfigError: .*no held-out corpus; build with --held-out",
     "auto in a folder of something else": "ConfigError: .*not empty and not a run's folder",

@@ -39,7 +39,7 @@ def test_recipes_are_valid(name: str) -> None:
     assert yaml.safe_load(recipe_text(name))["output_dir"]
 
 
-def test_a_base_is_laid_under_the_file(tmp_path: Path) -> None:
+def test_a_file_is_merged_over_its_base(tmp_path: Path) -> None:
     (tmp_path / "below.yaml").write_text("base: demo_cpu\nseed: 7\nbatch: {micro_size: 8}\n")
     (tmp_path / "run.yaml").write_text("base: below.yaml\nbatch: {global_size: 128}\nmasking: {strategy: span}\n")
     config, demo = load_config(tmp_path / "run.yaml", ["optimizer.lr=0.02"]), load_config("demo_cpu")
@@ -49,7 +49,7 @@ def test_a_base_is_laid_under_the_file(tmp_path: Path) -> None:
     assert config.model_dump(include=same) == demo.model_dump(include=same)
 
 
-def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+def test_missing_and_cyclic_bases_are_refused(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("base: two.yaml\n")
     two.write_text("base: one.yaml\n")
@@ -66,7 +66,7 @@ def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         load_config(one)
 
 
-def test_several_bases_are_laid_over_each_other(tmp_path: Path) -> None:
+def test_several_bases_are_merged_in_order(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("model: {num_hidden_layers: 5}\nseed: 3\n")
     (tmp_path / "masks.yaml").write_text("masking: {strategy: span, span: {max_length: 4}}\nseed: 4\n")
     (tmp_path / "run.yaml").write_text("base: [demo_cpu, model.yaml, masks.yaml]\nmasking: {strategy: mapnet}\n")
@@ -124,7 +124,7 @@ def test_every_setting_is_described(section: type[BaseModel]) -> None:
     assert not [name for name, field in section.model_fields.items() if not field.description]
 
 
-def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
+def test_dump_round_trip(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, optimizer={"betas": [0.8, 0.9], "lr": 1e-5}, monitor={"wandb": {"project": "p"}})
     )
@@ -223,7 +223,7 @@ def test_deepspeed_config_must_exist() -> None:
         deepspeed_config_path("../ds_configs/zero1_fp32")
 
 
-def test_shipped_deepspeed_configs_leave_to_run_config_what_it_owns() -> None:
+def test_shipped_deepspeed_configs_set_nothing_that_run_config_owns() -> None:
     from maskvr_ds.engine.ds_config import model_dtype, read_deepspeed_config, zero_stage
 
     files = sorted(Path(ds_configs.__file__).parent.glob("*.json"))
