@@ -28,8 +28,7 @@ from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import BERT, CHECKPOINTS, PROBE, SAVING, WEIGHTS
-from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import fsync_path, write_hashed
+from maskvr_ds.runtime import distributed, files
 
 # Headers, tokenizer and checkpoint.json: what a checkpoint takes besides tensors.
 _SMALL_FILES = 2 << 20
@@ -121,7 +120,7 @@ class CheckpointWriter:
         raises what failed."""
         try:
             for path, content in self._files.items():
-                self._written[path.relative_to(self._folder).as_posix()] = write_hashed(path, content)
+                self._written[path.relative_to(self._folder).as_posix()] = files.write_hashed(path, content)
             if distributed.rank() == 0:
                 self._write_rank0()
         except Exception as error:
@@ -154,7 +153,7 @@ class CheckpointWriter:
             shutil.copyfile(file, self._folder / BERT / file.name)
         for path in checkpoints.files_of(self._folder):
             if path.parent != self._folder or path.name in self._tensors:
-                self._written[path.relative_to(self._folder).as_posix()] = write_hashed(path)
+                self._written[path.relative_to(self._folder).as_posix()] = files.write_hashed(path)
 
     def _complete(self, of_ranks: list[dict[str, tuple[int, str]]]) -> None:
         try:
@@ -170,7 +169,7 @@ class CheckpointWriter:
             checkpoints.write_manifest(self._folder, vars(self._state), hashed)
             self._fence.check()
             self._folder.rename(self._final)
-            fsync_path(self._final.parent)
+            files.fsync_path(self._final.parent)
         except OSError as error:
             _raise_first([error], self._folder)
 
