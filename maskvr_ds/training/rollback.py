@@ -91,7 +91,7 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
         fence.check()
         back_to = point.at(checkpoints.find(run, "auto") or point.checkpoint)
         rollbacks = read_rollbacks(run, {} if back_to.checkpoint is None else back_to.checkpoint.state.guard)
-        begin = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
+        start = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
         entry = {
             "event": "rollback",
             "phase": phase.index,
@@ -99,7 +99,7 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
             "to_step": back_to.step,
             "reason": error.reason,
             # Batches trained before that checkpoint remain trained.
-            "passed_over": [(max(first, begin), end) for first, end in merge(error.windows) if end > begin],
+            "passed_over": [(max(first, start), end) for first, end in merge(error.windows) if end > start],
         }
         before = sum(rollback["to_step"] == back_to.step for rollback in rollbacks)
         if before < maximum:

@@ -155,7 +155,7 @@ def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_all_ranks_stop_and_one_reports_the_error(outcomes: dict[str, list[str | None]], name: str) -> None:
     said = outcomes[name]
-    assert all(said), f"a rank went on: {said}"
+    assert all(said), f"a rank continued: {said}"
     # One rank raises the error itself; the others name that rank.
     assert sum(not str(text).startswith("RemoteError: rank ") for text in said) == 1, said
     assert any(re.search(EXPECTED[name], str(text), re.DOTALL) for text in said), said

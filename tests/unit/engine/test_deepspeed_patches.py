@@ -47,7 +47,7 @@ class Writer:
 
 
 class Engine:
-    """What is patched of a DeepSpeedEngine. norm: None at ZeRO 0 in fp32, where the engine's optimizer is the basic
+    """The patched attributes of a DeepSpeedEngine. norm: None at ZeRO 0 in fp32, where the engine's optimizer is the basic
     one."""
 
     def __init__(self, norm: Any = None) -> None:

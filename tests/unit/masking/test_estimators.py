@@ -53,7 +53,7 @@ def test_whole_mask_is_unbiased_for_any_function_of_the_mask(row: Row, seed: int
     under_uniform = (losses.sum(1) / draw.counts).mean()
     weights = whole_mask(draw)
     assert abs(q @ row_losses(weights, losses, draw) - under_uniform) < 1e-9
-    assert torch.equal(weights, torch.where(draw.used, weights[:, :1], 0.0)), "one weight a row"
+    assert torch.equal(weights, torch.where(draw.used, weights[:, :1], 0.0)), "one weight per row"
     inverse = Row([1 / o if o else 0.0 for o in row.odds], row.k)
     second_moment = row.normaliser() * inverse.normaliser() / math.comb(len(row.maskable), row.k) ** 2
     assert (q @ weights[:, 0] ** 2).item() == pytest.approx(second_moment, rel=1e-11)

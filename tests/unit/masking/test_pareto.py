@@ -36,7 +36,7 @@ def test_inclusion_probabilities_over_a_million_draws(n: int, k: int, seed: int)
 
 
 def plain_inclusion(scores: list[float], k: int) -> list[float]:
-    """Cap the greatest until none exceeds 1."""
+    """Cap the largest value until none exceeds 1."""
     pi = [0.0] * len(scores)
     left = sorted(range(len(scores)), key=lambda i: -scores[i])
     room = k
