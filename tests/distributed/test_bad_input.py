@@ -162,7 +162,7 @@ def test_all_ranks_stop_and_one_reports_the_error(outcomes: dict[str, list[str |
 
 
 @pytest.mark.usefixtures("outcomes")
-def test_nothing_is_lost(cases: Path) -> None:
+def test_no_data_is_lost(cases: Path) -> None:
     """A folder that is not empty keeps its content; a refused resume leaves the run unchanged."""
     kept = cases / "output-not-empty" / "run"
     assert [p.name for p in kept.iterdir()] == ["precious"]

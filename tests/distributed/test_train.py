@@ -119,7 +119,7 @@ def test_loss_falls_with_lamb_adam_and_in_bf16(same_runs: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("name", ["zero2-2", "zero0-1", "bf16-zero1-2"])
-def test_export_computes_what_the_engine_computed(same_runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+def test_exported_model_matches_the_engine(same_runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, BertForMaskedLM, pipeline
 
     output = tmp_path / "model"

@@ -166,7 +166,7 @@ def test_layout_does_not_matter() -> None:
             odds_for_inclusion(inclusion, maskable, counts, width),
         )
 
-    whole = everything(odds, counts, bits, maskable)
+    full = everything(odds, counts, bits, maskable)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     shuffled = everything(odds[order], counts[order], bits[order], maskable[order])
     pieces = [everything(*parts) for parts in zip(*(t.split(7) for t in (odds, counts, bits, maskable)), strict=True)]
@@ -174,7 +174,7 @@ def test_layout_does_not_matter() -> None:
     wider = everything(odds, counts, bits, maskable, width=9)
     longer = everything(*(torch.nn.functional.pad(t, (0, 5)) for t in (odds,)), counts,
                         torch.nn.functional.pad(bits, (0, 5)), torch.nn.functional.pad(maskable, (0, 5)))  # fmt: skip
-    for part, expected in enumerate(whole):
+    for part, expected in enumerate(full):
         assert torch.equal(shuffled[part], expected[order])
         assert torch.equal(torch.cat([p[part] for p in pieces]), expected)
         assert torch.equal(torch.cat([p[part] for p in single]), expected)

@@ -171,7 +171,7 @@ def test_weights_are_positive_where_used_and_zero_elsewhere(name: str) -> None:
 @pytest.mark.parametrize("name", ["horvitz_thompson", "hajek"])
 def test_layout_does_not_matter(name: str) -> None:
     draw = drawn()
-    whole = ESTIMATORS[name](draw)
+    full = ESTIMATORS[name](draw)
     for size in (1, 7):
         pieces = [
             Draw(*parts)
@@ -179,7 +179,7 @@ def test_layout_does_not_matter(name: str) -> None:
                 *(t.split(size) for t in (draw.positions, draw.used, draw.n, draw.counts, draw.inclusion)), strict=True
             )
         ]
-        assert torch.equal(torch.cat([ESTIMATORS[name](piece) for piece in pieces]), whole)
+        assert torch.equal(torch.cat([ESTIMATORS[name](piece) for piece in pieces]), full)
 
 
 def test_one_inclusion_probability_per_row() -> None:
