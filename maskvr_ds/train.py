@@ -146,7 +146,7 @@ def train_phase(
                 if save or written:
                     saver.finish()
                 if save:
-                    saver.save(step, samples, record, wait=stopping or step == phase.last_step)
+                    saver.save(step, samples, record, batch=number, wait=stopping or step == phase.last_step)
                 if save and stopping and step < phase.run_steps:
                     distributed.run_on_rank0(partial(write_run_status, run.output_dir, STOPPED, step, fence))
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {saver.latest}")

@@ -6,6 +6,7 @@ Collectives: `distributed.run_on_rank0`.
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -78,19 +79,43 @@ def windows_of(rollbacks: list[dict[str, Any]], phase: int) -> list[Window]:
     return [(first, end) for entry in rollbacks if entry["phase"] == phase for first, end in entry["passed_over"]]
 
 
+def may_return(step: int, returned_to: list[int], maximum: int) -> bool:
+    """Whether the run may roll back to the checkpoint of `step`; returned_to: steps of all earlier rollbacks.
+
+    `maximum` times, unless it comes after a later checkpoint that did not help: then once.
+    """
+    limit = min(1, maximum) if any(other > step for other in returned_to) else maximum
+    return returned_to.count(step) < limit
+
+
+def _explain(tried: Counter[int], saved: list[Path], step: int) -> str:
+    """Why a run ends, and how to continue from `step` or from a later checkpoint that it has rolled back from."""
+    done = ", ".join(f"{n} rollback{'s' * (n > 1)} to step {to}" for to, n in tried.items()) or "no rollback"
+    later = [folder for folder in saved if checkpoints.step_of(folder) > step]
+    other = f"; from {later[-1]}, which is kept, only in another output_dir" if later else ""
+    return (
+        f"after {done} (divergence.max_rollbacks); skipping data did not help. Resume from step {step} with a lower "
+        f"optimizer.lr or more schedule.warmup_steps{other}"
+    )
+
+
 def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: Fence) -> ResumePoint:
     """Choose the checkpoint to return to after a divergence and record the rollback. Collective: call on all ranks.
 
-    point: where the phase was resumed from. Returns the run's newest intact checkpoint; `point` if the phase has not
-    saved one. Raises, on all ranks, FloatingPointError if the run has returned to that checkpoint
-    `divergence.max_rollbacks` times already, FencedError if another job owns the run.
+    point: where the phase was resumed from. Returns the run's newest intact checkpoint (`point` if it has not saved
+    one); if the run has returned to it `divergence.max_rollbacks` times already, the newest earlier one to which it has
+    not. Raises, on all ranks, FloatingPointError if there is none, FencedError if another job owns the run.
     """
     run, maximum = phase.config.output_dir, phase.config.divergence.max_rollbacks
 
-    def decide() -> tuple[ResumePoint, dict[str, Any], bool]:
+    def decide() -> tuple[ResumePoint, dict[str, Any], str | None]:
         fence.check()
-        back_to = point.at(checkpoints.find(run, "auto") or point.checkpoint)
-        rollbacks = read_rollbacks(run, {} if back_to.checkpoint is None else back_to.checkpoint.state.guard)
+        newest = point.at(checkpoints.find(run, "auto") or point.checkpoint)
+        rollbacks = read_rollbacks(run, {} if newest.checkpoint is None else newest.checkpoint.state.guard)
+        returned_to = [rollback["to_step"] for rollback in rollbacks]
+        earlier = (point.at(c) for c in checkpoints.intact(run) if c.state.step < newest.step)
+        chosen = next((p for p in itertools.chain([newest], earlier) if may_return(p.step, returned_to, maximum)), None)
+        back_to = chosen or newest
         begin = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
         entry = {
             "event": "rollback",
@@ -101,20 +126,17 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
             # Batches trained before that checkpoint remain trained.
             "passed_over": [(max(first, begin), end) for first, end in merge(error.windows) if end > begin],
         }
-        before = sum(rollback["to_step"] == back_to.step for rollback in rollbacks)
-        if before < maximum:
+        if chosen is not None:
             write_rollbacks(run, [*rollbacks, entry])
-        else:
-            append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": before, "passed_over": []})
-        return back_to, entry, before < maximum
+            return back_to, entry, None
+        before = returned_to.count(back_to.step)
+        append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": before, "passed_over": []})
+        tried = Counter(step for step in returned_to if step >= back_to.step)
+        return back_to, entry, _explain(tried, checkpoints.complete_checkpoints(run), back_to.step)
 
-    back_to, entry, allowed = distributed.run_on_rank0(decide)
-    if not allowed:
-        raise FloatingPointError(
-            f"step {error.step}: {error.reason}, after {maximum} rollbacks to step {back_to.step} "
-            "(divergence.max_rollbacks); skipping data did not help. Resume from that checkpoint with a lower "
-            "optimizer.lr or more schedule.warmup_steps"
-        )
+    back_to, entry, ends = distributed.run_on_rank0(decide)
+    if ends is not None:
+        raise FloatingPointError(f"step {error.step}: {error.reason}, {ends}")
     skipped = ", ".join(f"{first} to {end - 1}" for first, end in entry["passed_over"]) or "none"
     message = "step %d: %s; rolled back to step %d, skipping batches: %s"
     logger.info(message, error.step, error.reason, back_to.step, skipped)

@@ -21,6 +21,9 @@ class Act:
     kill: (rank, place, n): SIGKILL of a rank (None: all): "step": before update n; "update": before the n-th update of
     this job; "save": in the n-th write of a DeepSpeed file; "write": halfway through the n-th file of an asynchronous
     checkpoint; "convert": once a conversion is written, before it is renamed.
+    poison: (update, what, rank): after that update (1-based), for the first time in this job, a value of that rank
+    becomes infinite: "masters", a moment's name, or "rounded", which only the model's own weights hold.
+    unchecked: checkpoints are saved as versions did that had no check for finite values.
     damage: (update, file): the file is truncated to nothing just before that update.
     slow: extra seconds that every file takes to write.
     fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
@@ -35,6 +38,8 @@ class Act:
     nan_row: int | None = None
     nan_step: int | None = None
     kill: tuple[int | None, str, int] | None = None
+    poison: tuple[int, str, int] | None = None
+    unchecked: bool = False
     damage: tuple[int, Path] | None = None
     fill: Path | None = None
     empty: Path | None = None
@@ -110,6 +115,7 @@ def _live(act: Act) -> str:
 def prepare(act: Act) -> None:
     """Patch this process so that the act's faults happen."""
     from maskvr_ds import train
+    from maskvr_ds.checkpoint import save
     from maskvr_ds.masking.masker import Masker
     from maskvr_ds.run_folder import checkpoints
     from maskvr_ds.training.phases import RunPhase
@@ -147,6 +153,10 @@ def prepare(act: Act) -> None:
 
     train.plot_loss = lambda *_: None  # takes a second each
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
+    if act.poison is not None:
+        _poison(*act.poison)
+    if act.unchecked:
+        save.nonfinite = lambda *_: []
     if act.fill is not None:
         checkpoints.check_space = full
     if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "save":
@@ -155,6 +165,24 @@ def prepare(act: Act) -> None:
     _write_slowly(act.slow, act.kill[2] if act.kill is not None and here else 0)
     if act.kill is not None and act.kill[1] == "convert":
         _kill_in_conversion()
+
+
+def _poison(update: int, what: str, rank: int) -> None:
+    from maskvr_ds import train
+
+    run_step, left = train.run_step, [int(os.environ["RANK"]) == rank]
+
+    def poisoned(engine: Any, *args: Any, **options: Any) -> Any:
+        result = run_step(engine, *args, **options)
+        if left[0] and engine.global_steps == update:
+            left[0] = False
+            first = next(iter(engine.basic_optimizer.state))
+            value = next(engine.module.parameters()) if what == "rounded" else first
+            value = value if what in ("masters", "rounded") else engine.basic_optimizer.state[first][what]
+            value.detach().view(-1)[3] = float("inf")
+        return result
+
+    train.run_step = poisoned
 
 
 def _kill_in_save(number: int) -> None:
