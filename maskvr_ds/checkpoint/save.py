@@ -10,6 +10,7 @@ of `nonfinite` and of `full_fp32_weights`.
 """
 
 import errno
+import itertools
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -39,6 +40,9 @@ from maskvr_ds.runtime import distributed, files
 _SMALL_FILES = 2 << 20
 # File name -> (tensors on the CPU, metadata) of a further safetensors file.
 ExtraFiles = Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
+
+
+_attempts = itertools.count()
 
 
 class NotFiniteError(ArithmeticError):
@@ -87,7 +91,8 @@ class CheckpointWriter:
         self._run, self._state, self._keep, self._fence = run, state, keep, fence
         tag = f"step-{state.step:08d}"
         self._final = run / CHECKPOINTS / tag
-        self._saving = run / CHECKPOINTS / f"{SAVING}-{fence.label}"
+        # Numbered, identically on all ranks: what an earlier attempt left, and could not be deleted, must not count.
+        self._saving = run / CHECKPOINTS / f"{SAVING}-{fence.label}-{next(_attempts)}"
         self._folder = self._saving / tag
         self._tokenizer = Path()
         self._failed: list[Exception] = []

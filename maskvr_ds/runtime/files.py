@@ -102,8 +102,15 @@ def warn_of(path: Path, error: OSError) -> None:
         logger.warning("%s could not be deleted (%s): delete it yourself; nothing else depends on it", path, error)
 
 
+def keep_copy(path: Path) -> Path:
+    """Copy a damaged file, before it is replaced, to a free name next to it; returns the copy's path."""
+    copy = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+    shutil.copyfile(path, copy)
+    return copy
+
+
 def set_aside(path: Path, prefix: str) -> Path:
-    """Rename a file, folder or link within its folder to a free hidden name that starts with `prefix`; returns it."""
+    """Rename a file, folder or link within its folder to a free name that starts with `prefix`; returns it."""
     target = path.with_name(f"{prefix}{path.name}.{secrets.token_hex(4)}")
     return path.rename(target)
 

@@ -18,8 +18,8 @@ from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import METRICS, ROLLBACKS
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import atomic_write
-from maskvr_ds.telemetry.metrics_file import append_event
+from maskvr_ds.runtime.files import atomic_write, read_json, set_aside
+from maskvr_ds.telemetry.metrics_file import append_event, read_events
 from maskvr_ds.training.phases import RunPhase
 from maskvr_ds.training.resume import ResumePoint
 
@@ -62,12 +62,38 @@ def batches(loader: Loader, trained: int, windows: list[Window]) -> Generator[tu
 def read_rollbacks(run: Path, restored: dict[str, Any]) -> list[dict[str, Any]]:
     """All rollbacks of the run: phase, step, to_step, reason, passed_over (windows of skipped batches).
 
-    restored: the checkpoint's `guard`, used if the run continues in another folder.
+    restored: the checkpoint's `guard`, used if the run continues in another folder. If rollbacks.json is damaged, it is
+    set aside and written anew with the events in metrics.jsonl, or with those that the checkpoint knows if these are
+    more.
     """
-    path = run / ROLLBACKS
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return restored.get("rollbacks", [])
+    path, known = run / ROLLBACKS, restored.get("rollbacks", [])
+    try:
+        rollbacks = read_json(path)
+    except FileNotFoundError:
+        return known
+    except (OSError, ValueError):
+        rollbacks = None
+    if isinstance(rollbacks, list) and all(_is_rollback(entry) for entry in rollbacks):
+        return rollbacks
+    events = [event for event in read_events(run / METRICS) if event["event"] == "rollback" and _is_rollback(event)]
+    rollbacks = events if len(events) > len(known) else known
+    kept = set_aside(path, "damaged-")
+    write_rollbacks(run, rollbacks)
+    logger.warning("%s: damaged, kept as %s; %d rollbacks are known from elsewhere", path, kept, len(rollbacks))
+    return rollbacks
+
+
+def _is_rollback(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    windows = entry.get("passed_over")
+    return all(type(entry.get(key)) is int for key in ("phase", "step", "to_step")) and (
+        isinstance(windows, list) and all(_is_window(window) for window in windows)
+    )
+
+
+def _is_window(window: Any) -> bool:
+    return isinstance(window, list | tuple) and len(window) == 2 and all(type(end) is int for end in window)
 
 
 def write_rollbacks(run: Path, rollbacks: list[dict[str, Any]]) -> None:

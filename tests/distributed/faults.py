@@ -17,7 +17,8 @@ class Act:
     """One job on all ranks, and the fault injected into it.
 
     signal: (rank, update, number): signal for that rank just before that update (0-based).
-    nan_row: a corpus row whose loss is always NaN; nan_step: the update at which a loss on rank 1 is NaN.
+    nan_row: a corpus row whose loss is always NaN; nan_step: the update at which a loss on rank 1 is NaN, nan_once: for
+    the first time only.
     kill: (rank, place, n): SIGKILL of a rank (None: all): "step": before update n; "update": before the n-th update of
     this job; "save": in the n-th write of a DeepSpeed file; "write": halfway through the n-th file of an asynchronous
     checkpoint; "convert": once a conversion is written, before it is renamed.
@@ -29,7 +30,7 @@ class Act:
     fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
     before the job starts.
     note: a file that gets one line before the job starts: steps logged, step of the newest checkpoint.
-    output: takes what rank 0 prints. ranks: the first `ranks` of the processes take part.
+    output, error: take what rank 0 prints. ranks: the first `ranks` of the processes take part.
     """
 
     values: dict[str, Any]
@@ -37,6 +38,7 @@ class Act:
     signal: tuple[int, int, int] | None = None
     nan_row: int | None = None
     nan_step: int | None = None
+    nan_once: bool = False
     kill: tuple[int | None, str, int] | None = None
     poison: tuple[int, str, int] | None = None
     unchecked: bool = False
@@ -46,6 +48,7 @@ class Act:
     note: Path | None = None
     slow: float = 0.0
     output: Path | None = None
+    error: Path | None = None
     ranks: int = 2
 
 
@@ -98,6 +101,8 @@ def _live(act: Act) -> str:
             file.write(f"{len(read_lines(run / METRICS))} {max(saved, default=0)}\n")
     if act.output is not None and os.environ["RANK"] == "0":
         os.dup2(os.open(act.output, os.O_WRONLY | os.O_CREAT, 0o644), 1)
+    if act.error is not None and os.environ["RANK"] == "0":
+        os.dup2(os.open(act.error, os.O_WRONLY | os.O_CREAT, 0o644), 2)
     distributed.initialize()
     distributed.barrier()
     prepare(act)
@@ -141,7 +146,7 @@ def prepare(act: Act) -> None:
         result = mask(masker, batch)
         if act.nan_row is not None:
             result.weights[batch.sample_ids == act.nan_row] *= float("nan")
-        if act.nan_step == now[0] and rank == 1:
+        if act.nan_step == now[0] and rank == 1 and not (act.nan_once and made[0] > now[0] + 1):
             result.weights[0] *= float("nan")
         return result
 
