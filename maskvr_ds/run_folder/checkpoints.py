@@ -68,6 +68,14 @@ class CheckpointState:
     auto: dict[str, Any] = field(default_factory=dict)
 
 
+_TYPES = {
+    **dict.fromkeys(("step", "samples", "world_size", "zero_stage"), int),
+    "dtype": str,
+    **dict.fromkeys(("partitions", "phases"), list),
+    **dict.fromkeys(("identity", "settings", "guard", "auto"), dict),
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files were verified, with its state."""
@@ -138,9 +146,13 @@ def _lists_files(content: Mapping[str, Any]) -> bool:
 
 def _state_of(folder: Path, manifest: Mapping[str, Any]) -> CheckpointState:
     try:
-        return CheckpointState(**{key: value for key, value in manifest.items() if key not in ("format", "files")})
+        state = CheckpointState(**{key: value for key, value in manifest.items() if key not in ("format", "files")})
     except TypeError as error:
         raise CheckpointError(f"{folder / MANIFEST}: not of a checkpoint of this format ({error})") from None
+    for key, value in vars(state).items():
+        if type(value) is not (expected := _TYPES[key]):
+            raise CheckpointError(f"{folder / MANIFEST}: {key} is {value!r}, not {expected.__name__}; damaged")
+    return state
 
 
 def read_state(folder: Path) -> CheckpointState:
