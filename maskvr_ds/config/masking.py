@@ -20,7 +20,7 @@ SUBSECTIONS: dict[str, tuple[str, ...]] = {
     "mapnet": ("mapnet",),
     "auto": ("auto", "mapnet"),
 }
-# Settings of subsection mapnet that strategy auto decides by itself.
+# Settings of subsection mapnet that strategy auto controls.
 _NOT_UNDER_AUTO = ("gate", "sampler", "estimator")
 # Settings of the proposal network that may change on resume.
 MAPNET_MAY_CHANGE = {"lr", "check_every"}
@@ -146,10 +146,15 @@ class MaskingConfig(Section):
     change_at_resume: bool = False
     """Resume from a checkpoint whose run had other masking settings, instead of refusing it."""
     span: SpanConfig = SpanConfig()
+    """Strategy span: lengths of spans."""
     fully_explored: FullyExploredConfig = FullyExploredConfig()
+    """Strategy fully_explored: placement of a row's segments."""
     frequency: FrequencyConfig = FrequencyConfig()
+    """Strategy frequency: exponents, sampler, estimator."""
     mapnet: MapNetConfig = MapNetConfig()
+    """Strategies mapnet and auto: the mask proposal network."""
     auto: AutoConfig = AutoConfig()
+    """Strategy auto: measurements of the gradient's variance."""
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:

@@ -1,4 +1,4 @@
-"""Two ssh hosts with two ranks each, through pdsh: a run that suffers every fault, against an undisturbed one."""
+"""Two ssh hosts with two ranks each, through pdsh: a run that suffers every fault, against an uninterrupted one."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ from tests.distributed.training import column, configuration, environment
 from tests.support.corpora import make_corpus
 
 EVERY, TIMEOUT, GRACE = 10, 10, 5
-# The speed of steps must not matter: a run ends soon after its last fault, and the undisturbed one at the same step.
+# The speed of steps must not matter: a run ends soon after its last fault, and the uninterrupted one at the same step.
 FAR = 100_000
 FIGURES = ("step", "samples", "loss", "grad_norm", "data_digest", "mask_digest")
 # Seconds of tolerance for a loaded machine (four times slower than idle).
@@ -102,13 +102,13 @@ class Scene:
                 raise AssertionError(f"no checkpoint: {process.communicate()}") from None
             assert process.poll() is None, f"ended before the fault ({before} checkpoints): {process.communicate()}"
             act(process)
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             out, err = process.communicate(timeout=400)
         except subprocess.TimeoutExpired:
             send(process, signal.SIGKILL)
             raise AssertionError(f"not over: {process.communicate()}") from None
-        life = Life(process.returncode, time.monotonic() - begun, out.decode(), err.decode())
+        life = Life(process.returncode, time.monotonic() - started, out.decode(), err.decode())
         return life
 
     def leftovers(self, *numbers: int) -> list[list[str]]:
@@ -210,8 +210,8 @@ def test_leftovers_of_an_earlier_launch_are_killed_but_no_foreign_job(scene: Sce
     assert scene.foreign.poll() is None
 
 
-def test_resumed_after_all_faults_equals_an_undisturbed_run(scene: Scene, lives: dict[str, Life]) -> None:
-    """The last part runs under MPICH's launcher, the undisturbed run under DeepSpeed's own command."""
+def test_resumed_after_all_faults_equals_an_uninterrupted_run(scene: Scene, lives: dict[str, Life]) -> None:
+    """The last part runs under MPICH's launcher, the uninterrupted run under DeepSpeed's own command."""
     assert lives["done"].status == 0, lives["done"].err
     whole = scene.folder / "whole"
     words = ["-m", "deepspeed.launcher.runner", "--hostfile", scene.hostfile, "--module", "maskvr_ds.train"]
@@ -243,13 +243,13 @@ def test_an_unreachable_second_host_and_a_wrong_number_of_slots(scene: Scene) ->
     """Both are reported together, sooner than the rendezvous would time out."""
     hostfile = scene.folder / "wrong.txt"
     hostfile.write_text("h1 slots=1000\nabsent slots=1000\n")
-    begun = time.monotonic()
+    started = time.monotonic()
     # Divisible by the ranks: otherwise that error would come first.
     sizes = ["--set", "batch.global_size=2000", "--set", "batch.micro_size=1"]
     said = scene.refused("never", "--force", *sizes, hostfile=hostfile)
     assert "absent: not reachable by ssh: " in said
     assert f"h1: slots=1000, but it has {len(os.sched_getaffinity(0))} CPU cores; correct the hostfile" in said
-    assert time.monotonic() - begun < 20 + LATE
+    assert time.monotonic() - started < 20 + LATE
 
 
 def test_another_job_on_the_hosts(scene: Scene) -> None:

@@ -1,6 +1,6 @@
 """Trainings as Slurm jobs on a real cluster: time limit, preemption, cancelling, lost nodes, partitioned ranks.
 
-Compared with an undisturbed run: `srun` of the trainer, without a script.
+Compared with an uninterrupted run: `srun` of the trainer, without a script.
 """
 
 import json
@@ -45,7 +45,7 @@ def submit(slurm: Cluster, file: Path, nodes: str, *more: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus and an undisturbed run, "whole"."""
+    """With a corpus and an uninterrupted run, "whole"."""
     folder = tmp_path_factory.mktemp("jobs")
     make_corpus(folder / "corpus", rows=200, words=20)
     train = (sys.executable, "-m", "maskvr_ds.train", "--config", config(folder, "whole"))

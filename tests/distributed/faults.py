@@ -209,7 +209,6 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
     """kill_at: the call in which this process is killed; 0: none."""
     import time
 
-    from maskvr_ds.checkpoint import save as checkpoint
     from maskvr_ds.run_folder import checkpoints
 
     write_hashed, calls = files.write_hashed, [0]
@@ -223,7 +222,7 @@ def _write_slowly(seconds: float, kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_hashed(path, content)
 
-    checkpoint.write_hashed = checkpoints.write_hashed = slow
+    files.write_hashed = checkpoints.write_hashed = slow
 
 
 def _kill_in_conversion() -> None:

@@ -52,9 +52,11 @@ class Runs:
             assert run_ranks(train_by_course, ranks, jobs, ranks == 2) == [[None] * len(jobs)] * ranks
             measured = self.values(f"measured-{ranks}", ranks) | {"training": {"steps": EVERY + 2}}
             faulty = self.values(f"faulty-{ranks}", ranks) | {"masking": {"strategy": "auto", "auto": {"rows": 201}}}
-            told = run_ranks(train_all, ranks, [(measured, None), (faulty, None)])
-            assert [answer[0] for answer in told] == [None] * ranks
-            assert any("auto.rows 201: " in str(answer[1]) and "has only 200 rows" in str(answer[1]) for answer in told)
+            texts = run_ranks(train_all, ranks, [(measured, None), (faulty, None)])
+            assert [answer[0] for answer in texts] == [None] * ranks
+            assert any(
+                "auto.rows 201: " in str(answer[1]) and "has only 200 rows" in str(answer[1]) for answer in texts
+            )
 
     def values(self, name: str, ranks: int) -> dict[str, Any]:
         return configuration(
@@ -62,10 +64,13 @@ class Runs:
             self.corpus,
             steps=STEPS,
             model=NO_DROPOUT,
-            masking={"strategy": "auto", "rate": 0.2},
-            # By its FLOPs it would cost half as much as this small model.
-            mapnet={"hidden": 32, "layers": 1, "cost": 0.0},
-            auto={"every_steps": EVERY, "rows": 5, "draws": 2, "sketch_size": 500},
+            masking={
+                "strategy": "auto",
+                "rate": 0.2,
+                # By its FLOPs the network would cost half as much as this small model.
+                "mapnet": {"hidden": 32, "layers": 1, "cost": 0.0},
+                "auto": {"every_steps": EVERY, "rows": 5, "draws": 2, "sketch_size": 500},
+            },
             batch={"global_size": 60, "micro_size": 30 // ranks},
             evaluation={"every_steps": 0},
         )

@@ -59,7 +59,7 @@ ALL = {
 
 
 class Crossed:
-    """Each run undisturbed on 2 ranks, and in four parts of different layouts; the first is killed in a conversion."""
+    """Each run uninterrupted on 2 ranks, and in four parts of other layouts; the first is killed in a conversion."""
 
     def __init__(self, folder: Path, runs: dict[str, Any]) -> None:
         self.folder, self.runs = folder, runs
@@ -107,7 +107,7 @@ def crossed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return Crossed(tmp_path_factory.mktemp("elastic"), ALL if request.config.getoption("--whole-survival") else RUNS)
 
 
-def test_data_and_masks_are_those_of_the_undisturbed_run(crossed: Crossed) -> None:
+def test_data_and_masks_are_those_of_the_uninterrupted_run(crossed: Crossed) -> None:
     for name in crossed.runs:
         figures = ("step", "samples", "data_digest") if name == "mapnet" else ("step", "samples", "mask_digest")
         found = column(crossed(name), *figures, "lr")
@@ -115,7 +115,7 @@ def test_data_and_masks_are_those_of_the_undisturbed_run(crossed: Crossed) -> No
         assert found == column(crossed(name, "whole"), *figures, "lr"), name
 
 
-def test_masks_are_those_of_the_undisturbed_run_one_by_one(crossed: Crossed) -> None:
+def test_masks_are_those_of_the_uninterrupted_run_one_by_one(crossed: Crossed) -> None:
     """MAPNet's too, except for rare ones decided by rounding: it trains on reduced gradients."""
     for name in crossed.runs:
         ours, theirs = read_masks(crossed(name)), read_masks(crossed(name, "whole"))
@@ -126,7 +126,7 @@ def test_masks_are_those_of_the_undisturbed_run_one_by_one(crossed: Crossed) -> 
         assert equal >= (0.99 if name == "mapnet" else 1) * len(ours), name
 
 
-def test_losses_and_norms_are_those_of_the_undisturbed_run(crossed: Crossed) -> None:
+def test_losses_and_norms_are_those_of_the_uninterrupted_run(crossed: Crossed) -> None:
     for name in crossed.runs:
         # In 16 bits gradients are summed and rounded in another order.
         tolerance = 1e-4 if crossed.precision(name) == "fp32" else 5e-3
@@ -136,7 +136,7 @@ def test_losses_and_norms_are_those_of_the_undisturbed_run(crossed: Crossed) -> 
         assert max(differences.values()) <= tolerance, (name, differences)
 
 
-def test_weights_are_those_of_the_undisturbed_run(crossed: Crossed) -> None:
+def test_weights_are_those_of_the_uninterrupted_run(crossed: Crossed) -> None:
     for name, (_, sections) in crossed.runs.items():
         if crossed.precision(name) != "fp32" or sections:
             continue

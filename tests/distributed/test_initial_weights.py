@@ -187,8 +187,8 @@ def test_models_that_do_not_fit_are_refused_on_all_ranks(model: Path, corpus: Pa
         values = started_from(folder, tmp_path / str(number), of, steps=1, evaluation={"every_steps": 0}, **FROZEN)
         jobs.append((values, None))
     first, second = run_ranks(train_all, 2, jobs)
-    for message, told, elsewhere in zip(cases, first, second, strict=True):
-        assert told is not None
-        assert re.search(message, told), told
+    for message, error, elsewhere in zip(cases, first, second, strict=True):
+        assert error is not None
+        assert re.search(message, error), error
         assert elsewhere is not None
         assert re.search(message, elsewhere), elsewhere

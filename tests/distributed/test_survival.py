@@ -1,4 +1,4 @@
-"""Signals, kills, full disks, damage and divergence, each compared with an undisturbed run."""
+"""Signals, kills, full disks, damage and divergence, each compared with an uninterrupted run."""
 
 import shutil
 import signal

@@ -52,7 +52,7 @@ def second_half(folder: Path) -> dict[int, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, np.ndarray]]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, np.ndarray]]]:
     """Folder of converted checkpoints, and the weights of the uninterrupted runs on 2 ranks."""
     from deepspeed.checkpoint.ds_to_universal import main as convert
 
@@ -67,8 +67,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[in
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_another_world_size_continues(world_size: int, undisturbed: tuple[Path, Any]) -> None:
-    folder, expected = undisturbed
+def test_another_world_size_continues(world_size: int, uninterrupted: tuple[Path, Any]) -> None:
+    folder, expected = uninterrupted
     for weights in run_ranks(second_half, world_size, folder):
         for stage in STAGES:
             largest = max(float(np.abs(weights[stage][n] - w).max()) for n, w in expected[stage].items())

@@ -213,15 +213,15 @@ def check_crossing() -> None:
         for name, master in masters.items():
             assert torch.equal(master, tensors[f"fp32/mlm.{name}"]), name
         held = iter([p for group in of_run.basic_optimizer.param_groups for p in group["params"]])
-        whole = of_run.zero_optimization_stage() == 0
+        unpartitioned = of_run.zero_optimization_stage() == 0
         if hasattr(of_run.optimizer, "_lazy_init_hp_params_optimizer_state"):
             of_run.optimizer._lazy_init_hp_params_optimizer_state()  # else at the first step
         for name, parameter in of_run.module.named_parameters():
             for kind in ("exp_avg", "exp_avg_sq"):
-                if not whole:
+                if not unpartitioned:
                     moment = safe_get_full_optimizer_state(parameter, kind)
                     assert torch.equal(moment, tensors[f"{kind}/{name}"]), (kind, name)
-        if whole:
+        if unpartitioned:
             names = [n for group in of_run.basic_optimizer.param_groups for n in group["param_names"]]
             for name, parameter in zip(names, held, strict=True):
                 for kind in ("exp_avg", "exp_avg_sq"):

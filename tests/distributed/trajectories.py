@@ -24,7 +24,7 @@ from maskvr_ds.optim.variants import Variant
 from tests.distributed.training import allow_fp16
 from tests.reference import lamb as reference
 
-STEPS, BATCH, LENGTH, VOCABULARY = 50, 24, 9, 61  # 24 sequences: 1, 2, 3 ranks with 1 or 4 micro-batches
+BATCH, LENGTH, VOCABULARY = 24, 9, 61  # 24 sequences: 1, 2, 3 ranks with 1 or 4 micro-batches
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.999), 1e-6, 0.01
 CLIP, LOUDER = 1.0, 10.0  # with clipping the loss is multiplied, so that the norm is above 1 in every step
 
@@ -52,6 +52,7 @@ class Run:
     model: str = "whole"  # "frozen": layer 0 is; "zero_init": partitioned before the engine is created
     zero: dict[str, Any] = field(default_factory=dict, hash=False)  # further keys of zero_optimization
     more: dict[str, Any] = field(default_factory=dict, hash=False)  # further top-level keys
+    steps: int = 20
 
     def __str__(self) -> str:
         more = "".join(f", {key} {value}" for key, value in {**self.zero, **self.more}.items())
@@ -121,13 +122,13 @@ def reference_for(model: torch.nn.Module, optimizer: str) -> reference.Reference
     return OPTIMIZERS[optimizer][1]([p for _, p in named], decay, rates, BETAS, EPS)
 
 
-def reference_run(optimizer: str, maximum: float, kind: str = "whole") -> tuple[dict[str, np.ndarray], float]:
+def reference_run(optimizer: str, maximum: float, kind: str, steps: int) -> tuple[dict[str, np.ndarray], float]:
     """Final weights by name of a float64 training on full batches, and its minimum gradient norm."""
     model = tiny_bert().double()
     freeze(model, kind)
     under_way = reference_for(model, optimizer)
     smallest = float("inf")
-    for input_ids, labels in zip(*batches(STEPS), strict=True):
+    for input_ids, labels in zip(*batches(steps), strict=True):
         model.zero_grad()
         (model(input_ids=input_ids, labels=labels).loss * (LOUDER if maximum else 1.0)).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -179,7 +180,7 @@ def engine_config(run: Run) -> dict[str, Any]:
     if run.precision == "fp16":
         # The initial scale is too high: the first steps overflow. It never grows: DeepSpeed would divide the gradients
         # of the step in which it grows by the new scale.
-        config["fp16"] = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 1000, "hysteresis": 1}
+        config["fp16"] = {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 1000, "hysteresis": 1}
     if run.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False
@@ -244,10 +245,10 @@ def masters_of(engine: Any) -> dict[str, np.ndarray]:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    beside: dict[torch.Tensor, torch.Tensor] = {}
+    masters: dict[torch.Tensor, torch.Tensor] = {}
     if not engine.zero_optimization_stage() and hasattr(engine.optimizer, "fp32_groups"):
         low, high = engine.optimizer.fp16_groups, engine.optimizer.fp32_groups
-        beside = {p: m for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)}
+        masters = {p: m for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)}
     weights = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:  # there is no master
@@ -259,7 +260,7 @@ def masters_of(engine: Any) -> dict[str, np.ndarray]:
         if parameter.dtype != torch.float32 or hasattr(parameter, "ds_tensor"):
             master = safe_get_full_fp32_param(parameter)
         if master is None:
-            master = beside.get(parameter, parameter)
+            master = masters.get(parameter, parameter)
         weights[name] = master.detach().float().numpy().copy()
     return weights
 
@@ -268,7 +269,7 @@ def fp32_run(run: Run, how: str = "bind") -> dict[str, Any]:
     engine = make_engine(run, how)
     tensors = sum(p.requires_grad for p in engine.module.parameters())
     with AllReduceCounter(2 * tensors) as counter:
-        for input_ids, labels in zip(*batches(STEPS), strict=True):
+        for input_ids, labels in zip(*batches(run.steps), strict=True):
             train(engine, input_ids, labels, LOUDER if run.clip else 1.0)
     ratios = engine.basic_optimizer.trust_ratios
     result = {
@@ -289,7 +290,7 @@ def low_precision_run(run: Run) -> tuple[float, int]:
     under_way = reference_for(
         tiny_bert().to(torch.bfloat16 if run.precision == "bf16" else torch.float16), run.optimizer
     )
-    for input_ids, labels in zip(*batches(STEPS), strict=True):
+    for input_ids, labels in zip(*batches(run.steps), strict=True):
         train(engine, input_ids, labels, LOUDER if run.clip else 1.0, last=False)
         gradients = [(safe_get_full_grad(p) if run.stage else p.grad).double() for p in parameters]
         scale, skipped = float(engine.optimizer.loss_scale if run.precision == "fp16" else 1.0), engine.skipped_steps

@@ -105,11 +105,11 @@ def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str) -> 
     whole, again = (Path(run["output_dir"]) for run in runs)
     resumed = whole.with_name(whole.name + "-resumed")
     assert column(whole, "step", "samples", "data_digest") == column(resumed, "step", "samples", "data_digest")
-    # A GPU sums in no fixed order: the difference of two undisturbed runs is the yardstick.
+    # A GPU sums in no fixed order: the difference of two uninterrupted runs is the yardstick.
     assert [p.name for p in complete_checkpoints(resumed)] == [p.name for p in complete_checkpoints(whole)]
     apart = [torch.tensor(column(run, "loss")) - torch.tensor(column(whole, "loss")) for run in (resumed, again)]
     most = [each.abs().max().item() for each in apart]
-    print(f"{engine}: a resumed run differs from an undisturbed one by {most[0]:.3g}, a repeated one by {most[1]:.3g}")
+    print(f"{engine}: difference of a resumed run {most[0]:.3g}, of a repeated one {most[1]:.3g}")
     assert most[0] <= max(1e-3, 3 * most[1])
 
 

@@ -1,10 +1,12 @@
-"""RunConfig: recipes valid, faults told in one line each with value, rule and remedy."""
+"""RunConfig: recipes are valid; faults are reported in one line each, with value, rule and remedy."""
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 import ds_configs
 from maskvr_ds.config import (
@@ -14,9 +16,11 @@ from maskvr_ds.config import (
     deepspeed_config_path,
     dump_config,
     load_config,
+    recipe_parts,
     recipe_text,
     recipes,
 )
+from maskvr_ds.config.loading import read_yaml
 from maskvr_ds.config.masking import SpanConfig
 
 MINIMAL = {"output_dir": "runs/x", "data": {"path": "corpus"}, "training": {"steps": 100}}
@@ -35,7 +39,7 @@ def test_recipes_are_valid(name: str) -> None:
     assert yaml.safe_load(recipe_text(name))["output_dir"]
 
 
-def test_a_base_is_laid_under_the_file(tmp_path: Path) -> None:
+def test_a_file_is_merged_over_its_base(tmp_path: Path) -> None:
     (tmp_path / "below.yaml").write_text("base: demo_cpu\nseed: 7\nbatch: {micro_size: 8}\n")
     (tmp_path / "run.yaml").write_text("base: below.yaml\nbatch: {global_size: 128}\nmasking: {strategy: span}\n")
     config, demo = load_config(tmp_path / "run.yaml", ["optimizer.lr=0.02"]), load_config("demo_cpu")
@@ -45,7 +49,7 @@ def test_a_base_is_laid_under_the_file(tmp_path: Path) -> None:
     assert config.model_dump(include=same) == demo.model_dump(include=same)
 
 
-def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+def test_missing_and_cyclic_bases_are_refused(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("base: two.yaml\n")
     two.write_text("base: one.yaml\n")
@@ -62,7 +66,7 @@ def test_a_base_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         load_config(one)
 
 
-def test_several_bases_are_laid_over_each_other(tmp_path: Path) -> None:
+def test_several_bases_are_merged_in_order(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("model: {num_hidden_layers: 5}\nseed: 3\n")
     (tmp_path / "masks.yaml").write_text("masking: {strategy: span, span: {max_length: 4}}\nseed: 4\n")
     (tmp_path / "run.yaml").write_text("base: [demo_cpu, model.yaml, masks.yaml]\nmasking: {strategy: mapnet}\n")
@@ -73,7 +77,54 @@ def test_several_bases_are_laid_over_each_other(tmp_path: Path) -> None:
     assert load_config(tmp_path / "run.yaml").masking.span == SpanConfig(max_length=4, geometric_p=0.5)
 
 
-def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
+def test_a_base_is_included_once(tmp_path: Path) -> None:
+    """Merged twice, common.yaml would undo what one.yaml changes in it."""
+    (tmp_path / "common.yaml").write_text("base: demo_cpu\nseed: 1\n")
+    (tmp_path / "one.yaml").write_text("base: common.yaml\nseed: 2\n")
+    (tmp_path / "two.yaml").write_text("base: ./common.yaml\nbatch: {micro_size: 8}\n")
+    (tmp_path / "run.yaml").write_text("base: [one.yaml, two.yaml]\n")
+    with pytest.raises(
+        ConfigError, match=r"two\.yaml: base \./common\.yaml is also included by .*one\.yaml; .* it once"
+    ):
+        load_config(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("base: [common.yaml, common.yaml]\n")
+    with pytest.raises(ConfigError, match=r"base common\.yaml is also included by .*run\.yaml"):
+        load_config(tmp_path / "run.yaml")
+    (tmp_path / "one.yaml").write_text("base: sub/../one.yaml\n")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ConfigError, match=r"base sub/\.\./one\.yaml leads back to itself"):
+        load_config(tmp_path / "one.yaml")
+
+
+def test_parts_of_recipes_combine(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "base: [model_bert_base, lamb_32k, masks_mapnet, masks_span]\noutput_dir: runs/x\ndata: {path: c}\n"
+    )
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.model.preset, config.batch.global_size, config.optimizer.lr) == ("bert-base", 32768, 5e-3)
+    assert config.masking == load_config("bert_base_4k_span").masking
+    for name in recipe_parts():
+        assert recipe_text(name).startswith("#")
+        load_config("demo_cpu", [f"{s}={json.dumps(v)}" for s, v in read_yaml(name).items()])
+
+
+def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """A section's class, and those of all sections within it."""
+    found = [model]
+    for field in model.model_fields.values():
+        for option in (field.annotation, *get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                found += sections(option)
+    return found
+
+
+@pytest.mark.parametrize("section", dict.fromkeys(sections(RunConfig)))
+def test_every_setting_is_described(section: type[BaseModel]) -> None:
+    assert section.__doc__
+    assert not [name for name, field in section.model_fields.items() if not field.description]
+
+
+def test_dump_round_trip(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, optimizer={"betas": [0.8, 0.9], "lr": 1e-5}, monitor={"wandb": {"project": "p"}})
     )
@@ -172,7 +223,7 @@ def test_deepspeed_config_must_exist() -> None:
         deepspeed_config_path("../ds_configs/zero1_fp32")
 
 
-def test_shipped_deepspeed_configs_leave_to_run_config_what_it_owns() -> None:
+def test_shipped_deepspeed_configs_set_nothing_that_run_config_owns() -> None:
     from maskvr_ds.engine.ds_config import model_dtype, read_deepspeed_config, zero_stage
 
     files = sorted(Path(ds_configs.__file__).parent.glob("*.json"))

@@ -116,14 +116,10 @@ def check(masking: MaskingConfig, flat: dict[str, Any], mapnet: dict[str, Any], 
     assert masking == MaskingConfig.model_validate(expected)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
-@given(old_runs())
-def test_a_stored_configuration_keeps_its_values(
-    tmp_path: Path, old: tuple[dict[str, Any], list[dict[str, Any]]]
-) -> None:
-    values, resolved = old
-    (tmp_path / "metrics.jsonl").touch()
-    path = tmp_path / "config.yaml"
+def check_stored(folder: Path, values: dict[str, Any], resolved: list[dict[str, Any]]) -> None:
+    """Read config.yaml of a run's folder with these values; compare its masks."""
+    (folder / "metrics.jsonl").touch()
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     config = load_config(path)
     assert config.divergence.max_skipped == 4
@@ -133,6 +129,35 @@ def test_a_stored_configuration_keeps_its_values(
     assert path.read_text().startswith("schema: 2\n")
     assert load_config(path) == config, "and what is written now is read back"
     assert migrate_config(yaml.safe_load(path.read_text())) == yaml.safe_load(path.read_text()), "nothing more to do"
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(old_runs())
+def test_a_stored_configuration_keeps_its_values(
+    tmp_path: Path, old: tuple[dict[str, Any], list[dict[str, Any]]]
+) -> None:
+    check_stored(tmp_path, *old)
+
+
+@pytest.mark.parametrize("before", STRATEGIES)
+def test_a_phase_inherits_what_it_did(tmp_path: Path, before: str) -> None:
+    """All pairs of strategies, the run's settings all other than the defaults."""
+    run = {"strategy": before, **COMMON}
+    for name, (of, default, others, _) in FLAT.items():
+        run[name] = others[0] if before in of else default
+    phases = [{"strategy": after} for after in STRATEGIES] + [{"rate": 0.2}]
+    data = {"data": {"path": "c"}, "training": {"steps": 5}}
+    listed = [{"name": f"p{i}", **data, "start": START, "masking": masking} for i, masking in enumerate(phases)]
+    del listed[0]["start"]
+    values = {
+        **REST,
+        "masking": {**run, "change_at_resume": False},
+        "mapnet": {**MAPNET, "hidden": 32, "floor": 0.5},
+        "auto": {**AUTO, "rows": 8},
+        "phases": listed,
+        "data": {"prefetch": 2},
+    }
+    check_stored(tmp_path, values, [inherited(run, phase) for phase in phases])
 
 
 @settings(deadline=None, max_examples=150)

@@ -93,6 +93,13 @@ def test_a_new_strategy_keeps_only_its_own_subsections(before: str, after: str) 
         assert getattr(found, name).model_dump(exclude_defaults=True) == kept, name
 
 
+def test_auto_inherits_nothing_of_the_network_that_it_decides() -> None:
+    network = {"hidden": 32, "gate": "never", "sampler": "conditional_poisson", "estimator": "hajek"}
+    values = {**two(masking={"strategy": "auto"}), "masking": {"strategy": "mapnet", "mapnet": network}}
+    section = RunConfig.model_validate(values).phase(1).masking.mapnet
+    assert section.model_dump(exclude_defaults=True) == {"hidden": 32}
+
+
 def test_a_phase_changes_single_fields_of_a_subsection() -> None:
     masking = {"strategy": "mapnet", "mapnet": {"hidden": 32, "floor": 0.5}}
     values = {**two(masking={"mapnet": {"floor": 0.1}}), "masking": masking}
@@ -123,6 +130,11 @@ def test_assignments_name_a_phase(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, TWO), ["phases.long.training.steps=6", "phases.0.optimizer.lr=2e-3"])
     assert [plan(config)[i].last_step for i in (0, 1)] == [10, 16]
     assert config.phase(0).optimizer.lr == 2e-3
+    strategy = "phases.long.masking.strategy"
+    config = load_config(
+        write(tmp_path, TWO), [f"{strategy}=span", "phases.long.masking.span.max_length=3", f"{strategy}=mapnet"]
+    )
+    assert config.phase(1).masking == MaskingConfig(strategy="mapnet"), "a later strategy drops the subsections"
 
 
 @pytest.mark.parametrize(
