@@ -130,7 +130,7 @@ def test_variance(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0])
-def test_maxima_propagate_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
+def test_extremes_propagate_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
     """On which the check before every checkpoint relies; in each place of a block, and across blocks."""
     from maskvr_ds.engine.finite import _is_finite
 
