@@ -25,6 +25,7 @@ class Act:
     poison: (update, what, rank): after that update (1-based), for the first time in this job, a value of that rank
     becomes infinite: "masters", a moment's name, or "rounded", which only the model's own weights hold.
     unchecked: checkpoints are saved as versions did that had no check for finite values.
+    misread: a checkpoint's name, of which rank 1 reads back another content than it has written.
     damage: (update, file): the file is truncated to nothing just before that update.
     slow: extra seconds that every file takes to write.
     fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
@@ -42,6 +43,7 @@ class Act:
     kill: tuple[int | None, str, int] | None = None
     poison: tuple[int, str, int] | None = None
     unchecked: bool = False
+    misread: str = ""
     damage: tuple[int, Path] | None = None
     fill: Path | None = None
     empty: Path | None = None
@@ -160,6 +162,9 @@ def prepare(act: Act) -> None:
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
     if act.poison is not None:
         _poison(*act.poison)
+    if act.misread and rank == 1:
+        read_back = files._read_back
+        files._read_back = lambda path: "another" if act.misread in str(path) else read_back(path)
     if act.unchecked:
         save.nonfinite = lambda *_: []
     if act.fill is not None:

@@ -105,6 +105,9 @@ class Trained:
             "async": Act(values("async", **asynchronous), poison=(at, "masters", 1)),
             "last step": Act(values("last step"), poison=(STEPS, "exp_avg", 1)),
             "no guard": Act(values("no guard", **off), poison=(at, "masters", 1)),
+            "misread": Act(
+                values("misread", checkpoint={"asynchronous": True, "keep_last": 2}), misread="step-00000012"
+            ),
             # What versions without the check have saved: the newest checkpoint leads to divergence.
             "old": Act(values("old"), poison=(at, "exp_avg", 0), unchecked=True),
             "old killed": Act(values("old killed"), poison=(at, "exp_avg", 0), unchecked=True, kill=(None, "step", at)),
@@ -152,6 +155,14 @@ def test_without_the_guard_the_run_ends_and_keeps_the_good_checkpoint(trained: T
     assert folder.name == "step-00000004"
     assert not list((trained.folder / "no guard" / "checkpoints").glob(".*"))
     assert all(torch.isfinite(tensor).all() for tensor in read_weights(folder).values())
+
+
+def test_nothing_is_deleted_before_the_new_checkpoint_was_read_back(trained: Trained) -> None:
+    assert any("could not be written and was discarded" in said for said in trained.said["misread"])
+    assert any("other bytes are read back than were written" in said for said in trained.said["misread"])
+    folders = complete_checkpoints(trained.folder / "misread")
+    assert [folder.name[-2:] for folder in folders] == ["04", "08"]
+    assert [faults(folder) for folder in folders] == [[], []]
 
 
 def test_rollbacks_that_fail_go_one_checkpoint_further_back(trained: Trained) -> None:
