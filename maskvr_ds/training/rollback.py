@@ -114,15 +114,28 @@ def may_return(step: int, returned_to: list[int], maximum: int) -> bool:
     return returned_to.count(step) < limit
 
 
-def _explain(tried: Counter[int], saved: list[Path], step: int) -> str:
-    """Why a run ends, and how to continue from `step` or from a later checkpoint that it has rolled back from."""
+def _explain(tried: Counter[int], step: int) -> str:
+    """Why a run ends, and how to continue."""
     done = ", ".join(f"{n} rollback{'s' * (n > 1)} to step {to}" for to, n in tried.items()) or "no rollback"
-    later = [folder for folder in saved if checkpoints.step_of(folder) > step]
-    other = f"; from {later[-1]}, which is kept, only in another output_dir" if later else ""
     return (
-        f"after {done} (divergence.max_rollbacks); skipping data did not help. Resume from step {step} with a lower "
-        f"optimizer.lr or more schedule.warmup_steps{other}"
+        f"after {done} (divergence.max_rollbacks); skipping data did not help. Resume, from step {step}, with a lower "
+        "optimizer.lr or more schedule.warmup_steps"
     )
+
+
+def _restore_newest(run: Path, rollbacks: list[dict[str, Any]], step: int) -> int:
+    """Undo the rollbacks past checkpoints that still exist, since those to `step` did not help either: with other
+    settings the run must not lose what it has trained. Returns the step from which it continues."""
+    for folder in reversed(checkpoints.complete_checkpoints(run)):
+        if checkpoints.step_of(folder) <= step:
+            break
+        if not checkpoints.faults(folder):
+            state = checkpoints.read_state(folder)
+            known = len(state.guard.get("rollbacks", []))
+            past = (n for n, entry in enumerate(rollbacks) if n >= known and entry["to_step"] < state.step)
+            write_rollbacks(run, rollbacks[: next(past, len(rollbacks))])
+            return state.step
+    return step
 
 
 def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: Fence) -> ResumePoint:
@@ -158,7 +171,7 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
         before = returned_to.count(back_to.step)
         append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": before, "passed_over": []})
         tried = Counter(step for step in returned_to if step >= back_to.step)
-        return back_to, entry, _explain(tried, checkpoints.complete_checkpoints(run), back_to.step)
+        return back_to, entry, _explain(tried, _restore_newest(run, rollbacks, back_to.step))
 
     back_to, entry, ends = distributed.run_on_rank0(decide)
     if ends is not None:

@@ -220,7 +220,7 @@ def test_a_run_does_not_end_at_a_skipped_step(played: Play) -> None:
 
 def test_a_fault_that_recurs_after_rollbacks_stops_the_run(played: Play) -> None:
     assert any(
-        "after 2 rollbacks to step 8 (divergence.max_rollbacks); skipping data did not help. Resume from step 8" in s
+        "after 2 rollbacks to step 8 (divergence.max_rollbacks); skipping data did not help. Resume, from step 8," in s
         for s in played.said["always"]
     )
     events = [e for e in read_events(played("always") / METRICS) if e["event"] != "checkpoint"]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from maskvr_ds.config.reliability import DivergenceConfig
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.reliability.divergence import DivergedError, Guard
+from maskvr_ds.run_folder.checkpoints import intact, write_manifest
 from maskvr_ds.run_folder.layout import METRICS, ROLLBACKS
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.telemetry.metrics_file import append_event, read_events, read_lines
 from maskvr_ds.training.rollback import (
+    _restore_newest,
     batches,
     may_return,
     merge,
@@ -29,6 +32,7 @@ from maskvr_ds.training.rollback import (
     write_rollbacks,
 )
 from tests.support.corpora import make_corpus
+from tests.unit.checkpoint.test_checkpoint import STATE, write
 
 WINDOWS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)).map(lambda w: (w[0], w[0] + w[1])), max_size=6)
 
@@ -217,3 +221,20 @@ def test_what_is_not_finite_after_a_good_update_rolls_back_or_ends_the_run() -> 
     guard, _ = make_guard(enabled=False)
     with pytest.raises(FloatingPointError, match=r"step 8: not finite: weights; not saved\. Resume from the last"):
         guard.not_finite(8, 20, "not finite: weights")
+
+
+def test_rollbacks_that_did_not_help_cost_no_checkpoint(tmp_path: Path) -> None:
+    """With a lower learning rate the run resumes from the newest one again."""
+    rollbacks = [{"to_step": step} for step in (2, 12, 12, 12, 8, 4)]
+    for step in (4, 8, 12):
+        folder = write(tmp_path, step, complete=False)
+        write_manifest(folder, vars(replace(STATE, step=step, guard={"rollbacks": rollbacks[:1]})))
+    (tmp_path / ROLLBACKS).write_text(json.dumps(rollbacks))
+    assert [c.state.step for c in intact(tmp_path)] == [4]
+    assert _restore_newest(tmp_path, rollbacks, 4) == 12
+    assert json.loads((tmp_path / ROLLBACKS).read_text()) == rollbacks[:4]
+    assert [c.state.step for c in intact(tmp_path)] == [12, 8, 4]
+    (folder / "optimizer.pt").write_bytes(b"")
+    assert _restore_newest(tmp_path, rollbacks, 4) == 8, "the newest that is intact"
+    assert json.loads((tmp_path / ROLLBACKS).read_text()) == rollbacks[:5]
+    assert _restore_newest(tmp_path, rollbacks, 8) == 8
