@@ -19,7 +19,7 @@ ALL = [*PAGES, ROOT / "CHANGELOG.md"]
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`\n]+)`")
-_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_LINK = re.compile(r"\]\(([^()\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def spans(page: Path) -> list[str]:
 
 
 def links(page: Path) -> list[str]:
-    return _LINK.findall(_SPAN.sub("`code`", prose(page)))
+    found = _LINK.findall(_SPAN.sub("`code`", prose(page)))
+    return [inline or reference for inline, reference in found]
 
 
 def headings(text: str) -> list[str]:
