@@ -11,6 +11,7 @@ from typing import Any
 from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.layout import CHECKPOINTS, COMPLETED, CONFIG, JOBS, LATEST, METRICS, OWNER, STOPPED
 from maskvr_ds.run_folder.status import step_of
+from maskvr_ds.runtime.files import parse_json
 
 _EXAMPLES = """examples:
   python -m cluster status runs/mine
@@ -161,10 +162,10 @@ def last_step(path: Path) -> dict[str, Any]:
         return {}
     for text in reversed(lines[:-1]):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
-            continue  # starts before the part that was read
-        if "event" not in line:
+            continue  # starts before the part that was read, or damaged
+        if isinstance(line, dict) and "event" not in line:
             return line
     return {}
 

@@ -66,6 +66,14 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     if len(remaining) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.
         distributed.run_on_rank0(lambda: check_corpora(remaining))
+    if point.step >= (last := phases[-1].last_step):
+        logger.info(
+            "%s: trained to step %d already, the configuration has %d steps; nothing to do. To train further, set "
+            "training.steps higher",
+            config.output_dir,
+            point.step,
+            last,
+        )
     fence = Fence(config.output_dir)
     while remaining:
         try:
@@ -146,7 +154,7 @@ def train_phase(
                 if save or written:
                     saver.finish()
                 if save:
-                    saver.save(step, samples, record, wait=stopping or step == phase.last_step)
+                    saver.save(step, samples, record, batch=number, wait=stopping or step == phase.last_step)
                 if save and stopping and step < phase.run_steps:
                     distributed.run_on_rank0(partial(write_run_status, run.output_dir, STOPPED, step, fence))
                     raise StoppedError(f"stopped at step {step} as a signal asked, saved in {saver.latest}")

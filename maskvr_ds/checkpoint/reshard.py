@@ -73,7 +73,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
         now.zero_stage,
     )
     for rest in (target, temporary):
-        shutil.rmtree(rest, ignore_errors=True)
+        files.discard(rest)
     temporary.mkdir(parents=True)
     # DeepSpeed's converter writes every tensor twice: as fragments and assembled.
     checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
@@ -90,7 +90,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
 def remove(run: Path) -> None:
     """Delete finished and unfinished conversions."""
     for name in (UNIVERSAL, CONVERTING):
-        shutil.rmtree(run / CHECKPOINTS / name, ignore_errors=True)
+        files.discard(run / CHECKPOINTS / name)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:

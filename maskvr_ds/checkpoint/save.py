@@ -1,14 +1,18 @@
 """Writing checkpoints that count only when complete. Files of a checkpoint: run_folder/layout.py.
 
-Everything is written under `checkpoints/.saving-OWNER/`: every rank writes, fsyncs and hashes its own files; then
-rank 0 lists them in checkpoint.json and renames the folder. There is no random state to save: data order, masks and
-dropout are functions of (seed, step, rank).
+Nothing is written unless weights, moments and the probe's logits are finite. Everything is written under
+`checkpoints/.saving-OWNER/`: every rank writes, fsyncs, reads back and hashes its own files; then rank 0 lists them in
+checkpoint.json and renames the folder. Only then are older checkpoints deleted. There is no random state to save: data
+order, masks and dropout are functions of (seed, step, rank).
 
-Collectives: `distributed.run_on_rank0` and `run_collectively` around each stage; those of DeepSpeed's save_checkpoint
-and of `full_fp32_weights`.
+Collectives: `distributed.run_on_rank0` and `run_collectively` around each stage; those of DeepSpeed's save_checkpoint,
+of `nonfinite` and of `full_fp32_weights`.
 """
 
+import errno
+import itertools
 import shutil
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from maskvr_ds.checkpoint import reshard
@@ -23,8 +28,9 @@ from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.engine.deepspeed_patches import capture_saved_files
+from maskvr_ds.engine.finite import nonfinite
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
-from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder import checkpoints, retention
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import BERT, CHECKPOINTS, PROBE, SAVING, WEIGHTS
@@ -34,6 +40,13 @@ from maskvr_ds.runtime import distributed, files
 _SMALL_FILES = 2 << 20
 # File name -> (tensors on the CPU, metadata) of a further safetensors file.
 ExtraFiles = Mapping[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
+
+
+_attempts = itertools.count()
+
+
+class NotFiniteError(ArithmeticError):
+    """What would be saved is not finite. Raised on all ranks, before anything is written."""
 
 
 def save(
@@ -59,8 +72,8 @@ def save(
             completes the checkpoint and raises its errors.
 
     Returns the checkpoint's folder; None with `background`. Raises, on all ranks, CheckpointError (RemoteError on the
-    others) if the disk lacks room or writing failed, FencedError if another job owns the run; then nothing is left of
-    the new checkpoint and earlier ones are unchanged.
+    others) if the disk lacks room or writing failed, FencedError if another job owns the run, NotFiniteError if
+    something is not finite; then nothing is left of the new checkpoint and earlier ones are unchanged.
     """
     writer = CheckpointWriter(run, state, keep=keep, fence=fence)
     writer.collect(engine, probe, tokenizer, extra or {}, in_memory=background is not None)
@@ -78,7 +91,8 @@ class CheckpointWriter:
         self._run, self._state, self._keep, self._fence = run, state, keep, fence
         tag = f"step-{state.step:08d}"
         self._final = run / CHECKPOINTS / tag
-        self._saving = run / CHECKPOINTS / f"{SAVING}-{fence.label}"
+        # Numbered, identically on all ranks: what an earlier attempt left, and could not be deleted, must not count.
+        self._saving = run / CHECKPOINTS / f"{SAVING}-{fence.label}-{next(_attempts)}"
         self._folder = self._saving / tag
         self._tokenizer = Path()
         self._failed: list[Exception] = []
@@ -100,14 +114,15 @@ class CheckpointWriter:
         in_memory: bool,
     ) -> None:
         """Bring all content to the host: DeepSpeed's files (to disk, unless `in_memory`), fp32 weights, the probe's
-        logits. Collective: call on all ranks."""
+        logits. Collective: call on all ranks. Raises NotFiniteError."""
+        probed = _probed(engine, probe)
+        _check_finite(engine, probed, extra)
         try:
             distributed.run_on_rank0(partial(self._prepare, _expected_size(engine)))
             with capture_saved_files(engine, self._files, self._failed, in_memory=in_memory):
                 engine.save_checkpoint(str(self._saving), tag=self._final.name, save_latest=False)
             weights = full_fp32_weights(engine)
             differing = not_rounded(engine, weights)
-            probed = _probed(engine, probe)
             distributed.run_on_rank0(lambda: _check_rounded(differing))
         except Exception:
             self._discard()
@@ -121,6 +136,8 @@ class CheckpointWriter:
         try:
             for path, content in self._files.items():
                 self._written[path.relative_to(self._folder).as_posix()] = files.write_hashed(path, content)
+                if content is None:
+                    _check_checksums(path)
             if distributed.rank() == 0:
                 self._write_rank0()
         except Exception as error:
@@ -141,7 +158,7 @@ class CheckpointWriter:
 
     def _prepare(self, expected_size: int) -> None:
         self._fence.check()
-        checkpoints.remove_from(self._run, self._state.step)
+        retention.remove_remains(self._run)
         self._folder.mkdir(parents=True)
         checkpoints.check_space(self._folder, expected_size, f"checkpoint {self._final.name}")
 
@@ -154,6 +171,8 @@ class CheckpointWriter:
         for path in checkpoints.files_of(self._folder):
             if path.parent != self._folder or path.name in self._tensors:
                 self._written[path.relative_to(self._folder).as_posix()] = files.write_hashed(path)
+        for name, (tensors, _) in self._tensors.items():
+            _check_equal(self._folder / name, tensors)
 
     def _complete(self, of_ranks: list[dict[str, tuple[int, str]]]) -> None:
         try:
@@ -167,7 +186,9 @@ class CheckpointWriter:
                         )
             hashed = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
             checkpoints.write_manifest(self._folder, vars(self._state), hashed)
+            checkpoints.read_manifest(self._folder)
             self._fence.check()
+            retention.make_way(self._final)
             self._folder.rename(self._final)
             files.fsync_path(self._final.parent)
         except OSError as error:
@@ -175,14 +196,45 @@ class CheckpointWriter:
 
     def _tidy(self) -> None:
         self._fence.check()
-        checkpoints.point_latest(self._final)
-        shutil.rmtree(self._saving)
+        retention.point_latest(self._final)
+        retention.remove_remains(self._run)
         reshard.remove(self._run)
-        checkpoints.remove_old(self._run, keep_last=self._keep.keep_last, keep_every_steps=self._keep.keep_every_steps)
+        keep = self._keep
+        retention.remove_old(self._run, self._final, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
 
     def _discard(self) -> None:
         if distributed.rank() == 0:
-            shutil.rmtree(self._saving, ignore_errors=True)
+            files.discard(self._saving)
+
+
+def _check_finite(engine: deepspeed.DeepSpeedEngine, probed: dict[str, torch.Tensor], extra: ExtraFiles) -> None:
+    further = {f"{name} of {file}": tensor for file, (tensors, _) in extra.items() for name, tensor in tensors.items()}
+    found = nonfinite(engine, {**further, "logits of the probe": probed["logits"]})
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise NotFiniteError(f"not finite: {', '.join(found[:3])}{more}")
+
+
+def _check_checksums(path: Path) -> None:
+    """Raise OSError if a file that torch.save has written does not agree with the checksums in it."""
+    with path.open("rb") as opened:
+        if opened.read(4) != b"PK\3\4":
+            return  # torch's earlier format, which has none
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise OSError(errno.EIO, f"other bytes are read back than were written ({damaged})", str(path))
+
+
+def _check_equal(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise OSError if a safetensors file holds other tensors than were to be written."""
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(name), tensor):
+                raise OSError(errno.EIO, f"other values are read back than were written ({name})", str(path))
 
 
 def _check_rounded(differing: list[str]) -> None:

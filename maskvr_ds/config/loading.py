@@ -9,7 +9,7 @@ import yaml
 from maskvr_ds.config.base import ConfigError
 from maskvr_ds.config.masking import without_foreign
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, JOBS, METRICS, OWNER
-from maskvr_ds.run_folder.migration import SCHEMA, migrate_config
+from maskvr_ds.run_folder.migration import SCHEMA, migrate_config, raise_keep_last
 
 _RECIPES = "maskvr_ds.recipes"
 _PARTS = "parts"
@@ -108,7 +108,10 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {config}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
-    schema = values.pop("schema", 1 if _stored_by_run(path) else SCHEMA)
+    stored = _stored_by_run(path)
+    if stored:
+        values = raise_keep_last(values)
+    schema = values.pop("schema", 1 if stored else SCHEMA)
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise ConfigError(f"config {config}: schema {schema!r}; this version reads 1 to {SCHEMA}, update maskvr_ds")
     return values if schema == SCHEMA else migrate_config(values)

@@ -14,8 +14,8 @@ class CheckpointConfig(Section):
 
     every_steps: NonNegativeInt = 1000
     """Steps between checkpoints; 0: only after the last step."""
-    keep_last: PositiveInt = 3
-    """Number of newest checkpoints to keep."""
+    keep_last: Annotated[int, Field(ge=2)] = 3
+    """Number of newest checkpoints to keep, at least 2: if the newest turns out to be bad, the run needs another."""
     keep_every_steps: NonNegativeInt = 0
     """Also keep the checkpoints of steps that are multiples of this number; 0: none. It does not cause checkpoints."""
     asynchronous: bool = False
@@ -40,7 +40,8 @@ class DivergenceConfig(Section):
     margin: NonNegativeInt = 1
     """Batches before and after that of a bad step that are skipped with it after a rollback."""
     max_rollbacks: NonNegativeInt = 3
-    """Maximum number of rollbacks to the same checkpoint; one more ends the run with an explanation."""
+    """Maximum number of rollbacks to the same checkpoint. After that the run rolls back to each earlier checkpoint that
+    it has kept, once, and ends with an explanation if that does not help either."""
 
 
 class HangsConfig(Section):

@@ -5,9 +5,10 @@
    engine/deepspeed_patches.py asks `Guard.allow_update` in between.
 2. If more than `max_skipped` of the last `history` updates were skipped, the run rolls back to its last checkpoint and
    skips the batches of those steps from there on (training/rollback.py). After `max_rollbacks` to the same checkpoint
-   it ends.
+   it tries each earlier one once, and then ends.
 3. No checkpoint is written after a skipped update, since the weights may be at fault. A checkpoint that is due is
-   written after the next good step; a phase whose last update is skipped rolls back, too.
+   written after the next good step; a phase whose last update is skipped rolls back, too. If a save finds weights,
+   moments or the logits of its probe not finite, nothing is written and the run rolls back.
 
 Resume is exact: recent losses, norms and skipped steps are in the checkpoint, rollbacks in RUN/rollbacks.json, which is
 written before the run rolls back. The batches read are a function of the rollbacks and of the number of steps trained.
@@ -112,9 +113,23 @@ class Guard:
     def check(self, step: int, *, is_last: bool) -> None:
         """Raise DivergedError on all ranks if too many recent updates were skipped, or that of a phase's last step."""
         if self._fault is not None and (is_last or len(self._bad) > self._config.max_skipped):
-            margin = self._config.margin
-            windows = [(max(0, b - margin), b + margin + 1) for _, b in self._bad]
-            raise DivergedError(step, self._fault, windows)
+            raise self._diverged(step)
+
+    def not_finite(self, step: int, batch: int, reason: str) -> None:
+        """Raise on all ranks after an update that was judged good and still left something that is not finite:
+        DivergedError, which rolls back; FloatingPointError if the guard is disabled."""
+        if not self._config.enabled:
+            raise FloatingPointError(
+                f"step {step}: {reason}; not saved. Resume from the last checkpoint with a lower optimizer.lr or more "
+                "schedule.warmup_steps"
+            )
+        self._fault, self._bad = reason, [*self._bad, (step, batch)]
+        raise self._diverged(step)
+
+    def _diverged(self, step: int) -> DivergedError:
+        margin = self._config.margin
+        assert self._fault is not None
+        return DivergedError(step, self._fault, [(max(0, b - margin), b + margin + 1) for _, b in self._bad])
 
     @property
     def update_skipped(self) -> bool:

@@ -5,29 +5,35 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from maskvr_ds.run_folder.layout import (
     CHECKPOINTS,
-    DELETING,
     JOBS,
-    LATEST,
     LOGS,
     MANIFEST,
+    MAPNET_STATE,
     ORIGIN,
     OWNER,
-    SAVING,
+    PROBE,
+    ROLLBACKS,
     STOP_REQUEST,
+    WEIGHTS,
 )
 from maskvr_ds.run_folder.migration import migrate_checkpoint
-from maskvr_ds.runtime.files import PARTIAL, atomic_write, fsync_path, sha256, write_hashed
+from maskvr_ds.runtime.files import PARTIAL, atomic_write, fsync_path, parse_json, read_json, sha256, write_hashed
 
 FORMAT = 4
-_NAME = re.compile(r"step-\d+")
+# Files whose values must be finite.
+_FINITE = (WEIGHTS, PROBE, MAPNET_STATE)
+_NAME = re.compile(r"step-[0-9]+")
 # Files hashed in parallel: hashlib releases the GIL.
 _THREADS = 8
 
@@ -62,17 +68,20 @@ class CheckpointState:
     auto: dict[str, Any] = field(default_factory=dict)
 
 
+_TYPES = {
+    **dict.fromkeys(("step", "samples", "world_size", "zero_stage"), int),
+    "dtype": str,
+    **dict.fromkeys(("partitions", "phases"), list),
+    **dict.fromkeys(("identity", "settings", "guard", "auto"), dict),
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files were verified, with its state."""
 
     folder: Path
     state: CheckpointState
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint. Renamed first, so that an interrupted deletion leaves no partial checkpoint behind."""
-    shutil.rmtree(folder.rename(folder.with_name(DELETING + folder.name)))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -100,16 +109,21 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of checkpoint.json. Raises CheckpointError if it is missing, damaged, or of another format."""
+    """The content of checkpoint.json. Raises CheckpointError if it is missing, unreadable, damaged, or of another
+    format."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing)")
-    text = path.read_bytes()
     try:
-        content = json.loads(text)
-        written = content.pop("sha256", None)
-    except (ValueError, AttributeError):
+        text = path.read_bytes()
+        content = parse_json(text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({MANIFEST} is missing)") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use an earlier checkpoint") from error
+    except ValueError:
         raise CheckpointError(f"{path}: damaged (not valid JSON); use an earlier checkpoint") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged (not a JSON object); use an earlier checkpoint")
+    written = content.pop("sha256", None)
     if (stored := content.get("format")) not in (3, FORMAT):
         raise CheckpointError(f"{path}: format {stored!r}, this version reads 3 and {FORMAT}; update maskvr_ds")
     head = f'{{"sha256": "{written}",'.encode()
@@ -117,16 +131,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: damaged, its content differs from the SHA-256 in its first line; use an earlier checkpoint"
         )
+    if not _lists_files(content):
+        raise CheckpointError(f"{path}: damaged (its list of files is none); use an earlier checkpoint")
     return migrate_checkpoint(content) if stored == 3 else content
 
 
-def _state_of(manifest: Mapping[str, Any]) -> CheckpointState:
-    return CheckpointState(**{key: value for key, value in manifest.items() if key not in ("format", "files")})
+def _lists_files(content: Mapping[str, Any]) -> bool:
+    files = content.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
+
+
+def _state_of(folder: Path, manifest: Mapping[str, Any]) -> CheckpointState:
+    try:
+        state = CheckpointState(**{key: value for key, value in manifest.items() if key not in ("format", "files")})
+    except TypeError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not of a checkpoint of this format ({error})") from None
+    for key, value in vars(state).items():
+        if type(value) is not (expected := _TYPES[key]):
+            raise CheckpointError(f"{folder / MANIFEST}: {key} is {value!r}, not {expected.__name__}; damaged")
+    return state
 
 
 def read_state(folder: Path) -> CheckpointState:
     """The state of a checkpoint. Raises CheckpointError if it is not a complete checkpoint."""
-    return _state_of(read_manifest(folder))
+    return _state_of(folder, read_manifest(folder))
 
 
 def faults(folder: Path) -> list[str]:
@@ -140,26 +171,54 @@ def faults(folder: Path) -> list[str]:
 def _faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     listed = manifest["files"]
     found = []
-    to_hash = []
-    for name, entry in listed.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            found.append(f"{folder / MANIFEST}: {name!r} lies outside the checkpoint's folder")
-        elif not path.is_file():
-            found.append(f"{path}: missing; use an earlier checkpoint")
-        elif (size := path.stat().st_size) != entry["bytes"]:
-            found.append(f"{path}: {entry['bytes']} bytes expected, {size} found; use an earlier checkpoint")
-        else:
-            to_hash.append((path, entry["sha256"]))
+    if _NAME.fullmatch(folder.name) and manifest.get("step") != step_of(folder):
+        found.append(f"{folder}: holds step {manifest.get('step')}, another than its name says; remove or rename it")
     with ThreadPoolExecutor(_THREADS) as pool:
-        for (path, expected), actual in zip(to_hash, pool.map(sha256, [p for p, _ in to_hash]), strict=True):
-            if actual != expected:
-                found.append(f"{path}: the SHA-256 differs from {MANIFEST}; use an earlier checkpoint")
-    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
-        # DeepSpeed opens files by pattern, and unpickles what it opens.
-        if (name := path.relative_to(folder).as_posix()) not in listed and name != MANIFEST:
-            found.append(f"{path}: not listed in {MANIFEST}; remove it, or use an earlier checkpoint")
+        for faults_of_file in pool.map(lambda name: _faults_of_file(folder, name, listed[name]), listed):
+            found += faults_of_file
+    try:
+        for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
+            # DeepSpeed opens files by pattern, and unpickles what it opens.
+            if (name := path.relative_to(folder).as_posix()) not in listed and name != MANIFEST:
+                found.append(f"{path}: not listed in {MANIFEST}; remove it, or use an earlier checkpoint")
+    except OSError as error:
+        found.append(f"{folder}: cannot be listed ({error}); use an earlier checkpoint")
     return found
+
+
+def _faults_of_file(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
+    path = folder / name
+    try:
+        if not _is_inside(path, folder):
+            return [f"{folder / MANIFEST}: {name!r} lies outside the checkpoint's folder"]
+        if not path.is_file():
+            return [f"{path}: missing; use an earlier checkpoint"]
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return [f"{path}: {entry['bytes']} bytes expected, {size} found; use an earlier checkpoint"]
+        if sha256(path) != entry["sha256"]:
+            return [f"{path}: the SHA-256 differs from {MANIFEST}; use an earlier checkpoint"]
+        return _nonfinite(path) if name in _FINITE else []
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        return [f"{path}: cannot be read ({error}); use an earlier checkpoint"]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Raises OSError if links lead in a circle."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except RuntimeError as error:  # before Python 3.13
+        raise OSError(str(error)) from None
+
+
+def _nonfinite(path: Path) -> list[str]:
+    """One sentence if a safetensors file holds NaN or infinity: earlier versions saved that as good."""
+    try:
+        with safe_open(path, framework="np") as file:
+            bad = [name for name in file.keys() if not np.isfinite(file.get_tensor(name)).all()]  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError) as error:
+        return [f"{path}: not readable ({error}); use an earlier checkpoint"]
+    many = f"{len(bad)} tensors hold" if len(bad) > 1 else "1 tensor holds"
+    return [f"{path}: {many} NaN or infinity ({bad[0]}); use an earlier checkpoint"] if bad else []
 
 
 def verify(folder: Path) -> Checkpoint:
@@ -167,17 +226,24 @@ def verify(folder: Path) -> Checkpoint:
     manifest = read_manifest(folder)
     if found := _faults(folder, manifest):
         raise CheckpointError(found[0])
-    return Checkpoint(folder, _state_of(manifest))
+    return Checkpoint(folder, _state_of(folder, manifest))
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Folders of the run's checkpoints, complete or not, oldest first; copies under other names are ignored."""
-    return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(p.name))
+    return sorted((p for p in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(p.name)), key=step_of)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Folders of the run's complete checkpoints, oldest first."""
-    return [folder for folder in checkpoints(run) if (folder / MANIFEST).is_file()]
+    return [folder for folder in checkpoints(run) if _is_complete(folder)]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:
+        return False
 
 
 def step_of(folder: Path) -> int:
@@ -203,21 +269,56 @@ def find(run: Path, resume: str) -> Checkpoint | None:
                 "choose another output_dir"
             )
         return verify(folder)
-    damaged: list[tuple[Path, str]] = []
-    for folder in reversed(checkpoints(run)):
-        try:
-            return verify(folder)
-        except CheckpointError as error:
-            damaged.append((folder, str(error)))
-            logger.info("skipped: %s", error)
+    damaged: list[str] = []
+    if (found := next(intact(run, damaged), None)) is not None:
+        return found
     if damaged:
-        names = ", ".join(folder.name for folder, _ in reversed(damaged))
+        names = ", ".join(folder.name for folder in checkpoints(run))
         raise CheckpointError(
-            f"{run / CHECKPOINTS}: none of {names} is intact ({damaged[0][1]}); "
+            f"{run / CHECKPOINTS}: none of {names} is intact ({damaged[0]}); "
             "remove the run's folder to start over, or give --resume another checkpoint"
         )
     source = origin(run)
     return None if source is None else verify(source)
+
+
+def intact(run: Path, skipped: list[str] | None = None) -> Iterator[Checkpoint]:
+    """The run's intact checkpoints, newest first; the others are logged, and their faults appended to `skipped`.
+
+    Checkpoints of a history that a rollback has abandoned are skipped too. Each is verified when it is asked for.
+    """
+    rollbacks = _recorded_rollbacks(run)
+    for folder in reversed(checkpoints(run)):
+        try:
+            checkpoint = verify(folder)
+            if (to_step := _abandoned_by(checkpoint.state, rollbacks)) is not None:
+                raise CheckpointError(f"{folder}: the run has rolled back from it to step {to_step}")
+        except CheckpointError as error:
+            logger.info("skipped: %s", error)
+            if skipped is not None:
+                skipped.append(str(error))
+        else:
+            yield checkpoint
+
+
+def _abandoned_by(state: CheckpointState, rollbacks: list[Any]) -> int | None:
+    """The step of an earlier checkpoint to which the run rolled back after it had saved this one; None if it did not.
+
+    Every checkpoint stores the rollbacks before it, and rollbacks.json is only ever appended to.
+    """
+    known = state.guard.get("rollbacks")
+    later = rollbacks[len(known) :] if isinstance(known, list) else []
+    steps = [r["to_step"] for r in later if isinstance(r, dict) and isinstance(r.get("to_step"), int)]
+    return next((step for step in steps if step < state.step), None)
+
+
+def _recorded_rollbacks(run: Path) -> list[Any]:
+    """rollbacks.json as it is (training/rollback.py reads and checks it); empty if missing or damaged."""
+    try:
+        content = read_json(run / ROLLBACKS)
+    except (OSError, ValueError):
+        return []
+    return content if isinstance(content, list) else []
 
 
 def origin(run: Path) -> Path | None:
@@ -225,11 +326,21 @@ def origin(run: Path) -> Path | None:
 
     Raises CheckpointError if it no longer exists.
     """
-    if not (run / ORIGIN).is_file():
+    path = run / ORIGIN
+    try:
+        entry = read_json(path)
+        folder, written = Path(entry["checkpoint"]), entry["sha256"]
+    except FileNotFoundError:
         return None
-    entry = json.loads((run / ORIGIN).read_text(encoding="utf-8"))
-    folder = Path(entry["checkpoint"])
-    if not (folder / MANIFEST).is_file() or sha256(folder / MANIFEST) != entry["sha256"]:
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); the run has no checkpoint of its own yet: remove its folder to start over"
+        ) from None
+    try:
+        unchanged = sha256(folder / MANIFEST) == written
+    except OSError:
+        unchanged = False
+    if not unchanged:
         raise CheckpointError(
             f"{run}: has no checkpoint of its own yet, and {folder}, from which it was started, is missing or has "
             "changed; restore it, or remove the run's folder and choose another checkpoint"
@@ -238,10 +349,9 @@ def origin(run: Path) -> Path | None:
 
 
 def write_origin(run: Path, checkpoint: Path) -> None:
-    """Record the checkpoint that a run is resumed from, unless it is the run's own."""
-    folder = checkpoint.resolve()
-    if not folder.is_relative_to(run.resolve()):
-        entry = {"checkpoint": str(folder), "sha256": sha256(folder / MANIFEST)}
+    """Record the checkpoint that a run is resumed from, unless it is the run's own, also if links lead to it."""
+    if checkpoint.parent.resolve() != (run / CHECKPOINTS).resolve():
+        entry = {"checkpoint": str(checkpoint.resolve()), "sha256": sha256(checkpoint / MANIFEST)}
         atomic_write(run / ORIGIN, json.dumps(entry) + "\n")
 
 
@@ -259,37 +369,11 @@ def is_started(run: Path) -> bool:
 def newest(folder: Path) -> Path:
     """The folder itself if it is a checkpoint, otherwise a run's newest complete one. Raises CheckpointError if there
     is none."""
-    if (folder / MANIFEST).is_file():
+    if _is_complete(folder):
         return folder
     if complete := complete_checkpoints(folder):
         return complete[-1]
     raise CheckpointError(f"{folder}: contains no complete checkpoint (nor does its {CHECKPOINTS}/)")
-
-
-def remove_old(run: Path, *, keep_last: int, keep_every_steps: int) -> None:
-    """Delete all complete checkpoints but the newest `keep_last` and those of every n-th step (0: none)."""
-    for folder in complete_checkpoints(run)[:-keep_last]:
-        if not keep_every_steps or step_of(folder) % keep_every_steps:
-            remove(folder)
-
-
-def remove_from(run: Path, step: int) -> None:
-    """Delete remains of interrupted saves, and checkpoints of `step` and later.
-
-    The latter exist if a resume skipped them as damaged; they belong to a history that was abandoned.
-    """
-    for rest in (run / CHECKPOINTS).glob(f"{SAVING}*"):
-        shutil.rmtree(rest, ignore_errors=True)
-    for rest in (run / CHECKPOINTS).glob(f"{DELETING}*"):
-        shutil.rmtree(rest)
-    for folder in checkpoints(run):
-        if step_of(folder) >= step:
-            remove(folder)
-
-
-def point_latest(folder: Path) -> None:
-    """Write the name of a checkpoint's folder to the file `latest` next to it, atomically."""
-    atomic_write(folder.with_name(LATEST), folder.name + "\n")
 
 
 def size(folder: Path) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 from maskvr_ds.run_folder.layout import HEARTBEATS, OWNER
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT, clock
 from maskvr_ds.runtime import slurm_env
-from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.files import atomic_write, read_json
 from maskvr_ds.runtime.heartbeats import RANK_FILES, rank_of, read_record
 from maskvr_ds.runtime.processes import pid_namespace, start_time
 
@@ -135,7 +135,7 @@ def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> 
 def read(run: Path) -> Owner | None:
     """The run's owner; None if it never had one. Raises FencedError if the file is damaged."""
     try:
-        return Owner(**json.loads((run / OWNER).read_text(encoding="utf-8")))
+        return Owner(**read_json(run / OWNER))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

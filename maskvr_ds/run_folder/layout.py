@@ -9,6 +9,7 @@ RUN/
     loss.png                  plot of metrics.jsonl
     tensorboard/, csv/        DeepSpeed's monitors; wandb_run_id: the run's id at Weights & Biases
     rollbacks.json            rollbacks after divergence, with the batches skipped since
+    *.damaged-*, damaged-*    copies of metrics.jsonl and rollbacks.json from before damage in them was passed by
     stop_requested            created by anyone: asks the run to save and stop
     stopped.json              {"step": n}: saved and stopped on request
     completed.json            {"step": n}: trained to its last step
@@ -23,7 +24,8 @@ RUN/
             mapnet.safetensors    mask proposal network, its optimizer and gate
             bert/                 the model's config.json, tokenizer
             *.pt                  DeepSpeed's own files
-        .saving-OWNER, .deleting-*, .universal, .converting    work in progress; a kill may leave them behind
+        not-of-this-run-*     had the name of a new checkpoint, and was none of this run
+        .saving-OWNER-N, .deleting-*, .universal, .converting    work in progress; a kill may leave them behind
 """
 
 CONFIG = "config.yaml"

@@ -6,8 +6,11 @@ Schema 1: flat settings of strategies in `masking`, sections `mapnet` and `auto`
 Schema 2: one subsection of `masking` per strategy, which includes `mapnet` and `auto`; checkpoint.json format 4.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 2
 # Setting of `masking` in schema 1 -> strategy that it belonged to (None: frequency or mapnet), name in its subsection.
@@ -108,6 +111,22 @@ def _nest(masking: Mapping[str, Any], strategy: str, moved: Mapping[str, Any]) -
             if subsection == strategy or (subsection == "mapnet" and subsection in nested):
                 nested.setdefault(subsection, {})[name] = value
     return nested
+
+
+def raise_keep_last(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw values that a run has stored -> the same with checkpoint.keep_last 2 instead of 1, which is no longer
+    accepted."""
+    raised = _raised(values)
+    if isinstance(phases := values.get("phases"), list):
+        raised["phases"] = [_raised(phase) if isinstance(phase, Mapping) else phase for phase in phases]
+    if raised != values:
+        logger.warning("checkpoint.keep_last is 1 in the configuration that the run has stored; 2 is used, the minimum")
+    return raised
+
+
+def _raised(values: Mapping[str, Any]) -> dict[str, Any]:
+    checkpoint = _mapping(values.get("checkpoint"))
+    return {**values, **({"checkpoint": {**checkpoint, "keep_last": 2}} if checkpoint.get("keep_last") == 1 else {})}
 
 
 def migrate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from maskvr_ds.run_folder.layout import COMPLETED, STOP_REQUEST, STOPPED
-from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.files import atomic_write, discard, read_json
 
 # sysexits.h: "temporary failure; user is invited to retry".
 EXIT_STOPPED = os.EX_TEMPFAIL
@@ -28,7 +28,7 @@ def write(run: Path, name: str, step: int) -> None:
     """Record how the run ended. name: STOPPED or COMPLETED."""
     content = {"step": step, **({"requested": True} if (run / STOP_REQUEST).exists() else {})}
     atomic_write(run / name, json.dumps(content))
-    (run / STOP_REQUEST).unlink(missing_ok=True)
+    discard(run / STOP_REQUEST)
 
 
 def clear(run: Path) -> None:
@@ -65,12 +65,13 @@ def written(run: Path) -> dict[str, int]:
 
 
 def step_of(run: Path, name: str, before: Mapping[str, int] | None = None) -> int | None:
-    """The step in STOPPED or COMPLETED; None if the file is missing, or unchanged since `before` (see `written`)."""
+    """The step in STOPPED or COMPLETED; None if the file is missing or damaged, or unchanged since `before` (see
+    `written`)."""
     try:
         if before is not None and before.get(name) == (run / name).stat().st_mtime_ns:
             return None
-        return int(json.loads((run / name).read_text(encoding="utf-8"))["step"])
-    except FileNotFoundError:
+        return int(read_json(run / name)["step"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

@@ -4,15 +4,25 @@
 package.
 """
 
+import contextlib
+import errno
 import hashlib
+import json
+import logging
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _CHUNK = 16 << 20
+# Paths that could not be deleted: each is reported once per process.
+_kept: set[Path] = set()
 
 
 @contextmanager
@@ -55,11 +65,81 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError, or ValueError if it is not JSON or nested too deeply."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes) -> Any:
+    """Raises ValueError if `text` is not JSON or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def discard(path: Path) -> None:
+    """Delete a file, a folder, or a link (never what it leads to), if it exists.
+
+    For housekeeping: a deletion that fails is reported as a warning with the path, once, and raises nothing.
+    """
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        # First whatever can be deleted, to free its space; what remains raises.
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        warn_of(path, error)
+
+
+def warn_of(path: Path, error: OSError) -> None:
+    """Report once per process that `path` could not be deleted."""
+    if path not in _kept:
+        _kept.add(path)
+        logger.warning("%s could not be deleted (%s): delete it yourself; nothing else depends on it", path, error)
+
+
+def keep_copy(path: Path) -> Path:
+    """Copy a damaged file, before it is replaced, to a free name next to it; returns the copy's path."""
+    copy = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+    shutil.copyfile(path, copy)
+    return copy
+
+
+def set_aside(path: Path, prefix: str) -> Path:
+    """Rename a file, folder or link within its folder to a free name that starts with `prefix`; returns it."""
+    target = path.with_name(f"{prefix}{path.name}.{secrets.token_hex(4)}")
+    return path.rename(target)
+
+
+def remove_partials(folder: Path, now: float, seconds: float) -> None:
+    """Delete temporary files that killed processes left in `folder`: those older than `seconds` at time `now`."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".*{PARTIAL}"):
+            with contextlib.suppress(OSError):
+                if now - path.lstat().st_mtime > seconds:
+                    discard(path)
+
+
+def _read_back(path: Path) -> str:
+    """SHA-256 of a file that was fsynced: from the disk, not from the kernel's cache, where the system permits it."""
+    with path.open("rb") as file:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_hashed(path: Path, content: memoryview | None = None) -> tuple[int, str]:
-    """Write `content`, or take the existing file if None, and fsync it; returns size in bytes and SHA-256."""
+    """Write `content`, or take the existing file if None, fsync it and read it back; returns size and SHA-256.
+
+    Raises OSError if writing fails or another content than `content` is read back.
+    """
     if content is None:
         fsync_path(path)
-        return path.stat().st_size, sha256(path)
+        return path.stat().st_size, _read_back(path)
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for start in range(0, len(content), _CHUNK):
@@ -68,4 +148,6 @@ def write_hashed(path: Path, content: memoryview | None = None) -> tuple[int, st
             digest.update(piece)
         file.flush()
         os.fsync(file.fileno())
-    return len(content), digest.hexdigest()
+    if _read_back(path) != (written := digest.hexdigest()):
+        raise OSError(errno.EIO, "other bytes are read back than were written", str(path))
+    return len(content), written

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maskvr_ds.runtime.files import read_json
+
 RECORD_BYTES = 256
 # Heartbeats written within a timeout for silent ranks; a slow file system may delay some.
 BEATS_PER_TIMEOUT = 8
@@ -51,8 +53,9 @@ class HeartbeatWriter:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The latest record; None if the file is missing, or was read while it was being rewritten."""
+    """The latest record; None if the file is missing or damaged, or was read while it was being rewritten."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) else None

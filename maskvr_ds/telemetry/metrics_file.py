@@ -4,11 +4,15 @@ A line is a JSON object: of a step, or of an event if it has the key `event`.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import atomic_file
+from maskvr_ds.runtime.files import keep_copy, parse_json
+
+logger = logging.getLogger(__name__)
 
 # Kind of the events that strategy `auto` writes for each measurement.
 AUTO_EVENT = "auto"
@@ -34,19 +38,41 @@ def append_event(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Complete lines; a last line truncated by a kill is ignored."""
+    """Complete lines; a last line truncated by a kill is ignored, damaged ones are skipped with a warning."""
+    lines, damaged = _parse(path)
+    if damaged:
+        logger.warning("%s: %d damaged lines are skipped, the first is line %d", path, len(damaged), damaged[0])
+    return lines
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines that are JSON objects with a step, and the numbers of the others."""
     if not path.is_file():
-        return []
-    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(text) for text in texts if text.endswith("\n")]
+        return [], []
+    lines, damaged = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = parse_json(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            damaged.append(number)
+    return lines, damaged
 
 
 def keep_until(step: int, path: Path, rollbacks: Sequence[dict[str, Any]] = ()) -> None:
     """Drop the lines after `step`, or all lines if `step` is 0. Creates the file if missing.
 
     rollbacks: replaces the file's rollback events; each is placed after the lines of the step that it rolled back to.
+    If lines are damaged, the file as it was is kept next to it.
     """
-    lines = [line for line in _read(path) if line["step"] <= step and line.get("event") != "rollback"] if step else []
+    lines, damaged = _parse(path)
+    if damaged:
+        copy = keep_copy(path)
+        logger.warning("%s: %d damaged lines, the first is line %d; kept in %s", path, len(damaged), damaged[0], copy)
+    lines = [line for line in lines if line["step"] <= step and line.get("event") != "rollback"] if step else []
     for rollback in reversed(rollbacks):
         index = sum(line["step"] <= rollback["to_step"] for line in lines)
         if index < len(lines) or rollback["to_step"] <= step:

@@ -15,9 +15,9 @@ from maskvr_ds.data.mixture import corpora_identity
 from maskvr_ds.models.pretrained import InitialWeights
 from maskvr_ds.run_folder import checkpoints, status
 from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.run_folder.layout import CONFIG
+from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.files import atomic_write, remove_partials
 from maskvr_ds.runtime.processes import process_age
 from maskvr_ds.training.phases import RunPhase
 
@@ -34,6 +34,8 @@ def make_run_folder(run: Path, fence: Fence) -> None:
     def check_shared() -> None:
         if not run.is_dir():
             raise ConfigError(f"output_dir {run}: not on a file system that all nodes share")
+        if (run / CHECKPOINTS).is_symlink() and not (run / CHECKPOINTS).is_dir():
+            raise ConfigError(f"{run / CHECKPOINTS}: a link that does not lead to a folder here; create the folder")
 
     distributed.run_on_rank0(lambda: run.mkdir(parents=True, exist_ok=True))
     distributed.run_collectively(check_shared)
@@ -41,7 +43,8 @@ def make_run_folder(run: Path, fence: Fence) -> None:
 
 
 def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> None:
-    """Write config.yaml and clear stop markers from earlier jobs. checkpoint: the one that the run resumes from.
+    """Write config.yaml, clear stop markers from earlier jobs and temporary files of killed ones. checkpoint: the one
+    that the run resumes from.
 
     Raises FencedError if another job owns the run.
     """
@@ -53,6 +56,10 @@ def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> No
     # Launchers clear it too before they start ranks, and a request may be made before this process has started.
     launching = _LAUNCH_SECONDS if distributed.world_size() > 1 else 0.0
     status.forget_request(config.output_dir, process_age() + launching)
+    # Younger ones may be another program's that is at work in the folder, for example a launcher's.
+    now, longest = status.clock(config.output_dir), process_age() + _LAUNCH_SECONDS
+    for folder in (config.output_dir, config.output_dir / CHECKPOINTS):
+        remove_partials(folder, now, longest)
 
 
 def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:

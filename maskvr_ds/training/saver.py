@@ -50,10 +50,12 @@ class Saver:
         self._due |= stopping or is_due(step, self._phase.config.checkpoint.every_steps, self._phase.last_step)
         return self._due and not self._context.guard.update_skipped
 
-    def save(self, step: int, samples: int, record: StepRecord, *, wait: bool) -> None:
-        """Write a checkpoint. wait: until it is complete, also if checkpoints are asynchronous.
+    def save(self, step: int, samples: int, record: StepRecord, *, batch: int, wait: bool) -> None:
+        """Write a checkpoint. wait: until it is complete, also if checkpoints are asynchronous. batch: number of the
+        step's batch in the phase.
 
-        Raises FloatingPointError (`check_finite`), ReplicaError, and what `checkpoint.save.save` raises.
+        Raises FloatingPointError (`check_finite`), ReplicaError, what `Guard.not_finite` raises if weights, moments or
+        the probe's logits are not finite, and what `checkpoint.save.save` raises.
         """
         context, config = self._context, self._phase.config
         started, self._due = time.perf_counter(), False
@@ -68,17 +70,21 @@ class Saver:
         history = [*before, done(self._phase, step - self._phase.first_step, context.corpus.sequence_length)]
         guard = {**context.guard.state(), "rollbacks": context.rollbacks}
         auto = {} if context.chooser is None else context.chooser.state()
-        saved = save.save(
-            config.output_dir,
-            context.engine,
-            replace(context.state, step=step, samples=samples, phases=history, guard=guard, auto=auto),
-            probe=context.probe,
-            tokenizer=context.corpus.tokenizer_folder,
-            keep=config.checkpoint,
-            fence=self._fence,
-            extra=extra,
-            background=self._background,
-        )
+        try:
+            saved = save.save(
+                config.output_dir,
+                context.engine,
+                replace(context.state, step=step, samples=samples, phases=history, guard=guard, auto=auto),
+                probe=context.probe,
+                tokenizer=context.corpus.tokenizer_folder,
+                keep=config.checkpoint,
+                fence=self._fence,
+                extra=extra,
+                background=self._background,
+            )
+        except save.NotFiniteError as error:
+            context.guard.not_finite(step, batch, str(error))
+            raise
         seconds = time.perf_counter() - started
         if self._background is None:
             self.latest = saved

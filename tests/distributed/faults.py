@@ -17,16 +17,21 @@ class Act:
     """One job on all ranks, and the fault injected into it.
 
     signal: (rank, update, number): signal for that rank just before that update (0-based).
-    nan_row: a corpus row whose loss is always NaN; nan_step: the update at which a loss on rank 1 is NaN.
+    nan_row: a corpus row whose loss is always NaN; nan_step: the update at which a loss on rank 1 is NaN, nan_once: for
+    the first time only.
     kill: (rank, place, n): SIGKILL of a rank (None: all): "step": before update n; "update": before the n-th update of
     this job; "save": in the n-th write of a DeepSpeed file; "write": halfway through the n-th file of an asynchronous
     checkpoint; "convert": once a conversion is written, before it is renamed.
+    poison: (update, what, rank): after that update (1-based), for the first time in this job, a value of that rank
+    becomes infinite: "masters", a moment's name, or "rounded", which only the model's own weights hold.
+    unchecked: checkpoints are saved as versions did that had no check for finite values.
+    misread: a checkpoint's name, of which rank 1 reads back another content than it has written.
     damage: (update, file): the file is truncated to nothing just before that update.
     slow: extra seconds that every file takes to write.
     fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
     before the job starts.
     note: a file that gets one line before the job starts: steps logged, step of the newest checkpoint.
-    output: takes what rank 0 prints. ranks: the first `ranks` of the processes take part.
+    output, error: take what rank 0 prints. ranks: the first `ranks` of the processes take part.
     """
 
     values: dict[str, Any]
@@ -34,13 +39,18 @@ class Act:
     signal: tuple[int, int, int] | None = None
     nan_row: int | None = None
     nan_step: int | None = None
+    nan_once: bool = False
     kill: tuple[int | None, str, int] | None = None
+    poison: tuple[int, str, int] | None = None
+    unchecked: bool = False
+    misread: str = ""
     damage: tuple[int, Path] | None = None
     fill: Path | None = None
     empty: Path | None = None
     note: Path | None = None
     slow: float = 0.0
     output: Path | None = None
+    error: Path | None = None
     ranks: int = 2
 
 
@@ -93,6 +103,8 @@ def _live(act: Act) -> str:
             file.write(f"{len(read_lines(run / METRICS))} {max(saved, default=0)}\n")
     if act.output is not None and os.environ["RANK"] == "0":
         os.dup2(os.open(act.output, os.O_WRONLY | os.O_CREAT, 0o644), 1)
+    if act.error is not None and os.environ["RANK"] == "0":
+        os.dup2(os.open(act.error, os.O_WRONLY | os.O_CREAT, 0o644), 2)
     distributed.initialize()
     distributed.barrier()
     prepare(act)
@@ -110,6 +122,7 @@ def _live(act: Act) -> str:
 def prepare(act: Act) -> None:
     """Patch this process so that the act's faults happen."""
     from maskvr_ds import train
+    from maskvr_ds.checkpoint import save
     from maskvr_ds.masking.masker import Masker
     from maskvr_ds.run_folder import checkpoints
     from maskvr_ds.training.phases import RunPhase
@@ -135,7 +148,7 @@ def prepare(act: Act) -> None:
         result = mask(masker, batch)
         if act.nan_row is not None:
             result.weights[batch.sample_ids == act.nan_row] *= float("nan")
-        if act.nan_step == now[0] and rank == 1:
+        if act.nan_step == now[0] and rank == 1 and not (act.nan_once and made[0] > now[0] + 1):
             result.weights[0] *= float("nan")
         return result
 
@@ -147,6 +160,13 @@ def prepare(act: Act) -> None:
 
     train.plot_loss = lambda *_: None  # takes a second each
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
+    if act.poison is not None:
+        _poison(*act.poison)
+    if act.misread and rank == 1:
+        read_back = files._read_back
+        files._read_back = lambda path: "another" if act.misread in str(path) else read_back(path)
+    if act.unchecked:
+        save.nonfinite = lambda *_: []
     if act.fill is not None:
         checkpoints.check_space = full
     if act.kill is not None and act.kill[0] in (None, rank) and act.kill[1] == "save":
@@ -155,6 +175,24 @@ def prepare(act: Act) -> None:
     _write_slowly(act.slow, act.kill[2] if act.kill is not None and here else 0)
     if act.kill is not None and act.kill[1] == "convert":
         _kill_in_conversion()
+
+
+def _poison(update: int, what: str, rank: int) -> None:
+    from maskvr_ds import train
+
+    run_step, left = train.run_step, [int(os.environ["RANK"]) == rank]
+
+    def poisoned(engine: Any, *args: Any, **options: Any) -> Any:
+        result = run_step(engine, *args, **options)
+        if left[0] and engine.global_steps == update:
+            left[0] = False
+            first = next(iter(engine.basic_optimizer.state))
+            value = next(engine.module.parameters()) if what == "rounded" else first
+            value = value if what in ("masters", "rounded") else engine.basic_optimizer.state[first][what]
+            value.detach().view(-1)[3] = float("inf")
+        return result
+
+    train.run_step = poisoned
 
 
 def _kill_in_save(number: int) -> None:

@@ -8,7 +8,7 @@ import yaml
 from tests.distributed.training import SMALL, column, metrics, run_command
 from tests.support.corpora import make_corpus
 
-AGAIN = "uniform:checkpoint.keep_last=1"
+AGAIN = "uniform:checkpoint.keep_last=2"
 DIVERGES = "uniform:optimizer.lr=1.0e+30"
 
 

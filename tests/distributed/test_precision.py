@@ -58,7 +58,7 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
     "rolled back": (
         {},
         {"optimizer": {"lr": 1e6}, "divergence": {"max_rollbacks": 1}},
-        "step 4: loss is nan, after 1 rollbacks to step 0",
+        "step 4: loss is nan, after 1 rollback to step 0",
     ),
 }
 

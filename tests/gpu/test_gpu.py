@@ -128,3 +128,16 @@ def test_variance(folder: Path, tmp_path: Path) -> None:
     for path, value in reports[0].items():
         if not path.endswith(("/seconds", "/bytes", "/memory")):
             assert reports[1][path] == pytest.approx(value, rel=1e-2, abs=1e-6), path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0])
+def test_extremes_propagate_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    """On which the check before every checkpoint relies; in each place of a block, and across blocks."""
+    from maskvr_ds.engine.finite import _is_finite
+
+    for size in (1, 1000, 3_000_000):
+        for place in (0, size // 2, size - 1):
+            tensors = [torch.full((size,), 6e4, dtype=dtype, device="cuda") for _ in range(3)]
+            tensors[1][place] = value
+            assert bool(_is_finite(tensors)) == (value == 0.0), (size, place)

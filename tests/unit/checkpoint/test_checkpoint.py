@@ -3,10 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from maskvr_ds.run_folder.checkpoints import (
     CheckpointError,
@@ -14,14 +17,13 @@ from maskvr_ds.run_folder.checkpoints import (
     complete_checkpoints,
     faults,
     find,
-    point_latest,
+    intact,
     read_state,
-    remove_from,
-    remove_old,
     verify,
     write_manifest,
     write_origin,
 )
+from maskvr_ds.run_folder.retention import remove_old
 from maskvr_ds.runtime import files
 
 STATE = CheckpointState(
@@ -35,7 +37,7 @@ def write(run: Path, step: int, *, complete: bool = True) -> Path:
     (folder / "optimizer.pt").write_bytes(b"moments" * 100)
     (folder / "bert" / "config.json").write_text("{}")
     if complete:
-        write_manifest(folder, vars(STATE))
+        write_manifest(folder, vars(replace(STATE, step=step)))
     return folder
 
 
@@ -144,7 +146,7 @@ def test_renamed_copies_are_ignored(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", 10)
     assert found(tmp_path / "run", "auto") == folder
     assert complete_checkpoints(tmp_path / "run") == [folder]
-    remove_from(tmp_path / "run", 0)
+    remove_old(tmp_path / "run", write(tmp_path / "run", 5), keep_last=2, keep_every_steps=0)
     assert copy.exists()
     assert not folder.exists()
 
@@ -195,31 +197,6 @@ def test_damaged_checkpoints_are_logged_and_skipped(tmp_path: Path, caplog: pyte
     assert "step-00000015/optimizer.pt: 700 bytes expected, 7 found" in second
 
 
-def test_retention_by_count_and_by_every_n_steps(tmp_path: Path) -> None:
-    for step in range(5, 45, 5):
-        write(tmp_path, step)
-    remove_old(tmp_path, keep_last=2, keep_every_steps=15)
-    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["15", "30", "35", "40"]
-    remove_old(tmp_path, keep_last=1, keep_every_steps=0)
-    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["40"]
-
-
-def test_saving_removes_leftovers_of_kills_and_abandoned_steps(tmp_path: Path) -> None:
-    for step in (5, 10, 15):
-        write(tmp_path, step)
-    for name in (".saving", ".deleting-step-00000001"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    remove_from(tmp_path, 10)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-
-
-def test_latest_names_the_newest_checkpoint(tmp_path: Path) -> None:
-    for step in (5, 10):
-        point_latest(write(tmp_path, step))
-        assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{step:08d}\n"
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
 def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from maskvr_ds.cli import main
 
@@ -261,3 +238,41 @@ def test_hashes_reported_by_ranks_are_verified(tmp_path: Path) -> None:
     write_manifest(folder, vars(STATE), {"optimizer.pt": reported})
     (found,) = faults(folder)
     assert "optimizer.pt: the SHA-256 differs" in found
+
+
+def test_what_is_read_back_must_be_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_read_back", lambda path: "another")
+    with pytest.raises(OSError, match="other bytes are read back than were written"):
+        files.write_hashed(tmp_path / "file.pt", memoryview(b"content"))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "probe.safetensors", "mapnet.safetensors"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_values_that_are_not_finite_are_damage(tmp_path: Path, name: str, value: float) -> None:
+    """Versions without a check before saving have stored them, with hashes that agree."""
+    tensors = {"ids": np.arange(3), "good": np.ones((3, 4), np.float32), "bad": np.ones((3, 4), np.float32)}
+    good, folder = write(tmp_path, 10), write(tmp_path, 20, complete=False)
+    save_file(tensors, folder / name)
+    write_manifest(folder, vars(STATE))
+    assert faults(folder) == []
+    (folder / "checkpoint.json").unlink()
+    tensors["bad"][2, 3] = value
+    save_file(tensors, folder / name)
+    write_manifest(folder, vars(STATE))
+    assert faults(folder) == [f"{folder / name}: 1 tensor holds NaN or infinity (bad); use an earlier checkpoint"]
+    assert found(tmp_path, "auto") == good
+
+
+def test_a_checkpoint_that_the_run_has_rolled_back_from_is_skipped(tmp_path: Path) -> None:
+    run, rollbacks = tmp_path, [{"to_step": 12}, {"to_step": 8}]
+    for step, known in ((4, 0), (8, 0), (12, 0), (16, 2)):
+        folder = write(run, step, complete=False)
+        write_manifest(folder, vars(replace(STATE, step=step, guard={"rollbacks": rollbacks[:known]})))
+    assert [c.state.step for c in intact(run)] == [16, 12, 8, 4]
+    (run / "rollbacks.json").write_text(json.dumps(rollbacks))
+    skipped: list[str] = []
+    assert [c.state.step for c in intact(run, skipped)] == [16, 8, 4]
+    assert "the run has rolled back from it to step 8" in skipped[0]
+    for damaged in ("", "[", "{}", "[[]]", "7"):
+        (run / "rollbacks.json").write_text(damaged)
+        assert [c.state.step for c in intact(run)] == [16, 12, 8, 4], "not needed to find one"

@@ -247,3 +247,22 @@ def test_another_schema_is_refused(tmp_path: Path, schema: str) -> None:
         load_config(path)
     path.write_text("schema: 2\nbase: demo_cpu\n")
     assert load_config(path) == load_config("demo_cpu")
+
+
+def test_a_stored_keep_last_of_1_is_2_now_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In what a run has stored; in a file of one's own it is an error."""
+    values: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "checkpoint": {"keep_last": 1, "every_steps": 7},
+        "phases": [
+            {"name": "one", "data": {"path": "corpus"}, "training": {"steps": 5}, "checkpoint": {"keep_last": 1}}
+        ],
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"schema": 2, **values}))
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_last: Input should be greater than or equal to 2"):
+        load_config(tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").touch()
+    config = load_config(tmp_path / "config.yaml")
+    assert (config.checkpoint.keep_last, config.checkpoint.every_steps) == (2, 7)
+    assert config.phase(0).checkpoint.keep_last == 2
+    assert len(caplog.records) == 1

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,22 @@ from maskvr_ds.config.reliability import DivergenceConfig
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.reliability.divergence import DivergedError, Guard
-from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.run_folder.checkpoints import intact, write_manifest
+from maskvr_ds.run_folder.layout import METRICS, ROLLBACKS
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.telemetry.metrics_file import append_event, read_events, read_lines
-from maskvr_ds.training.rollback import batches, merge, position, read_rollbacks, windows_of, write_rollbacks
+from maskvr_ds.training.rollback import (
+    _restore_newest,
+    batches,
+    may_return,
+    merge,
+    position,
+    read_rollbacks,
+    windows_of,
+    write_rollbacks,
+)
 from tests.support.corpora import make_corpus
+from tests.unit.checkpoint.test_checkpoint import STATE, write
 
 WINDOWS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)).map(lambda w: (w[0], w[0] + w[1])), max_size=6)
 
@@ -172,3 +184,57 @@ def test_events_in_metrics_are_not_steps(tmp_path: Path, monkeypatch: pytest.Mon
         assert [line["step"] for line in read_lines(path)] == list(range(1, resume + 1))
         assert [event["event"] for event in read_events(path)] == ["rollback", "checkpoint"][: 2 if resume == 4 else 1]
         assert json.loads(path.read_text().splitlines()[2]) == rollback, "behind step 2"
+
+
+@pytest.mark.parametrize("damage", ["", "[", "{}", "[1]", '[{"phase": 1}]', "[" * 100_000])
+def test_damaged_rollbacks_are_recovered(tmp_path: Path, damage: str) -> None:
+    """From the events in metrics.jsonl, or from the checkpoint if that knows more; what was there is kept."""
+    entries = [
+        {"event": "rollback", "phase": 0, "step": 9, "to_step": step, "reason": "r", "passed_over": [[step, step + 2]]}
+        for step in (4, 6, 8)
+    ]
+    path = tmp_path / ROLLBACKS
+    for logged, known, expected in ((3, 0, 3), (1, 2, 2), (0, 0, 0)):
+        path.write_text(damage)
+        (tmp_path / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries[:logged]))
+        assert read_rollbacks(tmp_path, {"rollbacks": entries[:known]}) == entries[:expected]
+        assert json.loads(path.read_text()) == entries[:expected]
+        (kept,) = tmp_path.glob("damaged-rollbacks.json.*")
+        assert kept.read_text() == damage
+        kept.unlink()
+
+
+def test_rollbacks_go_further_back_once_those_to_the_newest_did_not_help() -> None:
+    tried: list[int] = []
+    while (step := next((s for s in (12, 8, 4) if may_return(s, tried, 3)), None)) is not None:
+        tried.append(step)
+    assert tried == [12, 12, 12, 8, 4]
+    assert may_return(500, tried, 3), "a later checkpoint is another matter"
+    assert not may_return(12, [], 0)
+
+
+def test_what_is_not_finite_after_a_good_update_rolls_back_or_ends_the_run() -> None:
+    guard, _ = make_guard(margin=1)
+    with pytest.raises(DivergedError) as caught:
+        guard.not_finite(8, 20, "not finite: weights")
+    assert (caught.value.step, caught.value.reason, caught.value.windows) == (8, "not finite: weights", [(19, 22)])
+    guard, _ = make_guard(enabled=False)
+    with pytest.raises(FloatingPointError, match=r"step 8: not finite: weights; not saved\. Resume from the last"):
+        guard.not_finite(8, 20, "not finite: weights")
+
+
+def test_rollbacks_that_did_not_help_cost_no_checkpoint(tmp_path: Path) -> None:
+    """With a lower learning rate the run resumes from the newest one again."""
+    rollbacks = [{"to_step": step} for step in (2, 12, 12, 12, 8, 4)]
+    for step in (4, 8, 12):
+        folder = write(tmp_path, step, complete=False)
+        write_manifest(folder, vars(replace(STATE, step=step, guard={"rollbacks": rollbacks[:1]})))
+    (tmp_path / ROLLBACKS).write_text(json.dumps(rollbacks))
+    assert [c.state.step for c in intact(tmp_path)] == [4]
+    assert _restore_newest(tmp_path, rollbacks, 4) == 12
+    assert json.loads((tmp_path / ROLLBACKS).read_text()) == rollbacks[:4]
+    assert [c.state.step for c in intact(tmp_path)] == [12, 8, 4]
+    (folder / "optimizer.pt").write_bytes(b"")
+    assert _restore_newest(tmp_path, rollbacks, 4) == 8, "the newest that is intact"
+    assert json.loads((tmp_path / ROLLBACKS).read_text()) == rollbacks[:5]
+    assert _restore_newest(tmp_path, rollbacks, 8) == 8

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from maskvr_ds.config import MonitorConfig
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import MetricsLog, StepRecord, trust_ratio_figures
-from maskvr_ds.telemetry.metrics_file import read_lines
+from maskvr_ds.telemetry.metrics_file import keep_until, read_events, read_lines
 from maskvr_ds.telemetry.plots import plot_loss
 
 QUIET = MonitorConfig(tensorboard=False, csv=False, histogram_every=2)
@@ -241,3 +243,28 @@ def test_plot_is_a_png_of_some_size(tmp_path: Path) -> None:
     width, height = struct.unpack(">II", data[16:24])
     assert width > 400
     assert height > 300
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bad=st.binary(max_size=40), place=st.integers(0, 4))
+def test_a_bad_line_is_skipped_and_the_file_kept(tmp_path: Path, bad: bytes, place: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": n, "loss": 1.0}).encode() for n in (1, 2, 3)]
+    good.append(b'{"event": "checkpoint", "step": 3}')
+    content = b"".join(line + b"\n" for line in [*good[:place], bad, *good[place:]])
+    path.write_bytes(content)
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
+    assert len(read_events(path)) == 1
+    keep_until(2, path)
+    assert path.read_bytes() == b"".join(line + b"\n" for line in good[:2])
+    (kept,) = tmp_path.glob("metrics.jsonl.damaged-*")
+    assert kept.read_bytes() == content
+    kept.unlink()
+
+
+@pytest.mark.parametrize("bad", ["[]", "7", "null", "{}", '{"step": "1"}', '{"step": true}', "[" * 100_000, "1" * 5000])
+def test_what_is_json_but_no_line_is_skipped_too(tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n{{"step": 3')
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert "1 damaged lines are skipped, the first is line 2" in caplog.text
