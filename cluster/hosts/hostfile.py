@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskvr_ds.runtime import slurm_env
+from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 
 # Lines that DeepSpeed accepts, except names that start with "-": options to ssh.
 _LINE = re.compile(r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:@-]*)\s+slots=(?P<slots>\d+)\s*", re.ASCII)
@@ -149,7 +150,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source.add_argument("--hosts", nargs="+", metavar="HOST[:SLOTS]", help="names and ranges: node[01-16], a:8,b:4")
     source.add_argument("--from-slurm", action="store_true", help="nodes of the current Slurm job")
     parser.add_argument(
-        "--slots", type=int, metavar="N", help="with --hosts, --from-slurm: ranks of every host without a number"
+        "--slots",
+        type=integer(1, MAX_SLOTS),
+        metavar="N",
+        help="with --hosts, --from-slurm: ranks of every host without a number",
     )
     parser.add_argument("--output", metavar="FILE", help="write the hostfile (default: print it)")
     parser.add_argument("--check-slots", action="store_true", help="count the GPUs of every host over ssh")
@@ -158,8 +162,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.slots is not None and arguments.slots < 1:
-        raise HostfileError(f"--slots {arguments.slots}: expected at least 1")
     if arguments.file is not None:
         if arguments.slots is not None:
             raise HostfileError(

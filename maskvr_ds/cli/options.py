@@ -23,13 +23,6 @@ def add_command(
     )
 
 
-def positive_integer(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
-    return int(text)
-
-
 def visible_gpus() -> int:
     """Number of GPUs visible to this process; imports torch."""
     import torch

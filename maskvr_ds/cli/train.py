@@ -4,8 +4,9 @@ import argparse
 import re
 from pathlib import Path
 
-from maskvr_ds.cli.options import Commands, add_command, positive_integer, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, visible_gpus
 from maskvr_ds.runtime.logs import verbosity_words
+from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 
 _DESCRIPTION = """\
 Start or resume pretraining. A run can resume with any number of ranks and any ZeRO stage.
@@ -25,7 +26,7 @@ def add_train(commands: Commands) -> None:
     add_run_options(parser)
     parser.add_argument(
         "--num-gpus",
-        type=positive_integer,
+        type=integer(1, MAX_SLOTS),
         metavar="N",
         help="ranks on this machine (default: its number of GPUs, or 1 without GPU)",
     )

@@ -17,7 +17,7 @@ def parse_yaml(text: str, where: str) -> Any:
     deeply, or has more than MAX_VALUES values with its aliases written out.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ConfigError(f"{where}: {len(text):,} characters, more than {MAX_CHARACTERS:,}; this is not a run's config")
+        raise ConfigError(f"{where}: {len(text):,} characters, at most {MAX_CHARACTERS:,} expected in a config")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:

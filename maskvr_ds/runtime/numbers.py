@@ -40,7 +40,7 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = float(text) if text.isascii() else math.nan
         except ValueError:
             value = math.nan
         if low <= value <= high and not (above and value == low):

@@ -35,7 +35,7 @@ ROWS = {
         {"sources"},
         {"execution", "filters", "shards"},
         {"manifest"},
-        {"files"},
+        {"files", "numbers"},
     ],
     "cluster": [{"__main__"}, {"hosts", "slurm", "status"}],
 }
@@ -49,6 +49,7 @@ TORCH_FREE = {
         "runtime.files",
         "runtime.heartbeats",
         "runtime.logs",
+        "runtime.numbers",
         "runtime.processes",
         "runtime.slurm_env",
         "runtime.terminal",

@@ -46,7 +46,9 @@ def raw(where: Location, value: Any) -> dict[str, Any]:
             place.extend([{"path": "corpus"} if isinstance(following, str) else 0.5] * (part + 1 - len(place)))
             if isinstance(following, str):
                 place[part] = dict(place[part])
-        place = place[part] if isinstance(part, int) else place.setdefault(part, [] if isinstance(following, int) else {})
+        place = (
+            place[part] if isinstance(part, int) else place.setdefault(part, [] if isinstance(following, int) else {})
+        )
     if isinstance(last := where[-1], int):
         place.extend([0.5] * (last + 1 - len(place)))
     place[last] = value
@@ -97,12 +99,18 @@ def test_a_path_is_text(where: Location, value: Any) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("output_dir=20240601", r"output_dir: expected a path, found 20240601, which YAML reads as int; put it in quotes"),
+        (
+            "output_dir=20240601",
+            r"output_dir: expected a path, found 20240601, which YAML reads as int; put it in quotes",
+        ),
         ("output_dir=2024-06-01", "found 2024-06-01, which YAML reads as date; put it in quotes"),
         ("output_dir=~/runs/x", "~ is not replaced by your home folder here; write the full path"),
         ("output_dir=''", "output_dir: '' is not a path"),
         ("monitor.wandb.project=2024", "YAML reads this as int, put it in quotes"),
-        ("divergence.margin=1000000000000000000000", r"margin: Input should be less than or equal to 10000 .given: 10{21}."),
+        (
+            "divergence.margin=1000000000000000000000",
+            r"margin: Input should be less than or equal to 10000 .given: 10{21}.",
+        ),
         ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number .given: inf."),
         ("optimizer.lr=yes", "optimizer.lr: expected a number, found true"),
         ("hangs.timeout=1e-9", "hangs.timeout: 1e-09 s is shorter than any step; give at least 1, or 0 for never"),
@@ -122,7 +130,9 @@ def test_what_the_error_says(tmp_path: Path, assignment: str, message: str) -> N
 
 def test_steps_of_a_phase_are_bounded() -> None:
     phases = [{"name": "a", "data": {"path": "c"}, "training": {"steps": 10**21}}]
-    with pytest.raises(ValidationError, match=r"phases\.a\.training\.steps: an integer from 1 to 1,000,000,000 required"):
+    with pytest.raises(
+        ValidationError, match=r"phases\.a\.training\.steps: an integer from 1 to 1,000,000,000 required"
+    ):
         RunConfig.model_validate({"output_dir": "x", "phases": phases})
     phases[0]["training"]["steps"] = 5  # type: ignore[index]
     phases[0]["divergence"] = {"margin": 1}
