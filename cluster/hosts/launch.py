@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.hosts.checks import LaunchError
-from cluster.hosts.hostfile import read_hostfile
 from cluster.hosts.plan import CONFIG, Draft, add_launch_options, warn
 from cluster.hosts.supervisor import KILL_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 from maskvr_ds.reliability.signals import SignalDebouncer
 from maskvr_ds.run_folder import layout, status
+from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.logs import verbosity_words
 from maskvr_ds.runtime.numbers import MAX_SECONDS
 from maskvr_ds.runtime.numbers import number as bounded

@@ -21,6 +21,7 @@ from maskvr_ds.config import RunConfig, dump_config
 from maskvr_ds.run_folder import layout
 from maskvr_ds.run_folder.status import LONGEST_BEAT
 from maskvr_ds.runtime.heartbeats import BEATS_PER_TIMEOUT
+from maskvr_ds.runtime.hostfile import is_host
 from maskvr_ds.runtime.numbers import MAX_SECONDS, integer, number
 
 # In the launch's folder: the resolved configuration, read by the ranks.
@@ -159,7 +160,7 @@ class Draft:
         first = next(iter(self.hosts))
         master = answers[first].value
         address = arguments.master_addr or (master["addresses"] or [first.rpartition("@")[2]])[0]
-        if not _PLAIN.fullmatch(address):
+        if not is_host(address):
             raise LaunchError(f"--master-addr {address!r}: an address or a host name expected")
         (folder / CONFIG).write_text(dump_config(self.config), encoding="utf-8")
         (folder / "hosts").write_text("".join(f"{h} slots={n}\n" for h, n in self.hosts.items()), encoding="utf-8")

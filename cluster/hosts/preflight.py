@@ -20,6 +20,7 @@ from cluster.hosts.checks import GIB
 from cluster.hosts.plan import Draft, add_launch_options
 from cluster.hosts.supervisor import POLL, Job
 from maskvr_ds.config import add_run_options, load_config
+from maskvr_ds.runtime.hostfile import HostfileError, read_hostfile
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer, number
 
 RESULT = "interconnect.json"
@@ -87,11 +88,11 @@ def _preflight(arguments: argparse.Namespace) -> int:
         arguments.launcher = "slurm"
         hosts = hostfile.slurm_hosts(os.environ, arguments.slots)
     elif arguments.slots is not None:
-        raise hostfile.HostfileError(
+        raise HostfileError(
             f"--slots {arguments.slots}: {arguments.hostfile} sets the slots of each host; change them there"
         )
     else:
-        hosts = hostfile.read_hostfile(arguments.hostfile)
+        hosts = read_hostfile(arguments.hostfile)
     config = load_config(arguments.config, arguments.assignments)
     draft = Draft(arguments, hosts, config)
     links: dict[str, Any] | None = None

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from maskvr_ds.cli.options import Commands, add_command, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, check_ranks_here, visible_gpus
 from maskvr_ds.runtime.numbers import MAX_SEED, MAX_SLOTS, integer, number
 
 _PLOT_EXAMPLES = """\
@@ -71,7 +71,8 @@ def _variance(arguments: argparse.Namespace) -> int:
     for name, value in vars(arguments).items():
         if name not in ("run", "num_gpus"):
             options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    ranks = arguments.num_gpus or visible_gpus()
+    ranks = arguments.num_gpus or max(1, visible_gpus())
+    check_ranks_here(ranks)
     if ranks <= 1:
         from maskvr_ds.analysis.gradient_variance import measure
 
@@ -138,4 +139,6 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     from maskvr_ds.benchmarks import compare
 
+    if arguments.num_gpus:
+        check_ranks_here(arguments.num_gpus)
     return compare.run(arguments)

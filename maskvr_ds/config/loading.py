@@ -12,6 +12,8 @@ from maskvr_ds.run_folder.migration import SCHEMA, migrate_config
 
 _RECIPES = "maskvr_ds.recipes"
 _PARTS = "parts"
+# Longest chain of `base`.
+_MAX_CHAIN = 50
 
 
 def recipes() -> list[str]:
@@ -53,6 +55,8 @@ def read_yaml(config: str | Path) -> dict[str, Any]:
 
 def _read_with_bases(name: str, chain: tuple[str, ...], included: dict[str, str]) -> dict[str, Any]:
     """chain: the files that led here, outermost first. included: what was read so far -> the file that named it."""
+    if len(chain) > _MAX_CHAIN:
+        raise ConfigError(f"config {chain[0]}: more than {_MAX_CHAIN} files, each the base of the previous one")
     values = _read_mapping(name)
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases

@@ -48,6 +48,7 @@ TORCH_FREE = {
         "run_folder",
         "runtime.files",
         "runtime.heartbeats",
+        "runtime.hostfile",
         "runtime.logs",
         "runtime.numbers",
         "runtime.processes",
