@@ -39,7 +39,7 @@ def visible_gpus() -> int:
 
 
 def check_ranks_here(ranks: int) -> None:
-    """Raise ValueError if this machine cannot run so many ranks: one per GPU, or a few per CPU core without GPUs.
+    """Raise ValueError if this machine cannot run this many ranks: one per GPU, or a few per CPU core without GPUs.
 
     Does not import torch. The GPUs are the device files of the NVIDIA driver; other GPUs are not counted.
     """

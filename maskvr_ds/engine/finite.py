@@ -1,4 +1,4 @@
-"""Whether all that a checkpoint would store is finite: weights, fp32 masters, moments, and tensors given in addition.
+"""Check that everything a checkpoint stores is finite: weights, fp32 masters, moments, additional tensors.
 
 Tensors are read where they are, each by the rank that owns it: minima and maxima, which need no temporary tensors, and
 one flag per kind, for which the host waits once.

@@ -1,4 +1,4 @@
-"""Which checkpoints are deleted, and when. Loads no torch.
+"""Checkpoint retention: selection and deletion of old checkpoints. Loads no torch.
 
 Nothing that may still be needed is deleted before its successor is complete and was read back. Links are removed, what
 they lead to is not touched. A deletion that fails is a warning (`files.discard`): housekeeping never costs a save.

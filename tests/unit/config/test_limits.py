@@ -1,4 +1,4 @@
-"""Small files that stand for billions of values, endless or deep ones: one error, at once."""
+"""Configuration files that expand to billions of values, never end or nest too deeply: one immediate error."""
 
 import os
 import time
