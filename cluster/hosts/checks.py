@@ -96,7 +96,7 @@ def inconsistencies(answers: Mapping[str, Answer], clock: float) -> list[str]:
     for host, answer in answers.items():
         if answer.clock is not None and abs(answer.clock[0]) > clock + answer.clock[1]:
             lines.append(
-                f"{host}: its clock is {answer.clock[0]:+.1f} s off this machine's; synchronise it by chrony or ntpd"
+                f"{host}: its clock is {answer.clock[0]:+.1f} s off this machine's; synchronise it with chrony or ntpd"
             )
         if answer.value.get("gpus"):
             drivers[host] = answer.value["gpus"]["driver"], tuple(sorted(set(answer.value["gpus"]["names"])))

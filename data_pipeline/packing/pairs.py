@@ -253,11 +253,11 @@ def _fill(
     columns["pair_label"] = np.array([label for _, _, label in found], np.bool_)
     for row, (one, two, _) in enumerate(found):
         start = len(one.ids) + 2
-        for begin, segment in ((1, one), (start, two)):
-            end = begin + len(segment.ids)
-            input_ids[row, begin:end] = segment.ids
+        for first, segment in ((1, one), (start, two)):
+            end = first + len(segment.ids)
+            input_ids[row, first:end] = segment.ids
             input_ids[row, end] = special.sep
             for plane in planes:
-                columns[plane][row, begin:end] = segment.planes[plane]
+                columns[plane][row, first:end] = segment.planes[plane]
         columns["segment_start"][row] = start
     return Rows(0, input_ids, np.zeros(len(found), np.bool_), columns, unused)

@@ -203,9 +203,9 @@ def _pack_full(
         pieces = []
         last = unit
         while last < len(parts) and offsets[last] < stop:
-            begin, end = max(start, offsets[last]), min(stop, offsets[last + 1])
-            if end > begin:
-                pieces.append((parts[last], begin - offsets[last], end - offsets[last]))
+            low, high = max(start, offsets[last]), min(stop, offsets[last + 1])
+            if high > low:
+                pieces.append((parts[last], low - offsets[last], high - offsets[last]))
             last += 1
         name = f"shard-{k:05}"
         arguments = (shared, str(folder), f"{name}.arrow", pieces, k == len(stops) - 1)

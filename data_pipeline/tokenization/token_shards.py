@@ -316,9 +316,9 @@ class SideReader:
         last = int(np.searchsorted(self.ends, stop - 1))
         ranges: list[tuple[int, int]] = []
         for i in range(first, last + 1):
-            begin = int(self.ends[i - 1]) + 1 if i else 0
-            offset = int(self._firsts[i]) - begin
-            a, b = max(start, begin) + offset, min(stop, int(self.ends[i]) + 1) + offset
+            low = int(self.ends[i - 1]) + 1 if i else 0
+            offset = int(self._firsts[i]) - low
+            a, b = max(start, low) + offset, min(stop, int(self.ends[i]) + 1) + offset
             if ranges and ranges[-1][1] == a:
                 ranges[-1] = (ranges[-1][0], b)
             else:

@@ -66,21 +66,23 @@ def run(words: list[str]) -> None:
 
 
 def measure(corpus: Path, output: Path, name: str, steps: int) -> dict[str, Any]:
-    folders = {kind: output / f"{name.replace(', ', '-').replace(' ', '_')}-{kind}" for kind in ("whole", "killed")}
-    run(train(corpus, folders["whole"], steps, STRATEGIES[name]))
+    folders = {
+        kind: output / f"{name.replace(', ', '-').replace(' ', '_')}-{kind}" for kind in ("uninterrupted", "killed")
+    }
+    run(train(corpus, folders["uninterrupted"], steps, STRATEGIES[name]))
     killed = train(corpus, folders["killed"], steps, STRATEGIES[name])
     kill_when_saved(killed, folders["killed"])
     killed_at = read_lines(folders["killed"] / METRICS)[-1]["step"]
     run(killed)
-    whole, resumed = (
+    uninterrupted, resumed = (
         [[line[key] for key in SAME] for line in read_lines(folder / METRICS)] for folder in folders.values()
     )
-    lines = read_lines(folders["whole"] / METRICS)
-    plot_loss(folders["whole"] / METRICS, folders["whole"] / "loss.png")
+    lines = read_lines(folders["uninterrupted"] / METRICS)
+    plot_loss(folders["uninterrupted"] / METRICS, folders["uninterrupted"] / "loss.png")
     return {
         "strategy": name,
-        "steps": len(whole),
-        "resumed_equal": whole == resumed,
+        "steps": len(uninterrupted),
+        "resumed_equal": uninterrupted == resumed,
         "killed_at": killed_at,
         "loss_first": round(sum(line["loss"] for line in lines[:10]) / 10, 3),
         "loss_last": round(sum(line["loss"] for line in lines[-10:]) / 10, 3),

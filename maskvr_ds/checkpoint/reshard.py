@@ -77,7 +77,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     temporary.mkdir(parents=True)
     # DeepSpeed's converter writes every tensor twice: as fragments and assembled.
     checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
-    tensors, content = (_from_partitions if was.zero_stage else _from_whole)(folder, temporary / "pieces")
+    tensors, content = (_from_partitions if was.zero_stage else _from_full)(folder, temporary / "pieces")
     shutil.rmtree(temporary / "pieces", ignore_errors=True)
     save_file(tensors, temporary / TENSORS)
     checkpoints.write_manifest(temporary, {"source": source, **content})
@@ -135,7 +135,7 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
 
 
-def _from_whole(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _from_full(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Convert stage 0, where every rank holds everything: in fp32 the model's weights are the masters, in bf16
     DeepSpeed stores the masters tensor by tensor in addition."""
     model = _unpickle(folder / "mp_rank_00_model_states.pt")
@@ -199,9 +199,9 @@ def load(universal: Path, engine: deepspeed.DeepSpeedEngine) -> None:
             for kind in _KINDS:
                 target = flat.detach() if kind == "fp32" else state[kind]
                 for fragment in partition.fragments:
-                    whole = file.get_tensor(f"{kind}/{layout.names[fragment.tensor]}").view(-1)
+                    full = file.get_tensor(f"{kind}/{layout.names[fragment.tensor]}").view(-1)
                     here = fragment.of_partition(target)
-                    here.copy_(whole.narrow(0, fragment.tensor_start, fragment.length).view(here.shape))
+                    here.copy_(full.narrow(0, fragment.tensor_start, fragment.length).view(here.shape))
             _set_step(state, content["step"])
         _fill_model(layout, stage, lambda name: file.get_tensor(f"fp32/{name}"))
     for group in optimizer.param_groups:
@@ -231,7 +231,7 @@ def _set_step(state: dict[str, Any], step: int) -> None:
         state["step"] = step
 
 
-def _fill_model(layout: Layout, stage: int, whole: Callable[[str], torch.Tensor]) -> None:
+def _fill_model(layout: Layout, stage: int, full: Callable[[str], torch.Tensor]) -> None:
     """Fill the weights that the model computes with, rounded from the masters."""
     if stage == 3:
         for flat, partition in layout.partitions.items():
@@ -239,4 +239,4 @@ def _fill_model(layout: Layout, stage: int, whole: Callable[[str], torch.Tensor]
                 fragment.of_model(layout.tensors[fragment.tensor]).copy_(fragment.of_partition(flat))
         return
     for name, tensor in zip(layout.names, layout.tensors, strict=True):
-        tensor.copy_(whole(name))
+        tensor.copy_(full(name))

@@ -16,7 +16,7 @@ class MixtureCorpus(Section):
     path: Path
     """Folder of the corpus."""
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
-    """How often its rows are read per epoch; 0.5: half of them in each epoch, the other half in the next."""
+    """Reads of each of its rows per epoch; 0.5: half of them in each epoch, the other half in the next."""
 
 
 class DataConfig(Section):

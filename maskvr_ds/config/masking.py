@@ -55,7 +55,7 @@ class WeightedSampling(Section):
     """Sampling with unequal inclusion probabilities π, for strategies frequency and mapnet."""
 
     sampler: Literal["pareto", "conditional_poisson"] = "pareto"
-    """How a mask with given π is drawn: pareto is fast and approximates π; conditional_poisson is exact and slower."""
+    """Sampler of masks with given π: pareto is fast and approximates π; conditional_poisson is exact and slower."""
     estimator: Literal["horvitz_thompson", "hajek", "whole_mask"] = "horvitz_thompson"
     """Importance weights of the losses; see masking/estimators.py for what each is unbiased for."""
 
@@ -128,7 +128,7 @@ class AutoConfig(Section):
 
 
 class MaskingConfig(Section):
-    """Which tokens are predicted; formulas in masking/strategies.py.
+    """Choice of the predicted tokens; formulas in masking/strategies.py.
 
     A subsection belongs to the strategy of its name (`mapnet` also to auto): set for another strategy, it is an error.
     """

@@ -10,7 +10,7 @@ Factor = Annotated[float, Field(gt=1)]
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are saved, and which are kept. One is always saved after the last step."""
+    """Schedule and retention of checkpoints. One is always saved after the last step."""
 
     every_steps: NonNegativeInt = 1000
     """Steps between checkpoints; 0: only after the last step."""

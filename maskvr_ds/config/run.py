@@ -50,7 +50,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     """Sizes of the model, or an existing model to start from."""
     masking: MaskingConfig = MaskingConfig()
-    """Which tokens are predicted."""
+    """Choice of the predicted tokens."""
     batch: BatchConfig = BatchConfig()
     """Batch sizes."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -62,7 +62,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are saved, and which are kept."""
+    """Schedule and retention of checkpoints."""
     divergence: DivergenceConfig = DivergenceConfig()
     """Guard against divergence."""
     hangs: HangsConfig = HangsConfig()

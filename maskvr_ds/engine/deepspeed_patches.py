@@ -80,7 +80,7 @@ def hold_loss_scale(optimizer: Any) -> None:
 
 
 def update_loss_scale(optimizer: Any, overflow: bool) -> None:
-    """The update that `hold_loss_scale` suppressed: halve the scale after an overflow, double it now and then."""
+    """The update that `hold_loss_scale` suppressed: halve the scale after an overflow, double it periodically."""
     type(optimizer)._update_scale(optimizer, overflow)
 
 

@@ -42,7 +42,7 @@ class GradientNorms:
     def take(self) -> torch.Tensor:
         """Return and clear s of the last backward pass: float32 [B, K], 0 in unused slots (weight 0).
 
-        In fp16, non-finite where the gradients overflowed.
+        In fp16, non-finite if gradients overflowed.
         """
         norms, self._norms = self._norms, None
         assert norms is not None, "no backward pass since the last call, or the model's observer is not set"

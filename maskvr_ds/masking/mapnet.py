@@ -9,7 +9,7 @@ predictions of a row.
 estimator of the training loss: u for masks drawn by π (proposer.py), 1 for uniform ones. s_i = ‖∂ℓ_i/∂h_i‖ is the
 target (gradient_norms.py), s̄ its mean over the global batch.
 
-Differences from the paper, which trains the proposal through a bound on the variance of the whole mask's gradient: here
+Differences from the paper, which trains the proposal through a bound on the variance of the full mask's gradient: here
 the objective is the second moment of a single prediction's gradient norm (the norm: Katharopoulos & Fleuret 2018,
 arXiv 1803.00942), and the floor λ bounds the weights. No collectives.
 """

@@ -1,7 +1,7 @@
 """Base class of LAMB and LARS: scales updates by per-tensor trust ratios, however tensors are split over ranks.
 
 Collective: one all-reduce (sum) per optimizer step, over the data-parallel group, of one fp32 vector [2T]: Σw² of every
-tensor, then Σu² of every tensor. None if each rank holds whole tensors (no DeepSpeed, ZeRO 0).
+tensor, then Σu² of every tensor. None if each rank holds full tensors (no DeepSpeed, ZeRO 0).
 
 Shapes: T trainable tensors.
 """

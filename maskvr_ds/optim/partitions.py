@@ -1,6 +1,6 @@
 """Layout of the model's tensors in the partitions that DeepSpeed passes to an optimizer.
 
-Stage 0: whole tensors (fp32), or whole fp32 master copies of them (bf16: FP16_UnfusedOptimizer).
+Stage 0: full tensors (fp32), or full fp32 master copies of them (bf16: FP16_UnfusedOptimizer).
 Stages 1, 2 and BF16_Optimizer: one flat fp32 partition per parameter group and rank. The group's tensors are
 concatenated, padded, and split into equal shares, so that tensors start, end and straddle ranks anywhere.
 Stage 3: one flat fp32 partition per sub-group and rank. Every tensor is split into equal shares separately, the last
@@ -32,7 +32,7 @@ class Fragment:
 
     def of_partition(self, flat: Tensor) -> Tensor:
         if self.length == flat.numel():
-            return flat  # a whole tensor keeps its shape: foreach kernels need no flattening
+            return flat  # a full tensor keeps its shape: foreach kernels need no flattening
         return flat.narrow(0, self.partition_start, self.length)
 
     def of_model(self, tensor: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ class Layout:
     tensors: list[Tensor]  # the model's T parameters, in the same order on all ranks
     names: list[str]
     partitions: dict[Tensor, Partition]
-    process_group: dist.ProcessGroup | None = None  # None: all ranks hold whole tensors
+    process_group: dist.ProcessGroup | None = None  # None: all ranks hold full tensors
     device: torch.device | None = None  # of the process group's collectives
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum over the ranks that share the tensors: one all-reduce, or none if each rank holds whole tensors."""
+        """Sum over the ranks that share the tensors: one all-reduce, or none if each rank holds full tensors."""
         if self.process_group is None:
             return values
         moved = values.to(self.device)

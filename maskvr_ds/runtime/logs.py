@@ -21,7 +21,7 @@ class TerminalHandler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """The bare message; level and module in front where they tell something."""
+    """The bare message; level and module are prepended if informative."""
 
     def __init__(self, *, modules: bool, rank: int) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ def job_id(environment: Mapping[str, str]) -> str:
 
 
 def gpus(environment: Mapping[str, str]) -> int:
-    """Number of GPUs on this node that were allocated to the job; 0 if Slurm does not tell."""
+    """Number of GPUs on this node that were allocated to the job; 0 if Slurm does not report it."""
     count = environment.get("SLURM_GPUS_ON_NODE", "")
     return int(count) if count.isdecimal() else 0
 

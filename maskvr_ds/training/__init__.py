@@ -1,1 +1,1 @@
-"""What the training loop uses: set-up, step, resume, evaluation, checkpoints."""
+"""Components of the training loop: set-up, step, resume, evaluation, checkpoints."""

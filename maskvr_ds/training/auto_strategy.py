@@ -179,7 +179,7 @@ class Chooser:
 def _figures(
     pairs: VarianceComponents, single: Floats, proposed: VarianceComponents | None, most: int, cost: float, ways: Counts
 ) -> Floats:
-    """_FIGURES of the whole gradient, the last two relative to the baseline's total: float64 [C, 5]."""
+    """_FIGURES of the full gradient, the last two relative to the baseline's total: float64 [C, 5]."""
     data, of_pairs = (v[:, -1] for v in variances(pairs, ways))
     mask = (ways.counts @ single).sum(1) / ways.counts.sum(1)
     covariance = of_pairs - mask

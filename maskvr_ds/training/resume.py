@@ -1,4 +1,4 @@
-"""Where a run continues: the checkpoint found, read and checked once, and its state brought into the engine.
+"""Resume: find, read and check the checkpoint once, and load its state into the engine.
 
 Collectives: those of checkpoint/load.py; `distributed.run_collectively` for MAPNet's state.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where training continues. Made on rank 0 and broadcast, so that all ranks decide by the same state.
+    """Starting point of training. Made on rank 0 and broadcast, so that all ranks decide by the same state.
 
     model: section of the configuration with all sizes known. initial: pretrained weights that the run was initialised
     from; None: random ones. checkpoint: verified; None: training starts at step 0. has_proposal: whether the
@@ -167,7 +167,7 @@ def _check_order(latest: Path, was: dict[str, Any], now: dict[str, Any]) -> None
 
 
 def _copies(masking: dict[str, Any]) -> int | str:
-    """How often a row occurs in a global batch; auto starts with once."""
+    """Copies of each row in a global batch; auto starts with one."""
     section = masking.get("fully_explored", {})
     if section.get("placement") != "same_batch":
         return 1

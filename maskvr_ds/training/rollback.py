@@ -155,7 +155,7 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
         earlier = (point.at(c) for c in checkpoints.intact(run) if c.state.step < newest.step)
         chosen = next((p for p in itertools.chain([newest], earlier) if may_return(p.step, returned_to, maximum)), None)
         back_to = chosen or newest
-        begin = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
+        start = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
         entry = {
             "event": "rollback",
             "phase": phase.index,
@@ -163,7 +163,7 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
             "to_step": back_to.step,
             "reason": error.reason,
             # Batches trained before that checkpoint remain trained.
-            "passed_over": [(max(first, begin), end) for first, end in merge(error.windows) if end > begin],
+            "passed_over": [(max(first, start), end) for first, end in merge(error.windows) if end > start],
         }
         if chosen is not None:
             write_rollbacks(run, [*rollbacks, entry])

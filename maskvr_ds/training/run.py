@@ -95,6 +95,6 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "optimizer": config.optimizer.model_dump(exclude={"lr"}),
     }
     if phase.start is not None:
-        # What was zeroed stays zeroed: a change would be ignored.
+        # Zeroing has already happened: a change would be ignored.
         identity["start"] = phase.start.model_dump(include={"moments", "step_counter"})
     return json.loads(json.dumps(identity))

@@ -40,8 +40,8 @@ def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float, total_ste
     elif step >= total_steps:
         left = 0.0
     else:
-        begin = warmup if schedule.decay_from == "warmup" else 0
-        left = (1 - (step - begin) / (total_steps - begin)) ** schedule.power
+        start = warmup if schedule.decay_from == "warmup" else 0
+        left = (1 - (step - start) / (total_steps - start)) ** schedule.power
     return schedule.final_lr + (peak - schedule.final_lr) * left
 
 

@@ -46,7 +46,7 @@ _PROBE_ROWS = 2
 
 @dataclass(frozen=True)
 class PhaseContext:
-    """What the training loop of a phase uses.
+    """State and components that the training loop of a phase uses.
 
     chooser: chooses the masks if masking.strategy is auto. state: where the phase starts or continues. tokens_before:
     tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
@@ -237,7 +237,7 @@ def make_chooser(
         masker=masker,
         loader=loader,
         proposer=proposer,
-        # A global batch consists of whole rows.
+        # A global batch consists of complete rows.
         most=next(j for j in range(most, 0, -1) if config.batch.global_size % j == 0),
         proposal_cost=cost,
         micro_size=config.batch.micro_size,

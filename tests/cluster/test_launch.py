@@ -150,7 +150,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @pytest.fixture(scope="module")
 def lives(scene: Scene) -> dict[str, Life]:
-    """One run, resumed after each fault, to its end."""
+    """A single run, resumed after each fault until it completes."""
     found: dict[str, Life] = {}
     hosts = scene.hosts
     acts: dict[str, Callable[[subprocess.Popen[bytes]], Any] | None] = {
@@ -211,20 +211,20 @@ def test_leftovers_of_an_earlier_launch_are_killed_but_no_foreign_job(scene: Sce
 
 
 def test_resumed_after_all_faults_equals_an_uninterrupted_run(scene: Scene, lives: dict[str, Life]) -> None:
-    """The last part runs under MPICH's launcher, the uninterrupted run under DeepSpeed's own command."""
+    """The last part runs under MPICH's launcher, the uninterrupted run under the `deepspeed` command."""
     assert lives["done"].status == 0, lives["done"].err
-    whole = scene.folder / "whole"
+    uninterrupted = scene.folder / "uninterrupted"
     words = ["-m", "deepspeed.launcher.runner", "--hostfile", scene.hostfile, "--module", "maskvr_ds.train"]
     variables = scene.folder / "variables"
     variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
     answer = scene.hosts.run(
-        [sys.executable, *words, "--config", scene.config("whole")],
+        [sys.executable, *words, "--config", scene.config("uninterrupted")],
         timeout=400,
         env={**environment(), "DS_ENV_FILE": str(variables)},
     )
-    assert (whole / "completed.json").is_file(), answer.stdout + answer.stderr
-    assert column(scene.folder / "run", *FIGURES) == column(whole, *FIGURES)
-    ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (scene.folder / "run", whole))
+    assert (uninterrupted / "completed.json").is_file(), answer.stdout + answer.stderr
+    assert column(scene.folder / "run", *FIGURES) == column(uninterrupted, *FIGURES)
+    ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (scene.folder / "run", uninterrupted))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -39,7 +39,7 @@ def test_directives_are_quoted(slurm: Cluster, tmp_path: Path) -> None:
         directive("comment", "a\n#SBATCH --uid=0")
 
 
-# Stands for Python: logs its arguments and marks the run as completed.
+# Replaces Python: logs its arguments and marks the run as completed.
 STAND_IN = """#!/bin/bash
 printf '%s\\n' "$SLURM_PROCID: $*" >>"$(dirname "$0")/started"
 if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]}/completed.json"; fi

@@ -45,12 +45,12 @@ def submit(slurm: Cluster, file: Path, nodes: str, *more: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus and an uninterrupted run, "whole"."""
+    """A folder with a corpus and a run that is never stopped, "uninterrupted"."""
     folder = tmp_path_factory.mktemp("jobs")
     make_corpus(folder / "corpus", rows=200, words=20)
-    train = (sys.executable, "-m", "maskvr_ds.train", "--config", config(folder, "whole"))
+    train = (sys.executable, "-m", "maskvr_ds.train", "--config", config(folder, "uninterrupted"))
     slurm.run("srun", "--nodes=2", "--ntasks=2", *train, timeout=300)
-    state = read_state(complete_checkpoints(folder / "whole")[-1])
+    state = read_state(complete_checkpoints(folder / "uninterrupted")[-1])
     assert (state.step, state.world_size) == (STEPS, 2), "tasks of an srun are ranks of one world"
     return folder
 
@@ -104,7 +104,7 @@ def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
     job = submit(slurm, file, "2")
     wait_for(slurm, job, run, 0, more=15)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_until(lambda: "requeuing" in log(run, job), "requeued by itself")
+    slurm.wait_until(lambda: "requeuing" in log(run, job), "requeued by its own script")
     saved = json.loads((run / "stopped.json").read_text())["step"]
     assert complete_checkpoints(run)[-1].name == f"step-{saved:08d}", "nothing is lost"
 
@@ -131,8 +131,8 @@ def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:
     again = slurm.sbatch(run / "slurm" / "job.sbatch")
     wait_state(slurm, again, run, "COMPLETED")
     assert "completed" in log(run, again)
-    assert column(run, *FIGURES) == column(folder / "whole", *FIGURES)
-    ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (run, folder / "whole"))
+    assert column(run, *FIGURES) == column(folder / "uninterrupted", *FIGURES)
+    ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (run, folder / "uninterrupted"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -161,8 +161,8 @@ def test_lost_nodes_and_a_partitioned_rank(slurm: Cluster, folder: Path) -> None
     wait_state(slurm, job, run, "COMPLETED")
     assert "this job no longer owns the run and stops writing to it" in log(run, job)
     assert [read_state(folder).world_size for folder in complete_checkpoints(run)] == [1, 1]
-    assert column(run, *DIGESTS) == column(folder / "whole", *DIGESTS)
-    ours, theirs = (torch.tensor(column(r, "loss")) for r in (run, folder / "whole"))
+    assert column(run, *DIGESTS) == column(folder / "uninterrupted", *DIGESTS)
+    ours, theirs = (torch.tensor(column(r, "loss")) for r in (run, folder / "uninterrupted"))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     slurm.revive("n1")
     slurm.wait_idle()

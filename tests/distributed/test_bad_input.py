@@ -155,14 +155,14 @@ def outcomes(good: Path, cases: Path) -> dict[str, list[str | None]]:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_all_ranks_stop_and_one_reports_the_error(outcomes: dict[str, list[str | None]], name: str) -> None:
     said = outcomes[name]
-    assert all(said), f"a rank went on: {said}"
+    assert all(said), f"a rank continued: {said}"
     # One rank raises the error itself; the others name that rank.
     assert sum(not str(text).startswith("RemoteError: rank ") for text in said) == 1, said
     assert any(re.search(EXPECTED[name], str(text), re.DOTALL) for text in said), said
 
 
 @pytest.mark.usefixtures("outcomes")
-def test_nothing_is_lost(cases: Path) -> None:
+def test_no_data_is_lost(cases: Path) -> None:
     """A folder that is not empty keeps its content; a refused resume leaves the run unchanged."""
     kept = cases / "output-not-empty" / "run"
     assert [p.name for p in kept.iterdir()] == ["precious"]

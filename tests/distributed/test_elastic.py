@@ -64,12 +64,12 @@ class Crossed:
     def __init__(self, folder: Path, runs: dict[str, Any]) -> None:
         self.folder, self.runs = folder, runs
         self.corpus = make_corpus(folder / "corpus", rows=200, words=20, padded_last_row=True)
-        whole = [(self.values(name, 0, STEPS, "whole"), None) for name in runs]
+        uninterrupted = [(self.values(name, 0, STEPS, "uninterrupted"), None) for name in runs]
         parts: list[list[Any]] = [
             [(self.values(name, part, (part + 1) * EVERY), "auto" if part else None) for name in runs]
             for part in range(4)
         ]
-        lives = [Life(whole + parts[0], ranks=2), Life(parts[1][:1], kill=("converted", 0), ranks=1)]
+        lives = [Life(uninterrupted + parts[0], ranks=2), Life(parts[1][:1], kill=("converted", 0), ranks=1)]
         lives += [Life(jobs, ranks=ranks) for ranks, jobs in zip((1, 3, 2), parts[1:], strict=True)]
         lives = [replace(life, fp16=True, check_crossing=True) for life in lives]
         said = run_ranks(live, 3, lives, free_ports(len(lives)), timeout=1800)
@@ -112,13 +112,13 @@ def test_data_and_masks_are_those_of_the_uninterrupted_run(crossed: Crossed) -> 
         figures = ("step", "samples", "data_digest") if name == "mapnet" else ("step", "samples", "mask_digest")
         found = column(crossed(name), *figures, "lr")
         assert len(found) == STEPS
-        assert found == column(crossed(name, "whole"), *figures, "lr"), name
+        assert found == column(crossed(name, "uninterrupted"), *figures, "lr"), name
 
 
 def test_masks_are_those_of_the_uninterrupted_run_one_by_one(crossed: Crossed) -> None:
     """MAPNet's too, except for rare ones decided by rounding: it trains on reduced gradients."""
     for name in crossed.runs:
-        ours, theirs = read_masks(crossed(name)), read_masks(crossed(name, "whole"))
+        ours, theirs = read_masks(crossed(name)), read_masks(crossed(name, "uninterrupted"))
         assert ours.keys() == theirs.keys()
         assert len(ours) == STEPS * 12
         equal = sum(ours[key] == theirs[key] for key in ours)
@@ -130,7 +130,7 @@ def test_losses_and_norms_are_those_of_the_uninterrupted_run(crossed: Crossed) -
     for name in crossed.runs:
         # In 16 bits gradients are summed and rounded in another order.
         tolerance = 1e-4 if crossed.precision(name) == "fp32" else 5e-3
-        pairs = list(zip(metrics(crossed(name)), metrics(crossed(name, "whole")), strict=True))
+        pairs = list(zip(metrics(crossed(name)), metrics(crossed(name, "uninterrupted")), strict=True))
         differences = {key: max(abs(one[key] - other[key]) for one, other in pairs) for key in ("loss", "grad_norm")}
         print(name, differences)
         assert max(differences.values()) <= tolerance, (name, differences)
@@ -140,7 +140,9 @@ def test_weights_are_those_of_the_uninterrupted_run(crossed: Crossed) -> None:
     for name, (_, sections) in crossed.runs.items():
         if crossed.precision(name) != "fp32" or sections:
             continue
-        ours, theirs = (read_weights(complete_checkpoints(crossed(name, where))[-1]) for where in ("crossed", "whole"))
+        ours, theirs = (
+            read_weights(complete_checkpoints(crossed(name, where))[-1]) for where in ("crossed", "uninterrupted")
+        )
         assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5, name
 
 

@@ -115,13 +115,13 @@ def test_resume_needs_no_folder(model: Path, corpus: Path, tmp_path: Path) -> No
     without = configuration(tmp_path / "killed", corpus, steps=12, checkpoint={"every_steps": 4})
     moved = tmp_path / "moved"
     shutil.copytree(model, moved)
-    whole, killed = job("whole", once), job("killed", once)
+    uninterrupted, killed = job("uninterrupted", once), job("killed", once)
     start = {"moments": "keep", "step_counter": "keep", "schedule": "restart"}
     phases = [{"name": name, "data": {"path": str(corpus)}, "training": {"steps": 6}} for name in ("one", "two")]
     phased, _ = job("phased", once)
     phased |= {"data": {}, "training": {}, "phases": [phases[0], {**phases[1], "start": start}]}
     lives = [
-        Life([whole, (phased, None)]),
+        Life([uninterrupted, (phased, None)]),
         Life([killed], kill=("step", 6)),
         Life([job("killed", other), job("killed", tmp_path / "nowhere"), (without, "auto")], delete=once),
         Life([killed], kill=("step", 9)),
@@ -137,8 +137,8 @@ def test_resume_needs_no_folder(model: Path, corpus: Path, tmp_path: Path) -> No
     assert answers[4] == [None]
     assert "no such folder; expected a local folder" in answers[5][0]
     figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest")
-    assert column(tmp_path / "killed", *figures) == column(tmp_path / "whole", *figures)
-    ends = [load.read_weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("killed", "whole")]
+    assert column(tmp_path / "killed", *figures) == column(tmp_path / "uninterrupted", *figures)
+    ends = [load.read_weights(complete_checkpoints(tmp_path / name)[-1]) for name in ("killed", "uninterrupted")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 

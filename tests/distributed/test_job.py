@@ -89,17 +89,17 @@ def write_config(folder: Path, corpus: Path, name: str, **sections: Any) -> Path
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus and an uninterrupted run, "whole"."""
+    """A folder with a corpus and a run that is never stopped, "uninterrupted"."""
     folder = tmp_path_factory.mktemp("job")
     corpus = make_corpus(folder / "corpus", rows=200, words=20)
-    values = yaml.safe_load(write_config(folder, corpus, "whole").read_text())
+    values = yaml.safe_load(write_config(folder, corpus, "uninterrupted").read_text())
     assert run_ranks(train_all, 2, [(values, None)]) == [[None], [None]]
     return folder
 
 
 def same_as_whole(folder: Path, name: str) -> None:
-    assert column(folder / name, *FIGURES) == column(folder / "whole", *FIGURES)
-    ours, theirs = (read_weights(complete_checkpoints(folder / run)[-1]) for run in (name, "whole"))
+    assert column(folder / name, *FIGURES) == column(folder / "uninterrupted", *FIGURES)
+    ours, theirs = (read_weights(complete_checkpoints(folder / run)[-1]) for run in (name, "uninterrupted"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 

@@ -115,7 +115,7 @@ def error_of_an_unknown_layout(stage: int) -> str:
 
 
 def kept_after_destroy(stage: int) -> int:
-    """How many of the optimizer's tensors outlive the engine: a run creates one engine per phase."""
+    """Number of the optimizer's tensors that outlive the engine: a run creates one engine per phase."""
     engine = trajectories.make_engine(Run(stage, "bf16"))
     for input_ids, labels in zip(*trajectories.batches(2), strict=True):
         trajectories.train(engine, input_ids, labels, 1.0)
@@ -179,7 +179,7 @@ def steps_of(whole_matrix: bool) -> int:
 
 @pytest.fixture(scope="module")
 def references(request: pytest.FixtureRequest) -> dict[tuple[str, float, str], dict[str, np.ndarray]]:
-    cases = [("paper", 0.0, "whole"), ("paper", CLIP, "frozen"), *((name, CLIP, "whole") for name in OPTIMIZERS)]
+    cases = [("paper", 0.0, "full"), ("paper", CLIP, "frozen"), *((name, CLIP, "full") for name in OPTIMIZERS)]
     steps = steps_of(request.config.getoption("--whole-matrix"))
     found = {case: trajectories.reference_run(*case, steps) for case in cases}
     assert all(smallest > CLIP for (_, clip, _), (_, smallest) in found.items() if clip), "clipping acts in every step"
@@ -189,10 +189,10 @@ def references(request: pytest.FixtureRequest) -> dict[tuple[str, float, str], d
 @pytest.fixture(scope="module", params=(1, 2, 3), ids=lambda n: f"{n}_ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of all ranks of one world size."""
-    whole = request.config.getoption("--whole-matrix")
+    full = request.config.getoption("--whole-matrix")
     checkpoints = tmp_path_factory.mktemp("checkpoints")
-    runs = runs_on(request.param, whole)
-    results = run_ranks(results_of_world_size, request.param, runs, checkpoints, timeout=7200.0 if whole else 900.0)
+    runs = runs_on(request.param, full)
+    results = run_ranks(results_of_world_size, request.param, runs, checkpoints, timeout=7200.0 if full else 900.0)
     for result in results:
         result["settings"] = {str(run): run for run in runs}
     return results
@@ -210,7 +210,7 @@ def steps_in(ranks: list[dict[str, Any]]) -> int:
 
 
 def reference_of(run: Run) -> tuple[str, float, str]:
-    return run.optimizer, run.clip, "frozen" if run.model == "frozen" else "whole"
+    return run.optimizer, run.clip, "frozen" if run.model == "frozen" else "full"
 
 
 def difference(weights: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
@@ -250,7 +250,7 @@ def test_unaware_lamb_misses_the_bound(
     """The comparison can fail: a LAMB that takes the norms of its flat partition is far off."""
     if len(ranks) == 1:
         pytest.skip("one rank shares no tensors")
-    value = difference(ranks[0]["unaware"], references["paper", 0.0, "whole"])
+    value = difference(ranks[0]["unaware"], references["paper", 0.0, "full"])
     print(f"{len(ranks)} ranks, unaware: {value:.1e}")
     assert value > 100 * BOUNDS[steps_in(ranks)]
 
@@ -260,7 +260,7 @@ def test_pads_are_ignored(
 ) -> None:
     if len(ranks) == 1:
         pytest.skip("one rank has no pads")
-    differences = [difference(rank["poisoned"], references["paper", 0.0, "whole"]) for rank in ranks]
+    differences = [difference(rank["poisoned"], references["paper", 0.0, "full"]) for rank in ranks]
     assert max(differences) <= BOUNDS[steps_in(ranks)], differences
 
 

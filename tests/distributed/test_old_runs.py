@@ -133,7 +133,7 @@ def test_an_old_run_resumes_exactly(resumed: Path, name: str, way: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_both_ways_are_one_configuration(resumed: Path, name: str) -> None:
-    """What the two resumed runs have stored differs in the folder alone."""
+    """The files of the two resumed runs differ only in the folder name."""
     texts = ((resumed / way / name / CONFIG).read_text().replace(str(resumed / way), "") for way in WAYS)
     one, two = (yaml.safe_load(text) for text in texts)
     assert one["schema"] == 2

@@ -89,13 +89,13 @@ class Runs:
         # The first phase of these runs reads a mixture.
         second = make_corpus(folder / "second", rows=40, words=20, seed=2)
         make_corpus(second / "held_out", rows=30, words=20, seed=3)
-        self.whole, killed = (
+        self.uninterrupted, killed = (
             changed(
                 two_phases(folder / name, path, self.long, **proposing),
                 0,
                 data={"path": None, "mixture": [{"path": str(path), "weight": 0.4}, {"path": str(second)}]},
             )
-            for name, path in (("whole", self.short), ("killed", self.passing))
+            for name, path in (("uninterrupted", self.short), ("killed", self.passing))
         )
         killed["data"] = {"verify": "size"}
         # The corpus of phase one is deleted with its held-out part: after the boundary it must not matter.
@@ -118,12 +118,12 @@ class Runs:
         self.others[1] = changed(self.others[1], 1, masking={"strategy": "mapnet"})
         new = two_phases(folder / "new", self.short, self.long)
         finished = {
-            "changed steps": changed(self.whole, 0, training={"steps": 7}),
-            "changed batch": changed(self.whole, 0, batch={"global_size": 24}),
-            "changed policy": changed(self.whole, 1, start={"moments": "zero"}),
+            "changed steps": changed(self.uninterrupted, 0, training={"steps": 7}),
+            "changed batch": changed(self.uninterrupted, 0, batch={"global_size": 24}),
+            "changed policy": changed(self.uninterrupted, 1, start={"moments": "zero"}),
             "changed order": {
-                **self.whole,
-                "phases": [{**self.whole["phases"][0], "name": "brief"}, self.whole["phases"][1]],
+                **self.uninterrupted,
+                "phases": [{**self.uninterrupted["phases"][0], "name": "brief"}, self.uninterrupted["phases"][1]],
             },
         }
         fresh = {
@@ -134,7 +134,7 @@ class Runs:
             "does not divide": changed(new, 1, batch={"global_size": 6}),
         }
         lives = {
-            "whole": Life([(self.whole, None)]),
+            "uninterrupted": Life([(self.uninterrupted, None)]),
             "killed in phase one": Life([(killed, None)], kill=("step", 6)),
             "killed at the boundary": Life([(killed, "auto")], kill=("saved", SHORT)),
             "refused at the boundary": Life([({**killed, "seed": 1}, "auto")]),
@@ -159,12 +159,12 @@ def test_resume_is_exact_wherever_killed(runs: Runs) -> None:
 
     After the boundary the first phase's corpus is deleted.
     """
-    assert runs.answers["whole"] == [[None], [None]]
+    assert runs.answers["uninterrupted"] == [[None], [None]]
     for name in ("in phase one", "at the boundary", "before phase two saved", "in phase two"):
         assert runs.answers[f"killed {name}"] == ["killed", "killed"]
     assert not runs.passing.exists()
     assert runs.answers["to the end"] == [[None], [None]]
-    whole, killed = runs.folder / "whole", runs.folder / "killed"
+    uninterrupted, killed = runs.folder / "uninterrupted", runs.folder / "killed"
     figures = (
         "step",
         "phase",
@@ -177,30 +177,30 @@ def test_resume_is_exact_wherever_killed(runs: Runs) -> None:
         "mask_digest",
         "mapnet_loss",
     )
-    assert column(killed, *figures) == column(whole, *figures)
-    held_out = [[line.get("held_out_loss") for line in metrics(run)] for run in (killed, whole)]
+    assert column(killed, *figures) == column(uninterrupted, *figures)
+    held_out = [[line.get("held_out_loss") for line in metrics(run)] for run in (killed, uninterrupted)]
     assert held_out[0] == held_out[1]
-    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (killed, whole)]
+    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (killed, uninterrupted)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_mapnet_continues_over_the_boundary(runs: Runs) -> None:
     steps = {}
-    for run in (runs.folder / "whole", runs.folder / "zero1_fp32"):
+    for run in (runs.folder / "uninterrupted", runs.folder / "zero1_fp32"):
         for saved in complete_checkpoints(run):
             tensors = load.read_extra(saved, "mapnet.safetensors")
             steps[run.name, checkpoints.read_state(saved).step] = tensors and tensors["step"].item()
     assert steps == {
-        ("whole", SHORT): SHORT,
-        ("whole", SHORT + 4): SHORT + 4,
-        ("whole", SHORT + LONG): SHORT + LONG,
+        ("uninterrupted", SHORT): SHORT,
+        ("uninterrupted", SHORT + 4): SHORT + 4,
+        ("uninterrupted", SHORT + LONG): SHORT + LONG,
         ("zero1_fp32", 2): None,
         ("zero1_fp32", 4): 2,
     }
 
 
 def test_counters_continue_over_the_boundary(runs: Runs) -> None:
-    lines = metrics(runs.folder / "whole")
+    lines = metrics(runs.folder / "uninterrupted")
     assert [line["step"] for line in lines] == list(range(1, SHORT + LONG + 1))
     assert [line["phase"] for line in lines] == ["short"] * SHORT + ["long"] * LONG
     assert [line["samples"] for line in lines] == [12 * (s + 1) for s in range(SHORT)] + [
@@ -210,12 +210,12 @@ def test_counters_continue_over_the_boundary(runs: Runs) -> None:
     assert (lines[SHORT - 1]["tokens"], lines[-1]["tokens"]) == (tokens, tokens + 8 * 64 * LONG)
     assert lines[SHORT]["tokens_per_second"] == pytest.approx(8 * 64 / lines[SHORT]["step_seconds"])
     assert [line["step"] for line in lines if "held_out_loss" in line] == [8, 10, 14], "also after each phase"
-    saved = [p.name for p in complete_checkpoints(runs.folder / "whole")]
+    saved = [p.name for p in complete_checkpoints(runs.folder / "uninterrupted")]
     assert saved == ["step-00000008", "step-00000012", "step-00000014"]
 
 
 def test_plot_and_export(runs: Runs, tmp_path: Path) -> None:
-    plot_loss(runs.folder / "whole" / METRICS, tmp_path / "loss.png")
+    plot_loss(runs.folder / "uninterrupted" / METRICS, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
     result = run_command("export", "--checkpoint", runs.folder / "killed", "--output", tmp_path / "model")
     assert result.returncode == 0, result.stderr
@@ -297,7 +297,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_one_error_before_training_starts(runs: Runs, name: str) -> None:
     said = runs.faults[name]
-    assert all(said), f"a rank went on: {said}"
+    assert all(said), f"a rank continued: {said}"
     assert sum(not str(text).startswith("RemoteError: rank ") for text in said) == 1, said
     assert any(re.search(EXPECTED[name], str(text), re.DOTALL) for text in said), said
     assert not (runs.folder / "new").exists()

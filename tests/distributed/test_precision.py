@@ -226,12 +226,12 @@ OVERFLOWING = [f"zero{stage}-fp16-overflow" for stage in (1, 2, 3)]
 
 @pytest.mark.parametrize("name", [*CASES, *OVERFLOWING])
 def test_resume_is_exact(runs: Runs, name: str) -> None:
-    whole = runs(name, 2)
-    resumed = whole.with_name(whole.name + "-resumed")
+    uninterrupted = runs(name, 2)
+    resumed = uninterrupted.with_name(uninterrupted.name + "-resumed")
     figures = (*EXACT, "loss_scale") if "fp16" in name else EXACT
-    assert column(resumed, *figures) == column(whole, *figures)
-    assert metrics(resumed)[-1]["held_out_loss"] == metrics(whole)[-1]["held_out_loss"]
-    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (whole, resumed)]
+    assert column(resumed, *figures) == column(uninterrupted, *figures)
+    assert metrics(resumed)[-1]["held_out_loss"] == metrics(uninterrupted)[-1]["held_out_loss"]
+    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (uninterrupted, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -288,8 +288,8 @@ def test_a_checkpoint_without_a_rank_is_refused(runs: Runs, tmp_path: Path, miss
 def test_sigkill_at_stage_3_in_fp16_loses_nothing(runs: Runs) -> None:
     """Both ranks were killed in the step after a checkpoint that followed an overflow."""
     assert [of_rank[0] for of_rank in runs.later] == [None, None]
-    whole, killed = runs("zero3-fp16-overflow"), runs("zero3-fp16-killed")
-    assert column(killed, *EXACT, "loss_scale")[:STEPS] == column(whole, *EXACT, "loss_scale")
+    uninterrupted, killed = runs("zero3-fp16-overflow"), runs("zero3-fp16-killed")
+    assert column(killed, *EXACT, "loss_scale")[:STEPS] == column(uninterrupted, *EXACT, "loss_scale")
 
 
 def test_other_partition_borders_are_converted(runs: Runs) -> None:

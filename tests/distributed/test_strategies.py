@@ -92,9 +92,9 @@ def runs(folder: Path, layouts: list[tuple[int, int]], strategies: dict[str, dic
                 micro = SIZE // ranks // accumulation
                 jobs.append((values(folder, f"{name}-{ranks}-{accumulation}", masking, micro), None))
             if ranks == 2:
-                whole = values(folder, f"{name}-parts", masking, SIZE // 8)
+                both = values(folder, f"{name}-parts", masking, SIZE // 8)
                 part = {"steps": STEPS // 2, "schedule_steps": STEPS}
-                jobs += [({**whole, "training": part}, None), (whole, "auto")]
+                jobs += [({**both, "training": part}, None), (both, "auto")]
         assert run_ranks(train_all, ranks, jobs, timeout=900) == [[None] * len(jobs)] * ranks
     more = {"training": {"steps": STEPS + 2}}
     other = values(folder, "frequency-parts", {"strategy": "whole_word"}, **more)

@@ -50,7 +50,7 @@ class Play:
             more = {**NO_EVALUATION, "deepspeed": "zero2_fp32", **sections}
             return configuration(where / name, self.corpus, steps=STEPS, **more)
 
-        acts["whole"] = Act(values("whole"))
+        acts["uninterrupted"] = Act(values("uninterrupted"))
         for number, name in ((signal.SIGUSR1, "usr1"), (signal.SIGTERM, "term")):
             acts[name] = Act(values(name), signal=(1, 5, number))
             acts[f"{name} resumed"] = Act(values(name), "auto")
@@ -118,8 +118,8 @@ class Play:
         return self.folder / name
 
     def same_as_whole(self, run: Path) -> None:
-        assert column(run, *FIGURES) == column(self("whole"), *FIGURES)
-        ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (run, self("whole")))
+        assert column(run, *FIGURES) == column(self("uninterrupted"), *FIGURES)
+        ours, theirs = (read_weights(complete_checkpoints(r)[-1]) for r in (run, self("uninterrupted")))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -150,10 +150,10 @@ def test_ranks_killed_in_a_step_and_while_saving(played: Play) -> None:
 
 
 def test_checkpoint_events_record_the_pause(played: Play) -> None:
-    events = [event for event in read_events(played("whole") / METRICS) if event["event"] == "checkpoint"]
+    events = [event for event in read_events(played("uninterrupted") / METRICS) if event["event"] == "checkpoint"]
     assert [event["step"] for event in events] == [4, 8, 12, 16]
     assert all(event["seconds"] > 0 for event in events)
-    assert (played("whole") / "checkpoints" / "latest").read_text() == "step-00000016\n"
+    assert (played("uninterrupted") / "checkpoints" / "latest").read_text() == "step-00000016\n"
 
 
 def test_a_bad_row_causes_a_rollback_and_is_skipped(played: Play) -> None:
@@ -163,8 +163,8 @@ def test_a_bad_row_causes_a_rollback_and_is_skipped(played: Play) -> None:
     assert (event["step"], event["to_step"], event["passed_over"]) == (BAD + 1, 8, [[BAD, BAD + 1]])
     assert event["reason"] == "loss is nan"
     digests = column(run, "data_digest")
-    assert digests[:BAD] == column(played("whole"), "data_digest")[:BAD]
-    assert digests[BAD : STEPS - 1] == column(played("whole"), "data_digest")[BAD + 1 :], "one batch later"
+    assert digests[:BAD] == column(played("uninterrupted"), "data_digest")[:BAD]
+    assert digests[BAD : STEPS - 1] == column(played("uninterrupted"), "data_digest")[BAD + 1 :], "one batch later"
     assert all(line["loss"] is not None and line["grad_norm"] is not None for line in metrics(run))
     assert read_state(complete_checkpoints(run)[-1]).samples == STEPS * 12
 
@@ -196,7 +196,7 @@ def test_a_single_bad_step_skips_its_update(played: Play) -> None:
         assert [line["step"] for line in lines if "update_left_out" in line] == [BAD + 1]
         assert lines[BAD]["update_left_out"] == "loss is nan"
         assert lines[BAD]["loss"] is None
-        assert column(played(name), "data_digest") == column(played("whole"), "data_digest")
+        assert column(played(name), "data_digest") == column(played("uninterrupted"), "data_digest")
         for line, of_stage_2 in zip(lines, metrics(played("bad row skipped")), strict=True):
             if line["step"] != BAD + 1:
                 assert line["loss"] == pytest.approx(of_stage_2["loss"], abs=1e-4), (name, line["step"])
@@ -206,7 +206,7 @@ def test_no_checkpoint_at_a_skipped_step(played: Play) -> None:
     run = played("skipped at a save")
     assert played.said["skipped at a save"] == ["done", "done"]
     assert [e["step"] for e in read_events(run / METRICS)] == [EVERY, 2 * EVERY + 1, 3 * EVERY, STEPS]
-    assert column(run, "data_digest") == column(played("whole"), "data_digest")
+    assert column(run, "data_digest") == column(played("uninterrupted"), "data_digest")
 
 
 def test_a_run_does_not_end_at_a_skipped_step(played: Play) -> None:
@@ -246,10 +246,12 @@ def test_asynchronous_checkpoints_do_not_change_the_run(played: Play) -> None:
     events = [event for event in read_events(played("async") / METRICS) if event["event"] == "checkpoint"]
     assert [event["step"] for event in events] == [4, 8, 12, 16]
     assert all(event["seconds"] <= event["after_seconds"] for event in events)
-    for folder, of_whole in zip(*(complete_checkpoints(played(name)) for name in ("async", "whole")), strict=True):
+    for folder, reference in zip(
+        *(complete_checkpoints(played(name)) for name in ("async", "uninterrupted")), strict=True
+    ):
         assert not faults(folder)
-        assert folder.name == of_whole.name
-        ours, theirs = read_weights(folder), read_weights(of_whole)
+        assert folder.name == reference.name
+        ours, theirs = read_weights(folder), read_weights(reference)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "the weights of its own step"
 
 
@@ -285,12 +287,12 @@ def test_a_disk_that_fills_up_during_an_asynchronous_write_ends_the_run(played: 
 def test_all_damages_are_named_and_the_previous_checkpoint_is_used(
     played: Play, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    damages = [(name, how) for name in _files(played("whole")) for how in ("truncated", "flipped", "deleted")]
+    damages = [(name, how) for name in _files(played("uninterrupted")) for how in ("truncated", "flipped", "deleted")]
     trained = damages if request.config.getoption("--whole-survival") else [damages[0], damages[-2]]
     acts, expected = [], []
     for number, (name, how) in enumerate(damages):
         run = tmp_path / str(number)
-        shutil.copytree(played("whole"), run)
+        shutil.copytree(played("uninterrupted"), run)
         path = complete_checkpoints(run)[-1] / name
         content = path.read_bytes()
         if how == "deleted":

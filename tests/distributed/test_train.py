@@ -119,7 +119,7 @@ def test_loss_falls_with_lamb_adam_and_in_bf16(same_runs: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("name", ["zero2-2", "zero0-1", "bf16-zero1-2"])
-def test_export_computes_what_the_engine_computed(same_runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+def test_exported_model_matches_the_engine(same_runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, BertForMaskedLM, pipeline
 
     output = tmp_path / "model"
@@ -171,15 +171,17 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path) -> None:
 
     The uninterrupted run is launched by `deepspeed --module`, the others by `maskvr train`: these are equivalent.
     """
-    values = configuration(tmp_path / "whole", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
+    values = configuration(tmp_path / "uninterrupted", corpus, steps=40, checkpoint={"every_steps": 10, "keep_last": 2})
     values |= {"deepspeed": "zero2_fp32", "monitor": {"tensorboard": True, "csv": True, "histogram_every": 10}}
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
-    whole = run_deepspeed("--config", config)
-    assert whole.returncode == 0, whole.stderr
-    assert list((tmp_path / "whole" / "tensorboard").glob("events.out.tfevents.*")), "TensorBoard"
-    assert len((tmp_path / "whole" / "csv" / "train_loss.csv").read_text().splitlines()) == 41, "CSV: header and steps"
-    assert (tmp_path / "whole" / "loss.png").is_file()
+    uninterrupted = run_deepspeed("--config", config)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    assert list((tmp_path / "uninterrupted" / "tensorboard").glob("events.out.tfevents.*")), "TensorBoard"
+    assert len((tmp_path / "uninterrupted" / "csv" / "train_loss.csv").read_text().splitlines()) == 41, (
+        "CSV: header and steps"
+    )
+    assert (tmp_path / "uninterrupted" / "loss.png").is_file()
 
     killed = tmp_path / "killed"
     words = ("train", "--config", config, "--num-gpus", 2, "--set", f"output_dir={killed}")
@@ -190,12 +192,12 @@ def test_resume_is_exact(corpus: Path, tmp_path: Path) -> None:
     resumed = run_command(*words, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     figures = ("step", "samples", "loss", "lr", "grad_norm", "data_digest", "mask_digest", "trust_ratio_median")
-    assert column(killed, *figures) == column(tmp_path / "whole", *figures)
-    ratios = [read_lines(run / TRUST_RATIOS) for run in (killed, tmp_path / "whole")]
+    assert column(killed, *figures) == column(tmp_path / "uninterrupted", *figures)
+    ratios = [read_lines(run / TRUST_RATIOS) for run in (killed, tmp_path / "uninterrupted")]
     assert ratios[0] == ratios[1]
     assert [line["step"] for line in ratios[0]] == [10, 20, 30, 40]
-    held_out = [[x.get("held_out_loss") for x in metrics(r)] for r in (killed, tmp_path / "whole")]
+    held_out = [[x.get("held_out_loss") for x in metrics(r)] for r in (killed, tmp_path / "uninterrupted")]
     assert held_out[0] == held_out[1]
     assert [p.name for p in complete_checkpoints(killed)] == ["step-00000030", "step-00000040"], "keep_last"
-    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (killed, tmp_path / "whole")]
+    weights = [load.read_weights(complete_checkpoints(run)[-1]) for run in (killed, tmp_path / "uninterrupted")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

@@ -49,7 +49,7 @@ class Run:
     accumulation: int = 1
     offload: bool = False
     optimizer: str = "paper"
-    model: str = "whole"  # "frozen": layer 0 is; "zero_init": partitioned before the engine is created
+    model: str = "full"  # "frozen": layer 0 is; "zero_init": partitioned before the engine is created
     zero: dict[str, Any] = field(default_factory=dict, hash=False)  # further keys of zero_optimization
     more: dict[str, Any] = field(default_factory=dict, hash=False)  # further top-level keys
     steps: int = 20

@@ -88,7 +88,7 @@ def github_slug(heading: str) -> str:
 
 
 def site_slug(heading: str) -> str:
-    """What Python-Markdown's toc makes of it."""
+    """The anchor that Python-Markdown's toc extension generates."""
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower())
 
 

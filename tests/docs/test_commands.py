@@ -20,7 +20,7 @@ from maskvr_ds.config.strategy_spec import parse_strategies
 from tests.docs import pages
 from tests.docs.pages import ROOT, Block
 
-# What `python -m NAME` parses its arguments with; `maskvr` is maskvr_ds.cli.
+# Argument parser of each `python -m NAME`; `maskvr` is maskvr_ds.cli.
 MODULES = {
     "maskvr_ds.cli": "maskvr_ds.cli.main",
     "maskvr_ds.train": "maskvr_ds.train",
@@ -98,7 +98,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.where}-{'-'.join(c.words[:1])}")
 def test_a_command_parses(command: Command) -> None:
     arguments = parsed(command)
-    # The recipe that stands for a file of one's own.
+    # A recipe in place of the user's own file.
     if assignments := getattr(arguments, "assignments", []):
         config = arguments.config if arguments.config in recipes() else "bert_base_4k"
         load_config(config, assignments)
@@ -161,7 +161,7 @@ def test_every_yaml_block_is_of_a_known_kind() -> None:
     ("block", "values"), [pytest.param(*pair, id=str(pair[0])) for pair in YAML if is_run(pair[1])]
 )
 def test_a_configuration_validates(block: Block, values: dict[str, Any], tmp_path: Path) -> None:
-    """Fragments are completed: with a recipe, or, where they have phases of their own, with a folder."""
+    """Fragments are completed with a recipe, or with a folder if they have phases."""
     if "phases" in values:
         values = {"output_dir": "runs/x", **values}
     elif "base" not in values and not {"output_dir", "data", "training"} <= values.keys():

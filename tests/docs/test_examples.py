@@ -1,4 +1,4 @@
-"""The path from text to an exported model runs as the pages have it, on little text and a tiny model."""
+"""The documented path from text to an exported model runs, with little text and a tiny model."""
 
 import os
 import re

@@ -128,13 +128,13 @@ QUESTIONS = (
 _ARCHITECTURE = pages.DOCS / "contributing" / "architecture.md"
 
 
-def test_where_is() -> None:
+def test_names_index() -> None:
     found = re.findall(r"^### (.+)$", pages.section(_ARCHITECTURE, "Where is …?"), re.MULTILINE)
     assert set(found) >= set(QUESTIONS)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_where_is_has_short_answers(question: str) -> None:
+def test_names_index_has_short_answers(question: str) -> None:
     """At most three steps, each a file that exists; the names in them are checked above."""
     text = " ".join(pages.section(_ARCHITECTURE, question).split())
     files = re.findall(r"`([\w/]+\.py)`", text)

@@ -25,7 +25,7 @@ MASKINGS = OTHERS | STRATEGIES
 # Stage 3 last: it replaces torch's `linear` for the rest of the process.
 STAGES = [f"zero{stage}_{dtype}" for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16", "fp16")]
 ENGINES = [name for name in STAGES if name != "zero0_fp16"] + ["zero2_bf16_offload", "zero3_bf16_offload"]
-# Bound of the difference of the loss (about 3) to fp32 on the CPU, as in tests/distributed/test_precision.py.
+# Bounds on the loss difference (loss about 3) from fp32 on the CPU, as in tests/distributed/test_precision.py.
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 6e-4}
 MAPNET: dict[str, Any] = {"masking": {"strategy": "mapnet", "rate": 0.2, "mapnet": {"gate": "always"}}}
 AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2, "auto": {"every_steps": 2}}}
@@ -50,7 +50,7 @@ def values(folder: Path, name: str, accelerator: str, **sections: Any) -> dict[s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the runs of GPU and CPU in cuda/ and cpu/."""
+    """A folder with the GPU runs in cuda/ and the CPU runs in cpu/."""
     folder = tmp_path_factory.mktemp("gpu")
     make_corpus(folder / "corpus", rows=200, words=20, padded_last_row=True)
     make_corpus(folder / "corpus" / "held_out", rows=60, words=20, seed=1)
@@ -99,15 +99,17 @@ def test_strategies_that_measure_gradients(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("engine", ["zero1_bf16", "zero3_bf16"])
 def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str) -> None:
     more: dict[str, Any] = {**MAPNET, "model": {}, "deepspeed": engine}
-    runs = [values(folder, f"{engine}-{name}", "cuda", **more) for name in ("whole", "again")]
+    runs = [values(folder, f"{engine}-{name}", "cuda", **more) for name in ("uninterrupted", "again")]
     outcome = run_ranks(train_and_resume, 1, runs[:1], True, [(runs[1], None)], timeout=300, accelerator="cuda")
     assert outcome == [[None] * 3]
-    whole, again = (Path(run["output_dir"]) for run in runs)
-    resumed = whole.with_name(whole.name + "-resumed")
-    assert column(whole, "step", "samples", "data_digest") == column(resumed, "step", "samples", "data_digest")
+    uninterrupted, again = (Path(run["output_dir"]) for run in runs)
+    resumed = uninterrupted.with_name(uninterrupted.name + "-resumed")
+    assert column(uninterrupted, "step", "samples", "data_digest") == column(resumed, "step", "samples", "data_digest")
     # A GPU sums in no fixed order: the difference of two uninterrupted runs is the yardstick.
-    assert [p.name for p in complete_checkpoints(resumed)] == [p.name for p in complete_checkpoints(whole)]
-    apart = [torch.tensor(column(run, "loss")) - torch.tensor(column(whole, "loss")) for run in (resumed, again)]
+    assert [p.name for p in complete_checkpoints(resumed)] == [p.name for p in complete_checkpoints(uninterrupted)]
+    apart = [
+        torch.tensor(column(run, "loss")) - torch.tensor(column(uninterrupted, "loss")) for run in (resumed, again)
+    ]
     most = [each.abs().max().item() for each in apart]
     print(f"{engine}: difference of a resumed run {most[0]:.3g}, of a repeated one {most[1]:.3g}")
     assert most[0] <= max(1e-3, 3 * most[1])
@@ -116,7 +118,7 @@ def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str) -> 
 def test_variance(folder: Path, tmp_path: Path) -> None:
     options = ["--checkpoint", str(folder / "cpu" / "mapnet"), "--corpus", str(folder / "corpus"), "--sequences", "8"]
     options += ["--masks", "3", "--sketch-size", "500", "--oracle-rounds", "1", "--hamming-rounds", "2"]
-    options += ["--strategies", "whole_word", "frequency", "oracle_gradient", "oracle_head:floor=0.2"]
+    options += ["--strategies", "uninterrupted_word", "frequency", "oracle_gradient", "oracle_head:floor=0.2"]
     reports = []
     for accelerator in ("cpu", "cuda"):
         output = tmp_path / accelerator

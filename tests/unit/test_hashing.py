@@ -1,4 +1,4 @@
-"""The mixer against published SplitMix64; NumPy, torch and plain integers against each other."""
+"""Hashing against published SplitMix64 outputs; agreement of NumPy, torch and Python integers."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The wheel, installed elsewhere, finds its recipes and DeepSpeed configurations."""
+"""The installed wheel finds its recipes, DeepSpeed configurations and templates."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The order of the packages, read from the syntax trees; and what must not be imported."""
+"""Import rules of the packages, read from the syntax trees; lengths of files and functions."""
 
 import ast
 import subprocess
@@ -40,7 +40,7 @@ ROWS = {
     "cluster": [{"__main__"}, {"hosts", "slurm", "status"}],
 }
 PACKAGES = tuple(ROWS)
-# What runs where torch is not installed.
+# Modules that run without torch installed.
 TORCH_FREE = {
     "maskvr_ds": (
         "cli",
@@ -91,7 +91,7 @@ def imports(path: Path) -> set[str]:
 
 
 def own_modules(names: set[str]) -> set[str]:
-    """Those of the names that lie in the project, as modules."""
+    """The names that belong to the project, as modules."""
     return {name if name in MODULES else name.rpartition(".")[0] for name in names if name.split(".")[0] in PACKAGES}
 
 

@@ -77,8 +77,8 @@ class Resampling:
 
     def interval(self, figure: Callable[[Counts], Floats]) -> list[tuple[float, float, float]]:
         """(estimate, low, high) of each of the F statistics of `figure`: C resamples → float64 [C, F]."""
-        whole, without, resampled = (figure(way) for way in self._ways)
-        return [self._bca(*columns) for columns in zip(whole[0], without.T, resampled.T, strict=True)]
+        full, without, resampled = (figure(way) for way in self._ways)
+        return [self._bca(*columns) for columns in zip(full[0], without.T, resampled.T, strict=True)]
 
     def _bca(self, estimate: float, without: Floats, resampled: Floats) -> tuple[float, float, float]:
         normal = NormalDist()

@@ -18,8 +18,8 @@ def table(report: dict[str, Any]) -> str:
     """Results for the full gradient, one line per strategy."""
     lines = [_HEAD]
     for name, result in report["strategies"].items():
-        whole = result["layers"]["whole"]
-        cells = [_interval(whole[key]) for key in ("data", "mask", "mask_over_data", "mask_ratio", "total_ratio")]
+        overall = result["layers"]["whole"]
+        cells = [_interval(overall[key]) for key in ("data", "mask", "mask_over_data", "mask_ratio", "total_ratio")]
         lines.append((name, str(result.get("segments", 1)), *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -56,14 +56,14 @@ def plot(report: dict[str, Any], output: Path) -> None:
         panels, figsize=(8, height + 3.4 * (panels - 1)), dpi=120, height_ratios=[height] + [3.4] * (panels - 1)
     )
     axes = all_axes[0]
-    whole = [strategies[name]["layers"]["whole"] for name in names]
-    unit = whole[0]["total"][0]
-    data = [s.get("segments", 1) * w["data"][0] / unit for s, w in zip(strategies.values(), whole, strict=True)]
-    mask = [w["mask"][0] / unit for w in whole]
+    overall = [strategies[name]["layers"]["whole"] for name in names]
+    unit = overall[0]["total"][0]
+    data = [s.get("segments", 1) * w["data"][0] / unit for s, w in zip(strategies.values(), overall, strict=True)]
+    mask = [w["mask"][0] / unit for w in overall]
     places = range(len(names))
     axes.barh(places, data, label="data variance, J · V_d")
     axes.barh(places, mask, left=data, label="mask variance, V_m(J)")
-    for place, w in zip(places, whole, strict=True):
+    for place, w in zip(places, overall, strict=True):
         axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.2)
     axes.axvline(1, color="grey", linestyle="--", linewidth=0.8)
     axes.set_yticks(places, [wrapped_label(name) for name in names], fontsize=7)

@@ -125,9 +125,9 @@ class Sketcher:
 
     def _fold(self, signed: torch.Tensor, offset: int) -> torch.Tensor:
         """Signed elements [B, E] → [B, s]."""
-        whole = signed.shape[1] // self.size * self.size
-        folded = signed[:, :whole].view(len(signed), -1, self.size).sum(1)
-        rest = signed[:, whole:]
+        stop = signed.shape[1] // self.size * self.size
+        folded = signed[:, :stop].view(len(signed), -1, self.size).sum(1)
+        rest = signed[:, stop:]
         folded[:, : rest.shape[1]] += rest
         return folded.roll(offset, 1)
 

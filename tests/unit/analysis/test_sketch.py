@@ -63,9 +63,9 @@ def test_every_parameter_of_every_row_is_in_its_layers_sketch() -> None:
 
 def test_large_tensors_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     masked, sketcher = make_batch(), Sketcher(make_model(), size=1000, seed=3)
-    whole = sketcher(masked)
+    full = sketcher(masked)
     monkeypatch.setattr("maskvr_ds.analysis.gradient_variance.sketch._ELEMENTS", 2 * 70 * 48)
-    torch.testing.assert_close(sketcher(masked), whole, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sketcher(masked), full, rtol=1e-4, atol=1e-7)
 
 
 def test_second_moments_within_five_per_cent() -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints count, and how damage is told. The folders here are made by hand; test_train.py makes real ones."""
+"""Checkpoint folders: completeness, damage, retention, resume. Written by hand here; test_train.py makes real ones."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def found(run: Path, resume: str) -> Path | None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a manifest as one who can compute a SHA-256 could."""
+    """Change a manifest and update its own SHA-256."""
     path = folder / "checkpoint.json"
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -57,7 +57,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(f'{{"sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}')
 
 
-def test_what_was_written_is_read_and_verified(tmp_path: Path) -> None:
+def test_round_trip_and_verification(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
     assert read_state(folder) == STATE
     verify(folder)
@@ -87,8 +87,8 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
         verify(folder)
 
 
-def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
-    assert find(tmp_path / "run", "auto") is None, "nothing yet: begin"
+def test_auto_selects_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    assert find(tmp_path / "run", "auto") is None, "no checkpoint yet: start from step 0"
     write(tmp_path / "run", 5)
     newest = write(tmp_path / "run", 10)
     write(tmp_path / "run", 15, complete=False)
@@ -97,7 +97,7 @@ def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
     assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000010"]
 
 
-def test_auto_never_begins_anew_over_broken_checkpoints(tmp_path: Path) -> None:
+def test_auto_never_restarts_over_damaged_checkpoints(tmp_path: Path) -> None:
     write(tmp_path / "run", 15, complete=False)
     with pytest.raises(CheckpointError, match=r"none of step-00000015 is intact .*json is missing.*; remove"):
         find(tmp_path / "run", "auto")
@@ -116,8 +116,8 @@ def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
         find(tmp_path / "new", str(tmp_path / "empty"))
 
 
-def test_a_run_that_went_on_from_another_one_does_so_until_it_has_saved(tmp_path: Path) -> None:
-    """Killed before that, it begins where it had begun: by "auto", and by the words of its first start."""
+def test_origin_is_used_until_the_first_own_checkpoint(tmp_path: Path) -> None:
+    """A run started from another run's checkpoint and killed before its own first one starts from there again."""
     run, folder = tmp_path / "run", write(tmp_path / "old", 10)
     other = write(tmp_path / "old", 20)
     run.mkdir()
@@ -136,10 +136,10 @@ def test_a_run_that_went_on_from_another_one_does_so_until_it_has_saved(tmp_path
     own = write(run, 30)
     assert found(run, "auto") == own
     write_origin(run, own)
-    assert json.loads((run / "origin.json").read_text())["checkpoint"] == str(folder), "own ones are no origin"
+    assert json.loads((run / "origin.json").read_text())["checkpoint"] == str(folder), "own checkpoints are no origin"
 
 
-def test_copies_under_other_names_are_not_the_runs(tmp_path: Path) -> None:
+def test_renamed_copies_are_ignored(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", 10)
     copy = folder.rename(folder.with_name("step-00000010.bak"))
     assert find(tmp_path / "run", "auto") is None
@@ -158,25 +158,25 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         read_state(folder)
 
 
-def test_any_damaged_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+def test_any_damaged_byte_of_the_manifest_is_detected(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
     path = folder / "checkpoint.json"
-    whole = path.read_bytes()
-    for position in range(len(whole)):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    intact = path.read_bytes()
+    for position in range(len(intact)):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
         assert str(path) in faults(folder)[0], position
-    for length in range(0, len(whole), 7):
-        path.write_bytes(whole[:length])
+    for length in range(0, len(intact), 7):
+        path.write_bytes(intact[:length])
         assert str(path) in faults(folder)[0], length
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     assert faults(folder) == []
 
 
-def test_every_fault_is_named_and_files_of_others_too(tmp_path: Path) -> None:
+def test_all_faults_and_unlisted_files_are_reported(tmp_path: Path) -> None:
     folder = write(tmp_path, 20)
     (folder / "optimizer.pt").unlink()
     (folder / "bert" / "config.json").write_text("[]")
-    # DeepSpeed would open it by its pattern.
+    # Matches the pattern by which DeepSpeed finds files to open.
     (folder / "mp_rank_01_model_states.pt").write_bytes(b"cos\nsystem")
     found = faults(folder)
     assert len(found) == 3
@@ -217,25 +217,25 @@ def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_what_is_hashed_while_written_is_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_during_write_matches_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_CHUNK", 7)
     for length in (0, 1, 7, 20):
         content, path = bytes(range(length)), tmp_path / f"{length}.pt"
         expected = (length, hashlib.sha256(content).hexdigest())
         assert files.write_hashed(path, memoryview(content)) == expected
         assert path.read_bytes() == content
-        assert files.write_hashed(path) == expected, "as it stands"
+        assert files.write_hashed(path) == expected, "hash of the existing file"
 
 
-def test_hashes_that_ranks_bring_are_not_taken_on_trust(tmp_path: Path) -> None:
-    """A file that changed on its way to the disk is damage like any other."""
+def test_hashes_reported_by_ranks_are_verified(tmp_path: Path) -> None:
+    """A file that differs from the hash computed during the write is reported as damaged."""
     folder = write(tmp_path, 20, complete=False)
-    brought = files.write_hashed(folder / "optimizer.pt")
-    write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
+    reported = files.write_hashed(folder / "optimizer.pt")
+    write_manifest(folder, vars(STATE), {"optimizer.pt": reported})
     assert faults(folder) == []
     (folder / "checkpoint.json").unlink()
     (folder / "optimizer.pt").write_bytes(b"momentX" * 100)
-    write_manifest(folder, vars(STATE), {"optimizer.pt": brought})
+    write_manifest(folder, vars(STATE), {"optimizer.pt": reported})
     (found,) = faults(folder)
     assert "optimizer.pt: the SHA-256 differs" in found
 

@@ -1,4 +1,4 @@
-"""The exported tokenizer gives the ids that the corpus was made with, whatever kind it is."""
+"""The exported tokenizer reproduces the ids of the corpus: uncased, cased and byte-level tokenizers."""
 
 import json
 from pathlib import Path

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model.max_position_embeddings": 16}, "sequences of 32 tokens exceed model.max_position_embeddings 16"),
     ],
 )
-def test_rejects_what_the_training_rejects(folder: Path, sets: dict[str, object], message: str) -> None:
+def test_rejects_the_same_corpora_as_training(folder: Path, sets: dict[str, object], message: str) -> None:
     """Compared with the checks of the training, which need torch and the shards."""
 
     def configured(sets: dict[str, object]) -> list[str]:

@@ -14,7 +14,7 @@ from cluster.hosts.hostfile import HostfileError, expand, hostfile_text, hosts_f
 GOOD = "# two nodes\nnode-1 slots=8\n\nuser@10.0.0.2 slots=4  # the small one\n"
 
 
-def test_reads_what_deepspeed_reads(tmp_path: Path) -> None:
+def test_parses_hostfiles_like_deepspeed(tmp_path: Path) -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 
     path = tmp_path / "hosts"

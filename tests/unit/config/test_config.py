@@ -1,4 +1,4 @@
-"""RunConfig: recipes are valid; faults are reported in one line each, with value, rule and remedy."""
+"""RunConfig: recipes are valid; each fault is reported in one line with value, rule and remedy."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_parts_of_recipes_combine(tmp_path: Path) -> None:
 
 
 def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
-    """A section's class, and those of all sections within it."""
+    """The classes of a section and of all sections nested in it."""
     found = [model]
     for field in model.model_fields.values():
         for option in (field.annotation, *get_args(field.annotation)):

@@ -14,7 +14,7 @@ from maskvr_ds.config.masking import SUBSECTIONS, MaskingConfig
 from maskvr_ds.run_folder.migration import migrate_checkpoint, migrate_config, renamed
 
 STRATEGIES = list(SUBSECTIONS)
-# Schema 1: setting -> strategies that it belonged to, its default, other values, its place in schema 2.
+# Schema 1: setting -> strategies it belonged to, default, other values, location in schema 2.
 FLAT: dict[str, tuple[tuple[str, ...], Any, list[Any], tuple[str, ...]]] = {
     "placement": (("fully_explored",), "across_epochs", ["same_batch"], ("fully_explored", "placement")),
     "segments_per_sequence": (("fully_explored",), None, [2, 4], ("fully_explored", "segments_per_sequence")),
@@ -47,7 +47,7 @@ START = {"moments": "keep", "step_counter": "zero", "schedule": "restart"}
 
 
 def flat_settings(strategy: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Some settings of schema 1 that a strategy may have."""
+    """Some settings of schema 1 valid for a strategy."""
     own = {
         name: st.sampled_from([default, *others]) for name, (of, default, others, _) in FLAT.items() if strategy in of
     }
@@ -61,7 +61,7 @@ def valid(flat: dict[str, Any]) -> bool:
 
 
 def inherited(run: dict[str, Any], phase: dict[str, Any]) -> dict[str, Any]:
-    """The rules of schema 1: what a phase's masks were."""
+    """Mask settings of each phase by the rules of schema 1."""
     strategy, values = phase.get("strategy"), dict(run)
     for name, (of, default, _, _) in FLAT.items():
         if strategy is not None and strategy not in of:
@@ -127,8 +127,8 @@ def check_stored(folder: Path, values: dict[str, Any], resolved: list[dict[str, 
         check(config.phase(index).masking, flat, values["mapnet"], values["auto"])
     path.write_text(dump_config(config))
     assert path.read_text().startswith("schema: 2\n")
-    assert load_config(path) == config, "and what is written now is read back"
-    assert migrate_config(yaml.safe_load(path.read_text())) == yaml.safe_load(path.read_text()), "nothing more to do"
+    assert load_config(path) == config, "the current format is read back"
+    assert migrate_config(yaml.safe_load(path.read_text())) == yaml.safe_load(path.read_text()), "idempotent"
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
@@ -140,8 +140,8 @@ def test_a_stored_configuration_keeps_its_values(
 
 
 @pytest.mark.parametrize("before", STRATEGIES)
-def test_a_phase_inherits_what_it_did(tmp_path: Path, before: str) -> None:
-    """All pairs of strategies, the run's settings all other than the defaults."""
+def test_inheritance_between_phases_is_unchanged(tmp_path: Path, before: str) -> None:
+    """All pairs of strategies, with no setting of the run at its default."""
     run = {"strategy": before, **COMMON}
     for name, (of, default, others, _) in FLAT.items():
         run[name] = others[0] if before in of else default

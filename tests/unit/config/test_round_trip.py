@@ -1,4 +1,4 @@
-"""Any valid configuration is read back from its dump as the same, phases included."""
+"""Any valid configuration, including phases, is equal after a dump and reload."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(configurations())
-def test_a_dump_is_read_back_as_the_same(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_dump_round_trip(tmp_path: Path, values: dict[str, Any]) -> None:
     config = RunConfig.model_validate(values)
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config), encoding="utf-8")

@@ -87,11 +87,11 @@ def test_ranks_share_the_same_global_batches(corpus: Corpus, world_size: int) ->
 
 
 def test_resume_at_any_step_reads_the_same_batches(corpus: Corpus) -> None:
-    whole = list(islice(Loader(corpus, seed=1, global_size=10).batches(), 60))
+    full = list(islice(Loader(corpus, seed=1, global_size=10).batches(), 60))
     for step in (0, 1, 25, 26, 59):
         again = next(Loader(corpus, seed=1, global_size=10, prefetch=1).batches(step * 10))
-        assert torch.equal(again.input_ids, whole[step].input_ids)
-        assert torch.equal(again.epochs, whole[step].epochs)
+        assert torch.equal(again.input_ids, full[step].input_ids)
+        assert torch.equal(again.epochs, full[step].epochs)
 
 
 def test_rows_are_those_of_the_corpus(corpus: Corpus, table: np.ndarray) -> None:

@@ -70,9 +70,9 @@ def test_weights_hold_exactly(corpora: list[tuple[int, float]], seed: int, copie
     for number, share in enumerate(shares):
         mine = of == number
         assert mine.reshape(epochs, -1).sum(1).tolist() == [share.slots * copies] * epochs
-        whole, rest = divmod(epochs * share.slots, share.rows)
-        readings = np.bincount(passes[mine] // copies, minlength=whole + 1)
-        assert readings.tolist() == [share.rows * copies] * whole + [rest * copies]
+        complete, rest = divmod(epochs * share.slots, share.rows)
+        readings = np.bincount(passes[mine] // copies, minlength=complete + 1)
+        assert readings.tolist() == [share.rows * copies] * complete + [rest * copies]
     # Samples can be computed one at a time: there is no state.
     at = seed % len(rows)
     assert sample_rows(np.array([at]), shares, seed, RepeatSchedule(copies)) == (rows[at], passes[at])
@@ -95,13 +95,13 @@ def test_corpora_are_in_proportion_and_reshuffled_each_pass() -> None:
 def test_ranks_share_a_mixture(three: list[Corpus]) -> None:
     mixture, table = Mixture(three, [0.3, 2, 1.5]), joined(three)
     alone = Loader(mixture, seed=9, global_size=24)
-    whole = [identities(batch) for batch in islice(alone.batches(), 40)]
+    full = [identities(batch) for batch in islice(alone.batches(), 40)]
     for world_size in (2, 3):
         parts = [
             list(islice(Loader(mixture, seed=9, global_size=24, rank=r, world_size=world_size).batches(24 * 7), 33))
             for r in range(world_size)
         ]
-        assert [sorted(pair for part in parts for pair in identities(part[step])) for step in range(33)] == whole[7:]
+        assert [sorted(pair for part in parts for pair in identities(part[step])) for step in range(33)] == full[7:]
         for batch in parts[0]:
             assert np.array_equal(batch.input_ids.numpy(), table[batch.sample_ids.numpy()])
 

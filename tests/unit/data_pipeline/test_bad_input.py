@@ -283,10 +283,10 @@ def test_full_disk(workers: int, small_disk: Path, large_text: Path, tokenizer: 
     output = small_disk / "corpus"
     arguments = ["build", "--input", large_text, "--tokenizer", tokenizer, "--sequence-length", 128]
     arguments += ["--shard-size", "0.3", "--workers", workers, "--output"]
-    assert run_command(*arguments, tmp_path / "whole").returncode == 0
-    whole = tree(tmp_path / "whole")
+    assert run_command(*arguments, tmp_path / "uninterrupted").returncode == 0
+    uninterrupted = tree(tmp_path / "uninterrupted")
     # Token files and shards have about the same size.
-    size = sum(map(len, whole.values()))
+    size = sum(map(len, uninterrupted.values()))
     resize(small_disk, int(1.6 * size))
     found = run_command(*arguments, output)
     assert found.returncode == 1, found
@@ -295,10 +295,10 @@ def test_full_disk(workers: int, small_disk: Path, large_text: Path, tokenizer: 
     assert re.fullmatch(message, found.stderr), found.stderr
     assert not list(output.rglob("*.partial"))
     assert not (output / "manifest.json").exists()
-    assert all(path.read_bytes() == whole[path.name] for path in output.glob("shard-*.arrow"))
+    assert all(path.read_bytes() == uninterrupted[path.name] for path in output.glob("shard-*.arrow"))
     resize(small_disk, 3 * size)
     assert run_command(*arguments, output).returncode == 0
-    assert tree(output) == whole
+    assert tree(output) == uninterrupted
 
 
 def test_file_size_limit(large_text: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -40,12 +40,12 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`in/`: six text files, `tok/`: a tokenizer, `whole/`: an uninterrupted build with many units and shards."""
+    """`in/`: six text files, `tok/`: a tokenizer, `uninterrupted/`: a build with many units and shards."""
     folder = tmp_path_factory.mktemp("build")
     for i in range(6):
         write_text(folder / f"in/part{i}.txt", make_documents(60, seed=i))
     copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
-    build([folder / "in"], folder / "tok", LENGTH, folder / "whole", **SIZES)
+    build([folder / "in"], folder / "tok", LENGTH, folder / "uninterrupted", **SIZES)
     return folder
 
 
@@ -85,20 +85,20 @@ def test_same_bytes_for_any_number_of_workers(folder: Path, tmp_path: Path, work
     # Inputs listed one by one, and in another order.
     inputs = sorted((folder / "in").iterdir(), reverse=True)
     build(inputs, folder / "tok", LENGTH, tmp_path / "out", workers=workers, **SIZES)
-    assert tree(tmp_path / "out") == tree(folder / "whole")
+    assert tree(tmp_path / "out") == tree(folder / "uninterrupted")
 
 
 @pytest.mark.parametrize("work_size", [0.0005, 0.05, 30])
 def test_corpus_does_not_depend_on_work_size(folder: Path, tmp_path: Path, work_size: float) -> None:
     build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES | {"work_size": work_size})
-    ours, whole = tree(tmp_path / "out"), tree(folder / "whole")
-    assert ours.pop("build.json") != whole.pop("build.json")
-    assert ours == whole
+    ours, uninterrupted = tree(tmp_path / "out"), tree(folder / "uninterrupted")
+    assert ours.pop("build.json") != uninterrupted.pop("build.json")
+    assert ours == uninterrupted
 
 
 def test_held_out_documents_are_on_one_side_only(folder: Path, tmp_path: Path) -> None:
     documents = [document for i in range(6) for document in make_documents(60, seed=i)]
-    train, held = corpus_documents(folder / "whole"), corpus_documents(folder / "whole/held_out")
+    train, held = corpus_documents(folder / "uninterrupted"), corpus_documents(folder / "uninterrupted/held_out")
     encoded = encode_naively(folder / "tok", documents)
     assert sorted(train + held) == sorted(encoded)
     assert 0.1 < len(held) / len(encoded) < 0.3
@@ -106,7 +106,7 @@ def test_held_out_documents_are_on_one_side_only(folder: Path, tmp_path: Path) -
     # Document order is kept on each side.
     chosen = {tuple(document) for document in held}
     assert [document for document in encoded if tuple(document) in chosen] == held
-    assert len(verify(folder / "whole")) == 2
+    assert len(verify(folder / "uninterrupted")) == 2
     # Another seed gives another split; equal documents stay on the same side.
     write_text(tmp_path / "twice.txt", documents + documents)
     build([tmp_path / "twice.txt"], folder / "tok", LENGTH, tmp_path / "out", **SIZES | {"seed": 5})
@@ -151,8 +151,8 @@ def test_any_unicode_document_keeps_its_tokens(
 
 
 def test_stats_match_the_documents(folder: Path) -> None:
-    documents = corpus_documents(folder / "whole")
-    corpus = Corpus(folder / "whole")
+    documents = corpus_documents(folder / "uninterrupted")
+    corpus = Corpus(folder / "uninterrupted")
     found = scan(corpus)
     lengths = sorted(map(len, documents))
     assert found.lengths == {length: lengths.count(length) for length in set(lengths)}
@@ -161,7 +161,7 @@ def test_stats_match_the_documents(folder: Path) -> None:
     assert quantiles[3] == lengths[(len(lengths) + 1) // 2 - 1]
     text = [token for document in documents for token in document]
     assert [int(n) for n in found.counts[5:]] == np.bincount(text, minlength=len(found.counts))[5:].tolist()
-    table = describe(folder / "whole", top=3)
+    table = describe(folder / "uninterrupted", top=3)
     assert f"documents        {len(documents):,}" in table
     unknown = text.count(1)
     assert unknown > 0
@@ -217,13 +217,13 @@ def test_kill_before_every_single_rename(folder: Path, tmp_path: Path) -> None:
     found = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
     kills = len(found.stdout.splitlines())
     # The last build was not killed.
-    whole = tree(tmp_path / f"out{kills}")
-    assert sum(name.endswith(".arrow") for name in whole) >= 3
-    assert kills > len(whole) - 8
+    uninterrupted = tree(tmp_path / f"out{kills}")
+    assert sum(name.endswith(".arrow") for name in uninterrupted) >= 3
+    assert kills > len(uninterrupted) - 8
     for n in range(kills):
         for path in (tmp_path / f"killed{n}").rglob("shard-*.arrow"):
-            assert path.read_bytes() == whole[str(path.relative_to(tmp_path / f"killed{n}"))]
-        assert tree(tmp_path / f"out{n}") == whole
+            assert path.read_bytes() == uninterrupted[str(path.relative_to(tmp_path / f"killed{n}"))]
+        assert tree(tmp_path / f"out{n}") == uninterrupted
 
 
 def test_ctrl_c_leaves_a_resumable_folder(folder: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_ctrl_c_leaves_a_resumable_folder(folder: Path, tmp_path: Path) -> None:
         assert not list((tmp_path / "out").rglob("*.partial"))
         assert not (tmp_path / "out/manifest.json").exists()
     subprocess.run(build_command(folder, tmp_path / "out"), cwd=ROOT, check=True, capture_output=True)
-    assert tree(tmp_path / "out") == tree(folder / "whole")
+    assert tree(tmp_path / "out") == tree(folder / "uninterrupted")
 
 
 def test_finished_build_is_not_repeated(folder: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_finished_build_is_not_repeated(folder: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path in times} == times | {
         path: path.stat().st_mtime_ns for path in ()
     }
-    assert tree(tmp_path / "out") == tree(folder / "whole")
+    assert tree(tmp_path / "out") == tree(folder / "uninterrupted")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_two_builds_in_one_folder(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Pool, "run", second)
     build([folder / "in"], folder / "tok", LENGTH, tmp_path / "out", **SIZES)
     assert messages
-    assert tree(tmp_path / "out") == tree(folder / "whole")
+    assert tree(tmp_path / "out") == tree(folder / "uninterrupted")
 
 
 def test_tokenizer_and_output_below_the_input_folder_are_not_read(folder: Path, tmp_path: Path) -> None:

@@ -274,6 +274,13 @@ def test_killed_at_every_few_renames(folder: Path, tmp_path: Path) -> None:
     found = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
     assert int(found.stdout) > 5
     sizes: dict[str, Any] = {"work_size": 0.02, "progress": False}
-    tokenize(None, folder / "tok", tmp_path / "whole/tokens", description=description, held_out=0.3, **sizes)
-    pack(tmp_path / "whole/tokens", 64, tmp_path / "whole/pairs", packing="sop", shard_size=0.02, progress=False)
-    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+    tokenize(None, folder / "tok", tmp_path / "uninterrupted/tokens", description=description, held_out=0.3, **sizes)
+    pack(
+        tmp_path / "uninterrupted/tokens",
+        64,
+        tmp_path / "uninterrupted/pairs",
+        packing="sop",
+        shard_size=0.02,
+        progress=False,
+    )
+    assert tree(tmp_path / "killed") == tree(tmp_path / "uninterrupted")

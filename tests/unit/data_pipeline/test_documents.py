@@ -89,14 +89,14 @@ def test_documents_do_not_depend_on_units_and_blocks(data: st.DataObject) -> Non
     separator = documents_module._SEPARATORS[mode]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "PIECE", data.draw(st.integers(2, 20)))
-        whole = list(documents_module._text(iter([text]), separator))
+        full = list(documents_module._text(iter([text]), separator))
         size = data.draw(st.integers(1, 9))
         blocks = (text[i : i + size] for i in range(0, len(text), size))
-        assert list(documents_module._text(blocks, separator)) == whole
-        assert all(len(piece) <= documents_module.PIECE for piece, _ in whole)
+        assert list(documents_module._text(blocks, separator)) == full
+        assert all(len(piece) <= documents_module.PIECE for piece, _ in full)
     rule = {"blank-line": r"\n[ \t\r\f\v]*\n", "line": "\n", "file": r"(?!)"}[mode]
     joined, current = [], ""
-    for piece, end in whole:
+    for piece, end in full:
         current += piece
         if end:
             joined.append(current)

@@ -57,13 +57,13 @@ def test_rows_keep_the_rules(lengths: list[int], length: int) -> None:
 @given(Lengths, st.integers(8, 16), st.integers(1, 7), st.integers(1, 9))
 def test_shards_concatenate_to_all_rows(lengths: list[int], length: int, rows_per_shard: int, chunk: int) -> None:
     stream, ends, _ = make_stream(lengths)
-    whole, whole_ends = pack_rows(stream, ends, length, CLS, SEP, PAD)
+    full, full_ends = pack_rows(stream, ends, length, CLS, SEP, PAD)
     layout = ShardLayout(length - 2, rows_per_shard)
     for i in range(0, len(ends), chunk):
         layout.add(ends[i : i + chunk])
     layout.finish()
-    assert layout.rows == len(whole)
-    assert layout.padding == (whole == PAD).sum()
+    assert layout.rows == len(full)
+    assert layout.padding == (full == PAD).sum()
     parts = []
     stops = [*layout.starts[1:], len(stream)]
     for k, (start, stop) in enumerate(zip(layout.starts, stops, strict=True)):
@@ -71,8 +71,8 @@ def test_shards_concatenate_to_all_rows(lengths: list[int], length: int, rows_pe
         last = k == len(stops) - 1
         parts.append(pack_rows(stream[start:stop], inside, length, CLS, SEP, PAD, last=last))
         assert len(parts[-1][0]) == rows_per_shard or last
-    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), whole)
-    np.testing.assert_array_equal(np.concatenate([bits for _, bits in parts]), whole_ends)
+    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), full)
+    np.testing.assert_array_equal(np.concatenate([bits for _, bits in parts]), full_ends)
 
 
 @settings(max_examples=300)
@@ -87,8 +87,8 @@ def test_pieces_match_single_call(lengths: list[int], length: int, cuts: list[fl
     pieces = [(stream[a:b], ends[(ends >= a) & (ends < b)] - a) for a, b in pairwise(bounds)]
     special = (CLS, SEP, PAD, last)
     found = pack_pieces(pieces, len(stream), stream.dtype, length, *special)
-    for mine, whole in zip(found, pack_rows(stream, ends, length, *special), strict=True):
-        np.testing.assert_array_equal(mine, whole)
+    for mine, full in zip(found, pack_rows(stream, ends, length, *special), strict=True):
+        np.testing.assert_array_equal(mine, full)
 
 
 @pytest.mark.parametrize("length", [8, 128, 512])

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_text(folder / f"in/part{i}.txt", make_documents(60, seed=i))
     copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
     sizes: dict[str, Any] = {"work_size": 0.01, "shard_size": 0.01, "held_out": 0.2, "progress": False}
-    build([folder / "in"], folder / "tok", 16, folder / "whole", **sizes)
+    build([folder / "in"], folder / "tok", 16, folder / "uninterrupted", **sizes)
     return folder
 
 
@@ -53,7 +53,7 @@ def test_same_bytes_for_any_number_of_ranks(folder: Path, tmp_path: Path, ranks:
     assert found.stderr.count("tokenise:   0%") == 1
     bar = r"pack: 100%\|█+\| [\d.]+k/[\d.]+k \[\d\d:\d\d<00:00, .*B/s, [\d,]+ tokens/s\]"
     assert re.search(bar, found.stderr), found.stderr
-    assert tree(tmp_path / "out") == tree(folder / "whole")
+    assert tree(tmp_path / "out") == tree(folder / "uninterrupted")
 
 
 @needs_mpi

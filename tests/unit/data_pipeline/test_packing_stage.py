@@ -128,17 +128,17 @@ def test_unicode_documents_round_trip(
 def test_pack_equals_build(folder: Path, tmp_path: Path) -> None:
     """Corpora packed from one tokenize equal those of separate builds, whatever its work size."""
     for length in (16, 40):
-        whole = build(
+        expected = build(
             [folder / "in"], folder / "tok", length, tmp_path / f"b{length}", held_out=0.2, shard_size=0.003, **SIZES
         )
         assert (
             pack(folder / "tokens", length, tmp_path / f"p{length}", shard_size=0.003, workers=2, progress=False)
-            == whole
+            == expected
         )
         ours, theirs = tree(tmp_path / f"p{length}"), tree(tmp_path / f"b{length}")
         assert ours.pop("build.json") != theirs.pop("build.json")
         assert ours == theirs
-        assert whole.schema_version == 1
+        assert expected.schema_version == 1
 
 
 @pytest.mark.parametrize("packing", ["documents", "nsp", "sop"])

@@ -116,7 +116,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
     def run(output: Path) -> object:
         return build(sources, tokenizer, 16, output, **SIZES)
 
-    run(tmp_path / "whole")
+    run(tmp_path / "uninterrupted")
     stopped_before_packing(lambda: run(tmp_path / "out"))
     results = sorted((tmp_path / "out/.build/results").glob("unit-*.json"))
     assert len(results) > 4
@@ -127,7 +127,7 @@ def test_touched_input_of_an_unfinished_folder(tmp_path: Path, tokenizer: Path) 
         source.touch()
     shutil.copytree(tmp_path / "out", tmp_path / "other")
     run(tmp_path / "out")
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "uninterrupted")
     edit(sources[0])
     with pytest.raises(CorpusError, match=r"a\.txt: modified since the build started"):
         run(tmp_path / "other")

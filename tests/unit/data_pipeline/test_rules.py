@@ -32,7 +32,7 @@ def apply(documents: Sequence[str], found: DocumentRules) -> tuple[list[str], di
 
 
 @given(st.text())
-def test_cleaning_keeps_what_it_should(text: str) -> None:
+def test_cleaning_invariants(text: str) -> None:
     found, _ = clean(text, rules(normalize="nfc", control_characters="remove"))
     assert unicodedata.is_normalized("NFC", found)
     assert not [c for c in found if unicodedata.category(c) == "Cc" and c not in "\t\n"]

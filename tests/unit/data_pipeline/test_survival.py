@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(4):
         write_text(folder / f"in/part{i}.txt", make_documents(100, seed=i))
     copy_tokenizer(write_tokenizer(folder / "vocab"), folder / "tok")
-    build([folder / "in"], folder / "tok", 16, folder / "whole", progress=False, **SIZES)
+    build([folder / "in"], folder / "tok", 16, folder / "uninterrupted", progress=False, **SIZES)
     return folder
 
 
@@ -107,7 +107,7 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path, launcher: str, r
     finished tasks, so that they interrupt work on machines of any speed."""
     rng = random.Random(launcher)
     wanted, kills, builds = 20 if request.config.getoption("--whole-survival") else 3, 0, 0
-    whole = tree(folder / "whole")
+    uninterrupted = tree(folder / "uninterrupted")
     output = tmp_path / "out0"
     while True:
         process = start(folder, output, launcher)
@@ -124,10 +124,10 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path, launcher: str, r
             kills += 1
             end(process, below)
             for path in output.rglob("shard-*.arrow"):
-                assert path.read_bytes() == whole[str(path.relative_to(output))]
+                assert path.read_bytes() == uninterrupted[str(path.relative_to(output))]
             continue
         assert process.returncode == 0, process.communicate()[0]
-        assert tree(output) == whole
+        assert tree(output) == uninterrupted
         if kills >= wanted:
             break
         builds += 1
@@ -169,4 +169,4 @@ def test_rank_killed_before_rename(folder: Path, tmp_path: Path, dies_at: str) -
     process = start(folder, tmp_path / "out", "mpi", **environment)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert tree(tmp_path / "out") == tree(folder / "whole")
+    assert tree(tmp_path / "out") == tree(folder / "uninterrupted")

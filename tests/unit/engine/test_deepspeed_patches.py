@@ -47,8 +47,10 @@ class Writer:
 
 
 class Engine:
-    """What is patched of a DeepSpeedEngine. norm: None at ZeRO 0 in fp32, where the engine's optimizer is the basic
-    one."""
+    """The patched attributes of a DeepSpeedEngine.
+
+    norm: None at ZeRO 0 in fp32, where the engine's optimizer is the basic one.
+    """
 
     def __init__(self, norm: Any = None) -> None:
         self.basic_optimizer = Optimizer()

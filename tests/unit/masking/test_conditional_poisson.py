@@ -25,7 +25,7 @@ def random_bits(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def members(positions: torch.Tensor, used: torch.Tensor, length: int) -> torch.Tensor:
-    """bool [B, L]; fails where a position is drawn twice."""
+    """bool [B, L]; fails if a position is drawn twice."""
     found = torch.zeros(len(positions), length, dtype=torch.int64).scatter_add_(1, positions, used.long())
     assert found.max() <= 1
     return found.bool()
@@ -166,7 +166,7 @@ def test_layout_does_not_matter() -> None:
             odds_for_inclusion(inclusion, maskable, counts, width),
         )
 
-    whole = everything(odds, counts, bits, maskable)
+    full = everything(odds, counts, bits, maskable)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     shuffled = everything(odds[order], counts[order], bits[order], maskable[order])
     pieces = [everything(*parts) for parts in zip(*(t.split(7) for t in (odds, counts, bits, maskable)), strict=True)]
@@ -174,7 +174,7 @@ def test_layout_does_not_matter() -> None:
     wider = everything(odds, counts, bits, maskable, width=9)
     longer = everything(*(torch.nn.functional.pad(t, (0, 5)) for t in (odds,)), counts,
                         torch.nn.functional.pad(bits, (0, 5)), torch.nn.functional.pad(maskable, (0, 5)))  # fmt: skip
-    for part, expected in enumerate(whole):
+    for part, expected in enumerate(full):
         assert torch.equal(shuffled[part], expected[order])
         assert torch.equal(torch.cat([p[part] for p in pieces]), expected)
         assert torch.equal(torch.cat([p[part] for p in single]), expected)
@@ -279,7 +279,7 @@ def pareto_inclusion(wanted: np.ndarray, k: int, nodes: int = 200) -> np.ndarray
 
 @pytest.mark.parametrize(("n", "k", "bound"), [(6, 2, 0.03), (10, 3, 0.02), (64, 10, 2e-3), (126, 19, 1e-3)])
 def test_error_of_pareto_sampling(n: int, k: int, bound: float) -> None:
-    """How far its inclusion probabilities are from those asked for; conditional Poisson sampling meets them."""
+    """Error of its inclusion probabilities against the requested ones; conditional Poisson sampling is exact."""
     scores = torch.randn(1, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     wanted = capped(scores, k).clamp(max=0.99)
     wanted *= k / wanted.sum()

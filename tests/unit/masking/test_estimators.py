@@ -53,7 +53,7 @@ def test_whole_mask_is_unbiased_for_any_function_of_the_mask(row: Row, seed: int
     under_uniform = (losses.sum(1) / draw.counts).mean()
     weights = whole_mask(draw)
     assert abs(q @ row_losses(weights, losses, draw) - under_uniform) < 1e-9
-    assert torch.equal(weights, torch.where(draw.used, weights[:, :1], 0.0)), "one weight a row"
+    assert torch.equal(weights, torch.where(draw.used, weights[:, :1], 0.0)), "one weight per row"
     inverse = Row([1 / o if o else 0.0 for o in row.odds], row.k)
     second_moment = row.normaliser() * inverse.normaliser() / math.comb(len(row.maskable), row.k) ** 2
     assert (q @ weights[:, 0] ** 2).item() == pytest.approx(second_moment, rel=1e-11)
@@ -171,7 +171,7 @@ def test_weights_are_positive_where_used_and_zero_elsewhere(name: str) -> None:
 @pytest.mark.parametrize("name", ["horvitz_thompson", "hajek"])
 def test_layout_does_not_matter(name: str) -> None:
     draw = drawn()
-    whole = ESTIMATORS[name](draw)
+    full = ESTIMATORS[name](draw)
     for size in (1, 7):
         pieces = [
             Draw(*parts)
@@ -179,7 +179,7 @@ def test_layout_does_not_matter(name: str) -> None:
                 *(t.split(size) for t in (draw.positions, draw.used, draw.n, draw.counts, draw.inclusion)), strict=True
             )
         ]
-        assert torch.equal(torch.cat([ESTIMATORS[name](piece) for piece in pieces]), whole)
+        assert torch.equal(torch.cat([ESTIMATORS[name](piece) for piece in pieces]), full)
 
 
 def test_one_inclusion_probability_per_row() -> None:

@@ -45,8 +45,11 @@ def test_every_token_is_predicted_once_per_round(n: int, rate: float, extra: int
 
 @pytest.mark.parametrize("copies", [1, 2, 5])
 def test_placements_explore_the_corpus_fully(tmp_path: Path, copies: int) -> None:
-    """Loader and masks together: 5 segments a row, 1, 2 or all of them in a global batch. Every maskable token of every
-    full row is predicted equally often whenever a round is over, and segments that share a batch are disjoint."""
+    """Loader and masks together: 5 segments per row, 1, 2 or all of them in a global batch.
+
+    After each round, every maskable token of every full row has been predicted equally often. Segments that share a
+    batch are disjoint.
+    """
     corpus = Corpus(make_corpus(tmp_path / "corpus", rows=30, length=32, words=150))
     batches = Loader(corpus, seed=1, global_size=30, copies=copies).batches()
     draw = masker("fully_explored", rate=0.2)
@@ -67,8 +70,8 @@ def test_placements_explore_the_corpus_fully(tmp_path: Path, copies: int) -> Non
     assert full >= 10
 
 
-@pytest.mark.parametrize(("rate", "whole"), [(0.2, True), (0.15, True), (0.22, False)])
-def test_a_round_starts_with_the_uniform_mask(rate: float, whole: bool) -> None:
+@pytest.mark.parametrize(("rate", "equal"), [(0.2, True), (0.15, True), (0.22, False)])
+def test_a_round_starts_with_the_uniform_mask(rate: float, equal: bool) -> None:
     """Segment 0 is uniform's mask of that epoch, with its corruption, if ⌈n/S⌉ = k, otherwise its first ⌈n/S⌉ ranks."""
     batch = whole_rows(60, rows=20)
     s = segments(60, rate)
@@ -78,8 +81,8 @@ def test_a_round_starts_with_the_uniform_mask(rate: float, whole: bool) -> None:
         used = ours.weights != 0
         assert used.sum(1).tolist() == [-(-60 // s)] * 20
         assert torch.equal(ours.positions[used], theirs.positions[used])
-        assert torch.equal(ours.input_ids, theirs.input_ids) == whole
-        assert torch.equal(ours.weights, theirs.weights) == whole
+        assert torch.equal(ours.input_ids, theirs.input_ids) == equal
+        assert torch.equal(ours.weights, theirs.weights) == equal
     later = replace(batch, epochs=torch.full((20,), 1))
     ours, theirs = (masker(strategy, 62, rate=rate)(later) for strategy in ("fully_explored", "uniform"))
     assert all(a != b for a, b in zip(chosen(ours), chosen(theirs), strict=True))

@@ -102,7 +102,7 @@ def test_variance_is_the_second_moment_whichever_proposal_drew() -> None:
 
 
 def test_variance_is_homogeneous() -> None:
-    """Which allows dividing by s̄ after the reduction of the gradients."""
+    """This property allows dividing by s̄ after the gradient reduction."""
     w, u, s = torch.rand(3, 20, dtype=torch.float64)
     s_mean = torch.tensor(2.5, dtype=torch.float64)
     objective = OBJECTIVES["variance"]

@@ -81,14 +81,14 @@ def test_uniform_masks_are_as_defined(seed: int, rate: float, data_seed: int) ->
 
 def test_layout_does_not_matter() -> None:
     batch = tokens(60)
-    whole = masker()(batch)
+    full = masker()(batch)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     shuffled = masker()(rows_of(batch, order))
-    assert torch.equal(shuffled.input_ids, whole.input_ids[order])
-    assert torch.equal(shuffled.positions, whole.positions[order])
+    assert torch.equal(shuffled.input_ids, full.input_ids[order])
+    assert torch.equal(shuffled.positions, full.positions[order])
     pieces = [masker()(piece) for piece in batch.split(7)]
-    assert torch.equal(torch.cat([p.input_ids for p in pieces]), whole.input_ids)
-    assert mask_digest(batch, whole) == sum(mask_digest(b, p) for b, p in zip(batch.split(7), pieces, strict=True)), (
+    assert torch.equal(torch.cat([p.input_ids for p in pieces]), full.input_ids)
+    assert mask_digest(batch, full) == sum(mask_digest(b, p) for b, p in zip(batch.split(7), pieces, strict=True)), (
         "digests add over parts of a batch"
     )
     assert data_digest(batch) == data_digest(rows_of(batch, order))
@@ -96,7 +96,7 @@ def test_layout_does_not_matter() -> None:
 
 def test_epoch_sample_and_seed_each_change_masks_and_digest() -> None:
     batch = tokens(20)
-    whole = masker()(batch)
+    full = masker()(batch)
     others = [
         (TokenBatch(batch.input_ids, batch.sample_ids, batch.epochs + 1), masker()),
         (TokenBatch(batch.input_ids, batch.sample_ids + 1, batch.epochs), masker()),
@@ -104,8 +104,8 @@ def test_epoch_sample_and_seed_each_change_masks_and_digest() -> None:
     ]
     for other, other_masker in others:
         masked = other_masker(other)
-        assert chosen(masked) != chosen(whole)
-        assert mask_digest(other, masked) != mask_digest(batch, whole)
+        assert chosen(masked) != chosen(full)
+        assert mask_digest(other, masked) != mask_digest(batch, full)
 
 
 def test_digest_sees_a_single_changed_position() -> None:

@@ -36,7 +36,7 @@ def test_inclusion_probabilities_over_a_million_draws(n: int, k: int, seed: int)
 
 
 def plain_inclusion(scores: list[float], k: int) -> list[float]:
-    """Cap the greatest until none exceeds 1."""
+    """Cap the largest value until none exceeds 1."""
     pi = [0.0] * len(scores)
     left = sorted(range(len(scores)), key=lambda i: -scores[i])
     room = k
@@ -77,14 +77,14 @@ def test_a_row_does_not_see_the_others() -> None:
     scores = (2 * torch.randn(61, 100, generator=generator)).exp()
     maskable = torch.rand(61, 100, generator=generator) < 0.9
     counts = torch.randint(1, 30, (61,), generator=generator)
-    whole = proposal_to_inclusion(scores, maskable, counts, 30, 0.2)
+    full = proposal_to_inclusion(scores, maskable, counts, 30, 0.2)
     for size in (1, 8):
         parts = [
             proposal_to_inclusion(s, m, c, 30, 0.2)
             for s, m, c in zip(scores.split(size), maskable.split(size), counts.split(size), strict=True)
         ]
-        assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(proposal_to_inclusion(scores * 4096, maskable, counts, 30, 0.2), whole), "only ratios matter"
+        assert torch.equal(torch.cat(parts), full)
+    assert torch.equal(proposal_to_inclusion(scores * 4096, maskable, counts, 30, 0.2), full), "only ratios matter"
 
 
 def test_zeros_equal_scores_and_empty_rows() -> None:

@@ -109,13 +109,13 @@ def test_ratio_does_not_depend_on_who_draws() -> None:
 
 
 def test_resume_from_state_is_bit_identical() -> None:
-    whole, first = proposer(), proposer()
-    expected = train(whole, 10)
+    full, first = proposer(), proposer()
+    expected = train(full, 10)
     train(first, 6)
     second = proposer()
     second.load(first.state())
     assert train(second, 4, first=6) == expected[6:]
-    assert bits_hash(second.parameters.detach()) == bits_hash(whole.parameters.detach())
+    assert bits_hash(second.parameters.detach()) == bits_hash(full.parameters.detach())
     with pytest.raises(ValueError, match=r"mapnet.safetensors does not match the network .*expected"):
         proposer(layers=2, hidden=64).load(first.state())
 
@@ -159,9 +159,9 @@ def test_same_inclusion_gives_the_same_mask_whatever_the_layout() -> None:
         return pi
 
     draw = masker(strategy)
-    whole = draw(batch)
+    full = draw(batch)
     parts = [draw(part) for part in batch.split(5)]
-    assert torch.equal(whole.positions, torch.cat([part.positions for part in parts]))
+    assert torch.equal(full.positions, torch.cat([part.positions for part in parts]))
 
 
 def test_hash_depends_on_every_bit_and_the_order() -> None:

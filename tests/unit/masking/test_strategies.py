@@ -78,12 +78,12 @@ def assert_equal(one: MaskedBatch, other: MaskedBatch) -> None:
 def test_layout_does_not_matter(strategy: str) -> None:
     batch = tokens(97, 64)
     draw = masker(strategy, 64)
-    whole = draw(batch)
+    full = draw(batch)
     order = torch.randperm(97, generator=torch.Generator().manual_seed(1))
     for size in (1, 7, 50, 97):
         parts = [draw(piece) for piece in rows_of(batch, order).split(size)]
         for name in ("input_ids", "positions", "labels", "weights"):
-            found, expected = torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)[order]
+            found, expected = torch.cat([getattr(p, name) for p in parts]), getattr(full, name)[order]
             if name == "weights" and strategy.endswith("whole_mask"):
                 # Logarithms are rounded by layout, in float64; the masks are not.
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
@@ -92,7 +92,7 @@ def test_layout_does_not_matter(strategy: str) -> None:
     for world_size in (2, 3):
         ranks = [rows_of(batch, torch.arange(rank, 97, world_size)) for rank in range(world_size)]
         digests = [mask_digest(rank, masker(strategy, 64)(rank)) for rank in ranks]
-        assert torch.stack(digests).sum() == mask_digest(batch, whole)
+        assert torch.stack(digests).sum() == mask_digest(batch, full)
 
 
 @pytest.mark.parametrize("strategy", DRAWN)

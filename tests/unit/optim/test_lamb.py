@@ -26,13 +26,13 @@ tensors = st.lists(
     st.tuples(
         st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple),
         st.sampled_from(["zero", "small", "normal", "large"]),  # weights
-        st.sampled_from(["zero", "small", "normal", "large", "now and then"]),  # gradients
+        st.sampled_from(["zero", "small", "normal", "large", "intermittent"]),  # gradients
         st.booleans(),  # weight decay
     ),
     min_size=1,
     max_size=6,
 )
-SCALES = {"zero": 0.0, "small": 1e-4, "normal": 1.0, "large": 1e3, "now and then": 1.0}
+SCALES = {"zero": 0.0, "small": 1e-4, "normal": 1.0, "large": 1e3, "intermittent": 1.0}
 
 
 BING_BERT = Variant(bias_correction="none", min_ratio=0.01, max_ratio=0.3)
@@ -57,7 +57,7 @@ def test_equals_the_reference(name: str, tensors: Any, betas: tuple[float, float
     random = np.random.default_rng(seed)
 
     def draw(shape: tuple[int, ...], kind: str, step: int = 0) -> torch.Tensor:
-        scale = 0.0 if kind == "now and then" and step % 2 else SCALES[kind]
+        scale = 0.0 if kind == "intermittent" and step % 2 else SCALES[kind]
         return torch.from_numpy(np.asarray(scale * random.standard_normal(shape), np.float32))
 
     weights = [nn.Parameter(draw(shape, kind)) for shape, kind, _, _ in tensors]

@@ -23,7 +23,7 @@ pieces = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 0, 0, 3])), 
     spread=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_flat_partitions_step_as_whole_tensors(
+def test_flat_partitions_step_like_full_tensors(
     groups: list[list[tuple[int, int]]], tail: int, chunk: int, spread: bool, seed: int
 ) -> None:
     """For every way to chunk norms and to apply ratios. The padding between tensors is NaN and must not enter them."""
@@ -41,7 +41,7 @@ def test_flat_partitions_step_as_whole_tensors(
         for fragment in fragments:
             fragment.of_partition(flat.data).copy_(tensors[fragment.tensor].data)
         partitions[flat] = Partition(fragments, [fragment.tensor for fragment in fragments])
-    whole, zero = Lamb(tensors, lr=0.1), Lamb(list(partitions), lr=0.1)
+    full, zero = Lamb(tensors, lr=0.1), Lamb(list(partitions), lr=0.1)
     zero._layout, zero._bound = Layout(tensors, [str(i) for i in range(len(tensors))], partitions), True
     # As on GPUs, if there are no gaps; and as on CPUs.
     spreads = (lambda layout, _: layout.is_dense) if spread else layerwise._spreads
@@ -52,11 +52,11 @@ def test_flat_partitions_step_as_whole_tensors(
             flat.grad = torch.full_like(flat, torch.nan)
             for fragment in partition.fragments:
                 fragment.of_partition(flat.grad).copy_(tensors[fragment.tensor].grad)
-        whole.step()
+        full.step()
         with mock.patch.multiple(layerwise, NORM_CHUNK=chunk, _spreads=spreads):
             zero.step()
     assert zero.trust_ratios is not None
-    torch.testing.assert_close(zero.trust_ratios, whole.trust_ratios)
+    torch.testing.assert_close(zero.trust_ratios, full.trust_ratios)
     for flat, partition in partitions.items():
         for view, fragment in zip(partition.views(flat), partition.fragments, strict=True):
             torch.testing.assert_close(view, tensors[fragment.tensor])

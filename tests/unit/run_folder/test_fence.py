@@ -1,4 +1,4 @@
-"""One owner of a run at a time: who takes it, who is refused, and what a former owner may still write."""
+"""Fencing: at most one job owns a run; takeover, refusal of a second job, and checks of a fenced-out owner."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from maskvr_ds.run_folder.checkpoints import is_started
 from maskvr_ds.run_folder.fence import Fence, FencedError, Owner, read, take
 from maskvr_ds.run_folder.layout import JOBS, OWNER
 
-# Takes the run, says so, stays.
+# Takes the run, reports it and waits.
 HOLDER = """
 import sys, pathlib
 from maskvr_ds.run_folder import fence
@@ -30,7 +30,7 @@ def slurm(job: int, restarts: int = 0) -> dict[str, str]:
 
 
 def hold(run: Path, environment: dict[str, str]) -> "subprocess.Popen[str]":
-    """Another process that has taken the run, and lives."""
+    """A live process that has taken the run."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(run)],
         env={**os.environ, **environment},
@@ -70,11 +70,11 @@ def test_another_task_of_an_array_is_another_job(tmp_path: Path) -> None:
         process.wait()
 
 
-def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
+def test_epochs_increase_and_the_latest_owner_holds_the_run(tmp_path: Path) -> None:
     former = Fence(tmp_path)
     former.hold(former.take(4))
     former.check()
-    assert former.take(4) == read(tmp_path), "taken once"
+    assert former.take(4) == read(tmp_path), "taking it again keeps the epoch"
     later = Fence(tmp_path)
     later.hold(later.take(2))
     later.check()
@@ -89,30 +89,30 @@ def test_epochs_rise_and_the_last_one_has_it(tmp_path: Path) -> None:
         later.check()
     (tmp_path / JOBS).mkdir()
     assert not is_started(tmp_path), "a run that was only taken may be started without --resume"
-    assert [path.name for path in tmp_path.iterdir()] == [JOBS], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == [JOBS], "no other file remains"
 
 
-def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     process = hold(tmp_path, slurm(7))
     for environment in ({}, slurm(8), slurm(7)):
         with pytest.raises(FencedError, match=rf"in use by Slurm job 7 .*process {process.pid} on .*end that job"):
             take(tmp_path, 2, environment)
-    # The scheduler itself has started the job again: what is left of the former start is half-dead.
+    # Slurm requeued the job itself, so remaining processes of its previous start are stale.
     assert take(tmp_path, 1, slurm(7, 1)).epoch == 2
     process.communicate("\n")
 
 
-def test_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
+def test_no_wait_for_a_dead_owner(tmp_path: Path) -> None:
     process = hold(tmp_path, {})
     beat(tmp_path, 0, 1)
     process.kill()
     process.wait()
-    begin = time.monotonic()
+    start = time.monotonic()
     assert take(tmp_path, 2, {}).epoch == 2
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - start < 2
 
 
-def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) -> None:
+def test_a_reused_pid_is_another_process(tmp_path: Path) -> None:
     process = hold(tmp_path, {})
     owner = read(tmp_path)
     assert owner is not None
@@ -121,17 +121,17 @@ def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) ->
     process.communicate("\n")
 
 
-def test_on_another_host_heartbeats_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_owner_on_another_host_is_judged_by_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere(tmp_path)
-    assert take(tmp_path, 2, {}), "no heartbeat was ever there"
+    assert take(tmp_path, 2, {}), "no heartbeat was ever written"
     owner = elsewhere(tmp_path)
     old = beat(tmp_path, 0, 5)
     os.utime(old, (time.time() - 60,) * 2)
-    assert not fence.at_work(tmp_path, owner), "without waiting: the last beat is too old"
+    assert not fence.at_work(tmp_path, owner), "no wait: the last beat is too old"
     beat(tmp_path, 0, 6, place="ended")
     assert not fence.at_work(tmp_path, owner)
     beat(tmp_path, 0, 7)
-    # Time passes as far as the code waits; in between the other one beats, or does not.
+    # Simulated clock: each reading advances it; the other owner beats, or not, during the sleeps.
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     clock = iter(range(0, 1000, 5))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))

@@ -1,4 +1,4 @@
-"""Words that a run leaves of its end: what a launcher may take for its own."""
+"""Run status files: markers of an earlier job are not mistaken for those of the current one."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,9 @@ from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.layout import COMPLETED, STOP_REQUEST, STOPPED
 
 
-def test_what_an_earlier_job_has_left_is_no_word_of_this_one(tmp_path: Path) -> None:
+def test_markers_of_an_earlier_job_are_ignored(tmp_path: Path) -> None:
     status.write(tmp_path, COMPLETED, 40)
-    # An old one: file systems may count time in seconds.
+    # Clearly older: file systems may store times in seconds.
     os.utime(tmp_path / COMPLETED, (1e9, 1e9))
     before = status.written(tmp_path)
     assert status.completed(tmp_path, 40)
@@ -25,8 +25,8 @@ def test_what_an_earlier_job_has_left_is_no_word_of_this_one(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("end", [COMPLETED, STOPPED])
-def test_ranks_that_refuse_the_run_leave_its_end_as_it_was(tmp_path: Path, end: str) -> None:
-    """A module that does not know its options ends with status 2, before it has looked at the run."""
+def test_ranks_that_refuse_the_run_keep_its_status(tmp_path: Path, end: str) -> None:
+    """A module that rejects its options exits with status 2 before it opens the run."""
     run = tmp_path / "run"
     run.mkdir()
     status.write(run, end, 40)
@@ -34,14 +34,14 @@ def test_ranks_that_refuse_the_run_leave_its_end_as_it_was(tmp_path: Path, end: 
     assert status.step_of(run, end) == 40
 
 
-def test_a_request_to_an_earlier_job_is_forgotten(tmp_path: Path) -> None:
+def test_a_stop_request_to_an_earlier_job_is_deleted(tmp_path: Path) -> None:
     status.forget_request(tmp_path, 0)
     request = tmp_path / STOP_REQUEST
     request.touch()
     status.forget_request(tmp_path, 30)
-    assert request.exists(), "made since"
+    assert request.exists(), "made after the start"
     os.utime(request, (request.stat().st_mtime - 60,) * 2)
     status.forget_request(tmp_path, 90)
-    assert request.exists(), "no older than the start"
+    assert request.exists(), "not older than the start"
     status.forget_request(tmp_path, 30)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Heartbeat files: written in place, read while they are being written, on a disk that fails."""
+"""Heartbeat files: written in place, torn reads, failing disks."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_records_replace_each_other_in_place(tmp_path: Path, fsync: bool) -> Non
     assert rank_of(path) == 7
 
 
-def test_format_of_a_file(tmp_path: Path) -> None:
+def test_file_format(tmp_path: Path) -> None:
     path = rank_path(tmp_path, 0)
     writer = HeartbeatWriter(path)
     writer.write({"beat": 1, "host": "ä"})
@@ -55,7 +55,7 @@ def test_a_failing_disk_does_not_stop_the_writer(tmp_path: Path, monkeypatch: py
     writer.close()
 
 
-def test_a_record_too_long_is_a_programming_error(tmp_path: Path) -> None:
+def test_a_record_over_the_limit_is_a_programming_error(tmp_path: Path) -> None:
     writer = HeartbeatWriter(rank_path(tmp_path, 0))
     with pytest.raises(AssertionError):
         writer.write({"host": "x" * RECORD_BYTES})

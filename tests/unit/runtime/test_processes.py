@@ -31,7 +31,7 @@ def test_start_time_and_state_match_psutil() -> None:
         process.stdout.readline()
         started = processes.start_time(process.pid)
         assert started is not None
-        # psutil adds the time of boot, which /proc/stat has in whole seconds.
+        # psutil adds the boot time, which /proc/stat gives in integer seconds.
         seconds = started / os.sysconf("SC_CLK_TCK")
         assert abs(psutil.boot_time() + seconds - psutil.Process(process.pid).create_time()) < 0.02
         assert processes.start_time(os.getpid()) != started
@@ -41,7 +41,7 @@ def test_start_time_and_state_match_psutil() -> None:
         process.kill()
         while processes.state(process.pid) != "Z":
             time.sleep(0.01)
-        assert processes.start_time(process.pid) is None, "a zombie does not run"
+        assert processes.start_time(process.pid) is None, "a zombie is not running"
     assert (processes.start_time(process.pid), processes.state(process.pid)) == (None, "?")
 
 
@@ -95,7 +95,7 @@ def test_a_child_dies_with_its_parent() -> None:
     assert psutil.wait_procs([child], timeout=30)[1] == []
 
 
-def test_a_child_whose_parent_is_dead_already_does_not_start() -> None:
-    """The parent may die between fork and prctl: the child then has another parent than `parent`."""
+def test_a_child_whose_parent_is_already_dead_does_not_start() -> None:
+    """The parent may die between fork and prctl; the child's parent is then no longer `parent`."""
     parent = subprocess.run([sys.executable, "-c", PARENT, "1000000000"], capture_output=True, timeout=60, check=False)
     assert parent.returncode == 0

@@ -1,4 +1,4 @@
-"""What Slurm says of a task → what a launcher would set."""
+"""Slurm's environment of a task, mapped to RANK, WORLD_SIZE and the other launcher variables."""
 
 import re
 
@@ -25,12 +25,12 @@ def test_a_task_is_a_rank() -> None:
     assert slurm_env.ranks(STEP | MASTER) == ranks
     assert slurm_env.ranks(STEP | MASTER | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "4"
     assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0", (
-        "it is the only one shown"
+        "the task sees only this GPU"
     )
     assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
 
 
-def test_a_task_of_an_array_has_a_name_of_its_own() -> None:
+def test_job_ids_of_array_tasks_are_distinct() -> None:
     assert slurm_env.job_id({}) == ""
     assert slurm_env.job_id({"SLURM_JOB_ID": "7"}) == "7"
     tasks = [{"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": number} for number in "01"]
@@ -49,18 +49,18 @@ def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(1024 < int(port) < 32768 for port in ports)
 
 
-def test_without_scontrol_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scontrol_the_error_names_the_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"MASTER_ADDR is not set.*set it to the first line"):
         slurm_env.ranks(STEP)
 
 
 @pytest.mark.parametrize("environment", [{}, BATCH, MASTER, BATCH | {"RANK": "0"}])
-def test_outside_of_a_step_slurm_says_nothing(environment: dict[str, str]) -> None:
+def test_outside_a_step_nothing_is_mapped(environment: dict[str, str]) -> None:
     assert slurm_env.ranks(environment) == {}
 
 
-def test_tasks_must_not_be_worlds_of_their_own() -> None:
+def test_tasks_must_not_form_separate_worlds() -> None:
     for launcher in ({"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3", "WORLD_SIZE": "8"}):
         with pytest.raises(ValueError, match=re.escape("srun has started 20 tasks")):
             slurm_env.ranks(STEP | launcher)
@@ -77,6 +77,6 @@ def test_tasks_of_each_node(text: str, counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "8(x2", "x2", "8;4"])
-def test_what_does_not_count_tasks(text: str) -> None:
+def test_malformed_task_counts(text: str) -> None:
     with pytest.raises(ValueError, match="does not say how many tasks"):
         slurm_env.task_counts(text)

@@ -1,4 +1,4 @@
-"""Words for which there is no reader any more: the process goes on, and ends with its own status."""
+"""Printing to a closed pipe or terminal: the process continues and exits with its own status."""
 
 import os
 import pty
@@ -12,7 +12,7 @@ import sys
 from maskvr_ds.runtime import terminal
 terminal.say("ready")
 sys.stdin.readline()
-print("held back", end="")
+print("buffered", end="")
 terminal.say("to standard output")
 terminal.say("again")
 terminal.alert("to standard error")
@@ -21,10 +21,10 @@ sys.exit(75)
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_nobody_listens(kind: str) -> None:
+def test_closed_reader(kind: str) -> None:
     ours, theirs = pty.openpty() if kind == "terminal" else os.pipe()
     words = [sys.executable, "-c", CODE]
-    # Where Python holds nothing back, nothing is left for its end.
+    # Unbuffered, Python would have nothing left to flush at exit.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
     os.close(theirs)

@@ -1,4 +1,4 @@
-"""The choice of masks on the way: the algebra by enumeration, the decision, what it tells masker and loader."""
+"""Strategy auto: variance formulas against enumeration, the decision, and its effect on masker and loader."""
 
 import itertools
 import json
@@ -16,12 +16,12 @@ from maskvr_ds.data.mixture import Share
 from maskvr_ds.masking.strategies import STRATEGIES
 from maskvr_ds.training.auto_strategy import BASELINE, PROPOSAL, SEGMENTS, Chooser, _figures, better, confirm_choice
 
-# Rows, positions, positions a segment, dimensions of a gradient.
+# Rows, positions, positions per segment, gradient dimensions.
 N, n, k, D = 3, 6, 2, 4
 
 
 def gradients(seed: int) -> np.ndarray:
-    """[N, masks, D]: a gradient for each set of k positions; it depends on the whole set, as a model's does."""
+    """A gradient for each set of k positions, with an interaction term: float64 [N, masks, D]."""
     random = np.random.default_rng(seed)
     of_position, of_row = random.normal(size=(N, n, D)), random.normal(size=(N, D))
     masks = list(itertools.combinations(range(n), k))
@@ -34,7 +34,7 @@ def gradients(seed: int) -> np.ndarray:
 
 
 def rounds() -> list[tuple[int, ...]]:
-    """All ordered cuts of the positions in disjoint masks, as numbers of masks."""
+    """All ordered partitions of the positions into disjoint masks, as mask indices."""
     masks = list(itertools.combinations(range(n), k))
     found = []
     for cut in itertools.permutations(range(len(masks)), n // k):
@@ -50,7 +50,7 @@ def variance(vectors: np.ndarray) -> float:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_total_variance_is_linear_in_the_number_of_segments(seed: int) -> None:
-    """J · (V_d + variance of the mean of J segments), by enumeration of all rounds, against the formula."""
+    """J · (V_d + variance of the mean of J segments) by enumeration of all rounds, against the formula."""
     g, cuts = gradients(seed), rounds()
     data = variance(g.mean(1))
     mask = float(np.mean([variance(row) for row in g]))
@@ -64,7 +64,7 @@ def test_total_variance_is_linear_in_the_number_of_segments(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_are_unbiased(seed: int) -> None:
-    """From random draws of pairs, averaged over many samples of rows and masks, against the enumerated values."""
+    """Estimates from random pairs, averaged over many samples of rows and masks, against the enumerated values."""
     g, cuts, random = gradients(seed), np.array(rounds()), np.random.default_rng(seed)
     draws, samples = 3, 4000
     data = variance(g.mean(1))
@@ -81,7 +81,7 @@ def test_figures_are_unbiased(seed: int) -> None:
         moments = VarianceComponents(within, (of_rows @ of_rows.T)[None], np.zeros(4), draws, segments=2)
         found.append(_figures(moments, single, None, 3, 0.0, Counts(np.ones((1, 4))))[0, :3])
     mean, error = np.mean(found, 0), np.std(found, 0) / samples**0.5
-    # The mean over rows of a population of N: its variance has the divisor N, as drawn with replacement.
+    # Rows are drawn with replacement from a population of N, hence the divisor N in its variance.
     assert np.all(np.abs(mean - [data, mask, 2 * pairs - mask]) < 5 * error)
 
 
@@ -93,7 +93,7 @@ INTERVALS = st.one_of(
 
 
 @given(INTERVALS, INTERVALS, st.integers(1, 9))
-def test_a_change_needs_an_interval_below_one(everything: Any, proposal: Any, most: int) -> None:
+def test_switching_needs_an_interval_below_one(everything: Any, proposal: Any, most: int) -> None:
     strategy, segments = better({"all_segments": everything, "proposal": proposal}, most)
     sure = {
         name: interval[0]
@@ -108,7 +108,7 @@ def test_a_change_needs_an_interval_below_one(everything: Any, proposal: Any, mo
 
 
 @pytest.mark.parametrize("bad", [[np.nan] * 3, [0.5, 0.4, np.nan], [-np.inf, -np.inf, np.inf]])
-def test_what_is_not_a_number_changes_nothing(bad: list[float]) -> None:
+def test_non_finite_estimates_change_nothing(bad: list[float]) -> None:
     assert better({"all_segments": bad, "proposal": None}, 7) == (SEGMENTS, 1)
 
 
@@ -122,16 +122,16 @@ def test_leaving_the_baseline_takes_two_measurements() -> None:
     assert taken == [BASELINE] * 3 + [everything] * 2 + [proposal] * 2 + [BASELINE]
 
 
-class Doubles:
-    """Stands in for masker, loader, proposer."""
+class Double:
+    """Test double for masker, loader and proposer."""
 
     strategy: Any = None
     gate = "?"
     repeats = RepeatSchedule()
 
 
-def chooser(proposer: Any = None) -> tuple[Chooser, Doubles, Doubles]:
-    masker, loader = Doubles(), Doubles()
+def chooser(proposer: Any = None) -> tuple[Chooser, Double, Double]:
+    masker, loader = Double(), Double()
     parts: dict[str, Any] = {"masker": masker, "loader": loader, "proposer": proposer}
     config = AutoConfig(every_steps=10)
     return (
@@ -142,14 +142,14 @@ def chooser(proposer: Any = None) -> tuple[Chooser, Doubles, Doubles]:
 
 
 def test_state_is_restored_to_masker_loader_and_proposal() -> None:
-    proposer = Doubles()
+    proposer = Double()
     first, masker, loader = chooser(proposer)
     assert (masker.strategy, proposer.gate) == (STRATEGIES[SEGMENTS], "never")
     loader.repeats = loader.repeats.change_copies(120, 3, [Share(50, 50)])
     first._take(PROPOSAL)
     first._best = SEGMENTS, 3
     assert (masker.strategy, proposer.gate) == (STRATEGIES[PROPOSAL], "always")
-    second_proposer = Doubles()
+    second_proposer = Double()
     second, masker, other = chooser(second_proposer)
     second.restore(json.loads(json.dumps(first.state())))
     assert (masker.strategy, second_proposer.gate) == (STRATEGIES[PROPOSAL], "always")
@@ -158,6 +158,6 @@ def test_state_is_restored_to_masker_loader_and_proposal() -> None:
     assert other.repeats.place == 120
 
 
-def test_it_is_due_every_so_many_steps_but_not_at_the_last() -> None:
+def test_due_every_n_steps_except_the_last() -> None:
     each, _, _ = chooser()
     assert [step for step in range(1, 41) if each.due(step, 40)] == [10, 20, 30]

@@ -1,4 +1,4 @@
-"""Phases as declared, resolved and counted; what is taken over between them. Real runs: distributed/test_phases.py."""
+"""Phases: declaration, resolution, counting, and the state carried over. Real runs: distributed/test_phases.py."""
 
 import copy
 from dataclasses import replace
@@ -38,7 +38,7 @@ TWO: dict[str, Any] = {
 
 
 def two(**long: Any) -> dict[str, Any]:
-    """TWO with changes in the second phase; None takes a section away."""
+    """TWO with changes in the second phase; None removes a section."""
     values = copy.deepcopy(TWO)
     values["phases"][1].update(long)
     values["phases"][1] = {k: v for k, v in values["phases"][1].items() if v is not None}
@@ -51,9 +51,9 @@ def write(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_phase_is_its_sections_over_the_runs() -> None:
+def test_a_phase_overrides_sections_of_the_run() -> None:
     config = RunConfig.model_validate(TWO)
-    assert config.training.steps == 14, "the whole run's"
+    assert config.training.steps == 14, "sum over the phases"
     short, long = config.phase(0), config.phase(1)
     assert not short.phases
     assert (str(short.data.path), short.data.prefetch, short.batch.micro_size) == ("a", 5, 4)
@@ -63,7 +63,7 @@ def test_a_phase_is_its_sections_over_the_runs() -> None:
     assert long.schedule.warmup(4) == 2, "a share in place of the inherited steps"
 
 
-def test_a_phase_with_another_strategy_does_not_inherit_what_belongs_to_the_first() -> None:
+def test_a_phase_with_another_strategy_inherits_no_settings_of_the_first() -> None:
     masking = {"strategy": "frequency", "frequency": {"floor": 0.2}, "rate": 0.3, "final_rate": 0.15}
     long = RunConfig.model_validate({**two(masking={"strategy": "span", "rate": 0.2}), "masking": masking}).phase(1)
     assert (long.masking.strategy, long.masking.frequency.floor, long.masking.final_rate) == ("span", 0.3, None)
@@ -93,7 +93,7 @@ def test_a_new_strategy_keeps_only_its_own_subsections(before: str, after: str) 
         assert getattr(found, name).model_dump(exclude_defaults=True) == kept, name
 
 
-def test_auto_inherits_nothing_of_the_network_that_it_decides() -> None:
+def test_auto_inherits_no_network_settings_that_it_chooses() -> None:
     network = {"hidden": 32, "gate": "never", "sampler": "conditional_poisson", "estimator": "hajek"}
     values = {**two(masking={"strategy": "auto"}), "masking": {"strategy": "mapnet", "mapnet": network}}
     section = RunConfig.model_validate(values).phase(1).masking.mapnet
@@ -119,7 +119,7 @@ def test_a_run_without_phases_is_one_phase() -> None:
     assert (phase.name, phase.first_step, phase.last_step, phase.first_sample) == (None, 0, 7, 0)
 
 
-def test_dump_is_read_back_as_the_same(tmp_path: Path) -> None:
+def test_dump_round_trip(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, TWO))
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
@@ -161,9 +161,9 @@ def test_assignments_name_a_phase(tmp_path: Path) -> None:
     ],
 )
 def test_faults_are_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as told:
+    with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path, values))
-    assert len(str(told.value).splitlines()) == 2, "the file, then one fault"
+    assert len(str(error.value).splitlines()) == 2, "the file, then one fault"
 
 
 @pytest.mark.parametrize(
@@ -219,15 +219,15 @@ def state(step: int, *phases: dict[str, Any]) -> CheckpointState:
     )
 
 
-def test_where_a_run_goes_on() -> None:
+def test_phase_to_resume_in() -> None:
     phases = plan(RunConfig.model_validate(TWO))
     short, long = phases
     assert next_phase(phases, state(7, done(short, 7, 32))) == 0
-    assert next_phase(phases, state(10, done(short, 10, 32))) == 1, "at the boundary the next phase begins"
+    assert next_phase(phases, state(10, done(short, 10, 32))) == 1, "at the boundary: the next phase"
     assert next_phase(phases, state(12, done(short, 10, 32), done(long, 2, 64))) == 1
-    assert next_phase(phases, state(14, done(short, 10, 32), done(long, 4, 64))) == 1, "over: the last one"
+    assert next_phase(phases, state(14, done(short, 10, 32), done(long, 4, 64))) == 1, "finished: the last phase"
     more = plan(RunConfig.model_validate({**TWO, "phases": [{**TWO["phases"][0], "training": {"steps": 12}}]}))
-    assert next_phase(more, state(10, done(short, 10, 32))) == 0, "the last phase reached may be made longer"
+    assert next_phase(more, state(10, done(short, 10, 32))) == 0, "the last phase reached may be extended"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_finished_phase_cannot_change(changes: dict[str, Any], message: str) -
         next_phase(plan(RunConfig.model_validate(changed)), state(12, done(short, 10, 32), done(long, 2, 64)))
 
 
-def test_a_run_without_phases_gets_none_later() -> None:
+def test_phases_cannot_be_added_later() -> None:
     (single,) = plan(RunConfig.model_validate({"output_dir": "x", "data": {"path": "a"}, "training": {"steps": 9}}))
     phases = plan(RunConfig.model_validate(TWO))
     for written in (state(5, done(single, 5, 32)), state(5)):
@@ -260,7 +260,7 @@ def test_a_run_without_phases_gets_none_later() -> None:
 @pytest.mark.parametrize("moments", ["keep", "zero"])
 @pytest.mark.parametrize("step_counter", ["keep", "zero"])
 def test_start_policy_on_each_kind_of_state(moments: Any, step_counter: Any) -> None:
-    """step: an int of the state (Lamb), a tensor of it (torch's AdamW), an int of the group (FusedAdam)."""
+    """step: an int in the state (Lamb), a tensor in the state (torch's AdamW), an int in the group (FusedAdam)."""
     from maskvr_ds.lamb import Lamb
 
     start = PhaseStart(moments=moments, step_counter=step_counter, schedule="restart")
@@ -278,10 +278,10 @@ def test_start_policy_on_each_kind_of_state(moments: Any, step_counter: Any) -> 
         assert (values["exp_avg"] == 0).all() == (values["exp_avg_sq"] == 0).all() == (moments == "zero")
         step = values["step"] if "step" in values else optimizer.param_groups[0]["step"]
         assert step == (0 if step_counter == "zero" else 1)
-        assert (next(iter(optimizer.param_groups[0]["params"])) != 1).all(), "weights stay"
+        assert (next(iter(optimizer.param_groups[0]["params"])) != 1).all(), "weights are kept"
 
 
-def test_history_of_a_checkpoint_is_plain(tmp_path: Path) -> None:
+def test_phase_history_is_json_serializable(tmp_path: Path) -> None:
     import json
 
     short, _ = plan(RunConfig.model_validate(TWO))

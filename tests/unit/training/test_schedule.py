@@ -1,4 +1,4 @@
-"""The learning rate against torch's schedulers, against published formulas as their authors count, and its corners."""
+"""Learning rate against torch's schedulers and against published formulas in their own step counting; edge cases."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_against_torch_schedulers() -> None:
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_corners(power: float) -> None:
+def test_edge_cases(power: float) -> None:
     def rate(step: int, warmup: int = 4) -> float:
         schedule = ScheduleConfig(warmup_steps=warmup, power=power, final_lr=0.1)
         return learning_rate(step, schedule, peak=1.0, total_steps=20)
@@ -36,7 +36,7 @@ def test_corners(power: float) -> None:
     assert rate(12) == pytest.approx(0.1 + 0.9 * 0.5**power)
     assert rate(20) == rate(1000) == 0.1
     assert rate(0, warmup=0) == 1.0
-    assert rate(19, warmup=20) == 1.0, "a run may be all warm-up"
+    assert rate(19, warmup=20) == 1.0, "warm-up may take the entire run"
 
 
 @given(total=st.integers(2, 20_000), share=st.floats(0.0, 0.9), peak=st.floats(1e-6, 1.0), data=st.data())
