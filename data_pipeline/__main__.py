@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from data_pipeline.numbers import integer, number
+
 if TYPE_CHECKING:
     from data_pipeline.execution.mpi import Team
 
@@ -61,7 +63,13 @@ def _add_tokenizer(commands: _Commands) -> None:
         "      --cased --output tok_cased/\n",
     )
     command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=_INPUT)
-    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, including special tokens")
+    command.add_argument(
+        "--vocab-size",
+        type=integer,
+        required=True,
+        metavar="N",
+        help="entries, including special tokens",
+    )
     command.add_argument("--cased", action="store_true", help="keep case and accents (default: lower-case)")
     command.add_argument("--output", required=True, metavar="DIR", help=f"tokenizer folder {_OUTPUT}")
     _document_options(command)
@@ -142,7 +150,13 @@ def _add_stats(commands: _Commands) -> None:
         "show tokens, rows, documents, unknown rate, lengths, top tokens",
         "  python -m data_pipeline stats corpus/\n  python -m data_pipeline stats corpus/ --top 50 --png corpus.png\n",
     )
-    command.add_argument("--top", type=int, default=20, metavar="N", help="most frequent tokens to list (default 20)")
+    command.add_argument(
+        "--top",
+        type=integer,
+        default=20,
+        metavar="N",
+        help="most frequent tokens to list (default 20)",
+    )
     command.add_argument("--png", metavar="FILE", help="plot lengths, top tokens and sources to this file")
     command.add_argument("folder", metavar="DIR", help="corpus folder")
     _progress_options(command)
@@ -155,8 +169,8 @@ def _add_inspect(commands: _Commands) -> None:
         "print rows as tokens",
         "  python -m data_pipeline inspect corpus/\n  python -m data_pipeline inspect corpus/ --first 1000 --rows 20\n",
     )
-    command.add_argument("--rows", type=int, default=5, metavar="N", help="number of rows (default 5)")
-    command.add_argument("--first", type=int, default=0, metavar="ROW", help="first row (default 0)")
+    command.add_argument("--rows", type=integer, default=5, metavar="N", help="number of rows (default 5)")
+    command.add_argument("--first", type=integer, default=0, metavar="ROW", help="first row (default 0)")
     command.add_argument("folder", metavar="DIR", help="corpus folder")
 
 
@@ -170,17 +184,17 @@ def _source_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--input", nargs="+", metavar="PATH", help=_INPUT)
     _document_options(command)
     command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="key of the held-out split (default 0)")
+    command.add_argument("--seed", type=integer, default=0, metavar="S", help="key of the held-out split (default 0)")
     command.add_argument(
         "--held-out",
-        type=float,
+        type=number,
         default=0.0,
         metavar="SHARE",
         help="share of the documents to hold out, in OUTPUT/held_out (default 0)",
     )
     command.add_argument(
         "--work-size",
-        type=float,
+        type=number,
         metavar="MB",
         help="MB of text per unit of work; does not change the corpus (default: 1/64 of the text, between 1 and 32)",
     )
@@ -202,7 +216,13 @@ def _document_options(command: argparse.ArgumentParser) -> None:
 
 
 def _packing_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--sequence-length", type=int, required=True, metavar="L", help="tokens per row, at least 8")
+    command.add_argument(
+        "--sequence-length",
+        type=integer,
+        required=True,
+        metavar="L",
+        help="tokens per row, at least 8",
+    )
     command.add_argument(
         "--packing",
         choices=("full_sequences", "documents", "nsp", "sop"),
@@ -210,11 +230,11 @@ def _packing_options(command: argparse.ArgumentParser) -> None:
         help="full rows (default); one document per row; pairs for next-sentence or sentence-order prediction",
     )
     command.add_argument(
-        "--bins", nargs="+", type=int, default=(), metavar="N", help="shorter row lengths for packing documents"
+        "--bins", nargs="+", type=integer, default=(), metavar="N", help="shorter row lengths for packing documents"
     )
     command.add_argument(
         "--pair-probability",
-        type=float,
+        type=number,
         default=0.5,
         metavar="P",
         help="share of pairs that are random (nsp) or swapped (sop) (default 0.5)",
@@ -226,11 +246,11 @@ def _packing_options(command: argparse.ArgumentParser) -> None:
         default=(),
         help="also store word or sentence starts, one bit per token",
     )
-    command.add_argument("--shard-size", type=float, default=128.0, metavar="MB", help="MB per shard (default 128)")
+    command.add_argument("--shard-size", type=number, default=128.0, metavar="MB", help="MB per shard (default 128)")
 
 
 def _worker_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
+    command.add_argument("--workers", type=integer, default=1, metavar="N", help="processes (default 1)")
     _progress_options(command)
 
 
@@ -245,7 +265,7 @@ def _progress_options(command: argparse.ArgumentParser) -> None:
 
 def _weight(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition("=")
-    return name, float(value)
+    return name, number(value)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.manifest import PACKINGS
+from data_pipeline.numbers import integer
 from data_pipeline.shards import read_manifest
 from data_pipeline.sources.documents import batches, read_documents
 from data_pipeline.sources.inputs import Piece, find_sources
@@ -185,9 +186,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("--input", nargs="+", required=True, help="text files, with documents separated by blank lines")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face tokenizer folder")
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of processes to measure")
+    parser.add_argument("--sequence-length", type=integer, default=128)
+    parser.add_argument("--rounds", type=integer, default=3)
+    parser.add_argument("--workers", type=integer, nargs="+", default=[1], help="numbers of processes to measure")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="candidates to measure (default: all)")
     parser.add_argument("--packing", choices=PACKINGS, default="full_sequences", help="packing of build")
     parser.add_argument("--datatrove-python", metavar="PYTHON", help="interpreter with datatrove; also measures it")

@@ -34,6 +34,7 @@ from data_pipeline.files import CorpusError, atomic_file, sha256_file
 from data_pipeline.filters.ngrams import task_digests
 from data_pipeline.filters.rules import DocumentRules
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, PACKINGS, SCHEMA_VERSION, TOKENIZER
+from data_pipeline.numbers import MAX_LENGTH, MAX_WORKERS
 from data_pipeline.outputs import check_inputs, claim, finished_corpus
 from data_pipeline.packing.stage import PackOptions, pack_side
 from data_pipeline.shards import Manifest
@@ -206,7 +207,7 @@ def pack(
     also raises CorpusError if the token shards are incomplete or lack a plane that the packing needs.
     """
     tokens, output = Path(tokens), Path(output)
-    _check_rules(((workers >= 1, "workers", workers, "at least 1"),))
+    _check_rules(((1 <= workers <= MAX_WORKERS, "workers", workers, f"from 1 to {MAX_WORKERS:,}"),))
     manifest = read_tokens(tokens)
     options = pack_options(sequence_length, packing, bins, pair_probability, columns, manifest.seed, shard_size)
     needed = {*columns, *(("sentence_start",) if packing in ("nsp", "sop") else ())}
@@ -328,7 +329,12 @@ def pack_options(
     rising = all(a < b for a, b in itertools.pairwise(bins))
     _check_rules(
         (
-            (sequence_length >= least, "sequence length", sequence_length, f"at least {least}"),
+            (
+                least <= sequence_length <= MAX_LENGTH,
+                "sequence length",
+                sequence_length,
+                f"from {least} to {MAX_LENGTH:,}",
+            ),
             (sequence_length < 2**16 or not pairs, "sequence length", sequence_length, "below 65,536 for pairs"),
             (packing in PACKINGS, "packing", packing, f"one of {', '.join(PACKINGS)}"),
             (len(bins) == 1 or packing == "documents", "bins", bins[:-1], "omitted: only packing documents uses them"),
@@ -351,7 +357,7 @@ def check_source_arguments(workers: int, seed: int, held_out: float, documents: 
     """Raise CorpusError for an argument out of range, naming it and the rule."""
     _check_rules(
         (
-            (workers >= 1, "workers", workers, "at least 1"),
+            (1 <= workers <= MAX_WORKERS, "workers", workers, f"from 1 to {MAX_WORKERS:,}"),
             (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),

@@ -1,80 +1,55 @@
-"""DeepSpeed hostfiles: one `host slots=N` per line, comments start with `#`.
+"""`python -m cluster hostfile`: checks a DeepSpeed hostfile, or creates one from names, ranges or a Slurm job.
 
-If the file passed to `deepspeed --hostfile` does not exist, DeepSpeed trains on the local machine only and reports
-success; on a malformed line it fails with a traceback. Reading the file here first turns both into an error message.
+What a hostfile may contain: maskvr_ds/runtime/hostfile.py.
 """
 
 import argparse
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskvr_ds.runtime import slurm_env
+from maskvr_ds.runtime.hostfile import HostfileError, is_host, read_hostfile
+from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SLOTS, integer, shortened
 
-# Lines that DeepSpeed accepts, except names that start with "-": options to ssh.
-_LINE = re.compile(r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:@-]*)\s+slots=(?P<slots>\d+)\s*", re.ASCII)
-_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
-# Maximum number of hosts in one range; more is a typing error.
-_MAX_HOSTS = 10_000
-
-
-class HostfileError(ValueError):
-    """An invalid hostfile, host name or number of slots."""
-
-
-def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Host -> slots (number of ranks), in the order of the file; the first host is the master.
-
-    Raises HostfileError, with the line number, if a line is not `host slots=N`, repeats a host or has 0 slots, and if
-    the file names no host.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise HostfileError(f"{path}: no such file; DeepSpeed would train on this machine only")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise HostfileError(f"{path}: not UTF-8 text ({error}); expected one `host slots=N` per line") from None
-    hosts: dict[str, int] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.split("#", 1)[0].strip()
-        if not line:
-            continue
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise HostfileError(f"{path}:{number}: {line!r} is not `host slots=N`")
-        host, slots = match["host"], int(match["slots"])
-        if host in hosts:
-            raise HostfileError(f"{path}:{number}: {host} is listed twice; give it one line with all its slots")
-        if slots == 0:
-            raise HostfileError(f"{path}:{number}: {host} has no slots; remove the line")
-        hosts[host] = slots
-    if not hosts:
-        raise HostfileError(f"{path}: names no host; expected one `host slots=N` per line")
-    return hosts
+_RANGES = re.compile(r"\[([^\[\]]*)\]")
+_BOUNDS = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", re.ASCII)
 
 
 def expand(pattern: str) -> list[str]:
-    """`a[1-3,7]-eth` -> a1-eth, a2-eth, a3-eth, a7-eth; leading zeros are kept. Raises HostfileError."""
-    if (match := re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", pattern)) is None:
-        if not _HOST.fullmatch(pattern):
+    """`a[1-3,7]-eth` -> a1-eth, a2-eth, a3-eth, a7-eth; leading zeros are kept. Several ranges: every combination.
+
+    Raises HostfileError, also if the pattern stands for more than MAX_NODES hosts.
+    """
+    *texts, last = _RANGES.split(pattern)
+    parts: list[list[str]] = []
+    total = 1
+    for before, ranges in zip(texts[::2], texts[1::2], strict=True):
+        numbers = [_bounds(part, pattern) for part in ranges.split(",")]
+        total *= sum(end - first + 1 for first, end, _ in numbers)
+        if total > MAX_NODES:
+            raise HostfileError(f"{shortened(pattern)}: stands for more than {MAX_NODES:,} hosts; correct the range")
+        parts += [[before], [f"{n:0{width}d}" for first, end, width in numbers for n in range(first, end + 1)]]
+    hosts = ["".join(combination) for combination in itertools.product(*parts, [last])]
+    for host in hosts:
+        if not is_host(host) or ":" in host:
             raise HostfileError(
-                f"{pattern!r}: invalid host name; expected letters, digits and _.-@, ranges as in node[1-4]"
+                f"{shortened(pattern)}: {shortened(host)} is not a host name; expected letters, digits and _.-, or "
+                "USER@HOST, no leading '-', ranges as in node[1-4]"
             )
-        return [pattern]
-    before, ranges, after = match.groups()
-    hosts = []
-    for part in ranges.split(","):
-        if (bounds := re.fullmatch(r"(\d+)(?:-(\d+))?", part)) is None:
-            raise HostfileError(f"{pattern!r}: {part!r} is neither a number nor a range first-last")
-        first, last = bounds[1], bounds[2] or bounds[1]
-        if not 0 <= int(last) - int(first) < _MAX_HOSTS:
-            raise HostfileError(f"{pattern!r}: {part} is a descending range, or one of more than {_MAX_HOSTS} hosts")
-        width = len(first) if first.startswith("0") else 0
-        numbers = range(int(first), int(last) + 1)
-        hosts += [host for n in numbers for host in expand(f"{before}{n:0{width}d}{after}")]
     return hosts
+
+
+def _bounds(part: str, pattern: str) -> tuple[int, int, int]:
+    """First and last number of "7" or "01-16", and the width to which numbers are padded."""
+    if (match := _BOUNDS.fullmatch(part)) is None:
+        raise HostfileError(f"{shortened(pattern)}: {shortened(part)} is neither a number nor a range first-last")
+    first, last = match[1], match[2] or match[1]
+    if int(first) > int(last):
+        raise HostfileError(f"{shortened(pattern)}: {part} is a descending range; write it as {last}-{first}")
+    return int(first), int(last), len(first) if first.startswith("0") else 0
 
 
 def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
@@ -82,15 +57,21 @@ def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
     hosts: dict[str, int] = {}
     for word in _split(",".join(words)):
         name, colon, count = word.partition(":")
-        if colon and not (count.isdigit() and int(count)):
-            raise HostfileError(f"{word!r}: {count!r} slots; expected a number of ranks, as in node-1:8")
-        number = int(count) if colon else slots
+        try:
+            number = integer(1, MAX_SLOTS)(count) if colon else slots
+        except argparse.ArgumentTypeError:
+            raise HostfileError(
+                f"{shortened(word)}: {shortened(count)} slots; expected a number of ranks from 1 to {MAX_SLOTS:,}, as "
+                "in node-1:8"
+            ) from None
         if number is None:
             raise HostfileError(f"{word}: number of ranks is missing; pass {word}:8, or --slots 8 for all hosts")
         for host in expand(name):
             if host in hosts:
                 raise HostfileError(f"{host} is listed twice")
             hosts[host] = number
+    if len(hosts) > MAX_NODES:
+        raise HostfileError(f"--hosts: {len(hosts):,} hosts; at most {MAX_NODES:,} expected")
     return hosts
 
 
@@ -149,7 +130,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source.add_argument("--hosts", nargs="+", metavar="HOST[:SLOTS]", help="names and ranges: node[01-16], a:8,b:4")
     source.add_argument("--from-slurm", action="store_true", help="nodes of the current Slurm job")
     parser.add_argument(
-        "--slots", type=int, metavar="N", help="with --hosts, --from-slurm: ranks of every host without a number"
+        "--slots",
+        type=integer(1, MAX_SLOTS),
+        metavar="N",
+        help="with --hosts, --from-slurm: ranks of every host without a number",
     )
     parser.add_argument("--output", metavar="FILE", help="write the hostfile (default: print it)")
     parser.add_argument("--check-slots", action="store_true", help="count the GPUs of every host over ssh")
@@ -158,8 +142,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.slots is not None and arguments.slots < 1:
-        raise HostfileError(f"--slots {arguments.slots}: expected at least 1")
     if arguments.file is not None:
         if arguments.slots is not None:
             raise HostfileError(

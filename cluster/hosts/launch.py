@@ -12,13 +12,15 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.hosts.checks import LaunchError
-from cluster.hosts.hostfile import read_hostfile
 from cluster.hosts.plan import CONFIG, Draft, add_launch_options, warn
 from cluster.hosts.supervisor import KILL_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 from maskvr_ds.reliability.signals import SignalDebouncer
 from maskvr_ds.run_folder import layout, status
+from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.logs import verbosity_words
+from maskvr_ds.runtime.numbers import MAX_SECONDS
+from maskvr_ds.runtime.numbers import number as bounded
 from maskvr_ds.runtime.terminal import ERR, alert, say
 
 _EXAMPLES = """examples:
@@ -40,7 +42,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_run_options(parser)
     parser.add_argument("--hostfile", required=True, metavar="FILE", help="one `host slots=N` per line, master first")
     add_launch_options(parser, force="start although other jobs run on the hosts; kill processes left by this run")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="stop then with a checkpoint, exit status 75")
+    parser.add_argument(
+        "--timeout",
+        type=bounded(0, MAX_SECONDS),
+        metavar="SECONDS",
+        help="stop then with a checkpoint, exit status 75",
+    )
     parser.set_defaults(run=_launch)
 
 

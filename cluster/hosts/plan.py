@@ -21,6 +21,8 @@ from maskvr_ds.config import RunConfig, dump_config
 from maskvr_ds.run_folder import layout
 from maskvr_ds.run_folder.status import LONGEST_BEAT
 from maskvr_ds.runtime.heartbeats import BEATS_PER_TIMEOUT
+from maskvr_ds.runtime.hostfile import is_host
+from maskvr_ds.runtime.numbers import MAX_SECONDS, integer, number
 
 # In the launch's folder: the resolved configuration, read by the ranks.
 CONFIG = "config.yaml"
@@ -43,7 +45,13 @@ def add_launch_options(parser: argparse.ArgumentParser, force: str) -> None:
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: pdsh")
     parser.add_argument("--launcher-args", default="", metavar="WORDS", help="further options for pdsh, mpirun or srun")
     parser.add_argument("--master-addr", metavar="ADDRESS", help="default: the master's first one, by `hostname -I`")
-    parser.add_argument("--master-port", type=int, default=0, metavar="PORT", help="default: a free one on the master")
+    parser.add_argument(
+        "--master-port",
+        type=integer(0, 65_535),
+        default=0,
+        metavar="PORT",
+        help="default: a free one on the master",
+    )
     parser.add_argument("--log-dir", metavar="DIR", help="default: RUN/logs; on a file system that all nodes share")
     parser.add_argument(
         "--export",
@@ -54,26 +62,32 @@ def add_launch_options(parser: argparse.ArgumentParser, force: str) -> None:
     )
     parser.add_argument(
         "--start-timeout",
-        type=float,
+        type=number(0, MAX_SECONDS),
         default=1800,
         metavar="SECONDS",
         help="until all ranks train (default: 1800)",
     )
     parser.add_argument(
         "--grace",
-        type=float,
+        type=number(0, MAX_SECONDS),
         default=15,
         metavar="SECONDS",
         help="from the first failure of a rank until the others are killed (default: 15)",
     )
     parser.add_argument(
         "--minimum-free",
-        type=float,
+        type=number(0, 1e9),
         default=10,
         metavar="GIB",
         help="required on the run's disk (default: 10)",
     )
-    parser.add_argument("--clock", type=float, default=2, metavar="SECONDS", help="clock offset allowed (default: 2)")
+    parser.add_argument(
+        "--clock",
+        type=number(0, MAX_SECONDS),
+        default=2,
+        metavar="SECONDS",
+        help="clock offset allowed (default: 2)",
+    )
     parser.add_argument("--force", action="store_true", help=force)
 
 
@@ -146,7 +160,7 @@ class Draft:
         first = next(iter(self.hosts))
         master = answers[first].value
         address = arguments.master_addr or (master["addresses"] or [first.rpartition("@")[2]])[0]
-        if not _PLAIN.fullmatch(address):
+        if not is_host(address):
             raise LaunchError(f"--master-addr {address!r}: an address or a host name expected")
         (folder / CONFIG).write_text(dump_config(self.config), encoding="utf-8")
         (folder / "hosts").write_text("".join(f"{h} slots={n}\n" for h, n in self.hosts.items()), encoding="utf-8")

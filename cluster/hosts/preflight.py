@@ -20,6 +20,8 @@ from cluster.hosts.checks import GIB
 from cluster.hosts.plan import Draft, add_launch_options
 from cluster.hosts.supervisor import POLL, Job
 from maskvr_ds.config import add_run_options, load_config
+from maskvr_ds.runtime.hostfile import HostfileError, read_hostfile
+from maskvr_ds.runtime.numbers import MAX_SLOTS, integer, number
 
 RESULT = "interconnect.json"
 # Maximum seconds until the ranks measure.
@@ -59,17 +61,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--hostfile", metavar="FILE", help="one `host slots=N` per line, master first")
     where.add_argument("--slurm", action="store_true", help="nodes of the current Slurm job")
-    parser.add_argument("--slots", type=int, metavar="N", help="with --slurm: ranks per node; default: as in the job")
+    parser.add_argument(
+        "--slots",
+        type=integer(1, MAX_SLOTS),
+        metavar="N",
+        help="with --slurm: ranks per node; default: as in the job",
+    )
     add_launch_options(parser, force="measure although other jobs run on the hosts")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--slowest-link",
-        type=float,
+        type=number(0, 1),
         default=0.5,
         metavar="SHARE",
         help="minimum bandwidth of a link, as a share of the median (default: 0.5)",
     )
-    parser.add_argument("--bytes", type=int, metavar="N", help="message size of the measurement; default: by device")
+    parser.add_argument(
+        "--bytes", type=integer(1, 2**40), metavar="N", help="message size of the measurement; default: by device"
+    )
     parser.add_argument("--no-interconnect", action="store_true", help="start no ranks, measure no links")
     parser.set_defaults(run=_preflight)
 
@@ -79,11 +88,11 @@ def _preflight(arguments: argparse.Namespace) -> int:
         arguments.launcher = "slurm"
         hosts = hostfile.slurm_hosts(os.environ, arguments.slots)
     elif arguments.slots is not None:
-        raise hostfile.HostfileError(
+        raise HostfileError(
             f"--slots {arguments.slots}: {arguments.hostfile} sets the slots of each host; change them there"
         )
     else:
-        hosts = hostfile.read_hostfile(arguments.hostfile)
+        hosts = read_hostfile(arguments.hostfile)
     config = load_config(arguments.config, arguments.assignments)
     draft = Draft(arguments, hosts, config)
     links: dict[str, Any] | None = None

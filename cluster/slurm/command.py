@@ -32,6 +32,7 @@ from maskvr_ds.config import (
 )
 from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SEED, MAX_SLOTS, integer, shortened
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 --partition gpu --submit
@@ -49,7 +50,7 @@ _OPTIONS = {
     "mem": "memory per node",
     "dependency": "job that must end first, e.g. afterok:1234",
 }
-_NODES = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
+_NODES = re.compile(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", re.ASCII)
 # Minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<rest>\d+(?::\d+){0,2})")
 
@@ -75,10 +76,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", required=True, metavar="N[-M]", help="N-M: as many as available, at least N")
     parser.add_argument(
-        "--gpus-per-node", required=True, type=int, metavar="G", help="GPUs, and ranks, per node; 0: train on CPUs"
+        "--gpus-per-node",
+        required=True,
+        type=integer(0, MAX_SLOTS),
+        metavar="G",
+        help="GPUs, and ranks, per node; 0: train on CPUs",
     )
-    parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks per node when training on CPUs")
-    parser.add_argument("--cpus-per-task", type=int, metavar="C", help="CPUs per rank")
+    parser.add_argument(
+        "--tasks-per-node", type=integer(1, MAX_SLOTS), metavar="T", help="ranks per node when training on CPUs"
+    )
+    parser.add_argument("--cpus-per-task", type=integer(1, MAX_SLOTS), metavar="C", help="CPUs per rank")
     for name, text in _OPTIONS.items():
         parser.add_argument(f"--{name}", help=text)
     parser.add_argument("--job-name", help="default: the name of output_dir")
@@ -90,13 +97,26 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
         help="further option of sbatch by its long name, e.g. reservation=big, gres=gpu:8, exclusive; may be repeated. "
         f"The job of --build-data gets only {', '.join(DATA_JOB_OPTIONS)}",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="S", help="job array with one run per seed")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=integer(0, MAX_SEED),
+        default=[],
+        metavar="S",
+        help="job array with one run per seed",
+    )
     parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="environment modules to load")
     parser.add_argument("--venv", metavar="DIR", help="virtual environment; default: the Python that runs this command")
     parser.add_argument("--container", metavar="IMAGE", help="run in this Apptainer image, with its python3")
-    parser.add_argument("--max-restarts", type=int, default=100, metavar="R", help="restarts allowed (100)")
     parser.add_argument(
-        "--signal-seconds", type=int, default=300, metavar="S", help="time before the limit for a last checkpoint (300)"
+        "--max-restarts", type=integer(0, 10**6), default=100, metavar="R", help="restarts allowed (100)"
+    )
+    parser.add_argument(
+        "--signal-seconds",
+        type=integer(1, 65_535),
+        default=300,
+        metavar="S",
+        help="time before the limit for a last checkpoint (300)",
     )
 
 
@@ -104,7 +124,9 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build-data", metavar="ARGUMENTS", help="first run a job `data_pipeline build` with these arguments"
     )
-    parser.add_argument("--build-cpus", type=int, default=16, metavar="C", help="CPUs of the build job (16)")
+    parser.add_argument(
+        "--build-cpus", type=integer(1, MAX_SLOTS), default=16, metavar="C", help="CPUs of the build job (16)"
+    )
     parser.add_argument("--build-time", metavar="TIME", help="time limit of the build job")
     parser.add_argument("--build-mem", metavar="MEM", help="memory of the build job; default: Slurm's")
     parser.add_argument(
@@ -170,7 +192,6 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         raise SlurmError(f"--gpus-per-node {gpus}: expected a number of GPUs, or 0 and --tasks-per-node for CPUs")
     if gpus and arguments.tasks_per_node not in (None, gpus):
         raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; remove this option")
-    _check_minimums(arguments)
     _check_venv(arguments)
     check_batch(config, nodes, tasks)
     deepspeed_config_path(config.deepspeed)  # raises if there is no such file or preset
@@ -185,8 +206,8 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     options = {"job-name": arguments.job_name or run.name, "nodes": arguments.nodes, **options}
     if gpus:
         options["gpus-per-node"] = str(gpus)
-    if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds, default=0) < 0:
-        raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: expected different numbers, at least 0")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: expected different numbers")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     check_corpora(config, build)
     environment = JobEnvironment(
@@ -241,12 +262,6 @@ def _data_script(
     return data_script(given, run, build.words, replace(environment, binds=(parent, *build.inputs)))
 
 
-def _check_minimums(arguments: argparse.Namespace) -> None:
-    for name, minimum in (("max_restarts", 0), ("signal_seconds", 1), ("cpus_per_task", 1), ("build_cpus", 1)):
-        if (value := getattr(arguments, name)) is not None and value < minimum:
-            raise SlurmError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")
-
-
 def _check_venv(arguments: argparse.Namespace) -> None:
     if arguments.venv is None:
         return
@@ -280,8 +295,8 @@ def parse_nodes(text: str) -> range:
     """Numbers of nodes that Slurm may allocate, from "4" or "2-8". Raises SlurmError."""
     match = _NODES.fullmatch(text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if first > last:
-        raise SlurmError(f"--nodes {text}: expected N or N-M, 1 ≤ N ≤ M")
+    if not first <= last <= MAX_NODES:
+        raise SlurmError(f"--nodes {shortened(text)}: expected N or N-M, 1 ≤ N ≤ M ≤ {MAX_NODES:,}")
     return range(first, last + 1)
 
 

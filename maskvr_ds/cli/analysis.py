@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from maskvr_ds.cli.options import Commands, add_command, positive_integer, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, check_ranks_here, visible_gpus
+from maskvr_ds.runtime.numbers import MAX_SEED, MAX_SLOTS, integer, number
 
 _PLOT_EXAMPLES = """\
 maskvr plot runs/base
@@ -55,7 +56,7 @@ def add_variance(commands: Commands) -> None:
     add_variance_options(parser)
     parser.add_argument(
         "--num-gpus",
-        type=positive_integer,
+        type=integer(1, MAX_SLOTS),
         metavar="N",
         help="ranks on this machine (default: its number of GPUs, or 1 without GPU)",
     )
@@ -70,7 +71,8 @@ def _variance(arguments: argparse.Namespace) -> int:
     for name, value in vars(arguments).items():
         if name not in ("run", "num_gpus"):
             options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    ranks = arguments.num_gpus or visible_gpus()
+    ranks = arguments.num_gpus or max(1, visible_gpus())
+    check_ranks_here(ranks)
     if ranks <= 1:
         from maskvr_ds.analysis.gradient_variance import measure
 
@@ -114,22 +116,29 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         help="name, or name:setting=value,setting=value with settings of the section masking, of the strategy's own "
         "section, or section.field; the first one is the baseline",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    parser.add_argument(
+        "--seeds", nargs="+", type=integer(0, MAX_SEED), default=[0, 1, 2], metavar="S", help="default: 0 1 2"
+    )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="output folder; runs completed there are not repeated"
     )
     parser.add_argument(
         "--target",
-        type=float,
+        type=number(0, 1e6, above=True),
         metavar="LOSS",
         help="held-out loss to reach (default: for each seed, the baseline's last held-out loss)",
     )
     parser.add_argument(
-        "--num-gpus", type=positive_integer, metavar="N", help="ranks of each run (default: as for `maskvr train`)"
+        "--num-gpus",
+        type=integer(1, MAX_SLOTS),
+        metavar="N",
+        help="ranks of each run (default: as for `maskvr train`)",
     )
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from maskvr_ds.benchmarks import compare
 
+    if arguments.num_gpus:
+        check_ranks_here(arguments.num_gpus)
     return compare.run(arguments)

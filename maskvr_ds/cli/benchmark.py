@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from maskvr_ds.cli.options import Commands, add_command
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, integer
 
 _BENCHMARK_DESCRIPTION = """\
 Measure the speed of a component on this machine, with synthetic rows.
@@ -16,6 +17,7 @@ Measure the speed of a component on this machine, with synthetic rows.
 _BENCHMARK_EXAMPLES = """\
 maskvr benchmark masking --strategy span
 maskvr benchmark train --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json"""
+_COUNT = integer(1, 10**6)
 
 
 def add_benchmark(commands: Commands) -> None:
@@ -46,15 +48,24 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
         "--deepspeed", default="zero1_bf16", help="train, lamb, masks: DeepSpeed config (default: zero1_bf16)"
     )
     parser.add_argument(
-        "--micro-size", type=int, default=128, help="train, masks: sequences per forward pass (default: 128)"
+        "--micro-size",
+        type=integer(1, MAX_MICRO_SIZE),
+        default=128,
+        help="train, masks: sequences per forward pass (default: 128)",
     )
-    parser.add_argument("--steps", type=int, default=100, help="train: optimizer steps (default: 100)")
-    parser.add_argument("--sequence-length", type=int, default=128, help="tokens per sequence (default: 128)")
+    parser.add_argument("--steps", type=_COUNT, default=100, help="train: optimizer steps (default: 100)")
+    parser.add_argument(
+        "--sequence-length", type=integer(8, 2**20), default=128, help="tokens per sequence (default: 128)"
+    )
     parser.add_argument("--strategy", default="uniform", help="masking: masking.strategy (default: uniform)")
     parser.add_argument(
-        "--rounds", type=int, default=15, help="lamb, masks: timed steps of each optimizer or strategy (default: 15)"
+        "--rounds", type=_COUNT, default=15, help="lamb, masks: timed steps of each optimizer or strategy (default: 15)"
     )
-    parser.add_argument("--threads", type=int, help="lamb, masks: CPU threads per rank (default: PyTorch's, all cores)")
+    parser.add_argument(
+        "--threads",
+        type=integer(1, 4096),
+        help="lamb, masks: CPU threads per rank (default: PyTorch's, all cores)",
+    )
     parser.add_argument(
         "--against",
         nargs="+",

@@ -1,7 +1,15 @@
 """Helpers shared by the subcommands: construction of parsers, argument types, defaults."""
 
 import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from maskvr_ds.config import RunConfig
+
+# More would only wait for each other, and take about half a GB each.
+_RANKS_PER_CORE = 8
 # The object that `add_subparsers` returns.
 Commands = argparse._SubParsersAction
 
@@ -23,15 +31,33 @@ def add_command(
     )
 
 
-def positive_integer(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
-    return int(text)
-
-
 def visible_gpus() -> int:
     """Number of GPUs visible to this process; imports torch."""
     import torch
 
     return torch.cuda.device_count()
+
+
+def check_ranks_here(ranks: int) -> None:
+    """Raise ValueError if this machine cannot run so many ranks: one per GPU, or a few per CPU core without GPUs.
+
+    Does not import torch. The GPUs are the device files of the NVIDIA driver; other GPUs are not counted.
+    """
+    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if gpus and ranks > gpus:
+        raise ValueError(
+            f"--num-gpus {ranks}: this machine has {gpus} GPUs, and a rank needs one of its own; lower it, or use "
+            "--hostfile for several machines"
+        )
+    cores = len(os.sched_getaffinity(0))
+    if not gpus and ranks > _RANKS_PER_CORE * cores:
+        raise ValueError(
+            f"--num-gpus {ranks}: this process may use {cores} CPU cores and no GPU; at most {_RANKS_PER_CORE} "
+            f"ranks per core, {_RANKS_PER_CORE * cores}"
+        )
+
+
+def check_batch(config: "RunConfig", ranks: int) -> None:
+    """Raise ConfigError if the global batch of a phase cannot be divided among `ranks`."""
+    for index in range(len(config.phases) or 1):
+        config.phase(index).accumulation_steps(ranks)

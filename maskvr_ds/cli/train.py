@@ -1,11 +1,11 @@
 """`maskvr train`."""
 
 import argparse
-import re
-from pathlib import Path
 
-from maskvr_ds.cli.options import Commands, add_command, positive_integer, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, check_batch, check_ranks_here, visible_gpus
+from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.logs import verbosity_words
+from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 
 _DESCRIPTION = """\
 Start or resume pretraining. A run can resume with any number of ranks and any ZeRO stage.
@@ -25,7 +25,7 @@ def add_train(commands: Commands) -> None:
     add_run_options(parser)
     parser.add_argument(
         "--num-gpus",
-        type=positive_integer,
+        type=integer(1, MAX_SLOTS),
         metavar="N",
         help="ranks on this machine (default: its number of GPUs, or 1 without GPU)",
     )
@@ -46,8 +46,7 @@ def _train(arguments: argparse.Namespace) -> int:
         options += ["--resume", arguments.resume]
     options += verbosity_words(arguments.verbosity)
     if arguments.hostfile:
-        # DeepSpeed's launcher silently trains on this machine alone if the hostfile does not exist.
-        _check_hostfile(Path(arguments.hostfile))
+        check_batch(config, sum(read_hostfile(arguments.hostfile).values()))
         # It puts values in single quotes on a shell's command line without escaping quotes within them.
         if quoted := next((word for word in options if "'" in word), None):
             raise ConfigError(
@@ -57,21 +56,11 @@ def _train(arguments: argparse.Namespace) -> int:
         # force_multi: otherwise, for a hostfile with a single host, DeepSpeed trains on this machine.
         words = ["--force_multi", "--hostfile", arguments.hostfile, "--module", "maskvr_ds.train", *options]
         return launch.launch(words, config.output_dir, config.training.steps)
-    ranks = arguments.num_gpus or visible_gpus()
+    ranks = arguments.num_gpus or max(1, visible_gpus())
+    check_ranks_here(ranks)
+    check_batch(config, ranks)
     if ranks > 1:
         return launch.launch_here("maskvr_ds.train", options, ranks, config.output_dir, config.training.steps)
     from maskvr_ds import train
 
     return train.main(options)
-
-
-def _check_hostfile(path: Path) -> None:
-    """Raise ConfigError if the file is missing or a line is not `host slots=N`."""
-    from maskvr_ds.config import ConfigError
-
-    if not path.is_file():
-        raise ConfigError(f"--hostfile {path}: no such file; expected a file with one `host slots=N` per line")
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        entry = line.partition("#")[0].strip()
-        if entry and not re.fullmatch(r"\S+\s+slots=[1-9]\d*", entry):
-            raise ConfigError(f"--hostfile {path}, line {number}: {entry!r} is not `host slots=N`")

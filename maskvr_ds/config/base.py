@@ -1,9 +1,19 @@
-"""Base class of configuration sections, and pydantic's errors in plain words. Loads no torch."""
+"""Base class of configuration sections, types of their fields, pydantic's errors in plain words. Loads no torch.
+
+Every number is finite and bounded by its type: an infinite or huge value would be accepted here and end the run later,
+or make each of its resumes fail. The bounds are far above everything in use.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SECONDS, MAX_SEED, MAX_STEPS
+
+# Longest value that an error message quotes.
+_SHOWN = 200
 
 
 class ConfigError(ValueError):
@@ -16,7 +26,77 @@ class Section(BaseModel):
     A field is documented by the string below it, which becomes its description in the generated reference.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _no_truth_value(value: Any) -> Any:
+    """pydantic reads True as 1, and YAML reads yes and on as True."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {str(value).lower()}, as YAML also reads yes, no, on and off")
+    return value
+
+
+def _readable_path(value: Any) -> Any:
+    if not isinstance(value, (str, Path)):
+        raise ValueError(
+            f"expected a path, found {shown(value)}, which YAML reads as {type(value).__name__}; put it in quotes "
+            f"(--set 'FIELD=\"{shown(value)}\"')"
+        )
+    text = str(value)
+    if not text.strip() or "\0" in text or "\n" in text:
+        raise ValueError(f"{text!r} is not a path; name a file or folder (the current folder is .)")
+    if text.startswith("~"):
+        raise ValueError(f"{text}: ~ is not replaced by your home folder here; write the full path")
+    return value
+
+
+def _zero_or_a_second(value: float) -> float:
+    if 0 < value < 1:
+        raise ValueError(f"{value:g} s is shorter than any step; give at least 1, or 0 for never")
+    return value
+
+
+_Number = BeforeValidator(_no_truth_value)
+PathSetting = Annotated[Path, BeforeValidator(_readable_path)]
+
+# Integers
+Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]
+PositiveSteps = Annotated[int, _Number, Field(ge=1, le=MAX_STEPS)]
+Steps = Annotated[int, _Number, Field(ge=0, le=MAX_STEPS)]
+PositiveRows = Annotated[int, _Number, Field(ge=1, le=MAX_STEPS)]
+GlobalBatch = Annotated[int, _Number, Field(ge=1, le=2**26)]
+MicroBatch = Annotated[int, _Number, Field(ge=1, le=MAX_MICRO_SIZE)]
+# Layers, heads, kept checkpoints, queued steps.
+PositiveCount = Annotated[int, _Number, Field(ge=1, le=10_000)]
+Count = Annotated[int, _Number, Field(ge=0, le=10_000)]
+# Hidden sizes, positions.
+Width = Annotated[int, _Number, Field(ge=1, le=2**20)]
+
+# Numbers
+Share = Annotated[float, _Number, Field(ge=0, le=1, allow_inf_nan=False)]
+PositiveShare = Annotated[float, _Number, Field(gt=0, le=1, allow_inf_nan=False)]
+OpenShare = Annotated[float, _Number, Field(gt=0, lt=1, allow_inf_nan=False)]
+Decay = Annotated[float, _Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+LearningRate = Annotated[float, _Number, Field(gt=0, le=1000, allow_inf_nan=False)]
+LearningRateOrZero = Annotated[float, _Number, Field(ge=0, le=1000, allow_inf_nan=False)]
+Exponent = Annotated[float, _Number, Field(gt=0, le=100, allow_inf_nan=False)]
+SignedExponent = Annotated[float, _Number, Field(ge=-2, le=2, allow_inf_nan=False)]
+# ε of a division.
+Epsilon = Annotated[float, _Number, Field(gt=0, le=1, allow_inf_nan=False)]
+# A multiple of something measured.
+Factor = Annotated[float, _Number, Field(gt=1, le=1e9, allow_inf_nan=False)]
+PositiveRatio = Annotated[float, _Number, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Ratio = Annotated[float, _Number, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Timeout = Annotated[float, _Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), AfterValidator(_zero_or_a_second)]
+
+
+def shown(value: Any) -> str:
+    """`repr`, or its start if it is long; of text without quotes."""
+    try:
+        text = value if isinstance(value, str) else str(value) if not isinstance(value, (list, dict)) else repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return f"an integer of {value.bit_length():,} bits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def describe(fault: Any, model: type[BaseModel]) -> str:
@@ -27,8 +107,14 @@ def describe(fault: Any, model: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"{where}: required, but not given"
     message = fault["msg"].removeprefix("Value error, ")
-    given = "" if fault["type"] == "value_error" else f" (given: {fault['input']!r})"
+    if fault["type"] == "string_type" and isinstance(fault["input"], (bool, int, float)):
+        message += f"; YAML reads this as {type(fault['input']).__name__}, put it in quotes"
+    given = "" if fault["type"] == "value_error" else f" (given: {_quoted(fault['input'])})"
     return f"{where}: {message}{given}" if where else message
+
+
+def _quoted(value: Any) -> str:
+    return repr(shown(value)) if isinstance(value, str) else shown(value)
 
 
 def _known_keys(model: Any, location: Sequence[str | int]) -> list[str]:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from maskvr_ds.config.base import Section
+from maskvr_ds.config.base import PathSetting, PositiveCount, PositiveRatio, Section
 
 MAX_WEIGHT = 1000
 
@@ -13,25 +13,25 @@ MAX_WEIGHT = 1000
 class MixtureCorpus(Section):
     """One corpus of a mixture."""
 
-    path: Path
+    path: PathSetting
     """Folder of the corpus."""
-    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
+    weight: Annotated[PositiveRatio, Field(le=MAX_WEIGHT)] = 1.0
     """Reads of each of its rows per epoch; 0.5: half of them in each epoch, the other half in the next."""
 
 
 class DataConfig(Section):
     """Corpora as written by `python -m data_pipeline build`: one in `path`, or several in `mixture`."""
 
-    path: Path | None = None
+    path: PathSetting | None = None
     """Folder of the only corpus; null with a mixture."""
     mixture: tuple[MixtureCorpus, ...] = ()
     """Several corpora, each with a weight; empty with `path`."""
-    held_out_path: Path | None = None
+    held_out_path: PathSetting | None = None
     """Corpus for evaluation. null: the subfolder held_out of the corpus, or of every corpus of the mixture."""
     verify: Literal["full", "size"] = "full"
     """full: read every shard once at the start and compare its SHA-256, the work divided among the ranks; size: compare
     file sizes only."""
-    prefetch: PositiveInt = 2
+    prefetch: PositiveCount = 2
     """Steps that each rank reads ahead."""
 
     @model_validator(mode="after")

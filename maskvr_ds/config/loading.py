@@ -4,15 +4,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from maskvr_ds.config.base import ConfigError
+from maskvr_ds.config.base import ConfigError, shown
 from maskvr_ds.config.masking import without_foreign
+from maskvr_ds.config.yaml_values import MAX_CHARACTERS, parse_yaml
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, JOBS, METRICS, OWNER
 from maskvr_ds.run_folder.migration import SCHEMA, migrate_config, raise_keep_last
 
 _RECIPES = "maskvr_ds.recipes"
 _PARTS = "parts"
+# Longest chain of `base`.
+_MAX_CHAIN = 50
 
 
 def recipes() -> list[str]:
@@ -54,6 +55,8 @@ def read_yaml(config: str | Path) -> dict[str, Any]:
 
 def _read_with_bases(name: str, chain: tuple[str, ...], included: dict[str, str]) -> dict[str, Any]:
     """chain: the files that led here, outermost first. included: what was read so far -> the file that named it."""
+    if len(chain) > _MAX_CHAIN:
+        raise ConfigError(f"config {chain[0]}: more than {_MAX_CHAIN} files, each the base of the previous one")
     values = _read_mapping(name)
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
@@ -94,6 +97,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _read_mapping(config: str | Path) -> dict[str, Any]:
     path = Path(config)
     if path.is_file():
+        if (size := path.stat().st_size) > 4 * MAX_CHARACTERS:
+            raise ConfigError(f"config {config}: {size:,} bytes; this is not a run's config")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -102,10 +107,7 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
         text = recipe_text(str(config))
     else:
         raise ConfigError(f"config {str(config)!r}: neither a file nor a recipe ({', '.join(recipes())})")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {config}: not YAML: {error}") from None
+    values = parse_yaml(text, f"config {config}")
     if not isinstance(values, dict):
         raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
     stored = _stored_by_run(path)
@@ -142,10 +144,7 @@ def assign(values: dict[str, Any], assignment: str) -> None:
             raise ConfigError(f"--set {assignment}: {section} is a value, not a section")
     if isinstance(place, list):
         raise ConfigError(f"--set {assignment}: {sections[-1]} is a list; name the field of one entry")
-    try:
-        place[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment}: the value is not YAML: {error}") from None
+    place[field] = parse_yaml(text, f"--set {shown(assignment)}: the value")
     if sections[-1:] == ["masking"] and field == "strategy" and isinstance(place[field], str):
         own = without_foreign(place, place[field])
         place.clear()

@@ -3,12 +3,21 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from maskvr_ds.config.base import Section
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+from maskvr_ds.config.base import (
+    LearningRate,
+    OpenShare,
+    PositiveCount,
+    PositiveRows,
+    PositiveShare,
+    PositiveSteps,
+    Ratio,
+    Section,
+    Share,
+    SignedExponent,
+    Width,
+)
 
 # Strategy -> its subsections of `masking`.
 SUBSECTIONS: dict[str, tuple[str, ...]] = {
@@ -29,9 +38,9 @@ MAPNET_MAY_CHANGE = {"lr", "check_every"}
 class SpanConfig(Section):
     """Strategy span: lengths g in words, P(g) ∝ p (1 − p)^(g−1) for g ≤ max_length (SpanBERT, arXiv 1907.10529)."""
 
-    geometric_p: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    geometric_p: OpenShare = 0.2
     """p of the geometric distribution."""
-    max_length: Annotated[int, Field(ge=1, le=512)] = 10
+    max_length: Annotated[PositiveCount, Field(le=512)] = 10
     """Longest span, in words."""
 
 
@@ -41,7 +50,7 @@ class FullyExploredConfig(Section):
     placement: Literal["across_epochs", "same_batch"] = "across_epochs"
     """across_epochs: one segment of a row per epoch; same_batch: several segments of a row in one global batch, which
     then contains correspondingly fewer distinct rows."""
-    segments_per_sequence: PositiveInt | None = None
+    segments_per_sequence: PositiveCount | None = None
     """same_batch: number of segments of a row per global batch; null: all of them."""
 
     @model_validator(mode="after")
@@ -76,26 +85,26 @@ class FrequencyConfig(WeightedSampling):
     opposite sign favour tokens that occur often wherever they occur at all.
     """
 
-    power: Annotated[float, Field(ge=-2, le=2)] = 0.5
+    power: SignedExponent = 0.5
     """Exponent of the token frequency; positive values favour rare tokens."""
-    document_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    document_power: SignedExponent = 0.0
     """Exponent of the number of passages that contain the token."""
-    floor: Fraction = 0.3
+    floor: PositiveShare = 0.3
     """λ: share of uniform masking in π; importance weights are at most 1/λ."""
 
 
 class MapNetConfig(WeightedSampling):
     """Strategies mapnet and auto: the mask proposal network (arXiv 2008.05333; masking/mapnet.py)."""
 
-    layers: PositiveInt = 1
+    layers: PositiveCount = 1
     """Transformer layers."""
-    reach: PositiveInt = 4
+    reach: PositiveCount = 4
     """Half-width, in tokens, of the local context window fed to the network."""
-    hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 96
+    hidden: Annotated[Width, Field(ge=32, multiple_of=32)] = 96
     """Hidden size: a multiple of 32, the size of an attention head."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: LearningRate = 1e-3
     """Learning rate of the network's own AdamW, constant."""
-    floor: Fraction = 0.3
+    floor: PositiveShare = 0.3
     """λ: share of uniform masking in the proposal; importance weights are at most 1/λ."""
     objective: Literal["variance", "regression"] = "variance"
     """variance: the second moment of the weighted gradient norm itself; regression: on the norm's logarithm, which
@@ -103,25 +112,25 @@ class MapNetConfig(WeightedSampling):
     gate: Literal["always", "never", "auto"] = "always"
     """When masks follow the proposal: always; never (it is trained and measured only); auto: while it pays for its
     time."""
-    cost: Annotated[float, Field(ge=0)] | None = None
+    cost: Ratio | None = None
     """gate auto: time of the network relative to the rest of a step. null: measured; the run is then not reproducible
     bit for bit, since the clock decides."""
-    check_every: PositiveInt = 100
+    check_every: PositiveSteps = 100
     """Steps between comparisons of the network's parameters across ranks; the host waits for each."""
 
 
 class AutoConfig(Section):
     """Strategy auto: how often the gradient's variance is measured, and on how much (training/auto_strategy.py)."""
 
-    every_steps: PositiveInt = 1000
+    every_steps: PositiveSteps = 1000
     """Steps between measurements."""
-    rows: Annotated[int, Field(ge=3)] = 32
+    rows: Annotated[PositiveRows, Field(ge=3)] = 32
     """Sequences per measurement."""
-    draws: Annotated[int, Field(ge=2, le=64)] = 4
+    draws: Annotated[PositiveCount, Field(ge=2, le=64)] = 4
     """Draws per sequence, of two masks each."""
-    sketch_size: Annotated[int, Field(ge=3)] = 4096
+    sketch_size: Annotated[PositiveRows, Field(ge=3, le=2**24)] = 4096
     """Numbers per layer to which gradients are compressed; the relative error of squared norms is √(2/size)."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    confidence: OpenShare = 0.95
     """Level of the intervals that must lie below 1 to leave the baseline."""
     proposal: bool = True
     """Whether MAPNet (subsection mapnet) is trained as a candidate."""
@@ -135,13 +144,13 @@ class MaskingConfig(Section):
 
     strategy: Literal["uniform", "whole_word", "span", "fully_explored", "frequency", "mapnet", "auto"] = "uniform"
     """auto: fully_explored, replaced during training by masks that are measured to be better."""
-    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    rate: OpenShare = 0.15
     """Fraction of the maskable positions to predict."""
-    final_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    final_rate: OpenShare | None = None
     """The rate changes linearly to this value at the schedule's last step; null: constant."""
-    mask_probability: Probability = 0.8
+    mask_probability: Share = 0.8
     """Fraction of the predicted positions that show [MASK]."""
-    random_probability: Probability = 0.1
+    random_probability: Share = 0.1
     """Fraction of the predicted positions that show a random token; the remaining ones are unchanged."""
     change_at_resume: bool = False
     """Resume from a checkpoint whose run had other masking settings, instead of refusing it."""

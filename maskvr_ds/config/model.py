@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, model_validator
+from pydantic import ModelWrapValidatorHandler, model_validator
 
-from maskvr_ds.config.base import Section
-
-Probability = Annotated[float, Field(ge=0, le=1)]
+from maskvr_ds.config.base import Epsilon, PathSetting, PositiveCount, PositiveRatio, Section, Share, Width
 
 # Layers, hidden size, heads: Turc et al. 2019 (arXiv 1908.08962), base and large: Devlin et al. 2018.
 PRESETS: dict[str, tuple[int, int, int]] = {
@@ -88,30 +86,30 @@ class ModelConfig(Section):
     preset: Literal["bert-tiny", "bert-mini", "bert-small", "bert-medium", "bert-base", "bert-large"] | None = None
     """Sets num_hidden_layers, hidden_size and num_attention_heads, which override it if given; null: no preset."""
     # Resuming does not need the folder, so it may be missing when a configuration is read.
-    initialize_from: Path | None = None
+    initialize_from: PathSetting | None = None
     """Hugging Face folder (config.json, model.safetensors) whose weights training starts from. The sizes below are then
     those of the folder; only the dropout probabilities may differ. null: random weights from the seed."""
-    num_hidden_layers: PositiveInt = 12
+    num_hidden_layers: PositiveCount = 12
     """Transformer layers."""
-    hidden_size: PositiveInt = 768
+    hidden_size: Width = 768
     """Hidden size D, a multiple of num_attention_heads."""
-    num_attention_heads: PositiveInt = 12
+    num_attention_heads: PositiveCount = 12
     """Attention heads per layer."""
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: Width | None = None
     """Width of the feed-forward layers; null: 4 × hidden_size."""
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
     """Activation of the feed-forward layers and of the prediction head."""
-    hidden_dropout_prob: Probability = 0.1
+    hidden_dropout_prob: Share = 0.1
     """Dropout of embeddings and layer outputs."""
-    attention_probs_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Share = 0.1
     """Dropout of attention weights."""
-    max_position_embeddings: PositiveInt = 512
+    max_position_embeddings: Width = 512
     """Maximum sequence length, in tokens."""
-    type_vocab_size: PositiveInt = 2
+    type_vocab_size: PositiveCount = 2
     """Number of token types (segments)."""
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: Epsilon = 1e-12
     """ε of LayerNorm."""
-    initializer_range: float = 0.02
+    initializer_range: PositiveRatio = 0.02
     """Standard deviation of the initial weights."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""

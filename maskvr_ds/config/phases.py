@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from maskvr_ds.config.base import Section
+from maskvr_ds.config.base import Section, shown
 from maskvr_ds.config.masking import without_foreign
+from maskvr_ds.runtime.numbers import MAX_STEPS
 
 
 class PhaseStart(Section):
@@ -90,8 +91,10 @@ def take_from_phases(values: Any) -> Any:
         if not any((phase.get("data") or {}).get(key) for key in ("path", "mixture")):
             raise ValueError(f"{where}.data.path: required, but not given: each phase names its corpus")
         own = (phase.get("training") or {}).get("steps")
-        if type(own) is not int or own < 1:
-            raise ValueError(f"{where}.training.steps: a positive integer required (given: {own!r})")
+        if type(own) is not int or not 1 <= own <= MAX_STEPS:
+            raise ValueError(
+                f"{where}.training.steps: an integer from 1 to {MAX_STEPS:,} required (given: {shown(own)})"
+            )
         steps += own
     corpora = {key: phases[0]["data"][key] for key in ("path", "mixture") if key in phases[0]["data"]}
     return {**values, "data": {**data, **corpora}, "training": {"steps": steps}}

@@ -2,21 +2,19 @@
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from maskvr_ds.config.base import Section
-
-Factor = Annotated[float, Field(gt=1)]
+from maskvr_ds.config.base import Count, Factor, PositiveCount, Section, Steps, Timeout
 
 
 class CheckpointConfig(Section):
     """Schedule and retention of checkpoints. One is always saved after the last step."""
 
-    every_steps: NonNegativeInt = 1000
+    every_steps: Steps = 1000
     """Steps between checkpoints; 0: only after the last step."""
-    keep_last: Annotated[int, Field(ge=2)] = 3
+    keep_last: Annotated[PositiveCount, Field(ge=2)] = 3
     """Number of newest checkpoints to keep, at least 2: if the newest turns out to be bad, the run needs another."""
-    keep_every_steps: NonNegativeInt = 0
+    keep_every_steps: Steps = 0
     """Also keep the checkpoints of steps that are multiples of this number; 0: none. It does not cause checkpoints."""
     asynchronous: bool = False
     """Copy to host memory at once and write to disk while training continues."""
@@ -33,13 +31,13 @@ class DivergenceConfig(Section):
     """A loss above this multiple of the median is too high (judged once a fifth of `history` is recorded)."""
     norm_factor: Factor = 100.0
     """A gradient norm above this multiple of the median is too high."""
-    history: PositiveInt = 100
+    history: PositiveCount = 100
     """Number of steps that the medians and `max_skipped` refer to."""
-    max_skipped: NonNegativeInt = 2
+    max_skipped: Count = 2
     """Maximum number of skipped updates within the last `history` steps; one more causes a rollback."""
-    margin: NonNegativeInt = 1
+    margin: Count = 1
     """Batches before and after that of a bad step that are skipped with it after a rollback."""
-    max_rollbacks: NonNegativeInt = 3
+    max_rollbacks: Count = 3
     """Maximum number of rollbacks to the same checkpoint. After that the run rolls back to each earlier checkpoint that
     it has kept, once, and ends with an explanation if that does not help either."""
 
@@ -47,6 +45,6 @@ class DivergenceConfig(Section):
 class HangsConfig(Section):
     """Detection of hanging ranks."""
 
-    timeout: Annotated[float, Field(ge=0)] = 900.0
+    timeout: Timeout = 900.0
     """Seconds without a heartbeat, or without progress while other ranks wait, after which the job is ended. Must
-    exceed the duration of the slowest step; 0: never."""
+    exceed the duration of the slowest step; at least 1, or 0: never."""

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import (
-    NonNegativeInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ValidationError, model_validator
 
-from maskvr_ds.config.base import ConfigError, Section, describe
+from maskvr_ds.config.base import ConfigError, PathSetting, Section, Seed, describe
 from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.loading import assign, read_yaml
 from maskvr_ds.config.masking import MaskingConfig
@@ -38,9 +34,9 @@ from maskvr_ds.run_folder.migration import SCHEMA, renamed
 class RunConfig(Section):
     """The configuration of a run. Only output_dir, data and training.steps are required."""
 
-    output_dir: Path
+    output_dir: PathSetting
     """Directory of the run: config.yaml, metrics.jsonl, loss.png, checkpoints/, monitors."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initial weights, data order, masks and dropout."""
     deepspeed: str = "zero1_fp32"
     """Name of a file in ds_configs/, or path of a JSON file."""

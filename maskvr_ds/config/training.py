@@ -1,22 +1,36 @@
 """Sections `batch`, `optimizer`, `schedule`, `training`, `evaluation` and `monitor`. Loads no torch."""
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 
-from maskvr_ds.config.base import Section
+from maskvr_ds.config.base import (
+    Decay,
+    Epsilon,
+    Exponent,
+    GlobalBatch,
+    LearningRate,
+    LearningRateOrZero,
+    MicroBatch,
+    PositiveRatio,
+    PositiveRows,
+    PositiveShare,
+    PositiveSteps,
+    Ratio,
+    Section,
+    Share,
+    Steps,
+)
 from maskvr_ds.optim.variants import VARIANTS, Variant
-
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class BatchConfig(Section):
     """Batch sizes, in sequences. Gradient accumulation makes up the difference."""
 
-    global_size: PositiveInt = 256
+    global_size: GlobalBatch = 256
     """Sequences per optimizer step, over all ranks."""
-    micro_size: PositiveInt = 32
+    micro_size: MicroBatch = 32
     """Sequences per forward pass on one rank."""
 
 
@@ -25,23 +39,23 @@ class OptimizerConfig(Section):
 
     name: Literal["lamb", "adam"] = "lamb"
     """lamb: `maskvr_ds.lamb`; adam: DeepSpeed's AdamW (torch's on a CPU), as a baseline."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: LearningRate = 1e-3
     """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the first and second moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    eps: Epsilon = 1e-6
     """Added to the square root of the second moment."""
     variant: Literal["paper", "nvidia", "deepspeed"] = "paper"
     """lamb: whose LAMB, a row of the table in optim/variants.py."""
     bias_correction: Literal["moments", "rate", "none"] | None = None
     """lamb: overrides the variant's bias correction; null: the variant's."""
-    min_ratio: Annotated[float, Field(ge=0)] | None = None
+    min_ratio: Ratio | None = None
     """lamb: lower bound of the trust ratio; null: the variant's."""
-    max_ratio: Annotated[float, Field(gt=0)] | None = None
+    max_ratio: PositiveRatio | None = None
     """lamb: upper bound of the trust ratio; null: the variant's."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Ratio = 0.01
     """Decoupled weight decay λ."""
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    gradient_clipping: Ratio = 1.0
     """Maximum global gradient norm; 0: no clipping."""
 
     @model_validator(mode="after")
@@ -67,25 +81,25 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate: warm-up from initial_lr to optimizer.lr, then decay towards final_lr (training/schedule.py)."""
 
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Steps = 0
     """Length of the warm-up in steps; alternative to warmup_share."""
-    warmup_share: Probability = 0.0
+    warmup_share: Share = 0.0
     """Length of the warm-up as a fraction of the schedule's steps, rounded."""
-    warmup_power: Annotated[float, Field(gt=0)] = 1.0
+    warmup_power: Exponent = 1.0
     """Exponent of the warm-up; 1: linear, 2: as in bing_bert."""
-    initial_lr: Annotated[float, Field(ge=0)] = 0.0
+    initial_lr: LearningRateOrZero = 0.0
     """Learning rate at the start of the warm-up."""
-    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    final_lr: LearningRateOrZero = 0.0
     """Learning rate that the decay approaches."""
     decay: Literal["polynomial", "exponential"] = "polynomial"
     """polynomial: (1 − t)^power, t from 0 to 1; exponential: times decay_rate every decay_steps steps."""
-    power: Annotated[float, Field(gt=0)] = 1.0
+    power: Exponent = 1.0
     """polynomial: exponent."""
     decay_from: Literal["warmup", "start"] = "warmup"
     """polynomial: t is 0 at the end of the warm-up, or at the start of the schedule (NVIDIA)."""
-    decay_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    decay_rate: PositiveShare | None = None
     """exponential: factor, required."""
-    decay_steps: PositiveInt | None = None
+    decay_steps: PositiveSteps | None = None
     """exponential: steps per factor, required."""
 
     @model_validator(mode="after")
@@ -113,18 +127,18 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """Length of the training."""
 
-    steps: PositiveInt
+    steps: PositiveSteps
     """Optimizer steps to train."""
-    schedule_steps: PositiveInt | None = None
+    schedule_steps: PositiveSteps | None = None
     """Step at which the schedule ends; null: `steps`. Set it to train only the first part of a longer run."""
 
 
 class EvaluationConfig(Section):
     """Loss on held-out rows under fixed uniform masks; also measured after the last step."""
 
-    every_steps: NonNegativeInt = 500
+    every_steps: Steps = 500
     """Steps between evaluations; 0: never."""
-    rows: PositiveInt = 1024
+    rows: PositiveRows = 1024
     """Maximum number of held-out rows."""
 
 
@@ -148,6 +162,6 @@ class MonitorConfig(Section):
     """Write CSV files to RUN/csv."""
     wandb: WandbConfig | None = None
     """Log to Weights & Biases; null: do not."""
-    histogram_every: NonNegativeInt = 100
+    histogram_every: Steps = 100
     """Steps between histograms of LAMB's trust ratios (TensorBoard, Weights & Biases) and lines of trust_ratios.jsonl,
     which lists them per tensor; 0: never."""

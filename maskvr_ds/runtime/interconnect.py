@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write
+from maskvr_ds.runtime.numbers import integer
 
 MIB = 2**20
 _LENGTHS = (1, 1_003, 262_147)
@@ -144,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m maskvr_ds.runtime.interconnect", description="One rank of a preflight."
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON, written by rank 0")
-    parser.add_argument("--bytes", type=int, help="size of the vectors; default: 256 MiB on GPUs, 4 MiB on CPUs")
+    parser.add_argument(
+        "--bytes", type=integer(1, 2**40), help="size of the vectors; default: 256 MiB on GPUs, 4 MiB on CPUs"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
 

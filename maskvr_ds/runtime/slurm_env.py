@@ -8,8 +8,10 @@ import re
 import subprocess
 from collections.abc import Mapping
 
+from maskvr_ds.runtime.numbers import MAX_NODES, shortened
+
 _STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
-_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_COUNT = re.compile(r"(\d{1,9})(?:\(x(\d{1,9})\))?")
 # Below the ephemeral ports (Linux: from 32768).
 _PORTS = range(10_000, 30_000)
 
@@ -42,7 +44,9 @@ def task_counts(text: str) -> list[int]:
     for part in text.split(","):
         if (match := _COUNT.fullmatch(part)) is None:
             raise ValueError(f"{text!r} does not say how many tasks each node has; 8(x2),4 expected")
-        counts += [int(match[1])] * int(match[2] or 1)
+        if len(counts) + (nodes := int(match[2] or 1)) > MAX_NODES:
+            raise ValueError(f"{shortened(text)}: more than {MAX_NODES:,} nodes")
+        counts += [int(match[1])] * nodes
     return counts
 
 

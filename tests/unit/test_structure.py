@@ -35,7 +35,7 @@ ROWS = {
         {"sources"},
         {"execution", "filters", "shards"},
         {"manifest"},
-        {"files"},
+        {"files", "numbers"},
     ],
     "cluster": [{"__main__"}, {"hosts", "slurm", "status"}],
 }
@@ -48,7 +48,9 @@ TORCH_FREE = {
         "run_folder",
         "runtime.files",
         "runtime.heartbeats",
+        "runtime.hostfile",
         "runtime.logs",
+        "runtime.numbers",
         "runtime.processes",
         "runtime.slurm_env",
         "runtime.terminal",

@@ -2,6 +2,10 @@
 
 import argparse
 
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_STEPS, integer, number
+
+_ROUNDS = 10**6
+
 
 def add_variance_options(parser: argparse.ArgumentParser) -> None:
     """Options shared by `maskvr variance` and its rank processes."""
@@ -18,14 +22,22 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
         help="name, or name:setting=value,setting=value; besides the values of masking.strategy: oracle_gradient, "
         "oracle_head, oracle_mask; uniform is always measured (default: uniform)",
     )
-    parser.add_argument("--sequences", type=int, default=64, metavar="N", help="number of rows (default: 64)")
-    parser.add_argument("--masks", type=int, default=16, metavar="R", help="masks per row and strategy (default: 16)")
     parser.add_argument(
-        "--oracle-rounds", type=int, default=8, metavar="A", help="predictions of each token by an oracle (default: 8)"
+        "--sequences", type=integer(0, MAX_STEPS), default=64, metavar="N", help="number of rows (default: 64)"
+    )
+    parser.add_argument(
+        "--masks", type=integer(0, _ROUNDS), default=16, metavar="R", help="masks per row and strategy (default: 16)"
+    )
+    parser.add_argument(
+        "--oracle-rounds",
+        type=integer(0, _ROUNDS),
+        default=8,
+        metavar="A",
+        help="predictions of each token by an oracle (default: 8)",
     )
     parser.add_argument(
         "--hamming-rounds",
-        type=int,
+        type=integer(0, _ROUNDS),
         default=0,
         metavar="H",
         help="also measure the covariance of two masks' gradients against their Hamming distance, with H rounds per "
@@ -33,13 +45,26 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sketch-size",
-        type=int,
+        type=integer(0, 2**24),
         default=4096,
         metavar="S",
         help="gradient sketch size per layer (default: 4096)",
     )
-    parser.add_argument("--micro-size", type=int, default=32, help="masked rows per forward pass (default: 32)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of rows, masks, gradient sketch and bootstrap (default: 0)"
+        "--micro-size",
+        type=integer(0, MAX_MICRO_SIZE),
+        default=32,
+        help="masked rows per forward pass (default: 32)",
     )
-    parser.add_argument("--confidence", type=float, default=0.95, help="confidence level of intervals (default: 0.95)")
+    parser.add_argument(
+        "--seed",
+        type=integer(0, MAX_SEED),
+        default=0,
+        help="seed of rows, masks, gradient sketch and bootstrap (default: 0)",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=number(0, 1),
+        default=0.95,
+        help="confidence level of intervals (default: 0.95)",
+    )

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.__main__ import main
-from cluster.hosts.hostfile import HostfileError, expand, hostfile_text, hosts_from_words, read_hostfile, slurm_hosts
+from cluster.hosts.hostfile import expand, hostfile_text, hosts_from_words, slurm_hosts
+from maskvr_ds.runtime.hostfile import HostfileError, is_host, read_hostfile
 
 GOOD = "# two nodes\nnode-1 slots=8\n\nuser@10.0.0.2 slots=4  # the small one\n"
 
@@ -32,8 +33,9 @@ def test_parses_hostfiles_like_deepspeed(tmp_path: Path) -> None:
         ("node-1 slots=8\nnode-2 slots=eight\n", ":2: "),
         ("node-1 slots=8\nnode-1 slots=8\n", ":2: node-1 is listed twice"),
         ("node-1 slots=0\n", "has no slots"),
-        ("-oProxyCommand=sh slots=1\n", "is not `host slots=N`"),
-        ("a$(reboot) slots=1\n", "is not `host slots=N`"),
+        ("node-1 slots=1025\n", "node-1 has 1,025 slots; at most 1,024"),
+        ("node-1 slots=" + "9" * 5000 + "\n", "is not `host slots=N`"),
+        ("node-1 slots=٣\n", "is not `host slots=N`"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -41,6 +43,69 @@ def test_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(HostfileError, match=message.replace("$", r"\$").replace("(", r"\(")):
         read_hostfile(path)
+
+
+# Names that ssh, pdsh or a shell would read as something else.
+NOT_HOSTS = [
+    "-oProxyCommand=touch${IFS}pwned",
+    "-l",
+    "--",
+    "user@-oProxyCommand=sh",
+    "-user@host",
+    "a@b@-c",
+    "a$(reboot)",
+    "a;b",
+    "a,b",
+    "a|b",
+    "a`b`",
+    "^hosts",
+    "a/b",
+    "a[1-2]",
+    "é",
+    ":-o",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", NOT_HOSTS)
+@pytest.mark.parametrize("command", ["train", "launch", "preflight", "hostfile"])
+def test_what_is_not_a_host_reaches_no_program(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commands that take a hostfile refuse the line before any program is started."""
+    from maskvr_ds.cli.main import main as maskvr
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    path = tmp_path / "hosts"
+    path.write_text(f"good slots=1\n{name} slots=1\n", encoding="utf-8")
+    run = ["--hostfile", str(path), "--config", "demo_cpu", "--set", f"output_dir={tmp_path / 'run'}"]
+    status = {
+        "train": lambda: maskvr(["train", *run]),
+        "launch": lambda: main(["launch", *run]),
+        "preflight": lambda: main(["preflight", *run]),
+        "hostfile": lambda: main(["hostfile", str(path)]),
+    }[command]()
+    assert status == 1
+    assert f"{path}:2: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert not is_host(name)
+
+
+@pytest.mark.parametrize("name", ["node-1", "a_b.c", "10.0.0.4", "user@10.0.0.4", "u-1@h-2.x", "fe80::1", "u@::1"])
+def test_hosts(name: str, tmp_path: Path) -> None:
+    assert is_host(name)
+    (tmp_path / "hosts").write_text(f"{name} slots=3")
+    assert read_hostfile(tmp_path / "hosts") == {name: 3}
+
+
+@given(st.from_regex(r"\S{1,12}", fullmatch=True))
+def test_a_host_is_no_option_and_no_shell_syntax(name: str) -> None:
+    if is_host(name):
+        assert not any(part.startswith("-") for part in name.split("@"))
+        assert not set(name) & set(" \t\n'\"\\\\$`;&|<>()[]{}*?!#,/^=")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,10 +151,18 @@ def test_names_and_ranges(words: list[str], hosts: dict[str, int]) -> None:
         (["a[3-1]"], "descending range"),
         (["a[1-99999999]"], "more than"),
         (["a[x]"], "neither a number"),
-        (["a[1"], "invalid host name"),
-        (["-oProxyCommand=x"], "invalid host name"),
-        (["a b"], "invalid host name"),
-        (["a$(reboot)"], "invalid host name"),
+        (["a[1-9999]b[1-9999]"], "'a.1-9999.b.1-9999.': stands for more than 10,000 hosts"),
+        (["[1-10]" * 40], "stands for more than 10,000 hosts"),
+        (["a[1-9999]", "b[1-9999]"], "19,998 hosts; at most 10,000 expected"),
+        (["a[" + "1," * 10_000 + "1]"], "stands for more than 10,000 hosts"),
+        (["a[1-" + "9" * 5000 + "]"], "characters. is neither a number"),
+        (["a:2000"], "'2000' slots; expected a number of ranks from 1 to 1,024"),
+        (["a:" + "9" * 5000], "characters. slots; expected"),
+        (["user@-oProxyCommand=x"], "is not a host name"),
+        (["a[1"], "is not a host name"),
+        (["-oProxyCommand=x"], "is not a host name"),
+        (["a b"], "is not a host name"),
+        (["a$(reboot)"], "is not a host name"),
         (["a", "b,a"], "a is listed twice"),
     ],
 )

@@ -186,7 +186,7 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("seed", "section.field=value expected"),
         ("seed.x=1", "seed: Input should be a valid integer"),
         ("output_dir.x=1", "output_dir is a value, not a section"),
-        ("seed=[", "the value is not YAML"),
+        ("seed=[", "the value: not YAML"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, assignment: str, message: str) -> None:

@@ -126,9 +126,11 @@ def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sequence-length", 7], "sequence length 7: must be at least 8"),
-        (["--sequence-length", -1], "sequence length -1: must be at least 8"),
-        (["--sequence-length", 16, "--workers", 0], "workers 0: must be at least 1"),
+        (["--sequence-length", 7], "sequence length 7: must be from 8 to 1,048,576"),
+        (["--sequence-length", -1], "sequence length -1: must be from 8"),
+        (["--sequence-length", 16, "--workers", 0], "workers 0: must be from 1 to 4,096"),
+        (["--sequence-length", 10**18], "sequence length 1000000000000000000: must be from 8"),
+        (["--sequence-length", 16, "--workers", 10**18], "workers 1000000000000000000: must be from 1"),
         (["--sequence-length", 16, "--held-out", 1], r"held-out share 1\.0: must be from 0 to below 1"),
         (["--sequence-length", 16, "--held-out", 1e-12], "side held_out gets no documents"),
         (["--sequence-length", 16, "--seed", -1], "seed -1: must be from 0"),

@@ -93,14 +93,33 @@ def test_hostfile_is_checked_before_deepspeed_reads_it(tmp_path: Path, capsys: p
     hosts = tmp_path / "hosts"
     hosts.write_text("# mine\nh1 slots=2  # the first\n\nh2\n")
     assert cli.main(["train", "--config", "demo_cpu", "--hostfile", str(hosts)]) == 1
-    assert "hosts, line 4: 'h2' is not `host slots=N`" in capsys.readouterr().err
+    assert "hosts:4: 'h2' is not `host slots=N`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("count", ["0", "-3", "two"])
+@pytest.mark.parametrize("count", ["0", "-3", "two", "1e3", "2000", "9" * 5000])
 def test_ranks_are_counted_from_one(count: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--config", "demo_cpu", "--num-gpus", count])
-    assert f"{count!r}: expected a positive integer" in capsys.readouterr().err
+    assert f"{count[:60]!r}" in (error := capsys.readouterr().err)
+    assert "expected an integer from 1 to 1,024" in error
+
+
+def test_ranks_that_cannot_start_are_not_started(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a rank was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert cli.main(["train", "--config", "demo_cpu", "--num-gpus", "1000"]) == 1
+    assert "--num-gpus 1000: this process may use 2 CPU cores and no GPU; at most 8 ranks per core, 16" in (
+        capsys.readouterr().err
+    )
+    assert cli.main(["train", "--config", "demo_cpu", "--num-gpus", "7"]) == 1
+    assert "is not a multiple of batch.micro_size 32 × 7 ranks" in capsys.readouterr().err
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("pathlib.Path.glob", lambda *_: ["nvidia0", "nvidia1"])
+    assert cli.main(["train", "--config", "demo_cpu", "--num-gpus", "3"]) == 1
+    assert "--num-gpus 3: this machine has 2 GPUs, and a rank needs one of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("saved", [False, True])

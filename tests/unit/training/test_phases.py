@@ -152,7 +152,7 @@ def test_assignments_name_a_phase(tmp_path: Path) -> None:
         (two(batch={"globl_size": 8}), "phases.long: batch.globl_size: unknown key; known keys are global_size"),
         (two(masking={"rate": 2}), r"phases.long: masking.rate: Input should be less than 1 \(given: 2\)"),
         (two(schedule={"warmup_steps": 5}), "phases.long: schedule.warmup_steps 5 exceeds the schedule's 4 steps"),
-        (two(training={}), r"phases.long.training.steps: a positive integer required \(given: None\)"),
+        (two(training={}), r"phases.long.training.steps: an integer from 1 to 1,000,000,000 required"),
         (two(data={"prefetch": 3}), "phases.long.data.path: required, but not given"),
         (two(start={**RESTART, "schedule": "continue"}), "phases.long.schedule: its schedule continues; remove it"),
         ({**TWO, "training": {"steps": 9}}, r"training.steps: set by each phase; .*set phases.NAME"),
