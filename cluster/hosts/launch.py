@@ -17,6 +17,7 @@ from cluster.hosts.supervisor import KILL_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 from maskvr_ds.reliability.signals import SignalDebouncer
 from maskvr_ds.run_folder import layout, status
+from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.logs import verbosity_words
 from maskvr_ds.runtime.numbers import MAX_SECONDS
@@ -63,6 +64,8 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: RunConfig) -> Plan:
+    if (fault := output_fault(config.output_dir, arguments.resume)) is not None:
+        raise LaunchError(fault)
     for index in range(len(config.phases) or 1):
         config.phase(index).accumulation_steps(sum(hosts.values()))
     options = ["--resume", arguments.resume] if arguments.resume else []

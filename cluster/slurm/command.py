@@ -31,6 +31,7 @@ from maskvr_ds.config import (
     load_config,
 )
 from maskvr_ds.run_folder.layout import JOBS
+from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SEED, MAX_SLOTS, integer, shortened
 
@@ -193,6 +194,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     if gpus and arguments.tasks_per_node not in (None, gpus):
         raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; remove this option")
     _check_venv(arguments)
+    # Every start of the job resumes.
+    if (fault := output_fault(config.output_dir, "auto")) is not None:
+        raise SlurmError(fault)
     check_batch(config, nodes, tasks)
     deepspeed_config_path(config.deepspeed)  # raises if there is no such file or preset
     if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:

@@ -15,7 +15,8 @@ from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.pretrained import WEIGHTS, InitialWeights, weights_file
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
-from maskvr_ds.run_folder.layout import CONFIG, MAPNET_STATE
+from maskvr_ds.run_folder.layout import MAPNET_STATE
+from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
@@ -69,12 +70,9 @@ def find_resume_point(config: RunConfig, resume: str | None) -> ResumePoint:
     intact or it belongs to another run.
     """
     run = config.output_dir
-    started = checkpoints.is_started(run)
-    if started and resume is None:
-        raise ConfigError(f"output_dir {run} is not empty; add --resume auto to continue, or choose another folder")
+    if (fault := output_fault(run, resume)) is not None:
+        raise ConfigError(fault)
     checkpoint = None if resume is None else checkpoints.find(run, resume)
-    if started and checkpoint is None and not (run / CONFIG).is_file():
-        raise ConfigError(f"output_dir {run} is not empty and not a run's folder ({CONFIG} is missing)")
     model, initial = resolve_model_config(config.model, checkpoint)
     return ResumePoint(model, initial).at(checkpoint)
 

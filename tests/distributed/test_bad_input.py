@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {
 # Name → pattern of the error. `prepare` sets each up; all run in turn on the same two ranks.
 EXPECTED = {
     "batch does not divide": r"ConfigError: batch.global_size 10 is not a multiple of batch.micro_size 4 × 2 ranks",
-    "output not empty": "ConfigError: output_dir .* is not empty; add --resume auto",
+    "output not empty": "ConfigError: output_dir .*: not empty and not a run.s folder",
     "no corpus": "CorpusError: .*manifest.json: not found",
     "flipped byte": "CorpusError: .*shard-00001.arrow: sha256 .* expected",
     "truncated shard": "CorpusError: .*shard-00000.arrow: .* bytes expected",
