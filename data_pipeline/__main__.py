@@ -18,7 +18,7 @@ _EPILOG = """\
 Exit codes: 0 success, 1 failure, 2 usage error, 130 Ctrl-C.
 """
 _INPUT = "files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet"
-_OUTPUT = "to write: new or empty"
+_OUTPUT = "to write: new, empty, or of the same command stopped before"
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -190,7 +190,7 @@ def _source_options(command: argparse.ArgumentParser) -> None:
         type=number,
         default=0.0,
         metavar="SHARE",
-        help="share of the documents to hold out, in OUTPUT/held_out (default 0)",
+        help="share of the documents to hold out; in corpora: OUTPUT/held_out (default 0)",
     )
     command.add_argument(
         "--work-size",

@@ -87,8 +87,8 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             # If the phase has no intact checkpoint, the run may return to an earlier phase.
             remaining = point.remaining_phases(phases)
         free_memory()
+    distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, phases[-1].last_step, fence))
     if distributed.rank() == 0:
-        write_run_status(config.output_dir, COMPLETED, phases[-1].last_step, fence)
         plot_loss(config.output_dir / METRICS, config.output_dir / LOSS_PLOT)
 
 

@@ -110,10 +110,10 @@ def hostfile_text(hosts: Mapping[str, int]) -> str:
 
 
 _EXAMPLES = """examples:
-  python -m cluster hostfile hosts --check-slots                       check it, and the GPUs of every host
+  python -m cluster hostfile hosts --check-slots                       # check it, and the GPUs of every host
   python -m cluster hostfile --hosts 'node[01-16]' --slots 8 --output hosts
   python -m cluster hostfile --hosts 10.0.0.4:8,10.0.0.5:4 > hosts
-  python -m cluster hostfile --from-slurm --output hosts               within salloc or sbatch
+  python -m cluster hostfile --from-slurm --output hosts               # within salloc or sbatch
 """
 
 

@@ -276,7 +276,7 @@ def find(run: Path, resume: str) -> Checkpoint | None:
         names = ", ".join(folder.name for folder in checkpoints(run))
         raise CheckpointError(
             f"{run / CHECKPOINTS}: none of {names} is intact ({damaged[0]}); "
-            "remove the run's folder to start over, or give --resume another checkpoint"
+            "remove the run's folder to start over, or start in another output_dir with --resume PATH"
         )
     source = origin(run)
     return None if source is None else verify(source)

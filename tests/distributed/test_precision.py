@@ -51,13 +51,13 @@ STOPPING: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = {
     "fixed": ({"loss_scale": 2.0**24}, {}, "gradients overflow at loss scale 1.67772e+07, the minimum"),
     "diverged": (
         {},
-        {"optimizer": {"lr": 1e6}, "divergence": {"enabled": False}},
+        {"optimizer": {"lr": 1e3}, "divergence": {"enabled": False}},
         f"step {SAVED}: loss is nan; not saved",
     ),
     # With the divergence guard: the diverged weights are not saved either.
     "rolled back": (
         {},
-        {"optimizer": {"lr": 1e6}, "divergence": {"max_rollbacks": 1}},
+        {"optimizer": {"lr": 1e3}, "divergence": {"max_rollbacks": 1}},
         "step 4: loss is nan, after 1 rollback to step 0",
     ),
 }

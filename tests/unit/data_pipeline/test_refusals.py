@@ -237,9 +237,11 @@ def test_infinite_sizes(
 ) -> None:
     source = write_text(tmp_path / "a.txt", ["text"])
     arguments = ["build", "--input", source, "--tokenizer", tokenizer, "--sequence-length", 16, option, value]
-    assert main([str(x) for x in [*arguments, "--output", tmp_path / "out"]]) == 1
-    name = option[2:].replace("-", " ")
-    assert capsys.readouterr().err == f"error: {name} {float(value)}: must be above 0 and at most 1e+12 (MB)\n"
+    with pytest.raises(SystemExit, match="2"):
+        main([str(x) for x in [*arguments, "--output", tmp_path / "out"]])
+    message = f"argument {option}: '{value}': expected a finite number of at most 1e+15"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", [False, True])
