@@ -3,7 +3,7 @@
 Nothing is written unless weights, moments and the probe's logits are finite. Everything is written under
 `checkpoints/.saving-OWNER/`: every rank writes, fsyncs, reads back and hashes its own files; then rank 0 lists them in
 checkpoint.json and renames the folder. Only then are older checkpoints deleted. There is no random state to save: data
-order, masks and dropout are functions of (seed, step, rank).
+order and masks are functions of (seed, epoch, sample), dropout of (seed, step, rank).
 
 Collectives: `distributed.run_on_rank0` and `run_collectively` around each stage; those of DeepSpeed's save_checkpoint,
 of `nonfinite` and of `full_fp32_weights`.
