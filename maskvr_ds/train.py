@@ -39,7 +39,7 @@ from maskvr_ds.training.saver import Saver, is_due
 from maskvr_ds.training.setup import DROPOUT, PhaseContext, setup_phase
 from maskvr_ds.training.step import StepResult, run_step
 
-# Exceptions that end a phase before its last step on all ranks; any other one is a failure.
+# Exceptions that all ranks raise together and that are not failures.
 _EXPECTED_EXITS = (DivergedError, StoppedError)
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def train_phase(
                     saver.save(step, samples, record, batch=number, wait=stopping or step == phase.last_step)
                 if save and stopping and step < phase.run_steps:
                     distributed.run_on_rank0(partial(write_run_status, run.output_dir, STOPPED, step, fence))
-                    raise StoppedError(f"stopped at step {step} as a signal asked, saved in {saver.latest}")
+                    raise StoppedError(f"stopped at step {step} on request, saved in {saver.latest}")
     return saver
 
 

@@ -63,7 +63,7 @@ def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> No
 
 
 def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:
-    """Write `status` file `name`. Raises FencedError if another job owns the run."""
+    """Record that the run is COMPLETED or STOPPED (`name`) at `step`. Raises FencedError if another job owns it."""
     fence.check()
     status.write(run, name, step)
 

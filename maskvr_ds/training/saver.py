@@ -45,7 +45,8 @@ class Saver:
     def due(self, step: int, *, stopping: bool) -> bool:
         """Whether to write a checkpoint now: every n-th step, after the last one, and when the run is stopping.
 
-        A checkpoint that falls on a skipped update waits for the next good step: the weights may be at fault.
+        Call once per step: a checkpoint that is due stays due until it is written. One that falls on a skipped update
+        waits for the next good step: the weights may be at fault.
         """
         self._due |= stopping or is_due(step, self._phase.config.checkpoint.every_steps, self._phase.last_step)
         return self._due and not self._context.guard.update_skipped

@@ -108,6 +108,8 @@ def setup_phase(
         if state.auto:
             chooser.restore(state.auto)
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
+    guard = _make_guard(phase, state, rollbacks)
+    gate_optimizer_step(engine, guard.allow_update)
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256)
@@ -124,7 +126,7 @@ def setup_phase(
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
-        guard=_make_guard(phase, engine, state, rollbacks),
+        guard=guard,
     )
 
 
@@ -189,11 +191,11 @@ def _probe_rows(corpus: Corpus) -> Loader:
     return Loader(corpus, seed=0, global_size=min(_PROBE_ROWS, corpus.rows), device=distributed.device())
 
 
-def _make_guard(phase: RunPhase, engine: Any, state: CheckpointState, rollbacks: list[dict[str, Any]]) -> Guard:
+def _make_guard(phase: RunPhase, state: CheckpointState, rollbacks: list[dict[str, Any]]) -> Guard:
     guard = Guard(phase.config.divergence, state.guard if len(state.phases) > phase.index else {})
     if any(entry["to_step"] == state.step for entry in rollbacks):
+        # A rollback has returned here: the skipped updates stored in the checkpoint are those that caused it.
         guard.clear_skipped()
-    gate_optimizer_step(engine, guard.allow_update)
     return guard
 
 
