@@ -101,6 +101,7 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
             resume = str(folder)
         case "only broken checkpoints":
             (folder / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+            (folder / "run" / "config.yaml").write_text("schema: 2\n")
             resume = "auto"
         case "resume what another job is at":
             fence.take(folder / "run", 2)  # by this process, which stays alive
