@@ -71,17 +71,16 @@ def test_faults_are_listed_and_no_rank_is_started(scene: Scene) -> None:
     other = make_corpus(scene.folder / "other", rows=50, words=20, seed=1)
     scene.hosts.on(2, "mount", "--bind", other, scene.corpus)
     try:
-        status, out, err = scene.preflight("--minimum-free", 2**40, "--clock", -100)
+        status, out, err = scene.preflight("--minimum-free", 10**9)
     finally:
         scene.hosts.on(2, "umount", scene.corpus)
     assert status == 1
     lines = err.splitlines()
     assert all(line.startswith("error: ") for line in lines)
     assert sum("GiB free on the disk of" in line for line in lines) == 2
-    assert sum("its clock is" in line for line in lines) == 2
     assert sum("manifest.json is sha256" in line and "h2: " in line for line in lines) == 1
     assert sum("batch.global_size 16 is not a multiple of" in line for line in lines) == 1
-    assert len(lines) == 6
+    assert len(lines) == 4
     table = out.splitlines()
     assert table[0].split()[:3] == ["host", "name", "ranks"]
     assert [row.split()[0] for row in table[1:3]] == ["h1", "h2"]
