@@ -17,8 +17,8 @@ import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.engine.deepspeed_patches import free_memory
-from maskvr_ds.engine.ds_config import read_deepspeed_config
 from maskvr_ds.engine.engine import loss_scale, set_learning_rate
 from maskvr_ds.reliability.divergence import DivergedError
 from maskvr_ds.reliability.signals import StoppedError, StopRequest

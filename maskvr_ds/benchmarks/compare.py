@@ -32,7 +32,7 @@ from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategi
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import CONFIG, METRICS
 from maskvr_ds.telemetry.metrics_file import AUTO_EVENT, read_events, read_lines
-from maskvr_ds.training.corpora import open_corpora
+from maskvr_ds.training.references import open_corpora
 
 RESULT, PLOT = "compare.json", "compare.png"
 _SPREAD = ("final", "difference", "fewer_steps", "less_time")

@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
-from maskvr_ds.engine.ds_config import read_deepspeed_config
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.models.bert import bert_config
 from maskvr_ds.runtime import distributed

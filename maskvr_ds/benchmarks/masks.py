@@ -22,9 +22,9 @@ from maskvr_ds.benchmarks.corpus import (
     rows_per_cpu_second,
 )
 from maskvr_ds.config import BatchConfig, MapNetConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.engine.ds_config import read_deepspeed_config
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer

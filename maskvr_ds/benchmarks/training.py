@@ -26,8 +26,9 @@ from maskvr_ds.benchmarks.corpus import make_corpus, one_thread, rows_per_cpu_se
 from maskvr_ds.benchmarks.lamb import lamb_cost
 from maskvr_ds.benchmarks.masks import masking_speed, strategy_cost
 from maskvr_ds.config import RunConfig, deepspeed_config_path
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.engine.ds_config import model_dtype, read_deepspeed_config
+from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics_file import read_lines

@@ -6,8 +6,12 @@ pass; otherwise nothing is written.
 """
 
 import json
+import re
+import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -18,9 +22,13 @@ from maskvr_ds.checkpoint import load
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import BERT
+from maskvr_ds.runtime.files import PARTIAL
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # Case, accents, punctuation, other scripts, a special token in plain text.
 _SAMPLES = ("Hello World, naïve CAFÉ!", "tokens: don't, e-mail, 3.14\n\ttab", "Ünïcode 東京 привет", "a [MASK] b")
+_NAME_OF_SPECIAL = re.compile(r"\[[A-Z]+\]")
 # Maximum difference of a logit, relative to the largest logit (absolute below 1). One rounding: 2^-8 in bf16, 2^-11
 # in fp16.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
@@ -30,29 +38,55 @@ class ExportError(ValueError):
     """The export could not be written, or its logits differ from the engine's."""
 
 
-def export(source: str | Path, output: str | Path) -> float:
-    """Write a BertForMaskedLM (fp32, safetensors) with its tokenizer; returns the maximum difference of a logit.
+@dataclass(frozen=True)
+class Exported:
+    """difference: maximum difference of a logit from the engine's. remarks: about the tokenizer, a sentence each."""
+
+    difference: float
+    remarks: tuple[str, ...]
+
+
+def export(source: str | Path, output: str | Path) -> Exported:
+    """Write a BertForMaskedLM (fp32, safetensors) with its tokenizer.
 
     source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
     Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use.
     """
     logging.disable_progress_bar()
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} exists and is not an empty folder; choose another --output")
+    target = _target(Path(output))
     folder = checkpoints.newest(Path(source))
     checkpoints.verify(folder)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # Unique: two exports must not share it. In the same folder, so that it can be renamed.
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
     partial.mkdir(parents=True)
     try:
-        _write(folder, partial)
+        load_model(folder).save_pretrained(partial)
+        remarks = _write_tokenizer(folder / BERT, partial)
         difference = _compare(folder, partial)
+        try:
+            partial.rename(target)  # replaces an empty folder, nothing else
+        except OSError as error:
+            raise ExportError(
+                f"{output}: cannot be written ({error.strerror}): another program has written there meanwhile, or it "
+                "is a mount point; choose another --output"
+            ) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    partial.replace(output)
-    return difference
+    return Exported(difference, tuple(remarks))
+
+
+def _target(output: Path) -> Path:
+    """The absolute path of the folder to write. Raises ExportError if it is in use."""
+    target = output.resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists and is not an empty folder; choose another --output")
+    # It will be replaced by another folder of the same name, and this process, or a shell, would be in none.
+    if Path.cwd().is_relative_to(target):
+        raise ExportError(f"{output}: is the current folder or one above it; name a new folder as --output")
+    if target.is_mount():
+        raise ExportError(f"{output}: is a mount point and cannot be replaced; name a new folder in it as --output")
+    return target
 
 
 def load_model(folder: Path) -> BertForMaskedLM:
@@ -67,33 +101,73 @@ def load_model(folder: Path) -> BertForMaskedLM:
     return model
 
 
-def _write(folder: Path, output: Path) -> None:
-    load_model(folder).save_pretrained(output)
-    _write_tokenizer(folder / BERT, output)
-
-
-def _write_tokenizer(source: Path, output: Path) -> None:
-    """Copy the tokenizer's files and ensure that transformers encodes as the tokenizer that built the corpus.
+def _write_tokenizer(source: Path, output: Path) -> list[str]:
+    """Copy the tokenizer's files and see to it that transformers encodes as the tokenizer that built the corpus.
 
     Next to a BERT's config.json, AutoTokenizer may build a lower-casing BertTokenizer from the vocabulary and ignore
-    tokenizer.json. Raises ExportError if that cannot be prevented.
+    tokenizer.json. Returns what a user of the folder should know, one sentence each: the weights are right, so that a
+    tokenizer which transformers reads otherwise is no reason to refuse them.
     """
     for file in source.iterdir():
-        if file.name != "config.json":
+        if file.is_file() and file.name != "config.json":
             shutil.copyfile(file, output / file.name)
     exact = Tokenizer.from_file(str(source / "tokenizer.json"))
-    expected = [exact.encode(text).ids for text in _SAMPLES]
-    if [AutoTokenizer.from_pretrained(output)(text)["input_ids"] for text in _SAMPLES] == expected:
-        return
-    config = output / "tokenizer_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if [AutoTokenizer.from_pretrained(output)(text)["input_ids"] for text in _SAMPLES] != expected:
-        raise ExportError(
-            f"{source}: transformers encodes with this folder otherwise than its tokenizer.json; "
-            "correct tokenizer_config.json in the corpus, and resume training from there"
+    # transformers pads and truncates as it is asked to, never by the file; corpora are built without either.
+    exact.no_padding()
+    exact.no_truncation()
+    known = {token.content for token in exact.get_added_tokens_decoder().values()}
+    unregistered = {name for text in _SAMPLES for name in _named(text) if exact.token_to_id(name) is not None} - known
+    remarks = []
+    if unregistered:
+        remarks.append(
+            f"tokenizer.json does not register {', '.join(sorted(unregistered))} as special: in the corpus such names "
+            "in texts are split like words, transformers reads them as special tokens"
         )
+    texts = [text for text in _SAMPLES if not _named(text) & unregistered]
+    expected = {text: exact.encode(text).ids for text in texts}
+    if _difference(output, expected) is None:
+        return remarks
+    config = output / TOKENIZER_CONFIG
+    settings = _settings(config)
+    kept = {key: value for key, value in settings.items() if key.endswith("_token") or key == "model_max_length"}
+    for changed in (settings, kept):
+        _write_settings(config, {**changed, "tokenizer_class": "PreTrainedTokenizerFast"})
+        if (difference := _difference(output, expected)) is None:
+            return remarks
+    shutil.copyfile(source / config.name, config) if (source / config.name).is_file() else config.unlink()
+    return [
+        *remarks,
+        f"{difference}; use tokenizers.Tokenizer.from_file on the folder's tokenizer.json, which is exact",
+    ]
+
+
+def _named(text: str) -> set[str]:
+    return set(_NAME_OF_SPECIAL.findall(text))
+
+
+def _difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
+    """How transformers' tokenizer of the folder differs from `expected` (text -> ids); None if it does not."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        for text, ids in expected.items():
+            if (found := tokenizer(text)["input_ids"]) != ids:
+                return f"transformers encodes {text!r} as {found}, the tokenizer of the corpus as {ids}"
+    except Exception as error:  # whatever the class named in the folder raises
+        return f"transformers cannot load the tokenizer ({type(error).__name__}: {error})"
+    return None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json; empty if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_settings(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -106,6 +106,8 @@ def add_export(commands: Commands) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from maskvr_ds.checkpoint.export import export
 
-    difference = export(arguments.checkpoint, arguments.output)
-    print(f"{arguments.output}: BertForMaskedLM and tokenizer; logits within {difference:.2g} of the engine's")
+    exported = export(arguments.checkpoint, arguments.output)
+    for remark in exported.remarks:
+        print(f"warning: {arguments.output}: {remark}", file=sys.stderr)
+    print(f"{arguments.output}: BertForMaskedLM and tokenizer; logits within {exported.difference:.2g} of the engine's")
     return 0

@@ -1,8 +1,11 @@
 """`maskvr recipes` and `maskvr config`."""
 
 import argparse
+import sys
 
 from maskvr_ds.cli.options import Commands, add_command
+from maskvr_ds.runtime.hostfile import read_hostfile
+from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SLOTS, integer
 
 _RECIPES_EXAMPLES = """\
 maskvr recipes
@@ -30,9 +33,16 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_CONFIG_DESCRIPTION = """\
+Validate a config and print it fully resolved, defaults included. Also checked, as at the start of
+training: the DeepSpeed file, the corpora (paths, sequence lengths, tokenizers, masks that they
+allow), the initial model, and the batch sizes.
+
+Exit status: 0 valid; 1 with a line on standard error for each fault."""
 _CONFIG_EXAMPLES = """\
 maskvr config --config run.yaml
-maskvr config --config bert_base_4k --set data.path=corpus --set batch.micro_size=32"""
+maskvr config --config run.yaml --num-gpus 8
+maskvr config --config bert_base_4k --no-files --set batch.micro_size=32"""
 
 
 def add_config(commands: Commands) -> None:
@@ -44,13 +54,38 @@ def add_config(commands: Commands) -> None:
         "config",
         "validate a config and print it fully resolved, defaults included",
         examples=_CONFIG_EXAMPLES,
+        description=_CONFIG_DESCRIPTION,
     )
     add_config_options(parser)
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument(
+        "--num-gpus",
+        type=integer(1, MAX_NODES * MAX_SLOTS),
+        metavar="N",
+        help="also check that N ranks can share a batch",
+    )
+    ranks.add_argument("--hostfile", metavar="FILE", help="also check that its ranks can share a batch")
+    parser.add_argument(
+        "--no-files",
+        action="store_true",
+        help="do not check the corpora, tokenizers and initial model that it names (they will be made later)",
+    )
     parser.set_defaults(run=_config)
 
 
 def _config(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import dump_config, load_config
+    from maskvr_ds.training.references import file_faults, settings_faults
 
-    print(dump_config(load_config(arguments.config, arguments.assignments)), end="")
-    return 0
+    config = load_config(arguments.config, arguments.assignments)
+    ranks = sum(read_hostfile(arguments.hostfile).values()) if arguments.hostfile else arguments.num_gpus
+    faults = settings_faults(config, ranks)
+    remarks: list[str] = []
+    if not arguments.no_files:
+        of_files, remarks = file_faults(config)
+        faults += of_files
+    print(dump_config(config), end="")
+    for kind, lines in (("warning", remarks), ("error", faults)):
+        for line in lines:
+            print(f"{kind}: {line}", file=sys.stderr)
+    return 1 if faults else 0

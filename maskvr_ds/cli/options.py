@@ -57,7 +57,16 @@ def check_ranks_here(ranks: int) -> None:
         )
 
 
-def check_batch(config: "RunConfig", ranks: int) -> None:
-    """Raise ConfigError if the global batch of a phase cannot be divided among `ranks`."""
-    for index in range(len(config.phases) or 1):
-        config.phase(index).accumulation_steps(ranks)
+def check_start(config: "RunConfig", ranks: int, *, files: bool) -> None:
+    """Raise ConfigError, one line per fault, for everything that would end the run later and is known now.
+
+    files: also check corpora, tokenizers and the initial model, which a run that resumes may not need.
+    """
+    from maskvr_ds.config import ConfigError
+    from maskvr_ds.training.references import file_faults, settings_faults
+
+    faults = settings_faults(config, ranks)
+    if files:
+        faults += file_faults(config)[0]
+    if faults:
+        raise ConfigError("\n  ".join(faults))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from maskvr_ds.cli.options import Commands, add_command, check_batch, check_ranks_here, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, check_ranks_here, check_start, visible_gpus
 from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.logs import verbosity_words
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
@@ -36,7 +36,7 @@ def add_train(commands: Commands) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import ConfigError, load_config
     from maskvr_ds.reliability import launch
-    from maskvr_ds.run_folder.marks import output_fault
+    from maskvr_ds.run_folder.marks import is_run, output_fault
 
     # Report an invalid value once, before any rank starts.
     config = load_config(arguments.config, arguments.assignments)
@@ -49,7 +49,8 @@ def _train(arguments: argparse.Namespace) -> int:
         options += ["--resume", arguments.resume]
     options += verbosity_words(arguments.verbosity)
     if arguments.hostfile:
-        check_batch(config, sum(read_hostfile(arguments.hostfile).values()))
+        # The corpora are on the hosts, perhaps not here.
+        check_start(config, sum(read_hostfile(arguments.hostfile).values()), files=False)
         # It puts values in single quotes on a shell's command line without escaping quotes within them.
         if quoted := next((word for word in options if "'" in word), None):
             raise ConfigError(
@@ -61,7 +62,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return launch.launch(words, config.output_dir, config.training.steps)
     ranks = arguments.num_gpus or max(1, visible_gpus())
     check_ranks_here(ranks)
-    check_batch(config, ranks)
+    check_start(config, ranks, files=not is_run(config.output_dir) and arguments.resume in (None, "auto"))
     if ranks > 1:
         return launch.launch_here("maskvr_ds.train", options, ranks, config.output_dir, config.training.steps)
     from maskvr_ds import train

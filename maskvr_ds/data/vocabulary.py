@@ -36,6 +36,29 @@ def token_ids(folder: Path) -> dict[str, int] | None:
     return None
 
 
+def tokenizer_remarks(folder: Path, special: Iterable[int]) -> list[str]:
+    """What a folder's tokenizer.json does to every text besides tokenising it, one sentence each: nothing is wrong with
+    the corpus, which is built without, but programs that use the file should know. special: ids of special tokens.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # reported where the file is needed
+        return []
+    remarks = []
+    if used := [name for name in ("padding", "truncation") if content.get(name)]:
+        remarks.append(
+            f"{path}: has {' and '.join(used)}, used by neither corpus nor training; an export keeps the file"
+        )
+    registered = {token.get("id") for token in content.get("added_tokens") or []}
+    if missing := sorted(set(special) - registered):
+        remarks.append(
+            f"{path}: special tokens with the ids {', '.join(map(str, missing))} are not registered as special: "
+            "their names in a text are split like words; in an export, transformers recognises them"
+        )
+    return remarks
+
+
 def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
     """bool [V]: whether a token starts a word, from the folder's tokenizer.json.
 

@@ -18,7 +18,7 @@ from maskvr_ds.engine.ds_config import check_device, complete_deepspeed_config, 
 from maskvr_ds.engine.master_weights import set_masters
 from maskvr_ds.models import pretrained
 from maskvr_ds.models.bert import MaskedLanguageModel
-from maskvr_ds.models.pretrained import InitialWeights
+from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.optim import lamb
 from maskvr_ds.runtime import distributed
 

@@ -12,7 +12,6 @@ size, batch layout, device and call order. No host-device synchronisation: the w
 counts.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.masking.checks import round_half_up
 from maskvr_ds.masking.conditional_poisson import ConditionalPoisson, odds_of
 from maskvr_ds.masking.estimators import ESTIMATORS, Draw, horvitz_thompson
 from maskvr_ds.masking.pareto import (
@@ -39,11 +39,6 @@ SELECTION, CORRUPTION, _LENGTH = (purpose << 32 for purpose in (0, 1, 3))
 _PASSES = 4
 
 
-def round_half_up(x: float) -> int:
-    """Round to nearest, halves up: the rule of `prediction_counts` (Python's `round` rounds halves to even)."""
-    return math.floor(x + 0.5)
-
-
 def maximum_predictions(sequence_length: int, rate: float) -> int:
     """K: maximum number of predictions in a row of `sequence_length` tokens, of which [CLS] and [SEP] are special."""
     return max(1, round_half_up(rate * (sequence_length - 2)))
@@ -52,11 +47,6 @@ def maximum_predictions(sequence_length: int, rate: float) -> int:
 def prediction_counts(n: torch.Tensor, rate: float) -> torch.Tensor:
     """k = round(rate · n), at least 1 if n ≥ 1: int64 [B], numbers of maskable positions → int64 [B]."""
     return torch.floor(n.double() * rate + 0.5).long().clamp(min=1).minimum(n)
-
-
-def segments(n: int, rate: float) -> int:
-    """S = ⌈n/k⌉: the number of segments into which `fully_explored` divides a row of n maskable positions."""
-    return -(-n // max(1, round_half_up(n * rate)))
 
 
 def row_keys(seed: int, batch: TokenBatch) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from maskvr_ds.checkpoint import load
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.models.pretrained import WEIGHTS, InitialWeights, weights_file
+from maskvr_ds.models.initial_folder import WEIGHTS, InitialWeights, weights_file
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import MAPNET_STATE

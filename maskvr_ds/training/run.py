@@ -12,7 +12,7 @@ from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig, dump_config
 from maskvr_ds.config.masking import MAPNET_MAY_CHANGE
 from maskvr_ds.data.mixture import corpora_identity
-from maskvr_ds.models.pretrained import InitialWeights
+from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.run_folder import checkpoints, status
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG

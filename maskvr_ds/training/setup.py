@@ -11,21 +11,21 @@ from transformers import BertConfig
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.config import RunConfig
+from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
-from maskvr_ds.engine.ds_config import model_dtype, zero_stage
+from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.engine.master_weights import partition_sizes
 from maskvr_ds.masking import mapnet
-from maskvr_ds.masking.factory import create_masker, sequence_copies
+from maskvr_ds.masking.checks import segments, sequence_copies
+from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.masking.strategies import segments
-from maskvr_ds.models import pretrained
 from maskvr_ds.models.bert import bert_config
 from maskvr_ds.models.flops import flops_per_sequence
-from maskvr_ds.models.pretrained import InitialWeights
+from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.fence import Fence
@@ -81,7 +81,7 @@ def setup_phase(
     check_same_corpora((corpus, held_out))
     initial = point.initial if point.checkpoint is None else None
     if initial is not None:
-        distributed.run_on_rank0(lambda: pretrained.check_vocabulary(initial, corpus))
+        distributed.run_on_rank0(lambda: check_vocabulary(initial, corpus))
     make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest

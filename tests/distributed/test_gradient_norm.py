@@ -27,8 +27,8 @@ def measure(names: list[str]) -> dict[str, Any]:
     import torch
 
     from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+    from maskvr_ds.config.deepspeed import read_deepspeed_config
     from maskvr_ds.data.batch import MaskedBatch
-    from maskvr_ds.engine.ds_config import read_deepspeed_config
     from maskvr_ds.engine.engine import create_engine, loss_scale, step_and_norm
     from maskvr_ds.masking.gradient_norms import GradientNorms
     from maskvr_ds.models.bert import MaskedLanguageModel, bert_config

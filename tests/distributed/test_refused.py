@@ -58,7 +58,8 @@ def what_deepspeed_says(folder: Path) -> dict[str, list[str]]:
     from deepspeed.accelerator import get_accelerator
 
     from maskvr_ds import lamb
-    from maskvr_ds.engine.ds_config import check_device, read_deepspeed_config
+    from maskvr_ds.config.deepspeed import read_deepspeed_config
+    from maskvr_ds.engine.ds_config import check_device
     from maskvr_ds.runtime import distributed
 
     distributed.initialize()

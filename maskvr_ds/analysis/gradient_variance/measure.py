@@ -47,10 +47,11 @@ from maskvr_ds.checkpoint.export import load_model
 from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
 from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.data.permutation import KeyedPermutation
-from maskvr_ds.masking.factory import create_masker, sequence_copies
+from maskvr_ds.masking.checks import segments, sequence_copies
+from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.masking.strategies import Proposal, segments
+from maskvr_ds.masking.strategies import Proposal
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.layout import MAPNET_STATE

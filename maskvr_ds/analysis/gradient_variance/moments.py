@@ -17,8 +17,9 @@ from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, 
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
+from maskvr_ds.masking.checks import segments
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.masking.strategies import prediction_counts, segments
+from maskvr_ds.masking.strategies import prediction_counts
 from maskvr_ds.runtime import distributed
 
 # Draws of a row are this many epochs (times J) apart: each belongs to a different round of fully_explored, and the

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
+from maskvr_ds.masking.checks import segments
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.mapnet import inclusion_from_scores
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.masking.strategies import segments
 from maskvr_ds.models.bert import MaskedLanguageModel
 
 # norms(masked) → float32 [B, K], ‖g_i‖² of every prediction, arbitrary in unused slots.

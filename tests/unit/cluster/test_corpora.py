@@ -14,7 +14,7 @@ from cluster.slurm.script import SlurmError
 from data_pipeline.__main__ import main as pipeline
 from data_pipeline.manifest import read_manifest
 from maskvr_ds.config import ConfigError, load_config
-from maskvr_ds.training.corpora import open_corpora
+from maskvr_ds.training.references import open_corpora
 from tests.support.corpora import make_corpus
 from tests.support.scripts import build_words
 

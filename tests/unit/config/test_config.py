@@ -224,7 +224,8 @@ def test_deepspeed_config_must_exist() -> None:
 
 
 def test_shipped_deepspeed_configs_set_nothing_that_run_config_owns() -> None:
-    from maskvr_ds.engine.ds_config import model_dtype, read_deepspeed_config, zero_stage
+    from maskvr_ds.config.deepspeed import read_deepspeed_config, zero_stage
+    from maskvr_ds.engine.ds_config import model_dtype
 
     files = sorted(Path(ds_configs.__file__).parent.glob("*.json"))
     assert len(files) == 13
@@ -279,7 +280,7 @@ def test_shipped_deepspeed_configs_set_nothing_that_run_config_owns() -> None:
     ],
 )
 def test_deepspeed_config_faults(tmp_path: Path, content: object, message: str) -> None:
-    from maskvr_ds.engine.ds_config import read_deepspeed_config
+    from maskvr_ds.config.deepspeed import read_deepspeed_config
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))

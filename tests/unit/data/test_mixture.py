@@ -16,7 +16,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
 from maskvr_ds.data.loader import Loader, RepeatSchedule, sample_rows
 from maskvr_ds.data.mixture import Mixture, Share, corpora_identity, open_mixture
-from maskvr_ds.training.corpora import open_corpora
+from maskvr_ds.training.references import open_corpora
 from tests.support.corpora import make_corpus
 
 LENGTH = 16

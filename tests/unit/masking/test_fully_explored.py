@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data_pipeline.shards import Corpus
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.masking.strategies import prediction_counts, segments
+from maskvr_ds.masking.checks import segments
+from maskvr_ds.masking.strategies import prediction_counts
 from tests.support.corpora import make_corpus
 from tests.unit.masking.test_strategies import SPECIAL, chosen, masker
 

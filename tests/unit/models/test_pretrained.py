@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config
 from maskvr_ds.data.vocabulary import token_ids
-from maskvr_ds.models.pretrained import InitialWeights
+from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.runtime.files import sha256
 from maskvr_ds.training.resume import resolve_model_config

@@ -133,7 +133,7 @@ def test_resume_is_suggested_if_there_is_a_checkpoint(saved: bool, tmp_path: Pat
 
 
 def test_printed_configuration_loads_as_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "--config", "demo_cpu", "--set", "seed=7"]) == 0
+    assert cli.main(["config", "--no-files", "--config", "demo_cpu", "--set", "seed=7"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert load_config(printed) == load_config("demo_cpu", ["seed=7"])

@@ -1,0 +1,56 @@
+"""Whether a corpus allows the masking settings; the numbers of positions and segments that follow from them. Loads no
+torch."""
+
+import math
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig
+from maskvr_ds.data.vocabulary import word_starts
+
+
+def round_half_up(x: float) -> int:
+    """Round to nearest, halves up: the rule of `prediction_counts` (Python's `round` rounds halves to even)."""
+    return math.floor(x + 0.5)
+
+
+def segments(n: int, rate: float) -> int:
+    """S = ⌈n/k⌉: the number of segments into which `fully_explored` divides a row of n maskable positions."""
+    return -(-n // max(1, round_half_up(n * rate)))
+
+
+def check_masking(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError if the corpus's sequence length, size or vocabulary does not allow the masking settings."""
+    masking, longest = config.masking, corpus.sequence_length - 2
+    if masking.strategy in ("fully_explored", "auto"):
+        if masking.final_rate is not None:
+            for n in range(1, longest + 1):
+                if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
+                    raise ConfigError(
+                        f"masking.final_rate {masking.final_rate:g}: with strategy {masking.strategy} the rate must "
+                        f"not change the number of segments within a round, but rows of {n} tokens would change from "
+                        f"{before} to {after}; remove final_rate, or change the rate between phases"
+                    )
+        if (copies := sequence_copies(masking, corpus)) > (most := segments(longest, masking.rate)):
+            raise ConfigError(
+                f"masking.fully_explored.segments_per_sequence {copies} exceeds the maximum: a sequence of "
+                f"{corpus.sequence_length} tokens has {most} segments at rate {masking.rate:g}"
+            )
+        if config.batch.global_size % copies:
+            below = config.batch.global_size // copies * copies
+            sizes = [size for size in (below, below + copies) if size]
+            raise ConfigError(
+                f"batch.global_size {config.batch.global_size} is not a multiple of {copies}, the number of segments "
+                f"of a sequence in one global batch; set it to {' or '.join(str(b) for b in sizes)}, or "
+                "masking.fully_explored.segments_per_sequence to a divisor of it"
+            )
+    if masking.strategy == "auto" and masking.auto.rows > corpus.rows:
+        raise ConfigError(f"masking.auto.rows {masking.auto.rows}: {corpus.folder} has only {corpus.rows} rows")
+    if masking.strategy in ("whole_word", "span"):
+        word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
+
+
+def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
+    """J: copies of a row in a global batch; by default (placement same_batch) one per segment of a full row."""
+    if masking.fully_explored.placement != "same_batch":
+        return 1
+    return masking.fully_explored.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
