@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from data_pipeline.numbers import integer, number
+from data_pipeline.options import (
+    INPUT,
+    document_options,
+    packing_options,
+    progress_options,
+    source_options,
+    worker_options,
+)
 
 if TYPE_CHECKING:
+    from data_pipeline.arguments import Safeguards
     from data_pipeline.execution.mpi import Team
 
 _EPILOG = """\
 `python -m data_pipeline COMMAND --help` shows examples. A stopped build resumes when the same command is rerun.
 Exit codes: 0 success, 1 failure, 2 usage error, 130 Ctrl-C.
 """
-_INPUT = "files, folders and globs of .txt, .jsonl (also .gz, .zst) and .parquet"
 _OUTPUT = "to write: new, empty, or of the same command stopped before"
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -62,7 +71,7 @@ def _add_tokenizer(commands: _Commands) -> None:
         "  python -m data_pipeline tokenizer --input 'wiki/*.jsonl.zst' --text-field body --vocab-size 30522 \\\n"
         "      --cased --output tok_cased/\n",
     )
-    command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=_INPUT)
+    command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=INPUT)
     command.add_argument(
         "--vocab-size",
         type=integer,
@@ -72,8 +81,8 @@ def _add_tokenizer(commands: _Commands) -> None:
     )
     command.add_argument("--cased", action="store_true", help="keep case and accents (default: lower-case)")
     command.add_argument("--output", required=True, metavar="DIR", help=f"tokenizer folder {_OUTPUT}")
-    _document_options(command)
-    _progress_options(command)
+    document_options(command)
+    progress_options(command)
 
 
 def _add_build(commands: _Commands) -> None:
@@ -88,10 +97,10 @@ def _add_build(commands: _Commands) -> None:
         "Tokenise and pack texts into a corpus. Rows are in document order; the trainer shuffles them.\n"
         "The output does not depend on --workers, nor on interruptions.",
     )
-    _source_options(command)
-    _packing_options(command)
+    source_options(command)
+    packing_options(command)
     command.add_argument("--output", required=True, metavar="DIR", help=f"corpus folder {_OUTPUT}")
-    _worker_options(command)
+    worker_options(command)
 
 
 def _add_tokenize(commands: _Commands) -> None:
@@ -104,9 +113,9 @@ def _add_tokenize(commands: _Commands) -> None:
         "      --output tokens/ --workers 16\n",
         "Tokenise texts to token shards: ids, document and sentence boundaries, word starts.",
     )
-    _source_options(command)
+    source_options(command)
     command.add_argument("--output", required=True, metavar="DIR", help=f"folder of token shards {_OUTPUT}")
-    _worker_options(command)
+    worker_options(command)
 
 
 def _add_pack(commands: _Commands) -> None:
@@ -127,9 +136,9 @@ def _add_pack(commands: _Commands) -> None:
         metavar="SOURCE=W",
         help="use the documents of a source W times, overriding the description; may be repeated",
     )
-    _packing_options(command)
+    packing_options(command)
     command.add_argument("--output", required=True, metavar="DIR", help=f"corpus folder {_OUTPUT}")
-    _worker_options(command)
+    worker_options(command)
 
 
 def _add_verify(commands: _Commands) -> None:
@@ -140,7 +149,7 @@ def _add_verify(commands: _Commands) -> None:
         "  python -m data_pipeline verify corpus/\n  python -m data_pipeline verify tokens/ --no-progress\n",
     )
     command.add_argument("folder", metavar="DIR", help="corpus folder, or output folder of tokenize")
-    _progress_options(command)
+    progress_options(command)
 
 
 def _add_stats(commands: _Commands) -> None:
@@ -159,7 +168,7 @@ def _add_stats(commands: _Commands) -> None:
     )
     command.add_argument("--png", metavar="FILE", help="plot lengths, top tokens and sources to this file")
     command.add_argument("folder", metavar="DIR", help="corpus folder")
-    _progress_options(command)
+    progress_options(command)
 
 
 def _add_inspect(commands: _Commands) -> None:
@@ -172,95 +181,6 @@ def _add_inspect(commands: _Commands) -> None:
     command.add_argument("--rows", type=integer, default=5, metavar="N", help="number of rows (default 5)")
     command.add_argument("--first", type=integer, default=0, metavar="ROW", help="first row (default 0)")
     command.add_argument("folder", metavar="DIR", help="corpus folder")
-
-
-def _source_options(command: argparse.ArgumentParser) -> None:
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--description",
-        metavar="YAML",
-        help="sources with weights, and document rules: filters, duplicates, contamination",
-    )
-    source.add_argument("--input", nargs="+", metavar="PATH", help=_INPUT)
-    _document_options(command)
-    command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    command.add_argument("--seed", type=integer, default=0, metavar="S", help="key of the held-out split (default 0)")
-    command.add_argument(
-        "--held-out",
-        type=number,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the documents to hold out; in corpora: OUTPUT/held_out (default 0)",
-    )
-    command.add_argument(
-        "--work-size",
-        type=number,
-        metavar="MB",
-        help="MB of text per unit of work; does not change the corpus (default: 1/64 of the text, between 1 and 32)",
-    )
-
-
-def _document_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--documents",
-        choices=("blank-line", "line", "file"),
-        default="blank-line",
-        help="unit of a document in .txt files: up to a blank line (default), a line, or the file",
-    )
-    command.add_argument(
-        "--text-field",
-        default="text",
-        metavar="NAME",
-        help="field of .jsonl or column of .parquet that holds the text (default: text)",
-    )
-
-
-def _packing_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--sequence-length",
-        type=integer,
-        required=True,
-        metavar="L",
-        help="tokens per row, at least 8",
-    )
-    command.add_argument(
-        "--packing",
-        choices=("full_sequences", "documents", "nsp", "sop"),
-        default="full_sequences",
-        help="full rows (default); one document per row; pairs for next-sentence or sentence-order prediction",
-    )
-    command.add_argument(
-        "--bins", nargs="+", type=integer, default=(), metavar="N", help="shorter row lengths for packing documents"
-    )
-    command.add_argument(
-        "--pair-probability",
-        type=number,
-        default=0.5,
-        metavar="P",
-        help="share of pairs that are random (nsp) or swapped (sop) (default 0.5)",
-    )
-    command.add_argument(
-        "--columns",
-        nargs="+",
-        choices=("word_start", "sentence_start"),
-        default=(),
-        help="also store word or sentence starts, one bit per token",
-    )
-    command.add_argument("--shard-size", type=number, default=128.0, metavar="MB", help="MB per shard (default 128)")
-
-
-def _worker_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=integer, default=1, metavar="N", help="processes (default 1)")
-    _progress_options(command)
-
-
-def _progress_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="progress bar on stderr (default: on a terminal)",
-    )
 
 
 def _weight(text: str) -> tuple[str, float]:
@@ -286,8 +206,9 @@ def _run(arguments: argparse.Namespace) -> None:
             if team:
                 team.stop()
     elif command == "tokenizer":
-        from data_pipeline.tokenization.tokenizer import train_tokenizer
+        from data_pipeline.tokenization.training import train_tokenizer
 
+        options["limits"] = _safeguards(options).limits()
         train_tokenizer(options.pop("input"), **options)
         print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
     elif command == "inspect":
@@ -322,15 +243,21 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> None:
     """Run build, tokenize or pack, on rank 0 of a team if there is one."""
     output = options["output"]
+    if command != "pack":
+        options["safeguards"] = _safeguards(options)
     if command == "tokenize":
         from data_pipeline.build import tokenize
+        from data_pipeline.tokenization.unknown import describe_unknown
 
         tokens = tokenize(options.pop("input"), team=team, **options)
         ids = sum(shard.sides[side].length for shard in tokens.shards for side in tokens.sides)
-        print(f"{output}: {ids:,} ids in {len(tokens.shards):,} token shards{_dropped(tokens.dropped)}")
+        facts = f"{ids:,} ids in {len(tokens.shards):,} token shards, {describe_unknown(tokens)}"
+        print(f"{output}: {facts}{_dropped(tokens.dropped)}")
     else:
         from data_pipeline.build import build, pack
 
+        notes: list[str] = []
+        options["report"] = notes.append
         if command == "build":
             manifest = build(options.pop("input"), team=team, **options)
         else:
@@ -338,8 +265,16 @@ def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> N
         print(
             f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
             f"{manifest.rows:,} rows of {manifest.sequence_length}, {len(manifest.shards):,} shards"
+            f"{''.join(f', {note}' for note in notes)}"
             f"{_dropped(manifest.dropped)}"
         )
+
+
+def _safeguards(options: dict[str, Any]) -> Safeguards:
+    from data_pipeline.arguments import Safeguards
+
+    names = ("max_record", "max_expansion", "max_unknown")
+    return Safeguards(**{name: options.pop(name) for name in names if name in options})
 
 
 def _dropped(counts: dict[str, int]) -> str:
@@ -350,6 +285,9 @@ def _dropped(counts: dict[str, int]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. On usage errors, argparse exits with 2."""
     arguments = command_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Tokens and paths may not be printable in the encoding of the locale.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
     except KeyboardInterrupt:

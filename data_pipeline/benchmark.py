@@ -127,13 +127,14 @@ def _write_documents(inputs: Sequence[str], peer: str, folder: Path, files: int)
 
 
 def _datatrove_command(python: str, texts: Path, tokenizer: Path, folder: Path, workers: int) -> list[str]:
-    (folder / "peer.py").write_text(_DATATROVE)
+    (folder / "peer.py").write_text(_DATATROVE, encoding="utf-8")
     return [python, str(folder / "peer.py"), str(texts), str(tokenizer), str(folder), str(workers)]
 
 
 def _lddl_command(python: str, texts: Path, tokenizer: Path, folder: Path, workers: int) -> list[str]:
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_bytes())["model"]["vocab"]
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)))
+    lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get))
+    (folder / "vocab.txt").write_text(lines, encoding="utf-8")
     options = {
         "books": texts,
         "sink": folder / "pairs",
@@ -164,14 +165,14 @@ def _measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with (folder / "errors").open("wb") as errors:
         process = subprocess.Popen(
-            command, env=os.environ | one_thread, stdout=subprocess.PIPE, stderr=errors, text=True
+            command, env=os.environ | one_thread, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
         )
         assert process.stdout is not None
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        errors_tail = (folder / "errors").read_text(errors="replace")[-2000:]
+        errors_tail = (folder / "errors").read_text(encoding="utf-8", errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}: {errors_tail}")
     measured = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - start}
     return measured | (json.loads(lines[-1]) if (lines := output.splitlines()) and lines[-1].startswith("{") else {})

@@ -165,7 +165,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CorpusError(
             f"{path}: not found. This is not a corpus, or its build has not finished: rerun the build command"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorpusError(f"{path}: not JSON ({error}). Build the corpus again") from None
     if isinstance(raw, dict) and raw.get("kind") == "tokens":
         raise CorpusError(f"{path}: describes token shards, not a corpus. Build one from them with the command pack")

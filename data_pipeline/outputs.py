@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import CorpusError, remove_partials, sha256_file, write_json
+from data_pipeline.filters.rules import NEWER_RULES
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, TOKENIZER, Manifest, SourceEntry, read_manifest
 from data_pipeline.shards import check_shard
 from data_pipeline.sources.inputs import Source
@@ -24,7 +26,7 @@ _NEWER_ARGUMENTS = ("decontaminate",)
 
 @contextmanager
 def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
-    """Lock the output folder for this build and yield its work folder.
+    """Lock the output folder for this build and yield its work folder, which does not exist if the output is finished.
 
     If the build fails before any task has finished, everything it created is removed. Raises CorpusError if the folder
     is in use, holds other files, or belongs to a build with other arguments.
@@ -35,9 +37,13 @@ def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
     output.mkdir(parents=True, exist_ok=True)
     claim_arguments(output, arguments)
     work = output / _WORK
+    if (output / MANIFEST).exists() and not (work.exists() and os.access(output, os.W_OK)):
+        # Finished, and nothing to clean up: the folder may be on a read-only file system.
+        yield work
+        return
     results = work / "results"
     results.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with (work / "lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,10 +107,12 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
         before = json.loads(path.read_bytes())
     except ValueError as error:
         raise CorpusError(f"{path}: not JSON ({error}). Choose another output folder, or remove it") from None
-    for key in arguments:
-        if before.get(key) == arguments[key] or (key in _NEWER_ARGUMENTS and key not in before):
+    # Rules of records are recorded only if they are set.
+    for key in (*arguments, *(key for key in NEWER_RULES if key in before and key not in arguments)):
+        then: Any = before.get(key)
+        now: Any = arguments.get(key)
+        if then == now or (key in _NEWER_ARGUMENTS and key not in before):
             continue
-        then, now = before.get(key), arguments[key]
         if key == "sources":
             then, now = ([s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then)))
         raise CorpusError(

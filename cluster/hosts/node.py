@@ -70,7 +70,7 @@ def marked(mark: str) -> list[dict[str, Any]]:
         try:
             value = _variable(folder, MARK)
             if value is not None and value.startswith(mark):
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                state = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
                 found.append({"pid": int(folder.name), "state": state})
         except (OSError, IndexError):
             continue  # another user's process, or ended

@@ -90,6 +90,7 @@ def _check_build(given: argparse.Namespace) -> None:
     from data_pipeline import build
     from data_pipeline.tokenization.tokenizer import fingerprint
 
+    build.Safeguards(given.max_record, given.max_expansion, given.max_unknown).limits()
     build.check_source_arguments(given.workers, given.seed, given.held_out, given.documents, given.work_size)
     options = build.pack_options(
         given.sequence_length,
@@ -120,7 +121,9 @@ def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) 
     from data_pipeline import build
     from data_pipeline.tokenization.stage import find_groups
 
-    about, named = build.resolve_description(given.input, given.description, given.documents, given.text_field)
+    about, named = build.resolve_description(
+        given.input, given.description, given.documents, given.text_field, given.no_text, given.bad_records
+    )
     about = build.with_required_planes(about, given.columns, given.packing)
     groups = find_groups(about, (Path(given.output), Path(given.tokenizer)), named)
     same = ("sequence_length", "seed", "held_out", "documents", "text_field", "shard_size")

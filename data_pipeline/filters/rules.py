@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from data_pipeline.filters.ngrams import WordHashes, ngram_hashes
 
+# Rules of records that earlier versions did not have.
+NEWER_RULES = ("no_text", "bad_records")
 Share = Annotated[float, Field(ge=0, le=1)]
 DIGEST = 16
 
@@ -44,6 +46,13 @@ class DocumentRules(BaseModel):
     bad_bytes: Literal["error", "replace", "skip"] = Field(
         default="error",
         description="invalid UTF-8: raise an error, replace by U+FFFD, or skip the document",
+    )
+    no_text: Literal["error", "skip"] = Field(
+        default="error", description="records whose text is null or missing: raise an error, or skip and count them"
+    )
+    bad_records: Literal["error", "skip"] = Field(
+        default="error",
+        description="lines that are not JSON objects with a string as text: raise an error, or skip and count them",
     )
     normalize: Literal["none", "nfc"] = Field(default="none", description="Unicode normalisation form of the text")
     control_characters: Literal["keep", "remove"] = Field(

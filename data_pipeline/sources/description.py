@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,7 +100,7 @@ def read_description(path: str | Path) -> Description:
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise CorpusError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(raw, dict):
         raise CorpusError(f"{path}: the key sources is required: a list, such as [{{name: a, inputs: [texts/]}}]")
@@ -128,6 +129,8 @@ def read_description(path: str | Path) -> Description:
 
 def _below(base: Path, item: str) -> str:
     """Absolute path or pattern of an item, with glob characters in the base folder escaped."""
+    # The file is UTF-8, the names of files are bytes, whatever the encoding of the locale.
+    item = os.fsdecode(item.encode("utf-8", "surrogateescape"))
     literal = (base / item).exists() or not glob.has_magic(item)
     return str(base / item if literal else Path(glob.escape(str(base))) / item)
 
@@ -151,7 +154,11 @@ def _in_words(fault: Any) -> str:
 
 def description_yaml(description: Description) -> str:
     """The description as YAML without defaults, as saved with the corpus."""
-    return yaml.safe_dump(description.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    found = description.model_dump(mode="json", exclude_defaults=True)
+    lists = [source["inputs"] for source in found["sources"]] + [found.get("documents", {}).get("decontaminate", [])]
+    for paths in lists:
+        paths[:] = [os.fsencode(path).decode("utf-8", "surrogateescape") for path in paths]
+    return yaml.safe_dump(found, sort_keys=False)
 
 
 def find_files(description: Description, exclude: Sequence[Path] = ()) -> list[list[Source]]:
@@ -165,7 +172,8 @@ def find_files(description: Description, exclude: Sequence[Path] = ()) -> list[l
         inputs, kind = list(section.inputs), _KINDS.get(section.format, section.format)
         if section.format == "dataset":
             kind = ".arrow"
-            inputs = [str(file) for folder in inputs for file in _dataset_files(Path(folder), section.split)]
+            folders = [folder for item in inputs for folder in _matches(item)]
+            inputs = [str(file) for folder in folders for file in _dataset_files(Path(folder), section.split)]
         elif section.split is not None:
             raise CorpusError(f"source {section.name}: split requires format dataset, found {section.format}")
         if kind.startswith(BUILDER):
@@ -181,6 +189,9 @@ def find_files(description: Description, exclude: Sequence[Path] = ()) -> list[l
 
 def _dataset_files(folder: Path, split: str | None) -> list[Path]:
     """The Arrow files of a dataset saved by `datasets`' save_to_disk. Raises CorpusError if it is unusable."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "no such folder, and no folder matches it"
+        raise CorpusError(f"{folder}: {what}. Format dataset reads folders saved by save_to_disk")
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in folder.iterdir() if (part / "state.json").is_file())
         if split is None or split not in splits:

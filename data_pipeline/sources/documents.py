@@ -10,32 +10,29 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from data_pipeline.files import CorpusError
-from data_pipeline.sources.inputs import (
-    BLANK_LINE,
-    BUILDER,
-    WIKI_END,
-    Piece,
-    Progress,
-    Readable,
-    Source,
-    open_arrow,
-    open_builder,
-    open_bytes,
-    open_parquet,
-)
+from data_pipeline.sources.inputs import BLANK_LINE, BUILDER, WIKI_END, Piece, Progress, Source
+from data_pipeline.sources.reading import Reading
+from data_pipeline.sources.streams import Readable, open_bytes
+from data_pipeline.sources.tables import open_arrow, open_builder, open_parquet
 
 PIECE = 1 << 20
 _BLOCK = 1 << 20
 _SEPARATORS = {"blank-line": re.compile(BLANK_LINE), "line": re.compile("\n"), "file": None}
 DOCUMENTS = tuple(_SEPARATORS)
 _WIKI = re.compile(WIKI_END)
+# What WikiExtractor escapes; "&amp;lt;" stands for "&lt;", so they are replaced in one pass.
+_ENTITY = re.compile("&(amp|lt|gt);")
+_ENTITIES = {"amp": "&", "lt": "<", "gt": ">"}
+_ENTITY_START = re.compile("&(?:a|am|amp|l|lt|g|gt)?$")
+# Bytes of decoded text that a batch of Parquet rows may have in memory.
+_BATCH_BYTES = 1 << 28
 _WIKI_HEAD = re.compile(r"\s*<doc [^\n]*>[ \t]*(?:\n|$)")
 
 Text = tuple[str, bool]
@@ -43,38 +40,39 @@ Text = tuple[str, bool]
 
 
 def read_documents(
-    source: Source, piece: Piece, documents: str, text_field: str, progress: Progress, lenient: bool = False
+    source: Source, piece: Piece, documents: str, text_field: str, progress: Progress, reading: Reading | None = None
 ) -> Iterator[Text]:
     """Yield the documents of a piece of a source, in order.
 
-    documents: one of DOCUMENTS, for text files; text_field: JSON field or column. lenient: decode invalid UTF-8 to lone
-    surrogates ("surrogateescape") instead of raising.
-    Raises CorpusError naming file and position for invalid UTF-8, corrupt compression, a line that is not JSON, or a
-    record without the field.
+    documents: one of DOCUMENTS, for text files; text_field: JSON field or column; reading: None for the defaults.
+    Raises CorpusError naming file and position for files that are not text, invalid UTF-8, corrupt compression, records
+    that `reading` does not skip, and what exceeds its limits.
     """
+    reading = reading or Reading()
     if source.format == ".parquet":
-        yield from _parquet(source, piece, text_field, progress, lenient)
+        yield from _parquet(source, piece, text_field, progress, reading)
     elif source.format == ".arrow":
-        yield from _arrow(source, piece, text_field, progress, lenient)
+        yield from _arrow(source, piece, text_field, progress, reading)
     elif source.format.startswith(BUILDER):
-        with open_builder(source, text_field) as texts:
+        with open_builder(source, text_field, reading) as texts:
             for text in texts:
                 yield from _pieces(text)
         progress(source.bytes, 0)
     else:
-        with open_bytes(source, piece, progress) as stream:
-            blocks = _decode(source, piece.start, stream, lenient)
+        with open_bytes(source, piece, progress, reading.limits) as stream:
+            blocks = _decode(source, piece.start, stream, reading.lenient)
             if source.format == ".jsonl":
-                yield from _json_lines(source, piece.start, blocks, text_field, lenient)
+                yield from _json_lines(source, piece.start, blocks, text_field, reading)
             elif source.format == ".wiki":
-                yield from _wiki(source, _text(blocks, _WIKI, closing=f"{source.path}: ends within an article"))
+                closing = f"{source.path}: ends within an article"
+                yield from _wiki(source, _text(source, blocks, _WIKI, reading, closing))
             else:
-                yield from _text(blocks, _SEPARATORS[documents])
+                yield from _text(source, blocks, _SEPARATORS[documents], reading)
 
 
 def _wiki(source: Source, texts: Iterator[Text]) -> Iterator[Text]:
-    """Remove the line `<doc id=… url=… title=…>` from articles; the title below it is kept."""
-    started = False
+    """Remove the line `<doc id=… url=… title=…>` from articles, and unescape them; the title below the line is kept."""
+    started, fresh, tail = False, True, ""
     for text, end in texts:
         if not started:
             head = _WIKI_HEAD.match(text)
@@ -83,8 +81,15 @@ def _wiki(source: Source, texts: Iterator[Text]) -> Iterator[Text]:
                     f"{source.path}: an article starts with {text[:40]!r}, not with <doc …>. "
                     "Not an output file of WikiExtractor: use another format for the source (text, jsonl)"
                 )
-            text = text[head.end() :].lstrip()
-        if text or not end or started:
+            text, fresh = text[head.end() :], True
+        text = text.lstrip() if fresh else text
+        text, tail = tail + text, ""
+        # An entity may be cut between two pieces.
+        if not end and (begun := _ENTITY_START.search(text)):
+            text, tail = text[: begun.start()], begun[0]
+        text = _ENTITY.sub(lambda match: _ENTITIES[match[1]], text)
+        fresh = fresh and not text
+        if not fresh:
             yield text, end
         started = not end
 
@@ -114,7 +119,8 @@ def _decode(source: Source, start: int, stream: Readable, lenient: bool = False)
         try:
             text, used = codecs.utf_8_decode(data, "surrogateescape" if lenient else "strict", final)
         except UnicodeDecodeError as error:
-            where = f"byte {offset + error.start:,}{' of the decompressed text' if source.compression else ''}"
+            within = " of the decompressed text" if source.compression else ""
+            where = f"byte {offset + error.start:,}{within}"
             raise CorpusError(
                 f"{source.path}: not UTF-8 at {where} (0x{data[error.start]:02x}: {error.reason}). "
                 "Convert the file to UTF-8, for example with iconv"
@@ -126,7 +132,9 @@ def _decode(source: Source, start: int, stream: Readable, lenient: bool = False)
             yield text
 
 
-def _text(blocks: Iterator[str], separator: re.Pattern[str] | None, closing: str = "") -> Iterator[Text]:
+def _text(
+    source: Source, blocks: Iterator[str], separator: re.Pattern[str] | None, reading: Reading, closing: str = ""
+) -> Iterator[Text]:
     """Split text at separators. closing: error message if the last document must end with a separator but does not."""
     rest, started = "", False
     for block in blocks:
@@ -136,12 +144,16 @@ def _text(blocks: Iterator[str], separator: re.Pattern[str] | None, closing: str
             for text in complete:
                 yield from _pieces(text, started)
                 started = False
+        if not started and rest.isspace():
+            rest = ""  # before a document
         # Trailing white space may belong to the separator, and must not make the document a long one.
         while len(rest) > PIECE and len(rest.rstrip() if started else rest.strip()) > PIECE:
             rest = rest if started else rest.lstrip()
             cut = _cut(rest, 0)
             yield rest[:cut], False
             rest, started = rest[cut:], True
+        if len(rest) > reading.limits.record:
+            reading.too_long(f"{source.path}: white space within a document")
     yield from _pieces(rest, started)
     if closing and (started or rest.strip()):
         raise CorpusError(f"{closing}, without its </doc>: the file is truncated. Copy or extract it again")
@@ -169,27 +181,33 @@ def _cut(text: str, start: int) -> int:
     return start + PIECE
 
 
-def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, lenient: bool) -> Iterator[Text]:
-    number = 0
-    for line in _lines(blocks):
-        number += 1
+def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, reading: Reading) -> Iterator[Text]:
+    def too_long(number: int) -> None:
+        reading.too_long(_line(source, start, number))
+
+    for number, line in enumerate(_lines(blocks, reading.limits.record, too_long), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(
-                f"{_line(source, start, number)}: not JSON ({error}). Every line must be a JSON object"
-            ) from None
-        if not isinstance(record, dict) or not isinstance(text := record.get(field), str):
-            raise CorpusError(f"{_line(source, start, number)}: {_why_no_text(record, field)}")
+            fault = f"not JSON ({error}). Every line must be a JSON object"
+            reading.bad_record_at(f"{_line(source, start, number)}: {fault}")
+            continue
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            fault = f"{_line(source, start, number)}: {_why_no_text(record, field)}"
+            if isinstance(record, dict) and text is None:
+                reading.no_text_at(fault)
+            else:
+                reading.bad_record_at(fault)
+            continue
         try:
-            text.encode("utf-8", "surrogatepass" if lenient else "strict")
+            text.encode("utf-8", "surrogatepass" if reading.lenient else "strict")
         except UnicodeEncodeError as error:
-            raise CorpusError(
-                f"{_line(source, start, number)}: field {field!r} is not Unicode text ({error.reason} at "
-                f"character {error.start:,}). Correct or remove the line"
-            ) from None
+            fault = f"field {field!r} is not Unicode text ({error.reason} at character {error.start:,})"
+            reading.bad_record_at(f"{_line(source, start, number)}: {fault}. Correct or remove the line")
+            continue
         yield from _pieces(text)
 
 
@@ -201,15 +219,22 @@ def _why_no_text(record: Any, field: str) -> str:
     return f"has no field {field!r}, only {', '.join(record) or 'nothing'}. Set --text-field"
 
 
-def _lines(blocks: Iterator[str]) -> Iterator[str]:
+def _lines(blocks: Iterator[str], limit: int, too_long: Callable[[int], None]) -> Iterator[str]:
+    """The lines of a text. too_long: called with the number, from 1, of a line of more than `limit` characters."""
     parts: list[str] = []  # of the current line
+    number, size = 1, 0
     for block in blocks:
         first, *others = block.split("\n")
         parts.append(first)
+        size += len(first)
+        if size > limit:
+            too_long(number)
         if others:
             yield "".join(parts)
             yield from others[:-1]
             parts = [others[-1]]
+            number += len(others)
+            size = len(others[-1])
     yield "".join(parts)
 
 
@@ -222,40 +247,55 @@ def _line(source: Source, start: int, number: int) -> str:
     return f"{source.path}:{number}"
 
 
-def _parquet(source: Source, piece: Piece, column: str, progress: Progress, lenient: bool) -> Iterator[Text]:
+def _parquet(source: Source, piece: Piece, column: str, progress: Progress, reading: Reading) -> Iterator[Text]:
     with open_parquet(source) as file:
+        total = 0
         for group in range(piece.start, piece.stop):
             row = 0
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-                yield from _column(source, batch.column(0), column, row, f"row group {group}", lenient)
+            found = file.metadata.row_group(group)
+            batches_ = file.iter_batches(_batch_rows(found, column), row_groups=[group], columns=[column])
+            for batch in batches_:
+                for text, end in _column(source, batch.column(0), column, row, f"row group {group}", reading):
+                    total += len(text)
+                    reading.limits.check_expansion(source, total, f"row group {group}, from row {row:,}: ")
+                    yield text, end
                 row += batch.num_rows
             # Approximate progress: the file size, divided equally among row groups.
             groups = file.num_row_groups
             progress(source.bytes * (group + 1) // groups - source.bytes * group // groups, 0)
 
 
-def _arrow(source: Source, piece: Piece, column: str, progress: Progress, lenient: bool) -> Iterator[Text]:
+def _batch_rows(group: Any, column: str) -> int:
+    """Rows per batch of a row group. A value of a dictionary can be as large as the column, and be that of each row: a
+    small file would fill the memory."""
+    found = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column)
+    if not found.has_dictionary_page:
+        return 1024
+    return min(max(_BATCH_BYTES // max(found.total_uncompressed_size, 1), 1), 1024)
+
+
+def _arrow(source: Source, piece: Piece, column: str, progress: Progress, reading: Reading) -> Iterator[Text]:
     with open_arrow(source) as batches_:
         for i, batch in enumerate(batches_):
             if i >= piece.stop:
                 break
             if i >= piece.start:
-                yield from _column(source, batch.column(column), column, 0, f"record batch {i}", lenient)
+                yield from _column(source, batch.column(column), column, 0, f"record batch {i}", reading)
                 progress(batch.nbytes, 0)
 
 
-def _column(source: Source, values: Any, column: str, first: int, where: str, lenient: bool) -> Iterator[Text]:
+def _column(source: Source, values: Any, column: str, first: int, where: str, reading: Reading) -> Iterator[Text]:
     """The documents of an Arrow string array whose first row is row `first` of `where`."""
     if values.null_count:
         row = first + values.is_null().index(True).as_py()
-        raise CorpusError(
-            f"{source.path}: row {row:,} of {where} has no {column!r} (null). "
-            "Remove such rows or replace null by an empty string"
-        )
+        fault = f"{source.path}: row {row:,} of {where} has no {column!r} (null). "
+        reading.no_text_at(f"{fault}Remove such rows or replace null by an empty string", values.null_count)
+        values = values.drop_null()
     try:
         values.validate(full=True)
+        texts = (value.as_py() for value in values)
     except ValueError as error:
-        if not lenient:
+        if not reading.lenient:
             raise CorpusError(
                 f"{source.path}: rows {first:,} to {first + len(values) - 1:,} of {where}: "
                 f"{column!r} is not UTF-8 ({error}). Write the file again with valid text"
@@ -264,8 +304,12 @@ def _column(source: Source, values: Any, column: str, first: int, where: str, le
         # A string view array cannot be reinterpreted as another type without a copy.
         values = values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
         values = values.view(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
-        for data in values.to_pylist():
-            yield from _pieces(data.decode("utf-8", "surrogateescape"))
-        return
-    for text in values.to_pylist():
+        texts = (value.as_py().decode("utf-8", "surrogateescape") for value in values)
+    # One value at a time: the texts of equal values of a dictionary would not fit into memory together.
+    for row, text in enumerate(texts, first):
+        place = f"{source.path}: row {row:,} of {where}"
+        if text is None:
+            reading.no_text_at(f"{place} has no {column!r} (null)")
+            continue
+        reading.check_length(text, place)
         yield from _pieces(text)

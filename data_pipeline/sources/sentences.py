@@ -28,7 +28,8 @@ def sentence_starts(text: str, mode: str, before: str) -> list[int]:
     base = len(before)
     joined = before + text
     starts = [] if before else [len(text) - len(text.lstrip())]
-    for match in rule.finditer(joined):
+    # No sentence starts in white space at the end; searching there would take time quadratic in its length.
+    for match in rule.finditer(joined, 0, len(joined.rstrip())):
         at = match.end()
         if at < base or (match[0][0] in _ABBREVIATING and joined[at].islower()):
             continue

@@ -21,8 +21,10 @@ from data_pipeline.filters.minhash import PLACES, check_library, exact_duplicate
 from data_pipeline.filters.ngrams import task_ngrams
 from data_pipeline.filters.rules import DIGEST
 from data_pipeline.manifest import SourceEntry
+from data_pipeline.sources.cuts import cut_units
 from data_pipeline.sources.description import Description, find_files
-from data_pipeline.sources.inputs import Piece, Progress, Source, cut_units
+from data_pipeline.sources.inputs import Piece, Progress, Source
+from data_pipeline.sources.reading import LIMITS, Limits
 from data_pipeline.tokenization.token_shards import (
     DROPS,
     TOKENS_VERSION,
@@ -34,6 +36,7 @@ from data_pipeline.tokenization.token_shards import (
     write_tokens,
 )
 from data_pipeline.tokenization.units import TEMPORARY, Job, load_encoder, tokenize_unit
+from data_pipeline.tokenization.unknown import check_unknown
 
 Unit = tuple[int, tuple[Piece, ...]]
 """Index of the source in the description, and pieces of its files; piece.source is an index into the list of all
@@ -64,7 +67,8 @@ class TokenizeOptions:
     """Input of the tokenization stage: text files and how to tokenize them.
 
     groups: files of each source; tokenizer: the copied tokenizer folder; named: whether sources have names; keys: store
-    a hash of each document; held_out: share of held-out documents; work_size: MB of text per unit of work.
+    a hash of each document; held_out: share of held-out documents; work_size: MB of text per unit of work; limits: of
+    the readers; max_unknown: maximum share of unknown tokens.
     """
 
     description: Description
@@ -75,6 +79,8 @@ class TokenizeOptions:
     held_out: float
     seed: int
     work_size: float
+    limits: Limits = LIMITS
+    max_unknown: float = 1.0
 
     @property
     def files(self) -> list[Source]:
@@ -84,7 +90,7 @@ class TokenizeOptions:
 def tokenize_stage(folder: Path, work: Path, options: TokenizeOptions, pool: Pool, bar: ProgressBar) -> TokenManifest:
     """Write token shards to `folder`, resuming from `work`; returns their manifest, which is written last.
 
-    Raises CorpusError for invalid input, and if a side would have no documents.
+    Raises CorpusError for invalid input, and if a side would have no documents or too many unknown tokens.
     """
     job = _make_job(folder, work, options)
     units = _plan(work, options.groups, job, int(options.work_size * 1e6))
@@ -101,6 +107,7 @@ def tokenize_stage(folder: Path, work: Path, options: TokenizeOptions, pool: Poo
                 entry[side].files.pop(name, None)
     manifest = _make_manifest(job, options, units, results, shards, dropped)
     _check_not_empty(job, work, options.files, manifest, dropped_of_side)
+    check_unknown(manifest, options.max_unknown)
     for unit in range(len(units)):
         for side in job.sides:
             for name in TEMPORARY:
@@ -134,6 +141,7 @@ def _make_job(folder: Path, work: Path, options: TokenizeOptions) -> Job:
         ngrams=str(ngrams) if rules.decontaminate else "",
         held_out=options.held_out,
         seed=options.seed,
+        limits=options.limits,
     )
 
 

@@ -103,7 +103,7 @@ def is_tokens(folder: str | Path) -> bool:
     """Whether the manifest of a folder describes token shards."""
     try:
         raw = json.loads((Path(folder) / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and raw.get("kind") == "tokens"
 
@@ -115,7 +115,7 @@ def read_tokens(folder: str | Path) -> TokenManifest:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(f"{path}: not found. Run the command tokenize, and let it finish") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path}: not JSON ({error}). Tokenise again") from None
     if not isinstance(raw, dict) or raw.get("kind") != "tokens":
         raise CorpusError(f"{path}: not a manifest of token shards. pack needs the output of the command tokenize")

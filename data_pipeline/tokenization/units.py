@@ -6,6 +6,7 @@ Documents without tokens are dropped and counted.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from data_pipeline.filters.rules import DIGEST, DocumentFilter, DocumentRules
 from data_pipeline.shards import SpecialTokens, id_dtype
 from data_pipeline.sources.documents import batches, read_documents
 from data_pipeline.sources.inputs import Piece, Progress, Source
+from data_pipeline.sources.reading import LIMITS, Limits, Reading
 from data_pipeline.sources.sentences import TAIL, sentence_starts
 from data_pipeline.tokenization.token_shards import DROPS, PLANES, SIDES, SideWriter
 from data_pipeline.tokenization.tokenizer import Encoder
@@ -55,6 +57,7 @@ class Job:
     ngrams: str
     held_out: float
     seed: int
+    limits: Limits = LIMITS
 
     @property
     def dtype(self) -> np.dtype:
@@ -106,6 +109,8 @@ def tokenize_unit(
     ngrams = _load_ngrams(job.ngrams) if job.ngrams else None
     rule_filter = DocumentFilter(job.rules, fingerprints, ngrams) if job.rules != DocumentRules() else None
     sha256: dict[str, str] = {}
+    rules = job.rules
+    reading = Reading(rules.bad_bytes != "error", rules.no_text, rules.bad_records, job.limits)
     with ExitStack() as stack:
         special = encoder.special_tokens
         writers = {
@@ -116,8 +121,7 @@ def tokenize_unit(
             source.check_unchanged()
             if piece.start == 0:
                 sha256[source.name] = sha256_file(Path(source.path))
-            lenient = job.rules.bad_bytes != "error"
-            found = read_documents(source, piece, job.documents[group], job.text_fields[group], progress, lenient)
+            found = read_documents(source, piece, job.documents[group], job.text_fields[group], progress, reading)
             for batch in _encode(job, encoder, rule_filter, batches(found, _BATCH)):
                 progress(0, len(batch[0]))
                 _write(job, writers, *batch)
@@ -128,7 +132,7 @@ def tokenize_unit(
         "source": group,
         "sides": {side: writer.entry().model_dump() for side, writer in writers.items()},
         "empty": sum(writer.empty for writer in writers.values()),
-        "dropped": dict(rule_filter.dropped) if rule_filter else {},
+        "dropped": dict(reading.skipped + (rule_filter.dropped if rule_filter else Counter())),
         "replaced": rule_filter.replaced if rule_filter else 0,
         "sha256": sha256,
     }

@@ -22,7 +22,7 @@ def make_corpus(folder: Path, *, rows: int, sequence_length: int) -> Path:
     """Write a corpus whose rows are consecutive ids from a random start, so that a model can learn them."""
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True)
-    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "tokenizer.json").write_text("{}", encoding="utf-8")
     random = np.random.default_rng(0)
     ordinary = 2_000
     ids = (random.integers(0, ordinary, (rows, 1)) + np.arange(sequence_length)) % ordinary + FIRST_ORDINARY

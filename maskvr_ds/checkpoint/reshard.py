@@ -170,7 +170,7 @@ def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str,
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Suppress the converter's output: one line per stage and two progress bars."""
-    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+    with Path(os.devnull).open("w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
         stderr, sys.stderr = sys.stderr, nothing
         try:
             yield

@@ -27,7 +27,9 @@ _TEXT = 1 << 16
 
 def this_node() -> str:
     """Node id, equal for processes that can reach each other's Unix sockets: same kernel and network namespace."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/net').readlink()}"
+    return (
+        f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8')}{Path('/proc/self/ns/net').readlink()}"
+    )
 
 
 class NodeFiles:

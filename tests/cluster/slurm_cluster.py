@@ -92,7 +92,7 @@ class Cluster:
 
     def __init__(self, folder: Path, process: "subprocess.Popen[str]") -> None:
         self.folder = folder
-        self._first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+        self._first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()[0]
 
     def command(self, *words: object) -> list[str]:
         """The command line that runs `words` as on a login node."""
@@ -221,5 +221,5 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 def dump(path: Path, values: dict[str, Any]) -> Path:
     """Write a configuration file; JSON is YAML."""
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     return path

@@ -95,7 +95,7 @@ def frozen(processes: list[int]) -> Iterator[None]:
 def ranks(slurm: Cluster, *nodes: str) -> list[int]:
     """Process ids of the ranks on these nodes (default: on both)."""
     found = [pid for node in nodes or NODES for pid in slurm.processes(node, "-m maskvr_ds.train")]
-    return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().strip() != "srun"]
+    return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() != "srun"]
 
 
 def test_limit_preemption_and_scancel(slurm: Cluster, folder: Path) -> None:

@@ -50,7 +50,7 @@ def open_on_node(folder: Path) -> list[int]:
     with NodeFiles(distributed.gather_objects, distributed.rank()) as files:
         corpus = distributed.run_collectively(lambda: Corpus(folder, files.open))
     corpus.verify()
-    maps = Path("/proc/self/maps").read_text()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     return [sum(name.endswith(".arrow") for name in opened), maps.count(".arrow")]
 
 

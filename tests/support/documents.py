@@ -69,7 +69,7 @@ def make_documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 
 def write_text(path: Path, documents: Sequence[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(documents) + "\n")
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return path
 
 

@@ -27,7 +27,8 @@ ROWS = {
     ],
     "data_pipeline": [
         {"__main__", "benchmark"},
-        {"build"},
+        {"build", "options"},
+        {"arguments"},
         {"reports"},
         {"packing"},
         {"tokenization"},

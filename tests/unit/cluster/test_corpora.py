@@ -167,7 +167,7 @@ def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path
 
 
 def binds(script: Path) -> list[str]:
-    (line,) = (line for line in script.read_text().splitlines() if line.startswith("python=("))
+    (line,) = (line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("python=("))
     words = shlex.split(line.removeprefix("python=(").removesuffix(")"))
     return [value for name, value in itertools.pairwise(words) if name == "--bind"]
 

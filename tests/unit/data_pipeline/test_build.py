@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.arguments import Safeguards
 from data_pipeline.build import build
 from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError
@@ -145,7 +146,8 @@ def test_any_unicode_document_keeps_its_tokens(
         with pytest.raises(CorpusError, match="the corpus is empty"):
             build([path / "a.jsonl"], folder / "tok", length, path / "out", progress=False)
         return
-    manifest = build([path / "a.jsonl"], folder / "tok", length, path / "out", shard_size=0.0002, progress=False)
+    options: dict[str, Any] = {"shard_size": 0.0002, "progress": False, "safeguards": Safeguards(max_unknown=1)}
+    manifest = build([path / "a.jsonl"], folder / "tok", length, path / "out", **options)
     assert corpus_documents(path / "out") == expected
     assert manifest.documents == len(expected)
 

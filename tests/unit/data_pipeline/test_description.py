@@ -51,7 +51,7 @@ def write_wiki(path: Path, documents: list[str]) -> Path:
         f'<doc id="{i}" url="https://example.org/?curid={i}" title="T{i}">\nT{i}\n\n{text}\n\n</doc>\n'
         for i, text in enumerate(documents)
     ]
-    path.write_text("".join(articles))
+    path.write_text("".join(articles), encoding="utf-8")
     return path
 
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.files import CorpusError
 from data_pipeline.sources import documents as documents_module
-from data_pipeline.sources.inputs import Unit, cut_units, find_sources
+from data_pipeline.sources.cuts import cut_units
+from data_pipeline.sources.inputs import Source, Unit, find_sources
+from data_pipeline.sources.reading import Reading
 from tests.support.documents import make_documents, write_text
 
 
@@ -89,10 +91,11 @@ def test_documents_do_not_depend_on_units_and_blocks(data: st.DataObject) -> Non
     separator = documents_module._SEPARATORS[mode]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "PIECE", data.draw(st.integers(2, 20)))
-        full = list(documents_module._text(iter([text]), separator))
+        source, reading = Source("a.txt", "a.txt", 0, 0), Reading()
+        full = list(documents_module._text(source, iter([text]), separator, reading))
         size = data.draw(st.integers(1, 9))
         blocks = (text[i : i + size] for i in range(0, len(text), size))
-        assert list(documents_module._text(blocks, separator)) == full
+        assert list(documents_module._text(source, blocks, separator, reading)) == full
         assert all(len(piece) <= documents_module.PIECE for piece, _ in full)
     rule = {"blank-line": r"\n[ \t\r\f\v]*\n", "line": "\n", "file": r"(?!)"}[mode]
     joined, current = [], ""

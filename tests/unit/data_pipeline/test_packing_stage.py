@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.__main__ import main
+from data_pipeline.arguments import Safeguards
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.reports.describe import describe
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
     return path
 
 
@@ -86,7 +87,14 @@ def test_unicode_documents_round_trip(
             tokenize([source], folder / "tok", path / "tokens", **SIZES)
         assert not (path / "tokens").exists()
         return
-    tokenize([source], folder / "tok", path / "tokens", work_size=0.0001, progress=False)
+    tokenize(
+        [source],
+        folder / "tok",
+        path / "tokens",
+        work_size=0.0001,
+        safeguards=Safeguards(max_unknown=1),
+        progress=False,
+    )
     bins = (8,) if packing == "documents" and length > 8 else ()
     pack(
         path / "tokens",

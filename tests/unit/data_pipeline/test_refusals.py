@@ -225,7 +225,7 @@ def test_messages_of_description_faults(tmp_path: Path, tokenizer: Path) -> None
     (found,) = faults([one | {"colour": "red"}])
     assert found.startswith("sources.0.colour: unknown key; known here: name, inputs, format, documents,")
     (found,) = faults([one], documents={"colour": "red"})
-    assert found.startswith("documents.colour: unknown key; known here: bad_bytes, normalize,")
+    assert found.startswith("documents.colour: unknown key; known here: bad_bytes, no_text, bad_records, normalize,")
     (found,) = faults([one], colour="red")
     assert found == "colour: unknown key; known here: sources, documents, sentences, word_starts"
 

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data_pipeline.files import CorpusError
-from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer, train_tokenizer
+from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 from tests.support.documents import SPECIAL, make_documents, tree, write_text, write_tokenizer
 
 TEXTS = [

@@ -1,0 +1,126 @@
+"""Training of BERT WordPiece tokenizers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.execution.progress import ProgressBar
+from data_pipeline.files import CorpusError, atomic_folder
+from data_pipeline.sources.cuts import cut_units
+from data_pipeline.sources.documents import batches, read_documents
+from data_pipeline.sources.inputs import Piece, find_sources
+from data_pipeline.sources.reading import LIMITS, Limits, Reading
+from data_pipeline.tokenization.bert_folder import BERT_ROLES, BertSettings, bert_tokenizer, save_bert
+
+# The most frequent characters get a vocabulary entry, as in BERT; words with other characters become [UNK].
+_ALPHABET = 1000
+
+
+def _letter_counts(counts: NDArray[np.int64], normalizer: Any) -> Counter[str]:
+    """Occurrences of each character in the normalised text, from the code point counts of the raw text."""
+    letters: Counter[str] = Counter()
+    for point in np.flatnonzero(counts).tolist():
+        for letter in normalizer.normalize_str(chr(point)):
+            letters[letter] += int(counts[point])
+    return letters
+
+
+def _train(texts: Callable[[], Iterator[list[str]]], vocab_size: int, lower_case: bool) -> dict[str, int]:
+    """Train WordPiece in two passes over the text; returns the vocabulary, a deterministic function of the text.
+
+    The trainer numbers continuation characters ("##a") in hash-map order, which differs between runs, and breaks ties
+    by these numbers. The first pass collects the characters; the second is given them in a fixed order.
+    """
+    from tokenizers.trainers import WordPieceTrainer
+
+    special = list(BERT_ROLES.values())
+    counts = np.zeros(0x110000, np.int64)
+
+    def counted() -> Iterator[list[str]]:
+        for batch in texts():
+            points = np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)
+            counts[:] += np.bincount(points, minlength=len(counts))
+            yield batch
+
+    first = bert_tokenizer(None, BertSettings(lower_case))
+    first.train_from_iterator(counted(), WordPieceTrainer(vocab_size=1, show_progress=False))
+    found = first.get_vocab()
+    letters = _letter_counts(counts, first.normalizer)
+    ranked = sorted((token for token in found if len(token) == 1), key=lambda c: (-letters[c], c))[:_ALPHABET]
+    continued = sorted(f"##{letter}" for letter in ranked if f"##{letter}" in found)
+    second = bert_tokenizer(None, BertSettings(lower_case))
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special, *continued],
+        initial_alphabet=ranked,
+        limit_alphabet=len(ranked),
+        show_progress=False,
+    )
+    second.train_from_iterator(texts(), trainer)
+    return second.get_vocab()
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    vocab_size: int,
+    output: str | Path,
+    *,
+    cased: bool = False,
+    documents: str = "blank-line",
+    text_field: str = "text",
+    no_text: str = "error",
+    bad_records: str = "error",
+    limits: Limits = LIMITS,
+    progress: bool | None = None,
+) -> None:
+    """Train a BERT WordPiece tokenizer with exactly `vocab_size` entries and save it to the folder `output`.
+
+    [PAD] [UNK] [CLS] [SEP] [MASK] get the ids 0 to 4. `output` must be new or empty; it is written atomically. The text
+    is streamed twice; memory holds the count of each distinct word. The same text gives the same bytes.
+    progress: None shows a bar on a terminal; no_text, bad_records, limits: as in sources/reading.py.
+    Raises CorpusError if the text yields another number of entries, and like `read_documents`.
+    """
+    if not len(BERT_ROLES) < vocab_size <= 2**32:
+        raise CorpusError(
+            f"vocabulary size {vocab_size:,}: must be above {len(BERT_ROLES)} (the special tokens) "
+            f"and at most {2**32:,} (token ids are at most 32 bits wide)"
+        )
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CorpusError(f"{output}: output folder is not empty. Choose another, or remove it first")
+    sources = find_sources(inputs)
+
+    def texts() -> Iterator[list[str]]:
+        for i, source in enumerate(sources):
+            # The entire file; for parquet, all row groups.
+            stop = _row_groups(source, text_field) if source.format == ".parquet" else source.bytes
+            reading = Reading(no_text=no_text, bad_records=bad_records, limits=limits)
+            found = read_documents(source, Piece(i, 0, stop), documents, text_field, bar.update, reading)
+            for batch, _ in batches(found, 1 << 20):
+                yield batch
+
+    with ProgressBar(2 * sum(source.bytes for source in sources), "train tokenizer", progress) as bar:
+        vocabulary = _train(texts, vocab_size, lower_case=not cased)
+    found = len(vocabulary)
+    if found == len(BERT_ROLES):
+        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)")
+    if found != vocab_size:
+        rule = "the text has no more word pieces" if found < vocab_size else "the characters alone need more"
+        raise CorpusError(
+            f"vocabulary size {vocab_size:,} is not possible with this text, which gives {found:,}: {rule}. "
+            f"Use --vocab-size {found} or other text"
+        )
+    with atomic_folder(output) as folder:
+        settings = BertSettings(lower_case=not cased)
+        save_bert(bert_tokenizer(vocabulary, settings), folder, settings)
+
+
+def _row_groups(source: Any, text_field: str) -> int:
+    (unit,) = cut_units([source], "file", text_field, 1 << 62)
+    return unit[-1].stop
