@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,6 +193,7 @@ def _run(arguments: argparse.Namespace) -> None:
     # Late imports: --help does not load Arrow.
     options = vars(arguments)
     command = options.pop("command")
+    _set_up_logging(options)
     if command in ("build", "tokenize", "pack"):
         from data_pipeline.execution.mpi import join_team
         from data_pipeline.execution.workers import Pool, serve
@@ -280,6 +282,25 @@ def _safeguards(options: dict[str, Any]) -> Safeguards:
 def _dropped(counts: dict[str, int]) -> str:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     return f"; dropped: {reasons}" if counts else ""
+
+
+class _StderrHandler(logging.Handler):
+    """Prints records on the current sys.stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _set_up_logging(options: dict[str, Any]) -> None:
+    """Take --quiet and --verbose out of the options and set the log level."""
+    quiet, verbose = options.pop("quiet", False), options.pop("verbose", False)
+    logger = logging.getLogger("data_pipeline")
+    logger.handlers = [_StderrHandler()]
+    logger.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    if quiet and options["progress"] is None:
+        options["progress"] = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""Atomic and memory-mapped file I/O, and the pipeline's error type."""
+"""Atomic file writes, fsync and SHA-256, for the whole project; the pipeline's error type.
+
+Imports only the standard library, so that login nodes and command-line help stay fast.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,28 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-# EFBIG: file size limit of the process (ulimit -f) or the file system; for the user it amounts to a full disk.
+# EFBIG is the limit of the process (ulimit -f) or of the file system: to the user, one more full disk.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# File systems without fsync of directories (CIFS, some FUSE) and directories that may not be opened for reading.
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 _PARTIAL = ".partial"
 
 
 class CorpusError(ValueError):
-    """Invalid input or arguments, a damaged corpus, or a full disk. The message states the remedy."""
+    """Invalid user input: arguments, text files, corpus, or a full disk. The message names the remedy."""
+
+
+class DiskFullError(CorpusError, OSError):
+    """The disk, the quota or the file size limit is full. `errno` says which."""
 
 
 class HashingFile:
-    """Write-only binary file that tracks the SHA-256 and the number of bytes written."""
+    """Write-only binary file that keeps the SHA-256 and the length in bytes of what is written."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -38,7 +48,7 @@ class HashingFile:
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
-        if view.nbytes == 0:  # an empty view cannot be cast
+        if view.nbytes == 0:  # cannot be cast
             return 0
         view = view.cast("B")
         self._raw.write(view)
@@ -53,24 +63,26 @@ class HashingFile:
         self._raw.flush()
 
     def close(self) -> None:
-        """Do nothing: pyarrow closes its sink, but the file must stay open until it is fsynced and renamed."""
+        """No-op: pyarrow closes its sink, but the file must stay open until fsync and rename."""
 
     def sha256(self) -> str:
         return self._sha256.hexdigest()
 
 
 @contextmanager
-def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
-    """Write `path` atomically: readers see the complete new file or nothing.
+def atomic_file(path: Path, needed: int | None = None, *, fsync_folder: bool = True) -> Iterator[HashingFile]:
+    """Open `path` for an atomic, durable write: readers see the old file or the complete new one.
 
-    Data goes to a hidden temporary file in the same folder; on exit the file is fsynced and renamed, and the folder
-    fsynced. `remove_partials` cleans up after a killed process. needed: expected size in bytes, for the error
-    message only.
+    Bytes go to a hidden temporary file in the same folder. When the block ends, the file is fsynced and renamed,
+    and its folder fsynced; if the block raises, `path` is untouched and the temporary file removed. A killed process
+    leaves its temporary file behind: see `remove_partials`.
 
-    Raises CorpusError if the disk, the quota or the file size limit is exhausted.
+    needed: expected size in bytes, for the error message only. fsync_folder: False if the caller writes several files
+    and calls `fsync_path` on their folder once, or can do without the file after a power failure.
+    Raises DiskFullError if the disk, the quota or the file size limit is full, and OSError.
     """
-    # Unique name: a worker that outlives its killed parent never writes into a file of the next build.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    # Random name: a worker that outlives its killed parent must not write into a file of the next build.
+    temporary = _temporary(path)
     out: HashingFile | None = None
     try:
         with temporary.open("wb") as raw:
@@ -79,49 +91,57 @@ def atomic_file(path: Path, needed: int | None = None) -> Iterator[HashingFile]:
             raw.flush()
             os.fsync(raw.fileno())
         temporary.rename(path)
-        sync_folder(path.parent)
+        if fsync_folder:
+            fsync_path(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            raise _no_space(path, error, needed, out.bytes if out else 0) from error
+            raise _disk_full(path, error, needed, out.bytes if out else 0) from error
         raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` (new or an empty folder) if the block succeeds.
+    """Yield a temporary folder (files only, no subfolders) that becomes `path` when the block ends without error.
 
-    Raises CorpusError if the disk is full.
+    `path` must be absent or an empty folder. All files are fsynced before the rename.
+    Raises DiskFullError if the disk, the quota or the file size limit is full, and OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
+            fsync_path(file)
+        fsync_path(temporary)
         temporary.rename(path)
-        sync_folder(path.parent)
+        fsync_path(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary)
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            raise _no_space(path, error, None, 0) from error
+            raise _disk_full(path, error, None, 0) from error
         raise
 
 
-def _no_space(path: Path, error: OSError, needed: int | None, written: int) -> CorpusError:
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+
+
+def _disk_full(path: Path, error: OSError, needed: int | None, written: int) -> DiskFullError:
     free = shutil.disk_usage(path.parent).free
     size = f"{needed:,} bytes" if needed else f"more than {written:,} bytes"
-    return CorpusError(
+    full = DiskFullError(
         f"{path}: cannot write ({os.strerror(error.errno or 0)}): the file needs {size}, "
         f"{free:,} bytes are free now. "
         "Free space or raise the quota, then rerun the same command: it resumes where it stopped"
     )
+    full.errno = error.errno
+    return full
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove temporary files and folders of killed processes from `folder`, if it exists."""
+    """Delete the temporary files and folders that killed processes left in `folder` (which may be absent)."""
     for path in folder.glob(f".*{_PARTIAL}"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -129,23 +149,32 @@ def remove_partials(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically. Raises CorpusError if the disk is full."""
-    with atomic_file(path) as file:
+def write_json(path: Path, value: object, *, fsync_folder: bool = True) -> None:
+    """Write `value` as JSON (indent 1, final newline), atomically and durably. Raises like `atomic_file`."""
+    with atomic_file(path, fsync_folder=fsync_folder) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def sync_folder(folder: Path) -> None:
-    """Fsync a folder: without it, a rename may be lost in a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def fsync_path(path: Path) -> None:
+    """Flush a file's data, or a folder's entries, to disk.
+
+    A rename survives a power failure only if the folder is flushed too. Folders are best effort: a file system that
+    does not support it, or forbids it, is ignored. Raises OSError for files, and for I/O errors of folders.
+    """
+    folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in _NO_FOLDER_FSYNC:
+            raise
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Hexadecimal SHA-256 of a file; `progress` is called with the number of bytes of each read."""
+    """SHA-256 of a file, in hexadecimal; `progress` is called with the number of bytes of each read."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
@@ -157,7 +186,7 @@ def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> 
 
 
 class _Mapping:
-    """Owner of a memory map; unmaps it when garbage-collected."""
+    """Owner of a memory map; the memory is unmapped when this object is collected."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -171,10 +200,12 @@ class _Mapping:
 
 
 def map_file(descriptor: int, size: int) -> pa.Buffer:
-    """Map the first `size` > 0 bytes of an open file read-only; the descriptor may be closed afterwards.
+    """Map the first `size` > 0 bytes of an open file for reading; the descriptor may be closed afterwards.
 
-    Python's mmap keeps one descriptor open per map (`trackfd` arrives in 3.13), and a corpus may have more shards than
-    a process may have open files. Raises OSError.
+    Python's mmap keeps one descriptor open per map (before `trackfd` in 3.13), and a corpus may have more shards than
+    a process may open files. Raises OSError.
     """
+    import pyarrow as pa
+
     mapping = _Mapping(descriptor, size)
     return pa.foreign_buffer(mapping.address, size, base=mapping)

@@ -124,3 +124,6 @@ def progress_options(command: argparse.ArgumentParser) -> None:
         default=None,
         help="progress bar on stderr (default: on a terminal)",
     )
+    level = command.add_mutually_exclusive_group()
+    level.add_argument("--quiet", action="store_true", help="errors only: no warnings, no progress bar by default")
+    level.add_argument("--verbose", action="store_true", help="log each finished task to stderr")

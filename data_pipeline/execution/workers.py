@@ -7,6 +7,7 @@ a killed build to resume. The output depends neither on the number of workers no
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from data_pipeline.execution.tasks import Report, Task
 from data_pipeline.files import CorpusError, write_json
 
 _PAUSE = 0.005
+_logger = logging.getLogger(__name__)
 
 
 class Pool:
@@ -60,6 +62,8 @@ class Pool:
                 report(task.size, 0)
             else:
                 pending.append(task)
+        if len(pending) < len(tasks):
+            _logger.info("%d of %d tasks were done before", len(tasks) - len(pending), len(tasks))
         if self._team and len(pending) > 1:
             self._run_in_team(self._team, pending, folder, report)
         elif self._workers > 1 and len(pending) > 1:
@@ -68,6 +72,7 @@ class Pool:
             with _one_thread():
                 for task in pending:
                     _perform(task, folder, report)
+                    _logger.info("done: %s", task.what)
         return [_read_result(folder / f"{task.name}.json", self._team is not None) for task in tasks]
 
     def _run_in_processes(self, tasks: list[Task], folder: Path, report: Report) -> None:
@@ -194,6 +199,7 @@ def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:
         raise CorpusError(value)
     if kind == "crash":
         raise RuntimeError(f"{task.what}: {value}")
+    _logger.info("done: %s", task.what)
     return True
 
 
@@ -207,7 +213,9 @@ def _read_result(path: Path, shared: bool) -> Any:
 
 
 def _perform(task: Task, folder: Path, report: Report) -> None:
-    write_json(folder / f"{task.name}.json", task.function(*task.arguments, report))
+    result = task.function(*task.arguments, report)
+    # Without fsync of the folder: a result lost in a power failure is only computed again.
+    write_json(folder / f"{task.name}.json", result, fsync_folder=False)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.tasks import Task
 from data_pipeline.execution.workers import Pool
-from data_pipeline.files import CorpusError, atomic_file, write_json
+from data_pipeline.files import CorpusError, atomic_file, fsync_path, write_json
 from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.packing.full_sequences import ShardLayout, pack_pieces
 from data_pipeline.packing.pairs import PairOptions, Rows, document_rows, pair_rows
@@ -335,7 +335,7 @@ def make_rows(shared: _Side, i: int, progress: Progress) -> dict[str, Any]:
     tokens = unused = labelled = 0
     with ExitStack() as stack:
         files = {
-            (index, column): stack.enter_context(atomic_file(_row_path(shared, i, index, column)))
+            (index, column): stack.enter_context(atomic_file(_row_path(shared, i, index, column), fsync_folder=False))
             for index in range(len(options.bins))
             for column in columns
         }
@@ -347,6 +347,7 @@ def make_rows(shared: _Side, i: int, progress: Progress) -> dict[str, Any]:
             tokens += int((block.input_ids != manifest.special_tokens.pad).sum())
             unused += block.unused
             labelled += int(block.columns["pair_label"].sum()) if "pair_label" in block.columns else 0
+    fsync_path(Path(shared.work))
     progress(reader.length * manifest.dtype.itemsize, 0)
     return {"rows": rows, "tokens": tokens, "unused": unused, "labelled": labelled}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import stat
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ _KINDS = ((stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCH
 
 Progress = Callable[[int, int], object]
 """Progress callback, called with (bytes read from disk, tokens produced) since the last call."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Readable(Protocol):
@@ -142,7 +144,7 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
         sources.append(Source(str(path), name, found.st_size, found.st_mtime_ns, kind))
     if others:
         counts = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-        print(f"skipped {others.total():,} files: {counts}", file=sys.stderr)
+        _logger.warning("skipped %s files: %s", f"{others.total():,}", counts)
     return sorted(sources, key=lambda source: source.name)
 
 

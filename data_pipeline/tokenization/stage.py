@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.tasks import Task
 from data_pipeline.execution.workers import Pool
-from data_pipeline.files import CorpusError, atomic_file, sha256_file, write_json
+from data_pipeline.files import CorpusError, atomic_file, fsync_path, sha256_file, write_json
 from data_pipeline.filters.minhash import PLACES, check_library, exact_duplicates, near_duplicates
 from data_pipeline.filters.ngrams import task_ngrams
 from data_pipeline.filters.rules import DIGEST
@@ -302,9 +302,10 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
         first += count
         if mine.any():
             sides[side] += int((mine > 0).sum())
-            with atomic_file(token_path(job.work, unit, side, "drop")) as file:
+            with atomic_file(token_path(job.work, unit, side, "drop"), fsync_folder=False) as file:
                 file.write(mine.data)
             files.append([unit, side, {"bytes": file.bytes, "sha256": file.sha256()}])
+    fsync_path(Path(job.work))
     return {"dropped": dropped, "sides": sides, "files": files}
 
 

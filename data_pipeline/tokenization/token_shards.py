@@ -173,7 +173,7 @@ class _Bits:
 
 class SideWriter:
     """Appends documents to the files of one side of a token shard. The files are renamed into place when `stack` closes
-    without an error."""
+    without an error; then call `fsync_path` on the folder, once for all sides."""
 
     def __init__(
         self,
@@ -187,7 +187,8 @@ class SideWriter:
         documents: tuple[str, ...],
     ) -> None:
         suffixes = ("ids", "ends", *planes, *documents)
-        self.files = {s: stack.enter_context(atomic_file(token_path(folder, shard, side, s))) for s in suffixes}
+        paths = {suffix: token_path(folder, shard, side, suffix) for suffix in suffixes}
+        self.files = {s: stack.enter_context(atomic_file(path, fsync_folder=False)) for s, path in paths.items()}
         self._planes = {plane: _Bits(self.files[plane]) for plane in planes}
         self._sep, self._unk = special.sep, special.unk
         self._pending = 0  # tokens of the document that continues in the next batch

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.files import sha256_file
+from data_pipeline.files import fsync_path, sha256_file
 from data_pipeline.filters.minhash import PLACES
 from data_pipeline.filters.rules import DIGEST, DocumentFilter, DocumentRules
 from data_pipeline.shards import SpecialTokens, id_dtype
@@ -128,6 +128,7 @@ def tokenize_unit(
             source.check_unchanged()
         for writer in writers.values():
             writer.finish()
+    fsync_path(Path(job.work))
     return {
         "source": group,
         "sides": {side: writer.entry().model_dump() for side, writer in writers.items()},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 
 from data_pipeline.files import CorpusError
 from data_pipeline.tokenization.token_shards import TokenManifest
 
 _WARN = 0.02
+_logger = logging.getLogger(__name__)
 
 
 def _counts(manifest: TokenManifest, source: int | None = None, side: str | None = None) -> tuple[int, int]:
@@ -30,7 +31,7 @@ def describe_unknown(manifest: TokenManifest) -> str:
 def check_unknown(manifest: TokenManifest, maximum: float) -> None:
     """Compare the share of [UNK] among the tokens of each source, and of the held-out side, with `maximum`.
 
-    Prints a warning to stderr for sources with more than 2%. Raises CorpusError if one exceeds the maximum.
+    Logs a warning for sources with more than 2%. Raises CorpusError if one exceeds the maximum.
     """
     parts = {f"source {name}: " if name else "": _counts(manifest, i) for i, name in enumerate(manifest.names)}
     sides = {f"side {side}: ": _counts(manifest, side=side) for side in manifest.sides[1:]}
@@ -43,4 +44,4 @@ def check_unknown(manifest: TokenManifest, maximum: float) -> None:
         if share > maximum:
             raise CorpusError(f"{fact}, the limit is {maximum:.1%}. {remedy}, or raise --max-unknown")
         if part in parts:
-            print(f"warning: {fact}. {remedy}, or ignore this if it is intended", file=sys.stderr)
+            _logger.warning("warning: %s. %s, or ignore this if it is intended", fact, remedy)

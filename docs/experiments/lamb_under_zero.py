@@ -35,8 +35,9 @@ from lamb_under_zero_report import RUNS, Job, best_rate, job_of, read_runs, writ
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing, lamb
 from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, ScheduleConfig, deepspeed_config_path
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.engine.ds_config import complete_deepspeed_config, read_deepspeed_config
+from maskvr_ds.engine.ds_config import complete_deepspeed_config
 from maskvr_ds.engine.engine import set_learning_rate
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.models.bert import MaskedLanguageModel, bert_config

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.files import atomic_file
 from data_pipeline.shards import (
     Corpus,
     CorpusError,
@@ -285,18 +284,3 @@ def test_vocabulary_larger_than_the_token_type() -> None:
     assert id_dtype(2**32) == np.uint32
     with pytest.raises(CorpusError, match=r"4,294,967,297 entries: token ids are at most 32 bits"):
         id_dtype(2**32 + 1)
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def interrupted() -> None:
-        with atomic_file(path) as file:
-            file.write(b"new")
-            assert path.read_text() == "old"
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "old"}
