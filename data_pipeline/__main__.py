@@ -6,7 +6,8 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -193,7 +194,11 @@ def _run(arguments: argparse.Namespace) -> None:
     # Late imports: --help does not load Arrow.
     options = vars(arguments)
     command = options.pop("command")
-    _set_up_logging(options)
+    with _log_to_stderr(options):
+        _run_command(command, options, arguments)
+
+
+def _run_command(command: str, options: dict[str, Any], arguments: argparse.Namespace) -> None:
     if command in ("build", "tokenize", "pack"):
         from data_pipeline.execution.mpi import join_team
         from data_pipeline.execution.workers import Pool, serve
@@ -293,14 +298,21 @@ class _StderrHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _set_up_logging(options: dict[str, Any]) -> None:
-    """Take --quiet and --verbose out of the options and set the log level."""
+@contextmanager
+def _log_to_stderr(options: dict[str, Any]) -> Iterator[None]:
+    """Take --quiet and --verbose out of the options; log to stderr, at their level, within the block."""
     quiet, verbose = options.pop("quiet", False), options.pop("verbose", False)
     logger = logging.getLogger("data_pipeline")
-    logger.handlers = [_StderrHandler()]
-    logger.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
     if quiet and options["progress"] is None:
         options["progress"] = False
+    handler, level = _StderrHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

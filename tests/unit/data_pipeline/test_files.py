@@ -24,6 +24,11 @@ from data_pipeline.files import (
 )
 
 
+def write_file(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
@@ -106,7 +111,7 @@ def test_file_systems_without_folder_fsync(tmp_path: Path, monkeypatch: pytest.M
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    write_text(tmp_path / "file", "text")
+    write_file(tmp_path / "file", "text")
     assert (tmp_path / "file").read_text() == "text"
 
 
@@ -118,7 +123,7 @@ def test_other_errors_of_fsync_are_raised(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="Input/output error"):
         fsync_path(tmp_path)
     with pytest.raises(OSError, match="Input/output error"):
-        write_text(tmp_path / "file", "text")
+        write_file(tmp_path / "file", "text")
     assert not list(tmp_path.iterdir())
 
 
@@ -127,12 +132,12 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -
     def full(handle: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    write_text(tmp_path / "file", "old")
+    write_file(tmp_path / "file", "old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         DiskFullError, match=r"file: cannot write .*needs more than 3 bytes, [\d,]+ bytes are free"
     ) as info:
-        write_text(tmp_path / "file", "new")
+        write_file(tmp_path / "file", "new")
     error = pickle.loads(pickle.dumps(info.value))  # as a worker sends it
     assert isinstance(error, CorpusError)
     assert isinstance(error, OSError)

@@ -189,14 +189,15 @@ def test_error_names_the_tokenizer_as_given(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_skipped_files_are_counted(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_counted(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_text(tmp_path / "in/a.txt", ["text"])
     for name in ("b.bz2", "deep/c.JSON", "d.json", "README", ".hidden"):
         write_text(tmp_path / "in" / name, ["text"])
     build([tmp_path / "in"], tokenizer, 16, tmp_path / "out", progress=False)
-    assert capsys.readouterr().err == "skipped 4 files: .bz2 1, .json 2, without suffix 1\n"
+    assert "skipped 4 files: .bz2 1, .json 2, without suffix 1" in caplog.messages
+    caplog.clear()
     build([tmp_path / "in/a.txt"], tokenizer, 16, tmp_path / "one", progress=False)
-    assert capsys.readouterr().err == ""
+    assert not [message for message in caplog.messages if "skipped" in message]
 
 
 def test_brackets_in_the_folder_of_a_description(tmp_path: Path, tokenizer: Path) -> None:
