@@ -79,7 +79,7 @@ def test_share_of_unknown_tokens(
     assert f", {unknown / of:.2%} of the text unknown" in captured.out
 
 
-def test_unknown_tokens_of_one_source(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_tokens_of_one_source(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A small source is not hidden by a large one, nor a held-out side by the training side."""
     write_text(tmp_path / "a.txt", text_with(0, 10_000))
     write_text(tmp_path / "b.txt", text_with(51, 100))
@@ -88,7 +88,7 @@ def test_unknown_tokens_of_one_source(tmp_path: Path, tokenizer: Path, capsys: p
         build(None, tokenizer, 16, tmp_path / "out", description=about, progress=False)
     options: dict[str, Any] = {"safeguards": Safeguards(max_unknown=0.6), "progress": False}
     build(None, tokenizer, 16, tmp_path / "out", description=about, **options)
-    assert capsys.readouterr().err.startswith("warning: source b: 51.0% of 100 tokens")
+    assert caplog.messages[-1].startswith("warning: source b: 51.0% of 100 tokens")
     known = [f"the{' of' * i}" for i in range(1, 40)]
     unknown = [f"漢{' 字' * i}" for i in range(1, 5)]
     for seed in range(200):
