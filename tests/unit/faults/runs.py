@@ -1,0 +1,179 @@
+"""Faults of runs, checkpoints and exports."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.unit.faults.case import Fault, cuts, flips, removes, writes
+
+VERIFY = "maskvr checkpoint verify run"
+TRAIN = "maskvr train --config run.yaml --num-gpus 1"
+LAST = "run/checkpoints/step-00000004"
+
+
+def copied_step(folder: Path) -> None:
+    shutil.copytree(folder / "run/checkpoints/step-00000002", folder / "run/checkpoints/step-00000099")
+
+
+def deep(folder: Path) -> None:
+    (folder / LAST / "checkpoint.json").write_text("[" * 100_000, encoding="utf-8")
+
+
+def loop(folder: Path) -> None:
+    path = folder / LAST / "weights.safetensors"
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def foreign_folder(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("keep me", encoding="utf-8")
+
+
+# A start that is refused has been the owner of the run for a moment.
+OWNER = ("run/owner.json", "run/heartbeats/")
+
+FAULTS = [
+    Fault(
+        "a flipped bit in the weights",
+        VERIFY,
+        "run/checkpoints/step-00000004/weights.safetensors: the SHA-256 differs from checkpoint.json; use"
+        " an earlier checkpoint",
+        prepare=flips(f"{LAST}/weights.safetensors"),
+    ),
+    Fault(
+        "weights that are cut",
+        VERIFY,
+        "run/checkpoints/step-00000004/weights.safetensors: 9224 bytes expected, 9223 found; use an earlier checkpoint",
+        prepare=cuts(f"{LAST}/weights.safetensors"),
+    ),
+    Fault(
+        "weights that are gone",
+        VERIFY,
+        "run/checkpoints/step-00000004/weights.safetensors: missing; use an earlier checkpoint",
+        prepare=removes(f"{LAST}/weights.safetensors"),
+    ),
+    Fault(
+        "a link that leads to itself",
+        VERIFY,
+        "run/checkpoints/step-00000004/weights.safetensors: cannot be read (Symlink loop from "
+        "'…run/checkpoints/step-00000004/weights.safetensors'); use an earlier checkpoint",
+        prepare=loop,
+    ),
+    Fault(
+        "an empty checkpoint.json",
+        VERIFY,
+        "run/checkpoints/step-00000004/checkpoint.json: damaged (not valid JSON); use an earlier checkpoint",
+        prepare=writes(f"{LAST}/checkpoint.json", ""),
+    ),
+    Fault(
+        "a list in checkpoint.json",
+        VERIFY,
+        "run/checkpoints/step-00000004/checkpoint.json: damaged (not a JSON object); use an earlier checkpoint",
+        prepare=writes(f"{LAST}/checkpoint.json", "[]"),
+    ),
+    Fault(
+        "deep JSON in checkpoint.json",
+        VERIFY,
+        "run/checkpoints/step-00000004/checkpoint.json: damaged (not valid JSON); use an earlier checkpoint",
+        prepare=deep,
+    ),
+    Fault(
+        "a checkpoint under another step's name",
+        VERIFY,
+        "run/checkpoints/step-00000099: holds step 2, another than its name says; remove or rename it",
+        prepare=copied_step,
+    ),
+    Fault(
+        "no run there", "maskvr checkpoint verify texts", "texts: contains no checkpoint (nor does its checkpoints/)"
+    ),
+    Fault(
+        "no checkpoint of that step",
+        "maskvr checkpoint inspect run/checkpoints/step-00000003",
+        "run/checkpoints/step-00000003: no such folder; expected a run folder or a checkpoint folder",
+    ),
+    Fault(
+        "a folder that is not a run's",
+        f"{TRAIN} --set output_dir=mine",
+        "output_dir mine: not empty and not a run's folder (neither owner.json nor checkpoints/ of a run "
+        "is there), so its files are not overwritten; choose a new folder",
+        prepare=foreign_folder,
+    ),
+    Fault(
+        "a run that exists, without --resume",
+        TRAIN,
+        "output_dir run is not empty; add --resume auto to continue, or choose another folder",
+    ),
+    Fault(
+        "resume of nothing",
+        f"{TRAIN} --set output_dir=new --resume nowhere",
+        "nowhere: contains no complete checkpoint (nor does its checkpoints/)",
+        own_process=True,
+    ),
+    Fault(
+        "resume with other masks",
+        f"{TRAIN} --resume auto --set training.steps=6 --set masking.rate=0.3",
+        "run/checkpoints/step-00000004: belongs to another run: masking.rate was 0.15, is 0.3. Restore "
+        "these settings to resume, or start a new run in another output_dir; …",
+        may_change=OWNER,
+        own_process=True,
+    ),
+    Fault(
+        "resume with another corpus",
+        f"{TRAIN} --resume auto --set training.steps=6 --set data.path=other",
+        "run/checkpoints/step-00000004: belongs to another run: the corpus has other shards "
+        "(data.path). Restore these settings to resume, or start a new run in another output_dir",
+        may_change=OWNER,
+        own_process=True,
+    ),
+    Fault(
+        "resume of a finished run",
+        f"{TRAIN} --resume auto",
+        "run: trained to step 4 already, the configuration has 4 steps; nothing to do. To train further, "
+        "set training.steps higher",
+        "nothing is trained",
+        0,
+        may_change=OWNER,
+        own_process=True,
+    ),
+    Fault(
+        "more ranks than the machine bears",
+        "maskvr train --config run.yaml --num-gpus 2000 --set output_dir=new",
+        "argument --num-gpus: '2000': expected an integer from 1 to 1,024",
+        status=2,
+    ),
+    Fault(
+        "export to an existing folder",
+        "maskvr export --checkpoint run --output texts",
+        "texts exists and is not an empty folder; choose another --output",
+    ),
+    Fault(
+        "export to the current folder",
+        "maskvr export --checkpoint run --output .",
+        ". exists and is not an empty folder; choose another --output",
+    ),
+    Fault(
+        "export of damaged weights",
+        f"maskvr export --checkpoint {LAST} --output out",
+        "run/checkpoints/step-00000004/weights.safetensors: the SHA-256 differs from checkpoint.json; use"
+        " an earlier checkpoint",
+        prepare=flips(f"{LAST}/weights.safetensors"),
+    ),
+    Fault(
+        "export of no checkpoint",
+        "maskvr export --checkpoint texts --output out",
+        "texts: contains no complete checkpoint (nor does its checkpoints/)",
+    ),
+    Fault("a plot of no run", "maskvr plot texts", "texts: contains no metrics.jsonl; expected a run folder"),
+    Fault(
+        "a line of metrics.jsonl that is damaged",
+        "maskvr plot run",
+        "run/metrics.jsonl: 1 damaged lines are skipped, the first is line 1",
+        "the plot is made without the line",
+        0,
+        may_change=("run/loss.png",),
+        own_process=True,
+        prepare=writes("run/metrics.jsonl", '{"step": 1, "loss": \n'),
+    ),
+]

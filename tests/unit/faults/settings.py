@@ -1,0 +1,200 @@
+"""Faults of configurations, met by `maskvr config` (and by `maskvr train` before a rank starts)."""
+
+from __future__ import annotations
+
+from tests.unit.faults.case import Fault, cuts, removes, writes
+
+CONFIG = "maskvr config --config run.yaml"
+
+
+def sets(what: str, assignment: str, said: str) -> Fault:
+    return Fault(what, f"{CONFIG} --set {assignment}", said)
+
+
+def deepspeed(what: str, text: str, said: str) -> Fault:
+    return Fault(what, f"{CONFIG} --set deepspeed=ds.json", said, prepare=writes("ds.json", text))
+
+
+FAULTS = [
+    sets(
+        "a key that does not exist",
+        "optimizer.learning_rate=1",
+        "optimizer.learning_rate: unknown key; known keys are name, lr, betas, eps, variant, "
+        "bias_correction, min_ratio, max_ratio, weight_decay, gradient_clipping",
+    ),
+    sets("a key of an earlier version", "mapnet.floor=0.1", "mapnet.floor is now masking.mapnet.floor"),
+    sets(
+        "a learning rate that is infinite",
+        "optimizer.lr=.inf",
+        "optimizer.lr: Input should be a finite number (given: inf)",
+    ),
+    sets(
+        "a truth value for a number",
+        "optimizer.lr=yes",
+        "optimizer.lr: expected a number, found true, as YAML also reads yes, no, on and off",
+    ),
+    sets(
+        "a number of steps that is no integer",
+        "training.steps=1.5",
+        "training.steps: Input should be a valid integer, got a number with a fractional part (given: 1.5)",
+    ),
+    sets(
+        "a huge seed",
+        "seed=100000000000000000000000",
+        "seed: Input should be less than or equal to 9223372036854775807 (given: 100000000000000000000000)",
+    ),
+    sets("a rate above 1", "masking.rate=1.5", "masking.rate: Input should be less than 1 (given: 1.5)"),
+    sets(
+        "an unknown strategy",
+        "masking.strategy=half",
+        "masking.strategy: Input should be 'uniform', 'whole_word', 'span', 'fully_explored', "
+        "'frequency', 'mapnet' or 'auto' (given: 'half')",
+    ),
+    sets(
+        "one checkpoint to keep",
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_last: Input should be greater than or equal to 2 (given: 1)",
+    ),
+    sets(
+        "a path that YAML reads as a number",
+        "output_dir=20240601",
+        "output_dir: expected a path, found 20240601, which YAML reads as int; put it in quotes (--set "
+        "'FIELD=\"20240601\"')",
+    ),
+    sets(
+        "a home folder written as ~",
+        "output_dir=~/runs",
+        "output_dir: ~/runs: ~ is not replaced by your home folder here; write the full path",
+    ),
+    sets(
+        "a batch that micro-batches do not divide",
+        "batch.global_size=10",
+        "batch.global_size 10 is not a multiple of batch.micro_size 4 × 1 ranks = 4; set "
+        "batch.global_size to 8 or 12, or change batch.micro_size",
+    ),
+    Fault(
+        "a batch that the ranks do not divide",
+        f"{CONFIG} --num-gpus 7",
+        "batch.global_size 8 is not a multiple of batch.micro_size 4 × 7 ranks = 28; set "
+        "batch.global_size to 28, or change batch.micro_size",
+    ),
+    sets(
+        "no corpus there",
+        "data.path=nowhere",
+        "nowhere/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the"
+        " build command",
+    ),
+    sets(
+        "a folder that is no corpus",
+        "data.path=texts",
+        "texts/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the build command",
+    ),
+    sets(
+        "rows longer than the positions",
+        "model.max_position_embeddings=8",
+        "corpus: sequences of 16 tokens exceed model.max_position_embeddings 8",
+    ),
+    sets(
+        "heads that do not divide the width",
+        "model.num_attention_heads=3",
+        "model: hidden_size 8 is not a multiple of num_attention_heads 3",
+    ),
+    sets(
+        "an unknown preset",
+        "model.preset=bert-huge",
+        "model.preset: Input should be 'bert-tiny', 'bert-mini', 'bert-small', 'bert-medium', 'bert-base'"
+        " or 'bert-large' (given: 'bert-huge')",
+    ),
+    sets(
+        "an unknown DeepSpeed configuration",
+        "deepspeed=zero9",
+        "deepspeed: 'zero9' is neither a file nor one of zero0_bf16, zero0_fp32, zero1_bf16, zero1_fp16, "
+        "zero1_fp32, zero2_bf16, zero2_bf16_offload, zero2_fp16, zero2_fp32, zero3_bf16, …",
+    ),
+    deepspeed(
+        "a DeepSpeed file that is no JSON",
+        "{",
+        "ds.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ),
+    deepspeed(
+        "a DeepSpeed file with NaN", '{"a": NaN}', "ds.json: a is nan; a finite number of at most 1e+15 expected"
+    ),
+    deepspeed(
+        "a ZeRO stage that does not exist",
+        '{"zero_optimization": {"stage": 4}}',
+        "ds.json: ZeRO stage 4; supported are 0, 1, 2, 3",
+    ),
+    deepspeed(
+        "a DeepSpeed file with its own optimizer",
+        '{"optimizer": {"type": "Adam"}}',
+        "ds.json: sets optimizer to {'type': 'Adam'}, which the run's config owns; remove the key (or set"
+        ' it to "auto") and set optimizer in the run config',
+    ),
+    deepspeed(
+        "a DeepSpeed file with its own batch size",
+        '{"train_batch_size": 8}',
+        "ds.json: sets train_batch_size to 8, which the run's config owns; remove the key (or set it to "
+        '"auto") and set batch.global_size in the run config',
+    ),
+    sets(
+        "no initial model",
+        "model.initialize_from=nowhere",
+        "model.initialize_from nowhere: no such folder; expected a local folder written by "
+        "save_pretrained or `maskvr export` (nothing is downloaded)",
+    ),
+    Fault(
+        "a missing shard",
+        CONFIG,
+        "corpus/shard-00000.arrow: shard is missing. Copy it again or build the corpus again",
+        prepare=removes("corpus/shard-00000.arrow"),
+    ),
+    Fault(
+        "a shard that is cut",
+        CONFIG,
+        "corpus/shard-00000.arrow: 12,410 bytes expected, 12,409 found. Copy it again or build the corpus again",
+        prepare=cuts("corpus/shard-00000.arrow"),
+    ),
+    Fault(
+        "a configuration that is no YAML",
+        "maskvr config --config a.yaml",
+        "config a.yaml: not YAML: while parsing a flow node",
+        prepare=writes("a.yaml", "a: ["),
+    ),
+    Fault(
+        "a configuration that is a list",
+        "maskvr config --config a.yaml",
+        "config a.yaml: a mapping of sections expected, found list",
+        prepare=writes("a.yaml", "- 1\n"),
+    ),
+    Fault(
+        "a key given twice",
+        "maskvr config --config a.yaml",
+        "config a.yaml, line 2: key seed is given twice, first in line 1; remove one of them",
+        prepare=writes("a.yaml", "seed: 1\nseed: 2\n"),
+    ),
+    Fault(
+        "aliases that expand without bound",
+        "maskvr config --config a.yaml",
+        "config a.yaml, line 6: more than 100,000 values, its aliases (*name) written out; remove the aliases",
+        prepare=writes(
+            "a.yaml", "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+        ),
+    ),
+    Fault(
+        "a base that leads back",
+        "maskvr config --config a.yaml",
+        "config a.yaml: base ./a.yaml leads back to itself (a.yaml -> a.yaml)",
+        prepare=writes("a.yaml", "base: ./a.yaml\n"),
+    ),
+    Fault(
+        "no such configuration",
+        "maskvr config --config nowhere.yaml",
+        "config 'nowhere.yaml': neither a file nor a recipe (bert_base_4k, bert_base_4k_auto, "
+        "bert_base_4k_frequency, bert_base_4k_fully_explored, bert_base_4k_mapnet, bert_base_4k_span, …",
+    ),
+    Fault(
+        "an assignment without a value",
+        f"{CONFIG} --set seed",
+        "--set seed: section.field=value expected",
+    ),
+]
