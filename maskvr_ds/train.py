@@ -60,7 +60,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     for phase in phases:
         distributed.run_collectively(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
     deepspeed_config = distributed.run_collectively(
-        lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed))
+        lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed), guarded=config.divergence.enabled)
     )
     remaining = distributed.run_on_rank0(lambda: point.remaining_phases(phases))
     if len(remaining) > 1:

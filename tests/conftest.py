@@ -1,11 +1,17 @@
+import os
 import signal
 
 import pytest
+import torch
 from hypothesis import settings
 
 # The time of an example depends more on the machine's load than on the code.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+# Without a GPU, Triton's kernels are run by its interpreter. Read when Triton is imported, also by forked ranks.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Children inherit ignored signals (from nohup, or from a shell that runs pytest in the background), and some tests send
 # these signals. Handlers are not inherited.

@@ -32,9 +32,10 @@ _MAX_BYTES = 1 << 20
 _LARGEST = 1e15
 
 
-def read_deepspeed_config(path: Path) -> dict[str, Any]:
+def read_deepspeed_config(path: Path, *, guarded: bool = True) -> dict[str, Any]:
     """The file's content, with the keys of OWNED absent or "auto".
 
+    guarded: whether the run's divergence guard is enabled, which holds back updates whose gradients are not finite.
     Raises ConfigError if it is not valid JSON, sets a key that RunConfig owns, or asks for something unsupported.
     """
     if (size := path.stat().st_size) > _MAX_BYTES:
@@ -55,6 +56,12 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
             )
     if fault := _out_of_bounds(config) or _malformed(config) or _unsupported(config):
         raise ConfigError(f"{path}: {fault}")
+    if enabled(config, "bf16") and not config["bf16"].get("check_grad_overflow", True) and not guarded:
+        # DeepSpeed's check is tensor by tensor: 2,600 more kernels in each step of BERT-base at stage 2.
+        raise ConfigError(
+            f"{path}: bf16.check_grad_overflow is false, and so is divergence.enabled: nothing would keep NaN "
+            "gradients from the weights; set one of them to true"
+        )
     return config
 
 

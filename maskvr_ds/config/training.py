@@ -53,6 +53,8 @@ class OptimizerConfig(Section):
     """lamb: lower bound of the trust ratio; null: the variant's."""
     max_ratio: PositiveRatio | None = None
     """lamb: upper bound of the trust ratio; null: the variant's."""
+    fused: bool = False
+    """lamb: update by two Triton kernels: GPUs, without offload of the optimizer; equal up to rounding."""
     weight_decay: Ratio = 0.01
     """Decoupled weight decay λ."""
     gradient_clipping: Ratio = 1.0
@@ -60,10 +62,11 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _of_lamb(self) -> Self:
-        given = (self.variant != "paper", self.bias_correction, self.min_ratio, self.max_ratio)
-        if self.name != "lamb" and given != (False, None, None, None):
+        given = (self.variant != "paper", self.fused, self.bias_correction, self.min_ratio, self.max_ratio)
+        if self.name != "lamb" and given != (False, False, None, None, None):
             raise ValueError(
-                f"variant, bias_correction, min_ratio and max_ratio belong to LAMB; optimizer.name is {self.name}"
+                "variant, fused, bias_correction, min_ratio and max_ratio belong to LAMB; optimizer.name is "
+                f"{self.name}"
             )
         if (norm := self.lamb_variant().max_grad_norm) and self.gradient_clipping != norm:
             raise ValueError(

@@ -5,11 +5,13 @@
 | import_muon           | torch.compile, while one module is imported   | at import of engine.py         |
 | hold_loss_scale       | _update_scale of fp16's optimizers            | once per engine                |
 | gate_optimizer_step   | step of the optimizer that DeepSpeed wraps    | once per engine                |
+| streamline            | loops over tensors in ZeRO's optimizers       | once per engine                |
 | capture_saved_files   | checkpoint_engine.save, _copy_recovery_script | while a checkpoint is saved    |
 | free_memory           | nothing; empties two of DeepSpeed's caches    | after an engine was destroyed  |
 
-A further one has to precede `deepspeed.init_distributed` and is therefore in runtime/distributed.py: `initialize` marks
-the shared-memory all-reduce for CPUs as unavailable, before DeepSpeed compiles it.
+`streamline` is in engine/streamline.py. A further one has to precede `deepspeed.init_distributed` and is therefore in
+runtime/distributed.py: `initialize` marks the shared-memory all-reduce for CPUs as unavailable, before DeepSpeed
+compiles it.
 
 Patches rely on internals. Each of them checks that what it replaces exists and takes the arguments that it took in the
 version CHECKED, and raises RuntimeError otherwise; `check_deepspeed` does so before training for those that come late.
@@ -17,7 +19,6 @@ version CHECKED, and raises RuntimeError otherwise; `check_deepspeed` does so be
 
 import gc
 import importlib
-import inspect
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -28,10 +29,10 @@ from typing import Any
 import deepspeed
 import torch
 
+from maskvr_ds.engine.patch_checks import CHECKED, check_part, mismatch, part
+from maskvr_ds.engine.streamline import check_streamlined
 from maskvr_ds.runtime import distributed
 
-# The version of DeepSpeed that all patches were checked against.
-CHECKED = "0.19.8"
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +49,8 @@ def check_deepspeed() -> None:
             CHECKED,
             CHECKED,
         )
-    _check("capture_saved_files", deepspeed.DeepSpeedEngine, "_copy_recovery_script", "self", "save_path")
+    check_streamlined()
+    check_part("capture_saved_files", deepspeed.DeepSpeedEngine, "_copy_recovery_script", "self", "save_path")
     _module_stack()
     _release_cache()
 
@@ -60,7 +62,7 @@ def import_muon() -> None:
     torch.compile: seconds at every start, for functions that are never called here. Does nothing if DeepSpeed has no
     such module.
     """
-    _check("import_muon", torch, "compile")
+    check_part("import_muon", torch, "compile")
     compiler, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         with suppress(ModuleNotFoundError):
@@ -75,7 +77,7 @@ def hold_loss_scale(optimizer: Any) -> None:
     DeepSpeed updates the scale first and divides the gradients by the new one: in a step in which it grows, they come
     out half as large as they are, and clipping sees half their norm.
     """
-    _check("hold_loss_scale", optimizer, "_update_scale", "*")
+    check_part("hold_loss_scale", optimizer, "_update_scale", "*")
     optimizer._update_scale = lambda overflow: None
 
 
@@ -84,15 +86,22 @@ def update_loss_scale(optimizer: Any, overflow: bool) -> None:
     type(optimizer)._update_scale(optimizer, overflow)
 
 
-def gate_optimizer_step(engine: deepspeed.DeepSpeedEngine, allow: Callable[[torch.Tensor | float], bool]) -> None:
+def gate_optimizer_step(
+    engine: deepspeed.DeepSpeedEngine,
+    allow: Callable[[torch.Tensor | float], bool],
+    read: Callable[[torch.Tensor | float], float] = float,
+) -> None:
     """Call the step of the engine's basic optimizer only if `allow(norm)`.
 
     norm: global gradient norm before clipping, as DeepSpeed has computed it by then (scalar tensor or float); 0.0 at
     ZeRO 0 in fp32, where it computes none. Under ZeRO `allow` is called once per parameter group. DeepSpeed has no hook
     between norm and update, and afterwards a non-finite gradient has reached weights and moments.
+    read: waits for the norm; a streamlined BF16_Optimizer calls it first, and `allow` with its result.
     """
+    if hasattr(engine.optimizer, "norm_reader"):
+        engine.optimizer.norm_reader = read
     optimizer = engine.basic_optimizer
-    _check("gate_optimizer_step", optimizer, "step")
+    check_part("gate_optimizer_step", optimizer, "step")
     update = optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -104,7 +113,7 @@ def gate_optimizer_step(engine: deepspeed.DeepSpeedEngine, allow: Callable[[torc
 def _computed_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
     if engine.optimizer is engine.basic_optimizer:
         return 0.0
-    _check("gate_optimizer_step", engine.optimizer, "_global_grad_norm")
+    check_part("gate_optimizer_step", engine.optimizer, "_global_grad_norm")
     return engine.optimizer._global_grad_norm
 
 
@@ -119,10 +128,10 @@ def capture_saved_files(
     rank whose disk is full. Rank 0 copies no recovery scripts next to the checkpoint, which could fail likewise.
     """
     patch, writer = "capture_saved_files", engine.checkpoint_engine
-    _check(patch, writer, "save", "state_dict", "path")
-    _check(patch, engine, "_copy_recovery_script", "save_path")
+    check_part(patch, writer, "save", "state_dict", "path")
+    check_part(patch, engine, "_copy_recovery_script", "save_path")
     if in_memory:
-        _check(patch, writer, "zipfile_serialization")
+        check_part(patch, writer, "zipfile_serialization")
     original = writer.save
 
     def save(state_dict: Any, path: str) -> None:
@@ -159,49 +168,18 @@ def free_memory() -> None:
 
 
 def _module_stack() -> list[Any]:
-    return _part("free_memory", "deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK")
+    return part("free_memory", "deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK")
 
 
 def _release_cache() -> Any:
     """The `functools.lru_cache` of the coordinator's method; a decorator of DeepSpeed's wraps it once more."""
     patch, name = "free_memory", "_PartitionedParameterCoordinator__params_to_release"
     module = "deepspeed.runtime.zero.partitioned_param_coordinator"
-    coordinator = _part(patch, module, "PartitionedParameterCoordinator")
-    _check(patch, coordinator, name)
+    coordinator = part(patch, module, "PartitionedParameterCoordinator")
+    check_part(patch, coordinator, name)
     method = getattr(coordinator, name)
     cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
     for candidate in (method, *cells):
         if hasattr(candidate, "cache_clear"):
             return candidate
-    raise _mismatch(patch, f"{coordinator.__name__}.{name} has no cache")
-
-
-def _part(patch: str, module: str, name: str) -> Any:
-    try:
-        owner = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise _mismatch(patch, str(error)) from None
-    _check(patch, owner, name)
-    return getattr(owner, name)
-
-
-def _check(patch: str, owner: Any, name: str, *parameters: str) -> None:
-    """Raise RuntimeError if `owner` has no attribute `name`, or if its parameters have other names ("*": any name).
-
-    Without `parameters` its signature is not checked.
-    """
-    label = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
-    if not hasattr(owner, name):
-        raise _mismatch(patch, f"{label} does not exist")
-    if not parameters:
-        return
-    found = list(inspect.signature(getattr(owner, name)).parameters)
-    if len(found) != len(parameters) or any(p not in ("*", f) for p, f in zip(parameters, found, strict=True)):
-        raise _mismatch(patch, f"{label} takes ({', '.join(found)}), expected ({', '.join(parameters)})")
-
-
-def _mismatch(patch: str, fault: str) -> RuntimeError:
-    return RuntimeError(
-        f"deepspeed_patches.{patch}: {fault}. Found DeepSpeed {deepspeed.__version__} (torch {torch.__version__}), "
-        f"checked against {CHECKED}; install deepspeed=={CHECKED}, or adapt maskvr_ds/engine/deepspeed_patches.py"
-    )
+    raise mismatch(patch, f"{coordinator.__name__}.{name} has no cache")

@@ -3,6 +3,7 @@
 Reading and checking ds_configs/*.json, without torch: maskvr_ds/config/deepspeed.py.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -30,6 +31,27 @@ def check_device(config: dict[str, Any]) -> None:
         )
 
 
+def check_fused(config: dict[str, Any]) -> None:
+    """Raise ConfigError if LAMB's Triton kernels cannot run on this machine with this configuration."""
+    offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    if offload != "none":
+        raise ConfigError(
+            f"optimizer.fused is true, but offload_optimizer.device is {offload!r}: the kernels run on GPUs; "
+            "set one of them differently"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "optimizer.fused is true, but Triton is not installed; install triton or set optimizer.fused to false"
+        )
+    from maskvr_ds.optim.fused import INTERPRETED
+
+    if distributed.device().type != "cuda" and not INTERPRETED:
+        raise ConfigError(
+            f"optimizer.fused is true, but this rank trains on {distributed.device().type}: the kernels run on GPUs; "
+            "set optimizer.fused to false"
+        )
+
+
 def complete_deepspeed_config(
     config: dict[str, Any], batch: BatchConfig, optimizer: OptimizerConfig, *, accumulation: int
 ) -> dict[str, Any]:
@@ -43,6 +65,8 @@ def complete_deepspeed_config(
         gradient_clipping=optimizer.gradient_clipping,
         # DeepSpeed's console lines would wait for the device; metrics.jsonl has the same figures.
         steps_per_print=None,
+        # Waits for the device twice per micro-batch; nothing reads it.
+        timers={**(config.get("timers") or {}), "throughput": {"enabled": False}},
     )
     if optimizer.name == "adam":
         # FusedAdam on GPUs; torch's on CPUs, since DeepSpeed's would be compiled at first use.

@@ -14,8 +14,9 @@ from transformers import BertConfig
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
 from maskvr_ds.engine.deepspeed_patches import check_deepspeed, hold_loss_scale, import_muon, update_loss_scale
-from maskvr_ds.engine.ds_config import check_device, complete_deepspeed_config, model_dtype
+from maskvr_ds.engine.ds_config import check_device, check_fused, complete_deepspeed_config, model_dtype
 from maskvr_ds.engine.master_weights import set_masters
+from maskvr_ds.engine.streamline import streamline
 from maskvr_ds.models import pretrained
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.models.initial_folder import InitialWeights
@@ -46,6 +47,8 @@ def create_engine(
     """
     check_deepspeed()
     distributed.run_collectively(lambda: check_device(deepspeed_config))
+    if optimizer.fused:
+        distributed.run_collectively(lambda: check_fused(deepspeed_config))
     # Silences DeepSpeed's warnings that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
@@ -60,7 +63,12 @@ def create_engine(
     client = None
     if optimizer.name == "lamb":
         client = lamb.Lamb(
-            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, variant=optimizer.lamb_variant()
+            groups,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            variant=optimizer.lamb_variant(),
+            fused=optimizer.fused,
         )
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -75,6 +83,7 @@ def create_engine(
         distributed.run_collectively(lambda: lamb.bind(engine))
     if loss_scale(engine) is not None:
         hold_loss_scale(engine.optimizer)
+    distributed.run_collectively(lambda: streamline(engine.optimizer))
     return engine
 
 

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from maskvr_ds.optim.partitions import Fragment, Partition, trainable, whole_tensors
 from maskvr_ds.optim.variants import Variant
+
+if TYPE_CHECKING:
+    from maskvr_ds.optim.fused import FusedUpdate
 
 # Summing fp32 squares in one pass loses digits on CPUs: 4e-4 relative for a vocabulary embedding. Norms are therefore
 # taken over chunks of this many elements, and then over the chunks' norms.
@@ -34,10 +37,11 @@ class _Update:
     """Pending update of some partitions of one parameter group."""
 
     partitions: list[Tensor]
-    updates: list[Tensor]  # u, laid out like the partitions
+    updates: list[Tensor]  # u, laid out like the partitions; empty if fused
     layouts: list[Partition]  # their fragments
     lr: float
     adapted: bool
+    fused: "FusedUpdate | None" = None
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -50,6 +54,8 @@ class _Update:
 
 class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     """Base class. Subclasses define the state and compute u from it; this class scales u and subtracts it."""
+
+    fused = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
         if defaults["lr"] < 0.0:
@@ -72,7 +78,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_own_parameters("be copied or pickled")
-        return {**super().__getstate__(), "variant": self.variant, "_given": self._given}
+        return {**super().__getstate__(), "variant": self.variant, "fused": self.fused, "_given": self._given}
 
     def _require_own_parameters(self, action: str) -> None:
         """Raise RuntimeError if DeepSpeed has replaced the parameters: `action` needs the model's own tensors."""
@@ -115,6 +121,12 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _updates(self, group: dict[str, Any], partitions: list[Tensor], step: int) -> list[Tensor]:
         """u at step `step` (1-based), shaped like the partitions."""
+
+    def _fuse(
+        self, group: dict[str, Any], partitions: list[Tensor], layouts: list[Partition], step: int, scale: Tensor | None
+    ) -> "FusedUpdate | None":
+        """The update by Triton kernels, whose moments are then done; None to use `_advance` and `_updates`."""
+        return None
 
     def _rate(self, group: dict[str, Any], step: int) -> float:
         """η at step `step` (1-based)."""
@@ -217,16 +229,18 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         steps = {p: self._state_of(p)["step"] + 1 for p in partitions}
         for step, members in groupby(sorted(partitions, key=steps.__getitem__), key=steps.__getitem__):
             chosen = list(members)
-            gradients = [cast(Tensor, p.grad) for p in chosen]
-            if scale is not None:
-                gradients = list(torch._foreach_mul(gradients, scale))
             for p in chosen:
                 self.state[p]["step"] = step
-            self._advance(group, chosen, gradients)
-            del gradients  # scaled copies would otherwise be alive together with u
-            updates = self._updates(group, chosen, step)
             layouts = [self._layout.partitions[p] for p in chosen]
-            self._pending.append(_Update(chosen, updates, layouts, self._rate(group, step), self._adapts(group)))
+            updates: list[Tensor] = []
+            if (fused := self._fuse(group, chosen, layouts, step, scale)) is None:
+                gradients = [cast(Tensor, p.grad) for p in chosen]
+                if scale is not None:
+                    gradients = list(torch._foreach_mul(gradients, scale))
+                self._advance(group, chosen, gradients)
+                del gradients  # scaled copies would otherwise be alive together with u
+                updates = self._updates(group, chosen, step)
+            self._pending.append(_Update(chosen, updates, layouts, self._rate(group, step), self._adapts(group), fused))
 
     def _apply(self, earlier_calls: int) -> None:
         """Scale the pending updates by their trust ratios and subtract them from the weights.
@@ -239,11 +253,15 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
             return
         layout, device = self._layout, pending[0].partitions[0].device
         weights = [entry.views(entry.partitions) for entry in pending]
-        updates = [entry.views(entry.updates) for entry in pending]
-        lists = [list(chain.from_iterable(views)) for views in (weights, updates)]
-        indices = [fragment.tensor for entry in pending for fragment in entry.fragments]
-        squares = _squared_norms(lists, indices, len(layout.tensors), device).view(-1)
-        weight_squares, update_squares = layout.all_reduce(squares).chunk(2)
+        updates = [entry.views(entry.updates) if entry.fused is None else [] for entry in pending]
+        summed = [n for n, entry in enumerate(pending) if entry.fused is None]
+        lists = [list(chain.from_iterable(views[n] for n in summed)) for views in (weights, updates)]
+        indices = [fragment.tensor for n in summed for fragment in pending[n].fragments]
+        squares = _squared_norms(lists, indices, len(layout.tensors), device)
+        for entry in pending:
+            if entry.fused is not None:
+                entry.fused.add_squares(squares)
+        weight_squares, update_squares = layout.all_reduce(squares.view(-1)).chunk(2)
         ratios = (weight_squares.sqrt() / update_squares.sqrt()).clamp(self.variant.min_ratio, self.variant.max_ratio)
         # NaN stays NaN, so that divergence is visible.
         ratios = torch.where((weight_squares == 0) | (update_squares == 0), 1.0, ratios)
@@ -256,7 +274,10 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         self._trust_ratios = ratios
 
         for number, entry in enumerate(pending):
-            _subtract(entry, weights[number], updates[number], ratios)
+            if entry.fused is not None:
+                entry.fused.subtract(ratios, entry.lr)
+            else:
+                _subtract(entry, weights[number], updates[number], ratios)
             if number < earlier_calls and weights[number]:
                 targets = [fragment.of_model(layout.tensors[fragment.tensor]) for fragment in entry.fragments]
                 torch._foreach_copy_(targets, weights[number])

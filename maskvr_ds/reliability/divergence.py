@@ -49,6 +49,9 @@ class Guard:
         # Skipped updates: (step, number of its batch in the phase).
         self._bad: list[tuple[int, int]] = [(step, batch) for step, batch in restored.get("bad", ())]
         self._loss = 0.0
+        # Loss of this step, not yet read from the device; norm of this step as given and as read.
+        self._unread: torch.Tensor | None = None
+        self._norm: tuple[torch.Tensor | float, float] | None = None
         self._update_skipped = False
         # Reason for which the last update was skipped.
         self._fault: str | None = None
@@ -61,10 +64,26 @@ class Guard:
     def enabled(self) -> bool:
         return self._config.enabled
 
-    def before_update(self, loss: float, norm: float | None) -> None:
-        """Record the loss of the step whose update comes next, and its gradient norm if already known."""
-        self._loss = loss
-        self._update_skipped = self._reason(norm or 0.0) is not None
+    def before_update(self, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """Record the loss (float64 scalar on the device) of the step whose update comes next.
+
+        norm: its gradient norm if already known, in which case the host waits for both; else `read` waits.
+        """
+        self._unread, self._update_skipped, self._norm = loss, False, None
+        if norm is not None:
+            self._update_skipped = self._reason(self.read(norm)) is not None
+
+    def read(self, norm: torch.Tensor | float) -> float:
+        """The gradient norm as a number. Waits for the device once per step, for loss and norm together."""
+        if self._norm is not None and self._norm[0] is norm:
+            return self._norm[1]
+        if self._unread is not None and isinstance(norm, torch.Tensor):
+            self._loss, number = torch.stack([self._unread, norm.to(self._unread)]).tolist()
+        else:
+            self._loss = self._loss if self._unread is None else float(self._unread)
+            number = float(norm)
+        self._unread, self._norm = None, (norm, number)
+        return number
 
     def allow_update(self, norm: torch.Tensor | float) -> bool:
         """Whether the optimizer may step; norm: global gradient norm before clipping. Waits for the device.
@@ -73,7 +92,9 @@ class Guard:
         """
         if not self._config.enabled:
             return True
-        self._update_skipped = self._update_skipped or self._reason(float(norm)) is not None
+        # At ZeRO 0 in fp32 DeepSpeed computes no norm, and `before_update` has judged it.
+        number = float(norm) if self._norm is not None and isinstance(norm, float) else self.read(norm)
+        self._update_skipped = self._update_skipped or self._reason(number) is not None
         return not self._update_skipped
 
     def _reason(self, norm: float) -> str | None:
@@ -98,7 +119,7 @@ class Guard:
         self._fault = None
         if not self._config.enabled:
             return {}
-        norm = float(norm)
+        norm = self.read(norm)  # also the loss, if DeepSpeed skipped the update
         if loss_scale is not None and norm == math.inf and math.isfinite(self._loss):
             return {}
         reason = self._reason(norm)

@@ -23,7 +23,7 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
     """
     faults: list[str] = []
     with _collected(faults):
-        read_deepspeed_config(deepspeed_config_path(config.deepspeed))
+        read_deepspeed_config(deepspeed_config_path(config.deepspeed), guarded=config.divergence.enabled)
     for where, phase in _phases(config):
         with _collected(faults, where):
             phase.accumulation_steps(ranks or 1)

@@ -109,7 +109,7 @@ def setup_phase(
             chooser.restore(state.auto)
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
-    gate_optimizer_step(engine, guard.allow_update)
+    gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256)

@@ -48,8 +48,9 @@ def run_step(
 ) -> StepResult:
     """One optimizer step on this rank's share of the global batch. Collective: call on all ranks.
 
-    Only the guard makes the host wait for the device, for the loss; DeepSpeed's own step may wait for its overflow
-    check. stop: whether this rank was asked to stop. writing: whether it is writing a checkpoint.
+    Only the guard makes the host wait for the device, once, for loss and gradient norm; except for ZeRO 1 in bf16,
+    DeepSpeed's own step waits, too, for its overflow check. stop: whether this rank was asked to stop. writing: whether
+    it is writing a checkpoint.
     """
     micro_batches = list(batch.split(micro_size))
     masked_batches = [masker(micro) for micro in micro_batches]
@@ -78,8 +79,7 @@ def run_step(
     distributed.all_reduce_sum(loss_sum)
     norm = replicated_grad_norm(engine)
     if guard is not None and guard.enabled:
-        predictions = max(int(counters[2]), 1)
-        guard.before_update(float(loss_sum) / predictions, None if norm is None else float(norm))
+        guard.before_update((loss_sum / counters[2].clamp(min=1)).squeeze(), norm)
     return StepResult(
         counters=counters[:4],
         stop_requests=counters[4:5],

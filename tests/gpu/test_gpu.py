@@ -141,3 +141,26 @@ def test_extremes_propagate_what_is_not_finite(dtype: torch.dtype, value: float)
             tensors = [torch.full((size,), 6e4, dtype=dtype, device="cuda") for _ in range(3)]
             tensors[1][place] = value
             assert bool(_is_finite(tensors)) == (value == 0.0), (size, place)
+
+
+def test_fused_lamb_on_the_gpu() -> None:
+    """Compiled kernels against the list operations, over tensors of one to several blocks; twice the same bits."""
+    from maskvr_ds.lamb import Lamb
+
+    def run(*, fused: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        random = torch.Generator("cuda").manual_seed(0)
+        shapes = [(30_522, 768), (768, 3072), (4096,), (768,), (7,)]
+        weights = [torch.nn.Parameter(0.02 * torch.randn(s, device="cuda", generator=random)) for s in shapes]
+        groups = [{"params": weights[:2], "weight_decay": 0.01}, {"params": weights[2:], "weight_decay": 0.0}]
+        optimizer = Lamb(groups, lr=4e-3, fused=fused)
+        for _ in range(10):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, device="cuda", generator=random)
+            optimizer.step()
+        return [weight.detach() for weight in weights], optimizer.trust_ratios
+
+    theirs, (ours, ratios), again = run(fused=False), run(fused=True), run(fused=True)
+    for our, their, repeated in zip(ours, theirs[0], again[0], strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=2e-6)
+        assert torch.equal(our, repeated)
+    torch.testing.assert_close(ratios, theirs[1], rtol=1e-4, atol=0)

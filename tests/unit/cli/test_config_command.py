@@ -124,6 +124,10 @@ FAULTS: dict[str, tuple[Case, str]] = {
         deepspeed('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000000000000000000000}}'),
         "zero_optimization.reduce_bucket_size is 1000000000000000000000; a finite number of at most 1e.15",
     ),
+    "no check of gradients and no guard": (
+        settings(deepspeed="zero2_bf16", divergence={"enabled": False}),
+        "zero2_bf16.json: bf16.check_grad_overflow is false, and so is divergence.enabled",
+    ),
     "a key twice": (deepspeed('{"a": 1, "a": 2}'), "key a is given twice"),
     "a batch of no rank": (settings(batch={"global_size": 10, "micro_size": 4}), "10 is not a multiple of batch.micro"),
     "a batch of 7 ranks": (lambda *_: ["--num-gpus", "7"], "× 7 ranks"),

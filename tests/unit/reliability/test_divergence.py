@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,13 +86,20 @@ def one_step(
     made: tuple[Guard, Any], step: int, loss: float, norm: float, scale: float | None = None
 ) -> dict[str, str]:
     guard, engine = made
-    guard.before_update(loss, None)
+    guard.before_update(torch.tensor(loss, dtype=torch.float64), None)
     engine.optimizer._global_grad_norm = norm
     for _ in range(2):  # one call per parameter group
         engine.basic_optimizer.step()
     line = guard.after_update(step, step + 100, norm, loss_scale=scale)
     guard.check(step, is_last=False)
     return line
+
+
+def test_loss_is_judged_if_deepspeed_skips_the_update() -> None:
+    guard, _ = make_guard()
+    for loss, line in ((2.0, {}), (math.nan, {"update_left_out": "loss is nan"}), (2.0, {})):
+        guard.before_update(torch.tensor(loss, dtype=torch.float64), None)
+        assert guard.after_update(1, 1, math.inf, loss_scale=2.0) == line
 
 
 def test_bad_steps_skip_the_update() -> None:

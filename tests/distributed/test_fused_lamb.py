@@ -1,0 +1,80 @@
+"""LAMB in Triton kernels under ZeRO, by Triton's interpreter on gloo ranks, against the list operations."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import run_ranks
+
+B, L, K, V, STEPS = 2, 16, 4, 60, 8
+# DeepSpeed configuration → bound of the difference of weights. In bf16 gradients are those of rounded weights.
+BOUNDS = {"zero0_fp32": 1e-6, "zero1_fp32": 1e-6, "zero2_fp32": 1e-6, "zero3_fp32": 1e-6, "zero1_bf16": 2e-4}
+
+
+def trained(names: list[str]) -> dict[str, Any]:
+    """On a rank: for each configuration the weights and trust ratios of both kinds, or the error of an offload."""
+    import deepspeed
+    import torch
+
+    from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+    from maskvr_ds.config.deepspeed import read_deepspeed_config
+    from maskvr_ds.data.batch import MaskedBatch
+    from maskvr_ds.engine.engine import create_engine, step_and_norm
+    from maskvr_ds.models.bert import bert_config
+    from maskvr_ds.models.losses import weighted_loss
+    from maskvr_ds.runtime import distributed
+
+    distributed.initialize()
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": L}
+    model = ModelConfig(**sizes, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    bert = bert_config(model, vocab_size=V, pad_id=0)
+
+    def masked(number: int) -> MaskedBatch:
+        random = torch.Generator().manual_seed(1000 * distributed.rank() + number)
+        return MaskedBatch(
+            torch.randint(5, V, (B, L), generator=random),
+            torch.stack([torch.randperm(L, generator=random)[:K] for _ in range(B)]),
+            torch.randint(5, V, (B, K), generator=random),
+            torch.ones(B, K),
+        )
+
+    def run(name: str, fused: bool) -> tuple[list[Any], Any]:
+        engine = create_engine(
+            bert,
+            read_deepspeed_config(deepspeed_config_path(name)),
+            model=model,
+            batch=BatchConfig(global_size=B * distributed.world_size(), micro_size=B),
+            optimizer=OptimizerConfig(lr=0.02, fused=fused),
+            accumulation=1,
+            seed=1,
+        )
+        engine.train()
+        for step in range(STEPS):
+            engine.backward(weighted_loss(engine, masked(step)) / (B * K))
+            step_and_norm(engine)
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled="3" in name):
+            weights = [p.detach().float().numpy().copy() for p in engine.module.parameters()]
+        lamb = engine.basic_optimizer
+        # The loss does not depend on the bias of keys: its gradient is rounding, and so is its ratio.
+        ratios = [r for n, r in zip(lamb.tensor_names, lamb.trust_ratios.tolist(), strict=True) if "key.bias" not in n]
+        engine.destroy()
+        return weights, ratios
+
+    found: dict[str, Any] = {name: (run(name, False), run(name, True)) for name in names}
+    try:
+        run("zero2_bf16_offload", True)
+    except (ValueError, distributed.RemoteError) as error:
+        found["offload"] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_equals_the_list_operations(world_size: int) -> None:
+    for found in run_ranks(trained, world_size, list(BOUNDS)):
+        assert "optimizer.fused is true, but offload_optimizer.device is 'cpu'" in found.pop("offload")
+        for name, ((theirs, their_ratios), (ours, our_ratios)) in found.items():
+            assert len(ours) > 20
+            for our, their in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(our, their, rtol=0, atol=BOUNDS[name], err_msg=name)
+            np.testing.assert_allclose(our_ratios, their_ratios, rtol=2e-2 if "bf16" in name else 1e-4, atol=1e-7)
