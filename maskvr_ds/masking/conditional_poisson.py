@@ -31,6 +31,7 @@ of values: a row needs at least k positive odds, all finite.
 import torch
 
 from maskvr_ds import hashing
+from maskvr_ds.masking.conditional_poisson_kernels import Kernels, are_usable
 
 # π is clamped just below 1: every set keeps a positive probability, and odds stay finite.
 _HIGHEST = 1 - 2.0**-53
@@ -81,9 +82,11 @@ class ConditionalPoisson:
         odds: float64 [B, L], finite; 0 at positions that must not be drawn. At least `counts` positive ones per row.
         counts: int64 [B], k, at most `width`.
         width: K.
+        kernels: use the Triton kernels of conditional_poisson_kernels.py, which give the same bits; None: if they are
+            usable on the device.
     """
 
-    def __init__(self, odds: torch.Tensor, counts: torch.Tensor, width: int) -> None:
+    def __init__(self, odds: torch.Tensor, counts: torch.Tensor, width: int, *, kernels: bool | None = None) -> None:
         odds = odds.detach().double()
         self.counts, self.width = counts, width
         # [B, 1]. For k = 0 any scale serves.
@@ -98,7 +101,11 @@ class ConditionalPoisson:
         # [L, B]: with rows last, every step below is one operation on contiguous memory.
         self._p = torch.where(x > 1, larger, smaller)
         self._q = torch.where(x > 1, smaller, larger)
-        self._table = self._suffixes()
+        if kernels is None:
+            kernels = are_usable(odds.device)
+        self._kernels = Kernels(self._p, self._q, counts, width) if kernels else None
+        # Float64 [B, L + 1, K + 2 or more] of the kernels, else [L + 1, K + 2, B].
+        self._table = self._suffixes() if self._kernels is None else self._kernels.table
 
     def _suffixes(self) -> torch.Tensor:
         """T, float64 [L + 1, K + 2, B]: entry [i, j + 1] is T_i(j); [i, 0] is T_i(−1) = 0, to avoid a special case."""
@@ -138,6 +145,8 @@ class ConditionalPoisson:
         """
         length, rows = self._p.shape
         u = hashing.unit_interval(bits).T.contiguous()
+        if self._kernels is not None:
+            return _compact(self._kernels.taken(u).T, self.counts, self.width)
         taken = torch.empty(length, rows, dtype=torch.bool, device=bits.device)
         state = self.counts[None] + 1
         for i in range(length):
@@ -150,6 +159,12 @@ class ConditionalPoisson:
 
     def inclusion(self) -> torch.Tensor:
         """Exact π_i = P(i ∈ M): float64 [B, L], 0 where the odds are 0."""
+        total = self._joint() if self._kernels is None else self._kernels.total()
+        inclusion = self._p * total / self._probability_of_k()
+        return inclusion.clamp(max=1).T.contiguous()
+
+    def _joint(self) -> torch.Tensor:
+        """P(k heads in all | head at i): float64 [L, B]."""
         length, rows = self._p.shape
         # before[j + 1]: probability of k − j heads at the positions 0, …, i − 1.
         before = self._p.new_zeros(self.width + 2, rows)
@@ -167,11 +182,12 @@ class ConditionalPoisson:
         total = self._p.new_zeros(length, rows)
         for part in joint.unbind(1):
             total += part
-        inclusion = self._p * total / self._probability_of_k()
-        return inclusion.clamp(max=1).T.contiguous()
+        return total
 
     def _probability_of_k(self) -> torch.Tensor:
         """T_0(k): float64 [B]."""
+        if self._kernels is not None:
+            return self._table[:, 0].gather(1, self.counts[:, None] + 1)[:, 0]
         return self._table[0].gather(0, self.counts[None] + 1)[0]
 
     def _log_tilted(self) -> torch.Tensor:
