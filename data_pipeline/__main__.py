@@ -68,10 +68,11 @@ def _add_tokenizer(commands: _Commands) -> None:
     command = _add_command(
         commands,
         "tokenizer",
-        "train a BERT WordPiece tokenizer",
+        "train a tokenizer: BERT's WordPiece or byte-level BPE",
         "  python -m data_pipeline tokenizer --input texts/ --vocab-size 30522 --output tok/\n"
         "  python -m data_pipeline tokenizer --input 'wiki/*.jsonl.zst' --text-field body --vocab-size 30522 \\\n"
-        "      --cased --output tok_cased/\n",
+        "      --cased --output tok_cased/\n"
+        "  python -m data_pipeline tokenizer --input texts/ --vocab-size 50265 --kind byte-bpe --output tok_bpe/\n",
     )
     command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=INPUT)
     command.add_argument(
@@ -81,7 +82,13 @@ def _add_tokenizer(commands: _Commands) -> None:
         metavar="N",
         help="entries, including special tokens",
     )
-    command.add_argument("--cased", action="store_true", help="keep case and accents (default: lower-case)")
+    command.add_argument(
+        "--kind",
+        choices=("wordpiece", "byte-bpe"),
+        default="wordpiece",
+        help="wordpiece: as BERT's; byte-bpe: byte-level BPE as RoBERTa's (default %(default)s)",
+    )
+    command.add_argument("--cased", action="store_true", help="wordpiece: keep case and accents (default: lower-case)")
     command.add_argument("--output", required=True, metavar="DIR", help=f"tokenizer folder {_OUTPUT}")
     document_options(command)
     progress_options(command)

@@ -50,7 +50,7 @@ from data_pipeline.shards import Manifest
 from data_pipeline.sources.description import MAX_WEIGHT, Description, description_yaml
 from data_pipeline.tokenization.stage import TokenizeOptions, default_work_size, find_groups, tokenize_stage
 from data_pipeline.tokenization.token_shards import TOKENS_VERSION, TokenManifest, read_tokens
-from data_pipeline.tokenization.tokenizer import copy_tokenizer, fingerprint
+from data_pipeline.tokenization.tokenizer import copy_tokenizer, fingerprint, pair_separators
 from data_pipeline.tokenization.unknown import describe_unknown
 
 
@@ -116,6 +116,8 @@ def build(
             check_inputs(output, manifest.sources, options.files)
             return manifest
         copy_tokenizer(tokenizer, output / TOKENIZER)
+        if packing in ("nsp", "sop"):
+            pair_separators(output / TOKENIZER)  # refuse before tokenization
         total = sum(source.bytes for source in options.files)
         with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
             tokens = tokenize_stage(work, work, options, pool, bar)
@@ -254,7 +256,7 @@ def pack(
             return finished_corpus(output, HELD_OUT in manifest.sides)
         if report:
             report(describe_unknown(manifest))
-        copy_tokenizer(tokens / TOKENIZER, output / TOKENIZER)
+        copy_tokenizer(tokens / TOKENIZER, output / TOKENIZER, built=True)
         if (tokens / DESCRIPTION).exists() and not (output / DESCRIPTION).exists():
             with atomic_file(output / DESCRIPTION) as file:
                 file.write((tokens / DESCRIPTION).read_bytes())

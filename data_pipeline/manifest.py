@@ -85,13 +85,14 @@ class MixtureEntry(_Frozen):
 
 
 class SpecialTokens(_Frozen):
-    """Token ids of the five roles, and `all` special ids of the tokenizer, ascending."""
+    """Token ids of the five roles, and `all` special ids of the tokenizer, ascending, including ids below its
+    vocabulary size that have no token. unk: None for byte-level tokenizers, which encode any text."""
 
     cls: NonNegativeInt
     sep: NonNegativeInt
     pad: NonNegativeInt
     mask: NonNegativeInt
-    unk: NonNegativeInt
+    unk: NonNegativeInt | None
     all: tuple[NonNegativeInt, ...]
 
 
@@ -138,7 +139,7 @@ class Manifest(_Frozen):
         if any(shard.length and shard.length > self.sequence_length for shard in self.shards):
             raise ValueError(f"rows of a shard are longer than sequence_length {self.sequence_length}")
         roles = self.special_tokens
-        if max(roles.cls, roles.sep, roles.pad, roles.mask, roles.unk, *roles.all) >= self.vocab_size:
+        if max(roles.cls, roles.sep, roles.pad, roles.mask, roles.unk or 0, *roles.all) >= self.vocab_size:
             raise ValueError(f"special token ids must be below vocab_size {self.vocab_size}")
         return self
 

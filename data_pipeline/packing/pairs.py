@@ -1,9 +1,11 @@
-"""Packings of one document per row, and of sentence pairs `[CLS] A [SEP] B [SEP]`.
+"""Packings of one document per row, and of sentence pairs `[CLS] A [SEP] B [SEP]`, or `<s> A </s></s> B </s>` for
+tokenizers whose own template has two separators (RoBERTa).
 
 `documents`: one document per row; documents longer than L - 2 tokens are split over several rows. Each row goes to the
 shortest length bin that holds it; the parts of a long document stay together in the longest bin.
 
-`nsp` and `sop`: as many consecutive sentences of a document as fit in L - 3 tokens are split in two at a random
+`nsp` and `sop`: as many consecutive sentences of a document as fit in L - 3 tokens (L - 4 with two separators between
+the segments) are split in two at a random
 sentence start. Next-sentence prediction (Devlin et al. 2018, section 3.1): with the given probability, B is replaced by
 text of a random other document, from a random sentence start, truncated to fill the row; the original B goes to the
 next row. The other document is drawn from a neighbourhood of NEIGHBOURS to twice as many documents, since random access
@@ -130,12 +132,19 @@ def document_rows(
 
 @dataclass(frozen=True)
 class PairOptions:
-    """objective: "nsp" or "sop"; probability: of a random second segment (nsp) or swapped segments (sop); length: L."""
+    """objective: "nsp" or "sop"; probability: of a random second segment (nsp) or swapped segments (sop); length: L;
+    separators: number of [SEP] between the segments."""
 
     objective: str
     probability: float
     length: int
     seed: int
+    separators: int = 1
+
+    @property
+    def room(self) -> int:
+        """Tokens of both segments in a full row."""
+        return self.length - 2 - self.separators
 
 
 def sentence_cuts(
@@ -168,7 +177,7 @@ def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> 
     bounds: of its sentences; number: index of the document in the corpus. A pair is (start, middle, stop, label), with
     segments [start, middle) and [middle, stop); for nsp with label 1, the second segment is to be replaced.
     """
-    room = options.length - 3
+    room = options.room
     pairs: list[tuple[int, ...]] = []
     i = 0
     while i < len(bounds) - 1:
@@ -207,7 +216,7 @@ def pair_rows(
     first: index of its first document in the corpus of `total` documents; other: maps the index of a document to the
     reader of its part and the index therein.
     """
-    longest = (options.length - 3) // 2
+    longest = options.room // 2
 
     def random_segment(number: int, row: int, longest_segment: int) -> _Segment:
         reader, index = other(random_document(number, row, total, options.seed))
@@ -232,27 +241,28 @@ def pair_rows(
                 if label and options.objective == "sop":
                     one, two = two, one
                 elif label:
-                    two = random_segment(number, row, options.length - 3 - len(one.ids))
+                    two = random_segment(number, row, options.room - len(one.ids))
                 found.append((one, two, bool(label)))
             number += 1
-        yield _fill(found, options.length, special, dtype, planes, unused)
+        yield _fill(found, options, special, dtype, planes, unused)
 
 
 def _fill(
     found: list[tuple[_Segment, _Segment, bool]],
-    length: int,
+    options: PairOptions,
     special: SpecialTokens,
     dtype: np.dtype,
     planes: Sequence[str],
     unused: int,
 ) -> Rows:
-    input_ids = np.full((len(found), length), special.pad, dtype)
+    input_ids = np.full((len(found), options.length), special.pad, dtype)
     input_ids[:, 0] = special.cls
-    columns: dict[str, NDArray[Any]] = {plane: np.zeros((len(found), length), np.bool_) for plane in planes}
+    columns: dict[str, NDArray[Any]] = {plane: np.zeros((len(found), options.length), np.bool_) for plane in planes}
     columns["segment_start"] = np.zeros(len(found), np.uint16)
     columns["pair_label"] = np.array([label for _, _, label in found], np.bool_)
     for row, (one, two, _) in enumerate(found):
-        start = len(one.ids) + 2
+        start = 1 + len(one.ids) + options.separators
+        input_ids[row, 1 + len(one.ids) : start] = special.sep
         for first, segment in ((1, one), (start, two)):
             end = first + len(segment.ids)
             input_ids[row, first:end] = segment.ids

@@ -35,7 +35,7 @@ from data_pipeline.packing.source_counts import mixture_entries
 from data_pipeline.shards import Manifest, ShardEntry, write_manifest, write_shard
 from data_pipeline.sources.inputs import Progress
 from data_pipeline.tokenization.token_shards import SideReader, TokenManifest, read_tokens
-from data_pipeline.tokenization.tokenizer import copy_tokenizer
+from data_pipeline.tokenization.tokenizer import copy_tokenizer, pair_separators
 
 _BLOCK = 1 << 20
 _OPEN_PARTS = 64  # open readers per process, for random segments from the neighbourhood
@@ -80,12 +80,14 @@ class Part:
 
 @dataclass(frozen=True)
 class _Side:
-    """Settings shared by the tasks of one side. tokens: folder of the token shards; work: folder for temporary rows."""
+    """Settings shared by the tasks of one side. tokens: folder of the token shards; work: folder for temporary rows;
+    separators: number of [SEP] between the segments of a pair."""
 
     tokens: str
     work: str
     side: str
     options: PackOptions
+    separators: int = 1
 
 
 def make_parts(manifest: TokenManifest, side: str, weights: Sequence[float]) -> list[Part]:
@@ -137,7 +139,8 @@ def pack_side(
     Raises CorpusError if there would be no rows.
     """
     folder.mkdir(exist_ok=True)
-    shared = _Side(str(tokens), str(work), side, options)
+    separators = pair_separators(tokenizer) if options.packing in ("nsp", "sop") else 1
+    shared = _Side(str(tokens), str(work), side, options, separators)
     _tokens.cache_clear()
     _open.cache_clear()
     parts = make_parts(manifest, side, options.weights)
@@ -157,7 +160,7 @@ def pack_side(
         found = _pack_rows_of_parts(shared, manifest, folder, parts, sizes, pool, bar)
     if not found["shards"]:
         raise CorpusError(f"packing {options.packing} gives no rows for side {side}: no document has two sentences")
-    copy_tokenizer(tokenizer, folder / TOKENIZER)
+    copy_tokenizer(tokenizer, folder / TOKENIZER, built=True)
     result = Manifest(
         schema_version=LATEST_VERSION,
         tokenizer_sha256=manifest.tokenizer_sha256,
@@ -365,7 +368,8 @@ def _blocks(shared: _Side, manifest: TokenManifest, reader: SideReader, i: int) 
         part = bisect_right(firsts, number) - 1
         return opened(part), number - firsts[part]
 
-    pairs = PairOptions(options.packing, options.probability, options.sequence_length, options.seed)
+    length = options.sequence_length
+    pairs = PairOptions(options.packing, options.probability, length, options.seed, shared.separators)
     return pair_rows(reader, firsts[i], firsts[-1], other, pairs, special, dtype, planes)
 
 

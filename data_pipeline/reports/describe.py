@@ -36,6 +36,7 @@ def describe(
     text = found.counts.copy()
     text[[i for i in special.all if i != special.unk]] = 0
     total = int(text.sum())
+    unknown = 0 if special.unk is None else text[special.unk]
     size = sum(shard.bytes for shard in manifest.shards)
     facts = {
         "sequence length": f"{manifest.sequence_length:,}",
@@ -44,7 +45,7 @@ def describe(
         "rows": f"{manifest.rows:,}",
         "documents": f"{manifest.documents:,}",
         "tokens": f"{manifest.tokens:,} ({total:,} of text)",
-        "unknown": f"{text[special.unk]:,} ({text[special.unk] / total:.4%} of text)",
+        "unknown": f"{unknown:,} ({unknown / total:.4%} of text)",
         "bytes per token": f"{size / manifest.tokens:.4f} ({size:,} in total)",
         "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
     }

@@ -103,7 +103,7 @@ def check_agreement(folder: Path) -> None:
     config = read_json(folder / "tokenizer_config.json")
     content = read_json(folder / "tokenizer.json")
     normalizer = content.get("normalizer")
-    if not _is_bert(config.get("tokenizer_class")) or not isinstance(normalizer, dict):
+    if not is_bert(config.get("tokenizer_class")) or not isinstance(normalizer, dict):
         return
     if normalizer.get("type") != "BertNormalizer":
         return
@@ -120,7 +120,8 @@ def check_agreement(folder: Path) -> None:
             )
 
 
-def _is_bert(name: Any) -> bool:
+def is_bert(name: Any) -> bool:
+    """Whether the name of a tokenizer class is BERT's, or that of another class with the same tokenizer."""
     return isinstance(name, str) and name.removesuffix("Fast").removesuffix("Tokenizer") in _CLASSES
 
 
@@ -138,7 +139,7 @@ def _read_settings(folder: Path) -> BertSettings:
             raise CorpusError(f"{other}: not part of a BERT tokenizer of vocab.txt. {_REMEDY}, or remove the file")
     model = folder / "config.json"
     for file, content in ((path, config), (model, read_json(model))):
-        if (name := content.get("tokenizer_class")) is not None and not _is_bert(name):
+        if (name := content.get("tokenizer_class")) is not None and not is_bert(name):
             raise CorpusError(f"{file}: tokenizer_class {name!r} is not BERT's tokenizer of vocab.txt. {_REMEDY}")
     if "added_tokens_decoder" not in config:
         # As in transformers: entries of this file override those of the other, which newer folders have in their stead.

@@ -225,7 +225,8 @@ class SideWriter:
         self.length += len(ids) + len(at)
         self.documents += len(at)
         self.empty += len(tokens) - len(at)
-        self.unknown += int((ids == self._unk).sum())
+        if self._unk is not None:
+            self.unknown += int((ids == self._unk).sum())
 
     def finish(self) -> None:
         for bits in self._planes.values():

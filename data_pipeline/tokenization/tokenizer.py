@@ -1,14 +1,15 @@
 """Tokenizers: loading and copying Hugging Face tokenizer folders, encoding text to arrays of ids.
 
-A folder must contain tokenizer.json (an old BERT folder with only vocab.txt is converted: bert_folder.py) and declare
-the roles cls, sep, pad, mask and unk. These are looked up in tokenizer_config.json,
-then special_tokens_map.json, then among the special tokens of tokenizer.json under BERT's names. bos and eos are used
-in place of missing cls and sep. Nothing else is guessed.
+A folder must contain tokenizer.json (an old BERT folder with only vocab.txt is converted: bert_folder.py) and have the
+roles cls, sep, pad, mask and unk (roles.py). Ids are those of transformers' AutoTokenizer, or the folder is refused
+(bert_folder.py, classes.py). Not supported are tokenizers without a fast version and those that need Python code.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -18,14 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError, atomic_folder, sha256_file
-from data_pipeline.shards import SpecialTokens, id_dtype
-from data_pipeline.tokenization.bert_folder import BERT_ROLES, check_agreement, convert_vocabulary, read_json
+from data_pipeline.shards import id_dtype
+from data_pipeline.tokenization.bert_folder import check_agreement, convert_vocabulary, read_json
+from data_pipeline.tokenization.classes import check_class, class_name, tokenizer_class
+from data_pipeline.tokenization.roles import declared_roles, row_template, special_tokens
 from data_pipeline.tokenization.word_cache import WordCache, why_not_word_wise, word_starts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FALLBACK = {"cls": "bos", "sep": "eos"}
+_logger = logging.getLogger(__name__)
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,8 +43,8 @@ _FILES = (
 class Encoder:
     """A tokenizer loaded from a folder.
 
-    `special_tokens`; `vocab_size` (highest id + 1); `dtype` of the ids; `sha256` of tokenizer.json; `word_cache`, or
-    None with the reason in `why_not_cached`.
+    `special_tokens`; `row_template`, as in roles.py; `vocab_size` (highest id + 1); `dtype` of the ids; `sha256` of
+    tokenizer.json; `word_cache`, or None with the reason in `why_not_cached`.
     Raises CorpusError if the folder is not a tokenizer folder or a role is missing.
     """
 
@@ -56,8 +59,8 @@ class Encoder:
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = id_dtype(self.vocab_size)
-        self.special_tokens = _special_tokens(folder, self.tokenizer)
-        if self.tokenizer.get_vocab_size(with_added_tokens=True) <= len(self.special_tokens.all):
+        self.special_tokens = special_tokens(folder, self.tokenizer)
+        if len(self.special_tokens.all) == self.vocab_size:
             raise CorpusError(
                 f"{path}: has no tokens besides its {len(self.special_tokens.all)} special ones, so every text "
                 "would be [UNK]. transformers 5 saves this after BertTokenizer(vocab_file=…), whose argument is now "
@@ -65,7 +68,9 @@ class Encoder:
             )
         self._reserved = np.zeros(self.vocab_size, np.bool_)
         self._reserved[list(self.special_tokens.all)] = True
-        self._reserved[self.special_tokens.unk] = False
+        if self.special_tokens.unk is not None:
+            self._reserved[self.special_tokens.unk] = False
+        self.row_template = row_template(folder, self.tokenizer, self.special_tokens)
         self.why_not_cached = why_not_word_wise(self.tokenizer)
         self.word_cache = None if self.why_not_cached else WordCache(self.tokenizer, self.dtype)
 
@@ -108,8 +113,8 @@ class Encoder:
             at = np.array(
                 [
                     first + token
-                    for first, encoding, cuts in zip(firsts.tolist(), encodings, sentences, strict=True)
-                    for token in _first_tokens(encoding.offsets, cuts)
+                    for text, first, encoding, cuts in zip(texts, firsts.tolist(), encodings, sentences, strict=True)
+                    for token in _first_tokens(text, encoding.offsets, cuts)
                 ],
                 np.int64,
             )
@@ -142,13 +147,23 @@ class Encoder:
         # Some tokenizers have "<s>" as a word in their vocabulary, and match it even with encode_special_tokens.
         reserved = self._reserved[ids]
         if reserved.any():
+            if self.special_tokens.unk is None:
+                token = self.tokenizer.id_to_token(int(ids[reserved][0]))
+                raise CorpusError(
+                    f"the tokenizer encodes {token!r} in a text as that special token, and has no unk_token that could "
+                    "replace it. Declare an unk_token, or remove the words from the text"
+                )
             ids[reserved] = self.special_tokens.unk
         return ids
 
 
-def _first_tokens(offsets: list[tuple[int, int]], cuts: list[int]) -> list[int]:
-    """Index of the first token that starts in each interval [cut, next cut); intervals without tokens are skipped."""
+def _first_tokens(text: str, offsets: list[tuple[int, int]], cuts: list[int]) -> list[int]:
+    """Index of the first token that starts in each interval [cut, next cut); intervals without tokens are skipped.
+
+    White space at the start of a token ("Ġ", "▁") is not counted: sentences start after it.
+    """
     found = []
+    offsets = [(stop - len(text[start:stop].lstrip()) if start < stop else start, stop) for start, stop in offsets]
     token = 0
     for cut, following in zip(cuts, [*cuts[1:], 1 << 62], strict=True):
         while token < len(offsets) and offsets[token][0] < cut:
@@ -162,42 +177,27 @@ def _load(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if not path.is_file():
-        raise CorpusError(f"{path}: missing. Save the tokenizer with transformers' save_pretrained, or train one")
+        raise _no_fast_tokenizer(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise CorpusError(f"{path}: cannot be read as a tokenizer ({error})") from error
 
 
-def _special_tokens(folder: Path, tokenizer: Tokenizer) -> SpecialTokens:
-    added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    contents = {token.content for token in added.values()}
-    declared: dict[str, str] = {role: token for role, token in BERT_ROLES.items() if token in contents}
-    for name in "special_tokens_map.json", "tokenizer_config.json":
-        for key, value in read_json(folder / name).items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(content, str):
-                declared[key.removesuffix("_token")] = content
-    ids: dict[str, int] = {}
-    for role in BERT_ROLES:
-        token = declared.get(role) or declared.get(_FALLBACK.get(role, ""))
-        if token is None:
-            raise CorpusError(
-                f"{folder}: declares no {role}_token, but training needs cls, sep, pad, mask and unk. "
-                f'Add the token to the vocabulary and "{role}_token" to tokenizer_config.json'
-            )
-        found = tokenizer.token_to_id(token)
-        if found is None:
-            raise CorpusError(f"{folder}: its {role}_token {token!r} is not in the vocabulary of tokenizer.json")
-        ids[role] = found
-    for role in "pad", "mask":
-        # The trainer recognises padding and [MASK] by their ids.
-        if shared := [other for other in ids if other != role and ids[other] == ids[role]]:
-            raise CorpusError(
-                f"{folder}: {role}_token and {shared[0]}_token are both {declared.get(role)!r} (id {ids[role]}). "
-                f"Give {role}_token a distinct token in tokenizer_config.json"
-            )
-    return SpecialTokens(**ids, all=tuple(sorted({*added, *ids.values()})))
+def _no_fast_tokenizer(path: Path) -> CorpusError:
+    """The error for a folder without tokenizer.json, by the files that it has instead."""
+    folder = path.parent
+    models = sorted(file.name for file in folder.glob("*.model")) if folder.is_dir() else []
+    slow = models or [name for name in ("vocab.json", "merges.txt") if (folder / name).is_file()]
+    if not slow:
+        return CorpusError(f"{path}: missing. Save the tokenizer with transformers' save_pretrained, or train one")
+    name = class_name(folder)
+    needs = " (with the packages sentencepiece and protobuf installed)" if models else ""
+    return CorpusError(
+        f"{path}: missing, the folder has only {' and '.join(slow)}{f' of {name}' if name else ''}. Load it with "
+        f"transformers' AutoTokenizer{needs} and save it with save_pretrained, which writes a tokenizer.json; a "
+        "tokenizer that has no fast version is not supported"
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -216,10 +216,26 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def copy_tokenizer(source: str | Path, target: Path) -> None:
+def pair_separators(folder: Path) -> int:
+    """Number of [SEP] between the segments of a pair: 1 for BERT, 2 for RoBERTa, from the tokenizer's own template.
+
+    Raises CorpusError if the template is of another form.
+    """
+    separators = Encoder(folder).row_template[1]
+    if separators is None:
+        raise CorpusError(
+            f"{folder / 'tokenizer.json'}: its post_processor does not put a pair as cls A sep B sep (or several sep "
+            "between). Correct the post_processor, or use --packing documents or full_sequences"
+        )
+    return separators
+
+
+def copy_tokenizer(source: str | Path, target: Path, built: bool = False) -> None:
     """Copy the files of a tokenizer folder atomically; create tokenizer.json if there is only vocab.txt.
 
-    Does nothing if `target` exists. Raises CorpusError if `source` is not a usable tokenizer.
+    Does nothing if `target` exists. built: the folder belongs to token shards or a corpus, whose ids it explains
+    whatever transformers makes of it; otherwise the ids must be those of transformers.
+    Raises CorpusError if `source` is not a usable tokenizer.
     """
     source = Path(source)
     if target.exists():
@@ -229,7 +245,31 @@ def copy_tokenizer(source: str | Path, target: Path) -> None:
         if "tokenizer.json" not in names and "vocab.txt" in names:
             convert_vocabulary(source, folder)
         try:
-            Encoder(folder)
+            _complete(source, folder)
+            encoder = Encoder(folder)
+            if built:
+                return
             check_agreement(folder)
+            check_class(folder, json.loads(encoder.tokenizer.to_str()))
         except CorpusError as error:  # report the user's folder, not the temporary copy
             raise CorpusError(str(error).replace(str(folder), str(source))) from error
+        expected, found = [encoder.special_tokens.cls, encoder.special_tokens.sep], encoder.row_template[0]
+        if found not in ([], expected):
+            names = [" ".join(map(str, map(encoder.tokenizer.id_to_token, ids))) for ids in (found, expected)]
+            _logger.warning(
+                "warning: %s: its template puts %s around a text, rows of the corpus have the cls and sep tokens %s. "
+                "Set cls_token and sep_token in tokenizer_config.json, or ignore this if it is intended",
+                *(source, *names),
+            )
+
+
+def _complete(source: Path, target: Path) -> None:
+    """Write to tokenizer_config.json of the copy what transformers takes from config.json: the class of a tokenizer
+    that names none, and the special tokens that are defaults of the class."""
+    path = target / "tokenizer_config.json"
+    config = read_json(path)
+    if tokenizer_class(source) is None or isinstance(config.get("tokenizer_class"), str):
+        return
+    roles = {f"{role}_token": token for role, token in declared_roles(source).items()}
+    completed = {"tokenizer_class": class_name(source)} | roles | config
+    path.write_text(json.dumps(completed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

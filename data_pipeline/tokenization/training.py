@@ -1,11 +1,12 @@
-"""Training of BERT WordPiece tokenizers."""
+"""Training of tokenizers: BERT's WordPiece, or RoBERTa's byte-level BPE."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,11 @@ from data_pipeline.sources.inputs import Piece, find_sources
 from data_pipeline.sources.reading import LIMITS, Limits, Reading
 from data_pipeline.tokenization.bert_folder import BERT_ROLES, BertSettings, bert_tokenizer, save_bert
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+KINDS = ("wordpiece", "byte-bpe")
+_ROBERTA_ROLES = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
 # The most frequent characters get a vocabulary entry, as in BERT; words with other characters become [UNK].
 _ALPHABET = 1000
 
@@ -66,11 +72,49 @@ def _train(texts: Callable[[], Iterator[list[str]]], vocab_size: int, lower_case
     return second.get_vocab()
 
 
+def _train_byte_level(texts: Callable[[], Iterator[list[str]]], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE in one pass over the text; a deterministic function of the text.
+
+    The special tokens come first, then the 256 bytes, then merges by frequency, equal ones by the ids of their parts.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_ROBERTA_ROLES.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+def _save_roberta(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save in the format that transformers loads as a RobertaTokenizer."""
+    from tokenizers.processors import RobertaProcessing
+
+    ids = {token: i for i, token in enumerate(_ROBERTA_ROLES.values())}
+    cls, sep = _ROBERTA_ROLES["cls"], _ROBERTA_ROLES["sep"]
+    tokenizer.post_processor = RobertaProcessing(
+        (sep, ids[sep]), (cls, ids[cls]), trim_offsets=True, add_prefix_space=False
+    )
+    roles = {f"{role}_token": token for role, token in _ROBERTA_ROLES.items()}
+    roles |= {"bos_token": roles["cls_token"], "eos_token": roles["sep_token"]}
+    config = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False, **roles}
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def train_tokenizer(
     inputs: Sequence[str | Path],
     vocab_size: int,
     output: str | Path,
     *,
+    kind: str = "wordpiece",
     cased: bool = False,
     documents: str = "blank-line",
     text_field: str = "text",
@@ -79,16 +123,25 @@ def train_tokenizer(
     limits: Limits = LIMITS,
     progress: bool | None = None,
 ) -> None:
-    """Train a BERT WordPiece tokenizer with exactly `vocab_size` entries and save it to the folder `output`.
+    """Train a tokenizer with exactly `vocab_size` entries and save it to the folder `output`.
 
-    [PAD] [UNK] [CLS] [SEP] [MASK] get the ids 0 to 4. `output` must be new or empty; it is written atomically. The text
-    is streamed twice; memory holds the count of each distinct word. The same text gives the same bytes.
+    kind: "wordpiece" (BERT's; [PAD] [UNK] [CLS] [SEP] [MASK] get the ids 0 to 4), lower-cased unless `cased`, or
+    "byte-bpe" (RoBERTa's; <s> <pad> </s> <unk> <mask> get these ids), which always keeps case. `output` must be new or
+    empty; it is written atomically. The text is streamed twice for wordpiece; memory holds the count of each distinct
+    word. The same text gives the same bytes.
     progress: None shows a bar on a terminal; no_text, bad_records, limits: as in sources/reading.py.
     Raises CorpusError if the text yields another number of entries, and like `read_documents`.
     """
-    if not len(BERT_ROLES) < vocab_size <= 2**32:
+    if kind not in KINDS:
+        raise CorpusError(f"kind of tokenizer {kind!r}: must be {' or '.join(KINDS)}")
+    if cased and kind != "wordpiece":
+        raise CorpusError(f"--cased is for kind wordpiece; {kind} always keeps case. Omit it")
+    least, what = len(BERT_ROLES), "the special tokens"
+    if kind == "byte-bpe":
+        least, what = least + 256, "the special tokens and all bytes"
+    if not least < vocab_size <= 2**32:
         raise CorpusError(
-            f"vocabulary size {vocab_size:,}: must be above {len(BERT_ROLES)} (the special tokens) "
+            f"vocabulary size {vocab_size:,}: must be above {least} ({what}) "
             f"and at most {2**32:,} (token ids are at most 32 bits wide)"
         )
     output = Path(output)
@@ -105,10 +158,16 @@ def train_tokenizer(
             for batch, _ in batches(found, 1 << 20):
                 yield batch
 
-    with ProgressBar(2 * sum(source.bytes for source in sources), "train tokenizer", progress) as bar:
-        vocabulary = _train(texts, vocab_size, lower_case=not cased)
+    passes = 2 if kind == "wordpiece" else 1
+    trained = None
+    with ProgressBar(passes * sum(source.bytes for source in sources), "train tokenizer", progress) as bar:
+        if kind == "wordpiece":
+            vocabulary = _train(texts, vocab_size, lower_case=not cased)
+        else:
+            trained = _train_byte_level(texts, vocab_size)
+            vocabulary = trained.get_vocab()
     found = len(vocabulary)
-    if found == len(BERT_ROLES):
+    if found == least:
         raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)")
     if found != vocab_size:
         rule = "the text has no more word pieces" if found < vocab_size else "the characters alone need more"
@@ -117,8 +176,11 @@ def train_tokenizer(
             f"Use --vocab-size {found} or other text"
         )
     with atomic_folder(output) as folder:
-        settings = BertSettings(lower_case=not cased)
-        save_bert(bert_tokenizer(vocabulary, settings), folder, settings)
+        if trained is None:
+            settings = BertSettings(lower_case=not cased)
+            save_bert(bert_tokenizer(vocabulary, settings), folder, settings)
+        else:
+            _save_roberta(trained, folder)
 
 
 def _row_groups(source: Any, text_field: str) -> int:

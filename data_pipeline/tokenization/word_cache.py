@@ -105,7 +105,8 @@ class WordCache:
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.bool_] | None]:
         """Ids of all texts [T], ids per text, int64 [len(texts)], and, if requested, word starts, bool [T]."""
         split = [_PLAIN.split(text) if _DOUBTFUL.search(text) else text.split() for text in texts]
-        self._learn(set(chain.from_iterable(split)).difference(self._ids), with_starts)
+        known = self._starts if with_starts else self._ids
+        self._learn(set(chain.from_iterable(split)).difference(known), with_starts)
         parts = [b"".join(map(self._ids.__getitem__, words)) for words in split]
         counts = np.fromiter(map(len, parts), np.int64, len(parts)) // self._dtype.itemsize
         ids = np.frombuffer(bytearray().join(parts), self._dtype)
@@ -123,7 +124,8 @@ class WordCache:
         compounds: dict[str, list[str]] = {}
         if self._isolates:
             compounds = {w: _RUNS.findall(w) for w in words if w.isascii() and w.isprintable() and not w.isalnum()}
-            words = words.difference(compounds).union(*compounds.values()).difference(self._ids)
+            known = self._starts if with_starts else self._ids
+            words = words.difference(compounds).union(*compounds.values()).difference(known)
         new = sorted(words)
         # encode_batch_fast does not return word ids.
         encode = self._tokenizer.encode_batch if with_starts else self._tokenizer.encode_batch_fast

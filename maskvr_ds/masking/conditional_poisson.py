@@ -28,10 +28,16 @@ Time O(L·K) per row in L steps, memory 8·(L + 1)·(K + 2) bytes per row. No ho
 of values: a row needs at least k positive odds, all finite.
 """
 
+import importlib.util
+import logging
+from functools import lru_cache
+
 import torch
 
 from maskvr_ds import hashing
-from maskvr_ds.masking.conditional_poisson_kernels import Kernels, are_usable
+from maskvr_ds.masking.conditional_poisson_kernels import Kernels
+
+logger = logging.getLogger(__name__)
 
 # π is clamped just below 1: every set keeps a positive probability, and odds stay finite.
 _HIGHEST = 1 - 2.0**-53
@@ -102,7 +108,7 @@ class ConditionalPoisson:
         self._p = torch.where(x > 1, larger, smaller)
         self._q = torch.where(x > 1, smaller, larger)
         if kernels is None:
-            kernels = are_usable(odds.device)
+            kernels = kernels_are_usable(odds.device)
         self._kernels = Kernels(self._p, self._q, counts, width) if kernels else None
         # Float64 [B, L + 1, K + 2 or more] of the kernels, else [L + 1, K + 2, B].
         self._table = self._suffixes() if self._kernels is None else self._kernels.table
@@ -205,3 +211,31 @@ def _compact(taken: torch.Tensor, counts: torch.Tensor, width: int) -> tuple[tor
     positions = torch.zeros(rows, width + 1, dtype=torch.int64, device=taken.device).scatter_(1, slot, index)
     used = torch.arange(width, device=counts.device) < counts[:, None]
     return positions[:, :width], used
+
+
+@lru_cache(maxsize=8)
+def kernels_are_usable(device: torch.device) -> bool:
+    """Whether tensors on this device can use the kernels: on GPUs, if Triton is installed and a small design comes out
+    equal to the bit. Logs a warning if it does not."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    random = torch.Generator().manual_seed(0)
+    odds = torch.rand(3, 40, dtype=torch.float64, generator=random).mul(6).exp()
+    bits = torch.randint(-(2**63), 2**63 - 1, (3, 40), generator=random)
+    counts = torch.tensor([6, 5, 0])
+    try:
+        expected, found = (
+            ConditionalPoisson(odds.to(place), counts.to(place), 6, kernels=kernels)
+            for place, kernels in (("cpu", False), (device, True))
+        )
+        pairs = [
+            (expected.inclusion(), found.inclusion()),
+            *zip(expected.sample(bits), found.sample(bits.to(device)), strict=True),
+        ]
+        if all(torch.equal(theirs, ours.cpu()) for theirs, ours in pairs):
+            return True
+        fault = "their results differ from a CPU's"
+    except Exception as error:  # of Triton's compiler, of any kind
+        fault = f"{type(error).__name__}: {error}"
+    logger.warning("conditional Poisson sampling uses no Triton kernels (slower, same masks): %s", fault[:300])
+    return False

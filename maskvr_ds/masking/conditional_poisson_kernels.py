@@ -9,13 +9,9 @@ Equal to the bit to the list operations: products and sums of float64 in the sam
 """
 
 import importlib.util
-import logging
-from functools import lru_cache
 from typing import Any
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -111,33 +107,3 @@ class Kernels:
     def _launch(self, kernel: Any, *arguments: Any, **constants: int) -> None:
         if self._rows and self._length:
             kernel[(self._rows,)](*arguments, BLOCK=self._block, **constants, enable_fp_fusion=False)
-
-
-@lru_cache(maxsize=8)
-def are_usable(device: torch.device) -> bool:
-    """Whether tensors on this device can use the kernels: on GPUs, if Triton is installed and a small design comes out
-    equal to the bit. Logs a warning if it does not."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    from maskvr_ds.masking.conditional_poisson import ConditionalPoisson
-
-    random = torch.Generator().manual_seed(0)
-    odds = torch.rand(3, 40, dtype=torch.float64, generator=random).mul(6).exp()
-    bits = torch.randint(-(2**63), 2**63 - 1, (3, 40), generator=random)
-    counts = torch.tensor([6, 5, 0])
-    try:
-        expected, found = (
-            ConditionalPoisson(odds.to(place), counts.to(place), 6, kernels=kernels)
-            for place, kernels in (("cpu", False), (device, True))
-        )
-        pairs = [
-            (expected.inclusion(), found.inclusion()),
-            *zip(expected.sample(bits), found.sample(bits.to(device)), strict=True),
-        ]
-        if all(torch.equal(theirs, ours.cpu()) for theirs, ours in pairs):
-            return True
-        fault = "their results differ from a CPU's"
-    except Exception as error:  # of Triton's compiler, of any kind
-        fault = f"{type(error).__name__}: {error}"
-    logger.warning("conditional Poisson sampling uses no Triton kernels (slower, same masks): %s", fault[:300])
-    return False

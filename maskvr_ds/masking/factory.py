@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import MaskingConfig
-from maskvr_ds.data.vocabulary import frequency_scores, token_counts, word_starts
+from maskvr_ds.data.vocabulary import frequency_scores, token_counts, word_ends, word_starts
 from maskvr_ds.masking.masker import Corruption, Masker
 from maskvr_ds.masking.strategies import Parameters, Proposal, span_thresholds
 from maskvr_ds.runtime import distributed
@@ -33,6 +33,8 @@ def create_masker(
         starts = torch.from_numpy(word_starts(corpus.tokenizer_folder, vocab_size))
         thresholds = span_thresholds(masking.span.geometric_p, masking.span.max_length)
         parameters = replace(parameters, word_starts=starts, span_thresholds=thresholds)
+        if (ends := word_ends(corpus.tokenizer_folder, vocab_size)) is not None:
+            parameters = replace(parameters, word_ends=torch.from_numpy(ends))
     if masking.strategy == "frequency":
         mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
         of_passages = masking.frequency.document_power != 0

@@ -101,7 +101,8 @@ class Parameters:
 
     sampler, estimator: names in SAMPLERS and ESTIMATORS, for the strategies that have inclusion probabilities.
     token_scores: float64 [V], positive (frequency). floor: λ (frequency). proposal: Proposer.propose (mapnet).
-    word_starts: bool [V], whether a token starts a word (whole_word; span: None makes every token a word).
+    word_starts: bool [V], whether a token starts a word (whole_word; span: None makes every token a word). word_ends:
+    bool [V], whether the token after this one starts a word whatever it is; None if no token does that.
     span_thresholds: int64 [longest − 1], returned by `span_thresholds`.
     """
 
@@ -110,6 +111,7 @@ class Parameters:
     token_scores: torch.Tensor | None = None
     floor: float = 1.0
     word_starts: torch.Tensor | None = None
+    word_ends: torch.Tensor | None = None
     span_thresholds: torch.Tensor | None = None
     proposal: "Proposal | None" = None
 
@@ -225,7 +227,7 @@ def whole_word(rows: Rows, parameters: Parameters) -> Selection:
     π_i below k/n, single-token words above, and π_i has no simple form that could be divided out.
     """
     assert parameters.word_starts is not None
-    _, word = _words(rows, parameters.word_starts)
+    _, word = _words(rows, parameters)
     return _in_groups(rows, word, word)
 
 
@@ -240,7 +242,7 @@ def span(rows: Rows, parameters: Parameters) -> Selection:
     Weights 1, hence biased like whole_word; tiling makes all π_i equal except for fitting the last words.
     """
     assert parameters.span_thresholds is not None
-    starts, word = _words(rows, parameters.word_starts)
+    starts, word = _words(rows, parameters)
     batch, length = starts.shape
     # Words that start a span: 0, 0 + G_0, … With next² = next∘next, next⁴, … the words reached double each time.
     bits = (hashing.stream(rows.keys, rows.places + _LENGTH) >> 40) & 0xFF_FFFF
@@ -263,12 +265,14 @@ def span_thresholds(p: float, longest: int) -> torch.Tensor:
     return torch.tensor([round((1 - (1 - p) ** g) / total * 2**24) for g in range(1, longest)], dtype=torch.int64)
 
 
-def _words(rows: Rows, starts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Word starts of the vocabulary, bool [V] (None: every token) → bool [B, L], whether a position starts a word;
-    int64 [B, L], the start of the word that a position belongs to."""
+def _words(rows: Rows, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [B, L], whether a position starts a word; int64 [B, L], the start of the word that a position belongs to."""
     is_start = rows.maskable
-    if starts is not None:
-        is_start = is_start & (rows.look_up(starts) | _after_special(is_start))
+    if parameters.word_starts is not None:
+        marked = rows.look_up(parameters.word_starts) | _after_special(is_start)
+        if parameters.word_ends is not None:
+            marked[:, 1:] |= rows.look_up(parameters.word_ends)[:, :-1]
+        is_start = is_start & marked
     return is_start, _latest(is_start, rows.places)
 
 

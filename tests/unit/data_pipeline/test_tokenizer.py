@@ -198,3 +198,40 @@ def test_ids_need_32_bits_for_large_vocabularies(tmp_path: Path) -> None:
     ids, _ = encoder.encode(["w65599"])
     assert ids.dtype == np.uint32
     assert ids.tolist() == [encoder.vocab_size - 1]
+
+
+def test_byte_level_training(text: Path, tmp_path: Path) -> None:
+    """A RobertaTokenizer for transformers, without loss for any text; the same bytes every time."""
+    from transformers import AutoTokenizer
+
+    for name in "abc":
+        train_tokenizer([text], 380, tmp_path / name, kind="byte-bpe", progress=False)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(tmp_path / "c")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert type(theirs).__name__ == "RobertaTokenizer"
+    assert theirs.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 4]
+    assert len(theirs) == 380
+    copy_tokenizer(tmp_path / "a", tmp_path / "copy")
+    encoder = Encoder(tmp_path / "copy")
+    for sample in [*TEXTS, "never seen: \u0e1b\U00020000\x00\u200d"]:
+        ids, _ = encoder.encode([sample])
+        assert ids.tolist() == theirs.encode(sample, add_special_tokens=False)
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == sample
+    assert theirs("x", "x")["input_ids"] == [0, *encoder.encode(["x"])[0], 2, 2, *encoder.encode(["x"])[0], 2]
+
+
+def test_byte_level_training_is_refused(text: Path, tmp_path: Path) -> None:
+    def train(size: int, *, kind: str = "byte-bpe", source: Path = text, cased: bool = False) -> None:
+        train_tokenizer([source], size, tmp_path / "tok", kind=kind, cased=cased, progress=False)
+
+    with pytest.raises(CorpusError, match=r"vocabulary size 261: must be above 261 \(the special tokens and"):
+        train(261)
+    with pytest.raises(CorpusError, match=r"which gives .*: the text has no more word pieces"):
+        train(100_000)
+    with pytest.raises(CorpusError, match="--cased is for kind wordpiece; byte-bpe always keeps case"):
+        train(300, cased=True)
+    with pytest.raises(CorpusError, match="kind of tokenizer 'unigram': must be wordpiece or byte-bpe"):
+        train(300, kind="unigram")
+    with pytest.raises(CorpusError, match="the corpus is empty"):
+        train(300, source=write_text(tmp_path / "empty.txt", [" "]))
+    assert not (tmp_path / "tok").exists()

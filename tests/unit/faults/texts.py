@@ -277,7 +277,9 @@ FAULTS = [
     Fault(
         "a SentencePiece model without tokenizer.json",
         BUILD,
-        "tok/tokenizer.json: missing. Save the tokenizer with transformers' save_pretrained, or train one",
+        "tok/tokenizer.json: missing, the folder has only spiece.model. Load it with transformers' AutoTokenizer (with "
+        "the packages sentencepiece and protobuf installed) and save it with save_pretrained, which writes a "
+        "tokenizer.json; a tokenizer that has no fast version is not supported",
         prepare=slow_only,
     ),
     Fault(

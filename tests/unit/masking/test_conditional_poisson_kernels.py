@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskvr_ds.masking.conditional_poisson import ConditionalPoisson, odds_for_inclusion
-from maskvr_ds.masking.conditional_poisson_kernels import are_usable
+from maskvr_ds.masking.conditional_poisson import ConditionalPoisson, kernels_are_usable, odds_for_inclusion
 
 
 def compare(odds: torch.Tensor, counts: torch.Tensor, width: int, bits: torch.Tensor) -> None:
@@ -45,22 +44,22 @@ def test_sizes_of_training() -> None:
 
 
 def test_cpus_use_lists() -> None:
-    assert not are_usable(torch.device("cpu"))
+    assert not kernels_are_usable(torch.device("cpu"))
     assert ConditionalPoisson(torch.ones(1, 4), torch.tensor([2]), 2)._kernels is None
 
 
 def test_fault_of_the_kernels_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device where they do not compile, lists are used, with a warning: the masks are the same."""
     monkeypatch.setattr("torch.Tensor.to", lambda tensor, place: (_ for _ in ()).throw(RuntimeError("no such device")))
-    are_usable.cache_clear()
-    assert not are_usable(torch.device("cuda"))
+    kernels_are_usable.cache_clear()
+    assert not kernels_are_usable(torch.device("cuda"))
     assert caplog.messages == [
         "conditional Poisson sampling uses no Triton kernels (slower, same masks): RuntimeError: no such device"
     ]
 
 
 def test_exact_odds_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskvr_ds.masking.conditional_poisson.are_usable", lambda device: True)
+    monkeypatch.setattr("maskvr_ds.masking.conditional_poisson.kernels_are_usable", lambda device: True)
     maskable = torch.ones(1, 6, dtype=torch.bool)
     wanted = torch.tensor([[0.9, 0.6, 0.2, 0.1, 0.1, 0.1]], dtype=torch.float64)
     odds = odds_for_inclusion(wanted, maskable, torch.tensor([2]), 2)
