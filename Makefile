@@ -12,7 +12,7 @@ PYTEST := $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist 
 TESTS := tests/cluster tests/distributed tests/docs tests/unit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-unit test-distributed test-cluster lint docs docs-serve clean
+.PHONY: help install demo test test-all test-unit test-distributed test-cluster mutants lint docs docs-serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-distributed: install ## trainings on gloo ranks of this machine
 
 test-cluster: install ## Slurm and ssh hosts in namespaces of this machine; needs root
 	$(PYTEST) tests/cluster
+
+mutants: install ## apply each fault of tests/mutation/mutants.toml in a copy: its test must fail
+	$(RUN) $(BIN)/python -m tests.mutation.run
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .

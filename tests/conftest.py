@@ -3,11 +3,13 @@ import signal
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # The time of an example depends more on the machine's load than on the code.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+# Whether an example fails is enough there, and must not depend on chance.
+settings.register_profile("mutants", deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 
 # Without a GPU, Triton's kernels are run by its interpreter. Read when Triton is imported, also by forked ranks.
 if not torch.cuda.is_available():

@@ -3,9 +3,15 @@ torch."""
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig
 from maskvr_ds.data.vocabulary import word_starts
+
+# Rows read at a time in search of a token to predict.
+_BLOCK = 256
 
 
 def round_half_up(x: float) -> int:
@@ -54,3 +60,22 @@ def sequence_copies(masking: MaskingConfig, corpus: Corpus) -> int:
     if masking.fully_explored.placement != "same_batch":
         return 1
     return masking.fully_explored.segments_per_sequence or segments(corpus.sequence_length - 2, masking.rate)
+
+
+def check_maskable(corpus: Corpus, rows: NDArray[np.int64] | range, use: str, remedy: str) -> None:
+    """Raise ConfigError if there is nothing to predict in the given rows, int64 [·]: every token is a special one,
+    [UNK] included. The loss of such a training would be 0, that of such held-out rows 0/0.
+
+    use: what the rows are for. Reads tokens, but only up to the first ordinary one: usually a single block of rows.
+    """
+    special = np.array(corpus.manifest.special_tokens.all)
+    for start in range(0, len(rows), _BLOCK):
+        block = np.sort(np.asarray(rows[start : start + _BLOCK], dtype=np.int64))
+        ids = np.empty((len(block), corpus.sequence_length), corpus.dtype)
+        corpus.take(block, out=ids)
+        if not np.isin(ids, special).all():
+            return
+    raise ConfigError(
+        f"{corpus.folder}: nothing to predict: all tokens of its {len(rows):,} rows for {use} are special tokens, or "
+        f"unknown to the tokenizer ([UNK]); {remedy}"
+    )

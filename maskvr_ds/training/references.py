@@ -7,13 +7,20 @@ torch.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
 from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path
 from maskvr_ds.config.deepspeed import read_deepspeed_config
-from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.data.mixture import Mixture, open_mixture
+from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
-from maskvr_ds.masking.checks import check_masking
+from maskvr_ds.masking.checks import check_maskable, check_masking
 from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_file
+
+# Part of the measurement: with another seed, held-out figures would not be comparable.
+HELD_OUT_SEED = 0
 
 
 def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
@@ -33,8 +40,8 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
 def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
     """What is wrong with corpora, tokenizers and the initial model of a run that starts, and remarks about them.
 
-    Reads manifests and the layout of shards, no tokens. A run that resumes needs neither the initial model nor the
-    corpora of finished phases.
+    Reads manifests, the layout of shards, and few tokens (`check_maskable`). A run that resumes needs neither the
+    initial model nor the corpora of finished phases.
     """
     faults: list[str] = []
     remarks: dict[str, None] = {}
@@ -72,8 +79,10 @@ def _collected(faults: list[str], where: str = "") -> Iterator[None]:
 
 
 def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[Corpus, Corpus | None]:
-    """Open the training corpora (as one mixture) and the held-out corpus; reads no token data. open_files: see
-    `Corpus`."""
+    """Open the training corpora (as one mixture) and the held-out corpus, and check that they have tokens to predict.
+
+    open_files: see `Corpus`. Raises ConfigError and CorpusError.
+    """
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
     if corpus.sequence_length > (positions := config.model.max_position_embeddings):
         folder = config.model.initialize_from
@@ -83,6 +92,8 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
             f"model.max_position_embeddings {positions}{theirs}"
         )
     check_masking(config, corpus)
+    for one in corpus.corpora if isinstance(corpus, Mixture) else (corpus,):
+        check_maskable(one, range(one.rows), "training", "build it with a tokenizer that fits the text")
     return corpus, _open_held_out(config, corpus, open_files)
 
 
@@ -108,4 +119,14 @@ def _open_held_out(config: RunConfig, corpus: Corpus, open_files: OpenFiles) -> 
     for key in ("tokenizer_sha256", "sequence_length"):
         if (theirs := getattr(held_out.manifest, key)) != (ours := getattr(corpus.manifest, key)):
             raise ConfigError(f"{paths[0]}: {key} {theirs} differs from the training corpus' {ours}")
+    rows = held_out_rows(held_out, config.evaluation.rows)
+    more = "raise evaluation.rows, " if len(rows) < held_out.rows else ""
+    remedy = f"{more}set data.held_out_path to another corpus, or set evaluation.every_steps=0"
+    check_maskable(held_out, rows, "evaluation", remedy)
     return held_out
+
+
+def held_out_rows(held_out: Corpus, most: int) -> NDArray[np.int64]:
+    """Numbers of the rows that are evaluated: the first `most`, or all, in a keyed order that is the same for all runs,
+    so that their figures are comparable: int64 [·]."""
+    return KeyedPermutation(held_out.rows, HELD_OUT_SEED)(np.arange(min(most, held_out.rows)))

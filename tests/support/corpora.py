@@ -37,12 +37,18 @@ def make_corpus(
     shard_rows: int = 100,
     seed: int = 0,
     padded_last_row: bool = False,
+    unknown: bool = False,
 ) -> Path:
-    """Write a corpus of arithmetic progressions over the words, so that the context determines a masked word."""
+    """Write a corpus of arithmetic progressions over the words, so that the context determines a masked word.
+
+    unknown: all words are [UNK]; `words` may then be 0.
+    """
     vocab_size = make_tokenizer(folder / "tokenizer", words)
     random = np.random.default_rng(seed)
-    start, step = random.integers(0, words, (rows, 1)), random.integers(1, 4, (rows, 1))
-    ids = ((start + step * np.arange(length)) % words + len(SPECIAL)).astype(id_dtype(vocab_size))
+    start, step = random.integers(0, max(words, 1), (rows, 1)), random.integers(1, 4, (rows, 1))
+    ids = ((start + step * np.arange(length)) % max(words, 1) + len(SPECIAL)).astype(id_dtype(vocab_size))
+    if unknown:
+        ids[:] = UNK
     ids[:, 0], ids[:, -1] = CLS, SEP
     # Some rows contain the end of a document.
     ids[random.random(rows) < 0.5, length // 2] = SEP

@@ -80,6 +80,17 @@ def no_words(folder: Path, corpus: Path, values: dict[str, Any]) -> None:
     values.update(data={"path": str(path)}, masking={"strategy": "whole_word"})
 
 
+def unknown(*, corpus: bool = False, held_out: bool = False, words: int = 200) -> Case:
+    """All words of the corpus, or of the held-out corpus, are [UNK]. words: 0 for a tokenizer of special tokens."""
+
+    def prepare(folder: Path, _: Path, values: dict[str, Any]) -> None:
+        path = make_corpus(folder / "unknown", rows=600, words=words, unknown=corpus)
+        make_corpus(path / "held_out", rows=300, words=words, unknown=held_out)
+        values["data"] = {"path": str(path)}
+
+    return prepare
+
+
 def phases_with_two_tokenizers(folder: Path, corpus: Path, values: dict[str, Any]) -> None:
     other = make_corpus(folder / "other", rows=9, words=60)
     start = {"moments": "keep", "step_counter": "keep", "schedule": "restart"}
@@ -139,6 +150,18 @@ FAULTS: dict[str, tuple[Case, str]] = {
     "rows that are too long": (
         settings(model={"preset": "bert-tiny", "max_position_embeddings": 16}),
         "sequences of 32 tokens exceed model.max_position_embeddings 16",
+    ),
+    "unknown words": (
+        unknown(corpus=True),
+        "unknown: nothing to predict: all tokens of its 600 rows for training are .*; build it with a tokenizer",
+    ),
+    "unknown held-out words": (
+        unknown(held_out=True),
+        r"held_out: nothing to predict: all tokens of its .* rows for evaluation are .*\); set data.held_out_path",
+    ),
+    "a tokenizer of special tokens": (
+        unknown(corpus=True, held_out=True, words=0),
+        "nothing to predict: all tokens of its 600 rows",
     ),
     "masks that need words": (no_words, "cannot determine word starts for a WordPiece model"),
     "masks that need more rows": (

@@ -24,6 +24,16 @@ def test_parses_hostfiles_like_deepspeed(tmp_path: Path) -> None:
     assert list(read_hostfile(path).items()) == list(fetch_hostfile(str(path)).items())
 
 
+@pytest.mark.parametrize("character", ["\v", "\f", "\x1c", "\x85", "\u2028"])
+def test_only_line_feeds_end_lines_as_in_deepspeed(tmp_path: Path, character: str) -> None:
+    """Python's str.splitlines knows more ends of lines; text after them in a comment is no host."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_text(f"a slots=4  # old:{character}b slots=3\nc slots=1\n", encoding="utf-8")
+    assert read_hostfile(path) == fetch_hostfile(str(path)) == {"a": 4, "c": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -194,6 +194,13 @@ def test_phases_have_mixtures_of_their_own() -> None:
         RunConfig.model_validate({"output_dir": "run", "phases": phases, "data": {"mixture": mixture}})
 
 
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.505, 0.999, 1.7, 3.0])
+def test_slots_are_the_nearest_number_to_weight_times_rows(three: list[Corpus], weight: float) -> None:
+    for share, corpus in zip(Mixture(three, [weight] * 3).shares, three, strict=True):
+        assert share.rows == corpus.rows
+        assert share.slots == 1 or abs(share.slots - weight * corpus.rows) <= 0.5
+
+
 def test_identity_covers_shards_order_and_weights(three: list[Corpus]) -> None:
     """A run must not resume with a different mixture."""
     alone = corpora_identity(three[1])

@@ -16,6 +16,7 @@ import yaml
 
 from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
+from data_pipeline.manifest import read_manifest
 from data_pipeline.reports.describe import describe
 from data_pipeline.reports.scan import verify
 from data_pipeline.sources.description import read_description
@@ -128,6 +129,18 @@ def test_mixture(folder: Path, tmp_path: Path) -> None:
     again_with = ["pack", tmp_path / "tokens", "--sequence-length", 16, "--output", tmp_path / "even", "--weight"]
     assert main([str(item) for item in [*again_with, "web=1", "--weight", "wiki=1"]]) == 0
     assert main([str(item) for item in [*again_with, "wiki=2"]]) == 1
+
+
+def test_weights_select_independently_of_the_held_out_split(folder: Path, tmp_path: Path) -> None:
+    """Both select documents by one hash; by the same bits, the training side would keep less, or nothing."""
+    write_text(tmp_path / "web.txt", [f"web {i} of" for i in range(1500)])
+    description = describe_in(tmp_path, [{"name": "web", "inputs": ["web.txt"], "weight": 0.3}])
+    options = SIZES | {"held_out": 0.3}
+    manifest = build(None, folder / "tok", 16, tmp_path / "out", description=description, **options)
+    trained = 1500 - read_manifest(tmp_path / "out" / "held_out").documents
+    assert trained == pytest.approx(1050, abs=90)
+    # Standard deviation √(1,050 · 0.3 · 0.7) = 15.
+    assert manifest.documents == pytest.approx(0.3 * trained, abs=75)
 
 
 def test_stats_of_each_source(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

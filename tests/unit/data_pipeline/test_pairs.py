@@ -178,6 +178,21 @@ def test_random_document_is_another_of_the_neighbourhood(number: int, row: int, 
     assert any(number in block and found in block for block in blocks)
 
 
+@pytest.mark.parametrize("sentences", [2, 3, 5])
+def test_the_second_segment_starts_at_any_sentence_but_the_first(sentences: int) -> None:
+    bounds = [3 * i for i in range(sentences + 1)]
+    middles = []
+    for number in range(4000):
+        options = pairs_module.PairOptions("sop", 0.5, 64, seed=1)
+        [(start, middle, stop, _)], unused = pairs_module.document_pairs(bounds, number, options)
+        assert (start, stop, unused) == (0, bounds[-1], 0)
+        middles.append(middle // 3)
+    counts = np.bincount(middles, minlength=sentences)
+    assert counts[0] == 0
+    expected = 4000 / (sentences - 1)
+    assert abs(counts[1:] - expected).max() < 6 * expected**0.5
+
+
 def test_random_documents_are_uniform() -> None:
     counts = np.bincount([pairs_module.random_document(3, row, 11, 5) for row in range(10_000)], minlength=11)
     assert counts[3] == 0

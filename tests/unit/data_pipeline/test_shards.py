@@ -173,6 +173,27 @@ def test_link_to_outside_the_folder(tmp_path: Path) -> None:
         Corpus(tmp_path / "corpus")
 
 
+def test_a_link_to_the_folder(tmp_path: Path) -> None:
+    rows = make_corpus(tmp_path / "corpus")
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "link")
+    np.testing.assert_array_equal(corpus.input_ids(0), rows[:5])
+
+
+def test_short_rows_are_padded_with_the_corpus_own_id(tmp_path: Path) -> None:
+    """RoBERTa's and others' [PAD] is not 0."""
+    make_corpus(tmp_path, (4,))
+    short = np.full((4, 5), 9, np.uint16)
+    (tmp_path / "shard-00000.arrow").unlink()
+    entry = write_shard(tmp_path, "shard-00000.arrow", short, np.ones(4, bool), binned=True)
+    roles = SpecialTokens(cls=2, sep=3, pad=1, mask=4, unk=0, all=(0, 1, 2, 3, 4))
+    changed = {"schema_version": 2, "special_tokens": roles, "packing": "documents", "tokens": 20, "shards": (entry,)}
+    write_manifest(tmp_path, read_manifest(tmp_path).model_copy(update=changed))
+    out = np.empty((2, LENGTH), np.uint16)
+    Corpus(tmp_path).take(np.array([3, 0]), out)
+    assert out.tolist() == [[9] * 5 + [1] * 3] * 2
+
+
 def test_other_tokenizer(tmp_path: Path) -> None:
     make_corpus(tmp_path)
     (tmp_path / "tokenizer/tokenizer.json").write_text("{ }")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.support.corpora import make_corpus
 from tests.unit.faults.case import Fault, cuts, removes, writes
 
 CONFIG = "maskvr config --config run.yaml"
@@ -153,6 +154,22 @@ FAULTS = [
         CONFIG,
         "corpus/shard-00000.arrow: 12,410 bytes expected, 12,409 found. Copy it again or build the corpus again",
         prepare=cuts("corpus/shard-00000.arrow"),
+    ),
+    Fault(
+        "a corpus of unknown words",
+        f"{CONFIG} --set data.path=unknown",
+        "unknown: nothing to predict: all tokens of its 20 rows for training are special tokens, or unknown to "
+        "the tokenizer ([UNK]); build it with a tokenizer that fits the text",
+        prepare=lambda folder: make_corpus(folder / "unknown", rows=20, length=16, unknown=True),
+    ),
+    Fault(
+        "a held-out corpus of unknown words",
+        f"{CONFIG} --set data.path=known --set data.held_out_path=unknown --set evaluation.every_steps=2",
+        "unknown: nothing to predict: all tokens of its 20 rows for evaluation are special tokens, or unknown to "
+        "the tokenizer ([UNK]); set data.held_out_path to another corpus, or set evaluation.every_steps=0",
+        prepare=lambda folder: [
+            make_corpus(folder / name, rows=20, length=16, unknown=name == "unknown") for name in ("known", "unknown")
+        ],
     ),
     Fault(
         "a configuration that is no YAML",

@@ -117,6 +117,16 @@ def test_digest_sees_a_single_changed_position() -> None:
     assert mask_digest(batch, masked) != digest
 
 
+def test_digest_does_not_depend_on_unused_slots() -> None:
+    batch = tokens(20)
+    masked = masker()(batch)
+    digest = mask_digest(batch, masked)
+    unused = masked.weights == 0
+    assert 0 < unused.sum() < unused.numel() / 2
+    masked.positions[unused] = 31 - masked.positions[unused]
+    assert mask_digest(batch, masked) == digest
+
+
 def test_labels_weights_and_inputs() -> None:
     batch = tokens(200)
     masked = masker()(batch)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from maskvr_ds.config import ConfigError, MapNetConfig, load_config
 from maskvr_ds.data.batch import TokenBatch
@@ -106,6 +108,26 @@ def test_ratio_does_not_depend_on_who_draws() -> None:
         means.append(np.mean([line["variance_ratio"] for line in train(of, 60, first=500)]))
     assert means[0] == pytest.approx(means[1], abs=0.02)
     assert means[0] < 0.95
+
+
+@settings(max_examples=25)
+@given(st.floats(0.5, 1.5), st.floats(0, 0.5), st.floats(0.1, 10))
+def test_gate_opens_if_the_ratio_with_the_cost_is_below_one(ratio: float, cost: float, scale: float) -> None:
+    """r (1 + c) < 1: at equal time the batch is smaller by 1 + c, and the variance larger."""
+    assume(abs(ratio * (1 + cost) - 1) > 1e-9)
+    of = proposer(gate="auto", cost=cost, floor=0.2)
+    # Moving averages of Σ w u s², Σ w s², the seconds of MAPNet and of all.
+    averages = torch.tensor([ratio * scale, scale, cost, 1 + cost], dtype=torch.float64)
+    of.load({**of.state(), "averages": averages})
+    batch = tokens(0)
+    inside = masker(of.propose).maskable(batch)
+    share = torch.full((B, 1), 7 / (L - 2), dtype=torch.float64)
+    is_open = ratio * (1 + cost) < 1
+    inclusion = of.propose(batch, inside, share)
+    is_uniform = torch.equal(inclusion, share.expand_as(inclusion))
+    assert is_uniform != is_open
+    [line] = train(of, 1)
+    assert line["proposal_used"] == is_open
 
 
 def test_resume_from_state_is_bit_identical() -> None:

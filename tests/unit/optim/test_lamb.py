@@ -335,3 +335,9 @@ def test_parameter_groups() -> None:
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert Lamb(groups).tensor_names == ["0.weight", "1.weight", "2.weight", "2.bias", "3.bias"]
     assert len(parameter_groups(nn.Linear(2, 2, bias=False))) == 1
+    # A matrix by shape, a bias by name.
+    by_name = nn.ParameterDict({"position_bias": torch.ones(3, 4), "table": torch.ones(3, 4)})
+    assert [[name for name, _ in group["params"]] for group in parameter_groups(by_name)] == [
+        ["table"],
+        ["position_bias"],
+    ]

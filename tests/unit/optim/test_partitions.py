@@ -1,13 +1,16 @@
-"""`bind` on stub engines: its errors. tests/distributed/test_lamb.py tests it on real engines."""
+"""`bind` on stub engines: its errors; fragments of stage 3. tests/distributed/test_lamb.py tests it on real engines."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from maskvr_ds.lamb import Lamb, bind
+from maskvr_ds.optim import partitions
 
 
 def engine_stub(optimizer: Any, **facts: Any) -> Any:
@@ -80,3 +83,27 @@ def test_bind_without_zero_skips_frozen_tensors() -> None:
 def test_bind_of_another_optimizer_is_an_error() -> None:
     with pytest.raises(ValueError, match="AdamW"):
         bind(engine_stub(torch.optim.AdamW([nn.Parameter(torch.ones(1))])))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 3))
+def test_fragments_of_stage_3_are_every_element_once(sizes: list[int], ranks: int, groups: int) -> None:
+    """Over all ranks; the padding of a tensor's last shares belongs to no fragment."""
+    tensors = [torch.empty(0) for _ in sizes]
+    for tensor, size in zip(tensors, sizes, strict=True):
+        share = -(-size // ranks)
+        vars(tensor).update(ds_numel=size, partition_numel=lambda share=share: share, ds_process_group=None)
+    parts = [tensors[first::groups] for first in range(groups) if tensors[first::groups]]
+    seen: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
+    for rank in range(ranks):
+        flats = [torch.empty(sum(t.partition_numel() for t in part)) for part in parts]  # type: ignore[attr-defined]
+        optimizer = SimpleNamespace(fp32_partitioned_groups_flat=flats, fp16_groups=parts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(partitions.dist, "get_rank", lambda group, rank=rank: rank)
+            found = partitions._stage3_partitions(optimizer, tensors)
+        for flat, partition in found.items():
+            places = [i for f in partition.fragments for i in range(f.partition_start, f.partition_start + f.length)]
+            assert places == sorted(set(places)), "in order, not overlapping"
+            assert all(place < flat.numel() for place in places)
+            for f in partition.fragments:
+                seen[f.tensor] += range(f.tensor_start, f.tensor_start + f.length)
+    assert seen == {number: list(range(size)) for number, size in enumerate(sizes)}

@@ -126,6 +126,28 @@ def test_median_needs_a_fifth_of_the_history() -> None:
     assert one_step(made, 1, 30.0, 1000.0) == {}, "too few steps to judge"
 
 
+def test_an_outlier_that_was_accepted_does_not_hide_the_next() -> None:
+    """It would raise the mean: here to 27.2, of the norms to 25."""
+    made = make_guard(history=25, loss_factor=2, norm_factor=5)
+    for step, (loss, norm) in enumerate([(100.0, 97.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0)]):
+        assert one_step(made, step, loss, norm) == {}
+    assert one_step(made, 5, 7.0, 1.0) == {"update_left_out": "loss is 7, more than 2 times the median 3"}
+    assert one_step(made, 6, 3.0, 6.0) == {"update_left_out": "grad_norm is 6, more than 5 times the median 1"}
+
+
+@pytest.mark.parametrize(("second", "rolls_back"), [(12, True), (13, False)])
+def test_skipped_updates_count_for_history_steps(second: int, rolls_back: bool) -> None:
+    """With history 10, steps 3 to 12 are the last ten at step 12, 4 to 13 at step 13."""
+    made = make_guard(history=10, max_skipped=1)
+    for step in range(second):
+        assert bool(one_step(made, step, math.nan if step == 3 else 3.0, 1.0)) == (step == 3)
+    if rolls_back:
+        with pytest.raises(DivergedError):
+            one_step(made, second, math.nan, 1.0)
+    else:
+        assert one_step(made, second, math.nan, 1.0)
+
+
 def test_fp16_overflow_is_not_judged() -> None:
     made = make_guard(max_skipped=0)
     assert one_step(made, 0, 3.0, math.inf, scale=65536.0) == {}

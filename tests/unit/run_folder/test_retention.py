@@ -44,6 +44,14 @@ def test_later_checkpoints_are_deleted_once_an_earlier_one_was_saved(tmp_path: P
     assert [folder.name[-2:] for folder in checkpoints.checkpoints(tmp_path)] == ["05", "10"]
 
 
+def test_later_checkpoints_of_every_n_steps_are_deleted_too(tmp_path: Path) -> None:
+    """They belong to an abandoned history like the others."""
+    for step in (5, 10, 15, 20, 25):
+        write(tmp_path, step)
+    prune(tmp_path, 15, keep_every_steps=10)
+    assert steps(tmp_path) == [10, 15]
+
+
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         write(tmp_path, step)

@@ -85,6 +85,37 @@ def test_figures_are_unbiased(seed: int) -> None:
     assert np.all(np.abs(mean - [data, mask, 2 * pairs - mask]) < 5 * error)
 
 
+def exact_components(means: np.ndarray, within: np.ndarray, segments: int) -> VarianceComponents:
+    """Components without sampling error: means [N, D] of equally likely rows, variances within them [N]."""
+    scaled = means * ((N - 1) / N) ** 0.5  # the estimate has the divisor N − 1
+    return VarianceComponents((within / segments)[:, None], (scaled @ scaled.T)[None], np.zeros(N), 10**15, segments)
+
+
+@given(st.integers(0, 100), st.sampled_from((1, 2, 3)), st.floats(0, 0.5))
+def test_totals_equal_those_of_enumeration(seed: int, most: int, cost: float) -> None:
+    """All segments: J (V_d + variance of their mean), relative to one. The proposal: q ∝ ‖g(M)‖ with weights p/q, its
+    total larger by its cost (in the time that it takes, the baseline makes a larger batch)."""
+    g, cuts = gradients(seed), rounds()
+    singles = np.array([variance(row) for row in g])
+    pairs = np.array([2 * variance(np.stack([row[list(cut[:2])].mean(0) for cut in cuts])) for row in g])
+    norms = np.linalg.norm(g, axis=2)
+    # Σ q (g p/q)² − mean²
+    proposed = norms.mean(1) ** 2 - (g.mean(1) ** 2).sum(1)
+    data = variance(g.mean(1))
+    baseline = data + singles.mean()
+    of_all = [variance(np.stack([row[list(cut[:most])].mean(0) for cut in cuts])) for row in g]
+    figures = _figures(
+        exact_components(g.mean(1), pairs, 2),
+        singles[:, None],
+        exact_components(g.mean(1), proposed, 1),
+        most,
+        cost,
+        Counts(np.ones((1, N))),
+    )[0]
+    assert figures[3] == pytest.approx(most * (data + np.mean(of_all)) / baseline, rel=1e-9)
+    assert figures[4] == pytest.approx((1 + cost) * (data + proposed.mean()) / baseline, rel=1e-9)
+
+
 # [estimate, low, high].
 INTERVALS = st.one_of(
     st.none(),
