@@ -19,9 +19,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from data_pipeline.shards import Corpus
+from maskvr_ds.data.vocabulary import unigram_entropy
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.telemetry.metrics_file import read_lines
@@ -80,7 +79,7 @@ def demo(output: Path) -> int:
     lines = read_lines(run / METRICS)
     loss = next(line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line)
     entropy = unigram_entropy(Corpus(corpus / "held_out"))
-    plot_loss(run / METRICS, output / "loss.png", {"unigram entropy": entropy})
+    plot_loss(run / METRICS, output / "loss.png")
     _title("Results")
     print(f"corpus            {corpus}")
     print(f"run               {run} (metrics.jsonl, checkpoints, TensorBoard)")
@@ -186,13 +185,3 @@ def fill_masks(model: Path) -> None:
     for sentence in _SENTENCES:
         guesses = ", ".join(f"{g['token_str']} {g['score']:.2f}" for g in fill(sentence)[:4])
         print(f"{sentence:55} {guesses}")
-
-
-def unigram_entropy(corpus: Corpus) -> float:
-    """Entropy in nats of the corpus's distribution of ordinary tokens: the lowest loss of a model without context."""
-    shards = range(len(corpus.manifest.shards))
-    counts = sum(np.bincount(corpus.input_ids(i).ravel(), minlength=corpus.manifest.vocab_size) for i in shards)
-    counts = np.asarray(counts, dtype=np.float64)
-    counts[list(corpus.manifest.special_tokens.all)] = 0
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())

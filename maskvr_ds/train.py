@@ -31,7 +31,9 @@ from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import StepRecord
 from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training.corpora import check_corpora
+from maskvr_ds.training.length import remarks, with_steps
 from maskvr_ds.training.phases import RunPhase, plan
+from maskvr_ds.training.report import end_lines, start_lines
 from maskvr_ds.training.resume import ResumePoint, find_resume_point
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
 from maskvr_ds.training.run import write_run_status
@@ -42,7 +44,8 @@ from maskvr_ds.training.step import StepResult, run_step
 # Exceptions that all ranks raise together and that are not failures.
 _EXPECTED_EXITS = (DivergedError, StoppedError)
 
-logger = logging.getLogger(__name__)
+# Not __name__: ranks run this file as __main__, which is no logger of the project.
+logger = logging.getLogger("maskvr_ds.train")
 
 
 def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None = None) -> None:
@@ -55,6 +58,10 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     """
     point = distributed.run_on_rank0(lambda: find_resume_point(config, resume))
     config = config.model_copy(update={"model": point.model})
+    if not config.is_resolved:
+        history = [] if point.checkpoint is None else point.checkpoint.state.phases
+        unresolved = config
+        config = distributed.run_on_rank0(lambda: with_steps(unresolved, history))
     phases = plan(config)
     world_size = distributed.world_size()
     for phase in phases:
@@ -74,11 +81,11 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             point.step,
             last,
         )
-    fence = Fence(config.output_dir)
+    fence, trained = Fence(config.output_dir), None
     while remaining:
         try:
             saver = train_phase(config, remaining[0], deepspeed_config, point, fence, stop)
-            remaining = remaining[1:]
+            remaining, trained = remaining[1:], saver.latest
             if remaining and saver.latest is not None:
                 # As at a resume: nothing is unpickled before its hash was compared.
                 point = distributed.run_on_rank0(partial(point.at_verified, saver.latest))
@@ -90,6 +97,8 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
     distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, phases[-1].last_step, fence))
     if distributed.rank() == 0:
         plot_loss(config.output_dir / METRICS, config.output_dir / LOSS_PLOT)
+        for line in end_lines(config, phases[-1], trained) if trained is not None else ():
+            logger.info("%s", line)
 
 
 def train_phase(
@@ -110,8 +119,15 @@ def train_phase(
     reader = batches(context.loader, step - phase.first_step, windows_of(context.rollbacks, phase.index))
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
+    for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
+        logger.info("%s", line)
+    for remark in remarks(phase.config, context.corpus):
+        logger.warning("%s", remark)
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
     with watchdog, _closing(context, reader, saver, watchdog):
+        if step == 0 and context.evaluation:
+            with _paused(context, watchdog):
+                context.log.held_out(step, samples, context.evaluation.figures(context.engine.module))
         while step < phase.last_step:
             watchdog.mark(step, "data")
             number, batch = next(reader)
@@ -135,26 +151,30 @@ def train_phase(
             samples += phase.config.batch.global_size
             record = _record(context, phase, result, step=step, samples=samples, lr=lr, scale=scale, skipped=skipped)
             context.log.step(record)
+            context.log.add(epoch=context.loader.epochs((number + 1) * phase.config.batch.global_size))
             context.log.add(**context.guard.after_update(step, number, result.grad_norm, loss_scale=scale))
             context.guard.check(step, is_last=step == phase.last_step)
 
             stopping = stop is not None and stop.requested_on_any_rank(DeferredTensor(result.stop_requests))
             written = saver.all_written(DeferredTensor(result.writing_ranks))
-            evaluate = is_due(step, phase.config.evaluation.every_steps, phase.last_step)
-            evaluation = context.evaluation if evaluate else None
             chooser = context.chooser if context.chooser and context.chooser.due(step, phase.last_step) else None
             save = saver.due(step, stopping=stopping)
+            evaluate = is_due(step, phase.config.evaluation.every_steps, phase.last_step)
+            # Not when stopping: the time that a scheduler leaves is for the checkpoint.
+            evaluate |= phase.config.checkpoint.keep_best and save and not stopping
+            evaluation = context.evaluation if evaluate else None
             if not (evaluation or chooser or save or written):
                 continue
             with _paused(context, watchdog):
-                if evaluation:
-                    context.log.add(held_out_loss=evaluation.loss(context.engine.module))
+                held_out = evaluation.figures(context.engine.module) if evaluation else {}
+                context.log.add(**held_out)
                 if chooser:
                     context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
                 if save or written:
                     saver.finish()
                 if save:
-                    saver.save(step, samples, record, batch=number, wait=stopping or step == phase.last_step)
+                    wait = stopping or step == phase.last_step
+                    saver.save(step, samples, record, batch=number, wait=wait, held_out=held_out)
                 if save and stopping and step < phase.run_steps:
                     distributed.run_on_rank0(partial(write_run_status, run.output_dir, STOPPED, step, fence))
                     raise StoppedError(f"stopped at step {step} on request, saved in {saver.latest}")

@@ -15,7 +15,7 @@ from cluster.hosts.checks import LaunchError
 from cluster.hosts.plan import CONFIG, Draft, add_launch_options, warn
 from cluster.hosts.supervisor import KILL_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
-from maskvr_ds.reliability.signals import SignalDebouncer
+from maskvr_ds.reliability.signals import SIGNALS, SignalDebouncer
 from maskvr_ds.run_folder import layout, status
 from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime.hostfile import read_hostfile
@@ -27,8 +27,8 @@ from maskvr_ds.runtime.terminal import ERR, alert, say
 _EXAMPLES = """examples:
   python -m cluster launch --hostfile hosts --config run.yaml --resume auto
   python -m cluster launch --hostfile hosts --config run.yaml --export NCCL_SOCKET_IFNAME=ib0 --timeout 3600
-exit status: 0 done; 75 stopped with a checkpoint (SIGTERM, SIGUSR1, SIGHUP or --timeout); 128 + n killed at once by
-signal n (SIGINT, or a second signal); 1 any other failure. Resume with the same command and --resume auto.
+exit status: 0 done; 75 stopped with a checkpoint (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP or --timeout); 128 + n killed at
+once by signal n, the second one; 1 any other failure. Resume with the same command and --resume auto.
 """
 
 
@@ -85,11 +85,11 @@ def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: Ru
 
 
 class Signals:
-    """Signal handlers: the first SIGTERM, SIGUSR1 or SIGHUP requests a stop with a checkpoint; SIGINT, or a second
-    signal, kills the ranks.
+    """Signal handlers: the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP requests a stop with a checkpoint; a second one
+    kills the ranks.
 
-    Repetitions within a second are ignored, as by the ranks: Slurm sends SIGTERM twice, a session that ends sends
-    SIGHUP twice, or SIGTERM and SIGHUP.
+    Repetitions within a second are ignored, as by the ranks (`SignalDebouncer`): Slurm sends SIGTERM twice, a session
+    that ends sends SIGHUP twice, or SIGTERM and SIGHUP.
     """
 
     def __init__(self, run: Path) -> None:
@@ -98,14 +98,14 @@ class Signals:
         self.stop_requested = False
         self._run = run
         self._debouncer = SignalDebouncer()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._debouncer.is_duplicate(number):
             return
-        if self.stop_requested or number == signal.SIGINT:
+        if self.stop_requested:
             self.fatal = number
         else:
             self.request_stop(signal.Signals(number).name)
@@ -116,10 +116,11 @@ class Signals:
         alert(f"{why}: requested a checkpoint and stop; a second signal kills the ranks at once")
 
 
-def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
+def watch(plan: Plan, steps: int | None, timeout: float | None = None) -> int:
     """Start the ranks and watch them until they end; returns the exit status.
 
-    steps: the run is complete at this step. timeout: seconds after which to stop with a checkpoint.
+    steps: the run is complete at this step; None: not known here. timeout: seconds after which to stop with a
+    checkpoint.
     """
     signals, before = Signals(plan.run), status.written(plan.run)
     job = Job(plan)
@@ -132,8 +133,8 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
     finally:
         answers = job.kill()
     (plan.run / layout.STOP_REQUEST).unlink(missing_ok=True)
-    if status.completed(plan.run, steps, before):
-        say(f"done: {steps} steps, {plan.run}")
+    if status.completed(plan.run, steps or 0, before):
+        say(f"done: {status.step_of(plan.run, layout.COMPLETED)} steps, {plan.run}")
         return 0
     if (step := status.step_of(plan.run, layout.STOPPED, before)) is not None:
         say(f"stopped at step {step} with a checkpoint, on request; continue with --resume auto", ERR)
@@ -142,6 +143,7 @@ def watch(plan: Plan, steps: int, timeout: float | None = None) -> int:
         say(f"{signal.Signals(signals.fatal).name}: the ranks were killed", ERR)
         return 128 + signals.fatal
     lines = [*([why] if why else []), *job.explain(answers)]
-    text = [f"error: the ranks ended before step {steps}; continue with the same command and --resume auto", *lines]
+    end = f"step {steps}" if steps else "the last step"
+    text = [f"error: the ranks ended before {end}; continue with the same command and --resume auto", *lines]
     say("\n  ".join(text), ERR)
     return 1

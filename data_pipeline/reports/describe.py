@@ -1,9 +1,10 @@
 """Statistics of a corpus as text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError
 from data_pipeline.packing.source_counts import is_repeated
@@ -45,6 +46,7 @@ def describe(
         "rows": f"{manifest.rows:,}",
         "documents": f"{manifest.documents:,}",
         "tokens": f"{manifest.tokens:,} ({total:,} of text)",
+        "unigram entropy": f"{_entropy(found.counts, special.all):.3f} nats per token, the loss without context",
         "unknown": f"{unknown:,} ({unknown / total:.4%} of text)",
         "bytes per token": f"{size / manifest.tokens:.4f} ({size:,} in total)",
         "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
@@ -77,6 +79,14 @@ def describe(
             *(f"  {words.id_to_token(i):20} {text[i]:>14,}  {text[i] / total:.3%}" for i in order.tolist() if text[i]),
         ]
     )
+
+
+def _entropy(counts: NDArray[np.int64], special: Sequence[int]) -> float:
+    """Entropy in nats of the distribution of ordinary tokens: the lowest masked-LM loss of a model without context."""
+    ordinary = counts.astype(np.float64)
+    ordinary[list(special)] = 0
+    shares = ordinary[ordinary > 0] / max(ordinary.sum(), 1)
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _of_source(entry: MixtureEntry) -> str:

@@ -155,7 +155,7 @@ def train(job: Job, options: argparse.Namespace) -> dict[str, Any]:
             for name, ratio in trust_ratios(job, optimizer, names).items():
                 result["ratios"].setdefault(name, []).append(float(f"{ratio:.4g}"))
         if step % options.evaluate_every == 0 or step == options.steps:
-            value = held_out.loss(model)
+            value = held_out.figures(model)["held_out_loss"]
             result["held_out"].append([step, round(value, 6) if math.isfinite(value) else None])
     result["seconds"] = round(time.perf_counter() - start, 1)
     if engine is not None:

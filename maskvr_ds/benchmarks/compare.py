@@ -32,6 +32,7 @@ from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategi
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import CONFIG, METRICS
 from maskvr_ds.telemetry.metrics_file import AUTO_EVENT, read_events, read_lines
+from maskvr_ds.training.length import with_steps
 from maskvr_ds.training.references import open_corpora
 
 RESULT, PLOT = "compare.json", "compare.png"
@@ -54,7 +55,7 @@ class Job:
     def is_done(self) -> bool:
         """Whether the run has its last checkpoint."""
         saved = complete_checkpoints(self.folder)
-        return bool(saved) and saved[-1].name == f"step-{self.config.training.steps:08d}"
+        return bool(saved) and saved[-1].name == f"step-{self.config.training.known_steps:08d}"
 
 
 def plan(arguments: argparse.Namespace) -> list[Job]:
@@ -74,7 +75,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
         for spec in specs:
             folder = Path(arguments.output) / "runs" / spec.folder / f"seed-{seed}"
             own = (*arguments.assignments, *spec.assignments, f"seed={seed}", f"output_dir={json.dumps(str(folder))}")
-            config = load_config(arguments.config, own)
+            config = with_steps(load_config(arguments.config, own))
             if config.evaluation.every_steps == 0:
                 raise ConfigError("evaluation.every_steps is 0, but a comparison needs held-out losses; set it above 0")
             if seed == arguments.seeds[0]:

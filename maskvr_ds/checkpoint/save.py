@@ -33,7 +33,7 @@ from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
 from maskvr_ds.run_folder import checkpoints, retention
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.run_folder.layout import BERT, CHECKPOINTS, PROBE, SAVING, WEIGHTS
+from maskvr_ds.run_folder.layout import BERT, BEST, CHECKPOINTS, LATEST, PROBE, SAVING, WEIGHTS
 from maskvr_ds.runtime import distributed, files
 
 # Headers, tokenizer and checkpoint.json: what a checkpoint takes besides tensors.
@@ -185,7 +185,7 @@ class CheckpointWriter:
                             "output_dir must lie on a file system that all nodes share"
                         )
             hashed = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
-            checkpoints.write_manifest(self._folder, vars(self._state), hashed)
+            checkpoints.write_manifest(self._folder, self._state.stored(), hashed)
             checkpoints.read_manifest(self._folder)
             self._fence.check()
             retention.make_way(self._final)
@@ -196,11 +196,16 @@ class CheckpointWriter:
 
     def _tidy(self) -> None:
         self._fence.check()
-        retention.point_latest(self._final)
+        retention.point_to(self._final, LATEST)
         retention.remove_remains(self._run)
         reshard.remove(self._run)
         keep = self._keep
-        retention.remove_old(self._run, self._final, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+        best = retention.best_of_phases(self._run, self._final) if keep.keep_best else []
+        if best:
+            retention.point_to(best[-1], BEST)
+        retention.remove_old(
+            self._run, self._final, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps, keep=best
+        )
 
     def _discard(self) -> None:
         if distributed.rank() == 0:

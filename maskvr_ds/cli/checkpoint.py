@@ -11,7 +11,8 @@ from maskvr_ds.run_folder import checkpoints, layout
 _DESCRIPTION = """\
 List, verify or inspect the checkpoints of a run.
 
-  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint
+  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint, and with
+           checkpoint.keep_best its held-out loss
   verify   compare all files with their SHA-256; exit status 1 if a checkpoint is damaged
   inspect  manifest and files of the newest checkpoint"""
 _EXAMPLES = """\
@@ -51,7 +52,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _list(folder: Path) -> int:
-    print(f"{'checkpoint':<16}{'step':>10}{'samples':>16}{'bytes':>18}  ranks  ZeRO  precision")
+    print(f"{'checkpoint':<16}{'step':>10}{'samples':>16}{'bytes':>18}  ranks  ZeRO  precision  held-out loss")
     for path in _checkpoints(folder):
         try:
             state = checkpoints.read_state(path)
@@ -60,9 +61,14 @@ def _list(folder: Path) -> int:
             continue
         print(
             f"{path.name:<16}{state.step:>10,}{state.samples:>16,}{checkpoints.size(path):>18,}"
-            f"{state.world_size:>7}{state.zero_stage:>6}  {state.dtype}"
+            f"{state.world_size:>7}{state.zero_stage:>6}  {state.dtype:<9}{_held_out(state)}".rstrip()
         )
     return 0
+
+
+def _held_out(state: checkpoints.CheckpointState) -> str:
+    """Known of runs with checkpoint.keep_best."""
+    return f"{state.held_out['held_out_loss']:>15.4f}" if "held_out_loss" in state.held_out else ""
 
 
 def _verify(folder: Path) -> int:

@@ -75,6 +75,7 @@ def add_config(commands: Commands) -> None:
 
 def _config(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import dump_config, load_config
+    from maskvr_ds.training.length import with_steps
     from maskvr_ds.training.references import file_faults, settings_faults
 
     config = load_config(arguments.config, arguments.assignments)
@@ -84,6 +85,8 @@ def _config(arguments: argparse.Namespace) -> int:
     if not arguments.no_files:
         of_files, remarks = file_faults(config)
         faults += of_files
+        if not of_files:
+            config = with_steps(config)
     print(dump_config(config), end="")
     for kind, lines in (("warning", remarks), ("error", faults)):
         for line in lines:

@@ -4,6 +4,7 @@ Subcommands import torch and DeepSpeed only when they run, so that --help is fas
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,11 +12,12 @@ from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
 from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
+from maskvr_ds.cli.downstream import add_evaluate
 from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
-    *(add_demo, add_recipes, add_config, add_train, add_checkpoint, add_export, add_plot),
-    *(add_variance, add_compare, add_benchmark),
+    *(add_demo, add_recipes, add_config, add_train, add_checkpoint, add_export, add_evaluate),
+    *(add_plot, add_variance, add_compare, add_benchmark),
 )
 _OPTIONAL_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "matplotlib", "psutil")
 _EXAMPLES = """examples:
@@ -42,7 +44,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Returns its exit status; 1 if it raised ValueError or OSError."""
+    """Run a subcommand. Returns its exit status; 1 if it raised ValueError or OSError, 130 after Ctrl-C."""
     arguments = command_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
@@ -55,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # Before training has started, or in a command that has nothing to save.
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

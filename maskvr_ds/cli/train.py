@@ -10,8 +10,9 @@ from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 _DESCRIPTION = """\
 Start or resume pretraining. A run can resume with any number of ranks and any ZeRO stage.
 
-Exit status: 0 completed; 1 error; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint
-(repeat the command with --resume auto to continue)."""
+Exit status: 0 completed; 1 error; 75 stopped by Ctrl-C (SIGINT), SIGTERM, SIGUSR1 or SIGHUP with a
+checkpoint: repeat the command with --resume auto to continue. A second Ctrl-C ends the run at
+once, without a checkpoint."""
 _EXAMPLES = """\
 maskvr train --config bert_base_4k --set data.path=corpus --set output_dir=runs/base --num-gpus 8
 maskvr train --config run.yaml --hostfile hosts --resume auto"""

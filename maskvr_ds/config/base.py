@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SECONDS, MAX_SEED, MAX_STEPS
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SECONDS, MAX_SEED, MAX_STEPS, MAX_TOKENS
 
 # Longest value that an error message quotes.
 _SHOWN = 200
@@ -56,6 +56,15 @@ def _zero_or_a_second(value: float) -> float:
     return value
 
 
+def _whole_number(value: Any) -> Any:
+    """1e9, and the text that YAML makes of it, as an integer."""
+    try:
+        number = float(value) if isinstance(value, (str, float)) else None
+    except ValueError:
+        return value
+    return int(number) if number is not None and number.is_integer() else value
+
+
 _Number = BeforeValidator(_no_truth_value)
 PathSetting = Annotated[Path, BeforeValidator(_readable_path)]
 
@@ -64,6 +73,7 @@ Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]
 PositiveSteps = Annotated[int, _Number, Field(ge=1, le=MAX_STEPS)]
 Steps = Annotated[int, _Number, Field(ge=0, le=MAX_STEPS)]
 PositiveRows = Annotated[int, _Number, Field(ge=1, le=MAX_STEPS)]
+Tokens = Annotated[int, _Number, BeforeValidator(_whole_number), Field(ge=1, le=MAX_TOKENS)]
 GlobalBatch = Annotated[int, _Number, Field(ge=1, le=2**26)]
 MicroBatch = Annotated[int, _Number, Field(ge=1, le=MAX_MICRO_SIZE)]
 # Layers, heads, kept checkpoints, queued steps.
@@ -83,6 +93,8 @@ Exponent = Annotated[float, _Number, Field(gt=0, le=100, allow_inf_nan=False)]
 SignedExponent = Annotated[float, _Number, Field(ge=-2, le=2, allow_inf_nan=False)]
 # ε of a division.
 Epsilon = Annotated[float, _Number, Field(gt=0, le=1, allow_inf_nan=False)]
+# Passes over a corpus.
+Epochs = Annotated[float, _Number, Field(gt=0, le=1e6, allow_inf_nan=False)]
 # A multiple of something measured.
 Factor = Annotated[float, _Number, Field(gt=1, le=1e9, allow_inf_nan=False)]
 PositiveRatio = Annotated[float, _Number, Field(gt=0, le=1e9, allow_inf_nan=False)]

@@ -24,7 +24,7 @@ class PhaseStart(Section):
 class Phase(Section):
     """One phase: sections with the fields that differ from those of the run.
 
-    Every phase sets data.path (or data.mixture) and training.steps.
+    Every phase sets data.path (or data.mixture) and training.steps (or training.epochs, or training.tokens).
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
@@ -65,14 +65,16 @@ _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
     "schedule": {
         "warmup_steps": ("warmup_share",),
         "warmup_share": ("warmup_steps",),
-        "decay": ("power", "decay_from", "decay_rate", "decay_steps"),
+        "decay": ("power", "decay_from", "decay_rate", "decay_steps", "cooldown_steps", "cooldown_share"),
+        "cooldown_steps": ("cooldown_share",),
+        "cooldown_share": ("cooldown_steps",),
     },
 }
 
 
 def take_from_phases(values: Any) -> Any:
     """Fill in required fields of a run's raw values from its phases: the first phase's corpora and the sum of all
-    training.steps. Raises ValueError if a phase lacks them, or the run sets them too."""
+    training.steps, if all are known. Raises ValueError if a phase lacks them, or the run sets them too."""
     phases = values.get("phases") if isinstance(values, Mapping) else None
     if not phases or not isinstance(phases, list) or not all(isinstance(phase, Mapping) for phase in phases):
         return values
@@ -85,17 +87,21 @@ def take_from_phases(values: Any) -> Any:
         if found := next((key for key in keys if key in given), None):
             where = f"phases.NAME.{section}.{found}"
             raise ValueError(f"{section}.{found}: set by each phase; remove it here and set {where}")
-    steps = 0
+    steps: int | None = 0
     for number, phase in enumerate(phases):
         where = f"phases.{phase.get('name', number)}"
         if not any((phase.get("data") or {}).get(key) for key in ("path", "mixture")):
             raise ValueError(f"{where}.data.path: required, but not given: each phase names its corpus")
-        own = (phase.get("training") or {}).get("steps")
+        length = phase.get("training") or {}
+        own = length.get("steps")
+        if own is None and any(length.get(key) is not None for key in ("epochs", "tokens")):
+            steps = None  # known once the corpora are (training/length.py)
+            continue
         if type(own) is not int or not 1 <= own <= MAX_STEPS:
             raise ValueError(
                 f"{where}.training.steps: an integer from 1 to {MAX_STEPS:,} required (given: {shown(own)})"
             )
-        steps += own
+        steps = None if steps is None else steps + own
     corpora = {key: phases[0]["data"][key] for key in ("path", "mixture") if key in phases[0]["data"]}
     return {**values, "data": {**data, **corpora}, "training": {"steps": steps}}
 
@@ -157,7 +163,7 @@ def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
         if section == "masking" and "strategy" in given:
             inherited = without_foreign(inherited, given["strategy"])
         values[section] = _overlay(section, inherited, given)
-    if end - first > 1:
+    if end - first > 1 and all(phase.training.get("steps") is not None for phase in phases[first:end]):
         joint = sum(phase.training["steps"] for phase in phases[first:end])
         asked = phases[first].training.get("schedule_steps") or joint
         if asked < joint:

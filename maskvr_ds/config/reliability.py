@@ -16,6 +16,9 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep, at least 2: if the newest turns out to be bad, the run needs another."""
     keep_every_steps: Steps = 0
     """Also keep the checkpoints of steps that are multiples of this number; 0: none. It does not cause checkpoints."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest held-out loss, of each phase; checkpoints/best names it. Held-out rows
+    are then evaluated before every save, except when the run is asked to stop."""
     asynchronous: bool = False
     """Copy to host memory at once and write to disk while training continues."""
 

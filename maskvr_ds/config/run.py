@@ -32,7 +32,7 @@ from maskvr_ds.run_folder.migration import SCHEMA, renamed
 
 
 class RunConfig(Section):
-    """The configuration of a run. Only output_dir, data and training.steps are required."""
+    """The configuration of a run. Only output_dir, data and the length of the training are required."""
 
     output_dir: PathSetting
     """Directory of the run: config.yaml, metrics.jsonl, loss.png, checkpoints/, monitors."""
@@ -80,11 +80,12 @@ class RunConfig(Section):
             for index in range(len(self.phases)):
                 self.phase(index)
             return self
-        end, rate = self.schedule_steps, self.optimizer.lr
-        if self.training.steps > end:
-            raise ValueError(f"training.steps {self.training.steps} exceeds training.schedule_steps {end}")
-        if self.schedule.warmup_steps > end:
-            raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds the schedule's {end} steps")
+        _check_length(self.training, self.schedule)
+        if self.checkpoint.keep_best and self.evaluation.every_steps == 0:
+            raise ValueError(
+                "checkpoint.keep_best needs held-out losses, and evaluation.every_steps is 0; set it above 0"
+            )
+        rate = self.optimizer.lr
         for name in ("initial_lr", "final_lr"):
             if (bound := getattr(self.schedule, name)) > rate:
                 raise ValueError(f"schedule.{name} {bound} exceeds optimizer.lr {rate}")
@@ -118,7 +119,12 @@ class RunConfig(Section):
 
     @property
     def schedule_steps(self) -> int:
-        return self.training.schedule_steps or self.training.steps
+        return self.training.schedule_steps or self.training.known_steps
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the number of steps is known; otherwise see training/length.py."""
+        return self.training.is_resolved
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per step and rank. Raises ConfigError if the global batch is not divisible."""
@@ -131,6 +137,27 @@ class RunConfig(Section):
                 f"{per_pass}; set batch.global_size to {' or '.join(map(str, nearest))}, or change batch.micro_size"
             )
         return size // (micro * world_size)
+
+
+def _check_length(training: TrainingConfig, schedule: ScheduleConfig) -> None:
+    given = training.model_dump(include={"steps", "epochs", "tokens"}, exclude_none=True)
+    if not given:
+        raise ValueError("training.steps: required, but not given; set it, or training.epochs or training.tokens")
+    if len(given) > 1:
+        listed = " and ".join(f"training.{name} {value:,g}" for name, value in given.items())
+        raise ValueError(f"{listed} all set the length of the training; keep one of them and set the others to null")
+    end = training.schedule_steps or training.steps
+    if end is None:
+        return
+    if training.steps is not None and training.steps > end:
+        raise ValueError(f"training.steps {training.steps} exceeds training.schedule_steps {end}")
+    if schedule.warmup_steps > end:
+        raise ValueError(f"schedule.warmup_steps {schedule.warmup_steps} exceeds the schedule's {end} steps")
+    if schedule.decay_from == "warmup" and (start := schedule.decay_start(end)) < (warmup := schedule.warmup(end)):
+        raise ValueError(
+            f"schedule.cooldown_steps or cooldown_share: the decay takes {end - start} of the schedule's {end} steps "
+            f"and the warm-up {warmup}; shorten one of them"
+        )
 
 
 def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfig:

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from maskvr_ds.config.base import (
     Decay,
+    Epochs,
     Epsilon,
     Exponent,
     GlobalBatch,
@@ -21,6 +22,7 @@ from maskvr_ds.config.base import (
     Section,
     Share,
     Steps,
+    Tokens,
 )
 from maskvr_ds.optim.variants import VARIANTS, Variant
 
@@ -82,7 +84,8 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate: warm-up from initial_lr to optimizer.lr, then decay towards final_lr (training/schedule.py)."""
+    """Learning rate: warm-up from initial_lr to optimizer.lr, then decay towards final_lr (training/schedule.py), at
+    once or, with a cooldown, in the last steps of the schedule only (warm-up, stable, decay)."""
 
     warmup_steps: Steps = 0
     """Length of the warm-up in steps; alternative to warmup_share."""
@@ -94,8 +97,14 @@ class ScheduleConfig(Section):
     """Learning rate at the start of the warm-up."""
     final_lr: LearningRateOrZero = 0.0
     """Learning rate that the decay approaches."""
-    decay: Literal["polynomial", "exponential"] = "polynomial"
-    """polynomial: (1 − t)^power, t from 0 to 1; exponential: times decay_rate every decay_steps steps."""
+    decay: Literal["polynomial", "linear", "cosine", "1-sqrt", "exponential", "constant"] = "polynomial"
+    """With t from 0 to 1 over the decay, polynomial: (1 − t)^power; linear: 1 − t; cosine: (1 + cos πt) / 2; 1-sqrt:
+    1 − √t (ModernBERT). exponential: times decay_rate every decay_steps steps; constant: none."""
+    cooldown_steps: PositiveSteps | None = None
+    """Length of the decay at the end of the schedule in steps; the rate stays at its peak until then. Alternative to
+    cooldown_share; null for both: the decay starts with the end of the warm-up. Not with exponential and constant."""
+    cooldown_share: PositiveShare | None = None
+    """Length of the decay as a fraction of the schedule's steps, rounded, at least one step."""
     power: Exponent = 1.0
     """polynomial: exponent."""
     decay_from: Literal["warmup", "start"] = "warmup"
@@ -113,27 +122,69 @@ class ScheduleConfig(Section):
                 "warm-up; set one of them"
             )
         exponential = (self.decay_rate, self.decay_steps)
-        if self.decay == "exponential":
-            if None in exponential:
-                raise ValueError("decay exponential needs decay_rate and decay_steps")
-            if (self.power, self.decay_from) != (1.0, "warmup"):
-                raise ValueError("power and decay_from belong to decay polynomial; remove them")
-        elif exponential != (None, None):
+        if self.decay == "exponential" and None in exponential:
+            raise ValueError("decay exponential needs decay_rate and decay_steps")
+        if self.decay != "exponential" and exponential != (None, None):
             raise ValueError("decay_rate and decay_steps belong to decay exponential; remove them, or set decay")
+        if self.decay != "polynomial" and (self.power, self.decay_from) != (1.0, "warmup"):
+            raise ValueError("power and decay_from belong to decay polynomial; remove them")
+        if self.decay == "constant" and self.final_lr:
+            raise ValueError(f"final_lr {self.final_lr:g}: decay constant never reaches it; remove it, or set decay")
+        self._check_cooldown()
         return self
+
+    def _check_cooldown(self) -> None:
+        if self.cooldown_steps is None and self.cooldown_share is None:
+            return
+        if self.cooldown_steps is not None and self.cooldown_share is not None:
+            raise ValueError(
+                f"cooldown_steps {self.cooldown_steps} and cooldown_share {self.cooldown_share:g} both set the length "
+                "of the decay; set one of them"
+            )
+        if self.decay in ("exponential", "constant"):
+            raise ValueError(f"cooldown_steps and cooldown_share: decay {self.decay} has no end; set another decay")
+        if self.decay_from == "start":
+            raise ValueError(
+                "cooldown_steps and cooldown_share: decay_from start begins the decay elsewhere; remove it"
+            )
 
     def warmup(self, total_steps: int) -> int:
         """Steps of the warm-up in a schedule of `total_steps`."""
         return self.warmup_steps or round(self.warmup_share * total_steps)
 
+    def decay_start(self, total_steps: int) -> int:
+        """Step at which the decay starts in a schedule of `total_steps`: the rate of that step is the peak still."""
+        if self.decay_from == "start":
+            return 0
+        if self.cooldown_share is not None:
+            return total_steps - max(1, round(self.cooldown_share * total_steps))
+        return self.warmup(total_steps) if self.cooldown_steps is None else total_steps - self.cooldown_steps
+
 
 class TrainingConfig(Section):
-    """Length of the training."""
+    """Length of the training: exactly one of steps, epochs and tokens. The last two are converted to steps at the start
+    (training/length.py), rounded up; the number of ranks does not matter."""
 
-    steps: PositiveSteps
+    steps: PositiveSteps | None = None
     """Optimizer steps to train."""
+    epochs: Epochs | None = None
+    """Passes over the corpus, of a mixture with its weights; not with masking.strategy auto, which changes how often a
+    row is repeated."""
+    tokens: Tokens | None = None
+    """Tokens to train on, padding included, as `tokens` in metrics.jsonl counts them."""
     schedule_steps: PositiveSteps | None = None
-    """Step at which the schedule ends; null: `steps`. Set it to train only the first part of a longer run."""
+    """Step at which the schedule ends; null: the last one. Set it to train only the first part of a longer run."""
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the number of steps is known."""
+        return self.steps is not None
+
+    @property
+    def known_steps(self) -> int:
+        """The number of steps of a resolved configuration."""
+        assert self.steps is not None, "resolve training.epochs and training.tokens first (training/length.py)"
+        return self.steps
 
 
 class EvaluationConfig(Section):

@@ -198,6 +198,12 @@ class Loader:
                 for future in ahead:
                     future.result()
 
+    def epochs(self, samples_consumed: int) -> float:
+        """Passes over the corpus after `samples_consumed` samples, copies of a row counted once."""
+        repeats = self.repeats
+        place = repeats.place + (samples_consumed - repeats.sample) / repeats.copies
+        return place / sum(share.slots for share in self.shares)
+
     def change_copies(self, samples_consumed: int, copies: int) -> None:
         """Repeat every row `copies` times in the batches after `samples_consumed` samples."""
         self.repeats = self.repeats.change_copies(samples_consumed, copies, self.shares)

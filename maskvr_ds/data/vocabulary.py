@@ -203,3 +203,11 @@ def frequency_scores(counts: NDArray[np.int64], power: float, document_power: fl
     """
     tokens, passages = counts + 1.0
     return np.power(tokens, -power) * np.power(passages, -document_power)
+
+
+def unigram_entropy(corpus: Corpus) -> float:
+    """Entropy in nats of the corpus' distribution of ordinary tokens: the lowest loss of a model without context."""
+    counts = token_counts(corpus, range(len(corpus.manifest.shards)), of_passages=False)[0].astype(np.float64)
+    counts[list(corpus.manifest.special_tokens.all)] = 0
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from maskvr_ds.reliability.signals import SignalDebouncer
+from maskvr_ds.reliability.signals import MAY_BE_IGNORED, SIGNALS, SignalDebouncer
 from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import STOP_REQUEST, STOPPED
@@ -35,16 +35,16 @@ _POLL = 0.05
 Processes = list["subprocess.Popen[bytes]"]
 
 
-def launch(words: list[str], run: Path, steps: int) -> int:
+def launch(words: list[str], run: Path, steps: int | None) -> int:
     """Run `deepspeed WORDS` until it exits; returns 0 if completed, 75 if stopped with a checkpoint, otherwise 1.
 
-    run, steps: the run's folder and its last step. The first SIGTERM, SIGUSR1 or SIGHUP requests a checkpoint and stop;
-    SIGINT or a second signal kills everything on this machine immediately.
+    run, steps: the run's folder and its last step; None: not known here. The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP
+    requests a checkpoint and stop; a second signal kills everything on this machine immediately.
     """
     return _supervise([["-m", "deepspeed.launcher.runner", *words]], [{}], run, steps)
 
 
-def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: int) -> int:
+def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: int | None) -> int:
     """Like `launch`, for `python -m MODULE OPTIONS` on `ranks` ranks of this machine."""
     return _supervise([["-u", "-m", module, *options]] * ranks, _rank_environments(ranks), run, steps)
 
@@ -99,7 +99,7 @@ def _prepare(parent: int | None) -> None:
         die_with_parent(parent)
 
 
-def _supervise(commands: list[list[str]], environments: list[dict[str, str]], run: Path, steps: int) -> int:
+def _supervise(commands: list[list[str]], environments: list[dict[str, str]], run: Path, steps: int | None) -> int:
     (run / STOP_REQUEST).unlink(missing_ok=True)
     before_start = status.written(run)
     processes = _start(commands, environments)
@@ -109,32 +109,32 @@ def _supervise(commands: list[list[str]], environments: list[dict[str, str]], ru
         nonlocal requested
         if debouncer.is_duplicate(number):
             return
-        if requested or number == signal.SIGINT or not run.is_dir():
+        if requested or not run.is_dir():
             _kill(processes)
             sys.exit(128 + number)
         requested, name = True, signal.Signals(number).name
         (run / STOP_REQUEST).write_text(name + "\n", encoding="utf-8")
         terminal.alert(f"{name}: asked the ranks to save and stop; a second signal kills them immediately")
 
-    with _signal_handler(forward, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+    with _signal_handler(forward, *SIGNALS):
         _wait(processes)
     (run / STOP_REQUEST).unlink(missing_ok=True)
-    if status.completed(run, steps, before_start):
+    if status.completed(run, steps or 0, before_start):
         return 0
     if (step := status.step_of(run, STOPPED, before_start)) is not None:
         terminal.alert(f"stopped at step {step} on request; resume with --resume auto")
         return EXIT_STOPPED
     resume = "; resume with --resume auto" if complete_checkpoints(run) else ""
-    terminal.alert(f"error: the ranks ended before step {steps}{resume}")
+    terminal.alert(f"error: the ranks ended before {f'step {steps}' if steps else 'the last step'}{resume}")
     return 1
 
 
 @contextlib.contextmanager
 def _signal_handler(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Handle these signals in this context; not SIGHUP if it is ignored (nohup)."""
+    """Handle these signals in this context; not SIGHUP (nohup) and SIGINT (& in a script) if they are ignored."""
     before = {}
     for number in numbers:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     try:
         yield

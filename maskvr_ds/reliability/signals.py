@@ -1,8 +1,8 @@
-"""Stopping on SIGTERM, SIGUSR1 and SIGHUP: at a step boundary, with a checkpoint and exit status 75.
+"""Stopping on SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP: at a step boundary, with a checkpoint and exit status 75.
 
 A scheduler may signal one rank or all of them. Requests are summed in the all-reduce of every step (training/step.py)
 and read one step later, so that nothing waits for the device and all ranks decide the same. A second signal terminates
-the process immediately; Slurm sends SIGTERM twice within milliseconds, which counts as one.
+the process immediately; Slurm sends SIGTERM twice within milliseconds, which counts as one (`SignalDebouncer`).
 
 `maskvr train` forwards the signals it receives by a file in the run's folder, which rank 0 checks: that reaches ranks
 on any node without looking for processes.
@@ -22,7 +22,9 @@ from maskvr_ds.runtime import terminal
 if TYPE_CHECKING:
     from maskvr_ds.runtime.deferred import DeferredTensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Stay ignored if the process was started with them ignored.
+MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 
 
 class StoppedError(Exception):
@@ -43,8 +45,9 @@ class StopRequest:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            # Ranks started by launch.py ignore SIGUSR1 until here; under nohup SIGHUP stays ignored.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            # Ranks started by launch.py ignore SIGUSR1 until here; under nohup SIGHUP stays ignored, and SIGINT in a
+            # job that a shell script starts with &.
+            if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -76,12 +79,15 @@ class StopRequest:
 
 
 DEBOUNCE_SECONDS = 1.0
+# For a repeated Ctrl-C, which a person may mean. Programs that forward it do so within milliseconds.
+DEBOUNCE_SECONDS_OF_SIGINT = 0.5
 
 
 class SignalDebouncer:
-    """Ignore a repeated signal within one second: Slurm sends SIGTERM twice.
+    """Ignore a repeated signal within one second, SIGINT within half a second: Slurm sends SIGTERM twice.
 
-    SIGHUP and SIGTERM count as the same signal: a closing session sends both.
+    SIGHUP, SIGINT and SIGTERM count as the same signal: a closing session sends SIGHUP and SIGTERM; on Ctrl-C a
+    terminal sends SIGINT to launcher and ranks, and launchers (DeepSpeed's, torchrun) then SIGTERM or SIGINT to ranks.
     """
 
     def __init__(self) -> None:
@@ -90,7 +96,11 @@ class SignalDebouncer:
 
     def is_duplicate(self, number: int) -> bool:
         """Whether a signal received now repeats the previous one."""
-        kind = signal.SIGTERM if number == signal.SIGHUP else number
-        before, self._last = self._last, kind
+        before, self._last = self._last, number
         since, self._since = self._since, time.monotonic()
-        return kind == before and self._since - since < DEBOUNCE_SECONDS
+        window = DEBOUNCE_SECONDS_OF_SIGINT if number == before == signal.SIGINT else DEBOUNCE_SECONDS
+        return _kind(number) == _kind(before) and self._since - since < window
+
+
+def _kind(number: int) -> int:
+    return signal.SIGTERM if number in (signal.SIGHUP, signal.SIGINT) else number

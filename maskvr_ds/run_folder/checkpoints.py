@@ -52,7 +52,8 @@ class CheckpointState:
     written (`engine.master_weights.partition_sizes`). dtype: of the model's computations. identity: settings that must
     be equal to resume. settings: all other settings that affect training, flat; they may differ on resume, and
     differences are logged. phases: what has been trained, one mapping per phase (`training.phases.done`), the last
-    one possibly unfinished. guard: `divergence.Guard.state`. auto: `auto_strategy.Chooser.state`.
+    one possibly unfinished. guard: `divergence.Guard.state`. auto: `auto_strategy.Chooser.state`. held_out: held-out
+    figures of this step, `held_out_loss` in nats; not stored if empty.
     """
 
     step: int
@@ -66,13 +67,18 @@ class CheckpointState:
     phases: list[dict[str, Any]] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)
     auto: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+
+    def stored(self) -> dict[str, Any]:
+        """The content of checkpoint.json."""
+        return {key: value for key, value in vars(self).items() if key != "held_out" or value}
 
 
 _TYPES = {
     **dict.fromkeys(("step", "samples", "world_size", "zero_stage"), int),
     "dtype": str,
     **dict.fromkeys(("partitions", "phases"), list),
-    **dict.fromkeys(("identity", "settings", "guard", "auto"), dict),
+    **dict.fromkeys(("identity", "settings", "guard", "auto", "held_out"), dict),
 }
 
 

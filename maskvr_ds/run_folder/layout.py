@@ -17,6 +17,7 @@ RUN/
     slurm/, logs/             job scripts and logs of `python -m cluster slurm` and `launch`
     checkpoints/
         latest                name of the newest checkpoint, for people and scripts; a resume does not read it
+        best                  name of the one with the lowest held-out loss (checkpoint.keep_best), likewise
         step-00000100/        complete once checkpoint.json, written last, exists
             checkpoint.json       state; size and SHA-256 of every other file
             weights.safetensors   fp32 weights, for export and evaluation
@@ -47,6 +48,7 @@ LOGS = "logs"
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+BEST = "best"
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 PROBE = "probe.safetensors"

@@ -5,13 +5,16 @@ they lead to is not touched. A deletion that fails is a warning (`files.discard`
 """
 
 import logging
+import math
+from collections.abc import Collection
 from pathlib import Path
 
 from maskvr_ds.run_folder.checkpoints import CheckpointError, checkpoints, complete_checkpoints, read_state, step_of
-from maskvr_ds.run_folder.layout import CHECKPOINTS, DELETING, LATEST, SAVING
+from maskvr_ds.run_folder.layout import BEST, CHECKPOINTS, DELETING, LATEST, SAVING
 from maskvr_ds.runtime.files import atomic_write, discard, set_aside, warn_of
 
 logger = logging.getLogger(__name__)
+_MEANING = {LATEST: "newest", BEST: "best"}
 
 
 def remove(folder: Path) -> None:
@@ -59,9 +62,24 @@ def _is_misnamed(folder: Path) -> bool:
         return False
 
 
-def remove_old(run: Path, saved: Path, *, keep_last: int, keep_every_steps: int) -> None:
-    """Delete checkpoints once `saved` is complete: later ones, and all but the newest `keep_last` and those of every
-    n-th step (0: none).
+def best_of_phases(run: Path, saved: Path) -> list[Path]:
+    """The checkpoint with the lowest held-out loss of each phase, in order, among those up to `saved`; the earliest of
+    equal ones. Phases may have other held-out corpora, so that their losses do not compare."""
+    best: dict[int, tuple[float, Path]] = {}
+    for folder in checkpoints(run):
+        try:
+            state = read_state(folder)
+        except CheckpointError:
+            continue
+        loss = state.held_out.get("held_out_loss", math.nan)
+        if state.step == step_of(folder) <= step_of(saved) and math.isfinite(loss):
+            best[len(state.phases)] = min(best.get(len(state.phases), (math.inf, folder)), (loss, folder))
+    return [best[phase][1] for phase in sorted(best)]
+
+
+def remove_old(run: Path, saved: Path, *, keep_last: int, keep_every_steps: int, keep: Collection[Path] = ()) -> None:
+    """Delete checkpoints once `saved` is complete: later ones, and all but the newest `keep_last`, those of every n-th
+    step (0: none) and those in `keep`.
 
     Later ones belong to a history that was abandoned: they were skipped as damaged, or led to divergence. Damaged ones
     do not count as kept. Folders that hold another step than their name's, copies made by hand, are neither counted nor
@@ -84,17 +102,17 @@ def remove_old(run: Path, saved: Path, *, keep_last: int, keep_every_steps: int)
     complete = set(complete_checkpoints(run))
     for folder in [*good[:-keep_last], *others]:
         later = step_of(folder) > step
-        kept = keep_every_steps and step_of(folder) % keep_every_steps == 0
+        kept = folder in keep or (keep_every_steps and step_of(folder) % keep_every_steps == 0)
         # Incomplete folders before this step are not this job's work: they are left for whoever made them.
         if later or (folder in complete and not kept):
             remove(folder)
 
 
-def point_latest(folder: Path) -> None:
-    """Write the name of a checkpoint's folder to the file `latest` next to it, atomically. It is for people and scripts
-    only: a failure is a warning."""
-    path = folder.with_name(LATEST)
+def point_to(folder: Path, name: str) -> None:
+    """Write the name of a checkpoint's folder to the file `name` (LATEST, BEST) next to it, atomically. It is for
+    people and scripts only: a failure is a warning."""
+    path = folder.with_name(name)
     try:
         atomic_write(path, folder.name + "\n")
     except OSError as error:
-        logger.warning("%s could not be written (%s); it does not name the newest checkpoint", path, error)
+        logger.warning("%s could not be written (%s); it does not name the %s checkpoint", path, error, _MEANING[name])

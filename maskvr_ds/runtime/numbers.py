@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 # Steps of a run, or rows of a corpus that a command reads.
 MAX_STEPS = 10**9
+# Tokens that a run reads.
+MAX_TOKENS = 10**18
 # Seeds are signed 64-bit integers where they are stored.
 MAX_SEED = 2**63 - 1
 # Ranks of one host.

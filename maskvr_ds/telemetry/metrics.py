@@ -22,7 +22,7 @@ from maskvr_ds.config import MonitorConfig
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime import logs
 from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
-from maskvr_ds.telemetry.metrics_file import TRUST_RATIO_FIGURES, keep_until
+from maskvr_ds.telemetry.metrics_file import HELD_OUT_EVENT, TRUST_RATIO_FIGURES, keep_until
 from maskvr_ds.telemetry.monitors import open_monitors
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _HISTOGRAM = "train/trust_ratio_log10"
 # Seconds between progress lines if stderr is not a terminal and there is no progress bar.
 _LINE_EVERY = 30.0
+# Steps after the first one from which the time of the others is estimated.
+_TIMED_STEPS = 5
 
 
 @dataclass
@@ -89,6 +91,22 @@ def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
     return {key: float(value) for key, value in zip(TRUST_RATIO_FIGURES, figures, strict=True)}
 
 
+def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; non-finite values are written as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 class MetricsLog:
     """Logs the metrics of a run on rank 0; on other ranks every method returns immediately.
 
@@ -144,6 +162,8 @@ class MetricsLog:
             dynamic_ncols=True,
         )
         self._clock = self._last_line = time.perf_counter()
+        # Seconds of the first steps.
+        self._paces: list[float] = []
 
     def step(self, record: StepRecord) -> None:
         """Add a step; the previous one is written."""
@@ -158,12 +178,36 @@ class MetricsLog:
         )
         self.flush()
         self._pending = record
+        self._estimate_time(record.step, seconds)
+
+    def _estimate_time(self, step: int, seconds: float) -> None:
+        """Log, once, the time that the remaining steps will take at the pace of the first ones."""
+        self._paces.append(seconds)
+        # The first step warms up: kernels are chosen or compiled, memory is allocated.
+        if len(self._paces) != 1 + _TIMED_STEPS:
+            return
+        pace, remaining = float(np.median(self._paces[1:])), self._bar.total - step
+        self._bar.clear()
+        logger.info(
+            "time      about %s for the remaining %s steps (%.3g s each), evaluations and checkpoints not counted",
+            duration(pace * remaining),
+            f"{remaining:,}",
+            pace,
+        )
 
     def event(self, **content: Any) -> None:
         """Write an event line; `event` in `content` is its kind."""
         if self.active:
             self.flush()
             self._file.write(json.dumps(content) + "\n")
+
+    def held_out(self, step: int, samples: int, figures: dict[str, float]) -> None:
+        """Write held-out figures of a step without training: those before the first one."""
+        if not self.active:
+            return
+        self.event(event=HELD_OUT_EVENT, step=step, **_without_nan(figures))
+        self._monitor.write_events([(f"train/{name}", value, samples) for name, value in figures.items()])
+        logger.info("step %d: held-out loss %.4f before training", step, figures["held_out_loss"])
 
     def add(self, **figures: float | str) -> None:
         """Add values to the line of the current step."""
@@ -176,9 +220,7 @@ class MetricsLog:
             return
         pending, self._pending = self._pending, None
         line = pending.resolve()
-        # JSON has no NaN; non-finite values are written as null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_without_nan(line)) + "\n")
         events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
         if pending.trust_ratios is not None and self._histogram_every and pending.step % self._histogram_every == 0:
             self._write_trust_ratios(line, pending.trust_ratios.values())

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Kind of the events that strategy `auto` writes for each measurement.
 AUTO_EVENT = "auto"
+# Kind of the event with the held-out figures before the first step.
+HELD_OUT_EVENT = "held_out"
 TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
 # Metrics of MAPNet that are 1 for uniform masks (masking/proposer.py).
 PROPOSAL_FIGURES = ("variance_ratio", "effective_sample_size", "proposal_entropy")

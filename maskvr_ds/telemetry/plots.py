@@ -5,13 +5,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.telemetry.metrics_file import PROPOSAL_FIGURES, TRUST_RATIO_FIGURES, read_lines
+from maskvr_ds.telemetry.metrics_file import (
+    HELD_OUT_EVENT,
+    PROPOSAL_FIGURES,
+    TRUST_RATIO_FIGURES,
+    read_events,
+    read_lines,
+)
 
 
-def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = None) -> None:
+def plot_loss(metrics: Path, output: Path) -> None:
     """Plot training and held-out loss over steps as a PNG, with panels for trust ratios and MAPNet's metrics if logged.
 
-    reference: label → loss, drawn as horizontal lines.
+    The unigram entropy of the held-out corpus is drawn with the held-out loss: a model that uses no context does not
+    get below it.
     """
     import matplotlib
 
@@ -26,16 +33,20 @@ def plot_loss(metrics: Path, output: Path, reference: dict[str, float] | None = 
     figure, panels = plt.subplots(rows, figsize=(7, 2 + 2.2 * rows), dpi=120, sharex=True, squeeze=False)
     axes = panels[0, 0]
     axes.plot(steps, _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
-    held_out = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
+    at_start = [x for x in read_events(metrics) if x["event"] == HELD_OUT_EVENT]
+    held_out = [x for x in (*at_start, *lines) if "held_out_loss" in x]
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
+        at = [x["step"] for x in held_out]
+        axes.plot(at, _column(held_out, "held_out_loss"), marker="o", markersize=3, label="held-out")
+        # Changes where a phase has another held-out corpus.
+        entropy = _column(held_out, "held_out_unigram_entropy")
+        if not all(map(math.isnan, entropy)):
+            axes.plot(at, entropy, color="grey", linestyle="--", linewidth=0.8, label="held-out unigram entropy")
     for before, after in pairwise(lines):
         if after.get("phase") != before.get("phase"):
             axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
             top = axes.get_xaxis_transform()  # y in axes coordinates
             axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
-    for label, value in (reference or {}).items():
-        axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, label=f"{label} {value:.2f}")
     axes.set_ylabel("masked-LM loss (nats)")
     if with_ratios:
         axes = panels[1, 0]

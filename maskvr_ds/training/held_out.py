@@ -1,10 +1,16 @@
-"""Held-out loss under uniform masks that depend on the row alone, so that all runs are measured with the same masks.
+"""Held-out figures under uniform masks that depend on the row alone, so that all runs are measured with the same masks.
 
-Collective: one all-reduce of float64 [2] (Σ ℓ, predictions) over the world group per evaluation.
+Loss, perplexity and masked accuracy, over all predictions and by what the model saw at the position: [MASK], the token
+itself, or a random one (80/10/10). A loss over all three rewards copying what is there.
+
+Collective: one all-reduce of float64 [11] (Σ ℓ and predictions; Σ ℓ, hits and predictions of each kind) over the world
+group per evaluation.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,13 +19,16 @@ from torch import nn
 from data_pipeline.shards import Corpus
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
+from maskvr_ds.data.vocabulary import unigram_entropy
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.losses import weighted_loss
+from maskvr_ds.models.losses import losses_and_hits
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.references import HELD_OUT_SEED, held_out_rows
 
 # Part of the measurement: with another rate, figures would not be comparable.
 _RATE = 0.15
+# What the model saw at a predicted position: [MASK], the token itself, another token.
+KINDS = ("mask", "kept", "random")
 
 
 def held_out_masker(corpus: Corpus, device: torch.device) -> Masker:
@@ -35,11 +44,14 @@ class HeldOut:
         rows: maximum number to use.
         micro_size: sequences per forward pass.
         rank, world_size, device: as for the loader.
+
+    rows: the number of rows used.
     """
 
     def __init__(
         self, corpus: Corpus, *, rows: int, micro_size: int, rank: int, world_size: int, device: torch.device
     ) -> None:
+        self.rows = min(rows, corpus.rows)
         chosen = held_out_rows(corpus, rows)
         self._mine = chosen[rank::world_size]
         # Under ZeRO 3 a forward pass is a collective: every rank runs as many as the rank with the most rows. A rank
@@ -63,15 +75,52 @@ class HeldOut:
     def _read(self, rows: np.ndarray) -> TokenBatch:
         return to_device(read_rows(self._corpus, rows, np.zeros_like(rows)), self._device)
 
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """Of the complete held-out corpus, in nats: the loss to beat (`vocabulary.unigram_entropy`)."""
+        return unigram_entropy(self._corpus)
+
     @torch.no_grad()
-    def loss(self, module: nn.Module) -> float:
-        """Mean cross-entropy of the masked tokens in nats, identical on all ranks. Collective: call on all ranks."""
+    def figures(self, module: nn.Module) -> dict[str, float]:
+        """Keys of metrics.jsonl, except on ranks other than 0 `held_out_unigram_entropy`: `held_out_loss` in nats per
+        masked token, `held_out_perplexity`, `held_out_accuracy`, and loss and accuracy of each of KINDS (NaN if no
+        prediction is of that kind). The same on all ranks. Collective: call on all ranks."""
         training = module.training
         module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        by_kind = torch.zeros((len(KINDS), 3), dtype=torch.float64, device=self._device)
         for masked in self._batches():
-            total[0] += weighted_loss(module, masked)
+            losses, hits = losses_and_hits(module, masked)
+            total[0] += (losses * masked.weights).sum()
             total[1] += (masked.weights != 0).sum()
+            for number, chosen in enumerate(self._of_kinds(masked)):
+                loss = torch.where(chosen, losses, 0.0).double().sum()
+                by_kind[number] += torch.stack([loss, (hits & chosen).sum().double(), chosen.sum().double()])
         module.train(training)
-        loss, predictions = distributed.all_reduce_sum(total).tolist()
-        return loss / predictions
+        loss_sum, predictions, *rest = distributed.all_reduce_sum(torch.cat([total, by_kind.flatten()])).tolist()
+        figures = _of_kind("", loss_sum, sum(rest[1::3]), predictions)
+        figures["held_out_perplexity"] = _exp(figures["held_out_loss"])
+        for number, kind in enumerate(KINDS):
+            figures |= _of_kind(f"_{kind}", *rest[3 * number : 3 * number + 3])
+        if distributed.rank() == 0:
+            figures["held_out_unigram_entropy"] = self.unigram_entropy
+        return figures
+
+    def _of_kinds(self, masked: MaskedBatch) -> Iterator[torch.Tensor]:
+        """For each of KINDS, bool [B, K]: which predictions are of that kind. A random token may be the right one: what
+        counts is what the model saw."""
+        seen, used = masked.input_ids.gather(1, masked.positions), masked.weights != 0
+        is_mask, is_kept = seen == self.masker.mask_id, seen == masked.labels
+        yield used & is_mask
+        yield used & is_kept
+        yield used & ~is_mask & ~is_kept
+
+
+def _of_kind(suffix: str, loss: float, hits: float, predictions: float) -> dict[str, float]:
+    if not predictions:
+        return {f"held_out_loss{suffix}": math.nan, f"held_out_accuracy{suffix}": math.nan}
+    return {f"held_out_loss{suffix}": loss / predictions, f"held_out_accuracy{suffix}": hits / predictions}
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

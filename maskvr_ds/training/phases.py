@@ -41,7 +41,7 @@ class RunPhase:
 
     @property
     def last_step(self) -> int:
-        return self.first_step + self.config.training.steps
+        return self.first_step + self.config.training.known_steps
 
     def key(self, use: int) -> int:
         """Seed for one use of randomness; differs between phases."""
@@ -74,9 +74,9 @@ class RunPhase:
 
 
 def plan(config: RunConfig) -> list[RunPhase]:
-    """The phases of a run in order."""
+    """The phases of a run in order. config: resolved, its steps are known (length.py)."""
     resolved = [config.phase(index) for index in range(max(1, len(config.phases)))]
-    steps = [phase.training.steps for phase in resolved]
+    steps = [phase.training.known_steps for phase in resolved]
     phases = []
     for index, phase in enumerate(resolved):
         declared = config.phases[index] if config.phases else None
@@ -88,7 +88,7 @@ def plan(config: RunConfig) -> list[RunPhase]:
                 config=phase,
                 start=declared.start if declared else None,
                 first_step=sum(steps[:index]),
-                first_sample=sum(p.training.steps * p.batch.global_size for p in resolved[:index]),
+                first_sample=sum(p.training.known_steps * p.batch.global_size for p in resolved[:index]),
                 schedule_begin=sum(steps[:first_of_schedule]),
                 run_steps=sum(steps),
             )
@@ -128,7 +128,7 @@ def next_phase(phases: list[RunPhase], state: CheckpointState) -> int:
         index += 1
     for phase, entry in zip(phases[:index], history, strict=False):
         was = (entry["steps"], entry["global_size"])
-        if was != (now := (phase.config.training.steps, phase.config.batch.global_size)):
+        if was != (now := (phase.config.training.known_steps, phase.config.batch.global_size)):
             raise CheckpointError(
                 f"phase {phase.name!r} is finished: {was[0]} steps of {was[1]} sequences were trained, the "
                 f"configuration has {now[0]} of {now[1]}; restore phases.{phase.name}.training.steps and "

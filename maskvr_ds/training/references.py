@@ -18,6 +18,8 @@ from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
 from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_file
+from maskvr_ds.training.length import remarks as length_remarks
+from maskvr_ds.training.length import with_steps
 
 # Part of the measurement: with another seed, held-out figures would not be comparable.
 HELD_OUT_SEED = 0
@@ -48,21 +50,27 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
     first: Corpus | None = None
     folder = config.model.initialize_from
     initial: InitialWeights | None = None
+    # None: not known; its fault is reported, or is that of a corpus.
+    resolved: RunConfig | None = None
+    with _collected(faults):
+        resolved = with_steps(config)
     if folder is not None:
         with _collected(faults):
             weights_file(folder)
             initial = InitialWeights(folder, "")
-    for where, phase in _phases(config):
+    for where, phase in _phases(resolved or config):
         with _collected(faults, where):
             corpus, _ = open_corpora(phase)
             first = first or corpus
             check_same_tokenizer(corpus, first)
             if initial is not None:
                 check_vocabulary(initial, corpus)
+            if resolved is not None:
+                remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
             remarks.update(
                 dict.fromkeys(tokenizer_remarks(corpus.tokenizer_folder, corpus.manifest.special_tokens.all))
             )
-    return faults, list(remarks)
+    return list(dict.fromkeys(faults)), list(remarks)
 
 
 def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

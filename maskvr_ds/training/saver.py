@@ -51,9 +51,11 @@ class Saver:
         self._due |= stopping or is_due(step, self._phase.config.checkpoint.every_steps, self._phase.last_step)
         return self._due and not self._context.guard.update_skipped
 
-    def save(self, step: int, samples: int, record: StepRecord, *, batch: int, wait: bool) -> None:
+    def save(
+        self, step: int, samples: int, record: StepRecord, *, batch: int, wait: bool, held_out: dict[str, float]
+    ) -> None:
         """Write a checkpoint. wait: until it is complete, also if checkpoints are asynchronous. batch: number of the
-        step's batch in the phase.
+        step's batch in the phase. held_out: figures of this step, if it was evaluated.
 
         Raises FloatingPointError (`check_finite`), ReplicaError, what `Guard.not_finite` raises if weights, moments or
         the probe's logits are not finite, and what `checkpoint.save.save` raises.
@@ -71,11 +73,16 @@ class Saver:
         history = [*before, done(self._phase, step - self._phase.first_step, context.corpus.sequence_length)]
         guard = {**context.guard.state(), "rollbacks": context.rollbacks}
         auto = {} if context.chooser is None else context.chooser.state()
+        loss = held_out.get("held_out_loss", math.nan)
+        best = {"held_out_loss": loss} if config.checkpoint.keep_best and math.isfinite(loss) else {}
+        state = replace(
+            context.state, step=step, samples=samples, phases=history, guard=guard, auto=auto, held_out=best
+        )
         try:
             saved = save.save(
                 config.output_dir,
                 context.engine,
-                replace(context.state, step=step, samples=samples, phases=history, guard=guard, auto=auto),
+                state,
                 probe=context.probe,
                 tokenizer=context.corpus.tokenizer_folder,
                 keep=config.checkpoint,

@@ -1,5 +1,6 @@
 """Runs initialised from a pretrained model: at first they compute what that model computes, on any ranks."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export import export
+from maskvr_ds.cli import main
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.telemetry.metrics_file import read_events
@@ -19,6 +21,11 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
 from tests.support.corpora import make_corpus
 
+HELD_OUT_KEYS = (
+    *(f"held_out_{what}{kind}" for what in ("loss", "accuracy") for kind in ("", "_mask", "_kept", "_random")),
+    "held_out_perplexity",
+    "held_out_unigram_entropy",
+)
 # A learning rate so small that no fp32 weight changes: one step, then an evaluation of the given model.
 FROZEN: dict[str, Any] = {"optimizer": {"lr": 1e-30}, "schedule": {"warmup_steps": 0}}
 
@@ -81,8 +88,31 @@ def test_starts_from_the_weights_of_the_model(
         assert not differing, name
         tolerance = 1e-5 if name.endswith("fp32") else 2e-2
         assert metrics(run)[-1]["held_out_loss"] == pytest.approx(metrics(trained)[-1]["held_out_loss"], abs=tolerance)
-        first = read_events(run / METRICS)[0]
+        first, before = read_events(run / METRICS)[:2]
         assert (first["event"], first["step"], first["folder"]) == ("initialized", 0, str(model))
+        assert (before["event"], before["step"]) == ("held_out", 0)
+        last = metrics(trained)[-1]
+        for key in HELD_OUT_KEYS:
+            assert before[key] == pytest.approx(last[key], abs=tolerance, rel=tolerance), (name, key)
+
+
+def test_evaluate_gives_the_figures_of_training_for_run_checkpoint_and_export(
+    trained: Path, model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported, output = tmp_path / "exported", tmp_path / "figures.json"
+    export(trained, exported)
+    models = [str(path) for path in (trained, complete_checkpoints(trained)[-1], exported, model)]
+    words = ["evaluate", *models, "--tasks", "mlm", "--data", str(corpus), "--rows", "50", "--output", str(output)]
+    assert main([*words, "--micro-size", "7"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert (found["data"], found["rows"], list(found["mlm"])) == (str(corpus / "held_out"), 50, models)
+    last = metrics(trained)[-1]
+    for name, figures in found["mlm"].items():
+        assert f"{name} " in printed
+        assert {key: figures[key] for key in HELD_OUT_KEYS} == pytest.approx(
+            {k: last[k] for k in HELD_OUT_KEYS}, rel=1e-5
+        )
 
 
 def train_elsewhere(values: dict[str, Any]) -> list[str | None]:

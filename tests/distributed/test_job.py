@@ -1,5 +1,6 @@
 """Jobs through `maskvr train`: signals to the command and to a rank, a rank that hangs."""
 
+import os
 import signal
 import subprocess
 import time
@@ -31,7 +32,9 @@ class Job:
         self.output = config.with_suffix(f".{time.monotonic_ns()}.log")
         words = ("train", "--config", config, "--num-gpus", 2, "--resume", "auto", *words)
         with self.output.open("w") as log:
-            self.process = subprocess.Popen(command(*words), env=environment(), stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command(*words), env=environment(), stdout=log, stderr=log, start_new_session=True
+            )
 
     def __enter__(self) -> "Job":
         return self
@@ -104,14 +107,18 @@ def same_as_whole(folder: Path, name: str) -> None:
 
 
 def test_signals_stop_the_job_with_a_checkpoint_and_its_own_exit_status(folder: Path) -> None:
-    """SIGTERM to the command, SIGUSR1 to a rank; the job saves each time and, resumed, ends with the same bits."""
+    """SIGTERM to the command, SIGUSR1 to a rank, Ctrl-C; the job saves each time and, resumed, ends with the same
+    bits."""
     config = write_config(folder, folder / "corpus", "signals")
     run = folder / "signals"
-    for number, to_rank, after in ((signal.SIGTERM, None, 5), (signal.SIGUSR1, 1, 5)):
+    for number, to_rank, after in ((signal.SIGTERM, None, 5), (signal.SIGUSR1, 1, 5), (signal.SIGINT, None, 5)):
         before = len(metrics(run))
         with Job(config) as job:
             job.wait_until(lambda n=before + after: len(metrics(run)) >= n)
-            (job.process if to_rank is None else job.rank(to_rank)).send_signal(number)
+            if number == signal.SIGINT:  # as a terminal: to its foreground process group
+                os.killpg(job.process.pid, number)
+            else:
+                (job.process if to_rank is None else job.rank(to_rank)).send_signal(number)
             assert job.status() == EXIT_STOPPED == 75, job.output.read_text()[-3000:]
         steps = len(metrics(run))
         assert before + after <= steps < STEPS

@@ -14,7 +14,7 @@ ROWS = {
     "maskvr_ds": [
         {"cli"},
         {"benchmarks"},
-        {"train"},
+        {"downstream", "train"},
         {"training"},
         {"analysis", "demo"},
         {"checkpoint"},
@@ -61,6 +61,7 @@ TORCH_FREE = {
         "telemetry.metrics_file",
         "masking.checks",
         "models.initial_folder",
+        "training.length",
         "training.references",
         "analysis.gradient_variance.options",
     ),

@@ -21,8 +21,8 @@ Case = Callable[[Path, Path, dict[str, Any]], list[str] | None]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of rows of 32 tokens with a held-out corpus."""
-    folder = make_corpus(tmp_path_factory.mktemp("data") / "corpus", rows=64)
+    """A corpus of rows of 32 tokens and a held-out corpus; large enough for no remark on the length of training."""
+    folder = make_corpus(tmp_path_factory.mktemp("data") / "corpus", rows=600)
     make_corpus(folder / "held_out", rows=8)
     return folder
 
@@ -92,7 +92,7 @@ def unknown(*, corpus: bool = False, held_out: bool = False, words: int = 200) -
 
 
 def phases_with_two_tokenizers(folder: Path, corpus: Path, values: dict[str, Any]) -> None:
-    other = make_corpus(folder / "other", rows=9, words=60)
+    other = make_corpus(folder / "other", rows=300, words=60)
     start = {"moments": "keep", "step_counter": "keep", "schedule": "restart"}
     corpora = ({"path": str(corpus)}, {"path": str(other)})
     del values["base"], values["data"]
@@ -165,8 +165,8 @@ FAULTS: dict[str, tuple[Case, str]] = {
     ),
     "masks that need words": (no_words, "cannot determine word starts for a WordPiece model"),
     "masks that need more rows": (
-        settings(masking={"strategy": "auto", "auto": {"rows": 100}}),
-        "masking.auto.rows 100: .* has only 64 rows",
+        settings(masking={"strategy": "auto", "auto": {"rows": 1000}}),
+        "masking.auto.rows 1000: .* has only 600 rows",
     ),
     "two tokenizers": (phases_with_two_tokenizers, "phase 'two': .*differs from .*; build the corpora of all phases"),
     "no initial model": (settings(model={"initialize_from": "nowhere"}), "initialize_from nowhere: no such folder"),

@@ -17,6 +17,7 @@ import pytest
 from maskvr_ds import cli
 from maskvr_ds.config import load_config
 from maskvr_ds.reliability import launch
+from maskvr_ds.reliability.signals import DEBOUNCE_SECONDS_OF_SIGINT
 from maskvr_ds.run_folder.layout import STOP_REQUEST
 from maskvr_ds.run_folder.status import EXIT_STOPPED
 
@@ -174,7 +175,7 @@ def start(folder: Path, *ends: str, terminal: int = subprocess.DEVNULL) -> tuple
 
 
 @pytest.mark.usefixtures("module")
-@pytest.mark.parametrize("signals", [["TERM", "TERM"], ["HUP"], ["TERM", "HUP"], ["USR1", "USR1"]])
+@pytest.mark.parametrize("signals", [["TERM", "TERM"], ["HUP"], ["TERM", "HUP"], ["USR1", "USR1"], ["INT"]])
 def test_repeated_signal_is_one_request(tmp_path: Path, signals: Sequence[str]) -> None:
     process, _ = start(tmp_path, "saves", "saves")
     for name in signals:
@@ -191,6 +192,17 @@ def test_second_signal_kills_the_ranks(tmp_path: Path) -> None:
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
+    assert not any(map(psutil.pid_exists, ranks))
+
+
+@pytest.mark.usefixtures("module")
+def test_second_interrupt_kills_the_ranks(tmp_path: Path) -> None:
+    process, ranks = start(tmp_path, "waits", "waits")
+    process.send_signal(signal.SIGINT)
+    time.sleep(DEBOUNCE_SECONDS_OF_SIGINT + 0.1)
+    assert (tmp_path / "run" / STOP_REQUEST).exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
     assert not any(map(psutil.pid_exists, ranks))
 
 

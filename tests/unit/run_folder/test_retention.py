@@ -1,6 +1,7 @@
 """Deleting checkpoints: what is kept, and that a deletion which fails ends nothing."""
 
 import logging
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -10,7 +11,8 @@ import pytest
 
 from maskvr_ds.run_folder import checkpoints, retention
 from maskvr_ds.run_folder.checkpoints import CheckpointError, complete_checkpoints, find
-from maskvr_ds.run_folder.retention import make_way, point_latest, remove_old, remove_remains
+from maskvr_ds.run_folder.layout import LATEST
+from maskvr_ds.run_folder.retention import best_of_phases, make_way, point_to, remove_old, remove_remains
 from maskvr_ds.runtime import files
 from tests.unit.checkpoint.test_checkpoint import STATE, write
 
@@ -70,12 +72,12 @@ def test_remains_of_kills_are_removed(tmp_path: Path) -> None:
 
 def test_latest_names_the_newest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (5, 10):
-        point_latest(write(tmp_path, step))
+        point_to(write(tmp_path, step), LATEST)
         assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{step:08d}\n"
     assert not list((tmp_path / "checkpoints").glob(".*"))
     (tmp_path / "checkpoints" / "latest").unlink()
     (tmp_path / "checkpoints" / "latest").mkdir()
-    point_latest(tmp_path / "checkpoints" / "step-00000010")
+    point_to(tmp_path / "checkpoints" / "step-00000010", LATEST)
     assert f"{tmp_path / 'checkpoints' / 'latest'} could not be written" in caplog.text
 
 
@@ -182,3 +184,50 @@ def test_copies_of_another_step_are_neither_counted_nor_deleted(
     assert steps(tmp_path) == [8, 12, 99]
     assert f"{copy} holds a checkpoint of step 4 under another step's name" in caplog.text
     assert replace(STATE, step=4) == checkpoints.read_state(copy)
+
+
+def with_loss(run: Path, step: int, loss: float | None, phase: int = 1) -> Path:
+    """A checkpoint with a held-out loss, or without."""
+    folder = write(run, step)
+    state = replace(
+        checkpoints.read_state(folder), phases=[{}] * phase, held_out={} if loss is None else {"held_out_loss": loss}
+    )
+    (folder / "checkpoint.json").unlink()
+    checkpoints.write_manifest(folder, state.stored())
+    assert checkpoints.read_state(folder) == state
+    return folder
+
+
+def test_the_best_checkpoint_of_each_phase_is_kept(tmp_path: Path) -> None:
+    losses = {5: 4.0, 10: 3.0, 15: 3.5, 20: 3.0, 25: None, 30: 5.0, 35: 4.5, 40: 4.6, 45: 4.7}
+    kept = []
+    for step, loss in losses.items():
+        saved = with_loss(tmp_path, step, loss, phase=1 if step < 30 else 2)
+        best = best_of_phases(tmp_path, saved)
+        remove_old(tmp_path, saved, keep_last=2, keep_every_steps=0, keep=best)
+        kept.append((checkpoints.step_of(best[-1]), steps(tmp_path)))
+    assert kept == [
+        (5, [5]),
+        (10, [5, 10]),
+        (10, [10, 15]),
+        (10, [10, 15, 20]),  # of equal ones the earlier
+        (10, [10, 20, 25]),
+        (30, [10, 25, 30]),
+        (35, [10, 30, 35]),
+        (35, [10, 35, 40]),
+        (35, [10, 35, 40, 45]),
+    ]
+
+
+def test_abandoned_and_renamed_checkpoints_are_not_the_best(tmp_path: Path) -> None:
+    for step, loss in ((5, 4.0), (10, 3.0), (15, 1.0), (20, math.inf)):
+        with_loss(tmp_path, step, loss if math.isfinite(loss) else None)
+    shutil.copytree(tmp_path / "checkpoints/step-00000015", tmp_path / "checkpoints/step-00000001")
+    saved = tmp_path / "checkpoints/step-00000010"
+    assert [p.name for p in best_of_phases(tmp_path, saved)] == ["step-00000010"]
+    remove_old(tmp_path, saved, keep_last=2, keep_every_steps=0, keep=best_of_phases(tmp_path, saved))
+    assert not (tmp_path / "checkpoints/step-00000015").exists(), "of a history that was abandoned"
+
+
+def test_a_checkpoint_without_the_figure_is_stored_as_before(tmp_path: Path) -> None:
+    assert "held_out" not in checkpoints.read_manifest(with_loss(tmp_path, 5, None))

@@ -234,10 +234,44 @@ def test_plot_has_panels_for_trust_ratios_and_the_proposal(tmp_path: Path) -> No
     assert heights[0] < heights[1] == heights[2] < heights[3]
 
 
+def test_held_out_figures_before_the_first_step(tmp_path: Path) -> None:
+    metrics = log(tmp_path, monitor=MonitorConfig(tensorboard=False, csv=True, histogram_every=0))
+    metrics.held_out(0, 0, {"held_out_loss": 6.0, "held_out_loss_random": math.nan})
+    metrics.step(record(1))
+    metrics.close()
+    (event,) = read_events(tmp_path / METRICS)
+    assert event == {"event": "held_out", "step": 0, "held_out_loss": 6.0, "held_out_loss_random": None}
+    assert [line["step"] for line in read_lines(tmp_path / METRICS)] == [1]
+    (curve,) = (tmp_path / "csv").rglob("*held_out_loss.csv")
+    assert curve.read_text().splitlines()[1:] == ["0,6.0"]
+    log(tmp_path).close()
+    assert read_events(tmp_path / METRICS) == [], "a run that starts again measures again"
+
+
+def test_plot_has_the_loss_before_training_and_the_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, Any] = {}
+    plot = Axes.plot
+
+    def recorded(axes: Axes, x: Any, y: Any, *args: Any, **options: Any) -> Any:
+        drawn[options["label"]] = [list(x), list(y)]
+        return plot(axes, x, y, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", recorded)
+    figures = {"held_out_loss": 6.0, "held_out_unigram_entropy": 5.0}
+    lines: list[dict[str, Any]] = [{"event": "held_out", "step": 0, **figures}]
+    lines += [{"step": s, "loss": 5 - s / 10, **(figures if s == 2 else {})} for s in (1, 2)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines))
+    plot_loss(tmp_path / METRICS, tmp_path / "loss.png")
+    assert drawn["held-out"] == [[0, 2], [6.0, 6.0]]
+    assert drawn["held-out unigram entropy"] == [[0, 2], [5.0, 5.0]]
+
+
 def test_plot_is_a_png_of_some_size(tmp_path: Path) -> None:
     lines = [{"step": s, "loss": 5 - s / 10, **({"held_out_loss": 5.0} if s % 5 == 0 else {})} for s in range(1, 20)]
     (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines))
-    plot_loss(tmp_path / METRICS, tmp_path / "loss.png", {"unigram entropy": 4.0})
+    plot_loss(tmp_path / METRICS, tmp_path / "loss.png")
     data = (tmp_path / "loss.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])

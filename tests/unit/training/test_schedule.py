@@ -1,13 +1,17 @@
 """Learning rate against torch's schedulers and against published formulas in their own step counting; edge cases."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers import optimization
 
-from maskvr_ds.config import ScheduleConfig
+from maskvr_ds.config import RunConfig, ScheduleConfig
 from maskvr_ds.training.schedule import learning_rate, masking_rate
 
 
@@ -24,6 +28,112 @@ def test_against_torch_schedulers() -> None:
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         scheduler.step()
+
+
+W, T, PEAK, LOWEST = 7, 60, 0.02, 0.002
+# Ours -> transformers' scheduler, which reads `optimizer`.
+THEIRS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    "constant": ({"decay": "constant"}, lambda o: optimization.get_constant_schedule_with_warmup(o, W)),
+    "linear": ({"decay": "linear"}, lambda o: optimization.get_linear_schedule_with_warmup(o, W, T)),
+    "default": ({}, lambda o: optimization.get_linear_schedule_with_warmup(o, W, T)),
+    "cosine": ({"decay": "cosine"}, lambda o: optimization.get_cosine_schedule_with_warmup(o, W, T)),
+    "cosine to a minimum": (
+        {"decay": "cosine", "final_lr": LOWEST},
+        lambda o: optimization.get_cosine_with_min_lr_schedule_with_warmup(o, W, T, min_lr=LOWEST),
+    ),
+    "polynomial": (
+        {"power": 2.5, "final_lr": LOWEST},
+        lambda o: optimization.get_polynomial_decay_schedule_with_warmup(o, W, T, lr_end=LOWEST, power=2.5),
+    ),
+    **{
+        f"wsd {theirs}": (
+            {"decay": ours, "cooldown_steps": 20, "final_lr": LOWEST},
+            lambda o, theirs=theirs: optimization.get_wsd_schedule(
+                o, W, 20, num_stable_steps=T - W - 20, decay_type=theirs, min_lr_ratio=LOWEST / PEAK
+            ),
+        )
+        for ours, theirs in (("linear", "linear"), ("cosine", "cosine"), ("1-sqrt", "1-sqrt"))
+    },
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_against_transformers(name: str) -> None:
+    """From the end of the warm-up to the end of the schedule; before it, theirs is one update behind."""
+    ours, make = THEIRS[name]
+    schedule = ScheduleConfig(warmup_steps=W, **ours)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
+    scheduler = make(optimizer)
+    theirs = []
+    for _ in range(T + 5):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    found = [learning_rate(step, schedule, peak=PEAK, total_steps=T) for step in range(T + 5)]
+    assert found[W : T + 1] == pytest.approx(theirs[W : T + 1], rel=1e-9, abs=1e-12)
+    assert found[T:] == [found[T]] * 5, "their cosine rises again"
+    if "minimum" not in name and not ours.get("cooldown_steps"):  # theirs warm up from the minimum
+        assert found[: W - 1] == pytest.approx(theirs[1:W], rel=1e-9)
+
+
+@given(
+    total=st.integers(2, 5000),
+    share=st.floats(0.001, 1.0),
+    decay=st.sampled_from(["polynomial", "linear", "cosine", "1-sqrt"]),
+    data=st.data(),
+)
+def test_a_cooldown_by_share_and_its_closed_form(total: int, share: float, decay: str, data: st.DataObject) -> None:
+    schedule = ScheduleConfig(decay=decay, cooldown_share=share, final_lr=0.1)
+    length = max(1, round(share * total))
+    step = data.draw(st.integers(0, total + 3))
+    t = min(1.0, max(0, step - (total - length)) / length)
+    left = {"cosine": 0.5 + 0.5 * math.cos(t * math.pi), "1-sqrt": 1 - t**0.5}.get(decay, 1 - t)
+    assert learning_rate(step, schedule, peak=1.0, total_steps=total) == pytest.approx(0.1 + 0.9 * left, abs=1e-12)
+    in_steps = ScheduleConfig(decay=decay, cooldown_steps=length, final_lr=0.1)
+    assert learning_rate(step, in_steps, peak=1.0, total_steps=total) == learning_rate(
+        step, schedule, peak=1.0, total_steps=total
+    )
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 700))
+def test_the_stable_part_does_not_depend_on_where_it_ends(stable: int, cooldown: int, step: int) -> None:
+    """So that a decay can branch off any checkpoint of it."""
+    forever = ScheduleConfig(warmup_steps=50, decay="constant")
+    branch = ScheduleConfig(warmup_steps=50, decay="1-sqrt", cooldown_steps=cooldown)
+    start = 50 + stable
+    expected = learning_rate(step, forever, peak=0.3, total_steps=10**6)
+    found = learning_rate(step, branch, peak=0.3, total_steps=start + cooldown)
+    assert (found == expected) == (step <= start)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cooldown_steps": 3, "cooldown_share": 0.1}, "both set the length of the decay"),
+        ({"decay": "constant", "cooldown_steps": 3}, "decay constant has no end"),
+        (
+            {"decay": "exponential", "decay_rate": 0.5, "decay_steps": 2, "cooldown_share": 0.1},
+            "exponential has no end",
+        ),
+        ({"decay_from": "start", "cooldown_steps": 3}, "decay_from start begins the decay elsewhere"),
+        ({"decay": "cosine", "power": 2}, "power and decay_from belong to decay polynomial"),
+        ({"decay": "linear", "decay_from": "start"}, "power and decay_from belong to decay polynomial"),
+        ({"decay": "constant", "final_lr": 0.1}, "decay constant never reaches it"),
+        ({"decay": "cosine", "decay_rate": 0.5}, "decay_rate and decay_steps belong to decay exponential"),
+        ({"decay": "wsd"}, "1-sqrt"),
+    ],
+)
+def test_settings_that_would_be_ignored(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig(**fields)
+
+
+def test_warm_up_and_cooldown_share_the_schedule() -> None:
+    values = {"output_dir": "x", "data": {"path": "y"}, "training": {"steps": 10}}
+    fits = {"warmup_share": 0.5, "cooldown_steps": 5}
+    assert RunConfig.model_validate({**values, "schedule": fits}).schedule.decay_start(10) == 5
+    with pytest.raises(ValidationError, match="the decay takes 6 of the schedule's 10 steps and the warm-up 5"):
+        RunConfig.model_validate({**values, "schedule": {**fits, "cooldown_steps": 6}})
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])

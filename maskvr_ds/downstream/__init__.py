@@ -1,0 +1,1 @@
+"""Judging of trained encoders: held-out figures of any model folder."""

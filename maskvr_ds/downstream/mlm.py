@@ -1,0 +1,114 @@
+"""Masked-token figures of a model folder on a corpus: what training logs as held-out figures, for any model.
+
+One process. The model may be a run (its newest checkpoint), a checkpoint, or a Hugging Face folder, as
+`model.initialize_from` takes it. Weights are fp32, so that figures of a run trained in bf16 differ slightly from those
+in its metrics.jsonl.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.shards import HELD_OUT, Corpus
+from maskvr_ds.checkpoint.export import load_model
+from maskvr_ds.config import ConfigError, ModelConfig
+from maskvr_ds.models import pretrained
+from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_file
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.layout import BERT, MANIFEST
+from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import atomic_write, sha256
+from maskvr_ds.training.held_out import KINDS, HeldOut
+
+# Title of a column -> key.
+_COLUMNS = {
+    "loss": "held_out_loss",
+    "perplexity": "held_out_perplexity",
+    "accuracy": "held_out_accuracy",
+    **{f"{what} {kind}": f"held_out_{what}_{kind}" for kind in KINDS for what in ("loss", "accuracy")},
+}
+
+
+def evaluation_corpus(folder: Path) -> Corpus:
+    """The held-out corpus of a corpus, or the corpus itself if it has none. Raises CorpusError."""
+    return Corpus(folder / HELD_OUT if (folder / HELD_OUT).is_dir() else folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be read. folder: a complete checkpoint, or a Hugging Face folder. is_checkpoint: which of them."""
+
+    folder: Path
+    is_checkpoint: bool
+
+
+def find_model(folder: Path, corpus: Corpus) -> Source:
+    """What to read for a run, a checkpoint or a Hugging Face folder; reads no weights.
+
+    Raises CheckpointError or ConfigError if it is none of them, has another vocabulary than the corpus, or fewer
+    positions than its rows have tokens.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected a run, a checkpoint or a model saved by transformers")
+    if is_checkpoint := bool((folder / MANIFEST).is_file() or checkpoints.complete_checkpoints(folder)):
+        folder = checkpoints.newest(folder)
+    else:
+        weights_file(folder)
+    described = folder / BERT if is_checkpoint else folder
+    check_vocabulary(InitialWeights(described, ""), corpus)
+    positions = ModelConfig(initialize_from=described).max_position_embeddings
+    if corpus.sequence_length > positions:
+        raise ConfigError(
+            f"{corpus.folder}: sequences of {corpus.sequence_length} tokens, {folder} has {positions} positions; build "
+            f"the corpus with --sequence-length {positions} or less"
+        )
+    return Source(folder, is_checkpoint)
+
+
+def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
+    """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged."""
+    if source.is_checkpoint:
+        checkpoints.verify(source.folder)
+        mlm = load_model(source.folder)
+        module = MaskedLanguageModel(mlm.config)
+        module.mlm.load_state_dict(mlm.state_dict())
+    else:
+        manifest = corpus.manifest
+        config = ModelConfig(initialize_from=source.folder)
+        module = MaskedLanguageModel(
+            bert_config(config, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
+        )
+        pretrained.load(module.mlm, InitialWeights(source.folder, sha256(weights_file(source.folder))))
+    return module.to(distributed.device())
+
+
+def evaluate(models: Sequence[Path], corpus: Corpus, *, rows: int, micro_size: int) -> dict[str, dict[str, float]]:
+    """Model -> its held-out figures (`HeldOut.figures`). Call after `distributed.initialize`, in one process.
+
+    rows: maximum number of rows, in the order in which training takes them. micro_size: sequences per forward pass.
+    All models are looked at before the first is evaluated.
+    """
+    sources = {str(model): find_model(model, corpus) for model in models}
+    held_out = HeldOut(corpus, rows=rows, micro_size=micro_size, rank=0, world_size=1, device=distributed.device())
+    return {name: held_out.figures(load_masked_lm(source, corpus)) for name, source in sources.items()}
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """One line per model, losses in nats per masked token."""
+    lines = [("model", *_COLUMNS)]
+    for model, figures in found.items():
+        lines.append((model, *(f"{figures[key]:.4f}" for key in _COLUMNS.values())))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def write(path: Path, found: dict[str, dict[str, float]], corpus: Corpus, rows: int) -> None:
+    """Write the figures as JSON; NaN (no prediction of a kind) becomes null."""
+    finite = {m: {k: v if math.isfinite(v) else None for k, v in figures.items()} for m, figures in found.items()}
+    atomic_write(path, json.dumps({"data": str(corpus.folder), "rows": rows, "mlm": finite}, indent=1) + "\n")

@@ -1,0 +1,107 @@
+"""Length of the training: `training.epochs` and `training.tokens` as steps. Loads no torch.
+
+For a global batch of B sequences of L tokens, and N slots of an epoch (the rows of a corpus; for a mixture, its rows by
+their weights, data/mixture.py), each of which is repeated J times in succession (strategy `fully_explored` with
+placement same_batch; otherwise J = 1):
+
+    epochs E   steps = ⌈E · N · J / B⌉
+    tokens T   steps = ⌈T / (B · L)⌉
+
+Exact arithmetic on integers and on the decimal that was written, and independent of the number of ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.config import ConfigError, RunConfig, dump_config
+from maskvr_ds.config.base import describe
+from maskvr_ds.data.mixture import open_mixture, shares
+from maskvr_ds.masking.checks import sequence_copies
+from maskvr_ds.runtime.numbers import MAX_STEPS
+
+# From this many passes on, a warning: what a model can learn from the corpus it has learnt by then.
+MANY_EPOCHS = 100
+
+
+def epoch_samples(config: RunConfig, corpus: Corpus) -> int:
+    """Sequences that a pass over the corpus takes, N · J. With strategy auto: at one copy of each row."""
+    return sum(share.slots for share in shares(corpus)) * sequence_copies(config.masking, corpus)
+
+
+def steps_of(config: RunConfig, corpus: Corpus) -> int:
+    """Steps of a configuration without phases. Raises ConfigError if they are not defined, or too many."""
+    training, size = config.training, config.batch.global_size
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        given, steps = f"tokens {training.tokens:,}", -(-training.tokens // (size * corpus.sequence_length))
+    else:
+        given = f"epochs {training.epochs:g}"
+        if config.masking.strategy == "auto":
+            raise ConfigError(
+                f"training.{given}: masking.strategy auto changes during training how often a row is repeated, so that "
+                "an epoch has no length; set training.tokens or training.steps"
+            )
+        exact = Fraction(repr(training.epochs)) * epoch_samples(config, corpus) / size
+        steps = -(-exact.numerator // exact.denominator)
+    if steps > MAX_STEPS:
+        raise ConfigError(f"training.{given}: {steps:,} steps with {corpus.folder}; at most {MAX_STEPS:,}")
+    return steps
+
+
+def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = ()) -> RunConfig:
+    """The configuration with training.steps (of each phase) instead of epochs and tokens.
+
+    history: what was trained, one entry per phase (`CheckpointState.phases`); corpora of finished phases are not
+    needed. Raises ConfigError and CorpusError, naming the phase, also if the steps do not fit other settings.
+    """
+    if config.is_resolved:
+        return config
+    values = yaml.safe_load(dump_config(config))
+    del values["schema"]
+    sections = values["phases"] if config.phases else [values]
+    for index, section in enumerate(sections):
+        phase = config.phase(index)
+        if phase.is_resolved:
+            continue
+        if index < len(history) - 1:
+            steps = history[index]["steps"]
+        else:
+            where = f"phase {config.phases[index].name!r}: " if config.phases else ""
+            try:
+                corpus = open_mixture([(entry.path, entry.weight) for entry in phase.data.corpora])
+                steps = steps_of(phase, corpus)
+            except ValueError as error:
+                error.args = (f"{where}{error}",)
+                raise
+        kept = {key: value for key, value in section["training"].items() if key not in ("epochs", "tokens")}
+        section["training"] = {**kept, "steps": steps}
+    values["model"] = config.model  # not dumped: it knows which sizes were set explicitly
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
+        raise ConfigError("; ".join(faults)) from None
+
+
+def remarks(config: RunConfig, corpus: Corpus) -> list[str]:
+    """What is probably a mistake in the length of a resolved configuration without phases, one sentence each."""
+    size, samples = config.batch.global_size, epoch_samples(config, corpus)
+    found = []
+    if size > samples:
+        found.append(
+            f"batch.global_size {size:,}: larger than an epoch of {corpus.folder}, {samples:,} sequences: a step reads "
+            "rows more than once; a smaller batch makes more of this corpus"
+        )
+    epochs = config.training.known_steps * size / samples
+    if epochs >= MANY_EPOCHS:
+        found.append(
+            f"training.steps {config.training.known_steps:,}: {epochs:,.0f} epochs of {corpus.folder}; a model "
+            "overfits long before, compare the held-out loss with the training loss"
+        )
+    return found
