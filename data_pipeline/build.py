@@ -20,7 +20,6 @@ files by SHA-256.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +110,6 @@ def build(
     arguments = _build_arguments(options, packed, documents, text_field, tokenizer)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
-            shutil.rmtree(work, ignore_errors=True)
             manifest = finished_corpus(output, held_out > 0)
             check_inputs(output, manifest.sources, options.files)
             return manifest
@@ -126,7 +124,6 @@ def build(
             if named:
                 _save_description(output, about)
             manifest = _pack_sides(work, tokens, output, output / TOKENIZER, work, packed, pool, bar)
-        shutil.rmtree(work)
     return manifest
 
 
@@ -195,7 +192,6 @@ def tokenize(
     } | _task_arguments(about)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
-            shutil.rmtree(work, ignore_errors=True)
             manifest = read_tokens(output)
             check_inputs(output, manifest.sources, options.files)
             return manifest
@@ -205,7 +201,6 @@ def tokenize(
             if named:
                 _save_description(output, about)
             manifest = tokenize_stage(output, work, options, pool, bar)
-        shutil.rmtree(work)
     return manifest
 
 
@@ -252,7 +247,6 @@ def pack(
     } | recorded_options(options, None, False)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
-            shutil.rmtree(work, ignore_errors=True)
             return finished_corpus(output, HELD_OUT in manifest.sides)
         if report:
             report(describe_unknown(manifest))
@@ -262,7 +256,6 @@ def pack(
                 file.write((tokens / DESCRIPTION).read_bytes())
         with ProgressBar(0, "pack", progress) as bar, Pool(workers, team) as pool:
             result = _pack_sides(tokens, manifest, output, tokens / TOKENIZER, work, options, pool, bar)
-        shutil.rmtree(work)
     return result
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import secrets
 import shutil
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -26,7 +28,12 @@ if TYPE_CHECKING:
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # File systems without fsync of directories (CIFS, some FUSE) and directories that may not be opened for reading.
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
+# Some network file systems have no locks.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _PARTIAL = ".partial"
+# In a folder about whose owner a command is deciding, see `locked_folder`.
+LOCK = ".lock"
+_LOCK_SECONDS = 10.0
 
 
 class CorpusError(ValueError):
@@ -138,6 +145,56 @@ def _disk_full(path: Path, error: OSError, needed: int | None, written: int) -> 
     )
     full.errno = error.errno
     return full
+
+
+def lock_file(path: Path) -> BinaryIO:
+    """Create the file `path` if it is absent and lock it, until the returned file is closed or the process ends.
+
+    Raises BlockingIOError if another process, or another open file of this one, holds the lock. On a file system
+    without locks nothing is locked.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return file
+            file.close()
+            raise
+        # The former holder may have deleted the file between the opening and the locking: that lock excludes nobody.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Create `folder` if it is absent and lock it while the block decides whose it is and marks it: every command that
+    claims an output folder does so, so that of two which start together one sees the other's mark.
+
+    Yields whether the folder was created here. The block should take milliseconds. Raises CorpusError if the lock is
+    not free within 10 s, and OSError.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    new = not folder.exists()
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock_file(folder / LOCK)
+            break
+        except FileNotFoundError:  # another command has removed the folder that it had created
+            continue
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CorpusError(f"{folder}: another command is starting there. Wait for it or stop it") from None
+        time.sleep(0.01)
+    with file:
+        try:
+            yield new
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def remove_partials(folder: Path) -> None:

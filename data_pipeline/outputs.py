@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_pipeline.files import CorpusError, remove_partials, sha256_file, write_json
+from data_pipeline.files import (
+    LOCK,
+    CorpusError,
+    lock_file,
+    locked_folder,
+    remove_partials,
+    sha256_file,
+    write_json,
+)
 from data_pipeline.filters.rules import NEWER_RULES
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, TOKENIZER, Manifest, SourceEntry, read_manifest
 from data_pipeline.shards import check_shard
 from data_pipeline.sources.inputs import Source
 
-_WORK = ".build"
+_WORK, _RESULTS, _LOCK = ".build", "results", "lock"
 _ARGUMENTS = "build.json"
 # Arguments that earlier versions did not record.
 _NEWER_ARGUMENTS = ("decontaminate",)
@@ -28,54 +34,77 @@ _NEWER_ARGUMENTS = ("decontaminate",)
 def claim(output: Path, arguments: dict[str, Any]) -> Iterator[Path]:
     """Lock the output folder for this build and yield its work folder, which does not exist if the output is finished.
 
-    If the build fails before any task has finished, everything it created is removed. Raises CorpusError if the folder
-    is in use, holds other files, or belongs to a build with other arguments.
+    The work folder is removed once the output is finished; if the build fails before any task has finished, everything
+    it created is removed. Raises CorpusError if the folder is in use, holds other files, or belongs to a build with
+    other arguments; then nothing in it has changed.
     """
     if output.exists() and not output.is_dir():
         raise CorpusError(f"{output}: is a file, the output must be a folder")
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    claim_arguments(output, arguments)
     work = output / _WORK
     if (output / MANIFEST).exists() and not (work.exists() and os.access(output, os.W_OK)):
         # Finished, and nothing to clean up: the folder may be on a read-only file system.
+        claim_arguments(output, arguments)
         yield work
         return
-    results = work / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CorpusError(f"{output}: another build is running in this folder. Wait for it or stop it") from None
-        except OSError as error:
-            # Some network file systems have no locks, or only node-local ones. Concurrent builds in one folder then go
-            # undetected, and fail because they remove each other's temporary files.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        folders = (output, output / HELD_OUT, work, results)
+    # Known without a lock, and a folder of somebody else's is not even locked.
+    _check_foreign(output)
+    with locked_folder(output) as new:
+        lock = _lock_work(output, arguments)
+    folders = (output, output / HELD_OUT, work, work / _RESULTS)
+    with lock:
         try:
             for folder in folders:
                 remove_partials(folder)
             yield work
         except BaseException:
             # Report the original error, not a failure of the clean-up on the same disk.
-            with suppress(OSError):
-                # Terminated workers could not remove their temporary files.
-                for folder in folders:
-                    remove_partials(folder)
-                started = any(results.iterdir()) if results.exists() else True
-                if not started and not (output / MANIFEST).exists():
-                    _remove_output(output, new)
+            with suppress(OSError, CorpusError):
+                _clean_up(output, folders, new)
             raise
+        if (output / MANIFEST).exists():
+            with locked_folder(output):
+                shutil.rmtree(work, ignore_errors=True)
 
 
-def _remove_output(output: Path, new: bool) -> None:
-    """Remove the output of a build that finished no task; new: remove the folder itself too.
+def _lock_work(output: Path, arguments: dict[str, Any]) -> BinaryIO:
+    """Claim the folder under the lock of `locked_folder`: compare or record the arguments, and lock the work folder
+    until the returned file is closed."""
+    path = output / _WORK / _LOCK
+    try:
+        # A running build says that it runs, whatever its arguments are: its folder is not one to remove.
+        lock = lock_file(path) if path.exists() else None
+        try:
+            claim_arguments(output, arguments)
+            (output / _WORK / _RESULTS).mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        return lock or lock_file(path)
+    except BlockingIOError:
+        raise CorpusError(f"{output}: another build is running in this folder. Wait for it or stop it") from None
+
+
+def _clean_up(output: Path, folders: Sequence[Path], new: bool) -> None:
+    """Remove the temporary files that terminated workers could not remove; if no task has finished, everything. new:
+    the folder itself too."""
+    for folder in folders:
+        remove_partials(folder)
+    results = output / _WORK / _RESULTS
+    started = any(results.iterdir()) if results.exists() else True
+    if started or (output / MANIFEST).exists():
+        return
+    with locked_folder(output):
+        _remove_output(output)
+    if new and not any(output.iterdir()):
+        output.rmdir()
+
+
+def _remove_output(output: Path) -> None:
+    """Remove the output of a build that finished no task.
 
     build.json is kept if the folder holds other files, so that the same command can still resume.
     """
-    shutil.rmtree(output / _WORK)
     for folder in (output / HELD_OUT, output):
         for pattern in ("tokens-?????.*", "shard-?????.arrow", DESCRIPTION):
             for path in folder.glob(pattern):
@@ -83,10 +112,20 @@ def _remove_output(output: Path, new: bool) -> None:
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     if (output / HELD_OUT).is_dir() and not any((output / HELD_OUT).iterdir()):
         (output / HELD_OUT).rmdir()
-    if {path.name for path in output.iterdir()} == {_ARGUMENTS}:
-        (output / _ARGUMENTS).unlink()
-        if new:
-            output.rmdir()
+    shutil.rmtree(output / _WORK)
+    if {path.name for path in output.iterdir()} <= {_ARGUMENTS, LOCK}:
+        (output / _ARGUMENTS).unlink(missing_ok=True)
+
+
+def _check_foreign(output: Path) -> None:
+    """Raise CorpusError if the folder holds files that no build wrote."""
+    if (output / _ARGUMENTS).exists() or not output.exists():
+        return
+    # A build killed while writing its first file leaves only that partial file.
+    if not all(item.name == LOCK or item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
+        raise CorpusError(
+            f"{output}: output folder is not empty and holds no build. Choose another, or remove it first"
+        )
 
 
 def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
@@ -96,11 +135,7 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     """
     path = output / _ARGUMENTS
     if not path.exists():
-        # A build killed while writing its first file leaves only that partial file.
-        if not all(item.match(f".{_ARGUMENTS}.*.partial") for item in output.iterdir()):
-            raise CorpusError(
-                f"{output}: output folder is not empty and holds no build. Choose another, or remove it first"
-            )
+        _check_foreign(output)
         write_json(path, arguments)
         return
     try:

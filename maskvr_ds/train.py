@@ -24,6 +24,7 @@ from maskvr_ds.reliability.divergence import DivergedError
 from maskvr_ds.reliability.signals import StoppedError, StopRequest
 from maskvr_ds.reliability.watchdog import Watchdog
 from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.launched import launch_token
 from maskvr_ds.run_folder.layout import COMPLETED, LOSS_PLOT, METRICS, STOPPED
 from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime import distributed, logs
@@ -48,15 +49,20 @@ _EXPECTED_EXITS = (DivergedError, StoppedError)
 logger = logging.getLogger("maskvr_ds.train")
 
 
-def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None = None) -> None:
+def train(
+    config: RunConfig, resume: str | None = None, stop: StopRequest | None = None, token: str | None = None
+) -> None:
     """Start or resume a run and train it phase by phase. Collective: call on all ranks after `distributed.initialize`.
 
     resume: None (output_dir must be empty), "auto" or a path, see `checkpoints.find`. stop: signals that end the run.
-    Raises ValueError (ConfigError, CorpusError, CheckpointError) for faults that the user can correct, RemoteError if
-    another rank raised it, FloatingPointError if the run diverged, StoppedError once it has saved and stopped on
-    request.
+    token: of this job, as chosen by its launcher (run_folder/launched.py).
+
+    Raises ValueError (ConfigError, CorpusError, CheckpointError, FencedError) for faults that the user can correct,
+    RemoteError if another rank raised it, FloatingPointError if the run diverged, StoppedError once it has saved and
+    stopped on request.
     """
-    point = distributed.run_on_rank0(lambda: find_resume_point(config, resume))
+    fence = Fence(config.output_dir, token)
+    point = distributed.run_on_rank0(lambda: find_resume_point(config, resume, fence))
     config = config.model_copy(update={"model": point.model})
     if not config.is_resolved:
         history = [] if point.checkpoint is None else point.checkpoint.state.phases
@@ -81,7 +87,7 @@ def train(config: RunConfig, resume: str | None = None, stop: StopRequest | None
             point.step,
             last,
         )
-    fence, trained = Fence(config.output_dir), None
+    trained = None
     while remaining:
         try:
             saver = train_phase(config, remaining[0], deepspeed_config, point, fence, stop)
@@ -119,10 +125,9 @@ def train_phase(
     reader = batches(context.loader, step - phase.first_step, windows_of(context.rollbacks, phase.index))
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
-    for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
-        logger.info("%s", line)
-    for remark in remarks(phase.config, context.corpus):
-        logger.warning("%s", remark)
+    _announce(run, phase, context)
+    # Rank 0 looks for requests to stop in the run's folder.
+    here = run.output_dir if distributed.rank() == 0 else None
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
     with watchdog, _closing(context, reader, saver, watchdog):
         if step == 0 and context.evaluation:
@@ -144,7 +149,7 @@ def train_phase(
                 phase.config.batch.micro_size,
                 context.proposer,
                 guard=context.guard,
-                stop=stop is not None and stop.requested(run.output_dir if distributed.rank() == 0 else None),
+                stop=stop is not None and stop.requested(here, fence.token),
                 writing=saver.writing,
             )
             step += 1
@@ -163,6 +168,7 @@ def train_phase(
             # Not when stopping: the time that a scheduler leaves is for the checkpoint.
             evaluate |= phase.config.checkpoint.keep_best and save and not stopping
             evaluation = context.evaluation if evaluate else None
+            saver.check_replicas(step, saving=save)
             if not (evaluation or chooser or save or written):
                 continue
             with _paused(context, watchdog):
@@ -179,6 +185,13 @@ def train_phase(
                     distributed.run_on_rank0(partial(write_run_status, run.output_dir, STOPPED, step, fence))
                     raise StoppedError(f"stopped at step {step} on request, saved in {saver.latest}")
     return saver
+
+
+def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
+    for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
+        logger.info("%s", line)
+    for remark in remarks(phase.config, context.corpus):
+        logger.warning("%s", remark)
 
 
 def _record(
@@ -250,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_run_options(parser)
     # Added by the deepspeed launcher; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    # Added by a launcher of this project: the token of its job.
+    parser.add_argument("--launch", type=launch_token, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     logs.configure(arguments.verbosity, rank=distributed.rank())
     stop = StopRequest()
@@ -257,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int | None:
         config = distributed.run_collectively(lambda: load_config(arguments.config, arguments.assignments))
         try:
-            train(config, arguments.resume, stop)
+            train(config, arguments.resume, stop, arguments.launch)
         except StoppedError as stopped:
             logger.info("%s; continue with --resume auto", stopped)
             return EXIT_STOPPED

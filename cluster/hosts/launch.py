@@ -8,7 +8,6 @@ import argparse
 import signal
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType
 
 from cluster.hosts.checks import LaunchError
@@ -17,7 +16,10 @@ from cluster.hosts.supervisor import KILL_SECONDS, POLL, Job, Plan
 from maskvr_ds.config import RunConfig, add_run_options, load_config
 from maskvr_ds.reliability.signals import SIGNALS, SignalDebouncer
 from maskvr_ds.run_folder import layout, status
+from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.launched import Launched
 from maskvr_ds.run_folder.marks import output_fault
+from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.logs import verbosity_words
 from maskvr_ds.runtime.numbers import MAX_SECONDS
@@ -55,21 +57,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _launch(arguments: argparse.Namespace) -> int:
     hosts = read_hostfile(arguments.hostfile)
     config = load_config(arguments.config, arguments.assignments)
-    plan = _prepare(arguments, hosts, config)
-    (plan.run / layout.STOP_REQUEST).unlink(missing_ok=True)
+    launched = Launched(config.output_dir.absolute())
+    plan = _prepare(arguments, hosts, config, launched)
     longest = plan.timeout + plan.grace + KILL_SECONDS
     limit = f"a lost rank or host ends the job within {longest:g} s" if plan.timeout else "hangs.timeout is off"
     print(f"{plan.world_size} ranks on {len(hosts)} hosts, logs in {plan.folder}; {limit}", flush=True)
-    return watch(plan, config.training.steps, arguments.timeout)
+    return watch(plan, launched, config.training.steps, arguments.timeout)
 
 
-def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: RunConfig) -> Plan:
+def _prepare(arguments: argparse.Namespace, hosts: Mapping[str, int], config: RunConfig, launched: Launched) -> Plan:
+    Fence(config.output_dir).look()
     if (fault := output_fault(config.output_dir, arguments.resume)) is not None:
         raise LaunchError(fault)
     for index in range(len(config.phases) or 1):
         config.phase(index).accumulation_steps(sum(hosts.values()))
     options = ["--resume", arguments.resume] if arguments.resume else []
-    options += verbosity_words(arguments.verbosity)
+    options += [*verbosity_words(arguments.verbosity), *launched.options]
     draft = Draft(arguments, hosts, config)
     try:
         answers = draft.ask()
@@ -92,11 +95,11 @@ class Signals:
     that ends sends SIGHUP twice, or SIGTERM and SIGHUP.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, launched: Launched) -> None:
         # The signal that kills the ranks.
         self.fatal: int | None = None
         self.stop_requested = False
-        self._run = run
+        self._launched = launched
         self._debouncer = SignalDebouncer()
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -112,33 +115,34 @@ class Signals:
 
     def request_stop(self, why: str) -> None:
         self.stop_requested = True
-        (self._run / layout.STOP_REQUEST).write_text(why + "\n", encoding="utf-8")
+        self._launched.request_stop(why)
         alert(f"{why}: requested a checkpoint and stop; a second signal kills the ranks at once")
 
 
-def watch(plan: Plan, steps: int | None, timeout: float | None = None) -> int:
+def watch(plan: Plan, launched: Launched, steps: int | None, timeout: float | None = None) -> int:
     """Start the ranks and watch them until they end; returns the exit status.
 
     steps: the run is complete at this step; None: not known here. timeout: seconds after which to stop with a
     checkpoint.
     """
-    signals, before = Signals(plan.run), status.written(plan.run)
+    signals = Signals(launched)
     job = Job(plan)
     why: str | None = None
     try:
         while (why := job.poll()) is None and signals.fatal is None:
             if timeout and time.monotonic() - job.started > timeout and not signals.stop_requested:
                 signals.request_stop(f"--timeout {timeout:g}")
+            launched.deliver()
             time.sleep(POLL)
     finally:
         answers = job.kill()
-    (plan.run / layout.STOP_REQUEST).unlink(missing_ok=True)
-    if status.completed(plan.run, steps or 0, before):
+    launched.withdraw()
+    if launched.completed(steps or 0):
         say(f"done: {status.step_of(plan.run, layout.COMPLETED)} steps, {plan.run}")
         return 0
-    if (step := status.step_of(plan.run, layout.STOPPED, before)) is not None:
+    if (step := launched.stopped_at()) is not None:
         say(f"stopped at step {step} with a checkpoint, on request; continue with --resume auto", ERR)
-        return status.EXIT_STOPPED
+        return EXIT_STOPPED
     if signals.fatal is not None:
         say(f"{signal.Signals(signals.fatal).name}: the ranks were killed", ERR)
         return 128 + signals.fatal

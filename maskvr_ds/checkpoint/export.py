@@ -7,7 +7,6 @@ pass; otherwise nothing is written.
 
 import json
 import re
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from maskvr_ds.checkpoint import load
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import BERT
-from maskvr_ds.runtime.files import PARTIAL
+from maskvr_ds.runtime.files import folder_in_progress, fsync_path
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -56,13 +55,12 @@ def export(source: str | Path, output: str | Path) -> Exported:
     target = _target(Path(output))
     folder = checkpoints.newest(Path(source))
     checkpoints.verify(folder)
-    # Unique: two exports must not share it. In the same folder, so that it can be renamed.
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
-    partial.mkdir(parents=True)
-    try:
+    with folder_in_progress(target) as partial:
         load_model(folder).save_pretrained(partial)
         remarks = _write_tokenizer(folder / BERT, partial)
         difference = _compare(folder, partial)
+        for path in (*partial.rglob("*"), partial):
+            fsync_path(path)
         try:
             partial.rename(target)  # replaces an empty folder, nothing else
         except OSError as error:
@@ -70,9 +68,7 @@ def export(source: str | Path, output: str | Path) -> Exported:
                 f"{output}: cannot be written ({error.strerror}): another program has written there meanwhile, or it "
                 "is a mount point; choose another --output"
             ) from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        fsync_path(target.parent)
     return Exported(difference, tuple(remarks))
 
 

@@ -9,8 +9,8 @@ stage 3, unpickles one file per tensor on every rank, and gives all parameter gr
         universal.safetensors     "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME": float32, full tensors
         checkpoint.json           source checkpoint; counters; size and SHA-256 of the file above
 
-Rank 0 writes it under `.converting/` and renames it when complete, so a conversion that was killed leaves nothing that
-counts; an existing conversion of the same checkpoint is reused. The next save removes it.
+Rank 0 writes it under `.converting-*/` and renames it when complete, so a conversion that was killed leaves nothing
+that counts; an existing conversion of the same checkpoint is reused. The next save removes it.
 
 Collectives: `load` has DeepSpeed gather stage 3's persistent parameters; no others.
 """
@@ -18,6 +18,7 @@ Collectives: `load` has DeepSpeed gather stage 3's persistent parameters; no oth
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import sys
 from argparse import Namespace
@@ -60,7 +61,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     Raises CheckpointError if the disk has no room, or if DeepSpeed's files have an unknown form.
     """
     source = files.sha256(folder / MANIFEST)
-    target, temporary = run / CHECKPOINTS / UNIVERSAL, run / CHECKPOINTS / CONVERTING
+    target = run / CHECKPOINTS / UNIVERSAL
     if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
         logger.info("conversion of %s found in %s", folder, target)
         return target
@@ -72,8 +73,9 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
         now.world_size,
         now.zero_stage,
     )
-    for rest in (target, temporary):
-        files.discard(rest)
+    remove(run)
+    # Unique: a job that has lost the run to this one may still be at it.
+    temporary = run / CHECKPOINTS / f"{CONVERTING}-{secrets.token_hex(4)}"
     temporary.mkdir(parents=True)
     # DeepSpeed's converter writes every tensor twice: as fragments and assembled.
     checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
@@ -89,8 +91,8 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
 
 def remove(run: Path) -> None:
     """Delete finished and unfinished conversions."""
-    for name in (UNIVERSAL, CONVERTING):
-        files.discard(run / CHECKPOINTS / name)
+    for path in (run / CHECKPOINTS / UNIVERSAL, *(run / CHECKPOINTS).glob(f"{CONVERTING}*")):
+        files.discard(path)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:

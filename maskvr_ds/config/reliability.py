@@ -1,4 +1,4 @@
-"""Sections `checkpoint`, `divergence` and `hangs`. Loads no torch."""
+"""Sections `checkpoint`, `divergence`, `replicas` and `hangs`. Loads no torch."""
 
 from typing import Annotated
 
@@ -43,6 +43,17 @@ class DivergenceConfig(Section):
     max_rollbacks: Count = 3
     """Maximum number of rollbacks to the same checkpoint. After that the run rolls back to each earlier checkpoint that
     it has kept, once, and ends with an explanation if that does not help either."""
+
+
+class ReplicasConfig(Section):
+    """Comparison, by hash, of the copies that ranks hold of the same weights: of all at ZeRO 0 to 2 (at 0 also of
+    masters and moments), at ZeRO 3 of the small ones that every rank keeps. If a rank's copy differs, the run ends
+    before it saves a checkpoint, and names the rank."""
+
+    enabled: bool = True
+    """Whether to compare before a checkpoint is saved."""
+    every_steps: Steps = 0
+    """Steps between further comparisons; 0: none."""
 
 
 class HangsConfig(Section):

@@ -19,7 +19,7 @@ from maskvr_ds.config.loading import assign, read_yaml
 from maskvr_ds.config.masking import MaskingConfig
 from maskvr_ds.config.model import ModelConfig
 from maskvr_ds.config.phases import OF_PHASES, Phase, check_phases, resolve, take_from_phases
-from maskvr_ds.config.reliability import CheckpointConfig, DivergenceConfig, HangsConfig
+from maskvr_ds.config.reliability import CheckpointConfig, DivergenceConfig, HangsConfig, ReplicasConfig
 from maskvr_ds.config.training import (
     BatchConfig,
     EvaluationConfig,
@@ -61,6 +61,8 @@ class RunConfig(Section):
     """Schedule and retention of checkpoints."""
     divergence: DivergenceConfig = DivergenceConfig()
     """Guard against divergence."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Comparison of the ranks' copies of the weights."""
     hangs: HangsConfig = HangsConfig()
     """Detection of hanging ranks."""
     monitor: MonitorConfig = MonitorConfig()

@@ -21,6 +21,7 @@ from maskvr_ds.models import pretrained
 from maskvr_ds.models.bert import MaskedLanguageModel
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.optim import lamb
+from maskvr_ds.optim.build_locks import check_build_lock
 from maskvr_ds.runtime import distributed
 
 import_muon()
@@ -70,12 +71,9 @@ def create_engine(
             variant=optimizer.lamb_variant(),
             fused=optimizer.fused,
         )
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=groups,
-        optimizer=client,
-        config=complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation),
-    )
+    complete = complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation)
+    distributed.run_collectively(lambda: _check_build_locks(complete))
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, optimizer=client, config=complete)
     distributed.run_collectively(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
     if exact:
         distributed.run_collectively(lambda: set_masters(engine, exact))
@@ -85,6 +83,14 @@ def create_engine(
         hold_loss_scale(engine.optimizer)
     distributed.run_collectively(lambda: streamline(engine.optimizer))
     return engine
+
+
+def _check_build_locks(config: dict[str, Any]) -> None:
+    """Raise BuildLockError if DeepSpeed would wait for ever for its Adam, which it compiles at first use."""
+    if not (own := config.get("optimizer")) or own["params"]["torch_adam"]:
+        return
+    offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    check_build_lock("fused_adam" if offload == "none" else "cpu_adam")
 
 
 def _check_dtype(engine: deepspeed.DeepSpeedEngine, expected: torch.dtype) -> None:

@@ -29,7 +29,7 @@ def nonfinite(engine: deepspeed.DeepSpeedEngine, further: Mapping[str, Tensor]) 
     further: name -> tensor of this rank. Padding of partitions, which holds garbage, is ignored. Collective: call on
     all ranks.
     """
-    tensors = _tensors(engine)
+    tensors = held_tensors(engine)
     tensors["further"] = list(further.items())
     flags = torch.stack([_any_nonfinite(tensors[kind]) for kind in _KINDS])
     if not any(distributed.all_reduce_sum(flags).tolist()):
@@ -54,7 +54,8 @@ def _is_finite(tensors: list[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
 
 
-def _tensors(engine: Any) -> _Tensors:
+def held_tensors(engine: Any) -> _Tensors:
+    """Kind -> (name, tensor) of everything that this rank holds or, from ZeRO 1 on, owns."""
     optimizer = engine.basic_optimizer
     tensors: _Tensors = {kind: [] for kind in _KINDS}
     if engine.zero_optimization_stage() == 0:  # whole tensors on every rank, flat ones in bf16 with a fused optimizer

@@ -48,10 +48,6 @@ _BETAS = (0.9, 0.99)
 _WEIGHT_DECAY = 0.01
 
 
-class ReplicaError(ArithmeticError):
-    """MAPNet's parameters differ between ranks. Raised on all ranks."""
-
-
 class Proposer:
     """MAPNet with its optimizer, gate and telemetry.
 
@@ -260,7 +256,7 @@ class Proposer:
         # If several are equally frequent, that of the lowest rank.
         common = Counter(all_hashes).most_common(1)[0][0]
         if different := [rank for rank, each in enumerate(all_hashes) if each != common]:
-            raise ReplicaError(
+            raise distributed.ReplicaError(
                 f"step {self.run_step}: MAPNet's parameters on rank {', '.join(map(str, different))} differ from those "
                 f"on rank {all_hashes.index(common)}, due to a memory or network fault; resume from the last checkpoint"
             )

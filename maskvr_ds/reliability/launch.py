@@ -22,9 +22,8 @@ from pathlib import Path
 from types import FrameType
 
 from maskvr_ds.reliability.signals import MAY_BE_IGNORED, SIGNALS, SignalDebouncer
-from maskvr_ds.run_folder import status
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
-from maskvr_ds.run_folder.layout import STOP_REQUEST, STOPPED
+from maskvr_ds.run_folder.launched import Launched
 from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime import terminal
 from maskvr_ds.runtime.processes import describe_exit, die_with_parent
@@ -41,12 +40,15 @@ def launch(words: list[str], run: Path, steps: int | None) -> int:
     run, steps: the run's folder and its last step; None: not known here. The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP
     requests a checkpoint and stop; a second signal kills everything on this machine immediately.
     """
-    return _supervise([["-m", "deepspeed.launcher.runner", *words]], [{}], run, steps)
+    launched = Launched(run)
+    return _supervise([["-m", "deepspeed.launcher.runner", *words, *launched.options]], [{}], launched, run, steps)
 
 
 def launch_here(module: str, options: list[str], ranks: int, run: Path, steps: int | None) -> int:
     """Like `launch`, for `python -m MODULE OPTIONS` on `ranks` ranks of this machine."""
-    return _supervise([["-u", "-m", module, *options]] * ranks, _rank_environments(ranks), run, steps)
+    launched = Launched(run)
+    command = ["-u", "-m", module, *options, *launched.options]
+    return _supervise([command] * ranks, _rank_environments(ranks), launched, run, steps)
 
 
 def run_here(module: str, options: list[str], ranks: int) -> int:
@@ -99,9 +101,10 @@ def _prepare(parent: int | None) -> None:
         die_with_parent(parent)
 
 
-def _supervise(commands: list[list[str]], environments: list[dict[str, str]], run: Path, steps: int | None) -> int:
-    (run / STOP_REQUEST).unlink(missing_ok=True)
-    before_start = status.written(run)
+def _supervise(
+    commands: list[list[str]], environments: list[dict[str, str]], launched: Launched, run: Path, steps: int | None
+) -> int:
+    # Nothing in the folder is touched: the ranks may still refuse the run.
     processes = _start(commands, environments)
     requested, debouncer = False, SignalDebouncer()
 
@@ -113,15 +116,15 @@ def _supervise(commands: list[list[str]], environments: list[dict[str, str]], ru
             _kill(processes)
             sys.exit(128 + number)
         requested, name = True, signal.Signals(number).name
-        (run / STOP_REQUEST).write_text(name + "\n", encoding="utf-8")
+        launched.request_stop(name)
         terminal.alert(f"{name}: asked the ranks to save and stop; a second signal kills them immediately")
 
     with _signal_handler(forward, *SIGNALS):
-        _wait(processes)
-    (run / STOP_REQUEST).unlink(missing_ok=True)
-    if status.completed(run, steps or 0, before_start):
+        _wait(processes, launched.deliver)
+    launched.withdraw()
+    if launched.completed(steps or 0):
         return 0
-    if (step := status.step_of(run, STOPPED, before_start)) is not None:
+    if (step := launched.stopped_at()) is not None:
         terminal.alert(f"stopped at step {step} on request; resume with --resume auto")
         return EXIT_STOPPED
     resume = "; resume with --resume auto" if complete_checkpoints(run) else ""
@@ -143,19 +146,30 @@ def _signal_handler(handler: Callable[[int, FrameType | None], None], *numbers: 
             signal.signal(number, earlier)
 
 
-def _wait(processes: Processes) -> None:
-    """Wait for all processes. If one fails the others are killed: they may wait for it in a collective."""
+def _wait(processes: Processes, poll: Callable[[], None] = lambda: None) -> None:
+    """Wait for all processes. If one fails the others are killed: they may wait for it in a collective.
+
+    Every process that a signal has ended is named, unless it was killed here. poll: called again and again.
+    """
     deadline = None
-    while running := [process for process in processes if process.poll() is None]:
+    named: set[int] = set()
+    while True:
+        # Before the return codes are looked at: all processes may have ended since the last time.
+        running = [process for process in processes if process.poll() is None]
+        for number, process in enumerate(processes):
+            if (process.returncode or 0) < 0 and number not in named:
+                named.add(number)
+                who = f"rank {number}" if len(processes) > 1 else "the launcher"
+                terminal.alert(f"error: {who} was {describe_exit(process.returncode)}")
+        if not running:
+            return
         failed = any(process.returncode not in (None, 0, EXIT_STOPPED) for process in processes)
         if failed and deadline is None:
             deadline = time.monotonic() + _GRACE
-            for number, process in enumerate(processes):
-                if (process.returncode or 0) < 0:
-                    who = f"rank {number}" if len(processes) > 1 else "the launcher"
-                    terminal.alert(f"error: {who} was {describe_exit(process.returncode)}")
         if deadline is not None and time.monotonic() > deadline:
             _kill(running)
+            return
+        poll()
         time.sleep(_POLL)
 
 

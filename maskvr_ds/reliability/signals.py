@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskvr_ds.run_folder.layout import STOP_REQUEST
-from maskvr_ds.run_folder.status import EXIT_STOPPED
+from maskvr_ds.run_folder.status import EXIT_STOPPED, stop_requested
 from maskvr_ds.runtime import terminal
 
 if TYPE_CHECKING:
@@ -65,9 +64,12 @@ class StopRequest:
             self._requested = True
             terminal.alert(f"{name}: saving a checkpoint at the next step boundary, then exit status {EXIT_STOPPED}")
 
-    def requested(self, run: Path | None) -> bool:
-        """Whether this process was asked to stop: by a signal or, if `run` is given, by a file in the run's folder."""
-        return self._requested or (run is not None and (run / STOP_REQUEST).exists())
+    def requested(self, run: Path | None, owner: str) -> bool:
+        """Whether this process was asked to stop: by a signal or, if `run` is given, by a file in the run's folder.
+
+        owner: the token of this job, see `status.stop_requested`.
+        """
+        return self._requested or (run is not None and stop_requested(run, owner))
 
     def requested_on_any_rank(self, flag: "DeferredTensor") -> bool:
         """Whether any rank was asked to stop as of the previous step; the same on all ranks. Call once per step.

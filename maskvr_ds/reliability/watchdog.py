@@ -26,6 +26,8 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.heartbeats import BEATS_PER_TIMEOUT, HeartbeatWriter, rank_path, read_record
 
 _ABORT = "abort"
+# Slurm's name of this node.
+_NODE = os.environ.get("SLURMD_NODENAME", "")[:64]
 # Seconds for the other ranks to exit once one has failed: if all fail, each reports its own error.
 _GRACE = 5.0
 
@@ -105,10 +107,10 @@ class Watchdog:
                     seen[rank], since[rank] = record, now
                 place, silent = seen.get(rank, {}).get("place"), now - since[rank]
                 if place == FAILED and silent > min(_GRACE, self._timeout):
-                    self._abort(f"{_describe(rank, seen[rank])} has failed while the others wait for it")
+                    self._abort(f"{_describe(rank, seen[rank])} has failed while the others wait for it", seen[rank])
                 if place not in (ENDED, FAILED) and silent > self._timeout:
                     who = _describe(rank, seen.get(rank))
-                    self._abort(f"{who} has not answered for {self._timeout:g} s (hangs.timeout)")
+                    self._abort(f"{who} has not answered for {self._timeout:g} s (hangs.timeout)", seen.get(rank))
             if self._rank == 0:
                 records = {0: self._own(), **seen}
                 if (present := [r["marks"] for r in records.values()]) != marks:
@@ -117,18 +119,23 @@ class Watchdog:
                 if watched and len(records) == self._world_size and now - marks_since > self._timeout:
                     behind = [rank for rank, r in records.items() if r["marks"] == min(present)]
                     names = ", ".join(_describe(rank, records[rank]) for rank in behind)
-                    self._abort(f"no progress for {self._timeout:g} s (hangs.timeout); furthest behind: {names}")
+                    culprit = records[behind[0]] if len(behind) < self._world_size else None
+                    why = f"no progress for {self._timeout:g} s (hangs.timeout); furthest behind: {names}"
+                    self._abort(why, culprit)
             self._end.wait(self._interval)
 
     def _own(self) -> dict[str, Any]:
         marks, step, place = self._progress
-        return {"marks": marks, "step": step, "place": place, "host": socket.gethostname()}
+        return {"marks": marks, "step": step, "place": place, "host": socket.gethostname(), "node": _NODE}
 
-    def _abort(self, why: str) -> None:
-        """Report why, make all ranks exit, and exit."""
+    def _abort(self, why: str, culprit: dict[str, Any] | None) -> None:
+        """Report why, make all ranks exit, and exit. culprit: last record of the rank at fault, if it is known: a Slurm
+        job excludes a node on which that happens twice (cluster/slurm/templates/job.sbatch)."""
         try:
             # Only the first rank to create the file reports.
-            os.close(os.open(self._folder / _ABORT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            handle = os.open(self._folder / _ABORT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            os.write(handle, (culprit or {}).get("node", "").encode())
+            os.close(handle)
         except FileExistsError:
             os._exit(1)
         except OSError:

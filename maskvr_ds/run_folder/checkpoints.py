@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from data_pipeline.files import LOCK
 from maskvr_ds.run_folder.layout import (
     CHECKPOINTS,
     JOBS,
@@ -366,7 +367,7 @@ def is_started(run: Path) -> bool:
     scripts, files of a launcher, remains of an interrupted conversion."""
     if not run.exists():
         return False
-    early = (CHECKPOINTS, OWNER, JOBS, LOGS, STOP_REQUEST)
+    early = (CHECKPOINTS, OWNER, JOBS, LOGS, STOP_REQUEST, LOCK)
     if any(not p.name.endswith(PARTIAL) and p.name not in early for p in run.iterdir()):
         return True
     return (run / CHECKPOINTS).exists() and any(not p.name.startswith(".") for p in (run / CHECKPOINTS).iterdir())

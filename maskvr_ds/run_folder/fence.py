@@ -1,11 +1,16 @@
 """Fencing: one job at a time writes to a run; RUN/owner.json says which. Loads no torch.
 
 A node that the scheduler has given up may keep running its rank while the job continues elsewhere with the same run.
-Rank 0 therefore takes ownership at start-up: a record with an epoch, incremented each time, and a random token. Before
-anything that replaces or removes files on which another job relies (renaming a checkpoint, `latest`, deletions,
-rollbacks, the final status) it reads the record again and stops if the token is not its own. The cost is one small file
-read at each pause of training. metrics.jsonl needs no check: a new owner replaces the file, and lines of the old one go
-to the file that was replaced.
+Rank 0 therefore takes ownership at start-up: a record with an epoch, incremented each time, and a random token. It
+looks whether another job is at work before it chooses the checkpoint to resume from. It takes the run before it writes
+anything, under the folder's lock, and only if nobody else has taken it in between: of two jobs that start together one
+is refused and has changed nothing. A launcher chooses the token of the ranks that it starts (launched.py), to know
+their record and their status files from those of other jobs.
+
+Before anything that replaces or removes files on which another job relies (renaming a checkpoint, `latest`, deletions,
+rollbacks, the final status) rank 0 reads the record again and stops if the token is not its own. The cost is one small
+file read at each pause of training. metrics.jsonl needs no check: a new owner replaces the file, and lines of the old
+one go to the file that was replaced.
 
 Limits: another job may take the run between the check and the rename that follows. POSIX has no rename conditional on
 another file's content, and locks are not reliable on every cluster's file system. The window is two system calls long,
@@ -23,7 +28,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipeline.files import locked_folder
 from maskvr_ds.run_folder.layout import HEARTBEATS, OWNER
+from maskvr_ds.run_folder.marks import is_run, output_fault
 from maskvr_ds.run_folder.status import ENDED, FAILED, LONGEST_BEAT, clock
 from maskvr_ds.runtime import slurm_env
 from maskvr_ds.runtime.files import atomic_write, read_json
@@ -68,22 +75,38 @@ class Owner:
 
 
 class Fence:
-    """This job's right to write to the run. Rank 0 takes and checks it; all ranks hold the same owner."""
+    """This job's right to write to the run. Rank 0 takes and checks it; all ranks hold the same owner. token: the
+    owner's, if a launcher has chosen it."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, token: str | None = None) -> None:
         self._run = run
+        self._given = token
+        self._seen: int | None = None
         self._owner: Owner | None = None
+
+    def look(self) -> None:
+        """Raise FencedError if another job is visibly running the run. Call before reading what it may still change:
+        `take` then refuses a run that another job has taken since."""
+        # An owner.json of another program is none, and left to `output_fault`.
+        marked = (self._run / OWNER).exists() and is_run(self._run)
+        self._seen = _epoch(_free(self._run, os.environ)) if marked else 0
 
     def take(self, ranks: int) -> Owner:
         """Become the run's owner, or check that this job still owns it. Raises FencedError."""
         if self._owner is None:
-            return take(self._run, ranks)
+            return take(self._run, ranks, token=self._given, seen=self._seen)
         self.check()
         return self._owner
 
     def hold(self, owner: Owner) -> None:
         """Store what `take` returned on rank 0."""
         self._owner = owner
+
+    @property
+    def token(self) -> str:
+        """The owner's token, which its status files and requests to it carry."""
+        assert self._owner is not None
+        return self._owner.token
 
     @property
     def label(self) -> str:
@@ -96,28 +119,67 @@ class Fence:
         assert self._owner is not None
         present = read(self._run)
         if present is None or present.token != self._owner.token:
-            whose = "is missing" if present is None else f"names {present}"
             raise FencedError(
-                f"output_dir {self._run}: {OWNER} {whose}; this job no longer owns the run and stops writing to it"
+                f"output_dir {self._run}: {_whose(present)}; this job no longer owns the run and stops writing to it"
             )
 
 
-def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> Owner:
-    """Make this process, rank 0 of `ranks`, the owner of the existing folder of a run.
+def take(
+    run: Path,
+    ranks: int,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    token: str | None = None,
+    seen: int | None = None,
+) -> Owner:
+    """Make this process, rank 0 of `ranks`, the owner of the folder of a run, which is created if need be.
 
-    Raises FencedError if another job is visibly running it (see `at_work`), unless that is an earlier start of the same
-    Slurm job.
+    token: the owner's; None: a new one. seen: epoch of the owner that was found at the start, 0 for none; None: the
+    present one. Raises FencedError if another job is visibly running it (see `at_work`), unless that is an earlier
+    start of the same Slurm job, if another has taken it since `seen`, or if the folder is not a run's.
     """
+    before = _free(run, environment)
+    if seen is None:
+        seen = _epoch(before)
+    with locked_folder(run):
+        if (fault := output_fault(run, "auto")) is not None:
+            raise FencedError(fault)
+        present = read(run)
+        if _epoch(present) != seen:
+            raise FencedError(f"output_dir {run}: {_whose(present)}, since this job has started; nothing was changed")
+        owner = _owner(seen + 1, token or secrets.token_hex(8), ranks, environment)
+        atomic_write(run / OWNER, json.dumps(asdict(owner)))
+    return owner
+
+
+def _free(run: Path, environment: Mapping[str, str]) -> Owner | None:
+    """The run's owner, if its job has ended, is an earlier start of the same Slurm job, or is this process; None if the
+    run never had one. Raises FencedError otherwise."""
     before = read(run)
+    if before is None:
+        return None
     job, restarts = slurm_env.job_id(environment), int(environment.get("SLURM_RESTART_COUNT", "0"))
-    if before is not None:
-        restarted = bool(job) and before.job == job and before.restarts < restarts
-        ours = _is_here(before) and before.pid == os.getpid()
-        if not restarted and not ours and at_work(run, before):
-            raise FencedError(f"output_dir {run}: in use by {before}; end that job first, or choose another output_dir")
-    owner = Owner(
-        epoch=1 if before is None else before.epoch + 1,
-        token=secrets.token_hex(8),
+    restarted = bool(job) and before.job == job and before.restarts < restarts
+    ours = _is_here(before) and before.pid == os.getpid()
+    if not restarted and not ours and at_work(run, before):
+        raise FencedError(f"output_dir {run}: in use by {before}; end that job first, or choose another output_dir")
+    return before
+
+
+def _epoch(owner: Owner | None) -> int:
+    return 0 if owner is None else owner.epoch
+
+
+def _whose(owner: Owner | None) -> str:
+    return f"{OWNER} is missing" if owner is None else f"{OWNER} names {owner}"
+
+
+def _owner(epoch: int, token: str, ranks: int, environment: Mapping[str, str]) -> Owner:
+    """The record of this process."""
+    job, restarts = slurm_env.job_id(environment), int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return Owner(
+        epoch=epoch,
+        token=token,
         host=socket.gethostname(),
         pid=os.getpid(),
         started=start_time(os.getpid()) or 0,
@@ -128,8 +190,6 @@ def take(run: Path, ranks: int, environment: Mapping[str, str] = os.environ) -> 
         ranks=ranks,
         taken=time.time(),
     )
-    atomic_write(run / OWNER, json.dumps(asdict(owner)))
-    return owner
 
 
 def read(run: Path) -> Owner | None:

@@ -10,9 +10,9 @@ RUN/
     tensorboard/, csv/        DeepSpeed's monitors; wandb_run_id: the run's id at Weights & Biases
     rollbacks.json            rollbacks after divergence, with the batches skipped since
     *.damaged-*, damaged-*    copies of metrics.jsonl and rollbacks.json from before damage in them was passed by
-    stop_requested            created by anyone: asks the run to save and stop
-    stopped.json              {"step": n}: saved and stopped on request
-    completed.json            {"step": n}: trained to its last step
+    stop_requested            created by anyone: asks the run to save and stop; a launcher's names the owner it asks
+    stopped.json              {"step": n, "owner": token}: saved and stopped on request
+    completed.json            {"step": n, "owner": token}: trained to its last step
     heartbeats/JOB/rank-*     heartbeats of the ranks
     slurm/, logs/             job scripts and logs of `python -m cluster slurm` and `launch`
     checkpoints/
@@ -26,7 +26,7 @@ RUN/
             bert/                 the model's config.json, tokenizer
             *.pt                  DeepSpeed's own files
         not-of-this-run-*     had the name of a new checkpoint, and was none of this run
-        .saving-OWNER-N, .deleting-*, .universal, .converting    work in progress; a kill may leave them behind
+        .saving-OWNER-N, .deleting-*, .universal, .converting-*  work in progress; a kill may leave them behind
 """
 
 CONFIG = "config.yaml"

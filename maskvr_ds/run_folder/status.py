@@ -2,7 +2,9 @@
 
 Exit codes of launchers are unreliable: DeepSpeed's launcher returns 0 if a signal ended its ranks, and for a run on the
 wrong machines. Programs that start ranks decide by these files instead: rank 0 writes them atomically, after the
-checkpoint that they refer to, and removes them when training starts or resumes.
+checkpoint that they refer to, and removes them when training starts or resumes. They name the owner of the run by its
+token (fence.py), as do requests to stop that a launcher makes: what another job has written, or was asked, is not this
+job's.
 """
 
 import contextlib
@@ -10,7 +12,6 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from maskvr_ds.run_folder.layout import COMPLETED, STOP_REQUEST, STOPPED
@@ -22,13 +23,19 @@ EXIT_STOPPED = os.EX_TEMPFAIL
 LONGEST_BEAT = 10.0
 # State of a rank in its last heartbeat: ended together with the others, or with an error of its own.
 ENDED, FAILED = "ended", "failed"
+# Line of a stop request that names the token of the job that is asked.
+_OWNER = "owner: "
+# In bytes; a person may have put anything into the file.
+_LONGEST_REQUEST = 4096
 
 
-def write(run: Path, name: str, step: int) -> None:
-    """Record how the run ended. name: STOPPED or COMPLETED."""
-    content = {"step": step, **({"requested": True} if (run / STOP_REQUEST).exists() else {})}
+def write(run: Path, name: str, step: int, owner: str) -> None:
+    """Record how the run ended. name: STOPPED or COMPLETED. owner: the token of the job that trained it."""
+    requested = stop_requested(run, owner)
+    content = {"step": step, "owner": owner, **({"requested": True} if requested else {})}
     atomic_write(run / name, json.dumps(content))
-    discard(run / STOP_REQUEST)
+    if requested:
+        discard(run / STOP_REQUEST)
 
 
 def clear(run: Path) -> None:
@@ -37,11 +44,44 @@ def clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def forget_request(run: Path, seconds: float) -> None:
-    """Delete a stop request older than `seconds`: left by an earlier job that was killed before it stopped."""
+def request_stop(run: Path, why: str, owner: str) -> None:
+    """Ask the job with the token `owner`, and no other, to save and stop. why: for people."""
+    atomic_write(run / STOP_REQUEST, f"{why}\n{_OWNER}{owner}\n")
+
+
+def stop_requested(run: Path, owner: str) -> bool:
+    """Whether the job with the token `owner` is asked to save and stop: by a request to it, or to whoever has the run,
+    which anybody makes by creating the file."""
+    return _addressee(run) in ("", owner)
+
+
+def withdraw_request(run: Path, owner: str) -> None:
+    """Delete a request to the job with the token `owner`, which has ended."""
+    if _addressee(run) == owner:
+        discard(run / STOP_REQUEST)
+
+
+def forget_request(run: Path, seconds: float, owner: str) -> None:
+    """Delete a stop request to another job than `owner`, and one to nobody in particular that is older than `seconds`:
+    left by an earlier job that was killed before it stopped."""
+    addressee = _addressee(run)
+    if addressee is None or addressee == owner:
+        return
     with contextlib.suppress(FileNotFoundError):
-        if clock(run) - (run / STOP_REQUEST).stat().st_mtime > seconds:
+        if addressee or clock(run) - (run / STOP_REQUEST).stat().st_mtime > seconds:
             (run / STOP_REQUEST).unlink()
+
+
+def _addressee(run: Path) -> str | None:
+    """The token in a stop request; "" if it names none; None without a request."""
+    try:
+        with (run / STOP_REQUEST).open("rb") as file:
+            lines = file.read(_LONGEST_REQUEST).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError:  # a folder of that name, or one that may not be read: it exists
+        return ""
+    return next((line.removeprefix(_OWNER) for line in lines if line.startswith(_OWNER)), "")
 
 
 def clock(run: Path) -> float:
@@ -57,25 +97,16 @@ def clock(run: Path) -> float:
             probe.unlink(missing_ok=True)
 
 
-def written(run: Path) -> dict[str, int]:
-    """STOPPED, COMPLETED -> modification time in ns, of the files that exist. A launcher reads it before it starts
-    ranks, to tell files of an earlier job from new ones; it must not delete them, as the ranks may still refuse the
-    run."""
-    return {name: (run / name).stat().st_mtime_ns for name in (STOPPED, COMPLETED) if (run / name).is_file()}
-
-
-def step_of(run: Path, name: str, before: Mapping[str, int] | None = None) -> int | None:
-    """The step in STOPPED or COMPLETED; None if the file is missing or damaged, or unchanged since `before` (see
-    `written`)."""
+def step_of(run: Path, name: str, owner: str | None = None) -> int | None:
+    """The step in STOPPED or COMPLETED; None if the file is missing or damaged, or another job's than `owner`'s."""
     try:
-        if before is not None and before.get(name) == (run / name).stat().st_mtime_ns:
-            return None
-        return int(read_json(run / name)["step"])
-    except (OSError, ValueError, LookupError, TypeError):
+        content = read_json(run / name)
+        return int(content["step"]) if owner is None or content.get("owner") == owner else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def completed(run: Path, steps: int, before: Mapping[str, int] | None = None) -> bool:
-    """Whether the run completed at step `steps` or later. before: as in `step_of`."""
-    step = step_of(run, COMPLETED, before)
+def completed(run: Path, steps: int, owner: str | None = None) -> bool:
+    """Whether the run completed at step `steps` or later. owner: as in `step_of`."""
+    step = step_of(run, COMPLETED, owner)
     return step is not None and step >= steps

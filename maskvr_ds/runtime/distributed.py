@@ -26,12 +26,17 @@ class RemoteError(RuntimeError):
     """Another rank failed and this one did not. The message names it."""
 
 
+class ReplicaError(ArithmeticError):
+    """What all ranks should hold the same copy of differs. Raised on all ranks."""
+
+
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or
     Slurm for the tasks of an `srun`.
 
     Without a launcher, the process is a world of one rank. Raises ValueError if only some of the variables are set, if
-    tasks of one `srun` would form separate worlds that train the same run, or if a job with GPUs would train on CPUs.
+    tasks of one `srun` would form separate worlds that train the same run, if MASTER_ADDR does not resolve, or if a job
+    with GPUs would train on CPUs.
     """
     os.environ.update(slurm_env.ranks(os.environ))
     if "RANK" in os.environ:
@@ -44,6 +49,7 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    _check_master(os.environ["MASTER_ADDR"])
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -67,6 +73,17 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> None:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
+
+
+def _check_master(address: str) -> None:
+    """Raise ValueError if MASTER_ADDR does not resolve: torch would try for minutes before it says so."""
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"{socket.gethostname()}: MASTER_ADDR {address} does not resolve here ({error}); set it to a name or an "
+            "address of the host of rank 0 that all hosts know"
+        ) from None
 
 
 def run_as_rank(

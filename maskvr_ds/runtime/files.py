@@ -6,12 +6,15 @@ package.
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +45,66 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+@contextmanager
+def folder_in_progress(target: Path) -> Iterator[Path]:
+    """Yield a new temporary folder next to `target`, to be renamed to it; on leaving the block it is gone.
+
+    No other process has the same one. What processes of this host that were killed have left there for the same
+    target is deleted, and reported; of what others have left, only the path is reported.
+    """
+    _remove_killed(target)
+    partial, handle = _locked_partial(target)
+    try:
+        yield partial
+    finally:
+        # Renamed, or of no use.
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _partial_name(target: Path, unique: str) -> str:
+    # Locks of folders are those of one host, also on a file system that several share.
+    return f".{target.name}.{socket.gethostname()}-{unique}{PARTIAL}"
+
+
+def _locked_partial(target: Path) -> tuple[Path, int]:
+    """A new folder and a descriptor that holds its lock for as long as the process lives."""
+    while True:
+        partial = target.with_name(_partial_name(target, secrets.token_hex(4)))
+        partial.mkdir(parents=True)
+        handle = os.open(partial, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if partial.exists():
+            return partial, handle
+        # Another process took it, unlocked, for what a killed one has left.
+        os.close(handle)
+
+
+def _remove_killed(target: Path) -> None:
+    here = _partial_name(target, "").removesuffix(PARTIAL)
+    for path in target.parent.glob(f"{glob.escape(f'.{target.name}.')}*{PARTIAL}"):
+        if not path.is_dir() or path.is_symlink():
+            continue
+        if not path.name.startswith(here):
+            logger.warning("%s: in use on another host, or left by a process killed there; then delete it", path)
+            continue
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            discard(path)
+            logger.info("deleted %s, which a process that was killed has left", path)
+        except BlockingIOError:
+            pass  # in use
+        except OSError as error:
+            logger.warning("%s: in use, or left by a process that was killed (%s); then delete it", path, error)
+        finally:
+            os.close(handle)
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -5,12 +5,14 @@ them would train the same run.
 """
 
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 
 from maskvr_ds.runtime.numbers import MAX_NODES, shortened
 
 _STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
+_NODE_ADDRESS = re.compile(r"\bNodeAddr=(\S+)")
 _COUNT = re.compile(r"(\d{1,9})(?:\(x(\d{1,9})\))?")
 # Below the ephemeral ports (Linux: from 32768).
 _PORTS = range(10_000, 30_000)
@@ -38,6 +40,34 @@ def hostnames(nodes: str) -> list[str]:
         raise ValueError(f"{' '.join(words)}: {error}; run this on a node of the job, with Slurm's commands") from None
 
 
+def reachable(node: str) -> str:
+    """The node's name if it resolves here, otherwise the address by which Slurm itself reaches it (NodeAddr), which an
+    administrator may set to something else. Raises ValueError if neither does."""
+    if _resolves(node):
+        return node
+    words = ["scontrol", "--oneliner", "show", "node", node]
+    try:
+        text = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+        address = match[1] if (match := _NODE_ADDRESS.search(text)) else node
+        why = f"its NodeAddr is {address}"
+    except (OSError, subprocess.SubprocessError) as error:
+        address, why = node, f"{' '.join(words)}: {error}"
+    if address != node and _resolves(address):
+        return address
+    raise ValueError(
+        f"{socket.gethostname()}: the node name {node} does not resolve here ({why}); set MASTER_ADDR to an address of "
+        f"{node} before the ranks start, or have it added to the name service"
+    )
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
 def task_counts(text: str) -> list[int]:
     """Tasks per node: "8(x2),4" -> 8, 8, 4. Raises ValueError if `text` has another form."""
     counts: list[int] = []
@@ -54,8 +84,8 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a launcher would set, for a task of an `srun`; empty outside one, or if RANK is set already.
 
     MASTER_ADDR and MASTER_PORT are kept if set; otherwise they are the step's first node, and a port derived from job,
-    restart and step. Raises ValueError if RANK was set by something else and the world is smaller than the step, or if
-    the first node cannot be determined.
+    restart and step. A node whose name does not resolve is replaced by its address. Raises ValueError if RANK was set
+    by something else and the world is smaller than the step, or if the first node cannot be determined or reached.
     """
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return {}
@@ -80,8 +110,13 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": "0" if _one_device(environment) else environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(here[int(environment.get("SLURM_NODEID", "0"))]),
     }
-    if "MASTER_ADDR" not in environment:
-        mapped["MASTER_ADDR"] = "127.0.0.1" if tasks == 1 else _first_host(environment["SLURM_STEP_NODELIST"])
+    if tasks > 1:
+        given = environment.get("MASTER_ADDR")
+        address = reachable(given or _first_host(environment["SLURM_STEP_NODELIST"]))
+        if address != given:
+            mapped["MASTER_ADDR"] = address
+    elif "MASTER_ADDR" not in environment:
+        mapped["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in environment:
         # Different ports for neighbouring jobs and steps.
         number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment.get("SLURM_RESTART_COUNT", "0")) * 7

@@ -15,6 +15,7 @@ from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.initial_folder import WEIGHTS, InitialWeights, weights_file
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
+from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
@@ -63,13 +64,14 @@ class ResumePoint:
         return phases if self.checkpoint is None else phases[next_phase(phases, self.checkpoint.state) :]
 
 
-def find_resume_point(config: RunConfig, resume: str | None) -> ResumePoint:
+def find_resume_point(config: RunConfig, resume: str | None, fence: Fence) -> ResumePoint:
     """Find and verify the checkpoint to resume from (see `checkpoints.find`). Call on one rank.
 
-    Raises ConfigError if output_dir holds something that must not be overwritten, CheckpointError if no checkpoint is
-    intact or it belongs to another run.
+    Raises FencedError if another job is running the run, ConfigError if output_dir holds something that must not be
+    overwritten, CheckpointError if no checkpoint is intact or it belongs to another run.
     """
     run = config.output_dir
+    fence.look()
     if (fault := output_fault(run, resume)) is not None:
         raise ConfigError(fault)
     checkpoint = None if resume is None else checkpoints.find(run, resume)

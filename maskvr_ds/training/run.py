@@ -15,6 +15,7 @@ from maskvr_ds.data.mixture import corpora_identity
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.run_folder import checkpoints, status
 from maskvr_ds.run_folder.fence import Fence
+from maskvr_ds.run_folder.launched import seconds_since
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write, remove_partials
@@ -53,9 +54,11 @@ def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> No
         checkpoints.write_origin(config.output_dir, checkpoint)
     atomic_write(config.output_dir / CONFIG, dump_config(config))
     status.clear(config.output_dir)
-    # Launchers clear it too before they start ranks, and a request may be made before this process has started.
-    launching = _LAUNCH_SECONDS if distributed.world_size() > 1 else 0.0
-    status.forget_request(config.output_dir, process_age() + launching)
+    # A request may have been made after the start of the launcher, and before that of this process.
+    age = seconds_since(fence.token)
+    if age is None:
+        age = process_age() + (_LAUNCH_SECONDS if distributed.world_size() > 1 else 0.0)
+    status.forget_request(config.output_dir, max(age, process_age()), fence.token)
     # Younger ones may be another program's that is at work in the folder, for example a launcher's.
     now, longest = status.clock(config.output_dir), process_age() + _LAUNCH_SECONDS
     for folder in (config.output_dir, config.output_dir / CHECKPOINTS):
@@ -65,7 +68,7 @@ def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> No
 def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:
     """Record that the run is COMPLETED or STOPPED (`name`) at `step`. Raises FencedError if another job owns it."""
     fence.check()
-    status.write(run, name, step)
+    status.write(run, name, step, fence.token)
 
 
 def run_settings(config: RunConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from maskvr_ds.checkpoint import save
 from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
+from maskvr_ds.engine.replicas import check_replicas
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.runtime.deferred import DeferredTensor
@@ -50,6 +51,15 @@ class Saver:
         """
         self._due |= stopping or is_due(step, self._phase.config.checkpoint.every_steps, self._phase.last_step)
         return self._due and not self._context.guard.update_skipped
+
+    def check_replicas(self, step: int, *, saving: bool) -> None:
+        """Compare the ranks' copies of the weights if that is due. Call once per step, before `save`.
+
+        Raises ReplicaError.
+        """
+        config = self._phase.config.replicas
+        if config.enabled and (saving or (config.every_steps > 0 and step % config.every_steps == 0)):
+            check_replicas(self._context.engine, step)
 
     def save(
         self, step: int, samples: int, record: StepRecord, *, batch: int, wait: bool, held_out: dict[str, float]

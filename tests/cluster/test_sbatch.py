@@ -42,14 +42,17 @@ def test_directives_are_quoted(slurm: Cluster, tmp_path: Path) -> None:
 # Replaces Python: logs its arguments and marks the run as completed.
 STAND_IN = """#!/bin/bash
 printf '%s\\n' "$SLURM_PROCID: $*" >>"$(dirname "$0")/started"
-if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then touch "${BASH_REMATCH[1]}/completed.json"; fi
+if [[ $* =~ .*output_dir=\\"(.*)\\"\\ --resume ]]; then
+    printf '{"owner": "%s"}' "${@: -1}" >"${BASH_REMATCH[1]}/completed.json"
+fi
 """
 # Runs until SIGTERM, then marks the run as stopped; completes at the second start.
 PATIENT = """#!/bin/bash
 [[ $* =~ --config\\ (.*)/slurm/config-.*\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
-[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { touch completed.json; exit 0; }
-printf '{"job": "%s"}' "$SLURM_JOB_ID" >owner.json
-trap 'sleep 0.5; echo "{}" >stopped.json; exit 75' TERM
+token=${@: -1}
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { printf '{"owner": "%s"}' "$token" >completed.json; exit 0; }
+printf '{"job": "%s", "token": "%s"}' "$SLURM_JOB_ID" "$token" >owner.json
+trap 'sleep 0.5; printf "{\\"owner\\": \\"%s\\"}" "$token" >stopped.json; exit 75' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 """
 # Two tasks of an array: the first stops once both have started; after its requeue both wait for all_may_end.
@@ -60,11 +63,11 @@ wait_for() { for ((i = 0; i < 900; i++)); do [ ! -e "$1" ] || return 0; sleep 0.
 if [ "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}" = "$SLURM_ARRAY_JOB_ID 0" ]; then
     wait_for ../seed-3/starts
     wait_for ../seed-14/starts
-    echo '{"step": 1}' >stopped.json
+    printf '{"step": 1, "owner": "%s"}' "${@: -1}" >stopped.json
     exit 75
 fi
 wait_for ../all_may_end
-touch completed.json
+printf '{"owner": "%s"}' "${@: -1}" >completed.json
 """
 
 

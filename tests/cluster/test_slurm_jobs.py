@@ -55,6 +55,24 @@ def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_node_names_that_do_not_resolve(slurm: Cluster, folder: Path) -> None:
+    """Slurm knows the nodes' addresses."""
+    file = config(folder, "nameless")
+    hosts = slurm.folder / "hosts"
+    known = hosts.read_text(encoding="utf-8")
+    hosts.write_text(known.replace(" n1 n2", ""), encoding="utf-8")
+    try:
+        assert slurm.run("getent", "ahosts", "n1", check=False).returncode != 0
+        job = submit(slurm, file, "2")
+        slurm.wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "ended")
+    finally:
+        hosts.write_text(known, encoding="utf-8")
+    run = folder / "nameless"
+    assert slurm.state(job) == "COMPLETED", log(run, job)
+    assert "on n1 n2, master 127.0.0.1:" in log(run, job)
+    assert column(run, *FIGURES) == column(folder / "uninterrupted", *FIGURES)
+
+
 def log(run: Path, job: str) -> str:
     path = run / "slurm" / f"{job}.log"
     return path.read_text() if path.is_file() else ""
@@ -165,4 +183,23 @@ def test_lost_nodes_and_a_partitioned_rank(slurm: Cluster, folder: Path) -> None
     ours, theirs = (torch.tensor(column(r, "loss")) for r in (run, folder / "uninterrupted"))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     slurm.revive("n1")
+    slurm.wait_idle()
+
+
+def test_a_node_on_which_the_ranks_fail_twice_is_excluded(slurm: Cluster, folder: Path) -> None:
+    """Its rank is killed at two checkpoints; the third start does without the node."""
+    file, run = config(folder, "unlucky"), folder / "unlucky"
+    job = submit(slurm, file, "1-2")
+    for start in (0, 1):
+        wait_for(slurm, job, run, start, more=len(metrics(run)) + EVERY + 1)
+        assert slurm.job(job)["NodeList"] == "n[1-2]"
+        for pid in ranks(slurm, "n2"):
+            os.kill(pid, signal.SIGKILL)
+        slurm.wait_until(lambda n=start + 1: log(run, job).count("the ranks failed on n2, checkpoint: ") == n, "named")
+    slurm.wait_until(lambda: "n2 is excluded from now on: the ranks failed there twice" in log(run, job), "excluded")
+    slurm.wait_until(lambda: f"job {job}, start 2: on " in log(run, job), "started without it")
+    assert f"job {job}, start 2: on n1, master" in log(run, job)
+    assert slurm.job(job)["ExcNodeList"] == "n2"
+    wait_state(slurm, job, run, "COMPLETED")
+    assert column(run, *DIGESTS) == column(folder / "uninterrupted", *DIGESTS)
     slurm.wait_idle()

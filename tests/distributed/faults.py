@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskvr_ds.runtime import files
 
 
@@ -26,6 +28,7 @@ class Act:
     becomes infinite: "masters", a moment's name, or "rounded", which only the model's own weights hold.
     unchecked: checkpoints are saved as versions did that had no check for finite values.
     misread: a checkpoint's name, of which rank 1 reads back another content than it has written.
+    flip: (update, rank): after that update (1-based) a bit of a weight that all ranks hold flips on that rank.
     damage: (update, file): the file is truncated to nothing just before that update.
     slow: extra seconds that every file takes to write.
     fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
@@ -44,6 +47,7 @@ class Act:
     poison: tuple[int, str, int] | None = None
     unchecked: bool = False
     misread: str = ""
+    flip: tuple[int, int] | None = None
     damage: tuple[int, Path] | None = None
     fill: Path | None = None
     empty: Path | None = None
@@ -162,6 +166,8 @@ def prepare(act: Act) -> None:
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
     if act.poison is not None:
         _poison(*act.poison)
+    if act.flip is not None:
+        _flip(*act.flip)
     if act.misread and rank == 1:
         read_back = files._read_back
         files._read_back = lambda path: "another" if act.misread in str(path) else read_back(path)
@@ -193,6 +199,21 @@ def _poison(update: int, what: str, rank: int) -> None:
         return result
 
     train.run_step = poisoned
+
+
+def _flip(update: int, rank: int) -> None:
+    from maskvr_ds import train
+
+    run_step = train.run_step
+
+    def flipped(engine: Any, *args: Any, **options: Any) -> Any:
+        result = run_step(engine, *args, **options)
+        if int(os.environ["RANK"]) == rank and engine.global_steps == update:
+            weight = next(p for p in engine.module.parameters() if p.numel() == getattr(p, "ds_numel", p.numel()))
+            weight.data.view(-1).view(torch.int32 if weight.element_size() == 4 else torch.int16)[-5] ^= 1 << 5
+        return result
+
+    train.run_step = flipped
 
 
 def _kill_in_save(number: int) -> None:

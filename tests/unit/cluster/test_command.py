@@ -194,7 +194,7 @@ def test_a_job_keeps_the_settings_it_was_submitted_with(
 
     def started(script: str) -> RunConfig:
         words = run_script(script, tmp_path / "bin")
-        words = words[words.index("maskvr_ds.train") + 1 : -2]
+        words = words[words.index("maskvr_ds.train") + 1 : words.index("--resume")]
         return load_config(words[1], words[3::2])
 
     first, seeds, second = submitted(0.25), submitted(0.25, "--seeds", "3", "4"), submitted(0.5)

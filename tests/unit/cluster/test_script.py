@@ -25,6 +25,7 @@ from cluster.slurm.script import (
     render,
     training_script,
 )
+from maskvr_ds.run_folder.launched import launch_token
 from tests.support.scripts import job_scripts
 
 HOSTILE = [
@@ -115,7 +116,9 @@ def test_values_are_passed_unchanged(
         assert rest[1] == "seed=4"
         assert yaml.safe_load(rest[3].removeprefix("output_dir=")) == str(run / "seed-4")
         rest = rest[4:]
-    assert rest == ["--resume", "auto"]
+    assert rest[:3] == ["--resume", "auto", "--launch"]
+    assert [launch_token(text) for text in rest[3:]] == rest[3:]
+    assert len(rest) == 4
     # Variables of an array task that submitted this job are ignored.
     attempt = (run / "seed-4" if seeds else run) / "slurm" / "attempt"
     assert attempt.read_text() == ("6_1 0\n" if seeds else "7 0\n")
@@ -206,8 +209,10 @@ def behave(
     where = run / f"seed-{seeds[1]}" if seeds else run
     (commands / "srun").write_text(f"#!/bin/bash\ncd '{where}' || exit 1\n{ranks}\n")
     (commands / "squeue").write_text(f"#!/bin/bash\necho \"$*\" >>'{tmp_path}/asked'\nprintf '%s' \"${{QUEUE:-}}\"\n")
-    requeue = f"""if [ "$1" = requeue ]; then echo "$2" >>'{tmp_path}/requeued'; else echo n1; fi"""
-    (commands / "scontrol").write_text(f"#!/bin/bash\n{requeue}\n")
+    answers = f"""case "$1 $2" in requeue*) echo "$2" >>'{tmp_path}/requeued' ;;
+    update*) echo "${{*:2}}" >>'{tmp_path}/updated'; exit "${{REFUSE:-0}}" ;;
+    "show job") echo "   ReqNodeList=(null) ExcNodeList=${{EXCLUDED:-(null)}} " ;; *) echo n1 ;; esac"""
+    (commands / "scontrol").write_text(f"#!/bin/bash\n{answers}\n")
     (tmp_path / "requeued").unlink(missing_ok=True)
     job = TrainingJob(
         options={"nodes": "1"},
@@ -229,8 +234,10 @@ def behave(
     return result.returncode, result.stdout, requeued.read_text().strip() if requeued.is_file() else ""
 
 
-OURS = """echo '{"job": "7"}' >owner.json; mkdir -p checkpoints;"""
-STOP = OURS + " echo step-1 >checkpoints/latest; echo '{}' >stopped.json; exit 75"
+# The last argument of the ranks is the token of this start.
+OURS = """token=${@: -1}; echo '{"job": "7", "token": "'$token'"}' >owner.json; mkdir -p checkpoints;"""
+STATUS = """echo '{"step": 1, "owner": "'$token'"}'"""
+STOP = OURS + f" echo step-1 >checkpoints/latest; {STATUS} >stopped.json; exit 75"
 # Like Slurm with --signal=B:USR1, then like the training.
 ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
 
@@ -238,16 +245,20 @@ ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
 @pytest.mark.parametrize(
     ("ranks", "restarts", "status", "requeued", "message"),
     [
-        (OURS + "echo '{}' >completed.json; exit 1", 0, 0, "", "completed"),
+        (OURS + f"{STATUS} >completed.json; exit 1", 0, 0, "", "completed"),
+        (OURS + """echo '{"step": 1, "owner": "another"}' >completed.json; exit 1""", 0, 0, "7", "the ranks failed"),
+        (OURS + """echo '{"step": 1, "owner": "another"}' >stopped.json; exit 1""", 0, 0, "7", "the ranks failed"),
         (OURS + "exit 0", 0, 0, "7", "the ranks failed"),
         (ASKED, 0, 0, "7", "requeuing, checkpoint: step-1"),
         (ASKED, 2, 1, "", "as often as --max-restarts allows"),
         (ASKED, 3, 1, "", "more than --max-restarts 2"),
         (STOP, 0, 0, "7", "requeuing, checkpoint: step-1"),
-        (STOP.replace("{}", '{"step": 1, "requested": true}'), 0, 75, "", "stopped on request"),
+        (STOP.replace('"}', '", "requested": true}'), 0, 75, "", "stopped on request"),
         ("kill -TERM $PPID; sleep 0.2; " + STOP, 0, 1, "", "only Slurm may start it again"),
         ("exit 1", 0, 1, "", "ended before they took ownership of the run"),
-        ('echo \'{"job": "8"}\' >owner.json; exit 1', 0, 1, "", "or another job owns it"),
+        ('echo \'{"job": "8", "token": "its"}\' >owner.json; exit 1', 0, 1, "", "or another job owns it"),
+        # As an earlier start of the same job has left it.
+        ('echo \'{"job": "7", "token": "its"}\' >owner.json; exit 1', 0, 1, "", "took ownership of the run"),
         (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
     ],
 )
@@ -256,6 +267,18 @@ def test_end_of_a_start(tmp_path: Path, ranks: str, restarts: int, status: int, 
     returned, output, again = behave(tmp_path, ranks, restarts)
     assert (returned, again) == (status, requeued), output
     assert message in output
+
+
+def test_a_start_that_is_refused_touches_no_status_file(tmp_path: Path) -> None:
+    """Another job, which Slurm does not know, has the run: it is asked to stop, and completes meanwhile."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop_requested").touch()
+    ranks = """echo '{"step": 5, "owner": "its"}' >completed.json; exit 1"""
+    status, output, requeued = behave(tmp_path, ranks)
+    assert (status, requeued) == (1, ""), output
+    assert "before they took ownership" in output
+    assert sorted(path.name for path in run.iterdir()) == ["completed.json", "slurm", "stop_requested"]
 
 
 def test_two_failures_at_a_checkpoint_end_the_job(tmp_path: Path) -> None:
@@ -318,5 +341,5 @@ def test_signal_to_all_processes_while_files_are_read(tmp_path: Path, ranks: str
 
 
 def test_status_files_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
-    assert behave(tmp_path, OURS + "echo '{}' >completed.json")[0] == 0
+    assert behave(tmp_path, OURS + f"{STATUS} >completed.json")[0] == 0
     assert behave(tmp_path, OURS + "exit 1")[2] == "7"

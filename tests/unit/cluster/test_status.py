@@ -19,6 +19,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder of a run started by a Slurm job on two nodes, whose process has ended. Without squeue."""
     monkeypatch.setenv("PATH", "")
     folder = tmp_path / "run"
+    fence.take(folder, 8, {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2]"})
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text("step-00000020\n")
     lines: list[dict[str, Any]] = [
@@ -30,7 +31,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 23, "lo')
     (folder / "slurm").mkdir()
     (folder / "slurm" / "attempt").write_text("41 2\n")
-    fence.take(folder, 8, {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2]"})
     gone(folder)
     return folder
 

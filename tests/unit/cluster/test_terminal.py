@@ -16,7 +16,8 @@ import pytest
 
 from cluster.hosts import launch, remote, supervisor
 from maskvr_ds.reliability.signals import DEBOUNCE_SECONDS
-from maskvr_ds.run_folder.layout import STOP_REQUEST, STOPPED
+from maskvr_ds.run_folder.launched import Launched
+from maskvr_ds.run_folder.layout import CONFIG, STOP_REQUEST, STOPPED
 from maskvr_ds.run_folder.status import EXIT_STOPPED
 from tests.unit.cluster.test_launch import make_plan
 
@@ -25,8 +26,9 @@ ROOT = Path(__file__).parents[3]
 RANK = """
 import json, sys, time
 from pathlib import Path
-from maskvr_ds.run_folder import layout, status
+from maskvr_ds.run_folder import fence, layout, status
 run, asked, beat = Path(sys.argv[1]), 0, 0
+fence.take(run, 1, token=sys.argv[2])
 while asked < 30:
     with (run / "rank-00000.log").open("a") as log:
         log.write(f"step {beat}\\n")
@@ -34,17 +36,19 @@ while asked < 30:
     (run / "rank-00000.json").write_text(json.dumps({"beat": beat, "state": "R"}))
     time.sleep(0.1)
     asked += (run / layout.STOP_REQUEST).exists()
-status.write(run, layout.STOPPED, 5)
+status.write(run, layout.STOPPED, 5, sys.argv[2])
 (run / "rank-00000.json").write_text(json.dumps({"beat": beat + 1, "state": "R", "status": 75}))
 """
 
 
 def drive(run: Path) -> int:
     """Run `launch` from the point where it has a plan."""
-    supervisor.runner_command = lambda plan: [sys.executable, "-c", RANK, str(run)]
+    (run / CONFIG).write_text("schema: 1\n")  # a run's folder
+    ranks = Launched(run)
+    supervisor.runner_command = lambda plan: [sys.executable, "-c", RANK, str(run), ranks.token]
     remote.ask = lambda *arguments, **more: {}
     plan = make_plan(run, {"h1": 1}, environment={**os.environ, "PYTHONPATH": str(ROOT)})
-    return launch.watch(plan, steps=10)
+    return launch.watch(plan, ranks, steps=10)
 
 
 @contextmanager

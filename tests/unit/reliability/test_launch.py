@@ -30,11 +30,15 @@ if end == "waits":
     time.sleep(600)
 if end == "saves":
     run = pathlib.Path(sys.argv[1], "..", "run")
+    token = sys.argv[-1]
+    if place["RANK"] == "0":
+        from maskvr_ds.run_folder import fence
+        fence.take(run, 2, token=token)
     while not (run / "stop_requested").exists():
         time.sleep(0.05)
     # Long enough for a repeated signal.
     time.sleep(1)
-    (run / "stopped.json").write_text('{"step": 3}')
+    (run / "stopped.json").write_text(json.dumps({"step": 3, "owner": token}))
     sys.exit(75)
 if end == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -66,6 +70,17 @@ def test_one_failing_rank_ends_the_others(
     assert launch.run_here(module, [str(tmp_path / "said"), *ends], 2) == 1
     assert time.monotonic() - started < 60
     assert said in capfd.readouterr().err
+
+
+def test_all_ranks_killed_at_once_are_named(
+    module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks at them, as by the kernel when memory runs out."""
+    monkeypatch.setattr(launch, "_POLL", 3.0)
+    assert launch.launch_here(module, [str(tmp_path / "said"), "killed", "killed"], 2, tmp_path / "run", 10) == 1
+    said = capfd.readouterr().err
+    for rank in (0, 1):
+        assert f"error: rank {rank} was killed by SIGKILL (by hand, or by the kernel when memory ran out)" in said
 
 
 def test_single_host_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +215,7 @@ def test_second_interrupt_kills_the_ranks(tmp_path: Path) -> None:
     process, ranks = start(tmp_path, "waits", "waits")
     process.send_signal(signal.SIGINT)
     time.sleep(DEBOUNCE_SECONDS_OF_SIGINT + 0.1)
-    assert (tmp_path / "run" / STOP_REQUEST).exists()
+    assert process.poll() is None, "the first one only asks"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
     assert not any(map(psutil.pid_exists, ranks))

@@ -18,10 +18,10 @@ def in_a_fork(life: Callable[[StopRequest], None], wait: float = 10) -> int:
             request = StopRequest()
             life(request)
             deadline = time.monotonic() + wait
-            while not request.requested(None) and time.monotonic() < deadline:
+            while not request.requested(None, "") and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.2)
-            os._exit(7 if request.requested(None) else 8)
+            os._exit(7 if request.requested(None, "") else 8)
         finally:
             os._exit(9)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -147,3 +147,53 @@ def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / OWNER).write_text('{"epoch": 1')
     with pytest.raises(FencedError, match=r"owner.json: damaged"):
         take(tmp_path, 2)
+
+
+def test_of_two_jobs_that_start_together_one_is_refused(tmp_path: Path) -> None:
+    """Both have looked, and seen nobody, before either takes the run."""
+    for before in (False, True):
+        first, second = Fence(tmp_path), Fence(tmp_path)
+        first.look()
+        second.look()
+        owner = first.take(1)
+        with pytest.raises(FencedError, match=r"owner.json names process .* since this job has started; nothing was"):
+            second.take(2)
+        assert read(tmp_path) == owner
+        assert (owner.epoch, [path.name for path in tmp_path.iterdir()]) == (1 + before, [OWNER])
+
+
+def test_takers_at_the_same_time(tmp_path: Path) -> None:
+    """The record is read and replaced under the folder's lock: every epoch has one owner."""
+    code = (
+        "import sys, pathlib\nfrom maskvr_ds.run_folder import fence\nrun = pathlib.Path(sys.argv[1])\ntaken = []\n"
+        "fence.at_work = lambda *_: False\ninput()\n"
+        "for _ in range(30):\n    try:\n        taken.append(fence.take(run, 1).epoch)\n"
+        "    except fence.FencedError:\n        continue\nprint(*taken)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    jobs = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    time.sleep(1)
+    for job in jobs:
+        assert job.stdin is not None
+        job.stdin.write("\n")
+        job.stdin.flush()
+    epochs = [int(epoch) for job in jobs for epoch in job.communicate()[0].split()]
+    last = read(tmp_path / "run")
+    assert last is not None
+    assert sorted(epochs) == list(range(1, last.epoch + 1))
+
+
+def test_a_folder_that_somebody_fills_meanwhile_is_not_a_runs(tmp_path: Path) -> None:
+    run = Fence(tmp_path / "run")
+    run.look()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "build.json").write_text("{}")
+    with pytest.raises(FencedError, match="not a run's folder"):
+        run.take(1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["build.json"]
+
+
+def test_a_launcher_chooses_the_token(tmp_path: Path) -> None:
+    job = Fence(tmp_path, "123.abc")
+    job.hold(job.take(2))
+    assert (job.token, job.label) == ("123.abc", "1-123.abc")

@@ -49,7 +49,6 @@ def test_a_folder_of_ones_own_is_no_run(
 
 
 def marked(folder: Path, mark: str) -> None:
-    (folder / METRICS).write_text('{"step": 1}\n')
     if mark == "owner":
         fence.take(folder, ranks=1)
     elif mark == "config":
@@ -58,6 +57,7 @@ def marked(folder: Path, mark: str) -> None:
         checkpoint = folder / CHECKPOINTS / "step-00000004"
         checkpoint.mkdir(parents=True)
         (checkpoint / "checkpoint.json").write_text("{}")
+    (folder / METRICS).write_text('{"step": 1}\n')
 
 
 @pytest.mark.parametrize("mark", ["owner", "config", "checkpoint"])

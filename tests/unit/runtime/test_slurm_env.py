@@ -1,6 +1,8 @@
 """Slurm's environment of a task, mapped to RANK, WORLD_SIZE and the other launcher variables."""
 
 import re
+import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,13 @@ MASTER = {"MASTER_ADDR": "n1", "MASTER_PORT": "12345"}
 BATCH = {name: value for name, value in STEP.items() if "STEP" not in name} | {"SLURM_NTASKS": "20"}
 
 
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes' names resolve."""
+    monkeypatch.setattr(slurm_env, "_resolves", lambda host: True)
+
+
+@pytest.mark.usefixtures("names")
 def test_a_task_is_a_rank() -> None:
     ranks = {"RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
     assert slurm_env.ranks(STEP | MASTER) == ranks
@@ -37,6 +46,7 @@ def test_job_ids_of_array_tasks_are_distinct() -> None:
     assert [slurm_env.job_id(task) for task in tasks] == ["7_0", "7_1"]
 
 
+@pytest.mark.usefixtures("names")
 def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_env, "_first_host", lambda nodes: f"first of {nodes}")
     mapped = slurm_env.ranks(STEP)
@@ -47,6 +57,45 @@ def test_the_first_node_is_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert len(ports) == 4
     assert all(1024 < int(port) < 32768 for port in ports)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_name_that_does_not_resolve_is_replaced_by_the_nodes_address(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MASTER_ADDR may also be set to such a name, by a job script."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        "#!/bin/sh\nPATH=/usr/bin:/bin\n"
+        f"""echo "$*" >>{tmp_path}/asked; case "$*" in *hostnames*) echo absent.invalid; echo n2;;
+        *) echo "NodeName=absent.invalid Arch=x86_64 NodeAddr=${{ADDRESS:-127.0.0.2}} NodeHostName=absent"; esac\n"""
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    step = STEP | ({"MASTER_ADDR": "absent.invalid"} if given else {})
+    assert slurm_env.ranks(step)["MASTER_ADDR"] == "127.0.0.2"
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "--oneliner show node absent.invalid"
+    for address in ("absent.invalid", "other.invalid"):
+        monkeypatch.setenv("ADDRESS", address)
+        with pytest.raises(ValueError, match=f"absent.invalid does not resolve here .its NodeAddr is {address}"):
+            slurm_env.ranks(step)
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(ValueError, match=r"absent.invalid.*set MASTER_ADDR" if given else "MASTER_ADDR is not set"):
+        slurm_env.ranks(step)
+
+
+def test_a_master_that_does_not_resolve_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has started the ranks."""
+    pytest.importorskip("torch")
+    from maskvr_ds.runtime import distributed
+
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "12345"}
+    for name, value in (environment | {"MASTER_ADDR": "absent.invalid"}).items():
+        monkeypatch.setenv(name, value)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"MASTER_ADDR absent.invalid does not resolve here .*host of rank 0"):
+        distributed.initialize()
+    assert time.monotonic() - started < 30
 
 
 def test_without_scontrol_the_error_names_the_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
