@@ -233,13 +233,14 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
         from data_pipeline.execution.progress import ProgressBar
         from data_pipeline.reports.describe import describe
         from data_pipeline.reports.scan import verify
-        from data_pipeline.shards import read_manifest
+        from data_pipeline.shards import HELD_OUT, read_manifest
         from data_pipeline.tokenization.token_shards import is_tokens, read_tokens, verify_tokens
 
         if command == "verify" and is_tokens(arguments.folder):
             tokens = read_tokens(arguments.folder)
             verify_tokens(arguments.folder, tokens)
             print(f"{arguments.folder}: OK, {len(tokens.shards):,} token shards checked")
+            _print_not_hashed([Path(arguments.folder)])
             return
         size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)
         if command == "stats":
@@ -250,8 +251,17 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
             # Each shard is read twice: for its SHA-256, and for its rows.
             with ProgressBar(2 * size, "verify", arguments.progress) as bar:
                 manifests = verify(arguments.folder, bar.update)
-            shards = sum(len(manifest.shards) for manifest in manifests)
+            shards, held_out = sum(len(manifest.shards) for manifest in manifests), Path(arguments.folder) / HELD_OUT
             print(f"{arguments.folder}: OK, {shards:,} shards checked")
+            _print_not_hashed([Path(arguments.folder), *([held_out] if held_out.exists() else [])])
+
+
+def _print_not_hashed(folders: Sequence[Path]) -> None:
+    from data_pipeline.checksums import is_hashed, not_hashed
+    from data_pipeline.manifest import MANIFEST
+
+    if manifests := [folder / MANIFEST for folder in folders if not is_hashed(folder / MANIFEST)]:
+        print(not_hashed(manifests))
 
 
 def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> None:

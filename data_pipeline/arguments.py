@@ -12,7 +12,7 @@ from data_pipeline.files import CorpusError
 from data_pipeline.filters.rules import NEWER_RULES, DocumentRules
 from data_pipeline.manifest import PACKINGS
 from data_pipeline.numbers import MAX_LENGTH, MAX_WORKERS
-from data_pipeline.packing.stage import PackOptions
+from data_pipeline.packing.parts import PackOptions
 from data_pipeline.sources.description import Description, SourceSection, read_description
 from data_pipeline.sources.documents import DOCUMENTS
 from data_pipeline.sources.reading import RULES, Limits

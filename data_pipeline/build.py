@@ -20,6 +20,7 @@ files by SHA-256.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from data_pipeline.arguments import (
     resolve_description,
     with_required_planes,
 )
+from data_pipeline.checksums import is_hashed, not_hashed
+from data_pipeline.execution.file_checks import check_files
 from data_pipeline.execution.mpi import Team
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.workers import Pool
@@ -44,13 +47,22 @@ from data_pipeline.filters.ngrams import task_digests
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.numbers import MAX_WORKERS
 from data_pipeline.outputs import check_inputs, claim, finished_corpus
-from data_pipeline.packing.stage import PackOptions, pack_side
+from data_pipeline.packing.parts import PackOptions
+from data_pipeline.packing.stage import pack_side
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.description import MAX_WEIGHT, Description, description_yaml
-from data_pipeline.tokenization.stage import TokenizeOptions, default_work_size, find_groups, tokenize_stage
-from data_pipeline.tokenization.token_shards import TOKENS_VERSION, TokenManifest, read_tokens
+from data_pipeline.tokenization.stage import REBUILD, TokenizeOptions, default_work_size, find_groups, tokenize_stage
+from data_pipeline.tokenization.token_shards import (
+    TOKENS_REMEDY,
+    TOKENS_VERSION,
+    TokenManifest,
+    read_tokens,
+    token_hashes,
+)
 from data_pipeline.tokenization.tokenizer import copy_tokenizer, fingerprint, pair_separators
 from data_pipeline.tokenization.unknown import describe_unknown
+
+_logger = logging.getLogger(__name__)
 
 
 def build(
@@ -123,6 +135,7 @@ def build(
                 report(describe_unknown(tokens))
             if named:
                 _save_description(output, about)
+            _check_tokens(work, tokens, output / TOKENIZER, work, pool, bar, REBUILD)
             manifest = _pack_sides(work, tokens, output, output / TOKENIZER, work, packed, pool, bar)
     return manifest
 
@@ -228,6 +241,8 @@ def pack(
     tokens, output = Path(tokens), Path(output)
     check_rules(((1 <= workers <= MAX_WORKERS, "workers", workers, f"from 1 to {MAX_WORKERS:,}"),))
     manifest = read_tokens(tokens)
+    if not is_hashed(tokens / MANIFEST):
+        _logger.warning("%s", not_hashed([tokens / MANIFEST]))
     options = pack_options(sequence_length, packing, bins, pair_probability, columns, manifest.seed, shard_size)
     needed = {*columns, *(("sentence_start",) if packing in ("nsp", "sop") else ())}
     if missing := sorted(needed - set(manifest.planes)):
@@ -255,8 +270,20 @@ def pack(
             with atomic_file(output / DESCRIPTION) as file:
                 file.write((tokens / DESCRIPTION).read_bytes())
         with ProgressBar(0, "pack", progress) as bar, Pool(workers, team) as pool:
+            _check_tokens(tokens, manifest, tokens / TOKENIZER, work, pool, bar, TOKENS_REMEDY)
             result = _pack_sides(tokens, manifest, output, tokens / TOKENIZER, work, options, pool, bar)
     return result
+
+
+def _check_tokens(
+    folder: Path, manifest: TokenManifest, tokenizer: Path, work: Path, pool: Pool, bar: ProgressBar, remedy: str
+) -> None:
+    """Compare tokenizer and token shards with their SHA-256 before packing. Raises CorpusError naming every bad
+    file."""
+    sides = [shard.sides for shard in manifest.shards]
+    bar.phase("verify", sum(file.bytes for shard in sides for side in shard.values() for file in side.files.values()))
+    hashes = [{str(tokenizer / "tokenizer.json"): manifest.tokenizer_sha256}, *token_hashes(folder, sides)]
+    check_files(hashes, work, pool, bar.update, remedy)
 
 
 def _pack_sides(

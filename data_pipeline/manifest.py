@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from data_pipeline.checksums import with_checksum, without_checksum
 from data_pipeline.files import CorpusError, atomic_file
 
 # Version 1 has none of the fields after `shards`. Corpora that need none of them are still written as version 1.
@@ -158,7 +159,10 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read and validate `folder/manifest.json`. Raises CorpusError if it is missing or invalid."""
+    """Read and validate `folder/manifest.json`.
+
+    Raises CorpusError if it is missing or invalid, or if its content differs from the hash that it carries.
+    """
     path = Path(folder) / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
@@ -176,6 +180,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION} and {LATEST_VERSION}. "
             "Build the corpus again"
         )
+    raw = without_checksum(raw, path, "Restore it from a copy or build the corpus again")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -186,10 +191,11 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` atomically. Its presence marks the corpus as complete."""
+    """Write `folder/manifest.json` atomically, with a hash of itself. Its presence marks the corpus as complete."""
     later = ("columns", "mixture", "dropped", "replaced", "unused", "labelled", "pair_probability")
     exclude: Any = dict.fromkeys(later, True) | {"shards": {"__all__": {"length"}}}
     exclude = exclude if manifest.schema_version == 1 else None
-    data = (manifest.model_dump_json(indent=2, exclude=exclude) + "\n").encode()
+    content = with_checksum(manifest.model_dump(mode="json", exclude=exclude))
+    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     with atomic_file(Path(folder) / MANIFEST, len(data)) as file:
         file.write(data)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.files import CorpusError, atomic_file, map_file, sha256_file
+from data_pipeline.checksums import is_hashed, not_hashed
+from data_pipeline.files import CorpusError, map_file, sha256_file
 from data_pipeline.manifest import (
     HELD_OUT,
     MANIFEST,
@@ -53,10 +54,10 @@ from data_pipeline.manifest import (
     SourceEntry,
     SpecialTokens,
     id_dtype,
-    plain_name,
     read_manifest,
     write_manifest,
 )
+from data_pipeline.shard_files import shard_schema, write_shard
 
 __all__ = [
     "HELD_OUT",
@@ -72,6 +73,7 @@ __all__ = [
     "ShardEntry",
     "SourceEntry",
     "SpecialTokens",
+    "beyond_vocabulary",
     "check_shard",
     "check_tokenizer",
     "id_dtype",
@@ -83,61 +85,6 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 20
-
-
-def _schema(length: int, dtype: np.dtype, columns: Sequence[str]) -> pa.Schema:
-    def field(name: str, kind: pa.DataType) -> pa.Field:
-        return pa.field(name, kind, nullable=False)
-
-    bits = pa.list_(pa.field("item", pa.bool_(), nullable=False), length)
-    kinds = {"word_start": bits, "sentence_start": bits, "segment_start": pa.uint16(), "pair_label": pa.bool_()}
-    ids = pa.list_(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False), length)
-    fields = [field("input_ids", ids), field("document_end", pa.bool_())]
-    return pa.schema(fields + [field(name, kinds[name]) for name in columns])
-
-
-def write_shard(
-    folder: str | Path,
-    file_name: str,
-    input_ids: NDArray[np.unsignedinteger],
-    document_end: NDArray[np.bool_],
-    columns: Mapping[str, NDArray[Any]] | None = None,
-    binned: bool = False,
-) -> ShardEntry:
-    """Write one shard atomically, and return its manifest entry.
-
-    input_ids: uint16 or uint32 [R, L], R > 0; document_end: bool [R]; columns: in the order of manifest.COLUMNS,
-    word_start and sentence_start bool [R, L], segment_start uint16 [R], pair_label bool [R]. binned: L is specific to
-    this shard, and recorded in its entry.
-    Raises CorpusError if the disk is full.
-    """
-    rows, length = input_ids.shape
-    columns = columns or {}
-    assert input_ids.dtype in (np.uint16, np.uint32), input_ids.dtype
-    assert document_end.dtype == np.bool_, document_end.dtype
-    assert document_end.shape == (rows,), document_end.shape
-    assert rows > 0
-    schema = _schema(length, input_ids.dtype, tuple(columns))
-    # From buffers, here and in the reader: Arrow's conversions from and to NumPy import pandas, which takes 0.25 s.
-    arrays = [_array(input_ids, schema.field(0).type), _array(document_end, pa.bool_())]
-    arrays += [_array(values, schema.field(name).type) for name, values in columns.items()]
-    batch = pa.record_batch(arrays, schema=schema)
-    path = Path(folder) / plain_name(file_name)
-    with atomic_file(path, needed=batch.nbytes) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(batch)
-    entry = ShardEntry(file=file_name, rows=rows, bytes=file.bytes, sha256=file.sha256())
-    return entry.model_copy(update={"length": length}) if binned else entry
-
-
-def _array(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    item = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
-    if pa.types.is_boolean(item):
-        # packbits clears the padding bits: equal corpora must have equal bytes.
-        data = pa.py_buffer(np.packbits(values.reshape(-1), bitorder="little"))
-    else:
-        data = pa.py_buffer(np.ascontiguousarray(values))
-    flat = pa.Array.from_buffers(item, values.size, [None, data], null_count=0)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind) if kind is not item else flat
 
 
 def _shard_path(folder: Path, entry: ShardEntry) -> Path:
@@ -173,7 +120,7 @@ def _map_shard(descriptor: int, path: Path, entry: ShardEntry, manifest: Manifes
     Raises CorpusError if the file does not match the manifest.
     """
     length = entry.length or manifest.sequence_length
-    expected = _schema(length, id_dtype(manifest.vocab_size), manifest.columns)
+    expected = shard_schema(length, id_dtype(manifest.vocab_size), manifest.columns)
 
     def refuse(rule: str, found: object) -> CorpusError:
         return CorpusError(f"{path}: {rule}, found {found}. Copy the shard again or build the corpus again")
@@ -232,6 +179,20 @@ def _damaged(path: Path, entry: ShardEntry, found: str) -> CorpusError:
     )
 
 
+def beyond_vocabulary(path: Path, first: int, ids: NDArray[np.unsignedinteger], vocab_size: int) -> str | None:
+    """The first row of a block with an id that the vocabulary does not have, in words; None if there is none.
+
+    path: of the shard; first: its row that ids[0] is; ids: [R, L].
+    """
+    if ids.max() < vocab_size:
+        return None
+    row = int((ids >= vocab_size).any(axis=1).argmax())
+    return (
+        f"{path}: row {first + row:,} has id {ids[row].max()}, must be below the vocabulary size {vocab_size:,}. "
+        "Build the corpus again"
+    )
+
+
 def verify_shards(
     folder: str | Path,
     manifest: Manifest,
@@ -267,11 +228,14 @@ class Corpus:
     Opening checks the manifest, the SHA-256 of the tokenizer, and existence, size, schema and number of rows of every
     shard, but reads no token data (`verify` does). Each shard is opened once, and stays mapped without a descriptor.
     open_files: opens the shards, possibly through another process. Raises CorpusError if any check fails.
+    `remarks`: sentences about what is not wrong, but should be known.
     """
 
     def __init__(self, folder: str | Path, open_files: OpenFiles = open_here) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        manifest = self.folder / MANIFEST
+        self.remarks: tuple[str, ...] = () if is_hashed(manifest) else (not_hashed([manifest]),)
         check_tokenizer(self.folder, self.manifest)
         self.rows: int = self.manifest.rows
         self.sequence_length: int = self.manifest.sequence_length
@@ -378,7 +342,8 @@ class Corpus:
         return np.unpackbits(bits, count=self.manifest.shards[i].rows, bitorder="little").astype(bool)
 
     def verify(self, indices: Sequence[int] | None = None, progress: Callable[[int], object] | None = None) -> None:
-        """Read shards (all, or `indices`) through the memory map and check their SHA-256.
+        """Read shards (all, or `indices`) through the memory map and check their SHA-256, and that ids are below the
+        vocabulary size.
 
         progress: called with the number of bytes of each read. Raises one CorpusError with one line per bad shard.
         """
@@ -392,8 +357,19 @@ class Corpus:
             entry = self.manifest.shards[i]
             if (found := digest.hexdigest()) != entry.sha256:
                 faults.append(str(_damaged(self._path(i), entry, found)))
+            elif (fault := self._beyond_vocabulary(i)) is not None:
+                faults.append(fault)
         if faults:
             raise CorpusError("\n".join(faults))
+
+    def _beyond_vocabulary(self, i: int) -> str | None:
+        """The first row of shard i with an id that the vocabulary does not have, in words; None if there is none."""
+        ids = self._views[i]
+        rows = max(_BLOCK // ids.shape[1], 1)
+        for first in range(0, len(ids), rows):
+            if fault := beyond_vocabulary(self._path(i), first, ids[first : first + rows], self.manifest.vocab_size):
+                return fault
+        return None
 
     def _path(self, i: int) -> Path:
         return self.folder / self.manifest.shards[i].file

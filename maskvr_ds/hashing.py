@@ -6,15 +6,19 @@ on host and device. The mixer is the output function of SplitMix64
 mix(key + i · golden), i = 1, 2, …, which is that generator with `key` as its state.
 """
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 Int64 = TypeVar("Int64", "np.ndarray[Any, np.dtype[np.int64]]", "torch.Tensor")
 
 
+# Version of `data_digest` and `mask_digest` (masking/masker.py). Version 1 had only row numbers and masked positions.
+DIGEST_VERSION = 2
 _ALL_BITS = (1 << 64) - 1
 
 
@@ -66,6 +70,27 @@ def _mix_int(x: int) -> int:
     x = ((x ^ (x >> 30)) * _MULTIPLIER_1) & _ALL_BITS
     x = ((x ^ (x >> 27)) * _MULTIPLIER_2) & _ALL_BITS
     return x ^ (x >> 31)
+
+
+@lru_cache(maxsize=8)
+def factors(length: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """m, int64 [length], odd and random: the hash of a row x is Σ_i m_i x_i modulo 2^64 (multilinear hashing, Carter &
+    Wegman 1979; Lemire & Kaser 2014, "Strongly universal string hashing is fast").
+
+    Rows that differ at one position have different hashes, since odd numbers are invertible modulo 2^64.
+    """
+    found = stream(0, np.arange(length, dtype=np.int64)) | 1
+    found.flags.writeable = False
+    return found
+
+
+def row_hashes(
+    rows: "np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]", also: int
+) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Hashes of rows of L token ids and of one more number, `also`: uint16 or uint32 [B, L] → int64 [B]."""
+    m = factors(rows.shape[1] + 1)
+    # A quarter of the time of products and a sum: no array of int64 products.
+    return np.einsum("ij,j->i", rows, m[:-1]) + np.int64(also) * m[-1:]
 
 
 def unit_interval(bits: "torch.Tensor") -> "torch.Tensor":

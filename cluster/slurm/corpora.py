@@ -24,7 +24,7 @@ from data_pipeline.sources.description import read_description
 from maskvr_ds.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
-    from data_pipeline.packing.stage import PackOptions
+    from data_pipeline.packing.parts import PackOptions
 
 
 @dataclass(frozen=True)

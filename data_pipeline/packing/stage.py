@@ -11,7 +11,7 @@ The other packings (packing/pairs.py) first write the rows of each part to tempo
 from __future__ import annotations
 
 import json
-import math
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,58 +24,25 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.execution.file_checks import check_files
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.tasks import Task
 from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, fsync_path, write_json
-from data_pipeline.manifest import COLUMNS, HELD_OUT, LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
+from data_pipeline.manifest import LATEST_VERSION, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.packing.full_sequences import ShardLayout, pack_pieces
 from data_pipeline.packing.pairs import PairOptions, Rows, document_rows, pair_rows
+from data_pipeline.packing.parts import PackOptions, Part, make_parts, open_part
 from data_pipeline.packing.source_counts import mixture_entries
 from data_pipeline.shards import Manifest, ShardEntry, write_manifest, write_shard
 from data_pipeline.sources.inputs import Progress
+from data_pipeline.tokenization.stage import REBUILD
 from data_pipeline.tokenization.token_shards import SideReader, TokenManifest, read_tokens
 from data_pipeline.tokenization.tokenizer import copy_tokenizer, pair_separators
 
 _BLOCK = 1 << 20
+_logger = logging.getLogger(__name__)
 _OPEN_PARTS = 64  # open readers per process, for random segments from the neighbourhood
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """Packing options. bins: ascending row lengths for `documents`, the last of which is the sequence length;
-    probability: of the label of a pair; columns: of word_start and sentence_start, those to store; weights: per source;
-    shard_size: in MB."""
-
-    sequence_length: int
-    packing: str
-    bins: tuple[int, ...]
-    probability: float
-    columns: tuple[str, ...]
-    weights: tuple[float, ...]
-    seed: int
-    shard_size: float
-
-    @property
-    def all_columns(self) -> tuple[str, ...]:
-        """Optional columns of the shards, in the order of COLUMNS."""
-        wanted = {*self.columns, *(("segment_start", "pair_label") if self.packing in ("nsp", "sop") else ())}
-        return tuple(column for column in COLUMNS if column in wanted)
-
-    def rows_per_shard(self, length: int, dtype: np.dtype) -> int:
-        planes = sum(column in ("word_start", "sentence_start") for column in self.columns)
-        pair = 17 if self.packing in ("nsp", "sop") else 0
-        bits = length * (8 * dtype.itemsize + planes) + 1 + pair
-        return max(int(self.shard_size * 1e6) * 8 // bits, 1)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One copy of the documents of a token shard."""
-
-    shard: int
-    copy: int
 
 
 @dataclass(frozen=True)
@@ -88,29 +55,6 @@ class _Side:
     side: str
     options: PackOptions
     separators: int = 1
-
-
-def make_parts(manifest: TokenManifest, side: str, weights: Sequence[float]) -> list[Part]:
-    """The parts of the stream of one side, in order."""
-    uses = [1.0 if side == HELD_OUT else weights[shard.source] for shard in manifest.shards]
-    copies = math.ceil(max(uses, default=0))
-    return [Part(i, copy) for copy in range(copies) for i, weight in enumerate(uses) if weight > copy]
-
-
-def open_part(
-    folder: str | Path, manifest: TokenManifest, side: str, part: Part, weights: Sequence[float]
-) -> SideReader:
-    """Reader of a part, restricted to the documents that the weight of its source selects."""
-    shard = manifest.shards[part.shard]
-    share = 1.0 if side == HELD_OUT else min(weights[shard.source] - part.copy, 1.0)
-    keep = None
-    if share < 1:
-        reader = SideReader(folder, manifest, part.shard, side)
-        keys = reader.keys()
-        # Hash again: the held-out split was selected by the same bits.
-        mixed = (keys ^ (keys >> np.uint64(31))) * _GOLDEN
-        keep = (mixed ^ (mixed >> np.uint64(29))) * _GOLDEN < np.uint64(share * 2.0**64)
-    return SideReader(folder, manifest, part.shard, side, keep)
 
 
 @lru_cache(maxsize=1)
@@ -288,6 +232,7 @@ def _pack_rows_of_parts(
         what = f"rows of token shard {part.shard}"
         tasks.append(Task(f"{shared.side}.rows-{i:05}", what, make_rows, (shared, i), size * item))
     results = pool.run(tasks, Path(shared.work) / "results", bar.update)
+    _check_rows(shared, results, pool)
     tasks = []
     for index, length in enumerate(options.bins):
         offsets = [0, *accumulate(result["rows"][index] for result in results)]
@@ -310,6 +255,21 @@ def _pack_rows_of_parts(
         "labelled": sum(result["labelled"] for result in results),
         "shards": tuple(ShardEntry(**shard) for shard in shards),
     }
+
+
+def _check_rows(shared: _Side, results: Sequence[dict[str, Any]], pool: Pool) -> None:
+    """Compare the rows of all parts with their SHA-256 before they are joined to shards."""
+    if any("sha256" not in result for result in results):
+        _logger.warning(
+            "%s: rows of this build were written by an earlier version and are not hashed, so damage to them would not "
+            "be noticed. To exclude it, remove the output folder and build again",
+            shared.work,
+        )
+    hashes = [
+        {str(Path(shared.work) / name): sha256 for name, sha256 in result.get("sha256", {}).items()}
+        for result in results
+    ]
+    check_files(hashes, Path(shared.work), pool, lambda *_: None, REBUILD)
 
 
 def _row_path(shared: _Side, part: int, index: int, column: str) -> Path:
@@ -352,7 +312,8 @@ def make_rows(shared: _Side, i: int, progress: Progress) -> dict[str, Any]:
             labelled += int(block.columns["pair_label"].sum()) if "pair_label" in block.columns else 0
     fsync_path(Path(shared.work))
     progress(reader.length * manifest.dtype.itemsize, 0)
-    return {"rows": rows, "tokens": tokens, "unused": unused, "labelled": labelled}
+    hashes = {_row_path(shared, i, index, column).name: file.sha256() for (index, column), file in files.items()}
+    return {"rows": rows, "tokens": tokens, "unused": unused, "labelled": labelled, "sha256": hashes}
 
 
 def _blocks(shared: _Side, manifest: TokenManifest, reader: SideReader, i: int) -> Iterator[Rows]:

@@ -9,18 +9,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.checksums import is_hashed
 from data_pipeline.files import CorpusError
 from data_pipeline.packing.source_counts import sample_modulus
 from data_pipeline.shards import (
     HELD_OUT,
     MANIFEST,
+    TOKENIZER,
     Corpus,
     Manifest,
     SpecialTokens,
+    beyond_vocabulary,
     check_tokenizer,
     read_manifest,
     verify_shards,
 )
+from data_pipeline.tokenization.tokenizer import Encoder
 
 _ROWS = 1 << 14
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -63,12 +67,8 @@ def scan(corpus: Corpus, progress: Callable[[int], object] | None = None, hashes
         ids, ends = corpus.input_ids(i), corpus.document_end(i)
         for first in range(0, len(ids), _ROWS):
             block = ids[first : first + _ROWS]
-            if block.max() >= manifest.vocab_size:
-                row = first + int((block >= manifest.vocab_size).any(axis=1).argmax())
-                result.faults.append(
-                    f"{corpus.folder / shard.file}: row {row:,} has id {block.max()}, must be below the "
-                    f"vocabulary size {manifest.vocab_size:,}. Build the corpus again"
-                )
+            if fault := beyond_vocabulary(corpus.folder / shard.file, first, block, manifest.vocab_size):
+                result.faults.append(fault)
                 break
             if (block[:, 0] != special.cls).any():
                 row = first + int((block[:, 0] != special.cls).argmax())
@@ -152,7 +152,8 @@ def verify(folder: str | Path, progress: Callable[[int], object] | None = None) 
     """Check all data of a corpus and of its held-out corpus, if any; returns their manifests.
 
     Checks the tokenizer, size and SHA-256 of every shard, then all rows: [CLS], ids below the vocabulary size, and the
-    numbers of tokens and documents. progress: called with the bytes read.
+    numbers of tokens and documents. Of a manifest without a hash of itself, special tokens and vocabulary size are
+    compared with the tokenizer. progress: called with the bytes read.
     Raises one CorpusError with one line per fault.
     """
     folders = [Path(folder)]
@@ -174,6 +175,7 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
     faults = []
     for check in (
         lambda: check_tokenizer(folder, manifest),
+        lambda: _check_unhashed(folder, manifest),
         lambda: verify_shards(folder, manifest, progress=progress),
     ):
         try:
@@ -197,3 +199,21 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
     if faults:
         raise CorpusError("\n".join(faults))
     return manifest
+
+
+def _check_unhashed(folder: Path, manifest: Manifest) -> None:
+    """Compare a manifest without a hash of itself with the corpus's tokenizer: the roles that training uses, and the
+    vocabulary size. Raises CorpusError if they differ.
+    """
+    if is_hashed(folder / MANIFEST):
+        return
+    encoder = Encoder(folder / TOKENIZER)
+    found = {"vocab_size": (manifest.vocab_size, encoder.vocab_size)} | {
+        f"special_tokens.{role}": (getattr(manifest.special_tokens, role), getattr(encoder.special_tokens, role))
+        for role in ("cls", "sep", "pad", "mask")
+    }
+    if faults := [f"{name} is {stated}, {of}" for name, (stated, of) in found.items() if stated != of]:
+        raise CorpusError(
+            f"{folder / MANIFEST}: {'; '.join(f'{fault} in the tokenizer' for fault in faults)}. "
+            "Restore the manifest or build the corpus again"
+        )

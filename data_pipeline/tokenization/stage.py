@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.execution.file_checks import check_files
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.tasks import Task
 from data_pipeline.execution.workers import Pool
@@ -32,6 +33,7 @@ from data_pipeline.tokenization.token_shards import (
     TokenManifest,
     TokenShard,
     TokenSide,
+    token_hashes,
     token_path,
     write_tokens,
 )
@@ -44,6 +46,8 @@ files."""
 
 # Enough units to keep many workers busy to the end, but none so small that file overhead dominates.
 _UNITS, _MIN_MB, _MAX_MB = 64, 1.0, 32.0
+# Remedy for damaged files of a build that was killed.
+REBUILD = "Remove the output folder, then rerun the command"
 
 
 def default_work_size(groups: Sequence[Sequence[Source]]) -> float:
@@ -155,6 +159,11 @@ def _drop(
 ) -> dict[str, int]:
     """Run `find_drops`, and add its counts to `dropped` and its files to `shards`; returns the drops of each side."""
     counts = [[entry[side].documents for side in job.sides] for entry in shards]
+    if not (work / "results" / "drops.json").exists():
+        hashes = token_hashes(job.work, shards)
+        suffixes = tuple(f".{name}" for name in TEMPORARY)
+        read = [{path: h for path, h in files.items() if path.endswith(suffixes)} for files in hashes]
+        check_files(read, work, pool, lambda *_: None, REBUILD)
     task = Task("drops", "the search for duplicates", find_drops, (job, counts))
     (found,) = pool.run([task], work / "results", bar.update)
     for unit, reasons in found["dropped"]:

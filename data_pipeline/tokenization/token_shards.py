@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from data_pipeline.checksums import with_checksum, without_checksum
 from data_pipeline.files import CorpusError, HashingFile, atomic_file, write_json
 from data_pipeline.shards import MANIFEST, Sha256, SourceEntry, SpecialTokens, id_dtype, sha256_file
 
@@ -36,6 +38,7 @@ SIDES = ("train", "held_out")
 PLANES = ("word_start", "sentence_start")
 # Reasons for dropping a document that are known only after it, or all documents, have been written.
 DROPS = ("bad_bytes", "contaminated", "duplicate", "near_duplicate")
+TOKENS_REMEDY = "Copy it again or tokenise again"
 
 
 class _Frozen(BaseModel):
@@ -109,7 +112,10 @@ def is_tokens(folder: str | Path) -> bool:
 
 
 def read_tokens(folder: str | Path) -> TokenManifest:
-    """Read `folder/manifest.json` and check the file sizes. Raises CorpusError if either is missing or invalid."""
+    """Read `folder/manifest.json` and check its hash and the file sizes.
+
+    Raises CorpusError if the manifest or a file is missing or invalid.
+    """
     path = Path(folder) / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
@@ -119,6 +125,7 @@ def read_tokens(folder: str | Path) -> TokenManifest:
         raise CorpusError(f"{path}: not JSON ({error}). Tokenise again") from None
     if not isinstance(raw, dict) or raw.get("kind") != "tokens":
         raise CorpusError(f"{path}: not a manifest of token shards. pack needs the output of the command tokenize")
+    raw = without_checksum(raw, path, "Restore it from a copy or tokenise again")
     try:
         manifest = TokenManifest.model_validate(raw)
     except ValidationError as error:
@@ -131,30 +138,38 @@ def read_tokens(folder: str | Path) -> TokenManifest:
                 size = part.stat().st_size if part.is_file() else None
                 if size != file.bytes:
                     found = "file missing" if size is None else f"{size:,} found"
-                    raise CorpusError(
-                        f"{part}: {file.bytes:,} bytes expected, {found}. Copy it again or tokenise again"
-                    )
+                    raise CorpusError(f"{part}: {file.bytes:,} bytes expected, {found}. {TOKENS_REMEDY}")
     return manifest
+
+
+def token_hashes(folder: str | Path, shards: Sequence[Mapping[str, TokenSide]]) -> list[dict[str, str]]:
+    """Path → SHA-256 of the files of each token shard. shards: for each shard, its sides."""
+    return [
+        {
+            str(token_path(folder, i, side, suffix)): file.sha256
+            for side, entry in sides.items()
+            for suffix, file in entry.files.items()
+        }
+        for i, sides in enumerate(shards)
+    ]
 
 
 def verify_tokens(folder: str | Path, manifest: TokenManifest) -> None:
     """Check the SHA-256 of every file. Raises one CorpusError with one line per bad file."""
-    faults = []
-    for i, shard in enumerate(manifest.shards):
-        for side, entry in shard.sides.items():
-            for suffix, file in entry.files.items():
-                path = token_path(folder, i, side, suffix)
-                if (found := sha256_file(path)) != file.sha256:
-                    faults.append(
-                        f"{path}: sha256 {file.sha256} expected, {found} found. Copy it again or tokenise again"
-                    )
+    faults = [
+        f"{path}: sha256 {expected} expected, {found} found. {TOKENS_REMEDY}"
+        for hashes in token_hashes(folder, [shard.sides for shard in manifest.shards])
+        for path, expected in hashes.items()
+        if (found := sha256_file(Path(path))) != expected
+    ]
     if faults:
         raise CorpusError("\n".join(faults))
 
 
 def write_tokens(folder: str | Path, manifest: TokenManifest) -> None:
-    """Write `folder/manifest.json` atomically. Its presence marks the token shards as complete."""
-    write_json(Path(folder) / MANIFEST, manifest.model_dump(mode="json"))
+    """Write `folder/manifest.json` atomically, with a hash of its content. Its presence marks the token shards as
+    complete."""
+    write_json(Path(folder) / MANIFEST, with_checksum(manifest.model_dump(mode="json")))
 
 
 class _Bits:

@@ -1,6 +1,11 @@
 """Loading a checkpoint into an engine, and reading its tensors.
 
-Collectives: `distributed.run_collectively` and `run_on_rank0`; those of DeepSpeed's load_checkpoint.
+DeepSpeed's files are pickles that nothing but their hash ties to the rest of a checkpoint. What was loaded from them is
+therefore compared with the checkpoint's weights, bit by bit, and with its logits on the probe. A file that holds master
+weights also holds their moments.
+
+Collectives: `distributed.run_collectively` and `run_on_rank0`; those of DeepSpeed's load_checkpoint, of
+`full_fp32_weights`, `not_rounded` and `probe_logits`.
 """
 
 import socket
@@ -10,12 +15,21 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from maskvr_ds.checkpoint import reshard
+from maskvr_ds.checkpoint.probe import probe_logits
+from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import MANIFEST, PROBE, WEIGHTS
 from maskvr_ds.runtime import distributed
+
+# Maximum difference of a logit on the probe, relative to the largest: other devices and kernels round otherwise, in
+# bf16 by up to 3% (export.TOLERANCE); the weights of another run give other logits altogether.
+_PROBE_TOLERANCE = 2.0**-3
+# Keys of the identity that checkpoints of earlier versions lack.
+_NEWER_IDENTITY = ("special_tokens", "vocab_size")
 
 
 def load(
@@ -29,7 +43,8 @@ def load(
 
     run: where a converted checkpoint is stored, if one is needed. expected: identity, world size and ZeRO stage of the
     present run; its step and samples are ignored. may_differ: keys of the identity that need not agree.
-    Raises CheckpointError if the checkpoint belongs to another run or is not visible on this node.
+    Raises CheckpointError if the checkpoint belongs to another run or is not visible on this node, or if DeepSpeed's
+    files hold other weights than the checkpoint.
     """
     folder, state = checkpoint.folder, checkpoint.state
     distributed.run_collectively(lambda: _check_visible(folder))
@@ -41,6 +56,41 @@ def load(
     else:
         universal = distributed.run_on_rank0(lambda: reshard.convert(run, folder, state, expected))
         reshard.load(universal, engine)
+    _check_loaded(folder, engine)
+
+
+def _check_loaded(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Raise CheckpointError if the engine's weights or logits differ from those that the checkpoint stores besides
+    DeepSpeed's files. Collective: call on all ranks."""
+    weights = full_fp32_weights(engine)
+    differing = not_rounded(engine, weights)
+    distributed.run_on_rank0(lambda: _check_weights(folder, weights, differing))
+    probe = {name: tensor.to(distributed.device()) for name, tensor in read_probe(folder).items()}
+    logits = probe_logits(engine.module, probe["input_ids"], probe["positions"], probe.get("attention_mask"))
+    distributed.run_on_rank0(lambda: _check_logits(folder, logits.float(), probe["logits"]))
+
+
+def _check_weights(folder: Path, weights: dict[str, torch.Tensor], not_rounded: list[str]) -> None:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+        differing = [n for n, w in weights.items() if n not in stored or not torch.equal(file.get_tensor(n), w)]
+    if differing := differing or not_rounded:
+        raise CheckpointError(
+            f"{folder}: DeepSpeed's files (*.pt) hold other weights than {WEIGHTS} ({', '.join(differing[:3])}): files "
+            f"of two checkpoints are mixed, although {MANIFEST} lists them. Remove this folder to resume from the "
+            "previous checkpoint"
+        )
+
+
+def _check_logits(folder: Path, logits: torch.Tensor, stored: torch.Tensor) -> None:
+    difference, largest = (logits - stored).abs().max().item(), stored.abs().max().item()
+    # "not <=" also refuses NaN.
+    if not difference <= _PROBE_TOLERANCE * largest:
+        raise CheckpointError(
+            f"{folder}: the model's logits on the stored probe differ by {difference:.3g} from those in {PROBE} "
+            f"(largest {largest:.3g}): its weights are of another checkpoint, or the installed transformers computes "
+            "another model. Remove this folder to resume from the previous checkpoint, or restore the installation"
+        )
 
 
 def _check_visible(folder: Path) -> None:
@@ -57,7 +107,7 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
     found = [
         "the corpus has other shards (data.path)" if name == "shards" else f"{name} was {was!r}, is {now!r}"
         for key, value in expected.identity.items()
-        if key not in may_differ
+        if key not in may_differ and (key in state.identity or key not in _NEWER_IDENTITY)
         for name, was, now in differences(key, state.identity.get(key), value)
     ]
     if state.dtype != expected.dtype:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
+from maskvr_ds.checkpoint.probe import probe_logits
 from maskvr_ds.config import CheckpointConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.engine.deepspeed_patches import capture_saved_files
@@ -250,7 +251,7 @@ def _check_rounded(differing: list[str]) -> None:
 
 def _probed(engine: deepspeed.DeepSpeedEngine, probe: MaskedBatch) -> dict[str, torch.Tensor]:
     """Content of probe.safetensors, see `load.read_probe`. Collective: call on all ranks."""
-    logits = probe_logits(engine.module, probe)
+    logits = probe_logits(engine.module, probe.input_ids, probe.positions, probe.attention_mask)
     tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
     if probe.attention_mask is not None:
         tensors["attention_mask"] = probe.attention_mask
@@ -270,14 +271,3 @@ def _raise_first(failed: list[Exception], folder: Path) -> None:
             f"{folder}: the checkpoint could not be written and was discarded: {failed[0]} ({free:,} bytes are free "
             "there); --resume auto continues from the previous one"
         ) from failed[0]
-
-
-@torch.no_grad()
-def probe_logits(module: Any, probe: MaskedBatch) -> torch.Tensor:
-    """The module's logits [B, K, V] on the probe, without dropout."""
-    training = module.training
-    module.eval()
-    try:
-        return module(probe.input_ids, probe.positions, attention_mask=probe.attention_mask)
-    finally:
-        module.train(training)

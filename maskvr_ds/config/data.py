@@ -29,8 +29,8 @@ class DataConfig(Section):
     held_out_path: PathSetting | None = None
     """Corpus for evaluation. null: the subfolder held_out of the corpus, or of every corpus of the mixture."""
     verify: Literal["full", "size"] = "full"
-    """full: read every shard once at the start and compare its SHA-256, the work divided among the ranks; size: compare
-    file sizes only."""
+    """full: read every shard once at the start, the work divided among the ranks, compare its SHA-256 and check that
+    ids are below the vocabulary size; size: compare file sizes only."""
     prefetch: PositiveCount = 2
     """Steps that each rank reads ahead."""
 

@@ -37,12 +37,15 @@ class TokenBatch(_Rows):
     sample_ids: int64 [B], row numbers in the corpus.
     epochs: int64 [B], number of earlier reads of the row.
     attention_mask: bool [B, L], False on padding; None if no row of the batch is padded.
+    row_digests: int64 [B], loader.row_digests: a hash of all of the above, made on the host as the rows were read; None
+        for batches that need no digest.
     """
 
     input_ids: "torch.Tensor"
     sample_ids: "torch.Tensor"
     epochs: "torch.Tensor"
     attention_mask: "torch.Tensor | None" = None
+    row_digests: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True)

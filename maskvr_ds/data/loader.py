@@ -115,9 +115,19 @@ def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64]
     # Padding is at the end of a row; full rows, the common case, need no mask and use the faster attention.
     if (ids[:, -1] == pad).any():
         attention_mask = torch.from_numpy(ids != pad)
-    batch = TokenBatch(input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask)
+    digests = torch.from_numpy(row_digests(ids, rows, epochs, pad))
+    batch = TokenBatch(input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask, digests)
     # Copies from pageable memory make the host wait, however small; input_ids is already pinned.
     return batch.map(torch.Tensor.pin_memory) if pin else batch
+
+
+def row_digests(
+    ids: NDArray[np.unsignedinteger], rows: NDArray[np.int64], epochs: NDArray[np.int64], pad: int
+) -> NDArray[np.int64]:
+    """Hash of each row's number, epoch and token ids [B, L], and of the id of [PAD], which determines the attention
+    mask: int64 [B]. Made here because the host has time to spare and the device would launch more kernels."""
+    keys = hashing.stream(hashing.fold(0), (epochs << 40) + rows)
+    return hashing.mix(keys ^ hashing.row_hashes(ids, pad))
 
 
 def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:

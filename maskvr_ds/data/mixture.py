@@ -22,7 +22,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config.base import ConfigError
 
 # Manifest fields that the corpora of a mixture must share.
-_COMMON = ("tokenizer_sha256", "special_tokens", "sequence_length")
+_COMMON = ("tokenizer_sha256", "vocab_size", "special_tokens", "sequence_length")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Mixture(Corpus):
         self.shares = tuple(Share(c.rows, max(1, round(w * c.rows))) for c, w in zip(corpora, weights, strict=True))
         manifests = [corpus.manifest for corpus in corpora]
         self.folder, self.tokenizer_folder = first.folder, first.tokenizer_folder
+        self.remarks = tuple(remark for corpus in corpora for remark in corpus.remarks)
         self.manifest = first.manifest.model_copy(
             update={
                 "shards": tuple(shard for m in manifests for shard in m.shards),

@@ -9,6 +9,7 @@ No host-device synchronisation: K, the width of the result, follows from L and t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -168,12 +169,31 @@ class Masker:
 
 
 def data_digest(batch: TokenBatch) -> torch.Tensor:
-    """Order-free wrapping sum over rows of hash(epoch, sample id): int64 []. Digests of ranks add up."""
-    return row_keys(0, batch).sum()
+    """Order-free wrapping sum over rows of hash(epoch, sample id, token ids, id of [PAD]): int64 []. Digests of ranks
+    add up.
+
+    The ids are those that the host read from the corpus.
+    """
+    assert batch.row_digests is not None, "the loader hashes rows as it reads them"
+    return batch.row_digests.sum()
 
 
 def mask_digest(batch: TokenBatch, masked: MaskedBatch) -> torch.Tensor:
-    """Order-free wrapping sum over rows of hash(epoch, sample id, set of masked positions): int64 []."""
-    position_hash = hashing.stream(0, masked.positions)
-    chosen = torch.where(masked.weights != 0, position_hash, 0).sum(1)
-    return hashing.mix(row_keys(0, batch) ^ hashing.mix(chosen)).sum()
+    """Order-free wrapping sum over rows of hash(all that `data_digest` covers, input ids after corruption, set of
+    (masked position, weight)): int64 [].
+
+    Weights to 17 significant bits: the last bits of an estimator's logarithms are rounded by layout.
+    """
+    assert batch.row_digests is not None, "the loader hashes rows as it reads them"
+    used = masked.weights != 0
+    weights = (masked.weights.view(torch.int32) + (1 << 6)) >> 7
+    slots = (masked.positions << 32) + weights
+    chosen = torch.where(used, hashing.stream(0, slots), 0).sum(1)
+    inputs = (masked.input_ids * _factors(masked.input_ids.shape[1], masked.input_ids.device)).sum(1)
+    return hashing.mix(batch.row_digests ^ (chosen + inputs)).sum()
+
+
+@lru_cache(maxsize=8)
+def _factors(length: int, device: torch.device) -> torch.Tensor:
+    """`hashing.factors`, on the device."""
+    return torch.tensor(hashing.factors(length), device=device)

@@ -54,7 +54,8 @@ class CheckpointState:
     be equal to resume. settings: all other settings that affect training, flat; they may differ on resume, and
     differences are logged. phases: what has been trained, one mapping per phase (`training.phases.done`), the last
     one possibly unfinished. guard: `divergence.Guard.state`. auto: `auto_strategy.Chooser.state`. held_out: held-out
-    figures of this step, `held_out_loss` in nats; not stored if empty.
+    figures of this step, `held_out_loss` in nats; not stored if empty. digests: version of the digests in
+    metrics.jsonl.
     """
 
     step: int
@@ -69,6 +70,7 @@ class CheckpointState:
     guard: dict[str, Any] = field(default_factory=dict)
     auto: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
+    digests: int = 1
 
     def stored(self) -> dict[str, Any]:
         """The content of checkpoint.json."""
@@ -76,7 +78,7 @@ class CheckpointState:
 
 
 _TYPES = {
-    **dict.fromkeys(("step", "samples", "world_size", "zero_stage"), int),
+    **dict.fromkeys(("step", "samples", "world_size", "zero_stage", "digests"), int),
     "dtype": str,
     **dict.fromkeys(("partitions", "phases"), list),
     **dict.fromkeys(("identity", "settings", "guard", "auto", "held_out"), dict),

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from maskvr_ds import hashing
 from maskvr_ds.config import MonitorConfig
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime import logs
@@ -72,6 +73,7 @@ class StepRecord:
             "skipped_sequences": skipped,
             "data_digest": f"{data_digest & (1 << 64) - 1:016x}",
             "mask_digest": f"{mask_digest & (1 << 64) - 1:016x}",
+            "digest_version": hashing.DIGEST_VERSION,
             **ratios,
             **({} if self.proposal is None else self.proposal.values()),
             **self.extra,

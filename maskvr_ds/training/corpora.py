@@ -13,10 +13,9 @@ from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError
 from maskvr_ds.data.mixture import corpora_identity
 from maskvr_ds.data.shared_files import NodeFiles
-from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.phases import RunPhase
-from maskvr_ds.training.references import check_same_tokenizer, open_corpora
+from maskvr_ds.training.references import check_same_tokenizer, corpus_remarks, open_corpora
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
                 if opened is not None:
                     opened.verify(range(rank, len(opened.manifest.shards), world_size))
         if rank == 0:
-            for remark in tokenizer_remarks(corpus.tokenizer_folder, corpus.manifest.special_tokens.all):
+            for remark in corpus_remarks(corpus, held_out):
                 logger.warning("%s", remark)
         return corpus, held_out
 

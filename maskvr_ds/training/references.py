@@ -60,16 +60,14 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
             initial = InitialWeights(folder, "")
     for where, phase in _phases(resolved or config):
         with _collected(faults, where):
-            corpus, _ = open_corpora(phase)
+            corpus, held_out = open_corpora(phase)
             first = first or corpus
             check_same_tokenizer(corpus, first)
             if initial is not None:
                 check_vocabulary(initial, corpus)
             if resolved is not None:
                 remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
-            remarks.update(
-                dict.fromkeys(tokenizer_remarks(corpus.tokenizer_folder, corpus.manifest.special_tokens.all))
-            )
+            remarks.update(dict.fromkeys(corpus_remarks(corpus, held_out)))
     return list(dict.fromkeys(faults)), list(remarks)
 
 
@@ -105,6 +103,13 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
     return corpus, _open_held_out(config, corpus, open_files)
 
 
+def corpus_remarks(corpus: Corpus, held_out: Corpus | None) -> list[str]:
+    """What is not wrong with the corpora of a phase, but should be known, one sentence each."""
+    found = tokenizer_remarks(corpus.tokenizer_folder, corpus.manifest.special_tokens.all)
+    # A held-out corpus is written by the same command as the corpus: one remark serves for both.
+    return [*found, *(corpus.remarks or (() if held_out is None else held_out.remarks))]
+
+
 def check_same_tokenizer(corpus: Corpus, first: Corpus) -> None:
     """Raise ConfigError if a phase's tokenizer differs from that of the first."""
     if (theirs := corpus.manifest.tokenizer_sha256) != (ours := first.manifest.tokenizer_sha256):
@@ -124,7 +129,7 @@ def _open_held_out(config: RunConfig, corpus: Corpus, open_files: OpenFiles) -> 
             f"{missing}: no held-out corpus; build with --held-out, set data.held_out_path, or evaluation.every_steps=0"
         )
     held_out = open_mixture([(path, 1.0) for path in paths], open_files)
-    for key in ("tokenizer_sha256", "sequence_length"):
+    for key in ("tokenizer_sha256", "vocab_size", "special_tokens", "sequence_length"):
         if (theirs := getattr(held_out.manifest, key)) != (ours := getattr(corpus.manifest, key)):
             raise ConfigError(f"{paths[0]}: {key} {theirs} differs from the training corpus' {ours}")
     rows = held_out_rows(held_out, config.evaluation.rows)

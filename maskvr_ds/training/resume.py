@@ -133,6 +133,13 @@ def restore_engine(
         was, now = loaded.identity["masking"], state.identity["masking"]
         distributed.run_on_rank0(lambda: _check_order(checkpoint.folder, was, now))
     logger.info("resumed from %s: step %d, %s samples", checkpoint.folder, loaded.step, f"{loaded.samples:,}")
+    if loaded.digests != state.digests:
+        logger.info(
+            "digests up to step %d are of version %d, those after it of version %d: the two cannot be compared",
+            loaded.step,
+            loaded.digests,
+            state.digests,
+        )
     if starts_phase:
         assert phase.start is not None
         apply_start(engine.basic_optimizer, phase.start)

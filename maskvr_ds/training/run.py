@@ -88,6 +88,8 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
     identity = {
         "tokenizer": manifest.tokenizer_sha256,
         "sequence_length": manifest.sequence_length,
+        "special_tokens": manifest.special_tokens.model_dump(),
+        "vocab_size": manifest.vocab_size,
         **corpora_identity(corpus),
         "model": config.model.model_dump(exclude={"preset", "activation_checkpointing", "initialize_from"})
         | ({} if initial is None else {"initialize_from": initial.sha256}),

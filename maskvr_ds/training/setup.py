@@ -159,6 +159,7 @@ def _initial_state(
         partitions=partition_sizes(engine),
         identity=run_identity(phase, corpus, initial),
         settings=run_settings(phase.config),
+        digests=hashing.DIGEST_VERSION,
     )
 
 

@@ -13,7 +13,7 @@ from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, column, configuration, run_command, train_all
-from tests.support.corpora import make_corpus
+from tests.support.corpora import change_manifest, make_corpus
 
 PLAIN: dict[str, Any] = {
     "model": NO_DROPOUT,
@@ -78,8 +78,7 @@ def prepare(name: str, folder: Path, good: Path, trained: Path) -> tuple[dict[st
         case "missing shard":
             other.unlink()
         case "leaving path":
-            manifest = corpus / "manifest.json"
-            manifest.write_text(manifest.read_text().replace('"shard-00000.arrow"', '"../shard-00000.arrow"'))
+            change_manifest(corpus, lambda manifest: manifest["shards"][0].update(file="../shard-00000.arrow"))
         case "other tokenizer":
             path = corpus / "tokenizer" / "tokenizer.json"
             path.write_text(path.read_text() + "\n")

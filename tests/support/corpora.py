@@ -1,11 +1,14 @@
 """Small synthetic corpora in the format of the data pipeline, with learnable structure."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from data_pipeline.checksums import with_checksum, without_checksum
 from data_pipeline.files import sha256_file
 from data_pipeline.shards import Manifest, SpecialTokens, id_dtype, write_manifest, write_shard
 
@@ -79,3 +82,12 @@ def make_corpus(
         ),
     )
     return folder
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], *, hashed: bool = True) -> None:
+    """Change the JSON of a manifest, whose hash then agrees again. hashed: False removes it, as if an earlier version
+    had written the manifest."""
+    path = folder / "manifest.json"
+    content = without_checksum(json.loads(path.read_bytes()), path, "")
+    change(content)
+    path.write_text(json.dumps(with_checksum(content) if hashed else content), encoding="utf-8")

@@ -40,6 +40,25 @@ def test_stream_agrees(key: int, counters: list[int]) -> None:
     assert int(drawn[0]) & ALL == splitmix64(key + (counters[0] + 1) * 0x9E3779B97F4A7C15)
 
 
+@given(st.sampled_from([np.uint16, np.uint32]), st.integers(1, 6), st.integers(1, 40), st.data())
+def test_hashes_of_rows_are_as_defined_and_see_one_changed_number(
+    dtype: type[np.unsignedinteger], rows: int, length: int, data: st.DataObject
+) -> None:
+    numbers = st.integers(0, int(np.iinfo(dtype).max))
+    ids = data.draw(st.lists(st.lists(numbers, min_size=length, max_size=length), min_size=rows, max_size=rows))
+    also, changed = data.draw(numbers), data.draw(numbers)
+    m = [splitmix64((i + 1) * 0x9E3779B97F4A7C15) | 1 for i in range(length + 1)]
+    expected = [sum(a * b for a, b in zip([*row, also], m, strict=True)) & ALL for row in ids]
+    array = np.array(ids, dtype)
+    assert [int(h) & ALL for h in hashing.row_hashes(array, also)] == expected
+    row, place = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, length))
+    before = also if place == length else ids[row][place]
+    if place < length:
+        array[row, place] = changed
+    found = hashing.row_hashes(array, changed if place == length else also)
+    assert (int(found[row]) & ALL == expected[row]) == (changed == before)
+
+
 def test_mix_does_not_modify_its_argument() -> None:
     x = torch.arange(5)
     hashing.mix(x)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from data_pipeline.files import sha256_file
 from maskvr_ds.cli.main import main
 from maskvr_ds.config import load_config
-from tests.support.corpora import make_corpus
+from tests.support.corpora import change_manifest, make_corpus
 
 Case = Callable[[Path, Path, dict[str, Any]], list[str] | None]
 
@@ -69,9 +69,8 @@ def retokenized(corpus: Path, folder: Path, change: Callable[[dict[str, Any]], N
         content = json.loads(file.read_text())
         change(content)
         file.write_text(json.dumps(content))
-        manifest = json.loads((part / "manifest.json").read_text())
-        manifest["tokenizer_sha256"] = sha256_file(file)
-        (part / "manifest.json").write_text(json.dumps(manifest))
+        sha256 = sha256_file(file)
+        change_manifest(part, lambda manifest, sha256=sha256: manifest.update(tokenizer_sha256=sha256))
     return path
 
 
@@ -124,6 +123,16 @@ def hostfile(folder: Path, corpus: Path, values: dict[str, Any]) -> list[str]:
     return ["--hostfile", str(folder / "hosts")]
 
 
+def other_mask(part: str) -> Case:
+    def prepare(folder: Path, corpus: Path, values: dict[str, Any]) -> None:
+        path = copied(corpus, folder)
+        text = (path / part / "manifest.json").read_text(encoding="utf-8")
+        (path / part / "manifest.json").write_text(text.replace('"mask": 4', '"mask": 14'), encoding="utf-8")
+        values["data"] = {"path": str(path)}
+
+    return prepare
+
+
 FAULTS: dict[str, tuple[Case, str]] = {
     "name of no DeepSpeed file": (settings(deepspeed="zero9"), "'zero9' is neither a file nor one of zero0_bf16"),
     "not JSON": (deepspeed("{"), "ds.json: not JSON"),
@@ -143,6 +152,8 @@ FAULTS: dict[str, tuple[Case, str]] = {
     "a batch of no rank": (settings(batch={"global_size": 10, "micro_size": 4}), "10 is not a multiple of batch.micro"),
     "a batch of 7 ranks": (lambda *_: ["--num-gpus", "7"], "× 7 ranks"),
     "a batch of the hostfile": (hostfile, "× 7 ranks"),
+    "another mask id": (other_mask("."), "copy/manifest.json: sha256 "),
+    "another mask id of the held-out corpus": (other_mask("held_out"), "copy/held_out/manifest.json: sha256 "),
     "no corpus": (settings(data={"path": "nowhere"}), "nowhere/manifest.json: not found"),
     "a folder": (no_manifest, "manifest.json: not found. This is not a corpus"),
     "no held-out corpus": (no_held_out, "no held-out corpus; build with --held-out"),
@@ -238,3 +249,17 @@ def test_a_tokenizer_that_pads(good: Path, tmp_path: Path, capsys: pytest.Captur
     assert "warning: " in lines[0]
     assert "has truncation, used by neither corpus nor training" in lines[0]
     assert "special tokens with the ids 4 are not registered" in lines[1]
+
+
+def test_a_corpus_of_an_earlier_version(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its manifests carry no hash: one warning for the corpus and its held-out corpus."""
+    path = copied(good, tmp_path)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values_of(tmp_path / "run", path)), encoding="utf-8")
+    assert main(["config", "--config", str(config)]) == 0
+    assert not capsys.readouterr().err
+    for part in (path, path / "held_out"):
+        change_manifest(part, lambda _: None, hashed=False)
+    assert main(["config", "--config", str(config)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"warning: {path / 'manifest.json'}: not hashed (written by an earlier version)" in line

@@ -73,10 +73,10 @@ def test_states(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beat(run, 3)
     assert read_status(run).state == "running"
     beat(run, 300)
-    write(run, layout.STOPPED, 20)
+    write(run, layout.STOPPED, 20, "token")
     assert read_status(run).state == "stopped"
     clear(run)
-    write(run, layout.COMPLETED, 30)
+    write(run, layout.COMPLETED, 30, "token")
     assert (read_status(run).state, read_status(run).why) == ("completed", "completed.json: step 30")
 
 
@@ -98,7 +98,7 @@ def test_status_from_squeue(run: Path, monkeypatch: pytest.MonkeyPatch, answer: 
     queue(run.parent, monkeypatch, answer)
     # A requeued job has stopped before.
     if answer.startswith("PENDING"):
-        write(run, layout.STOPPED, 20)
+        write(run, layout.STOPPED, 20, "token")
     status = read_status(run)
     assert (status.state, status.nodes) == (state, nodes)
     if state == "queued":

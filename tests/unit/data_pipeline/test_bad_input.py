@@ -20,6 +20,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.build import build
 from data_pipeline.files import CorpusError
 from data_pipeline.tokenization.tokenizer import copy_tokenizer
+from tests.support.corpora import change_manifest
 from tests.support.documents import ROOT, command, make_documents, run_command, tree, write_text, write_tokenizer
 
 
@@ -185,12 +186,6 @@ def change_byte(path: Path, position: int = -300) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
-
-
-def change_manifest(corpus: Path, change: Callable[[dict], object]) -> None:
-    manifest = json.loads((corpus / "manifest.json").read_text())
-    change(manifest)
-    (corpus / "manifest.json").write_text(json.dumps(manifest))
 
 
 def link_away(corpus: Path) -> None:

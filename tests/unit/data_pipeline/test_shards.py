@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from data_pipeline.shards import (
     write_manifest,
     write_shard,
 )
+from tests.support.corpora import change_manifest
 
 LENGTH = 8
 
@@ -147,13 +147,10 @@ Change = Callable[[dict], object]
 )
 def test_bad_manifest(tmp_path: Path, change: Change, message: str) -> None:
     make_corpus(tmp_path)
-    path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+    change_manifest(tmp_path, change)
     with pytest.raises(CorpusError, match=message) as caught:
         Corpus(tmp_path)
-    assert str(path) in str(caught.value)
+    assert str(tmp_path / "manifest.json") in str(caught.value)
 
 
 def test_manifest_missing_or_not_json(tmp_path: Path) -> None:

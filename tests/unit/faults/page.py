@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.documents import ROOT
-from tests.unit.faults import clusters, runs, settings, texts
+from tests.unit.faults import clusters, corpora, runs, settings, texts
 from tests.unit.faults.case import Fault
 
 PAGE = ROOT / "docs/reference/faults.md"
 SECTIONS: dict[str, list[Fault]] = {
-    "Texts, tokenizers and corpora": texts.FAULTS,
+    "Texts, tokenizers and corpora": texts.FAULTS + corpora.FAULTS,
     "Configurations": settings.FAULTS,
     "Runs, checkpoints and exports": runs.FAULTS,
     "Hostfiles and Slurm jobs": clusters.FAULTS,

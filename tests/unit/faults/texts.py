@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from tests.unit.faults.case import Fault, changes, cuts, flips, removes, writes
+from tests.unit.faults.case import Fault, writes
 
 BUILD = "data_pipeline build --input in --tokenizer tok --sequence-length 16 --output out"
 TO = BUILD.removesuffix("out")
@@ -318,60 +318,5 @@ FAULTS = [
         "data_pipeline tokenizer --input texts --vocab-size 10 --output out",
         "vocabulary size 10 is not possible with this text, which gives 54: the characters alone need "
         "more. Use --vocab-size 54 or other text",
-    ),
-    Fault(
-        "verify: a flipped bit in a shard",
-        "data_pipeline verify corpus",
-        "corpus/shard-00000.arrow: sha256 … expected, … found: the file was modified or damaged. Copy it "
-        "again or build the corpus again",
-        prepare=flips("corpus/shard-00000.arrow"),
-    ),
-    Fault(
-        "verify: a shard that is cut",
-        "data_pipeline verify corpus",
-        "corpus/shard-00000.arrow: 12,410 bytes expected, 12,409 found. Copy it again or build the corpus again",
-        prepare=cuts("corpus/shard-00000.arrow"),
-    ),
-    Fault(
-        "verify: a shard that is gone",
-        "data_pipeline verify corpus",
-        "corpus/shard-00000.arrow: shard is missing. Copy it again or build the corpus again",
-        prepare=removes("corpus/shard-00000.arrow"),
-    ),
-    Fault(
-        "verify: a changed tokenizer",
-        "data_pipeline verify corpus",
-        "corpus/tokenizer/tokenizer.json: sha256 … found, but the corpus was built with the tokenizer …: "
-        "ids would have another meaning. Restore that tokenizer or build again",
-        prepare=changes("corpus/tokenizer/tokenizer.json", "the", "teh"),
-    ),
-    Fault(
-        "verify: a changed count",
-        "data_pipeline verify corpus",
-        "corpus/manifest.json: manifest: Value error, rows is 1363, but the shards have 363 rows in total",
-        prepare=changes("corpus/manifest.json", '"rows": ', '"rows": 1'),
-    ),
-    Fault(
-        "verify: a shard outside of the folder",
-        "data_pipeline verify corpus",
-        "corpus/manifest.json: shards.0.file: Value error, '../corpus/shard-00000.arrow' is not a plain "
-        "file name: shards must be in the corpus folder",
-        prepare=changes("corpus/manifest.json", '"shard-00000.arrow"', '"../corpus/shard-00000.arrow"'),
-    ),
-    Fault(
-        "verify: no corpus",
-        "data_pipeline verify texts",
-        "texts/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the build command",
-    ),
-    Fault(
-        "verify: a manifest of a later version",
-        "data_pipeline verify corpus",
-        "corpus/manifest.json: schema_version is 91, this version reads 1 and 2. Build the corpus again",
-        prepare=changes("corpus/manifest.json", '"schema_version": ', '"schema_version": 9'),
-    ),
-    Fault(
-        "inspect: a row that does not exist",
-        "data_pipeline inspect corpus --first 100000",
-        "rows 100,000 to 100,004: corpus has the rows 0 to 362",
     ),
 ]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from maskvr_ds import hashing
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
+from maskvr_ds.data.loader import row_digests
 from maskvr_ds.masking.estimators import ESTIMATORS
 from maskvr_ds.masking.masker import Corruption, Masker, mask_digest
 from maskvr_ds.masking.strategies import STRATEGIES, Parameters, prediction_counts, span_thresholds
@@ -34,10 +35,10 @@ def tokens(rows: int, length: int = 32, seed: int = 0) -> TokenBatch:
     ids[:, 0], ids[:, -1] = 2, 3
     for row in range(0, rows, 5):
         ids[row, random.integers(1, length) :] = 0
-    epochs = torch.from_numpy(random.integers(0, 40, rows))
-    return TokenBatch(
-        torch.from_numpy(ids), torch.from_numpy(random.permutation(10_000)[:rows].astype(np.int64)), epochs
-    )
+    epochs, samples = random.integers(0, 40, rows), random.permutation(10_000)[:rows].astype(np.int64)
+    columns = {"input_ids": ids, "sample_ids": samples, "epochs": epochs}
+    columns["row_digests"] = row_digests(ids, samples, epochs, 0)
+    return TokenBatch(**{name: torch.from_numpy(column) for name, column in columns.items()})
 
 
 def masker(strategy: str, length: int = 32, *, rate: float = 0.15, seed: int = 5, **options: object) -> Masker:

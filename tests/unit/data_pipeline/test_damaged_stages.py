@@ -1,0 +1,147 @@
+"""Files between the stages of a build: whatever is damaged in them is named, and ends in no corpus."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.build import build, pack, tokenize
+from data_pipeline.files import CorpusError
+from data_pipeline.manifest import MANIFEST
+from tests.support.documents import make_documents, tree, write_text, write_tokenizer
+
+SIZES: dict[str, Any] = {"work_size": 0.006, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """in/, tok, tokens (with a held-out side); about.yaml, a description with duplicates removed."""
+    folder = tmp_path_factory.mktemp("stages")
+    documents = make_documents(60)
+    for i in range(2):
+        write_text(folder / f"in/{i}.txt", [*documents[i * 30 : i * 30 + 30], documents[0], documents[7]])
+    write_tokenizer(folder / "tok")
+    about = {"sources": [{"name": "a", "inputs": ["in"]}], "documents": {"duplicates": "exact"}}
+    (folder / "about.yaml").write_text(yaml.safe_dump(about))
+    tokenize(None, folder / "tok", folder / "tokens", description=folder / "about.yaml", held_out=0.2, **SIZES)
+    return folder
+
+
+def flip(path: Path, position: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+def killed(at: str, run: Callable[[], object]) -> None:
+    """Run until the function `at` is called."""
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at, fail)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+SUFFIXES = [
+    "train.ids",
+    "train.ends",
+    "train.word_start",
+    "train.sentence_start",
+    "train.keys",
+    "train.drop",
+    "held_out.ids",
+]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "workers"), [*((s, 1) for s in SUFFIXES), ("train.ids", 2), ("tokenizer/tokenizer.json", 1)]
+)
+def test_pack_refuses_damaged_token_shards(suffix: str, workers: int, folder: Path, tmp_path: Path) -> None:
+    tokens = shutil.copytree(folder / "tokens", tmp_path / "tokens")
+    if suffix.endswith(".json"):
+        path = tokens / suffix
+        good = path.read_bytes()
+        path.write_bytes(good + b"\n")
+    else:
+        path = next(path for path in sorted(tokens.glob(f"tokens-*.{suffix}")) if path.stat().st_size)
+        good = path.read_bytes()
+        flip(path)
+    for _ in range(2):
+        with pytest.raises(CorpusError) as caught:
+            pack(tokens, 16, tmp_path / "out", progress=False, workers=workers)
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"{path}: sha256 ")
+        assert line.endswith("Copy it again or tokenise again")
+        assert not (tmp_path / "out").exists()
+    path.write_bytes(good)
+    pack(tokens, 16, tmp_path / "out", progress=False)
+
+
+def test_every_damaged_file_has_its_line(folder: Path, tmp_path: Path) -> None:
+    tokens = shutil.copytree(folder / "tokens", tmp_path / "tokens")
+    bad = [
+        sorted(tokens.glob(f"tokens-*.{suffix}"))[number] for suffix, number in (("train.ids", 0), ("train.ends", 1))
+    ]
+    for path in bad:
+        flip(path)
+    with pytest.raises(CorpusError) as caught:
+        pack(tokens, 16, tmp_path / "out", progress=False)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [str(path) for path in bad]
+
+
+# Where a build is killed, and the file that is damaged then.
+KILLED = [
+    ("data_pipeline.tokenization.stage.find_drops", ".build/tokens-*.train.digests", "documents"),
+    ("data_pipeline.build._pack_sides", ".build/tokens-*.train.ids", "full_sequences"),
+    ("data_pipeline.build._pack_sides", ".build/tokens-*.held_out.ends", "documents"),
+    ("data_pipeline.packing.stage.join_rows", ".build/rows-*.input_ids", "documents"),
+    ("data_pipeline.packing.stage.join_rows", ".build/rows-*.pair_label", "nsp"),
+]
+
+
+@pytest.mark.parametrize(("at", "damaged", "packing"), KILLED)
+def test_a_resumed_build_refuses_files_damaged_meanwhile(
+    at: str, damaged: str, packing: str, folder: Path, tmp_path: Path
+) -> None:
+    def run(name: str) -> None:
+        about = folder / "about.yaml"
+        out = tmp_path / name
+        build(None, folder / "tok", 16, out, description=about, held_out=0.2, packing=packing, **SIZES)
+
+    run("uninterrupted")
+    killed(at, lambda: run("out"))
+    path = next(path for path in sorted((tmp_path / "out").glob(damaged)) if path.stat().st_size)
+    good = path.read_bytes()
+    flip(path)
+    for _ in range(2):
+        with pytest.raises(CorpusError) as caught:
+            run("out")
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"{path}: sha256 ")
+        assert line.endswith("Remove the output folder, then rerun the command")
+        assert not (tmp_path / "out" / MANIFEST).exists()
+    path.write_bytes(good)
+    run("out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "uninterrupted")
+
+
+def test_rows_of_an_earlier_version_have_no_hashes_and_are_used(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> None:
+        build([folder / "in"], folder / "tok", 16, tmp_path / "out", packing="documents", **SIZES)
+
+    killed("data_pipeline.packing.stage.join_rows", run)
+    for path in (tmp_path / "out/.build/results").glob("train.rows-*.json"):
+        result = json.loads(path.read_text())
+        assert result.pop("sha256")
+        path.write_text(json.dumps(result))
+    run()
+    assert caplog.text.count("are not hashed") == 1
