@@ -40,7 +40,8 @@ from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.ds_config import complete_deepspeed_config
 from maskvr_ds.engine.engine import set_learning_rate
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.held_out import HeldOut
@@ -116,7 +117,7 @@ def train(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     )
     torch.manual_seed(hashing.fold(job.seed, _WEIGHTS) >> 1)
     model = MaskedLanguageModel(
-        bert_config(sizes, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
+        transformers_config(sizes, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
     ).to(device)
     names = {p: name.removeprefix("mlm.") for name, p in model.named_parameters()}
     engine, optimizer = make_trainer(job, model, options)

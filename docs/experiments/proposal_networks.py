@@ -29,7 +29,7 @@ from maskvr_ds.data.loader import Loader, read_rows, to_device
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, inclusion_from_scores
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.run_folder.checkpoints import newest
 from maskvr_ds.run_folder.layout import MAPNET_STATE
 
@@ -97,11 +97,10 @@ class Learner:
 
 def read_norms(model: MaskedLanguageModel, masked: MaskedBatch) -> torch.Tensor:
     """s of a frozen model, float32 [B, K]: a backward pass of the head alone."""
-    hidden = model.hidden(masked.input_ids, masked.positions).requires_grad_()
-    logits = model.mlm.cls(hidden)
-    losses = F.cross_entropy(logits.flatten(0, 1), masked.labels.flatten(), reduction="none").view_as(masked.labels)
     norms = GradientNorms()
-    norms.watch(hidden, losses)
+    model.observer = norms.watch
+    with model.head_alone():
+        losses = model(masked.input_ids, masked.positions, masked.labels)
     (losses * masked.weights).sum().backward()
     return norms.take()
 
@@ -134,8 +133,7 @@ def main() -> None:
     corpus, held_out = Corpus(arguments.corpus), Corpus(arguments.corpus / "held_out")
     folder = newest(arguments.checkpoint)
     mlm = load_model(folder)
-    model = MaskedLanguageModel(mlm.config)
-    model.mlm = mlm
+    model = MaskedLanguageModel(mlm)
     model.eval().requires_grad_(False)
     V, L = corpus.manifest.vocab_size, corpus.sequence_length
 

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.engine.engine import create_engine
-from maskvr_ds.models.bert import bert_config
+from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.runtime import distributed
 
 # Optimizer to compare LAMB with → whether it needs a GPU.
@@ -54,7 +54,7 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
         torch.set_num_threads(threads)
     model = ModelConfig.model_validate({"preset": preset})
     engine = create_engine(
-        bert_config(model, vocab_size=_VOCABULARY, pad_id=0),
+        transformers_config(model, vocab_size=_VOCABULARY, pad_id=0),
         read_deepspeed_config(deepspeed_config_path(deepspeed)),
         model=model,
         batch=BatchConfig(global_size=distributed.world_size(), micro_size=1),

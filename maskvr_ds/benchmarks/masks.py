@@ -29,7 +29,7 @@ from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import Parameters, span_thresholds
-from maskvr_ds.models.bert import bert_config
+from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.step import run_step
 
@@ -163,7 +163,7 @@ def strategy_cost(
         distributed.barrier()
         corpus = Corpus(folder / "corpus")
         engine = create_engine(
-            bert_config(model, vocab_size=VOCABULARY, pad_id=SPECIAL.pad),
+            transformers_config(model, vocab_size=VOCABULARY, pad_id=SPECIAL.pad),
             read_deepspeed_config(deepspeed_config_path(deepspeed)),
             model=model,
             batch=BatchConfig(global_size=micro_size * world_size, micro_size=micro_size),

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from maskvr_ds.checkpoint import load
+from maskvr_ds.models.encoder import names_of_parameters
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import BERT
@@ -39,14 +40,16 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Exported:
-    """difference: maximum difference of a logit from the engine's. remarks: about the tokenizer, a sentence each."""
+    """difference: maximum difference of a logit from the engine's. architecture: class of transformers. remarks: about
+    the tokenizer, a sentence each."""
 
     difference: float
+    architecture: str
     remarks: tuple[str, ...]
 
 
 def export(source: str | Path, output: str | Path) -> Exported:
-    """Write a BertForMaskedLM (fp32, safetensors) with its tokenizer.
+    """Write the model of transformers (fp32, safetensors) with its tokenizer.
 
     source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
     Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use.
@@ -56,7 +59,8 @@ def export(source: str | Path, output: str | Path) -> Exported:
     folder = checkpoints.newest(Path(source))
     checkpoints.verify(folder)
     with folder_in_progress(target) as partial:
-        load_model(folder).save_pretrained(partial)
+        model = load_model(folder)
+        model.save_pretrained(partial)
         remarks = _write_tokenizer(folder / BERT, partial)
         difference = _compare(folder, partial)
         for path in (*partial.rglob("*"), partial):
@@ -69,7 +73,7 @@ def export(source: str | Path, output: str | Path) -> Exported:
                 "is a mount point; choose another --output"
             ) from None
         fsync_path(target.parent)
-    return Exported(difference, tuple(remarks))
+    return Exported(difference, type(model).__name__, tuple(remarks))
 
 
 def _target(output: Path) -> Path:
@@ -85,12 +89,13 @@ def _target(output: Path) -> Path:
     return target
 
 
-def load_model(folder: Path) -> BertForMaskedLM:
+def load_model(folder: Path) -> PreTrainedModel:
     """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit."""
-    model = BertForMaskedLM(AutoConfig.from_pretrained(folder / BERT))
+    model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / BERT), dtype=torch.float32)
     missing, unexpected = model.load_state_dict(load.read_weights(folder), strict=False)
     # Tied tensors are stored once; anything else that is missing would stay random.
-    untied = sorted(set(missing) - set(model._tied_weights_keys))
+    stored = {name for names in names_of_parameters(model).values() if not set(names) <= set(missing) for name in names}
+    untied = sorted(set(missing) - stored)
     if untied or unexpected:
         raise CheckpointError(f"{folder}: weights do not fit the model: missing {untied}, unexpected {unexpected}")
     model.tie_weights()
@@ -169,7 +174,7 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
 @torch.no_grad()
 def _compare(folder: Path, output: Path) -> float:
     dtype = checkpoints.read_state(folder).dtype
-    model = BertForMaskedLM.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForMaskedLM.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
     probe = load.read_probe(folder)
     logits = model(input_ids=probe["input_ids"], attention_mask=probe.get("attention_mask")).logits.float()
     K, V = probe["logits"].shape[1:]

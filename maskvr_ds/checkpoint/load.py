@@ -144,5 +144,5 @@ def read_extra(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Name -> float32 weights of the BertForMaskedLM."""
+    """Name -> float32 weights of transformers' masked language model."""
     return load_file(folder / WEIGHTS)

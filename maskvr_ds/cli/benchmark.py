@@ -34,13 +34,13 @@ def add_benchmark(commands: Commands) -> None:
 
 
 def _benchmark_options(parser: argparse.ArgumentParser) -> None:
-    from maskvr_ds.config.model import PRESETS
+    from maskvr_ds.config.architectures import BERT_PRESETS
 
     parser.add_argument("what", choices=["loader", "masking", "masks", "lamb", "train"], help="see above")
     parser.add_argument("--output", metavar="FILE", help="also write the results as JSON")
     parser.add_argument(
         "--preset",
-        choices=list(PRESETS),
+        choices=list(BERT_PRESETS),
         default="bert-base",
         help="train, lamb, masks: model size (default: bert-base)",
     )

@@ -115,5 +115,6 @@ def _export(arguments: argparse.Namespace) -> int:
     exported = export(arguments.checkpoint, arguments.output)
     for remark in exported.remarks:
         print(f"warning: {arguments.output}: {remark}", file=sys.stderr)
-    print(f"{arguments.output}: BertForMaskedLM and tokenizer; logits within {exported.difference:.2g} of the engine's")
+    logits = f"logits within {exported.difference:.2g} of the engine's"
+    print(f"{arguments.output}: {exported.architecture} and tokenizer; {logits}")
     return 0

@@ -4,7 +4,7 @@ Every number is finite and bounded by its type: an infinite or huge value would 
 or make each of its resumes fail. The bounds are far above everything in use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,8 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-def _readable_path(value: Any) -> Any:
+def readable_path(value: Any) -> Any:
+    """The value, if it can be a path. Raises ValueError otherwise."""
     if not isinstance(value, (str, Path)):
         raise ValueError(
             f"expected a path, found {shown(value)}, which YAML reads as {type(value).__name__}; put it in quotes "
@@ -48,6 +49,10 @@ def _readable_path(value: Any) -> Any:
     if text.startswith("~"):
         raise ValueError(f"{text}: ~ is not replaced by your home folder here; write the full path")
     return value
+
+
+def _readable_path_or_mapping(value: Any) -> Any:
+    return value if value is None or isinstance(value, Mapping) else readable_path(value)
 
 
 def _zero_or_a_second(value: float) -> float:
@@ -66,7 +71,9 @@ def _whole_number(value: Any) -> Any:
 
 
 _Number = BeforeValidator(_no_truth_value)
-PathSetting = Annotated[Path, BeforeValidator(_readable_path)]
+PathSetting = Annotated[Path, BeforeValidator(readable_path)]
+# A file, or what it says.
+PathOrMapping = Annotated[Path | dict[str, Any] | None, BeforeValidator(_readable_path_or_mapping)]
 
 # Integers
 Seed = Annotated[int, _Number, Field(ge=0, le=MAX_SEED)]

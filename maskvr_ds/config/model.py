@@ -1,27 +1,37 @@
-"""Section `model`: sizes given explicitly, by preset, or by an existing model. Loads no torch."""
+"""Section `model`: an architecture of transformers with its settings, a preset, or an existing model. Loads no
+torch."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ModelWrapValidatorHandler, model_validator
+from pydantic import ModelWrapValidatorHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from maskvr_ds.config.base import Epsilon, PathSetting, PositiveCount, PositiveRatio, Section, Share, Width
+from maskvr_ds.config.architectures import (
+    BERT_PRESETS,
+    CONFIG_FILE,
+    OF_BERT_PRESET,
+    PRESETS,
+    TESTED,
+    check_content,
+    check_plain,
+    is_free,
+    read_config_file,
+    settings_of,
+)
+from maskvr_ds.config.base import (
+    Epsilon,
+    PathOrMapping,
+    PathSetting,
+    PositiveCount,
+    PositiveRatio,
+    Section,
+    Share,
+    Width,
+    readable_path,
+)
 
-# Layers, hidden size, heads: Turc et al. 2019 (arXiv 1908.08962), base and large: Devlin et al. 2018.
-PRESETS: dict[str, tuple[int, int, int]] = {
-    "bert-tiny": (2, 128, 2),
-    "bert-mini": (4, 256, 4),
-    "bert-small": (4, 512, 8),
-    "bert-medium": (8, 512, 8),
-    "bert-base": (12, 768, 12),
-    "bert-large": (24, 1024, 16),
-}
-_OF_PRESET = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-
-BERT_CONFIG = "config.json"
-# Keys of an existing model's config.json that its weights depend on -> value if the file lacks the key.
+# Keys of an existing BERT's config.json that its weights depend on -> value if the file lacks the key.
 _FIXED: dict[str, Any] = {
     "num_hidden_layers": 12,
     "hidden_size": 768,
@@ -35,60 +45,51 @@ _FIXED: dict[str, Any] = {
 }
 # Keys that a run may override.
 _FREE: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-# Values that the model trained here supports; the first one applies if the file lacks the key.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("bert",),
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "auto_map": (None,),
-}
-
-
-def read_bert_config(folder: Path) -> dict[str, Any] | None:
-    """A Hugging Face folder's config.json, checked to describe a BERT that can be trained here; None if there is none.
-
-    Raises ValueError naming the key that is not supported.
-    """
-    path = folder / BERT_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object expected, found {type(content).__name__}")
-    for key, allowed in _ONLY.items():
-        if (value := content.get(key, allowed[0])) not in allowed:
-            expected = "no such key" if allowed[0] is None else repr(allowed[0])
-            raise ValueError(
-                f"{path}: {key} is {value!r}, {expected} expected: only weights of transformers' BertForMaskedLM are "
-                "supported"
-            )
-    return content
-
-
-def _sizes(folder: Path) -> dict[str, Any]:
-    """Fields of ModelConfig that an existing model's config.json sets; none if there is no such file."""
-    content = read_bert_config(folder)
-    if content is None:
-        return {}
-    return {key: content.get(key, default) for key, default in {**_FIXED, **_FREE}.items()}
+# Fields that only BERT has; other architectures have `settings`.
+BERT_KEYS = (*_FIXED, *_FREE)
 
 
 class ModelConfig(Section):
-    """transformers' BertConfig; the size of the vocabulary comes from the corpus."""
+    """An encoder of transformers; the vocabulary comes from the corpus. The fields from num_hidden_layers on are those
+    of BERT; for other architectures, and for further keys of BERT, `settings`."""
 
-    preset: Literal["bert-tiny", "bert-mini", "bert-small", "bert-medium", "bert-base", "bert-large"] | None = None
-    """Sets num_hidden_layers, hidden_size and num_attention_heads, which override it if given; null: no preset."""
+    preset: (
+        Literal[
+            "bert-tiny",
+            "bert-mini",
+            "bert-small",
+            "bert-medium",
+            "bert-base",
+            "bert-large",
+            "albert-base",
+            "albert-large",
+            "albert-xlarge",
+            "albert-xxlarge",
+            "roberta-base",
+            "roberta-large",
+            "modernbert-base",
+            "modernbert-large",
+        ]
+        | None
+    ) = None
+    """Sets the architecture and its sizes, which override it if given; null: no preset."""
+    architecture: str = "bert"
+    """Model type of transformers (`model_type` in config.json), unless preset, config or initialize_from says it."""
+    settings: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
+    """Keys of that architecture's configuration class in transformers, with its names (`hidden_size`,
+    `num_hidden_layers`, …); unknown keys are errors. They override preset and config."""
+    # A path is replaced by what the file says, so that the run's stored configuration does not depend on it.
+    config: PathOrMapping = None
+    """Path of a config.json, or its content: architecture and settings."""
+    untested: bool = False
+    """Allow an architecture that the tests do not cover."""
     # Resuming does not need the folder, so it may be missing when a configuration is read.
     initialize_from: PathSetting | None = None
-    """Hugging Face folder (config.json, model.safetensors) whose weights training starts from. The sizes below are then
-    those of the folder; only the dropout probabilities may differ. null: random weights from the seed."""
+    """Hugging Face folder (config.json, model.safetensors) whose weights training starts from. Architecture and sizes
+    are then those of the folder; only dropout and the positions may differ. null: random weights from the seed."""
+    new_head: bool | None = None
+    """With initialize_from: true, the prediction head starts with random weights; false, the folder must have one;
+    null, it starts with random weights if the folder has none."""
     num_hidden_layers: PositiveCount = 12
     """Transformer layers."""
     hidden_size: Width = 768
@@ -114,37 +115,186 @@ class ModelConfig(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    @property
+    def merged(self) -> dict[str, Any]:
+        """Keys for the configuration class of transformers, other than BERT's own fields."""
+        content = self.config if isinstance(self.config, dict) else {}
+        return {**content, **self.settings}
+
+    @property
+    def positions(self) -> int | None:
+        """max_position_embeddings; None: only transformers knows its default."""
+        if self.architecture == "bert":
+            return self.max_position_embeddings
+        found = self.merged.get("max_position_embeddings")
+        return found if isinstance(found, int) else None
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change within a run, in the layout that checkpoints store: of BERT, its own fields."""
+        if self.architecture != "bert":
+            return {"architecture": self.architecture, "config": self.merged}
+        return self.model_dump(include=set(BERT_KEYS)) | ({"settings": self.settings} if self.settings else {})
+
     @model_validator(mode="wrap")
     @classmethod
-    def _take_sizes(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Fill in missing sizes from the preset, then from the folder; given sizes must match the folder's."""
+    def _resolve(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in what preset, config and folder say; what is given must match the folder."""
         if not isinstance(values, Mapping):
             return validate(values)
         values = dict(values)
-        preset = values.get("preset")
-        if preset in PRESETS:
-            values = {**dict(zip(_OF_PRESET, PRESETS[preset], strict=True)), **values}
-        folder = values.get("initialize_from")
-        sizes = {}
-        if isinstance(folder, (str, Path)):
-            sizes = _sizes(Path(folder))
-            values = {**sizes, **{key: v for key, v in values.items() if v is not None or key not in _FIXED}}
+        sources = _sources(values)
+        if values.get("initialize_from") and not sources and not values.keys() & {"preset", "architecture"}:
+            return validate(values)  # the folder is gone: only the checkpoint knows what the settings belong to
+        architecture = _architecture(values, sources)
+        if architecture != "bert":
+            _take_settings(values, architecture, sources)
+            return validate(values)
+        _take_bert_settings(values)
+        values, sizes = _with_sizes(values, sources)
         model = validate(values)
-        for key in _FIXED:
-            if key in sizes and (given := getattr(model, key)) != sizes[key]:
-                by_preset = f" (preset {preset})" if preset and key in _OF_PRESET else ""
-                raise ValueError(
-                    f"{key} is {given!r}{by_preset}, and {folder}/{BERT_CONFIG} has {sizes[key]!r}, which its weights "
-                    f"require; remove {key}{' and preset' if by_preset else ''}, or set it to null"
-                )
+        if model.initialize_from is not None:
+            _check_sizes(model, sizes, next(iter(sources), ""))
         return model
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _possible(self) -> Self:
+        check_plain(self.settings, "settings")
+        if self.architecture not in TESTED and not self.untested:
+            raise ValueError(
+                f"architecture is {self.architecture!r}, which is not tested here; tested are {', '.join(TESTED)}. "
+                "Set untested=true to try it: what it cannot do is checked at the start"
+            )
+        if self.new_head is not None and self.initialize_from is None:
+            raise ValueError("new_head needs initialize_from: without it all weights are new")
         # If the folder is gone, only the checkpoint knows the sizes.
         known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
-        if known and self.hidden_size % self.num_attention_heads:
+        if self.architecture == "bert" and known and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _applicable(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields of BERT where the architecture is another."""
+        values = dump(self)
+        unused = BERT_KEYS if self.architecture != "bert" else ()
+        return {key: value for key, value in values.items() if key not in unused}
+
+
+# Where architecture and settings come from: name of the source -> content of a config.json.
+_Sources = dict[str, dict[str, Any]]
+
+
+def _sources(values: dict[str, Any]) -> _Sources:
+    """The contents of `config` and of the folder's config.json, if there are such."""
+    sources: _Sources = {}
+    given = values.get("config")
+    if isinstance(given, (str, Path)) and _is_path(given):
+        path = Path(given)
+        content = read_config_file(path / CONFIG_FILE if path.is_dir() else path)
+        sources[str(given)] = {"model_type": "bert", **content}
+    elif isinstance(given, Mapping):
+        content = {"model_type": values.get("architecture", "bert"), **given}
+        check_content(content, "config")
+        sources["config"] = content
+    folder = values.get("initialize_from")
+    if isinstance(folder, (str, Path)) and (Path(folder) / CONFIG_FILE).is_file():
+        content = {"model_type": "bert", **read_config_file(Path(folder) / CONFIG_FILE)}
+        if sources and settings_of(content) != settings_of(next(iter(sources.values()))):
+            raise ValueError(
+                f"config and {folder}/{CONFIG_FILE} differ, whose weights require its own; remove config, and set "
+                "dropout in settings"
+            )
+        sources = {f"{folder}/{CONFIG_FILE}": content}
+    return sources
+
+
+def _is_path(given: str | Path) -> bool:
+    """Whether the field's own check will pass; its error is better than one of a file that cannot be read."""
+    try:
+        readable_path(given)
+    except ValueError:
+        return False
+    return True
+
+
+def _architecture(values: dict[str, Any], sources: _Sources) -> str:
+    """The architecture, which is also set in `values`; it must be the same in all places that name one."""
+    named = {name: content["model_type"] for name, content in sources.items()}
+    if (preset := values.get("preset")) in PRESETS:
+        named[f"preset {preset}"] = PRESETS[preset][0]
+    elif preset in BERT_PRESETS:
+        named[f"preset {preset}"] = "bert"
+    if isinstance(given := values.get("architecture"), str):
+        named["architecture"] = given
+    if len(set(named.values())) > 1:
+        raise ValueError(
+            f"different architectures: {', '.join(f'{kind} ({name})' for name, kind in named.items())}; keep one of "
+            "them (preset=null removes the preset of a base)"
+        )
+    found = next(iter(named.values()), "bert")
+    if found != "bert":
+        values["architecture"] = found
+    return found
+
+
+def _take_settings(values: dict[str, Any], architecture: str, sources: _Sources) -> None:
+    """Of architectures other than BERT: set `config` and `settings`, and compare them with the folder."""
+    if misplaced := [key for key in BERT_KEYS if values.get(key) is not None]:
+        raise ValueError(
+            f"{misplaced[0]} is a field of bert; for {architecture}, write settings.{misplaced[0]}, or what its "
+            "configuration class calls it"
+        )
+    for key in BERT_KEYS:
+        values.pop(key, None)
+    settings = dict(given) if isinstance(given := values.get("settings") or {}, Mapping) else {}
+    of_preset = PRESETS[values["preset"]][1] if values.get("preset") in PRESETS else {}
+    for name, content in sources.items():
+        values["config"] = settings_of(content)
+        if not values.get("initialize_from"):
+            continue
+        for key, value in {**of_preset, **settings}.items():
+            if value != content.get(key, ...) and not is_free(key):
+                stored = f"has {content[key]!r}" if key in content else "does not have it"
+                raise ValueError(
+                    f"settings.{key} is {value!r}{'' if key in settings else ' by preset'}, and {name} {stored}; its "
+                    "weights require its own value: remove the setting"
+                )
+    values["settings"] = {**of_preset, **settings} if isinstance(given, Mapping) else given
+
+
+def _take_bert_settings(values: dict[str, Any]) -> None:
+    """Of BERT: settings that are fields of this section become fields."""
+    if not isinstance(settings := values.get("settings") or {}, Mapping):
+        return
+    for key in settings:
+        if key in BERT_KEYS:
+            if values.get(key) is not None and values[key] != settings[key]:
+                raise ValueError(f"{key} is {values[key]!r}, and settings.{key} {settings[key]!r}; give one of them")
+            values[key] = settings[key]
+    if settings:
+        values["settings"] = {key: value for key, value in settings.items() if key not in BERT_KEYS}
+
+
+def _with_sizes(values: dict[str, Any], sources: _Sources) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of BERT: values with missing sizes filled in from the preset, then from the file; the sizes of the file."""
+    if (preset := values.get("preset")) in BERT_PRESETS:
+        values = {**dict(zip(OF_BERT_PRESET, BERT_PRESETS[preset], strict=True)), **values}
+    sizes: dict[str, Any] = {}
+    for content in sources.values():
+        sizes = {key: content.get(key, default) for key, default in {**_FIXED, **_FREE}.items()}
+        values = {**sizes, **{key: v for key, v in values.items() if v is not None or key not in _FIXED}}
+        values.pop("config", None)
+    return values, sizes
+
+
+def _check_sizes(model: ModelConfig, sizes: dict[str, Any], name: str) -> None:
+    """Of BERT: raise ValueError if a given size is not that of the folder's config.json, whose path is `name`."""
+    for key in _FIXED:
+        if key in sizes and (given := getattr(model, key)) != sizes[key]:
+            by_preset = f" (preset {model.preset})" if model.preset and key in OF_BERT_PRESET else ""
+            raise ValueError(
+                f"{key} is {given!r}{by_preset}, and {name} has {sizes[key]!r}, which its weights "
+                f"require; remove {key}{' and preset' if by_preset else ''}, or set it to null"
+            )

@@ -15,13 +15,21 @@ from data_pipeline.shards import HELD_OUT, Corpus
 from maskvr_ds.checkpoint.export import load_model
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.models import pretrained
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
-from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_file
+from maskvr_ds.models.capabilities import check_length
+from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.initial_folder import (
+    InitialWeights,
+    check_vocabulary,
+    table_rows,
+    weights_digest,
+    weights_files,
+)
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.layout import BERT, MANIFEST
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import atomic_write, sha256
+from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.training.held_out import KINDS, HeldOut
+from maskvr_ds.training.setup import encoder_config
 
 # Title of a column -> key.
 _COLUMNS = {
@@ -56,11 +64,11 @@ def find_model(folder: Path, corpus: Corpus) -> Source:
     if is_checkpoint := bool((folder / MANIFEST).is_file() or checkpoints.complete_checkpoints(folder)):
         folder = checkpoints.newest(folder)
     else:
-        weights_file(folder)
+        weights_files(folder)
     described = folder / BERT if is_checkpoint else folder
     check_vocabulary(InitialWeights(described, ""), corpus)
-    positions = ModelConfig(initialize_from=described).max_position_embeddings
-    if corpus.sequence_length > positions:
+    positions = ModelConfig(initialize_from=described, untested=is_checkpoint).positions
+    if positions is not None and corpus.sequence_length > positions:
         raise ConfigError(
             f"{corpus.folder}: sequences of {corpus.sequence_length} tokens, {folder} has {positions} positions; build "
             f"the corpus with --sequence-length {positions} or less"
@@ -72,16 +80,13 @@ def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
     """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged."""
     if source.is_checkpoint:
         checkpoints.verify(source.folder)
-        mlm = load_model(source.folder)
-        module = MaskedLanguageModel(mlm.config)
-        module.mlm.load_state_dict(mlm.state_dict())
+        module = MaskedLanguageModel(load_model(source.folder))
     else:
-        manifest = corpus.manifest
         config = ModelConfig(initialize_from=source.folder)
-        module = MaskedLanguageModel(
-            bert_config(config, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
-        )
-        pretrained.load(module.mlm, InitialWeights(source.folder, sha256(weights_file(source.folder))))
+        module = MaskedLanguageModel(encoder_config(config, corpus, table_rows(source.folder)))
+        # Without a head there is nothing to evaluate.
+        pretrained.load(module.mlm, InitialWeights(source.folder, weights_digest(source.folder), new_head=False))
+    check_length(module.eval(), corpus.sequence_length)
     return module.to(distributed.device())
 
 

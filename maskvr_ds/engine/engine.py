@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import logger
-from transformers import BertConfig
+from transformers import PreTrainedConfig
 
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
@@ -18,7 +18,8 @@ from maskvr_ds.engine.ds_config import check_device, check_fused, complete_deeps
 from maskvr_ds.engine.master_weights import set_masters
 from maskvr_ds.engine.streamline import streamline
 from maskvr_ds.models import pretrained
-from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.capabilities import check_buffers, check_model
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.optim import lamb
 from maskvr_ds.optim.build_locks import check_build_lock
@@ -28,7 +29,7 @@ import_muon()
 
 
 def create_engine(
-    bert: BertConfig,
+    encoder: PreTrainedConfig,
     deepspeed_config: dict[str, Any],
     *,
     model: ModelConfig,
@@ -36,15 +37,17 @@ def create_engine(
     optimizer: OptimizerConfig,
     accumulation: int,
     seed: int,
+    row_length: int | None = None,
     initial: InitialWeights | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Build model, optimizer and engine. Collective: call on all ranks.
 
     deepspeed_config: as returned by `read_deepspeed_config`. accumulation: micro-batches per step and rank.
-    seed: of the random initial weights, which `initial` (a pretrained model) replaces.
+    seed: of the random initial weights, which `initial` (a pretrained model) replaces. row_length: positions of the
+    rows that will be trained, for which rank 0 checks the model (`check_model`); None: no check.
 
-    Raises ConfigError on all ranks if this machine does not support the precision or the weights do not fit the model,
-    RuntimeError if DeepSpeed is not the one that the patches expect.
+    Raises ConfigError on all ranks if this machine does not support the precision, the architecture not what is asked
+    of it, or the weights do not fit the model, RuntimeError if DeepSpeed is not the one that the patches expect.
     """
     check_deepspeed()
     distributed.run_collectively(lambda: check_device(deepspeed_config))
@@ -53,7 +56,12 @@ def create_engine(
     # Silences DeepSpeed's warnings that the optimizer is not one of its own.
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
-    module = MaskedLanguageModel(bert, activation_checkpointing=model.activation_checkpointing)
+    module = distributed.run_collectively(
+        lambda: MaskedLanguageModel(encoder, activation_checkpointing=model.activation_checkpointing)
+    )
+    if row_length is not None:
+        dtype = model_dtype(deepspeed_config)
+        _freeze(module, distributed.run_on_rank0(lambda: check_model(module, row_length, dtype)))
     if initial is not None:
         pretrained.load(module.mlm, initial)
     # DeepSpeed rounds the parameters before it copies them to the fp32 masters: restore the masters afterwards.
@@ -75,6 +83,7 @@ def create_engine(
     distributed.run_collectively(lambda: _check_build_locks(complete))
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, optimizer=client, config=complete)
     distributed.run_collectively(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
+    check_buffers(engine.module)
     if exact:
         distributed.run_collectively(lambda: set_masters(engine, exact))
     if client is not None:
@@ -91,6 +100,16 @@ def _check_build_locks(config: dict[str, Any]) -> None:
         return
     offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
     check_build_lock("fused_adam" if offload == "none" else "cpu_adam")
+
+
+def _freeze(module: MaskedLanguageModel, names: list[str]) -> None:
+    """Freeze parameters that get no gradient: decay alone would shrink them to 0."""
+    for name in names:
+        module.get_parameter(name).requires_grad_(False)
+    if names:
+        logging.getLogger(__name__).warning(
+            "%d parameters get no gradient from masked tokens and stay as they are: %s", len(names), ", ".join(names)
+        )
 
 
 def _check_dtype(engine: deepspeed.DeepSpeedEngine, expected: torch.dtype) -> None:

@@ -34,7 +34,7 @@ def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tens
     separate = _separate_masters(engine.optimizer)
     weights = {}
     for name, parameter in engine.module.mlm.named_parameters():
-        master = safe_get_full_fp32_param(parameter)
+        master = _frozen(parameter) if not parameter.requires_grad else safe_get_full_fp32_param(parameter)
         if master is None:
             master = separate.get(parameter, parameter)
         assert master.dtype == torch.float32, f"{name}: no fp32 master weights in {type(engine.optimizer).__name__}"
@@ -42,6 +42,12 @@ def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tens
             # Copied: safetensors rejects tensors that share storage, as DeepSpeed's flattened ones do.
             weights[name] = master.detach().to("cpu", copy=True)
     return weights
+
+
+def _frozen(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values of a parameter without gradient, which has no master, in fp32."""
+    with deepspeed.zero.GatheredParameters(parameter, enabled=is_zero_param(parameter)):
+        return parameter.detach().float().clone()
 
 
 def _separate_masters(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
@@ -63,7 +69,8 @@ def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tens
     Not a collective."""
     if separate := _separate_masters(engine.optimizer):
         for name, parameter in engine.module.named_parameters():
-            separate[parameter].copy_(weights[name])
+            if parameter.requires_grad:
+                separate[parameter].copy_(weights[name])
         return
     given = [p for group in lamb.parameter_groups(engine.module) for _, p in group["params"]]
     layout = layout_of(engine, trainable([{"params": given}]), engine.basic_optimizer.param_groups)

@@ -1,66 +1,120 @@
 """The folder of a pretrained model, before its weights are read: its files, and whether its vocabulary is the corpus'.
 Loads no torch."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError
-from maskvr_ds.config.model import BERT_CONFIG, read_bert_config
+from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
 from maskvr_ds.data.vocabulary import token_ids
+from maskvr_ds.runtime.files import sha256
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 _SHOWN = 3
+# Embedding tables are padded to a multiple of up to this many rows, for faster matrix products.
+_PADDING = 128
+# Rows of BERT's table if config.json does not say.
+_ROWS = 30522
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """folder: as given in the configuration. sha256: of its model.safetensors when the run started."""
+    """folder: as given in the configuration. sha256: of its weights when the run started (`weights_digest`). new_head:
+    see ModelConfig."""
 
     folder: Path
     sha256: str
+    new_head: bool | None = None
 
 
-def weights_file(folder: Path) -> Path:
-    """Path of the folder's model.safetensors. Raises ConfigError if folder or file is missing or of another format."""
+def weights_files(folder: Path) -> list[Path]:
+    """The folder's model.safetensors, or the shards that its index lists. Raises ConfigError if folder or file is
+    missing or of another format."""
     where = f"model.initialize_from {folder}"
     if not folder.is_dir():
         raise ConfigError(
             f"{where}: no such folder; expected a local folder written by save_pretrained or `maskvr export` "
             "(nothing is downloaded)"
         )
-    for name in (WEIGHTS, BERT_CONFIG):
-        if (folder / name).is_file():
-            continue
-        convert = f"BertForMaskedLM.from_pretrained('{folder}').save_pretrained('NEW')"
-        if name == WEIGHTS and (folder / "pytorch_model.bin").is_file():
-            raise ConfigError(
-                f"{where}: pytorch_model.bin is not read, because unpickling can run arbitrary code; if you trust the "
-                f"file, convert it and use the folder NEW: {convert}"
-            )
-        if name == WEIGHTS and (folder / f"{WEIGHTS}.index.json").is_file():
-            raise ConfigError(
-                f"{where}: its weights are split into several files; write one file and use the folder NEW: {convert}"
-            )
-        raise ConfigError(f"{where}: has no {name}; save a BertForMaskedLM to it with save_pretrained")
-    return folder / WEIGHTS
+    if not (folder / CONFIG_FILE).is_file():
+        inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if (path.parent / WEIGHTS).is_file())
+        hint = f"its transformer may be in {inner[0]}" if inner else "save the model to it with save_pretrained"
+        raise ConfigError(f"{where}: has no {CONFIG_FILE}; {hint}")
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    if (folder / "pytorch_model.bin").is_file():
+        raise ConfigError(
+            f"{where}: pytorch_model.bin is not read, because unpickling can run arbitrary code; if you trust the "
+            f"file, convert it and use the folder NEW: AutoModelForMaskedLM.from_pretrained('{folder}')"
+            ".save_pretrained('NEW')"
+        )
+    raise ConfigError(f"{where}: has no {WEIGHTS}; save the model to it with save_pretrained")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names. Raises ConfigError if one is missing."""
+    try:
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = [folder / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{folder / INDEX}: not an index of safetensors files (weight_map: tensor to file)") from None
+    if wrong := [path for path in shards if path.parent != folder or path.suffix != ".safetensors"]:
+        raise ConfigError(f"{folder / INDEX}: names {few(wrong)}; safetensors files of the same folder expected")
+    if missing := [path.name for path in shards if not path.is_file()]:
+        raise ConfigError(
+            f"{folder / INDEX}: {len(missing)} of the {len(shards)} files that it names are missing ({few(missing)}); "
+            "copy the complete folder"
+        )
+    return shards
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of model.safetensors; of the names and hashes of its shards if there are several. Raises ConfigError
+    (`weights_files`)."""
+    files = weights_files(folder)
+    if files == [folder / WEIGHTS]:
+        return sha256(files[0])
+    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+
+
+def table_rows(folder: Path) -> int:
+    """Rows of the folder's embedding table, by its config.json. Raises ConfigError if it cannot be read."""
+    try:
+        return int(read_config_file(folder / CONFIG_FILE).get("vocab_size", _ROWS))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_vocabulary(initial: InitialWeights, corpus: Corpus) -> None:
     """Raise ConfigError if the corpus' token ids are not those that the weights were trained on.
 
-    Vocabulary sizes must match and, if the folder has a tokenizer (tokenizer.json or vocab.txt), the id of every token.
+    If the folder has a tokenizer (tokenizer.json or vocab.txt), the id of every token must match. The embedding table
+    may have more rows than there are tokens: it is padded in many models.
     """
     folder, size = initial.folder, corpus.manifest.vocab_size
     remedy = f"build the corpus with that model's tokenizer (--tokenizer {folder})"
-    theirs = (read_bert_config(folder) or {}).get("vocab_size", 30522)
-    if size != theirs:
-        raise ConfigError(
-            f"{corpus.folder}: its tokenizer has {size} tokens, but the model in {folder} has {theirs}; {remedy}"
-        )
+    rows = table_rows(folder)
     expected = token_ids(folder)
     found = token_ids(corpus.tokenizer_folder)
+    if size > rows or (expected is None and rows - size >= _PADDING):
+        raise ConfigError(
+            f"{corpus.folder}: its tokenizer has {size} tokens, but the model in {folder} has {rows}; {remedy}"
+        )
+    content = read_config_file(folder / CONFIG_FILE)
+    pad, ours = content.get("pad_token_id"), corpus.manifest.special_tokens.pad
+    # Of BERT's models it decides nothing.
+    if content.get("model_type", "bert") != "bert" and isinstance(pad, int) and pad != ours:
+        raise ConfigError(
+            f"{corpus.folder}: pads with token {ours}, the model in {folder} with {pad} (pad_token_id), from which "
+            f"positions may be counted; {remedy}"
+        )
     if expected is None or found is None or expected == found:
         return
     differing = sorted({*expected, *found}, key=lambda token: expected.get(token, size))

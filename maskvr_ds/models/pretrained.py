@@ -1,117 +1,193 @@
 """Initialising from a pretrained model: a Hugging Face folder, as written by save_pretrained and `maskvr export`.
 
-Only rank 0 reads the folder and broadcasts the weights, so all ranks start with the same bits and the folder may be on
-a single host. Only safetensors files are read (nothing is unpickled), and nothing is downloaded. Once a run has a
-checkpoint it no longer needs the folder: the checkpoint holds sizes, weights and the SHA-256 of the initial weights.
+transformers reads the folder (older names of tensors, prefixes, shards); what it would only warn about is an error
+here. Only rank 0 reads, and broadcasts the weights, so all ranks start with the same bits and the folder may be on a
+single host. Only safetensors files are read (nothing is unpickled), no code of the folder is run, and nothing is
+downloaded. Once a run has a checkpoint it no longer needs the folder: the checkpoint holds sizes, weights and the
+SHA-256 of the initial weights.
 
 Collectives: `load`, one fp32 broadcast per parameter after `distributed.run_on_rank0`.
 """
 
+import copy
 import logging
-import re
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from maskvr_ds.config import ConfigError
-from maskvr_ds.config.model import BERT_CONFIG
-from maskvr_ds.models.initial_folder import InitialWeights, few, weights_file
+from maskvr_ds.config.architectures import CONFIG_FILE
+from maskvr_ds.models.encoder import names_of_parameters
+from maskvr_ds.models.initial_folder import InitialWeights, few, weights_digest, weights_files
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import sha256
 
 logger = logging.getLogger(__name__)
 
-# Tensor name in a file → the parameter that it is tied to.
-_TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-# Tensors that masked-LM training ignores: pooler, next-sentence head, a buffer of old versions.
-_UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
-# Names in early conversions, bert-base-uncased among them.
-_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
+# Parts of names of tensors that masked-LM training ignores: pooler, next-sentence and sentence-order heads, a buffer of
+# old versions, heads of replaced-token detection.
+_RTD = ("mask_predictions.", "discriminator_predictions.")
+_UNUSED = ("pooler.", "seq_relationship.", "sop_classifier.", "position_ids", *_RTD)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = ("F64", "F32", "BF16", "F16")
 
 
-def load(module: nn.Module, initial: InitialWeights) -> None:
-    """Load the folder's weights into an fp32 BertForMaskedLM on the CPU and log what was loaded.
+def load(module: PreTrainedModel, initial: InitialWeights) -> None:
+    """Load the folder's weights into an fp32 model on the CPU and log what was loaded, and whether the head is new.
 
     Collective: call on all ranks, before DeepSpeed casts or partitions the module. Raises ConfigError (RemoteError on
-    the other ranks) if tensors are missing, unexpected, non-finite or of another shape, or if the file has changed
-    since the run started.
+    the other ranks) if tensors are missing, unexpected, non-finite or of another shape or type, or if the files have
+    changed since the run started.
     """
-    summary = distributed.run_on_rank0(lambda: _read(module, initial))
+    lines = distributed.run_on_rank0(lambda: _read(module, initial))
     for parameter in module.parameters():
         parameter.data.copy_(distributed.broadcast(parameter.data.to(distributed.device())))
-    logger.info("%s", summary)
+    for line in lines:
+        logger.info("%s", line)
 
 
 @torch.no_grad()
-def _read(module: nn.Module, initial: InitialWeights) -> str:
-    """Copy the weights into the module; returns a summary for the log."""
-    file = weights_file(initial.folder)
-    if (found := sha256(file)) != initial.sha256:
+def _read(module: PreTrainedModel, initial: InitialWeights) -> list[str]:
+    """Copy the weights into the module; returns lines for the log."""
+    folder, files = initial.folder, weights_files(initial.folder)
+    if (found := weights_digest(folder)) != initial.sha256:
         raise ConfigError(
-            f"{file}: changed since the run started (SHA-256 {initial.sha256[:12]}, now {found[:12]}); restore it"
+            f"{files[0]}: changed since the run started (SHA-256 {initial.sha256[:12]}, now {found[:12]}); restore it"
         )
+    stored = _check_files(files, module.all_tied_weights_keys)
+    loaded, info = _load(module, folder)
     # Tied parameters appear once.
-    parameters = dict(module.named_parameters())
+    parameters, names = dict(module.named_parameters()), names_of_parameters(module)
+    prefix = f"{module.base_model_prefix}."
+    head = {name for name, p in parameters.items() if not any(n.startswith(prefix) for n in names[p])}
+    missing = {name for name, p in parameters.items() if all(n in info["missing_keys"] for n in names[p])}
+    unexpected = sorted(info["unexpected_keys"])
+    new_head = bool(initial.new_head or (initial.new_head is None and head and head <= missing))
+    _check_shapes(folder, info["mismatched_keys"], head if new_head else set())
+    _check_names(module, folder, missing - (head if new_head else set()), unexpected, other_head=new_head)
+    new = head if new_head else set()
+    for name, tensor in loaded.named_parameters():
+        if name in parameters and name not in new:
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{folder}: {name} has non-finite values; the model is damaged")
+            parameters[name].copy_(tensor)
+    lines = _summary(initial, files, parameters, new, head <= missing, unexpected)
+    # Of the stored names: some classes of transformers are silent about tensors that they do not use.
+    if any(name.startswith(_RTD) for name in stored):
+        lines.append(
+            f"the model in {folder} was trained by replaced-token detection, which uses no prediction head: expect a "
+            "masked accuracy near 0 at first, also if the folder has tensors of that name"
+        )
+    return lines
+
+
+def _load(module: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A second model with the folder's weights, and what transformers found: missing, unexpected, mismatched keys."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # everything it would warn about is checked here
+    transformers_logging.disable_progress_bar()
     try:
-        with safe_open(file, framework="pt") as content:
-            stored = {_present_name(name): name for name in content.keys()}  # noqa: SIM118
-            _check_names(file, parameters, stored)
-            for name, parameter in parameters.items():
-                copies = [n for n in (name, *(t for t, owner in _TIED.items() if owner == name)) if n in stored]
-                tensor = content.get_tensor(stored[copies[0]])
-                _check_tensor(file, stored[copies[0]], tensor, parameter)
-                parameter.copy_(tensor)
-                for copy in copies[1:]:
-                    if not torch.equal(tensor, content.get_tensor(stored[copy])):
-                        raise ConfigError(
-                            f"{file}: {copy} and {name} differ, but are one tensor in the model trained here "
-                            "(tie_word_embeddings); models with an untied head are not supported"
-                        )
-    except SafetensorError as error:
-        raise ConfigError(f"{file}: not a complete safetensors file: {error}") from None
-    count = sum(parameter.numel() for parameter in parameters.values())
-    unused = [stored[name] for name in stored if name.startswith(_UNUSED)]
-    return f"weights of {file}: {len(parameters)} tensors, {count:,} parameters, SHA-256 {initial.sha256[:12]}" + (
-        f"; unused: {few(unused)}" if unused else ""
-    )
+        return AutoModelForMaskedLM.from_pretrained(
+            folder,
+            config=copy.deepcopy(module.config),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    # SafetensorError, and whatever a conversion of old names raises.
+    except Exception as error:
+        raise ConfigError(f"{folder}: transformers cannot load its weights: {' '.join(str(error).split())}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
-def _present_name(name: str) -> str:
-    return re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda match: _OLD_NAMES[match[1]], name)
+def _check_files(files: list[Path], tied: dict[str, str]) -> set[str]:
+    """The names of the stored tensors. Raises ConfigError for types of tensors that are no weights, and for copies of a
+    tied tensor that differ.
+
+    tied: name of a copy -> name of the tensor.
+    """
+    stored: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as content:
+                for name in content.keys():  # noqa: SIM118
+                    stored[name] = file
+                    if content.get_slice(name).get_dtype() in _FLOAT_NAMES or name.endswith("position_ids"):
+                        continue
+                    raise ConfigError(
+                        f"{file}: {name} is {content.get_tensor(name).dtype}; quantised weights cannot be trained: "
+                        "save the model in float32, bfloat16 or float16"
+                    )
+        except SafetensorError as error:
+            raise ConfigError(f"{file}: not a complete safetensors file: {error}") from None
+    for copied, name in tied.items():
+        if copied in stored and name in stored:
+            values = []
+            for one in (copied, name):
+                with safe_open(stored[one], framework="pt") as content:
+                    values.append(content.get_tensor(one))
+            if not torch.equal(*values):
+                raise ConfigError(
+                    f"{stored[copied]}: {copied} and {name} differ, but are one tensor in the model trained here "
+                    "(tie_word_embeddings); models with an untied head are not supported"
+                )
+    return set(stored)
 
 
-def _check_names(file: Path, parameters: Iterable[str], stored: dict[str, str]) -> None:
-    parameters = set(parameters)
-    given = {_TIED.get(name, name) for name in stored}
-    missing = sorted(parameters - given)
-    unexpected = sorted(stored[name] for name in stored if _TIED.get(name, name) not in parameters)
-    unexpected = [name for name in unexpected if not name.startswith(_UNUSED)]
+def _check_shapes(folder: Path, mismatched: Any, new: set[str]) -> None:
+    for name, found, expected in sorted(mismatched):
+        if name not in new:
+            raise ConfigError(
+                f"{folder}: {name} has shape {list(found)}, expected {list(expected)} by {CONFIG_FILE} and "
+                "model.settings; the files are from different models"
+            )
+
+
+def _check_names(
+    module: PreTrainedModel, folder: Path, missing: set[str], unexpected: list[str], *, other_head: bool
+) -> None:
+    """other_head: the folder's model may have any head, or none; its tensors are not used."""
+    prefix = f"{module.base_model_prefix}."
+    unknown = [name for name in unexpected if not any(part in name for part in _UNUSED)]
+    if other_head:
+        unknown = [name for name in unknown if name.startswith(prefix)]
     faults = [
-        f"{len(names)} {what} ({few(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected))
+        f"{len(names)} {what} ({few(sorted(names))})"
+        for what, names in (("missing", missing), ("unexpected", unknown))
         if names
     ]
     if faults:
+        of_head = missing and not any(name.startswith(prefix) for name in missing)
+        remedy = "set model.new_head=true to start with a new prediction head" if of_head else "use a complete folder"
         raise ConfigError(
-            f"{file}: tensors do not match a BertForMaskedLM with this config.json: {'; '.join(faults)}. Training "
-            "needs the prediction head: save the model as BertForMaskedLM"
+            f"{folder}: tensors do not match a {type(module).__name__} with this {CONFIG_FILE}: {'; '.join(faults)}; "
+            f"{remedy}"
         )
 
 
-def _check_tensor(file: Path, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
-    if tensor.shape != parameter.shape:
-        raise ConfigError(
-            f"{file}: {name} has shape {list(tensor.shape)}, expected {list(parameter.shape)} by {BERT_CONFIG}; the "
-            "files are from different models"
-        )
-    if tensor.dtype not in _FLOATS:
-        raise ConfigError(f"{file}: {name} is {tensor.dtype}; save the model in float32, bfloat16 or float16")
-    if not tensor.isfinite().all():
-        raise ConfigError(f"{file}: {name} has non-finite values; the model is damaged")
+def _summary(
+    initial: InitialWeights,
+    files: list[Path],
+    parameters: dict[str, torch.nn.Parameter],
+    new: set[str],
+    headless: bool,
+    unexpected: list[str],
+) -> list[str]:
+    count = sum(parameter.numel() for name, parameter in parameters.items() if name not in new)
+    where = str(files[0]) if len(files) == 1 else f"{len(files)} files of {initial.folder}"
+    lines = [
+        f"weights of {where}: {len(parameters) - len(new)} tensors, {count:,} parameters, SHA-256 "
+        f"{initial.sha256[:12]}" + (f"; unused: {few(unexpected)}" if unexpected else "")
+    ]
+    if new:
+        size = sum(parameters[name].numel() for name in new)
+        why = "the folder has none" if headless else "model.new_head is true"
+        lines.append(f"the prediction head starts with random weights ({len(new)} tensors, {size:,} parameters): {why}")
+    return lines

@@ -46,7 +46,7 @@ from maskvr_ds.engine.master_weights import full_fp32_weights
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
-from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics_file import AUTO_EVENT
 

@@ -6,18 +6,19 @@ torch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path
+from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, deepspeed_config_path
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.data.mixture import Mixture, open_mixture
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
-from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_file
+from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_files
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
 
@@ -26,13 +27,16 @@ HELD_OUT_SEED = 0
 
 
 def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
-    """What ends a run later although every value is valid by itself: the DeepSpeed file, and batches of the phases.
+    """What ends a run later although every value is valid by itself: the DeepSpeed file, what transformers says of the
+    model's settings, and batches of the phases.
 
     ranks: of the run; None: not known, so that only the sequences of one rank are counted.
     """
     faults: list[str] = []
     with _collected(faults):
         read_deepspeed_config(deepspeed_config_path(config.deepspeed), guarded=config.divergence.enabled)
+    with _collected(faults):
+        _check_architecture(config.model)
     for where, phase in _phases(config):
         with _collected(faults, where):
             phase.accumulation_steps(ranks or 1)
@@ -56,7 +60,7 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
         resolved = with_steps(config)
     if folder is not None:
         with _collected(faults):
-            weights_file(folder)
+            weights_files(folder)
             initial = InitialWeights(folder, "")
     for where, phase in _phases(resolved or config):
         with _collected(faults, where):
@@ -69,6 +73,16 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
                 remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
             remarks.update(dict.fromkeys(corpus_remarks(corpus, held_out)))
     return list(dict.fromkeys(faults)), list(remarks)
+
+
+def _check_architecture(model: ModelConfig) -> None:
+    """Raise ConfigError if transformers refuses the section. BERT's own fields are checked without it; a login node may
+    not have it, and the ranks check again."""
+    if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
+        return
+    from maskvr_ds.models.architectures import check_settings
+
+    check_settings(model)
 
 
 def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -90,7 +104,8 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
     open_files: see `Corpus`. Raises ConfigError and CorpusError.
     """
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
-    if corpus.sequence_length > (positions := config.model.max_position_embeddings):
+    positions = config.model.positions
+    if positions is not None and corpus.sequence_length > positions:
         folder = config.model.initialize_from
         theirs = f" of {folder}; build the corpus with --sequence-length {positions} or less" if folder else ""
         raise ConfigError(

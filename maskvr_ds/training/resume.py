@@ -5,6 +5,7 @@ Collectives: those of checkpoint/load.py; `distributed.run_collectively` for MAP
 
 import logging
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from maskvr_ds.checkpoint import load
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.models.initial_folder import WEIGHTS, InitialWeights, weights_file
+from maskvr_ds.models.initial_folder import InitialWeights, table_rows, weights_digest
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.run_folder.layout import MAPNET_STATE
+from maskvr_ds.run_folder.layout import BERT, MAPNET_STATE
 from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ class ResumePoint:
     """Starting point of training. Made on rank 0 and broadcast, so that all ranks decide by the same state.
 
     model: section of the configuration with all sizes known. initial: pretrained weights that the run was initialised
-    from; None: random ones. checkpoint: verified; None: training starts at step 0. has_proposal: whether the
+    from; None: random ones. table_rows: of the embedding table of that model, or of the checkpoint's; None: by the
+    configuration and the corpus. checkpoint: verified; None: training starts at step 0. has_proposal: whether the
     checkpoint stores MAPNet's state, as seen by rank 0.
     """
 
     model: ModelConfig
     initial: InitialWeights | None
+    table_rows: int | None = None
     checkpoint: Checkpoint | None = None
     has_proposal: bool = False
 
@@ -76,7 +78,12 @@ def find_resume_point(config: RunConfig, resume: str | None, fence: Fence) -> Re
         raise ConfigError(fault)
     checkpoint = None if resume is None else checkpoints.find(run, resume)
     model, initial = resolve_model_config(config.model, checkpoint)
-    return ResumePoint(model, initial).at(checkpoint)
+    rows = None
+    if checkpoint is not None:
+        rows = table_rows(checkpoint.folder / BERT)
+    elif initial is not None:
+        rows = table_rows(initial.folder)
+    return ResumePoint(model, initial, rows).at(checkpoint)
 
 
 def resolve_model_config(
@@ -89,11 +96,14 @@ def resolve_model_config(
     """
     folder = model.initialize_from
     if checkpoint is None:
-        return model, None if folder is None else InitialWeights(folder, sha256(weights_file(folder)))
+        return model, None if folder is None else InitialWeights(folder, weights_digest(folder), model.new_head)
     state = checkpoint.state
     trained = dict(state.identity["model"])
     initialised, named = trained.pop("initialize_from", None), state.settings.get("model.initialize_from")
-    found = sha256(folder / WEIGHTS) if folder is not None and (folder / WEIGHTS).is_file() else None
+    found = None
+    if folder is not None:
+        with suppress(ConfigError):  # it may be gone, or no longer complete
+            found = weights_digest(folder)
     # Of a folder that is gone, only its name can be compared.
     if found is None and folder is not None and str(folder) == named:
         found = initialised
@@ -107,7 +117,9 @@ def resolve_model_config(
     if folder is None:
         return model, None
     given = model.model_dump(exclude_unset=True)
-    return ModelConfig.model_validate({**trained, **given}), InitialWeights(folder, initialised)
+    trained = {key: value for key, value in trained.items() if key not in given.get("settings", {})}
+    resolved = ModelConfig.model_validate({"architecture": "bert", **trained, **given})
+    return resolved, InitialWeights(folder, initialised, model.new_head)
 
 
 def restore_engine(
@@ -191,7 +203,7 @@ def make_proposer(
     proposer = Proposer(
         config.masking.mapnet,
         vocab_size=vocab_size,
-        max_length=config.model.max_position_embeddings,
+        max_length=engine.module.mlm.config.max_position_embeddings,
         seed=seed,
         device=distributed.device(),
     )

@@ -91,8 +91,7 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "special_tokens": manifest.special_tokens.model_dump(),
         "vocab_size": manifest.vocab_size,
         **corpora_identity(corpus),
-        "model": config.model.model_dump(exclude={"preset", "activation_checkpointing", "initialize_from"})
-        | ({} if initial is None else {"initialize_from": initial.sha256}),
+        "model": config.model.identity() | ({} if initial is None else {"initialize_from": initial.sha256}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "masking": config.masking.identity(),

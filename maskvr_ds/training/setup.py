@@ -6,11 +6,13 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import BertConfig
+import torch
+from transformers import PreTrainedConfig
 
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
-from maskvr_ds.config import RunConfig
+from maskvr_ds.analysis.gradient_variance.sketch import check_sketchable
+from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import Loader
@@ -23,7 +25,8 @@ from maskvr_ds.masking.checks import segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.models.bert import bert_config
+from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary
 from maskvr_ds.reliability.divergence import Guard
@@ -85,8 +88,8 @@ def setup_phase(
     make_run_folder(run.output_dir, fence)
 
     manifest = corpus.manifest
-    bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
-    engine = _make_engine(phase, bert, deepspeed_config, initial)
+    encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, point.table_rows))
+    engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
         state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
@@ -101,9 +104,12 @@ def setup_phase(
         proposal=None if proposer is None else proposer.propose,
     )
     loader = _make_loader(phase, corpus)
-    sequence_flops = flops_per_sequence(bert, corpus.sequence_length, masker.maximum_predictions)
+    sequence_flops = flops_per_sequence(
+        encoder, corpus.sequence_length, masker.maximum_predictions, batch=config.batch.micro_size
+    )
     chooser = None
     if config.masking.strategy == "auto":
+        distributed.run_on_rank0(lambda: _check_auto(encoder))
         chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
         if state.auto:
             chooser.restore(state.auto)
@@ -130,18 +136,38 @@ def setup_phase(
     )
 
 
+def encoder_config(model: ModelConfig, corpus: Corpus, table_rows: int | None) -> PreTrainedConfig:
+    """The configuration of transformers for the corpus' vocabulary. table_rows: of the embedding table, if weights
+    exist. Raises ConfigError if transformers refuses it or the table is too small."""
+    manifest, special = corpus.manifest, corpus.manifest.special_tokens
+    rows = table_rows or model.settings.get("vocab_size", manifest.vocab_size)
+    if rows < manifest.vocab_size:
+        raise ConfigError(
+            f"{corpus.folder}: its tokenizer has {manifest.vocab_size} tokens, the embedding table {rows} rows "
+            "(model.settings.vocab_size); set it higher, or remove it"
+        )
+    token_ids = {"bos_token_id": special.cls, "cls_token_id": special.cls, "mask_token_id": special.mask}
+    token_ids |= {"eos_token_id": special.sep, "sep_token_id": special.sep}
+    return transformers_config(model, vocab_size=rows, pad_id=special.pad, token_ids=token_ids)
+
+
 def _make_engine(
-    phase: RunPhase, bert: BertConfig, deepspeed_config: dict[str, Any], initial: InitialWeights | None
+    phase: RunPhase,
+    corpus: Corpus,
+    encoder: PreTrainedConfig,
+    deepspeed_config: dict[str, Any],
+    initial: InitialWeights | None,
 ) -> Any:
     config = phase.config
     return create_engine(
-        bert,
+        encoder,
         deepspeed_config,
         model=config.model,
         batch=config.batch,
         optimizer=config.optimizer,
         accumulation=config.accumulation_steps(distributed.world_size()),
         seed=hashing.fold(config.seed, WEIGHTS),
+        row_length=corpus.sequence_length,
         initial=initial,
     )
 
@@ -221,6 +247,16 @@ def _make_log(
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
         rollbacks=rollbacks,
     )
+
+
+def _check_auto(encoder: PreTrainedConfig) -> None:
+    """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
+    with torch.random.fork_rng(devices=[]):
+        module = MaskedLanguageModel(encoder)
+    try:
+        check_sketchable(module)
+    except ValueError as error:
+        raise ConfigError(f"masking.strategy auto: {error}; choose another strategy") from None
 
 
 def make_chooser(

@@ -21,14 +21,14 @@ def trained(names: list[str]) -> dict[str, Any]:
     from maskvr_ds.config.deepspeed import read_deepspeed_config
     from maskvr_ds.data.batch import MaskedBatch
     from maskvr_ds.engine.engine import create_engine, step_and_norm
-    from maskvr_ds.models.bert import bert_config
+    from maskvr_ds.models.architectures import transformers_config
     from maskvr_ds.models.losses import weighted_loss
     from maskvr_ds.runtime import distributed
 
     distributed.initialize()
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": L}
     model = ModelConfig(**sizes, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    bert = bert_config(model, vocab_size=V, pad_id=0)
+    bert = transformers_config(model, vocab_size=V, pad_id=0)
 
     def masked(number: int) -> MaskedBatch:
         random = torch.Generator().manual_seed(1000 * distributed.rank() + number)

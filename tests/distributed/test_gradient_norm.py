@@ -31,7 +31,8 @@ def measure(names: list[str]) -> dict[str, Any]:
     from maskvr_ds.data.batch import MaskedBatch
     from maskvr_ds.engine.engine import create_engine, loss_scale, step_and_norm
     from maskvr_ds.masking.gradient_norms import GradientNorms
-    from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+    from maskvr_ds.models.architectures import transformers_config
+    from maskvr_ds.models.encoder import MaskedLanguageModel
     from maskvr_ds.models.losses import weighted_loss
     from maskvr_ds.runtime import distributed
 
@@ -39,7 +40,7 @@ def measure(names: list[str]) -> dict[str, Any]:
     allow_fp16()
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": L}
     model = ModelConfig(**sizes, hidden_dropout_prob=0, attention_probs_dropout_prob=0, activation_checkpointing=True)
-    bert = bert_config(model, vocab_size=V, pad_id=0)
+    bert = transformers_config(model, vocab_size=V, pad_id=0)
     optimizer = OptimizerConfig(lr=0.01)
 
     def batch(seed: int) -> MaskedBatch:

@@ -17,7 +17,8 @@ from maskvr_ds.checkpoint import load
 from maskvr_ds.config import RunConfig
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
@@ -225,7 +226,7 @@ def reference(values: dict[str, Any], corpora: tuple[Path, Path], policy: tuple[
     """The two phases written out: one process, float64, LAMB from its formula."""
     config = RunConfig.model_validate(values)
     manifest = Corpus(corpora[0]).manifest
-    bert = bert_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
+    bert = transformers_config(config.model, vocab_size=manifest.vocab_size, pad_id=manifest.special_tokens.pad)
     torch.manual_seed(hashing.fold(hashing.fold(config.seed, 0)) >> 1)
     model = MaskedLanguageModel(bert).double().train()
     names, weights = zip(*model.named_parameters(), strict=True)

@@ -33,14 +33,14 @@ def trained(cases: list[tuple[str, int, float]]) -> list[tuple[Any, Any]]:
     from maskvr_ds.engine import engine as engines
     from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
     from maskvr_ds.engine.streamline import streamline
-    from maskvr_ds.models.bert import bert_config
+    from maskvr_ds.models.architectures import transformers_config
     from maskvr_ds.models.losses import weighted_loss
     from maskvr_ds.runtime import distributed
 
     distributed.initialize()
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": L}
     model = ModelConfig(**sizes)
-    bert = bert_config(model, vocab_size=V, pad_id=0)
+    bert = transformers_config(model, vocab_size=V, pad_id=0)
 
     def masked(number: int) -> MaskedBatch:
         random = torch.Generator().manual_seed(1000 * distributed.rank() + number)

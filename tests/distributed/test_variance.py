@@ -175,7 +175,7 @@ def test_faults(run: Path, corpus: Path, tmp_path: Path) -> None:
         (["--checkpoint", str(run), "--corpus", str(other), *output], "differs from"),
         (
             ["--checkpoint", str(run), "--corpus", str(longer), *output, "--sequences", "5"],
-            "sequences of 80 tokens exceed the 64 positions of",
+            "rows of 80 tokens exceed max_position_embeddings 64 of bert",
         ),
         (["--checkpoint", str(tmp_path / "nothing"), "--corpus", str(corpus), *output], "no complete checkpoint"),
         (

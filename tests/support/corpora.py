@@ -14,12 +14,15 @@ from data_pipeline.shards import Manifest, SpecialTokens, id_dtype, write_manife
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)
+# Ids as in RoBERTa's vocabularies: padding is 1.
+PAD_IS_1 = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 
 
-def make_tokenizer(folder: Path, words: int) -> int:
-    """Save a WordPiece tokenizer with the words w0 … w(words − 1); returns the vocabulary size."""
+def make_tokenizer(folder: Path, words: int, special: tuple[str, ...] = SPECIAL) -> int:
+    """Save a WordPiece tokenizer with the words w0 … w(words − 1); returns the vocabulary size. special: names of the
+    special tokens, by id."""
     folder.mkdir(parents=True)
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *(f"w{i}" for i in range(words))])}
+    vocabulary = {token: i for i, token in enumerate([*special, *(f"w{i}" for i in range(words))])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -40,24 +43,26 @@ def make_corpus(
     shard_rows: int = 100,
     seed: int = 0,
     padded_last_row: bool = False,
+    special: tuple[str, ...] = SPECIAL,
     unknown: bool = False,
 ) -> Path:
     """Write a corpus of arithmetic progressions over the words, so that the context determines a masked word.
 
-    unknown: all words are [UNK]; `words` may then be 0.
+    special: names of the special tokens, by id. unknown: all words are [UNK]; `words` may then be 0.
     """
-    vocab_size = make_tokenizer(folder / "tokenizer", words)
+    vocab_size = make_tokenizer(folder / "tokenizer", words, special)
+    ids_of = {name[1:-1].lower(): index for index, name in enumerate(special)}
     random = np.random.default_rng(seed)
     start, step = random.integers(0, max(words, 1), (rows, 1)), random.integers(1, 4, (rows, 1))
     ids = ((start + step * np.arange(length)) % max(words, 1) + len(SPECIAL)).astype(id_dtype(vocab_size))
     if unknown:
-        ids[:] = UNK
-    ids[:, 0], ids[:, -1] = CLS, SEP
+        ids[:] = ids_of["unk"]
+    ids[:, 0], ids[:, -1] = ids_of["cls"], ids_of["sep"]
     # Some rows contain the end of a document.
-    ids[random.random(rows) < 0.5, length // 2] = SEP
+    ids[random.random(rows) < 0.5, length // 2] = ids_of["sep"]
     if padded_last_row:
-        ids[-1, length // 2 :] = PAD
-        ids[-1, length // 2 - 1] = SEP
+        ids[-1, length // 2 :] = ids_of["pad"]
+        ids[-1, length // 2 - 1] = ids_of["sep"]
     shards = [
         write_shard(
             folder, f"shard-{i:05d}.arrow", ids[s : s + shard_rows], np.ones(len(ids[s : s + shard_rows]), bool)
@@ -70,12 +75,12 @@ def make_corpus(
             schema_version=1,
             tokenizer_sha256=sha256_file(folder / "tokenizer" / "tokenizer.json"),
             vocab_size=vocab_size,
-            special_tokens=SpecialTokens(cls=CLS, sep=SEP, pad=PAD, mask=MASK, unk=UNK, all=tuple(range(5))),
+            special_tokens=SpecialTokens(**ids_of, all=tuple(range(5))),
             sequence_length=length,
             seed=0,
             packing="full_sequences",
             rows=rows,
-            tokens=int((ids != PAD).sum()),
+            tokens=int((ids != ids_of["pad"]).sum()),
             documents=rows,
             sources=(),
             shards=tuple(shards),

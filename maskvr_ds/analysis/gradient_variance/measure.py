@@ -52,7 +52,8 @@ from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import Proposal
-from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.capabilities import check_length
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.runtime import distributed
@@ -116,9 +117,8 @@ class Measurement:
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
         mlm = distributed.run_collectively(lambda: load_model(self.folder))
-        with torch.device("meta"):  # avoids allocating a second set of weights
-            self.model = MaskedLanguageModel(mlm.config)
-        self.model.mlm = mlm
+        self.model = MaskedLanguageModel(mlm)
+        distributed.run_collectively(lambda: check_length(self.model, corpus.sequence_length))
         self.sketcher = Sketcher(self.model.to(device), size=arguments.sketch_size, seed=self._key(_SKETCH))
         # Rate and corruption are those that the run was trained with.
         trained = self.state.identity["masking"]
@@ -131,8 +131,6 @@ class Measurement:
         corpus, arguments = Corpus(path), self.arguments
         if (theirs := corpus.manifest.tokenizer_sha256) != (ours := self.state.identity["tokenizer"]):
             raise ConfigError(f"{path}: tokenizer {theirs[:12]} differs from {ours[:12]} of {self.folder}")
-        if (length := corpus.sequence_length) > (most := self.state.identity["model"]["max_position_embeddings"]):
-            raise ConfigError(f"{path}: sequences of {length} tokens exceed the {most} positions of {self.folder}")
         if arguments.sequences > corpus.rows:
             raise ConfigError(f"--sequences {arguments.sequences}: {path} has {corpus.rows} rows")
         for name, minimum in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch.nn import functional as F
 
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
@@ -23,7 +22,7 @@ from maskvr_ds.masking.checks import segments
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.mapnet import inclusion_from_scores
 from maskvr_ds.masking.masker import Masker
-from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.encoder import MaskedLanguageModel
 
 # norms(masked) → float32 [B, K], ‖g_i‖² of every prediction, arbitrary in unused slots.
 Norms = Callable[[MaskedBatch], torch.Tensor]
@@ -47,13 +46,11 @@ def head_norms(model: MaskedLanguageModel) -> Norms:
     """‖∂ℓ_i/∂h_i‖², as masking/gradient_norms.py reads it in training."""
 
     def norms(masked: MaskedBatch) -> torch.Tensor:
-        with torch.no_grad():
-            hidden = model.hidden(masked.input_ids, masked.positions, masked.attention_mask)
-        hidden.requires_grad_()
-        logits = model.mlm.cls(hidden).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), masked.labels.flatten(), reduction="none")
         reader = GradientNorms()
-        reader.watch(hidden, losses := losses.view_as(masked.labels))
+        watching, model.observer = model.observer, reader.watch
+        with model.head_alone():
+            losses = model(masked.input_ids, masked.positions, masked.labels, masked.attention_mask)
+        model.observer = watching
         losses.sum().backward()
         return reader.take().square()
 

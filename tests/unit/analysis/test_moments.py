@@ -28,7 +28,8 @@ from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import read_rows
 from maskvr_ds.masking.masker import Corruption, Masker
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.losses import weighted_loss
 from tests.support.corpora import CLS, MASK, SEP, make_corpus
 
@@ -50,7 +51,7 @@ class Toy:
         self.corpus = Corpus(make_corpus(folder, rows=400, length=8, words=20))
         torch.manual_seed(0)
         sizes = {"num_hidden_layers": 1, "hidden_size": 12, "num_attention_heads": 2, "max_position_embeddings": 8}
-        config = bert_config(ModelConfig.model_validate(sizes), vocab_size=25, pad_id=0)
+        config = transformers_config(ModelConfig.model_validate(sizes), vocab_size=25, pad_id=0)
         self.model = MaskedLanguageModel(config).eval()
         for p in self.model.parameters():
             p.data += 0.3 * torch.randn_like(p)

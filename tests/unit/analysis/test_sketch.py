@@ -7,15 +7,21 @@ from torch import nn
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher, largest_prime, layer_of
 from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.losses import weighted_loss
+from tests.support.architectures import INSTALLED, section
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "max_position_embeddings": 20}
 
 
+# Architectures whose tables of relative positions serve all rows of a batch at once.
+RELATIVE = {"deberta-v2": "a module's input does not depend on the row", "mpnet": "a table is looked up once per batch"}
+
+
 def make_model(vocab_size: int = 70) -> MaskedLanguageModel:
     torch.manual_seed(0)
-    config = bert_config(ModelConfig.model_validate(SMALL), vocab_size=vocab_size, pad_id=0)
+    config = transformers_config(ModelConfig.model_validate(SMALL), vocab_size=vocab_size, pad_id=0)
     model = MaskedLanguageModel(config).eval()
     for p in model.parameters():  # biases and LayerNorms start at 0 and 1, which would hide errors
         p.data += 0.1 * torch.randn_like(p)
@@ -59,6 +65,46 @@ def test_every_parameter_of_every_row_is_in_its_layers_sketch() -> None:
     found = sketcher(masked)
     assert (found.square().sum(2) > 0).all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", [name for name in INSTALLED if name not in RELATIVE])
+def test_other_architectures(architecture: str) -> None:
+    """Shared layers, RMSNorm, rotation, positions of the model's own: every parameter's gradient is in its layer."""
+    section_of = ModelConfig.model_validate(section(architecture))
+    torch.manual_seed(0)
+    config = transformers_config(section_of, vocab_size=70, pad_id=0)
+    model = MaskedLanguageModel(config).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    masked, rows = make_batch(), []
+    for row in masked.split(1):
+        model.zero_grad()
+        weighted_loss(model, row).backward()
+        rows.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    sketcher = Sketcher(model, size=1000, seed=3)
+    expected = torch.zeros((5, len(sketcher.layers), sketcher.size))
+    for name in rows[0]:
+        gradient = torch.stack([row[name] for row in rows])
+        expected[:, layer_number(sketcher, name)] += sketcher.project(name, gradient)
+    shared = ["layer 0"] if architecture == "albert" else ["layer 0", "layer 1", "layer 2"]
+    assert sketcher.layers == ["embeddings", *shared, "head"]
+    torch.testing.assert_close(sketcher(masked), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "why"), RELATIVE.items())
+def test_tables_of_relative_positions_are_refused(architecture: str, why: str) -> None:
+    config = transformers_config(ModelConfig.model_validate(section(architecture)), vocab_size=70, pad_id=1)
+    with pytest.raises(ValueError, match=f"gradients of {architecture} cannot be sketched: {why}"):
+        Sketcher(MaskedLanguageModel(config), size=1000, seed=3)(make_batch())
+
+
+def test_parameters_used_outside_of_their_module_are_noticed() -> None:
+    config = transformers_config(ModelConfig.model_validate(section("roberta")), vocab_size=70, pad_id=0)
+    model = MaskedLanguageModel(config)
+    table = model.mlm.get_input_embeddings()
+    model.mlm.lm_head.register_forward_hook(lambda module, args, output: output * table.weight[1, 0])
+    with pytest.raises(ValueError, match="gradients of roberta cannot be sketched: in embeddings, parameters are used"):
+        Sketcher(model, size=1000, seed=3)(make_batch())
 
 
 def test_large_tensors_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

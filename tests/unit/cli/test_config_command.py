@@ -102,6 +102,14 @@ def phases_with_two_tokenizers(folder: Path, corpus: Path, values: dict[str, Any
     ]
 
 
+def other_model(section: dict[str, Any]) -> Case:
+    def prepare(folder: Path, corpus: Path, values: dict[str, Any]) -> None:
+        del values["base"]
+        values.update(model=section, training={"steps": 1}, evaluation={"every_steps": 0}, schedule={"warmup_steps": 0})
+
+    return prepare
+
+
 def initial_model(**sizes: int) -> Case:
     def prepare(folder: Path, corpus: Path, values: dict[str, Any]) -> None:
         small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, **sizes}
@@ -182,9 +190,21 @@ FAULTS: dict[str, tuple[Case, str]] = {
     "two tokenizers": (phases_with_two_tokenizers, "phase 'two': .*differs from .*; build the corpora of all phases"),
     "no initial model": (settings(model={"initialize_from": "nowhere"}), "initialize_from nowhere: no such folder"),
     "an initial model without weights": (no_weights, "has no model.safetensors"),
+    "a setting that the architecture does not have": (
+        other_model({"architecture": "roberta", "settings": {"hiden_size": 32}}),
+        r"model.settings.hiden_size: unknown key of RobertaConfig \(roberta\); did you mean hidden_size",
+    ),
+    "checkpointing that the architecture does not have": (
+        other_model({"preset": "albert-base", "activation_checkpointing": True}),
+        "albert of transformers does not support gradient checkpointing",
+    ),
+    "rows longer than the positions of another architecture": (
+        other_model({"preset": "roberta-base", "settings": {"max_position_embeddings": 16}}),
+        "sequences of 32 tokens exceed model.max_position_embeddings 16",
+    ),
     "an initial model of another vocabulary": (
-        initial_model(vocab_size=300),
-        "its tokenizer has 205 tokens, but the model in .* has 300",
+        initial_model(vocab_size=400),
+        "its tokenizer has 205 tokens, but the model in .* has 400",
     ),
 }
 

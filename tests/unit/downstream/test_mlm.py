@@ -40,7 +40,7 @@ def test_a_corpus_without_held_out_rows_is_read_itself(folder: Path, capsys: pyt
     ("model", "corpus", "message"),
     [
         ("missing", "corpus", "missing: no such folder; expected a run, a checkpoint or a model saved by transformers"),
-        ("empty", "corpus", "has no model.safetensors"),
+        ("empty", "corpus", "has no config.json"),
         ("short", "corpus", "sequences of 24 tokens, .*short has 16 positions; build the corpus with"),
         ("model", "other", "its tokenizer has 26 tokens, but the model in .*model has 25"),
         ("model", "empty", "manifest.json"),

@@ -102,8 +102,7 @@ FAULTS = [
     sets(
         "an unknown preset",
         "model.preset=bert-huge",
-        "model.preset: Input should be 'bert-tiny', 'bert-mini', 'bert-small', 'bert-medium', 'bert-base'"
-        " or 'bert-large' (given: 'bert-huge')",
+        "model.preset: Input should be 'bert-tiny', …, 'modernbert-base' or 'modernbert-large' (given: 'bert-huge')",
     ),
     sets(
         "an unknown DeepSpeed configuration",

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config
+from maskvr_ds.config.model import BERT_KEYS
 from maskvr_ds.data.vocabulary import token_ids
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
@@ -52,7 +53,7 @@ def test_sizes_come_from_the_folder_and_dropout_from_the_run(tmp_path: Path, fol
 def test_missing_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     model, bert = ModelConfig(initialize_from=tmp_path), BertConfig()
-    for key in ModelConfig.model_fields.keys() - {"preset", "initialize_from", "activation_checkpointing"}:
+    for key in BERT_KEYS:
         assert getattr(model, key) == getattr(bert, key), key
 
 
@@ -86,7 +87,8 @@ def test_null_removes_a_size_of_a_base(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "roberta"}, "config.json: model_type is 'roberta', 'bert' expected"),
+        ({"model_type": "roformer"}, r"architecture is 'roformer', which is not tested here; tested are albert, bert"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config is .*: quantised weights cannot be trained"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', 'absolute'"),
         ({"is_decoder": True}, "is_decoder is True, False expected"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False, True expected"),
@@ -127,9 +129,10 @@ def test_unusable_folders(tmp_path: Path, folder: Path) -> None:
 
     refused(tmp_path / "bert-base-uncased", "no such folder; expected a local folder.*nothing is downloaded")
     weights.rename(folder / "kept")
-    refused(folder, r"bert: has no model.safetensors; save a BertForMaskedLM to it")
+    refused(folder, r"bert: has no model.safetensors; save the model to it")
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "its weights are split into several files")
+    refused(folder, "model.safetensors.index.json: not an index of safetensors files")
+    (folder / "model.safetensors.index.json").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     refused(folder, r"unpickling can run arbitrary code.*from_pretrained\('.*bert'\).save_pretrained\('NEW'\)")
     (folder / "kept").rename(weights)

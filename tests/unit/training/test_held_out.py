@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 from data_pipeline.reports.describe import describe
 from data_pipeline.shards import Corpus
 from maskvr_ds.data.vocabulary import unigram_entropy
-from maskvr_ds.models.bert import MaskedLanguageModel
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.training.held_out import KINDS, HeldOut
 from tests.support.corpora import MASK, PAD, SPECIAL, make_corpus
 

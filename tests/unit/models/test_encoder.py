@@ -7,7 +7,8 @@ from transformers import BertForMaskedLM
 
 from maskvr_ds.config import ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.models.bert import MaskedLanguageModel, bert_config
+from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.losses import weighted_loss
 
@@ -25,7 +26,7 @@ def model(**changes: object) -> MaskedLanguageModel:
     torch.manual_seed(0)
     config = small(**changes)
     return MaskedLanguageModel(
-        bert_config(config, vocab_size=V, pad_id=0), activation_checkpointing=config.activation_checkpointing
+        transformers_config(config, vocab_size=V, pad_id=0), activation_checkpointing=config.activation_checkpointing
     )
 
 
@@ -76,10 +77,10 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 def test_flops_equal_torchs_count() -> None:
     # The counter knows matrix products only, so attention must not use the fused CPU kernel.
-    config = bert_config(small(num_hidden_layers=3, hidden_size=32), vocab_size=V, pad_id=0)
+    config = transformers_config(small(num_hidden_layers=3, hidden_size=32), vocab_size=V, pad_id=0)
     config._attn_implementation = "eager"
     ours, masked = MaskedLanguageModel(config), batch(False)
     with FlopCounterMode(display=False) as counter:
         weighted_loss(ours, masked).backward()
     # Every matrix product has a full backward pass: only the embeddings need no gradient of their input.
-    assert counter.get_total_flops() / B == pytest.approx(flops_per_sequence(config, L, K), rel=1e-6)
+    assert counter.get_total_flops() / B == pytest.approx(flops_per_sequence(config, L, K, batch=B), rel=1e-6)

@@ -1,0 +1,135 @@
+"""What an architecture cannot do, asked of the model itself before a run spends anything.
+
+One forward pass of a full row and one backward pass, in eval mode, on the CPU, of weights that are not changed. Nothing
+is looked up by the name of an architecture: RoBERTa-likes lose `pad_token_id + 1` of their positions, others have
+parameters that masked-LM training never reaches, or no kernels in bf16; versions of transformers differ.
+
+L: positions of a row. No collectives.
+"""
+
+import copy
+
+import torch
+
+from maskvr_ds.config import ConfigError
+from maskvr_ds.models.encoder import MaskedLanguageModel
+
+# Positions of the row of the backward pass: enough for what a longer row reaches, at bounded cost. Longer
+# rows go through a single layer.
+_BACKWARD = 512
+# Positions by which the longest row may fall short of max_position_embeddings and is still looked for.
+_SHORTER = 8
+
+
+def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype) -> list[str]:
+    """Run the fp32 module on rows of `length` tokens; returns the names of parameters that get no gradient.
+
+    dtype: in which the engine will compute. Raises ConfigError naming value, rule and remedy if a row is too long, the
+    architecture takes another token for padding, or does not run in bf16.
+    """
+    config = module.mlm.config
+    training = module.training
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _check_padding(module)
+            check_length(module, length)
+            if dtype == torch.bfloat16:
+                _check_bf16(module, min(length, _BACKWARD))
+            return _without_gradient(module, min(length, _BACKWARD))
+    finally:
+        module.train(training)
+        for parameter in module.parameters():
+            parameter.grad = None
+        assert module.mlm.config is config
+
+
+def _row(module: MaskedLanguageModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row without padding, int64 [1, L], and the position of one prediction, int64 [1, 1]."""
+    token = 0 if module.mlm.config.pad_token_id else 1
+    return torch.full((1, length), token), torch.full((1, 1), length - 1)
+
+
+def _check_padding(module: MaskedLanguageModel) -> None:
+    """The embedding of padding gets no gradient, and some architectures count positions from other tokens only."""
+    pad = module.mlm.config.pad_token_id
+    table = module.mlm.get_input_embeddings()
+    if (theirs := getattr(table, "padding_idx", None)) not in (None, pad):
+        raise ConfigError(
+            f"model: {module.mlm.config.model_type} of transformers always takes token {theirs} for padding, and the "
+            f"corpus pads with {pad}: token {theirs} would not be trained. Build the corpus with a tokenizer whose "
+            f"padding token has the id {theirs}"
+        )
+
+
+def check_length(module: MaskedLanguageModel, length: int) -> None:
+    """Raise ConfigError if a row of `length` tokens is too long for the module."""
+    config = module.mlm.config
+    # Rotary and relative positions have no table that ends.
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ConfigError(
+            f"model: rows of {length} tokens exceed max_position_embeddings {most} of {config.model_type}; build the "
+            f"corpus with --sequence-length {most} or less, or set it higher"
+        )
+    # What limits a row does not depend on the depth, and long rows take minutes on a CPU.
+    module = module if length <= _BACKWARD else _shallow(module)
+    if (error := _error(module, length)) is None:
+        return
+    longest = next((n for n in range(length - 1, max(0, length - _SHORTER), -1) if _error(module, n) is None), None)
+    text = " ".join(str(error).split())
+    if longest is None:
+        raise ConfigError(f"model: {config.model_type} cannot process a row of {length} tokens: {text}")
+    raise ConfigError(
+        f"model: rows of {length} tokens are too long for {config.model_type} with max_position_embeddings {most}, "
+        f"which takes at most {longest} (it counts positions from pad_token_id + 1); build the corpus with "
+        f"--sequence-length {longest} or less"
+        + ("" if most is None else f", or set max_position_embeddings to {most + length - longest}")
+    )
+
+
+def _shallow(module: MaskedLanguageModel) -> MaskedLanguageModel:
+    """The architecture with one layer and random weights; the module itself if it cannot be made so."""
+    config = copy.deepcopy(module.mlm.config)
+    try:
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+        return MaskedLanguageModel(config).train(module.training)
+    except (ConfigError, AttributeError, ValueError):
+        return module
+
+
+@torch.no_grad()
+def _error(module: MaskedLanguageModel, length: int) -> Exception | None:
+    """What a forward pass of a row raises; None if it runs."""
+    try:
+        module(*_row(module, length))
+    except (IndexError, RuntimeError, ValueError, AssertionError) as error:
+        return error
+    return None
+
+
+def _check_bf16(module: MaskedLanguageModel, length: int) -> None:
+    rounded = copy.deepcopy(module)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16()
+    if (error := _error(rounded, length)) is not None:
+        raise ConfigError(
+            f"model: {module.mlm.config.model_type} of transformers does not run in bf16 "
+            f"({' '.join(str(error).split())}); choose an fp32 file as deepspeed"
+        )
+
+
+def _without_gradient(module: MaskedLanguageModel, length: int) -> list[str]:
+    ids, positions = _row(module, length)
+    with torch.enable_grad():
+        module(ids, positions, labels=ids[:, :1]).sum().backward()
+    return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def check_buffers(module: torch.nn.Module) -> None:
+    """Assert that frequencies of rotary embeddings are fp32: rounded to bf16, positions of long rows are wrong by
+    several per cent of the logits. DeepSpeed >= 0.19.8 casts parameters only."""
+    for name, buffer in module.named_buffers():
+        assert "inv_freq" not in name or buffer.dtype == torch.float32, f"{name} is {buffer.dtype}, expected float32"

@@ -1,0 +1,143 @@
+"""A masked language model of transformers with its prediction head evaluated only at the K masked positions.
+
+Shapes: B sequences, L positions, K predictions per sequence, D hidden, V vocabulary. With L = 128 and K = 19, logits
+[B, K, V] instead of [B, L, V] make large vocabularies affordable.
+
+The model is transformers' own, whatever its architecture: a forward hook on its encoder (`base_model`) replaces the
+last hidden state [B, L, D] by its K gathered rows [B, K, D], and the model's own forward applies its own head to them.
+The head processes each position independently, so the logits are those of the untouched model at these positions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+from maskvr_ds.config import ConfigError
+
+
+class MaskedLanguageModel(nn.Module):
+    """A masked language model whose forward takes the masked positions and returns the loss of each prediction.
+
+    Args:
+        model: transformers' configuration, for random weights, or a model, which is used as it is.
+        activation_checkpointing: recompute activations in the backward pass.
+
+    mlm: transformers' model. observer: called in every training forward pass with h [B, K, D], the input of the
+    prediction head, and the losses [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
+
+    Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing.
+    """
+
+    observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+    def __init__(self, model: PreTrainedConfig | PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.mlm: PreTrainedModel = model if isinstance(model, PreTrainedModel) else _build(model)
+        self._positions: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None
+        # The head's input is a leaf: the backward pass ends there.
+        self._detach = False
+        self.mlm.base_model.register_forward_hook(self._gather)
+        if activation_checkpointing:
+            self._checkpoint_activations()
+
+    def _checkpoint_activations(self) -> None:
+        kind = self.mlm.config.model_type
+        if not self.mlm.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"model.activation_checkpointing is true, and {kind} of transformers does not support gradient "
+                "checkpointing; set it to false, and lower batch.micro_size if memory is short"
+            )
+        self.mlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _gather(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the encoder."""
+        if self._positions is None:
+            return None
+        last = output[0]
+        hidden = last.gather(1, self._positions[..., None].expand(-1, -1, last.shape[-1]))
+        if self._detach:
+            hidden = hidden.detach().requires_grad_()
+        self._hidden = hidden
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output[next(iter(output))] = hidden  # a ModelOutput: also sets the attribute
+        return output
+
+    @contextmanager
+    def _gathering(self, positions: torch.Tensor) -> Iterator[None]:
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = self._hidden = None
+
+    def hidden(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Input of the head, h [B, K, D], for input_ids int64 [B, L], positions int64 [B, K], mask bool [B, L]."""
+        with self._gathering(positions):
+            return self.mlm.base_model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy per prediction in nats, float32 [B, K], for labels int64 [B, K]; without labels, logits
+        [B, K, V].
+
+        Under ZeRO 3 all computation must go through this method: the hooks that gather a module's parameters expect a
+        complete forward pass.
+        """
+        with self._gathering(positions):
+            # Position ids are the model's own: RoBERTa's start at pad + 1.
+            logits = self.mlm(input_ids=input_ids, attention_mask=attention_mask).logits
+            if labels is None:
+                return logits
+            losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+            if self.observer is not None and self._hidden is not None and losses.requires_grad:
+                self.observer(self._hidden, losses)
+            return losses
+
+    @contextmanager
+    def head_alone(self) -> Iterator[None]:
+        """Within: the backward pass ends at the input of the head, which requires a gradient (for `observer`)."""
+        self._detach = True
+        try:
+            yield
+        finally:
+            self._detach = False
+
+
+def names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """All names of each parameter: tied parameters have several, and which is first depends on the architecture."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture's masked language model with random weights. Raises ConfigError if it has none."""
+    try:
+        model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    # Whatever the class raises for values that contradict each other: sizes, activations, attention.
+    except Exception as error:
+        raise ConfigError(
+            f"model: transformers cannot build a masked language model of type {config.model_type!r} with these "
+            f"settings: {' '.join(str(error).split())}"
+        ) from error
+    if model.base_model is model:
+        raise ConfigError(
+            f"model.architecture {config.model_type!r}: {type(model).__name__} has no separate encoder "
+            f"({model.base_model_prefix!r}); it cannot be trained here"
+        )
+    return model
