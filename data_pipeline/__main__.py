@@ -72,9 +72,16 @@ def _add_tokenizer(commands: _Commands) -> None:
         "  python -m data_pipeline tokenizer --input texts/ --vocab-size 30522 --output tok/\n"
         "  python -m data_pipeline tokenizer --input 'wiki/*.jsonl.zst' --text-field body --vocab-size 30522 \\\n"
         "      --cased --output tok_cased/\n"
+        "  python -m data_pipeline tokenizer --description corpus.yaml --vocab-size 30522 --output tok/\n"
         "  python -m data_pipeline tokenizer --input texts/ --vocab-size 50265 --kind byte-bpe --output tok_bpe/\n",
     )
-    command.add_argument("--input", nargs="+", required=True, metavar="PATH", help=INPUT)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--description",
+        metavar="YAML",
+        help="sources and document rules, as for build; weights, duplicates and contamination do not matter here",
+    )
+    source.add_argument("--input", nargs="+", metavar="PATH", help=INPUT)
     command.add_argument(
         "--vocab-size",
         type=integer,
@@ -223,6 +230,11 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
         from data_pipeline.tokenization.training import train_tokenizer
 
         options["limits"] = _safeguards(options).limits()
+        if (path := options.pop("description")) is not None:
+            from data_pipeline.arguments import resolve_description
+
+            rules = (options.pop(name) for name in ("documents", "text_field", "no_text", "bad_records"))
+            options["description"], _ = resolve_description(None, path, *rules)
         train_tokenizer(options.pop("input"), **options)
         print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
     elif command == "inspect":

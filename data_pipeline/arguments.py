@@ -19,6 +19,7 @@ from data_pipeline.sources.reading import RULES, Limits
 from data_pipeline.tokenization.token_shards import PLANES
 
 MIN_SEQUENCE_LENGTH = 8
+SPLITS = ("document", "file")
 _MAX_MB = 1e12  # in bits, this is below 2^63
 
 
@@ -157,13 +158,16 @@ def pack_options(
     return PackOptions(sequence_length, packing, bins, probability, ordered, (), seed, shard_size)
 
 
-def check_source_arguments(workers: int, seed: int, held_out: float, documents: str, work_size: float | None) -> None:
+def check_source_arguments(
+    workers: int, seed: int, held_out: float, documents: str, work_size: float | None, held_out_by: str = "document"
+) -> None:
     """Raise CorpusError for an argument out of range, naming it and the rule."""
     check_rules(
         (
             (1 <= workers <= MAX_WORKERS, "workers", workers, f"from 1 to {MAX_WORKERS:,}"),
             (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
+            (held_out_by in SPLITS, "held out by", held_out_by, f"one of {', '.join(SPLITS)}"),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
             (
                 work_size is None or 0 < work_size <= _MAX_MB,

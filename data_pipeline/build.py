@@ -44,6 +44,7 @@ from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, sha256_file
 from data_pipeline.filters.ngrams import task_digests
+from data_pipeline.hub import TOKENIZER_FILES, local_folder
 from data_pipeline.manifest import DESCRIPTION, HELD_OUT, MANIFEST, SCHEMA_VERSION, TOKENIZER
 from data_pipeline.numbers import MAX_WORKERS
 from data_pipeline.outputs import check_inputs, claim, finished_corpus
@@ -51,6 +52,7 @@ from data_pipeline.packing.parts import PackOptions
 from data_pipeline.packing.stage import pack_side
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.description import MAX_WEIGHT, Description, description_yaml
+from data_pipeline.tokenization.documents import describe_documents, warn_of_paragraphs
 from data_pipeline.tokenization.stage import REBUILD, TokenizeOptions, default_work_size, find_groups, tokenize_stage
 from data_pipeline.tokenization.token_shards import (
     TOKENS_REMEDY,
@@ -75,6 +77,7 @@ def build(
     workers: int = 1,
     seed: int = 0,
     held_out: float = 0.0,
+    held_out_by: str = "document",
     documents: str = "blank-line",
     text_field: str = "text",
     no_text: str = "error",
@@ -92,15 +95,17 @@ def build(
 ) -> Manifest:
     """Build a corpus with rows of `sequence_length` token ids, and return its manifest.
 
-    inputs: files, folders and globs (types: sources/inputs.py), read in the order of their names; None if `description`
-    is the path of a YAML file (sources/description.py). tokenizer: Hugging Face tokenizer folder, copied to
-    output/tokenizer. held_out: share of documents, selected by a hash of `seed` and the text, that becomes a separate
-    corpus in output/held_out. documents: how .txt files are split ("blank-line", "line", "file"); text_field: JSON
-    field or Parquet column; no_text, bad_records: "error", or "skip" such records of `inputs` and count them. packing:
-    "full_sequences", "documents" (with length bins), "nsp" or "sop" (with pair_probability). columns: "word_start",
-    "sentence_start" to store. shard_size: MB per shard. work_size: MB of text per unit of work, without effect on the
-    output; None: `default_work_size`. report: called with the share of unknown tokens, in words. progress: show the
-    bar, None: on a terminal. team: MPI ranks, with this process as rank 0 (execution/mpi.py).
+    inputs: files, folders and globs (types: sources/inputs.py), read in the order of their names; None if
+    `description` is the path of a YAML file (sources/description.py). tokenizer: Hugging Face tokenizer folder, or
+    a name on a hub (hub.py), copied to output/tokenizer. held_out: share of documents, selected by a hash of `seed`
+    and the text, that becomes a separate corpus in output/held_out; with held_out_by "file", share of the files (at
+    least one), selected by a hash of `seed` and the name, with all their documents. documents: how .txt and .md
+    files are split ("blank-line", "line", "file"); text_field: field or column; no_text, bad_records: "error", or
+    "skip" such records of `inputs` and count them. packing: "full_sequences", "documents" (with length bins), "nsp"
+    or "sop" (with pair_probability). columns: "word_start", "sentence_start" to store. shard_size: MB per shard.
+    work_size: MB of text per unit of work, without effect on the output; None: `default_work_size`. report: called
+    with what was taken, and with the share of unknown tokens, in words. progress: show the bar, None: on a
+    terminal. team: MPI ranks, with this process as rank 0 (execution/mpi.py).
 
     `output` must be new, empty, or contain an unfinished or finished build with the same arguments and inputs.
     With `workers` > 1, call under `if __name__ == "__main__":`, as usual with multiprocessing.
@@ -108,7 +113,8 @@ def build(
     the next run, and no incomplete file appears under its final name.
     """
     output, limits = Path(output), safeguards.limits()
-    check_source_arguments(workers, seed, held_out, documents, work_size)
+    check_source_arguments(workers, seed, held_out, documents, work_size, held_out_by)
+    tokenizer = local_folder(tokenizer, TOKENIZER_FILES, "tokenizer")
     packed = pack_options(sequence_length, packing, bins, pair_probability, columns, seed, shard_size)
     about, named = resolve_description(inputs, description, documents, text_field, no_text, bad_records)
     about = with_required_planes(about, columns, packing)
@@ -119,6 +125,7 @@ def build(
     options = TokenizeOptions(
         about, groups, output / TOKENIZER, named, named, held_out, seed, work_size, limits, safeguards.max_unknown
     )
+    options = replace(options, held_out_by=held_out_by)
     arguments = _build_arguments(options, packed, documents, text_field, tokenizer)
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
@@ -132,7 +139,8 @@ def build(
         with ProgressBar(total, "tokenise", progress) as bar, Pool(workers, team) as pool:
             tokens = tokenize_stage(work, work, options, pool, bar)
             if report:
-                report(describe_unknown(tokens))
+                report(f"{describe_documents(tokens)}, {describe_unknown(tokens)}")
+            warn_of_paragraphs(about, groups, tokens, held_out_by)
             if named:
                 _save_description(output, about)
             _check_tokens(work, tokens, output / TOKENIZER, work, pool, bar, REBUILD)
@@ -158,6 +166,7 @@ def _build_arguments(
             "sources": [[source.name, source.bytes] for source in options.files],
         }
         | recorded_options(packed, options.description, options.named)
+        | _recorded_split(options.held_out_by)
         | _task_arguments(options.description)
     )
 
@@ -171,6 +180,7 @@ def tokenize(
     workers: int = 1,
     seed: int = 0,
     held_out: float = 0.0,
+    held_out_by: str = "document",
     documents: str = "blank-line",
     text_field: str = "text",
     no_text: str = "error",
@@ -186,7 +196,8 @@ def tokenize(
     per token shard, None: `default_work_size`; it has no effect on the packed corpora.
     """
     output, limits = Path(output), safeguards.limits()
-    check_source_arguments(workers, seed, held_out, documents, work_size)
+    check_source_arguments(workers, seed, held_out, documents, work_size, held_out_by)
+    tokenizer = local_folder(tokenizer, TOKENIZER_FILES, "tokenizer")
     about, named = resolve_description(inputs, description, documents, text_field, no_text, bad_records)
     about = about.model_copy(update={"word_starts": True, "sentences": about.sentences or "punctuation"})
     groups = find_groups(about, (output, Path(tokenizer)), named)
@@ -194,15 +205,20 @@ def tokenize(
     options = TokenizeOptions(
         about, groups, output / TOKENIZER, named, True, held_out, seed, work_size, limits, safeguards.max_unknown
     )
-    arguments = {
-        "tokens_version": TOKENS_VERSION,
-        "seed": seed,
-        "held_out": held_out,
-        "work_size": work_size,
-        "description": recorded_description(about),
-        "tokenizer": fingerprint(tokenizer),
-        "sources": [[source.name, source.bytes] for source in options.files],
-    } | _task_arguments(about)
+    options = replace(options, held_out_by=held_out_by)
+    arguments = (
+        {
+            "tokens_version": TOKENS_VERSION,
+            "seed": seed,
+            "held_out": held_out,
+            "work_size": work_size,
+            "description": recorded_description(about),
+            "tokenizer": fingerprint(tokenizer),
+            "sources": [[source.name, source.bytes] for source in options.files],
+        }
+        | _recorded_split(held_out_by)
+        | _task_arguments(about)
+    )
     with claim(output, arguments) as work:
         if (output / MANIFEST).exists():
             manifest = read_tokens(output)
@@ -214,6 +230,7 @@ def tokenize(
             if named:
                 _save_description(output, about)
             manifest = tokenize_stage(output, work, options, pool, bar)
+            warn_of_paragraphs(about, groups, manifest, held_out_by)
     return manifest
 
 
@@ -308,6 +325,11 @@ def _pack_sides(
 def _save_description(output: Path, about: Description) -> None:
     with atomic_file(output / DESCRIPTION) as file:
         file.write(description_yaml(about).encode())
+
+
+def _recorded_split(held_out_by: str) -> dict[str, Any]:
+    """Recorded only if set, so that what earlier versions started can be resumed."""
+    return {} if held_out_by == "document" else {"held_out_by": held_out_by}
 
 
 def _task_arguments(about: Description) -> dict[str, Any]:

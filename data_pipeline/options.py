@@ -6,7 +6,7 @@ from data_pipeline.numbers import integer, number
 
 INPUT = (
     "files, folders and globs of .txt, .jsonl (also compressed: .gz, .zst, .xz, .bz2), compressed .json of JSON lines, "
-    "and .parquet"
+    "and .parquet; by name or glob also .md, .csv, .tsv and .json"
 )
 
 
@@ -19,7 +19,12 @@ def source_options(command: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--input", nargs="+", metavar="PATH", help=INPUT)
     document_options(command)
-    command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    command.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face tokenizer folder, or a name on a hub: OWNER/NAME, OWNER/NAME@REVISION",
+    )
     command.add_argument("--seed", type=integer, default=0, metavar="S", help="key of the held-out split (default 0)")
     command.add_argument(
         "--held-out",
@@ -27,6 +32,13 @@ def source_options(command: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SHARE",
         help="share of the documents to hold out; in corpora: OUTPUT/held_out (default 0)",
+    )
+    command.add_argument(
+        "--held-out-by",
+        choices=("document", "file"),
+        default="document",
+        help="unit of the held-out split; file: at least one complete file, so that no part of what a file holds is "
+        "trained on (default document)",
     )
     command.add_argument(
         "--max-unknown",
@@ -48,13 +60,13 @@ def document_options(command: argparse.ArgumentParser) -> None:
         "--documents",
         choices=("blank-line", "line", "file"),
         default="blank-line",
-        help="unit of a document in .txt files: up to a blank line (default), a line, or the file",
+        help="unit of a document in .txt and .md files: up to a blank line (default), a line, or the file",
     )
     command.add_argument(
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field of .jsonl or column of .parquet that holds the text (default: text)",
+        help="field of .jsonl or .json, or column of .parquet, .csv or .tsv, that holds the text (default: text)",
     )
     for option, what in (
         ("--no-text", "records whose text is null or missing"),

@@ -26,6 +26,8 @@ from data_pipeline.sources.inputs import Source
 
 _WORK, _RESULTS, _LOCK = ".build", "results", "lock"
 _ARGUMENTS = "build.json"
+# Recorded only if they have another value.
+_DEFAULTS = {"held_out_by": "document"}
 # Arguments that earlier versions did not record.
 _NEWER_ARGUMENTS = ("decontaminate",)
 
@@ -143,9 +145,10 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
     except ValueError as error:
         raise CorpusError(f"{path}: not JSON ({error}). Choose another output folder, or remove it") from None
     # Rules of records are recorded only if they are set.
-    for key in (*arguments, *(key for key in NEWER_RULES if key in before and key not in arguments)):
-        then: Any = before.get(key)
-        now: Any = arguments.get(key)
+    later = (*NEWER_RULES, *_DEFAULTS)
+    for key in (*arguments, *(key for key in later if key in before and key not in arguments)):
+        then: Any = before.get(key, _DEFAULTS.get(key))
+        now: Any = arguments.get(key, _DEFAULTS.get(key))
         if then == now or (key in _NEWER_ARGUMENTS and key not in before):
             continue
         if key == "sources":

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from maskvr_ds import hashing
-from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config
+from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config, with_local_model
 from maskvr_ds.config.deepspeed import read_deepspeed_config
+from maskvr_ds.data.keys import DROPOUT
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.engine import loss_scale, set_learning_rate
 from maskvr_ds.reliability.divergence import DivergedError
@@ -39,7 +40,7 @@ from maskvr_ds.training.resume import ResumePoint, find_resume_point
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
 from maskvr_ds.training.run import write_run_status
 from maskvr_ds.training.saver import Saver, is_due
-from maskvr_ds.training.setup import DROPOUT, PhaseContext, setup_phase
+from maskvr_ds.training.setup import PhaseContext, setup_phase
 from maskvr_ds.training.step import StepResult, run_step
 
 # Exceptions that all ranks raise together and that are not failures.
@@ -270,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
 
     def run() -> int | None:
-        config = distributed.run_collectively(lambda: load_config(arguments.config, arguments.assignments))
+        # One rank may ask a hub; the others are given the folder.
+        assignments = distributed.run_on_rank0(lambda: with_local_model(arguments.config, arguments.assignments))
+        config = distributed.run_collectively(lambda: load_config(arguments.config, assignments))
         try:
             train(config, arguments.resume, stop, arguments.launch)
         except StoppedError as stopped:

@@ -13,7 +13,7 @@ from types import FrameType
 from cluster.hosts.checks import LaunchError
 from cluster.hosts.plan import CONFIG, Draft, add_launch_options, warn
 from cluster.hosts.supervisor import KILL_SECONDS, POLL, Job, Plan
-from maskvr_ds.config import RunConfig, add_run_options, load_config
+from maskvr_ds.config import RunConfig, add_run_options, load_config, with_local_model
 from maskvr_ds.reliability.signals import SIGNALS, SignalDebouncer
 from maskvr_ds.run_folder import layout, status
 from maskvr_ds.run_folder.fence import Fence
@@ -56,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     hosts = read_hostfile(arguments.hostfile)
+    arguments.assignments = with_local_model(arguments.config, arguments.assignments)
     config = load_config(arguments.config, arguments.assignments)
     launched = Launched(config.output_dir.absolute())
     plan = _prepare(arguments, hosts, config, launched)

@@ -19,7 +19,7 @@ from cluster.hosts import hostfile, remote
 from cluster.hosts.checks import GIB
 from cluster.hosts.plan import Draft, add_launch_options
 from cluster.hosts.supervisor import POLL, Job
-from maskvr_ds.config import add_run_options, load_config
+from maskvr_ds.config import add_run_options, load_config, with_local_model
 from maskvr_ds.runtime.hostfile import HostfileError, read_hostfile
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer, number
 
@@ -93,6 +93,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
         )
     else:
         hosts = read_hostfile(arguments.hostfile)
+    arguments.assignments = with_local_model(arguments.config, arguments.assignments)
     config = load_config(arguments.config, arguments.assignments)
     draft = Draft(arguments, hosts, config)
     links: dict[str, Any] | None = None

@@ -29,6 +29,7 @@ from maskvr_ds.config import (
     deepspeed_config_path,
     dump_config,
     load_config,
+    with_local_model,
 )
 from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.run_folder.marks import output_fault
@@ -139,6 +140,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    arguments.assignments = with_local_model(arguments.config, arguments.assignments)
     config = load_config(arguments.config, arguments.assignments)
     scripts = render_scripts(arguments, config)
     if arguments.print:

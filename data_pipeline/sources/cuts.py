@@ -57,7 +57,7 @@ def _cut_source(
         yield from _cut_parquet(i, source, text_field, unit_bytes)
     elif source.format == ".arrow":
         yield from _cut_arrow(i, source, text_field, unit_bytes)
-    elif source.format.startswith(BUILDER):
+    elif source.format.startswith(BUILDER) or source.format in (".csv", ".tsv", ".json"):
         yield Piece(i, 0, source.bytes), source.bytes
     elif source.compression:
         yield Piece(i, 0, source.bytes), source.text_bytes

@@ -36,9 +36,9 @@ from data_pipeline.files import CorpusError
 from data_pipeline.filters.rules import DocumentRules
 from data_pipeline.sources.inputs import BUILDER, Source, find_sources
 
-FORMATS = ("auto", "text", "jsonl", "parquet", "wikiextractor", "dataset")
+FORMATS = ("auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "wikiextractor", "dataset")
 # "auto" goes by the suffix of each file; the other formats accept any file name.
-_KINDS = {"auto": "", "text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet", "wikiextractor": ".wiki"}
+_KINDS = {name: f".{name}" for name in FORMATS} | {"auto": "", "text": ".txt", "wikiextractor": ".wiki"}
 MAX_WEIGHT = 1000
 
 
@@ -55,7 +55,7 @@ class SourceSection(_Section):
         default="auto", description=f"{', '.join(FORMATS)} or builder:NAME; auto goes by file name suffixes"
     )
     documents: Literal["blank-line", "line", "file"] = Field(
-        default="blank-line", description="unit of a document in .txt files"
+        default="blank-line", description="unit of a document in .txt and .md files"
     )
     text_field: str = Field(default="text", description="field or column that holds the text")
     split: str | None = Field(default=None, description="split to use, if format is dataset and several were saved")

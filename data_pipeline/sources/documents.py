@@ -1,4 +1,6 @@
-"""Document readers for text, WikiExtractor, JSON lines, Parquet, Arrow and builders of `datasets`, in bounded memory.
+"""Document readers for text, WikiExtractor, JSON lines, JSON, CSV, TSV, Parquet, Arrow and builders of `datasets`.
+
+Memory is bounded, by the limit of a record for JSON.
 
 White space around documents is stripped, and empty documents are skipped. Documents longer than PIECE characters are
 split into pieces before a line end, else before a space, else anywhere. The cuts depend only on the document, and
@@ -19,6 +21,7 @@ import pyarrow as pa
 from data_pipeline.files import CorpusError
 from data_pipeline.sources.inputs import BLANK_LINE, BUILDER, WIKI_END, Piece, Progress, Source
 from data_pipeline.sources.reading import Reading
+from data_pipeline.sources.records import json_texts, table_texts, why_no_text
 from data_pipeline.sources.streams import Readable, open_bytes
 from data_pipeline.sources.tables import open_arrow, open_builder, open_parquet
 
@@ -61,7 +64,13 @@ def read_documents(
     else:
         with open_bytes(source, piece, progress, reading.limits) as stream:
             blocks = _decode(source, piece.start, stream, reading.lenient)
-            if source.format == ".jsonl":
+            if source.format in (".csv", ".tsv"):
+                for text in table_texts(source, blocks, text_field, reading):
+                    yield from _pieces(text)
+            elif source.format == ".json":
+                for text in json_texts(source, blocks, text_field, reading):
+                    yield from _pieces(text)
+            elif source.format == ".jsonl":
                 yield from _json_lines(source, piece.start, blocks, text_field, reading)
             elif source.format == ".wiki":
                 closing = f"{source.path}: ends within an article"
@@ -196,7 +205,7 @@ def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, r
             continue
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            fault = f"{_line(source, start, number)}: {_why_no_text(record, field)}"
+            fault = f"{_line(source, start, number)}: {why_no_text(record, field)}"
             if isinstance(record, dict) and text is None:
                 reading.no_text_at(fault)
             else:
@@ -209,14 +218,6 @@ def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, r
             reading.bad_record_at(f"{_line(source, start, number)}: {fault}. Correct or remove the line")
             continue
         yield from _pieces(text)
-
-
-def _why_no_text(record: Any, field: str) -> str:
-    if not isinstance(record, dict):
-        return f"must be a JSON object, found {type(record).__name__}"
-    if field in record:
-        return f"field {field!r} must be a string, found {type(record[field]).__name__}"
-    return f"has no field {field!r}, only {', '.join(record) or 'nothing'}. Set --text-field"
 
 
 def _lines(blocks: Iterator[str], limit: int, too_long: Callable[[int], None]) -> Iterator[str]:

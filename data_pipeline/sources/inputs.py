@@ -21,7 +21,24 @@ SUFFIXES = (
     *(f".json{compression}" for compression in _COMPRESSIONS),
     ".parquet",
 )
+# Read if they are named, or match a glob; in a folder they often hold something else, such as its README.
+NAMED_SUFFIXES = (*(f"{kind}{end}" for kind in (".md", ".csv", ".tsv") for end in ("", *_COMPRESSIONS)), ".json")
 SUPPORTED = f".txt, .jsonl, .parquet; .txt, .jsonl and .json also compressed ({', '.join(_COMPRESSIONS)})"
+NAMED = "by name or glob also .md, .csv, .tsv and .json"
+# What to do with files that cannot be read as they are.
+_REMEDIES = {
+    ".html": "extract their text, for example with trafilatura",
+    ".htm": "extract their text, for example with trafilatura",
+    ".pdf": "extract their text, for example with pdftotext",
+    ".docx": "convert them to text, for example with pandoc",
+    ".xml": "extract their text; of Wikipedia, with WikiExtractor, and set format wikiextractor in a description",
+    ".arrow": "name the folder that save_to_disk wrote in a description, with format dataset",
+    ".zip": "unpack them",
+    ".tar": "unpack them",
+    ".tgz": "unpack them",
+    ".gz": "unpack them, or add the format to the name, as in a.txt.gz",
+    "without suffix": "rename them, or set their format in a description: text, jsonl, csv, wikiextractor",
+}
 # Approximate compression ratio of text, so that units of compressed files take about as long as others.
 _EXPANSION = 4
 
@@ -59,12 +76,14 @@ class Source:
 
     @property
     def format(self) -> str:
-        """One of ".txt", ".jsonl", ".parquet", ".wiki", ".arrow", "builder:NAME"."""
+        """One of ".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".wiki", ".arrow", "builder:NAME"."""
         if self.kind:
             return self.kind
         path = Path(self.path)
         suffix = Path(path.stem if self.compression else path.name).suffix.lower()
-        return ".jsonl" if suffix == ".json" else suffix
+        if suffix == ".json":
+            return ".jsonl" if self.compression else ".json"
+        return ".txt" if suffix == ".md" else suffix
 
     @property
     def text_bytes(self) -> int:
@@ -100,7 +119,8 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
     """List the files that match `inputs` (files, folders, globs), sorted by name.
 
     Folders are searched recursively, except those in `exclude`, skipping hidden files and files without a suffix in
-    SUFFIXES; explicitly named files must have one of these. kind: format of all non-hidden files, whatever their names.
+    SUFFIXES; files that are named, or match a glob, must have one of these or of NAMED_SUFFIXES. kind: format of all
+    non-hidden files, whatever their names.
     The number of files skipped for their suffix is printed to stderr.
     Raises CorpusError if an input is missing, no file is found, a file is found twice, a name is not UTF-8, or a file
     is a dead link, a pipe, a socket or a device.
@@ -116,16 +136,17 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
             if match.is_dir():
                 excluded = {os.path.realpath(folder) for folder in exclude}
                 paths += _walk(match, excluded, "" if kind else SUFFIXES, others)
-            elif kind or match.name.lower().endswith(SUFFIXES):
+            elif kind or match.name.lower().endswith((*SUFFIXES, *NAMED_SUFFIXES)):
                 paths.append(match)
             else:
                 raise CorpusError(
-                    f"{match}: unknown file type. Supported: {SUPPORTED}. "
+                    f"{match}: unknown file type. Supported: {SUPPORTED}; {NAMED}. "
                     "For a file of another name, set its format in a description"
                 )
     if not paths:
-        rule = "no file in it" if kind else f"no file of a supported type ({SUPPORTED})"
-        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: {rule}")
+        rule = "no file in it" if kind else f"no file of a supported type ({SUPPORTED}; {NAMED})"
+        hints = "" if kind else remedies(inputs, others)
+        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: {rule}{hints}")
     seen: dict[Path, Path] = {}
     stats = [_stat(path) for path in paths]
     for path in paths:
@@ -144,8 +165,32 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
         sources.append(Source(str(path), name, found.st_size, found.st_mtime_ns, kind))
     if others:
         counts = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-        _logger.warning("skipped %s files: %s", f"{others.total():,}", counts)
+        named = any(suffix in NAMED_SUFFIXES for suffix in others)
+        hint = f" (of these, {NAMED})" if named else ""
+        _logger.warning("skipped %s files: %s%s", f"{others.total():,}", counts, hint)
     return sorted(sources, key=lambda source: source.name)
+
+
+def remedies(inputs: Sequence[str | Path], others: Counter[str]) -> str:
+    """How the most frequent kinds of skipped files could be read, a sentence each; empty if there are none.
+
+    others: suffix -> number of files.
+    """
+    sentences = []
+    folder = next((str(item) for item in inputs if Path(item).is_dir()), ".").rstrip("/")
+    for suffix, count in others.most_common(3):
+        remedy = _REMEDIES.get(suffix, "convert them to text, or set their format in a description")
+        if suffix in NAMED_SUFFIXES:
+            remedy = f"name them, or use a glob: '{folder}/**/*{suffix}'"
+        sentences.append(f". Files {suffix} ({count:,}): {remedy}")
+    return "".join(sentences)
+
+
+def where_text_may_be(sources: Sequence[Source]) -> str:
+    """A hint at another format or field; empty if there is none to give."""
+    if any(source.format not in (".txt", ".wiki") for source in sources):
+        return ", or set --text-field to the field or column that holds it"
+    return ", or if these files are not plain text, set their format in a description"
 
 
 def _stat(path: Path) -> os.stat_result:

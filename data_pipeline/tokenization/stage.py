@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from data_pipeline.filters.rules import DIGEST
 from data_pipeline.manifest import SourceEntry
 from data_pipeline.sources.cuts import cut_units
 from data_pipeline.sources.description import Description, find_files
-from data_pipeline.sources.inputs import Piece, Progress, Source
+from data_pipeline.sources.inputs import Piece, Progress, Source, where_text_may_be
 from data_pipeline.sources.reading import LIMITS, Limits
 from data_pipeline.tokenization.token_shards import (
     DROPS,
@@ -37,7 +38,7 @@ from data_pipeline.tokenization.token_shards import (
     token_path,
     write_tokens,
 )
-from data_pipeline.tokenization.units import TEMPORARY, Job, load_encoder, tokenize_unit
+from data_pipeline.tokenization.units import TEMPORARY, Job, files_to_hold_out, load_encoder, tokenize_unit
 from data_pipeline.tokenization.unknown import check_unknown
 
 Unit = tuple[int, tuple[Piece, ...]]
@@ -71,8 +72,8 @@ class TokenizeOptions:
     """Input of the tokenization stage: text files and how to tokenize them.
 
     groups: files of each source; tokenizer: the copied tokenizer folder; named: whether sources have names; keys: store
-    a hash of each document; held_out: share of held-out documents; work_size: MB of text per unit of work; limits: of
-    the readers; max_unknown: maximum share of unknown tokens.
+    a hash of each document; held_out: share of held-out documents, or with held_out_by "file" of the files; work_size:
+    MB of text per unit of work; limits: of the readers; max_unknown: maximum share of unknown tokens.
     """
 
     description: Description
@@ -85,6 +86,7 @@ class TokenizeOptions:
     work_size: float
     limits: Limits = LIMITS
     max_unknown: float = 1.0
+    held_out_by: str = "document"
 
     @property
     def files(self) -> list[Source]:
@@ -125,6 +127,15 @@ def _make_job(folder: Path, work: Path, options: TokenizeOptions) -> Job:
     if rules.duplicates == "near":
         check_library()
     encoder = load_encoder(str(options.tokenizer), sha256_file(options.tokenizer / "tokenizer.json"))
+    held_files = None
+    if options.held_out and options.held_out_by == "file":
+        names = [file.name for file in options.files]
+        held_files = files_to_hold_out(names, options.held_out, options.seed)
+        if len(held_files) == len(names):
+            raise CorpusError(
+                f"held-out share {options.held_out} by file: {len(names)} files leave none to train on. Give more "
+                "files, or hold out documents (--held-out-by document)"
+            )
     ngrams = work / "ngrams.npy"
     if rules.decontaminate and not ngrams.exists():
         hashes = task_ngrams(rules.decontaminate, rules.decontaminate_words)
@@ -146,6 +157,7 @@ def _make_job(folder: Path, work: Path, options: TokenizeOptions) -> Job:
         held_out=options.held_out,
         seed=options.seed,
         limits=options.limits,
+        held_out_files=held_files,
     )
 
 
@@ -333,11 +345,23 @@ def _check_not_empty(
         if job.held_out == 0:
             dropped = ", ".join(f"{reason} {count:,}" for reason, count in manifest.dropped.items())
             why = f"every document was dropped ({dropped}). Relax the rules" if dropped else "no text in "
-            why += "" if dropped else f"{', '.join(s.path for s in sources[:3])}. Add text"
+            why += "" if dropped else f"{', '.join(s.path for s in sources[:3])}. Add text{where_text_may_be(sources)}"
             raise CorpusError(f"the corpus is empty: {why}")
+        total = sum(shard.sides[name].documents for shard in manifest.shards for name in job.sides)
         raise CorpusError(
-            f"held-out share {job.held_out}: side {side} gets no documents. Choose another share, or add text"
+            f"held-out share {job.held_out}: side {side} gets no documents of {total:,}. {_better_share(job, total)}"
         )
+
+
+def _better_share(job: Job, documents: int) -> str:
+    """What to do if a side has no documents of so many."""
+    if job.held_out_files is not None:
+        return "The files that were selected have no text: choose another --held-out or --seed"
+    # With five expected documents, fewer than one corpus in a hundred has none.
+    share = 5 / max(documents, 1)
+    if share > 0.25:
+        return "These are too few documents: add text, split it into more documents (--documents), or use --held-out 0"
+    return f"Use --held-out {math.ceil(share * 100) / 100:g}, or add text"
 
 
 def _source_entries(sources: Sequence[Source], results: Sequence[Any]) -> tuple[SourceEntry, ...]:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.files import CorpusError, atomic_folder
+from data_pipeline.filters.rules import DocumentFilter, DocumentRules
 from data_pipeline.sources.cuts import cut_units
+from data_pipeline.sources.description import Description, find_files
 from data_pipeline.sources.documents import batches, read_documents
-from data_pipeline.sources.inputs import Piece, find_sources
+from data_pipeline.sources.inputs import Piece, Source, find_sources, where_text_may_be
 from data_pipeline.sources.reading import LIMITS, Limits, Reading
 from data_pipeline.tokenization.bert_folder import BERT_ROLES, BertSettings, bert_tokenizer, save_bert
 
@@ -110,10 +112,11 @@ def _save_roberta(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def train_tokenizer(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path] | None,
     vocab_size: int,
     output: str | Path,
     *,
+    description: Description | None = None,
     kind: str = "wordpiece",
     cased: bool = False,
     documents: str = "blank-line",
@@ -129,6 +132,8 @@ def train_tokenizer(
     "byte-bpe" (RoBERTa's; <s> <pad> </s> <unk> <mask> get these ids), which always keeps case. `output` must be new or
     empty; it is written atomically. The text is streamed twice for wordpiece; memory holds the count of each distinct
     word. The same text gives the same bytes.
+    description: instead of `inputs` and of the options of reading; its document rules apply, except for duplicates and
+    contamination, and its weights do not.
     progress: None shows a bar on a terminal; no_text, bad_records, limits: as in sources/reading.py.
     Raises CorpusError if the text yields another number of entries, and like `read_documents`.
     """
@@ -147,16 +152,21 @@ def train_tokenizer(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CorpusError(f"{output}: output folder is not empty. Choose another, or remove it first")
-    sources = find_sources(inputs)
+    if description is None:
+        rules = DocumentRules.model_validate({"no_text": no_text, "bad_records": bad_records})
+        groups = [(find_sources(inputs or ()), documents, text_field)]
+    else:
+        rules, groups = _described(description)
+    sources = [source for files, _, _ in groups for source in files]
 
     def texts() -> Iterator[list[str]]:
-        for i, source in enumerate(sources):
-            # The entire file; for parquet, all row groups.
-            stop = _row_groups(source, text_field) if source.format == ".parquet" else source.bytes
-            reading = Reading(no_text=no_text, bad_records=bad_records, limits=limits)
-            found = read_documents(source, Piece(i, 0, stop), documents, text_field, bar.update, reading)
-            for batch, _ in batches(found, 1 << 20):
-                yield batch
+        for files, unit, field in groups:
+            for i, source in enumerate(files):
+                reading = Reading(rules.bad_bytes != "error", rules.no_text, rules.bad_records, limits)
+                piece = Piece(i, 0, _end(source, field))
+                rule_filter = DocumentFilter(rules, False, None)
+                for batch, ends in batches(read_documents(source, piece, unit, field, bar.update, reading), 1 << 20):
+                    yield rule_filter(batch, ends).texts if rules != DocumentRules() else batch
 
     passes = 2 if kind == "wordpiece" else 1
     trained = None
@@ -168,7 +178,7 @@ def train_tokenizer(
             vocabulary = trained.get_vocab()
     found = len(vocabulary)
     if found == least:
-        raise CorpusError(f"{', '.join(map(str, inputs))}: the corpus is empty: no text in {len(sources)} file(s)")
+        raise CorpusError(_no_text(sources))
     if found != vocab_size:
         rule = "the text has no more word pieces" if found < vocab_size else "the characters alone need more"
         raise CorpusError(
@@ -183,6 +193,19 @@ def train_tokenizer(
             _save_roberta(trained, folder)
 
 
-def _row_groups(source: Any, text_field: str) -> int:
+def _no_text(sources: list[Source]) -> str:
+    names = ", ".join(source.path for source in sources[:3])
+    return f"{names}: the corpus is empty: no text in {len(sources)} file(s). Add text{where_text_may_be(sources)}"
+
+
+def _described(description: Description) -> tuple[DocumentRules, list[tuple[list[Source], str, str]]]:
+    """The rules that apply to a tokenizer, and of each source its files, unit of a document and text field."""
+    rules = description.documents.model_copy(update={"duplicates": "keep", "decontaminate": ()})
+    found = zip(find_files(description), description.sources, strict=True)
+    return rules, [(files, section.documents, section.text_field) for files, section in found]
+
+
+def _end(source: Source, text_field: str) -> int:
+    """Where the piece ends that is the entire source: bytes, row groups or record batches."""
     (unit,) = cut_units([source], "file", text_field, 1 << 62)
     return unit[-1].stop

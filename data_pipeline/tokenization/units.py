@@ -40,7 +40,8 @@ class Job:
 
     work: folder of the token shards; documents, text_fields: document format and text field of each source; sentences:
     mode of sentences.sentence_starts, or None; words: store word starts; keys: store a hash of each document; ngrams:
-    file with the n-grams of task files, or ""; held_out: share of documents, in [0, 1).
+    file with the n-grams of task files, or ""; held_out: share of documents, in [0, 1);
+    held_out_files: names of the files to hold out, instead of that share; None: documents are held out.
     """
 
     work: str
@@ -58,6 +59,7 @@ class Job:
     held_out: float
     seed: int
     limits: Limits = LIMITS
+    held_out_files: frozenset[str] | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -124,7 +126,7 @@ def tokenize_unit(
             found = read_documents(source, piece, job.documents[group], job.text_fields[group], progress, reading)
             for batch in _encode(job, encoder, rule_filter, batches(found, _BATCH)):
                 progress(0, len(batch[0]))
-                _write(job, writers, *batch)
+                _write(job, writers, source.name, *batch)
             source.check_unchanged()
         for writer in writers.values():
             writer.finish()
@@ -185,6 +187,7 @@ def _encode(
 def _write(
     job: Job,
     writers: dict[str, SideWriter],
+    file: str,
     ids: NDArray[np.unsignedinteger],
     counts: NDArray[np.int64],
     ended: NDArray[np.bool_],
@@ -196,6 +199,8 @@ def _write(
         writers["train"].add(ids, counts, ended, planes, of_documents)
         return
     held = keys < job.held_out * 2.0**64
+    if job.held_out_files is not None:
+        held = np.full(len(keys), file in job.held_out_files)
     for side, mine in (("train", ~held), ("held_out", held)):
         tokens = np.repeat(mine, counts)
         writers[side].add(
@@ -205,6 +210,15 @@ def _write(
             {name: plane[tokens] for name, plane in planes.items()},
             {name: values[mine[ended]] for name, values in of_documents.items()},
         )
+
+
+def files_to_hold_out(names: Sequence[str], share: float, seed: int) -> frozenset[str]:
+    """The share of the files, at least one, whose names have the smallest hashes with `seed`."""
+
+    def key(name: str) -> bytes:
+        return hashlib.blake2b(name.encode(), digest_size=8, key=str(seed).encode()).digest()
+
+    return frozenset(sorted(names, key=key)[: max(1, round(share * len(names)))])
 
 
 def _keys(job: Job, texts: list[str], ends: list[bool], key: int | None) -> NDArray[np.uint64]:

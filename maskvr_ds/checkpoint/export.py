@@ -1,4 +1,4 @@
-"""Export of a checkpoint as a Hugging Face folder, verified before it appears under its name.
+"""Export of a checkpoint as a Hugging Face folder with a model card, verified before it appears under its name.
 
 Every checkpoint stores a few masked rows and the engine's logits on them. The exported folder is loaded with
 `from_pretrained`, cast to the engine's precision, and must reproduce these logits through transformers' own forward
@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from maskvr_ds.checkpoint import load
+from maskvr_ds.checkpoint.export_check import check_fill_mask
+from maskvr_ds.checkpoint.model_card import MODEL_CARD, model_card
 from maskvr_ds.models.encoder import names_of_parameters
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError
@@ -41,18 +43,21 @@ class ExportError(ValueError):
 @dataclass(frozen=True)
 class Exported:
     """difference: maximum difference of a logit from the engine's. architecture: class of transformers. remarks: about
-    the tokenizer, a sentence each."""
+    the tokenizer, a sentence each. predictions: of the trial with fill-mask; None without one."""
 
     difference: float
     architecture: str
     remarks: tuple[str, ...]
+    predictions: str | None = None
 
 
-def export(source: str | Path, output: str | Path) -> Exported:
-    """Write the model of transformers (fp32, safetensors) with its tokenizer.
+def export(source: str | Path, output: str | Path, *, license: str | None = None, check: bool = False) -> Exported:
+    """Write the model of transformers (fp32, safetensors) with its tokenizer and a model card.
 
     source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
-    Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use.
+    license: for the card, a hub's identifier such as apache-2.0. check: run transformers' fill-mask on the result.
+    Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use,
+    CheckError if fill-mask fails; nothing is written then.
     """
     logging.disable_progress_bar()
     target = _target(Path(output))
@@ -62,7 +67,20 @@ def export(source: str | Path, output: str | Path) -> Exported:
         model = load_model(folder)
         model.save_pretrained(partial)
         remarks = _write_tokenizer(folder / BERT, partial)
+        positions = model.config.max_position_embeddings
+        _limit_length(partial, positions)
         difference = _compare(folder, partial)
+        card = model_card(
+            target.name,
+            folder,
+            checkpoints.read_state(folder),
+            model.config,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            license=license,
+        )
+        (partial / MODEL_CARD).write_text(card, encoding="utf-8")
+        _share(partial)
+        predictions = _try(folder, partial, positions) if check else None
         for path in (*partial.rglob("*"), partial):
             fsync_path(path)
         try:
@@ -73,7 +91,7 @@ def export(source: str | Path, output: str | Path) -> Exported:
                 "is a mount point; choose another --output"
             ) from None
         fsync_path(target.parent)
-    return Exported(difference, type(model).__name__, tuple(remarks))
+    return Exported(difference, type(model).__name__, tuple(remarks), predictions)
 
 
 def _target(output: Path) -> Path:
@@ -140,6 +158,32 @@ def _write_tokenizer(source: Path, output: Path) -> list[str]:
         *remarks,
         f"{difference}; use tokenizers.Tokenizer.from_file on the folder's tokenizer.json, which is exact",
     ]
+
+
+def _limit_length(folder: Path, positions: int) -> None:
+    """Set the tokenizer's model_max_length to the model's positions, unless its own is smaller.
+
+    Without it, or with that of another model, `truncation=True` leaves texts longer than the model can read.
+    """
+    config = folder / TOKENIZER_CONFIG
+    settings = _settings(config)
+    own = settings.get("model_max_length")
+    if isinstance(own, int | float) and not isinstance(own, bool) and 0 < own < positions:
+        return
+    _write_settings(config, {**settings, "model_max_length": positions})
+
+
+def _share(folder: Path) -> None:
+    """Give every file the permissions that the umask allows to a new one: safetensors writes for the owner only."""
+    mode = (folder / MODEL_CARD).stat().st_mode & 0o777
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
+def _try(folder: Path, output: Path, positions: int) -> str:
+    """Run fill-mask on the export with a row of the checkpoint's probe; returns prompt and predictions."""
+    probe = load.read_probe(folder)
+    return check_fill_mask(output, probe["input_ids"][0].tolist(), int(probe["positions"][0, 0]), positions)
 
 
 def _named(text: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -94,9 +95,10 @@ def _inspect(folder: Path) -> int:
     return 0
 
 
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _EXPORT_EXAMPLES = """\
 maskvr export --checkpoint runs/base --output bert-base-mine
-maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-base-1000"""
+maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-1000 --license apache-2.0 --check"""
 
 
 def add_export(commands: Commands) -> None:
@@ -106,15 +108,33 @@ def add_export(commands: Commands) -> None:
         "--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or run folder (its newest checkpoint)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the model and the tokenizer")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the model, for its card: an identifier as hubs use them, such as apache-2.0, or other",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="also run transformers' fill-mask on the export, and a text longer than the model",
+    )
     parser.set_defaults(run=_export)
+
+
+def _check_license(text: str | None) -> None:
+    if text is not None and not _LICENSE.fullmatch(text):
+        raise ValueError(f"--license {text!r}: an identifier such as apache-2.0, mit or other expected")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from maskvr_ds.checkpoint.export import export
 
-    exported = export(arguments.checkpoint, arguments.output)
+    _check_license(arguments.license)
+    exported = export(arguments.checkpoint, arguments.output, license=arguments.license, check=arguments.check)
     for remark in exported.remarks:
         print(f"warning: {arguments.output}: {remark}", file=sys.stderr)
     logits = f"logits within {exported.difference:.2g} of the engine's"
     print(f"{arguments.output}: {exported.architecture} and tokenizer; {logits}")
+    if exported.predictions is not None:
+        print(f"fill-mask: {exported.predictions}")
     return 0

@@ -35,12 +35,13 @@ def add_train(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from maskvr_ds.config import ConfigError, load_config
+    from maskvr_ds.config import ConfigError, load_config, with_local_model
     from maskvr_ds.reliability import launch
     from maskvr_ds.run_folder.fence import Fence
     from maskvr_ds.run_folder.marks import is_run, output_fault
 
     # Report an invalid value once, before any rank starts.
+    arguments.assignments = with_local_model(arguments.config, arguments.assignments)
     config = load_config(arguments.config, arguments.assignments)
     Fence(config.output_dir).look()
     if (fault := output_fault(config.output_dir, arguments.resume)) is not None:

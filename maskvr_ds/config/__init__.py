@@ -5,6 +5,7 @@ Public names of the package: RunConfig is in `run.py`, its sections are in the o
 
 from maskvr_ds.config.base import ConfigError
 from maskvr_ds.config.data import DataConfig
+from maskvr_ds.config.hub_names import with_local_model
 from maskvr_ds.config.loading import recipe_parts, recipe_text, recipes
 from maskvr_ds.config.masking import AutoConfig, MapNetConfig, MaskingConfig
 from maskvr_ds.config.model import ModelConfig
@@ -48,4 +49,5 @@ __all__ = [
     "recipe_parts",
     "recipe_text",
     "recipes",
+    "with_local_model",
 ]

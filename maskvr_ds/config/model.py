@@ -85,8 +85,9 @@ class ModelConfig(Section):
     """Allow an architecture that the tests do not cover."""
     # Resuming does not need the folder, so it may be missing when a configuration is read.
     initialize_from: PathSetting | None = None
-    """Hugging Face folder (config.json, model.safetensors) whose weights training starts from. Architecture and sizes
-    are then those of the folder; only dropout and the positions may differ. null: random weights from the seed."""
+    """Hugging Face folder (config.json, model.safetensors) whose weights training starts from, or a name on a hub
+    (OWNER/NAME, OWNER/NAME@REVISION), which becomes a folder when the run starts. Architecture and sizes are then those
+    of the folder; only dropout and the positions may differ. null: random weights from the seed."""
     new_head: bool | None = None
     """With initialize_from: true, the prediction head starts with random weights; false, the folder must have one;
     null, it starts with random weights if the folder has none."""

@@ -84,6 +84,11 @@ def open_mixture(corpora: Sequence[tuple[Path, float]], open_files: OpenFiles = 
     return opened[0] if weights == [1.0] else Mixture(opened, weights)
 
 
+def members(corpus: Corpus) -> tuple[Corpus, ...]:
+    """The corpora of a mixture; of another corpus, itself."""
+    return corpus.corpora if isinstance(corpus, Mixture) else (corpus,)
+
+
 def shares(corpus: Corpus) -> tuple[Share, ...]:
     """The composition of an epoch."""
     return corpus.shares if isinstance(corpus, Mixture) else (Share(corpus.rows, corpus.rows),)

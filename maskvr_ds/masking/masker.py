@@ -14,9 +14,11 @@ from typing import Any, Self
 
 import torch
 
-from data_pipeline.shards import Manifest
+from data_pipeline.shards import Corpus, Manifest
 from maskvr_ds import hashing
+from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
+from maskvr_ds.masking.parameters import corpus_parameters
 from maskvr_ds.masking.pareto import POSITION_BITS, pareto_sample
 from maskvr_ds.masking.strategies import (
     CORRUPTION,
@@ -106,8 +108,16 @@ class Masker:
         self._ordinary_ids = torch.nonzero(~special).squeeze(1).to(device)
 
     @classmethod
-    def for_corpus(cls, manifest: Manifest, **options: Any) -> Self:
-        """Create a masker for the corpus's vocabulary and sequence length. options: those of __init__."""
+    def for_corpus(cls, corpus: Corpus | Manifest, **options: Any) -> Self:
+        """Create a masker for the corpus's vocabulary and sequence length.
+
+        options: those of __init__. Without `parameters`, the strategy's are made from the corpus with default settings:
+        word starts from its tokenizer (whole_word, span), scores from its tokens (frequency). A manifest alone has
+        neither: ValueError, as if the strategy needs the proposal of a run (mapnet).
+        """
+        manifest = corpus.manifest if isinstance(corpus, Corpus) else corpus
+        if options.get("parameters") is None:
+            options["parameters"] = _default_parameters(corpus, options.get("strategy", "uniform"))
         special = manifest.special_tokens
         return cls(
             vocab_size=manifest.vocab_size,
@@ -166,6 +176,18 @@ class Masker:
         random_ids = self._ordinary_ids.index_select(0, draw.view(-1)).view_as(labels)
         kept_or_random = torch.where(kind < self._random_below, random_ids, labels)
         return kept_or_random.masked_fill_(kind < self._mask_below, self.mask_id)
+
+
+def _default_parameters(corpus: Corpus | Manifest, strategy: str) -> Parameters | None:
+    """Parameters with default settings; None if the strategy has none, or is unknown. Raises ValueError: see
+    `Masker.for_corpus`."""
+    if strategy == "mapnet":
+        raise ValueError("strategy mapnet: needs the proposal network of a run; give parameters with a proposal")
+    if strategy not in ("whole_word", "span", "frequency"):
+        return None
+    if not isinstance(corpus, Corpus):
+        raise ValueError(f"strategy {strategy}: needs the tokenizer or the tokens; give the Corpus, or parameters")
+    return corpus_parameters(MaskingConfig.model_validate({"strategy": strategy}), corpus)
 
 
 def data_digest(batch: TokenBatch) -> torch.Tensor:

@@ -38,8 +38,8 @@ def weights_files(folder: Path) -> list[Path]:
     where = f"model.initialize_from {folder}"
     if not folder.is_dir():
         raise ConfigError(
-            f"{where}: no such folder; expected a local folder written by save_pretrained or `maskvr export` "
-            "(nothing is downloaded)"
+            f"{where}: no such folder; expected a folder written by save_pretrained or `maskvr export`, "
+            "or the name of a model on a hub (OWNER/NAME)"
         )
     if not (folder / CONFIG_FILE).is_file():
         inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if (path.parent / WEIGHTS).is_file())

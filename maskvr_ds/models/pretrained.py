@@ -2,9 +2,9 @@
 
 transformers reads the folder (older names of tensors, prefixes, shards); what it would only warn about is an error
 here. Only rank 0 reads, and broadcasts the weights, so all ranks start with the same bits and the folder may be on a
-single host. Only safetensors files are read (nothing is unpickled), no code of the folder is run, and nothing is
-downloaded. Once a run has a checkpoint it no longer needs the folder: the checkpoint holds sizes, weights and the
-SHA-256 of the initial weights.
+single host. Only safetensors files are read (nothing is unpickled), and no code of the folder is run. Names on a hub
+are folders by now (config/hub_names.py). Once a run has a checkpoint it no longer needs the folder: the checkpoint
+holds sizes, weights and the SHA-256 of the initial weights.
 
 Collectives: `load`, one fp32 broadcast per parameter after `distributed.run_on_rank0`.
 """

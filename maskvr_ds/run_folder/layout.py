@@ -3,6 +3,7 @@
 RUN/
     config.yaml               resolved configuration
     origin.json               checkpoint of another run that this one was resumed from: path and SHA-256
+    launches.jsonl            one line per start of the ranks: command, devices, versions, corpora
     owner.json                fencing record: the job that may write to the run
     metrics.jsonl             one line per step, plus events
     trust_ratios.jsonl        trust ratio of every tensor, every `monitor.histogram_every` steps
@@ -32,6 +33,7 @@ RUN/
 CONFIG = "config.yaml"
 ORIGIN = "origin.json"
 OWNER = "owner.json"
+LAUNCHES = "launches.jsonl"
 METRICS = "metrics.jsonl"
 TRUST_RATIOS = "trust_ratios.jsonl"
 LOSS_PLOT = "loss.png"

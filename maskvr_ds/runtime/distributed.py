@@ -5,12 +5,15 @@ Collectives, all over the world group: `all_reduce_sum`, `broadcast` (dtype and 
 `barrier`.
 """
 
+import contextlib
 import os
+import platform
 import socket
 import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -133,6 +136,20 @@ def device() -> torch.device:
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     return torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
+
+
+def device_name() -> str:
+    """Name of this rank's GPU, or of the CPU, as its maker gives it."""
+    here = device()
+    if here.type == "cuda":
+        return torch.cuda.get_device_name(here)
+    if here.type != "cpu":
+        return here.type
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine() or "CPU"
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ Collectives: `distributed.run_on_rank0` and `run_collectively` at start-up.
 """
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig, dump_config
 from maskvr_ds.config.masking import MAPNET_MAY_CHANGE
-from maskvr_ds.data.mixture import corpora_identity
+from maskvr_ds.data.mixture import corpora_identity, members
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.run_folder import checkpoints, status
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.launched import seconds_since
+from maskvr_ds.run_folder.launches import CorpusCounts, append_launch
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write, remove_partials
@@ -63,6 +65,32 @@ def mark_running(config: RunConfig, fence: Fence, checkpoint: Path | None) -> No
     now, longest = status.clock(config.output_dir), process_age() + _LAUNCH_SECONDS
     for folder in (config.output_dir, config.output_dir / CHECKPOINTS):
         remove_partials(folder, now, longest)
+
+
+def record_launch(config: RunConfig, corpus: Corpus) -> None:
+    """Append to launches.jsonl with what and on what this job trains. config: of the phase. Call on rank 0."""
+    counts = [
+        CorpusCounts(
+            path=str(entry.path),
+            weight=entry.weight,
+            rows=manifest.rows,
+            tokens=manifest.tokens,
+            documents=manifest.documents,
+            sequence_length=manifest.sequence_length,
+            tokenizer_sha256=manifest.tokenizer_sha256,
+            vocab_size=manifest.vocab_size,
+            sources={source.name: source.documents for source in manifest.mixture},
+        )
+        for entry, manifest in zip(config.data.corpora, (member.manifest for member in members(corpus)), strict=True)
+    ]
+    ranks = distributed.world_size()
+    append_launch(
+        config.output_dir,
+        ranks=ranks,
+        ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+        device=distributed.device_name(),
+        corpora=counts,
+    )
 
 
 def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:

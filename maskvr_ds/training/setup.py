@@ -15,6 +15,7 @@ from maskvr_ds.analysis.gradient_variance.sketch import check_sketchable
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
+from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
@@ -40,10 +41,8 @@ from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
-from maskvr_ds.training.run import make_run_folder, mark_running, run_identity, run_settings
+from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
 
-# Purposes of keys: no two uses share random numbers.
-WEIGHTS, ORDER, MASKS, DROPOUT, MAPNET, AUTO = range(6)
 _PROBE_ROWS = 2
 
 
@@ -95,6 +94,8 @@ def setup_phase(
         state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
     proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
+    if state.step < phase.last_step:
+        distributed.run_on_rank0(lambda: record_launch(config, corpus))
 
     masker = create_masker(
         config.masking,

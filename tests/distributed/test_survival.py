@@ -107,8 +107,8 @@ class Play:
     def rows_of_step(self, step: int, values: dict[str, Any] | None = None, phase: int = 0) -> Any:
         """step: of the phase."""
         from maskvr_ds.config import RunConfig
+        from maskvr_ds.data.keys import ORDER
         from maskvr_ds.training.phases import plan
-        from maskvr_ds.training.setup import ORDER
 
         values = values or configuration(self.folder, self.corpus, steps=STEPS, **NO_EVALUATION)
         key = plan(RunConfig.model_validate(values))[phase].key(ORDER)

@@ -64,7 +64,7 @@ def tiny(**changes: object) -> list[str]:
 def smaller(command: str) -> str:
     """A vocabulary and a held-out share that so little text can fill."""
     command = command.replace("--vocab-size 30522", "--vocab-size 80").replace("--workers 16", "--workers 1")
-    return command.replace("--held-out 0.005", "--held-out 0.1")
+    return re.sub(r"--held-out 0\.\d+", "--held-out 0.1", command)
 
 
 def block_of(page: Path, heading: str, language: str) -> pages.Block:
@@ -118,9 +118,17 @@ def test_continuing_from_it(folder: Path) -> None:
     assert (folder / "runs" / "domain" / "completed.json").is_file()
 
 
+def test_masks_in_trainer(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    (block,) = pages.blocks(DOCS / "how-to" / "use-masks-in-trainer.md", "python")
+    printed = run(folder, f"python -c {shlex.quote(block.text.replace('report_to=[]', 'report_to=[], use_cpu=True'))}")
+    assert "train_loss" in printed
+
+
 def test_python_blocks_are_all_tested() -> None:
     """Here, or by tests/distributed/test_readme.py (use-lamb-alone.md)."""
     tested = {"docs/reference/corpus-format.md", "docs/how-to/export.md", "docs/how-to/use-lamb-alone.md", "README.md"}
+    tested.add("docs/how-to/use-masks-in-trainer.md")
     assert {pages.name(block.page) for block in pages.all_blocks("python")} == tested
 
 

@@ -14,7 +14,7 @@ ROWS = {
     "maskvr_ds": [
         {"cli"},
         {"benchmarks"},
-        {"downstream", "train"},
+        {"downstream", "integrations", "train"},
         {"training"},
         {"analysis", "demo"},
         {"checkpoint"},
@@ -36,7 +36,7 @@ ROWS = {
         {"sources"},
         {"execution", "filters", "shards"},
         {"shard_files"},
-        {"manifest"},
+        {"hub", "manifest"},
         {"checksums"},
         {"files", "numbers"},
     ],
@@ -140,7 +140,7 @@ def test_every_folder_is_a_package() -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("maskvr_ds.")])
 def test_training_needs_little_of_the_other_packages(module: str) -> None:
     others = {other for other in own_modules(imports(MODULES[module])) if not other.startswith("maskvr_ds")}
-    assert others <= {"data_pipeline.shards", "data_pipeline.manifest", "data_pipeline.files"}
+    assert others <= {f"data_pipeline.{name}" for name in ("shards", "manifest", "files", "hub")}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("maskvr_ds")])

@@ -150,8 +150,13 @@ def test_where_an_export_must_not_go(tmp_path: Path, monkeypatch: pytest.MonkeyP
 class Interfering:
     """A model whose saving takes so long that another program fills the output folder."""
 
+    config = BertConfig()
+
     def __init__(self, output: Path) -> None:
         self.output = output
+
+    def parameters(self) -> list[Any]:
+        return []
 
     def save_pretrained(self, folder: Path) -> None:
         assert folder.parent == self.output.parent
@@ -172,6 +177,8 @@ def test_a_rename_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "load_model", lambda folder: Interfering(output))
     monkeypatch.setattr(module, "_write_tokenizer", lambda source, partial: [])
     monkeypatch.setattr(module, "_compare", lambda folder, partial: 0.0)
+    monkeypatch.setattr(module.checkpoints, "read_state", lambda folder: None)
+    monkeypatch.setattr(module, "model_card", lambda *_, **__: "card")
     with pytest.raises(ExportError, match="another program has written there meanwhile"):
         export(tmp_path / "run", output)
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "no partial output"

@@ -194,7 +194,8 @@ def test_skipped_files_are_counted(tmp_path: Path, tokenizer: Path, caplog: pyte
     for name in ("b.bz2", "deep/c.JSON", "d.json", "README", ".hidden"):
         write_text(tmp_path / "in" / name, ["text"])
     build([tmp_path / "in"], tokenizer, 16, tmp_path / "out", progress=False)
-    assert "skipped 4 files: .bz2 1, .json 2, without suffix 1" in caplog.messages
+    hint = "(of these, by name or glob also .md, .csv, .tsv and .json)"
+    assert f"skipped 4 files: .bz2 1, .json 2, without suffix 1 {hint}" in caplog.messages
     caplog.clear()
     build([tmp_path / "in/a.txt"], tokenizer, 16, tmp_path / "one", progress=False)
     assert not [message for message in caplog.messages if "skipped" in message]

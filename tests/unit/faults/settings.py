@@ -137,9 +137,9 @@ FAULTS = [
     ),
     sets(
         "no initial model",
-        "model.initialize_from=nowhere",
-        "model.initialize_from nowhere: no such folder; expected a local folder written by "
-        "save_pretrained or `maskvr export` (nothing is downloaded)",
+        "model.initialize_from=nowhere/",
+        "model.initialize_from nowhere: no such folder; expected a folder written by "
+        "save_pretrained or `maskvr export`, or the name of a model on a hub (OWNER/NAME)",
     ),
     Fault(
         "a missing shard",

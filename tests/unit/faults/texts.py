@@ -127,7 +127,8 @@ FAULTS = [
         "files of unknown types only",
         BUILD,
         "in: the corpus is empty: no file of a supported type (.txt, .jsonl, .parquet; .txt, .jsonl and "
-        ".json also compressed (.gz, .zst, .xz, .bz2))",
+        ".json also compressed (.gz, .zst, .xz, .bz2); by name or glob also .md, .csv, .tsv and .json). "
+        "Files .doc (1): convert them to text, or set their format in a description",
         prepare=writes("in/a.doc", TEXT),
     ),
     Fault(
@@ -252,7 +253,8 @@ FAULTS = [
     Fault(
         "a held-out share without documents",
         BUILD + " --held-out 1e-9",
-        "held-out share 1e-09: side held_out gets no documents. Choose another share, or add text",
+        "held-out share 1e-09: side held_out gets no documents of 1. These are too few documents: add text, "
+        "split it into more documents (--documents), or use --held-out 0",
         prepare=writes("in/a.txt", TEXT),
     ),
     Fault(

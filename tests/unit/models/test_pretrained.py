@@ -127,7 +127,7 @@ def test_unusable_folders(tmp_path: Path, folder: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             resolve_model_config(ModelConfig(initialize_from=path), None)
 
-    refused(tmp_path / "bert-base-uncased", "no such folder; expected a local folder.*nothing is downloaded")
+    refused(tmp_path / "bert-base-uncased", "no such folder; expected a folder.*or the name of a model on a hub")
     weights.rename(folder / "kept")
     refused(folder, r"bert: has no model.safetensors; save the model to it")
     (folder / "model.safetensors.index.json").write_text("{}")

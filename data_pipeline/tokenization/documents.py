@@ -1,0 +1,61 @@
+"""What a build took as documents: in words, and a warning if paragraphs may have become documents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from data_pipeline.sources.description import Description
+from data_pipeline.sources.inputs import Source
+from data_pipeline.tokenization.token_shards import TokenManifest
+
+# Paragraphs of prose have about 100 tokens, articles several hundred.
+_SHORT = 150
+_MANY_PER_FILE = 20
+
+_logger = logging.getLogger(__name__)
+
+
+def describe_documents(tokens: TokenManifest) -> str:
+    """Documents, tokens per document and files: "from 3 files, 120 documents read, 85 tokens each"."""
+    documents, length = _counts(tokens, None)
+    each = f"{length / documents:,.0f} tokens each" if documents else "no tokens"
+    files = len(tokens.sources)
+    held_out = sum(shard.sides["held_out"].documents for shard in tokens.shards if "held_out" in shard.sides)
+    split = f", {held_out:,} of them held out" if held_out else ""
+    return f"from {files:,} file{'s' * (files != 1)}, {documents:,} documents read{split}, {each}"
+
+
+def warn_of_paragraphs(
+    about: Description, groups: Sequence[Sequence[Source]], tokens: TokenManifest, held_out_by: str
+) -> None:
+    """Log a warning for each source whose text files hold many short documents separated by blank lines."""
+    for number, (section, files) in enumerate(zip(about.sources, groups, strict=True)):
+        if section.documents != "blank-line" or any(source.format != ".txt" for source in files):
+            continue
+        documents, length = _counts(tokens, number)
+        if documents <= _MANY_PER_FILE * len(files) or length >= _SHORT * documents:
+            continue
+        remedy = "--documents file (documents: file in a description) makes each file a document"
+        if tokens.held_out and held_out_by == "document":
+            remedy += (
+                "; --held-out-by file holds out complete files: the held-out split now has paragraphs of texts that "
+                "are trained on"
+            )
+        _logger.warning(
+            "%s%s text files were split at blank lines into %s documents of %.0f tokens on average. If these are "
+            "paragraphs of longer texts: %s",
+            f"source {section.name}: " if len(groups) > 1 else "",
+            f"{len(files):,}",
+            f"{documents:,}",
+            length / documents,
+            remedy,
+        )
+
+
+def _counts(tokens: TokenManifest, source: int | None) -> tuple[int, int]:
+    """Documents and their tokens, of one source or of all."""
+    sides = [side for shard in tokens.shards if source in (None, shard.source) for side in shard.sides.values()]
+    documents = sum(side.documents for side in sides)
+    # Each document ends with a separator, which is none of its tokens.
+    return documents, sum(side.length for side in sides) - documents

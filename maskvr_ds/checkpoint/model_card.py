@@ -1,0 +1,196 @@
+"""Model card of an export: README.md with the metadata that model hubs read, from a checkpoint and its run's folder.
+
+Figures come from the checkpoint (settings, steps), from metrics.jsonl (held-out figures, hours) and from launches.jsonl
+(data, hardware, command). The last two are in the run's folder: of a checkpoint that was copied out of it, and of runs
+of earlier versions, the card says "not recorded" instead.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PretrainedConfig
+
+from data_pipeline.hub import snapshot_name
+from maskvr_ds.run_folder.checkpoints import CheckpointState
+from maskvr_ds.run_folder.launches import read_launches
+from maskvr_ds.run_folder.layout import BERT, CHECKPOINTS, METRICS
+from maskvr_ds.telemetry.metrics_file import read_lines
+
+MODEL_CARD = "README.md"
+_NOT_RECORDED = "not recorded"
+_HELD_OUT = "held_out_"
+# Settings of a checkpoint that say where, not what.
+_PLACES = ("model.initialize_from",)
+
+
+def model_card(
+    name: str, folder: Path, state: CheckpointState, config: PretrainedConfig, *, parameters: int, license: str | None
+) -> str:
+    """The text of README.md.
+
+    name: title. folder: of the checkpoint, in its run or alone. config: of the model. parameters: their number.
+    license: a hub's identifier, such as apache-2.0; None: the field is left out and the card says so.
+    """
+    run = folder.parent.parent if folder.parent.name == CHECKPOINTS else None
+    lines = [line for line in read_lines(run / METRICS) if line["step"] <= state.step] if run else []
+    launches = read_launches(run) if run else []
+    figures = _held_out(lines)
+    initial = state.settings.get("model.initialize_from")
+    base = snapshot_name(initial) if initial else None
+    metadata = ModelCardData(
+        model_name=name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        base_model=base[0] if base else None,
+        tags=[config.model_type, "fill-mask", "masked-lm", "maskvr_ds"],
+        eval_results=_results(figures),
+    )
+    sections = (
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# {name}\n",
+        f"`{type_name(config)}` of {parameters:,} parameters, pretrained as a masked language model with maskvr_ds.\n",
+        _usage(name),
+        _section("Evaluation", _evaluation(figures)),
+        _section("Training data", _data(launches, state)),
+        *([_section("Base model", f"Initialised from `{base[0]}`, commit {base[1]}.")] if base else []),
+        _section("Tokenizer", _tokenizer(folder / BERT, config)),
+        _section("Training", _training(lines, launches, state)),
+        f"### Settings\n\n{_table('setting', _settings(state))}\n",
+        _section("Licence", license or "Not stated. Set it with `maskvr export --license`, or here and in the head."),
+    )
+    return "\n".join(sections)
+
+
+def type_name(config: PretrainedConfig) -> str:
+    """The class of the exported model."""
+    return (config.architectures or ["BertForMaskedLM"])[0]
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}\n"
+
+
+def _table(first: str, rows: Mapping[str, Any]) -> str:
+    body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return f"| {first} | value |\n|---|---|\n{body}"
+
+
+def _cell(value: Any) -> str:
+    """A value in a table: on one line, without a column separator."""
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _usage(name: str) -> str:
+    return _section(
+        "How to use",
+        "```python\nfrom transformers import pipeline\n\n"
+        f'fill = pipeline("fill-mask", model="{name}")\nprint(fill(f"a {{fill.tokenizer.mask_token}} ."))\n```',
+    )
+
+
+def _held_out(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last line's figures of the held-out split by name, with its step; empty if there are none."""
+    line = next((line for line in reversed(lines) if line.get(f"{_HELD_OUT}loss") is not None), None)
+    if line is None:
+        return {}
+    found = {key: value for key, value in line.items() if key.startswith(_HELD_OUT) and _is_number(value)}
+    return {"step": line["step"], **{key.removeprefix(_HELD_OUT): value for key, value in found.items()}}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _results(figures: dict[str, Any]) -> list[EvalResult] | None:
+    return [
+        EvalResult(
+            task_type="fill-mask",
+            dataset_type="held-out",
+            dataset_name="held-out split of the training corpus",
+            metric_type=name,
+            metric_name=f"{name.replace('_', ' ')} on the held-out split",
+            metric_value=round(value, 6),
+        )
+        for name, value in figures.items()
+        if name != "step"
+    ] or None
+
+
+def _evaluation(figures: dict[str, Any]) -> str:
+    if not figures:
+        return f"Held-out loss: {_NOT_RECORDED}."
+    rows: dict[str, Any] = {}
+    for name, value in figures.items():
+        if name == "loss":
+            rows["loss, nats per masked token"] = f"{value:.4f}"
+            rows["perplexity"] = f"{math.exp(min(value, 700)):.2f}"
+        elif name not in ("step", "perplexity"):
+            rows[name.replace("_", " ")] = f"{value:.4f}"
+    return f"On the held-out split, at step {figures['step']:,}:\n\n{_table('figure', rows)}"
+
+
+def _data(launches: list[dict[str, Any]], state: CheckpointState) -> str:
+    """Each corpus that was trained on, with its counts, and how much of them was consumed."""
+    consumed = sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in state.phases)
+    total = f"{state.samples:,} sequences were consumed" + (f", {consumed:,} tokens." if consumed else ".")
+    corpora = {
+        (corpus["path"], corpus["tokens"]): corpus for launch in launches for corpus in launch.get("corpora", ())
+    }
+    if not corpora:
+        return f"Corpora: {_NOT_RECORDED}. {total}"
+    head = "| corpus | weight | documents | tokens | sequences | tokens per sequence |\n|---|---|---|---|---|---|\n"
+    rows = []
+    for corpus in corpora.values():
+        counts = [corpus[key] for key in ("weight", "documents", "tokens", "rows", "sequence_length")]
+        rows.append(f"| {' | '.join(_cell(value) for value in (Path(corpus['path']).name, *counts))} |")
+        rows += [f"| … {_cell(name)} | | {_cell(count)} | | | |" for name, count in corpus["sources"].items()]
+    return f"{head}{chr(10).join(rows)}\n\n{total}"
+
+
+def _tokenizer(folder: Path, config: PretrainedConfig) -> str:
+    files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "config.json")
+    return (
+        f"Vocabulary of {config.vocab_size:,} entries; files: {', '.join(f'`{name}`' for name in files)}. Texts are "
+        "encoded as they were when the corpus was built."
+    )
+
+
+def _training(lines: list[dict[str, Any]], launches: list[dict[str, Any]], state: CheckpointState) -> str:
+    seconds = sum(line.get("step_seconds", 0.0) for line in lines)
+    devices = dict.fromkeys(_hardware(launch) for launch in launches)
+    versions = {f"{name} {version}": None for launch in launches for name, version in launch["versions"].items()}
+    rows = {
+        "steps": state.step,
+        "hours in steps": f"{seconds / 3600:.2f}" if seconds else _NOT_RECORDED,
+        "hardware": "; ".join(devices) or f"{state.world_size} ranks; devices {_NOT_RECORDED}",
+        "precision, ZeRO stage": f"{state.dtype}, {state.zero_stage}",
+        "software": ", ".join(versions) or _NOT_RECORDED,
+    }
+    commands = list({launch["command"]: None for launch in launches if launch.get("command")})
+    shown = "\n".join(commands)
+    command = f"```bash\n{shown}\n```" if commands else f"Command: {_NOT_RECORDED}."
+    return f"{_table('', rows)}\n\n{command}"
+
+
+def _hardware(launch: dict[str, Any]) -> str:
+    hosts = -(-launch["ranks"] // launch["ranks_per_host"])
+    return f"{launch['ranks']} × {launch['device']}" + (f" on {hosts} hosts" if hosts > 1 else "")
+
+
+def _settings(state: CheckpointState) -> dict[str, Any]:
+    """All settings that the checkpoint stores, flat, without paths."""
+    identity = {key: value for key, value in state.identity.items() if key not in ("shards", "mixture", "tokenizer")}
+    flat = {**_flat(identity), **_flat(state.settings)}
+    return {f"`{key}`": value for key, value in sorted(flat.items()) if key not in _PLACES and value is not None}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return found

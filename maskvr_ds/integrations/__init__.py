@@ -1,0 +1,1 @@
+"""Parts of this package in the training loops of others: masks in transformers' Trainer (trainer.py)."""
