@@ -18,6 +18,9 @@ from maskvr_ds.models.losses import weighted_loss
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.runtime import distributed
 
+# Tokens masked at a time; in int64 a few buffers of 4 MiB each.
+_TOKENS_AT_ONCE = 1 << 19
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -52,18 +55,21 @@ def run_step(
     DeepSpeed's own step waits, too, for its overflow check. stop: whether this rank was asked to stop. writing: whether
     it is writing a checkpoint.
     """
-    micro_batches = list(batch.split(micro_size))
-    masked_batches = [masker(micro) for micro in micro_batches]
+    # Masks of the proposal network take memory: one micro-batch at a time.
+    parts = list(batch.split(micro_size if proposer is not None else _rows_at_once(batch, micro_size)))
+    masked_parts = [masker(part) for part in parts]
     counters = torch.stack(
         [
             data_digest(batch),
-            _total(mask_digest(micro, masked) for micro, masked in zip(micro_batches, masked_batches, strict=True)),
-            _total((masked.weights != 0).sum() for masked in masked_batches),
-            _total((masked.weights == 0).all(1).sum() for masked in masked_batches),
+            _total(mask_digest(part, masked) for part, masked in zip(parts, masked_parts, strict=True)),
+            _total((masked.weights != 0).sum() for masked in masked_parts),
+            _total((masked.weights == 0).all(1).sum() for masked in masked_parts),
             *(torch.full((), int(flag), device=batch.sample_ids.device) for flag in (stop, writing)),
         ]
     )
     distributed.all_reduce_sum(counters)
+    micro_batches = list(batch.split(micro_size))
+    masked_batches = [micro for masked in masked_parts for micro in masked.split(micro_size)]
     # DeepSpeed averages over micro-batches and ranks; this turns its mean of sums into Σ w ℓ / Σ k over the global
     # batch, however the predictions are spread over micro-batches and ranks.
     scale = len(micro_batches) * distributed.world_size() / counters[2].clamp(min=1).double()
@@ -87,6 +93,11 @@ def run_step(
         loss_sum=loss_sum,
         grad_norm=step_and_norm(engine, norm),
     )
+
+
+def _rows_at_once(batch: TokenBatch, micro_size: int) -> int:
+    """Rows to mask at a time, whole micro-batches: masking launches as many kernels for few rows as for many."""
+    return max(1, _TOKENS_AT_ONCE // (batch.input_ids.shape[1] * micro_size)) * micro_size
 
 
 def _total(terms: Any) -> torch.Tensor:
