@@ -13,10 +13,11 @@ from maskvr_ds.cli.benchmark import add_benchmark, add_demo
 from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
 from maskvr_ds.cli.downstream import add_evaluate
+from maskvr_ds.cli.plan import add_plan
 from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
-    *(add_demo, add_recipes, add_config, add_train, add_checkpoint, add_export, add_evaluate),
+    *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_evaluate),
     *(add_plot, add_variance, add_compare, add_benchmark),
 )
 _OPTIONAL_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "matplotlib", "psutil")

@@ -1,0 +1,1 @@
+"""Model of memory, time, communication and energy of a run. Loads no torch."""

@@ -1,0 +1,140 @@
+"""Sizes of an encoder that memory and time depend on, from its configuration. Loads no torch.
+
+Symbols: n layers, L positions, K predictions per sequence, D hidden size, I intermediate size, H heads, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from maskvr_ds.config import ConfigError, ModelConfig
+from maskvr_ds.config.base import shown
+
+# Largest value of a setting: that of `Width` in config/base.py.
+_LARGEST = 2**20
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """An encoder with a masked language model's head on K positions.
+
+    parameters: elements by group of tensors; tied tensors count once. tensors: number of them. largest: elements of the
+    largest one.
+    token_flops, pair_flops, prediction_flops: forward pass of all layers per token, and per ordered pair of positions;
+    of the head per prediction. Matrix products only; a multiply-add counts as two.
+    saved: elements that a layer keeps per token for its backward pass, in the precision of the model, with fused
+    attention. masked: elements per token and layer that dropout keeps a mask of. embedded: elements kept per token
+    before the first layer. of_head: elements kept per prediction before the logits. widest: elements per token of a
+    layer's widest tensor.
+    moved: elements that a layer's pointwise operations read or write per token, forward and backward, not fused.
+    """
+
+    parameters: Mapping[str, int]
+    tensors: int
+    largest: int
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    token_flops: float
+    pair_flops: float
+    prediction_flops: float
+    saved: float
+    masked: float
+    embedded: float
+    of_head: float
+    widest: float
+    moved: float
+
+    @property
+    def total(self) -> int:
+        """Number of parameters, P."""
+        return sum(self.parameters.values())
+
+    def flops(self, length: int, predictions: int) -> float:
+        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation."""
+        return 3 * (length * self.token_flops + self.attention_flops(length) + predictions * self.prediction_flops)
+
+    def attention_flops(self, length: int) -> float:
+        """FLOPs of QKᵀ and of the weighted sum of one sequence, forward."""
+        return length**2 * self.pair_flops
+
+
+def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:
+    """The sizes of the encoder that `model` describes. Raises ConfigError for an architecture that has no entry."""
+    if model.architecture not in _SIZES:
+        raise ConfigError(
+            f"model.architecture {model.architecture!r}: `maskvr plan` knows the sizes of {', '.join(_SIZES)} only; "
+            "measure with `maskvr train` instead: metrics.jsonl has tokens per second"
+        )
+    return _SIZES[model.architecture](model, vocabulary)
+
+
+# Defaults of transformers' configuration classes of these architectures.
+_DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.1,
+}
+
+
+def _bert(model: ModelConfig, vocabulary: int) -> EncoderSizes:
+    values = {key: getattr(model, key) for key in _DEFAULTS}
+    return _post_norm({**values, "intermediate_size": model.intermediate_size or 4 * model.hidden_size}, vocabulary)
+
+
+def _roberta(model: ModelConfig, vocabulary: int) -> EncoderSizes:
+    """RoBERTa and its relatives: the layers and the head of BERT."""
+    given = {key: model.merged.get(key, default) for key, default in _DEFAULTS.items()}
+    for key, value in given.items():
+        low = 0 if key == "hidden_dropout_prob" else 1
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= _LARGEST:
+            raise ConfigError(f"model.settings.{key} is {shown(value)}; a number from {low} to {_LARGEST:,} expected")
+    return _post_norm(given, vocabulary)
+
+
+def _post_norm(values: Mapping[str, Any], vocabulary: int) -> EncoderSizes:
+    """Of BERT's layers: attention and two feed-forward layers, each followed by dropout, residual and LayerNorm."""
+    n, D, I = (values[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))  # noqa: E741
+    H, V = values["num_attention_heads"], vocabulary
+    dropout = (values["hidden_dropout_prob"] > 0) * 2
+    return EncoderSizes(
+        parameters={
+            "token embeddings": V * D,
+            "other embeddings": (values["max_position_embeddings"] + values["type_vocab_size"] + 2) * D,
+            # Q, K, V, output; two feed-forward layers; two LayerNorms
+            "layers": n * (4 * (D * D + D) + (D * I + I) + (I * D + D) + 4 * D),
+            # The decoder's weights are the token embeddings.
+            "head": (D * D + D) + 2 * D + V,
+        },
+        tensors=5 + 16 * n + 5,
+        largest=max(V * D, D * I),
+        layers=n,
+        hidden=D,
+        heads=H,
+        vocabulary=V,
+        token_flops=n * (8 * D * D + 4 * D * I),
+        pair_flops=n * 4 * D,
+        prediction_flops=2 * D * D + 2 * D * V,
+        # Inputs of: Q, K, V; attention (3); its output layer; both LayerNorms; the feed-forward layer. Input and output
+        # of the activation.
+        saved=8 * D + 2 * I,
+        masked=dropout * D,
+        embedded=D,
+        of_head=4 * D,
+        widest=I,
+        # Forward 15 D + 2 I, of which dropout 2 × 2.5, residuals 2 × 3, LayerNorm 2 × 2; backward 28 D + 5 I.
+        moved=43 * D + 7 * I if dropout else 33 * D + 7 * I,
+    )
+
+
+_SIZES: dict[str, Callable[[ModelConfig, int], EncoderSizes]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "xlm-roberta": _roberta,
+    "camembert": _roberta,
+}

@@ -1,0 +1,182 @@
+"""`maskvr plan`: output, JSON, picture, calibration by measurements, and one line for each fault."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskvr_ds.cli.main import main
+from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_measurement
+from maskvr_ds.planning.hardware import GPUS
+from maskvr_ds.planning.memory import memory
+from maskvr_ds.planning.step_time import Calibration
+from tests.support.corpora import make_corpus
+
+GPU_RESULT = Path(__file__).parents[3] / "docs/results/gpu/train_bert_base.json"
+WORDS = ["plan", "--config", "bert_base_4k", "--gpu", "h100", "--gpus-per-node", "8"]
+SIZES = ["--sequence-length", "128", "--vocab-size", "30522"]
+
+
+def run(*words: str) -> int:
+    return main([*WORDS, *words])
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert run("--json", *words) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def fault(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert run(*words) == 1
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith("error: ")
+    return printed.err
+
+
+def test_text_and_json_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--nodes", "2", "--link", "100GbE", *SIZES]
+    found = plan_json(capsys, *words)
+    (phase,) = found["phases"]
+    assert run(*words) == 0
+    text = capsys.readouterr().out
+    assert f"{phase['micro']} × accumulation {phase['accumulation']}" in text
+    assert f"{phase['tokens_per_second']:,.0f} tokens/s" in text
+    assert f"{1e3 * sum(phase['step'].values()):,.1f} ms" in text
+    assert len(phase["stages"]) == 8
+    assert [scale["gpus"] for scale in phase["scales"]] == [8, 16, 32, 64, 128, 256, 512]
+
+
+def test_sizes_come_from_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = make_corpus(tmp_path / "corpus", length=64, words=300)
+    (phase,) = plan_json(capsys, "--nodes", "1", "--set", f"data.path={corpus}")["phases"]
+    assert (phase["sequence_length"], phase["predictions"]) == (64, 9)
+    assert "--vocab-size" in fault(capsys, "--nodes", "1", "--set", f"data.path={tmp_path / 'none'}")
+
+
+def test_picture(tmp_path: Path) -> None:
+    assert run("--nodes", "1", *SIZES, "--plot", str(tmp_path / "plan.png")) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom maskvr_ds.cli.main import main\n"
+        f"assert main({[*WORDS, '--nodes', '1', *SIZES, '--measured', str(GPU_RESULT)]!r}) == 0\n"
+        "print([m for m in ('torch', 'deepspeed', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+# Calibration
+
+
+def test_a_calibrated_model_predicts_what_was_measured() -> None:
+    measured = read_measurement(GPU_RESULT)
+    assert measured.step_seconds == pytest.approx(256 * 128 / 398_434.67)
+    gpu, calibration = fit([measured], GPUS["h100"])
+    assert gpu.product_rate(2) == pytest.approx(790.2e12, rel=1e-3)
+    assert predicted(measured, gpu, calibration) == pytest.approx(measured.step_seconds, rel=1e-4)
+    assert calibration.activations == pytest.approx(1.0, abs=0.05)
+
+
+def test_measured_memory_scales_the_activations() -> None:
+    measured = read_measurement(GPU_RESULT)
+    doubled = replace(measured, memory=2 * (measured.memory or 0))
+    factor = fit([doubled], GPUS["h100"])[1].activations
+    found = memory(measured.sizes, measured.zero, measured.work, ranks=1, fused=False, factor=factor)
+    assert found.total == pytest.approx(doubled.memory)
+
+
+def synthetic(folder: Path, sizes: list[tuple[str, int]], truth: Calibration) -> list[Measurement]:
+    """Measurements (preset, micro-batch) of a machine on which the model is right with the factors `truth`."""
+    content = json.loads(GPU_RESULT.read_text(encoding="utf-8"))
+    found = []
+    for preset, micro in sizes:
+        what = f"{preset}, L = 128, zero1_bf16, 1 ranks × {micro} sequences"
+        path = folder / f"{preset}_{micro}.json"
+        path.write_text(json.dumps({**content, "what": what}), encoding="utf-8")
+        one = read_measurement(path)
+        gpu = replace(GPUS["h100"], products=one.product_rate / GPUS["h100"].half)
+        rate = micro * 128 / predicted(one, gpu, truth)
+        path.write_text(json.dumps({**content, "what": what, "tokens_per_second_median": rate}), encoding="utf-8")
+        found.append(read_measurement(path))
+    return found
+
+
+def test_factors_stay_equal_where_measurements_do_not_tell_them_apart(tmp_path: Path) -> None:
+    measurements = synthetic(tmp_path, [("bert-large", 4096), ("bert-large", 8192)], Calibration(1.5, 1.5))
+    slower = [replace(one, step_seconds=one.step_seconds * (1 + 0.01 * i)) for i, one in enumerate(measurements)]
+    _, found = fit(slower, GPUS["h100"])
+    assert found.host == pytest.approx(found.compute, rel=0.5)
+
+
+def test_two_measurements_give_two_factors(tmp_path: Path) -> None:
+    """Times of known factors, at sizes where the GPU and where the host decides, give these factors back."""
+    truth = Calibration(compute=1.3, host=0.7)
+    measurements = synthetic(tmp_path, [("bert-base", 512), ("bert-tiny", 8), ("bert-large", 64)], truth)
+    _, found = fit(measurements, GPUS["h100"])
+    assert (found.compute, found.host) == (pytest.approx(1.3, rel=0.02), pytest.approx(0.7, rel=0.02))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a result of `maskvr benchmark train"),
+        ('{"what": 3}', "not a result of `maskvr benchmark train"),
+        ({"what": "optimizer step, bert-base, zero1_bf16, rank 0 of 1"}, "not a result of `maskvr benchmark train"),
+        ({"tokens_per_second_median": 0}, "tokens_per_second_median is 0"),
+        ({"tokens_per_second_median": float("nan")}, "tokens_per_second_median is nan"),
+        ({"matrix_product_tflops": None}, "matrix_product_tflops is None"),
+        ({"tokens_per_second_median": 5.0}, "times what is predicted"),
+        ({"device": "cpu"}, "measured on 'cpu', not on --gpu H100"),
+        ({"device": "NVIDIA H200"}, "measured on 'NVIDIA H200', not on --gpu H100"),
+        ({"what": "bert-huge, L = 128, zero1_bf16, 1 ranks × 256 sequences"}, "not a result of"),
+        ({"what": "bert-base, L = 128, zero9, 1 ranks × 256 sequences"}, "zero9"),
+        ({"what": "bert-base, L = 128, zero1_bf16, 0 ranks × 256 sequences"}, "not a result of"),
+    ],
+)
+def test_a_file_that_is_no_measurement_is_refused(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(GPU_RESULT.read_text(encoding="utf-8")), **content})
+    path = tmp_path / "measured.json"
+    path.write_text(content, encoding="utf-8")
+    assert message in fault(capsys, "--nodes", "1", *SIZES, "--measured", str(path))
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2", *SIZES], "2 nodes: --link is required"),
+        (["--nodes", "2", "--link", "0", *SIZES], "--link 0: expected 8x400G"),
+        (["--nodes", "3", "--link", "400", *SIZES], "not a multiple of 24 GPUs; set it to 4080 or 4104"),
+        (["--nodes", "1", "--sequence-length", "128", "128", "--vocab-size", "9"], "2 values for 1 phases"),
+        (["--nodes", "1", "--sequence-length", "1024", "--vocab-size", "9000"], "exceed model.max_position_embeddings"),
+        (["--nodes", "1", *SIZES, "--measured", "/none.json"], "/none.json"),
+        (["--nodes", "1", *SIZES, "--set", "deepspeed=zero7"], "zero7"),
+        (["--nodes", "1", *SIZES, "--set", "model.hidden_size=98304"], "no ZeRO stage fits"),
+    ],
+)
+def test_faults(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fault(capsys, *words)
+
+
+@pytest.mark.parametrize("words", [["--nodes", "0"], ["--nodes", "1", "--gpu", "v100"], ["--nodes", "1e9"]])
+def test_faults_of_the_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(*words)
+    assert stopped.value.code == 2
+    assert "error: argument --" in capsys.readouterr().err
