@@ -19,7 +19,8 @@ EXAMPLES = """examples:
 COMMANDS = (hostfile.add_parser, launch.add_parser, command.add_parser, preflight.add_parser, status.add_parser)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; the parsed arguments have `run`, which maps them to an exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cluster",
         description="Submit, launch and watch runs from a login node. Needs neither torch nor deepspeed there.",
@@ -29,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = command_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)

@@ -31,6 +31,7 @@ from maskvr_ds.run_folder.status import EXIT_STOPPED
 from maskvr_ds.runtime import distributed, logs
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import StepRecord
+from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.length import remarks, with_steps
@@ -69,6 +70,7 @@ def train(
         history = [] if point.checkpoint is None else point.checkpoint.state.phases
         unresolved = config
         config = distributed.run_on_rank0(lambda: with_steps(unresolved, history))
+    distributed.run_on_rank0(lambda: check_monitors(config.monitor))
     phases = plan(config)
     world_size = distributed.world_size()
     for phase in phases:
@@ -133,7 +135,7 @@ def train_phase(
     with watchdog, _closing(context, reader, saver, watchdog):
         if step == 0 and context.evaluation:
             with _paused(context, watchdog):
-                context.log.held_out(step, samples, context.evaluation.figures(context.engine.module))
+                context.log.held_out(step, context.evaluation.figures(context.engine.module))
         while step < phase.last_step:
             watchdog.mark(step, "data")
             number, batch = next(reader)
@@ -211,7 +213,9 @@ def _record(
     engine = context.engine
     # A skipped step leaves the trust ratios of the last update in place.
     updated = engine.skipped_steps == skipped and not context.guard.update_skipped
-    ratios = getattr(engine.basic_optimizer, "trust_ratios", None) if updated else None
+    ratios, rms = (
+        getattr(engine.basic_optimizer, name, None) if updated else None for name in ("trust_ratios", "update_rms")
+    )
     norm = result.grad_norm
     return StepRecord(
         step=step,
@@ -222,6 +226,7 @@ def _record(
         loss_sum=DeferredTensor(result.loss_sum),
         grad_norm=DeferredTensor(norm) if isinstance(norm, torch.Tensor) else norm,
         trust_ratios=None if ratios is None else DeferredTensor(ratios),
+        update_rms=None if rms is None else DeferredTensor(rms),
         proposal=None if context.proposer is None else context.proposer.step(),
         extra={"skipped_updates": engine.skipped_steps}
         | ({} if scale is None else {"loss_scale": scale})

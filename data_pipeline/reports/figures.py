@@ -28,9 +28,11 @@ def plot(folder: str | Path, found: Scan, top: int, path: Path) -> None:
     edges = 2.0 ** np.arange(0, np.log2(max(found.lengths, default=1)) + 2)
     lengths.hist(list(found.lengths), bins=edges.tolist(), weights=list(found.lengths.values()))
     lengths.set(xscale="log", xlabel="tokens per document", ylabel="documents", title="document lengths")
-    _bars(tokens, *top_tokens(corpus, found, top), "most frequent tokens")
+    _bars(tokens, *top_tokens(corpus, found, top), "most frequent tokens", "occurrences")
     names = [entry.name for entry in manifest.mixture] or ["all"]
-    _bars(sources, names, [entry.tokens for entry in manifest.mixture] or [manifest.tokens], "tokens by source")
+    _bars(
+        sources, names, [entry.tokens for entry in manifest.mixture] or [manifest.tokens], "tokens by source", "tokens"
+    )
     with atomic_file(path) as file:
         figure.savefig(cast(Any, file), format="png", metadata={"Software": None})
 
@@ -45,9 +47,9 @@ def top_tokens(corpus: Corpus, found: Scan, top: int) -> tuple[list[str], list[i
     return [words.id_to_token(i) or f"<{i}>" for i in order], counts[order].tolist()
 
 
-def _bars(axes: object, names: Sequence[str], values: Sequence[int], title: str) -> None:
+def _bars(axes: Any, names: Sequence[str], values: Sequence[int], title: str, unit: str) -> None:
     # Escape "$", which starts a formula in matplotlib.
     labels = [name.replace("$", r"\$") for name in names]
-    axes.barh(range(len(names)), list(values), tick_label=labels)  # type: ignore[attr-defined]
-    axes.invert_yaxis()  # type: ignore[attr-defined]
-    axes.set_title(title)  # type: ignore[attr-defined]
+    axes.barh(range(len(names)), list(values), tick_label=labels)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=unit)

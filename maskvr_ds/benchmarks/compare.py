@@ -226,9 +226,9 @@ def plot(result: dict[str, Any], output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), dpi=120)
-    baseline = {run["seed"]: dict(_losses(run)) for run in result["strategies"][result["baseline"]]["runs"]}
     names = [name for name, strategy in result["strategies"].items() if strategy["runs"]]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, max(5.0, 1.5 + 0.6 * len(names))), dpi=120)
+    baseline = {run["seed"]: dict(_losses(run)) for run in result["strategies"][result["baseline"]]["runs"]}
     for place, name in enumerate(names):
         runs = result["strategies"][name]["runs"]
         steps = [point[0] for point in runs[0]["curve"]]
@@ -246,21 +246,22 @@ def plot(result: dict[str, Any], output: Path) -> None:
             values = [run[key] if run[key] is not None else math.nan for run in runs]
             label = {"fewer_steps": "steps", "less_time": "time"}[key] if place == 0 else None
             right.plot(values, [place + up] * len(values), marker, color=line.get_color(), markersize=5, label=label)
-    left.set_title("held-out loss: mean and range over seeds", fontsize=9)
+    left.set_title("held-out loss: mean and range over seeds", fontsize=10)
     left.set_xlabel("optimizer step")
-    left.set_ylabel("held-out loss (nats)")
+    left.set_ylabel("held-out loss per masked token (nats)")
     right.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    right.set_yticks(range(len(names)), [wrapped_label(name) for name in names], fontsize=6)
+    right.set_yticks(range(len(names)), [wrapped_label(name) for name in names], fontsize=9)
     right.set_ylim(len(names) - 0.5, -0.5)
-    right.set_title("speed-up to the target loss, by seed", fontsize=9)
-    right.set_xlabel(f"steps or time of {result['baseline']} / of the strategy")
-    middle.set_title(f"difference from {result['baseline']}, by seed", fontsize=9)
+    right.set_title("speed-up to the target loss, by seed", fontsize=10)
+    right.set_xlabel(f"steps or time that {result['baseline']} needs ÷ that the strategy needs")
+    right.set_ylabel("masking strategy")
+    middle.set_title(f"difference from {result['baseline']}, by seed", fontsize=10)
     middle.set_ylabel("difference in held-out loss (nats)")
     middle.set_xlabel("optimizer step")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if names and axes is not middle:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=9)
     figure.tight_layout()
     figure.savefig(output)
     plt.close(figure)

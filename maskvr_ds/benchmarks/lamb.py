@@ -1,7 +1,7 @@
-"""`maskvr benchmark lamb`: cost of an optimizer step on the flat fp32 partitions of a ZeRO engine.
+"""`maskvr benchmark optimizer-step-time`: cost of an optimizer step on the flat fp32 partitions of a ZeRO engine.
 
 The optimizers take turns on the same partitions and gradients, each with its own state. With several ranks, each has
-its share of the model: `deepspeed --no_local_rank --module maskvr_ds.cli benchmark lamb`.
+its share of the model: `deepspeed --no_local_rank --module maskvr_ds.cli benchmark optimizer-step-time`.
 
 Collective: one barrier before each timed step, so that ranks, which wait for each other in LAMB's all-reduce, start
 simultaneously.

@@ -1,4 +1,4 @@
-"""`maskvr benchmark masking` (rows masked per CPU-second) and `masks` (time that a strategy adds to a step)."""
+"""`maskvr benchmark masking-speed` (rows per CPU-second) and `strategy-cost` (time that a strategy adds to a step)."""
 
 import statistics
 import tempfile

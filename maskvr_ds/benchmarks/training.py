@@ -1,4 +1,4 @@
-"""`maskvr benchmark`: dispatch, and the benchmarks `loader` and `train`, on synthetic rows.
+"""`maskvr benchmark`: dispatch, and the benchmarks `loading-speed` and `training-speed`, on synthetic rows.
 
 The loader is measured in rows per CPU-second of one thread; training in tokens per second, in model FLOPs, and relative
 to the speed of large matrix products on this machine. Masking: masks.py. Optimizer step: lamb.py.
@@ -37,11 +37,11 @@ from maskvr_ds.telemetry.metrics_file import read_lines
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark `arguments.what`, print its results and write them as JSON if --output is given."""
     length = arguments.sequence_length
-    if arguments.what == "loader":
+    if arguments.what == "loading-speed":
         figures = loader_speed(sequence_length=length)
-    elif arguments.what == "masking":
+    elif arguments.what == "masking-speed":
         figures = masking_speed(strategy=arguments.strategy, sequence_length=length)
-    elif arguments.what == "masks":
+    elif arguments.what == "strategy-cost":
         figures = strategy_cost(
             preset=arguments.preset,
             deepspeed=arguments.deepspeed,
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             sequence_length=length,
             threads=arguments.threads,
         )
-    elif arguments.what == "lamb":
+    elif arguments.what == "optimizer-step-time":
         figures = lamb_cost(
             preset=arguments.preset,
             deepspeed=arguments.deepspeed,

@@ -9,15 +9,27 @@ from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, integer
 _BENCHMARK_DESCRIPTION = """\
 Measure the speed of a component on this machine, with synthetic rows.
 
-  loader   rows per CPU-second that one thread reads from a corpus
-  masking  rows per CPU-second that one thread masks with --strategy
-  masks    time that each masking strategy adds to a training step
-  lamb     time of an optimizer step of LAMB and of other optimizers
-  train    tokens per second and model FLOPs of training steps"""
+  loading-speed        rows per CPU-second that one thread reads from a corpus
+  masking-speed        rows per CPU-second that one thread masks with --strategy
+  strategy-cost        time that each masking strategy adds to a training step
+  optimizer-step-time  time and memory of an optimizer step of LAMB and of others
+  training-speed       tokens per second and model FLOPs of training steps"""
 _BENCHMARK_EXAMPLES = """\
-maskvr benchmark masking --strategy span
-maskvr benchmark train --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json"""
+maskvr benchmark masking-speed --strategy span
+maskvr benchmark training-speed --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json"""
 _COUNT = integer(1, 10**6)
+# Names of earlier versions, which are still accepted, and those of today.
+_FORMER_NAMES = {
+    "loader": "loading-speed",
+    "masking": "masking-speed",
+    "masks": "strategy-cost",
+    "lamb": "optimizer-step-time",
+    "train": "training-speed",
+}
+
+
+def _current_name(name: str) -> str:
+    return _FORMER_NAMES.get(name, name)
 
 
 def add_benchmark(commands: Commands) -> None:
@@ -36,41 +48,42 @@ def add_benchmark(commands: Commands) -> None:
 def _benchmark_options(parser: argparse.ArgumentParser) -> None:
     from maskvr_ds.config.architectures import BERT_PRESETS
 
-    parser.add_argument("what", choices=["loader", "masking", "masks", "lamb", "train"], help="see above")
+    parser.add_argument("what", type=_current_name, choices=list(_FORMER_NAMES.values()), help="see above")
     parser.add_argument("--output", metavar="FILE", help="also write the results as JSON")
     parser.add_argument(
         "--preset",
         choices=list(BERT_PRESETS),
         default="bert-base",
-        help="train, lamb, masks: model size (default: bert-base)",
+        help="training-speed, optimizer-step-time, strategy-cost: model size (default: bert-base)",
     )
-    parser.add_argument(
-        "--deepspeed", default="zero1_bf16", help="train, lamb, masks: DeepSpeed config (default: zero1_bf16)"
-    )
+    parser.add_argument("--deepspeed", default="zero1_bf16", help="the same: DeepSpeed config (default: zero1_bf16)")
     parser.add_argument(
         "--micro-size",
         type=integer(1, MAX_MICRO_SIZE),
         default=128,
-        help="train, masks: sequences per forward pass (default: 128)",
+        help="training-speed, strategy-cost: sequences per forward pass (default: 128)",
     )
-    parser.add_argument("--steps", type=_COUNT, default=100, help="train: optimizer steps (default: 100)")
+    parser.add_argument("--steps", type=_COUNT, default=100, help="training-speed: optimizer steps (default: 100)")
     parser.add_argument(
         "--sequence-length", type=integer(8, 2**20), default=128, help="tokens per sequence (default: 128)"
     )
-    parser.add_argument("--strategy", default="uniform", help="masking: masking.strategy (default: uniform)")
+    parser.add_argument("--strategy", default="uniform", help="masking-speed: masking.strategy (default: uniform)")
     parser.add_argument(
-        "--rounds", type=_COUNT, default=15, help="lamb, masks: timed steps of each optimizer or strategy (default: 15)"
+        "--rounds",
+        type=_COUNT,
+        default=15,
+        help="optimizer-step-time, strategy-cost: timed steps of each optimizer or strategy (default: 15)",
     )
     parser.add_argument(
         "--threads",
         type=integer(1, 4096),
-        help="lamb, masks: CPU threads per rank (default: PyTorch's, all cores)",
+        help="optimizer-step-time, strategy-cost: CPU threads per rank (default: PyTorch's, all cores)",
     )
     parser.add_argument(
         "--against",
         nargs="+",
         choices=["adamw_foreach", "fused_adam", "fused_lamb"],
-        help="lamb: optimizers to compare with; the fused ones need a GPU (default: all that can run here)",
+        help="optimizer-step-time: what to compare with; the fused ones need a GPU (default: all that can run here)",
     )
 
 

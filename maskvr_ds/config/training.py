@@ -1,9 +1,9 @@
 """Sections `batch`, `optimizer`, `schedule`, `training`, `evaluation` and `monitor`. Loads no torch."""
 
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from maskvr_ds.config.base import (
     Decay,
@@ -36,11 +36,20 @@ class BatchConfig(Section):
     """Sequences per forward pass on one rank."""
 
 
+# Measured by tests/distributed/test_muon.py.
+_NO_MUON = (
+    "muon is not supported: at ZeRO stages 1 to 3 DeepSpeed 0.19 applies gradient_clipping to Muon's finished update "
+    "instead of the gradients, and reports that update's norm as the gradient norm, so that a run differs from one at "
+    "stage 0 and from Muon in one process; choose lamb, adamw or stable_adamw"
+)
+
+
 class OptimizerConfig(Section):
     """The optimizer. Biases and LayerNorm have no weight decay."""
 
-    name: Literal["lamb", "adam"] = "lamb"
-    """lamb: `maskvr_ds.lamb`; adam: DeepSpeed's AdamW (torch's on a CPU), as a baseline."""
+    name: Literal["lamb", "adamw", "stable_adamw"] = "lamb"
+    """lamb: LAMB with exact trust ratios; adamw: AdamW (DeepSpeed's FusedAdam, on a CPU torch's), also called adam;
+    stable_adamw: AdamW with updates clipped per tensor, arXiv:2304.13013."""
     lr: LearningRate = 1e-3
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -61,6 +70,13 @@ class OptimizerConfig(Section):
     """Decoupled weight decay λ."""
     gradient_clipping: Ratio = 1.0
     """Maximum global gradient norm; 0: no clipping."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known_name(cls, name: Any) -> Any:
+        if name == "muon":
+            raise ValueError(_NO_MUON)
+        return "adamw" if name == "adam" else name  # its name in earlier versions
 
     @model_validator(mode="after")
     def _of_lamb(self) -> Self:

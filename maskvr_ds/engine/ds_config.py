@@ -68,7 +68,7 @@ def complete_deepspeed_config(
         # Waits for the device twice per micro-batch; nothing reads it.
         timers={**(config.get("timers") or {}), "throughput": {"enabled": False}},
     )
-    if optimizer.name == "adam":
+    if optimizer.name == "adamw":
         # FusedAdam on GPUs; torch's on CPUs, since DeepSpeed's would be compiled at first use.
         on_cpu = distributed.device().type == "cpu"
         params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}

@@ -15,7 +15,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
 from maskvr_ds.engine.deepspeed_patches import check_deepspeed, hold_loss_scale, import_muon, update_loss_scale
 from maskvr_ds.engine.ds_config import check_device, check_fused, complete_deepspeed_config, model_dtype
-from maskvr_ds.engine.master_weights import set_masters
+from maskvr_ds.engine.master_weights import set_masters, undo_initial_step
 from maskvr_ds.engine.streamline import streamline
 from maskvr_ds.models import pretrained
 from maskvr_ds.models.capabilities import check_buffers, check_model
@@ -23,6 +23,8 @@ from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.optim import lamb
 from maskvr_ds.optim.build_locks import check_build_lock
+from maskvr_ds.optim.layerwise import LayerwiseAdaptive
+from maskvr_ds.optim.stable_adamw import StableAdamW
 from maskvr_ds.runtime import distributed
 
 import_muon()
@@ -69,21 +71,14 @@ def create_engine(
     if initial is not None and model_dtype(deepspeed_config) != torch.float32:
         exact = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     groups = lamb.parameter_groups(module, optimizer.weight_decay)
-    client = None
-    if optimizer.name == "lamb":
-        client = lamb.Lamb(
-            groups,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            variant=optimizer.lamb_variant(),
-            fused=optimizer.fused,
-        )
+    client = _own_optimizer(groups, optimizer)
     complete = complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation)
     distributed.run_collectively(lambda: _check_build_locks(complete))
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, optimizer=client, config=complete)
     distributed.run_collectively(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
     check_buffers(engine.module)
+    if client is None:
+        distributed.run_collectively(lambda: undo_initial_step(engine))
     if exact:
         distributed.run_collectively(lambda: set_masters(engine, exact))
     if client is not None:
@@ -110,6 +105,16 @@ def _freeze(module: MaskedLanguageModel, names: list[str]) -> None:
         logging.getLogger(__name__).warning(
             "%d parameters get no gradient from masked tokens and stay as they are: %s", len(names), ", ".join(names)
         )
+
+
+def _own_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> LayerwiseAdaptive | None:
+    """The optimizer to pass to DeepSpeed; None for AdamW, which DeepSpeed constructs (ds_config.py)."""
+    if config.name == "lamb":
+        variant = config.lamb_variant()
+        return lamb.Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, variant=variant, fused=config.fused)
+    if config.name == "stable_adamw":
+        return StableAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return None
 
 
 def _check_dtype(engine: deepspeed.DeepSpeedEngine, expected: torch.dtype) -> None:

@@ -64,6 +64,30 @@ def _separate_masters(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
+def undo_initial_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Undo the step that DeepSpeed makes during `deepspeed.initialize` at ZeRO 0 in 16 bits. Not a collective.
+
+    FP16_Optimizer and FP16_UnfusedOptimizer step once on zero gradients, only to allocate the state. AdamW decays the
+    masters in it by 1 − ηλ at the peak learning rate, and counts it: every bias correction is that of the next step.
+    Call it before anything is loaded into the engine. Does nothing for other optimizers.
+    """
+    masters = _separate_masters(engine.optimizer)
+    if not masters:
+        return
+    for parameter, master in masters.items():
+        master.copy_(parameter)
+    for state in engine.basic_optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif key == "step":
+                state[key] = 0
+    for group in engine.basic_optimizer.param_groups:
+        if "step" in group:  # FusedAdam
+            group["step"] = 0
+
+
+@torch.no_grad()
 def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, torch.Tensor]) -> None:
     """Copy `weights` (fp32, by parameter name) into the fp32 masters; the engine's parameters are their rounded values.
     Not a collective."""

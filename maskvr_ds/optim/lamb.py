@@ -25,12 +25,14 @@ ranks, with one all-reduce per step (layerwise.py).
 """
 
 import importlib.util
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from maskvr_ds.optim.layerwise import LayerwiseAdaptive
+from maskvr_ds.optim.adam_moments import AdamMoments
+from maskvr_ds.optim.layerwise import LayerwiseAdaptive, Update, squared_norms
 from maskvr_ds.optim.partitions import Partition, layout_of
 from maskvr_ds.optim.variants import VARIANTS, Variant
 
@@ -40,7 +42,45 @@ if TYPE_CHECKING:
 __all__ = ["VARIANTS", "Lamb", "Lars", "Variant", "bind", "parameter_groups"]
 
 
-class Lamb(LayerwiseAdaptive):
+class TrustRatioScaled(LayerwiseAdaptive):
+    """Scales each tensor's u by its trust ratio ‖w‖ / ‖u‖. Sums: Σw² and Σu², S = 2."""
+
+    @property
+    def trust_ratios(self) -> Tensor | None:
+        """Trust ratios of the last step: fp32 [T] on the device of the optimizer's state, equal on all ranks, in the
+        order of `tensor_names`; 1 for tensors without a gradient. None before the first step.
+
+        DeepSpeed fills missing gradients with zeros: such a tensor decays with ratio 1/λ, by a factor 1 − η per step.
+        """
+        return self._last_scales
+
+    def _adapts(self, group: dict[str, Any]) -> bool:
+        return self.variant.adapt_undecayed or group["weight_decay"] != 0
+
+    def _sums(self, pending: list[Update], weights: list[list[Tensor]], updates: list[list[Tensor]]) -> Tensor:
+        summed = [n for n, entry in enumerate(pending) if entry.fused is None]
+        lists = [list(chain.from_iterable(views[n] for n in summed)) for views in (weights, updates)]
+        indices = [fragment.tensor for n in summed for fragment in pending[n].fragments]
+        squares = squared_norms(lists, indices, len(self._layout.tensors), pending[0].partitions[0].device)
+        for entry in pending:
+            if entry.fused is not None:
+                entry.fused.add_squares(squares)
+        return squares
+
+    def _scales(self, sums: Tensor, pending: list[Update]) -> Tensor:
+        weight_squares, update_squares = sums
+        ratios = (weight_squares.sqrt() / update_squares.sqrt()).clamp(self.variant.min_ratio, self.variant.max_ratio)
+        ratios = torch.where((weight_squares == 0) | (update_squares == 0), 1.0, ratios)
+        for entry in pending:
+            if not entry.adapted:
+                for partition in entry.layouts:
+                    # By slices: an index tensor would have to be copied to the device.
+                    for first, last in _ranges(partition.members):
+                        ratios[first:last] = 1.0
+        return ratios
+
+
+class Lamb(TrustRatioScaled, AdamMoments):
     """LAMB (arXiv:1904.00962, Algorithm 2); the module docstring has the equations.
 
     Works without DeepSpeed like any torch optimizer. With DeepSpeed, construct it from the model's parameters, pass
@@ -77,10 +117,6 @@ class Lamb(LayerwiseAdaptive):
         variant: str | Variant = "paper",
         fused: bool = False,
     ) -> None:
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas = {betas}: each must be in [0, 1)")
-        if eps < 0.0:
-            raise ValueError(f"eps = {eps}: must be at least 0")
         if isinstance(variant, str):
             if variant not in VARIANTS:
                 raise ValueError(f"variant = {variant!r}: must be one of {', '.join(VARIANTS)}")
@@ -90,39 +126,9 @@ class Lamb(LayerwiseAdaptive):
         self.fused = fused
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, variant)
 
-    def _new_state(self, partition: Tensor) -> dict[str, Any]:
-        return {
-            "step": 0,
-            "exp_avg": torch.zeros_like(partition, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(partition, memory_format=torch.preserve_format),
-        }
-
-    def _advance(self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in partitions]
-        torch._foreach_lerp_([self.state[p]["exp_avg"] for p in partitions], gradients, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
-
-    def _updates(self, group: dict[str, Any], partitions: list[Tensor], step: int) -> list[Tensor]:
-        weight_decay = group["weight_decay"]
-        first, second = self._corrections(group, step)
-        # In one buffer: (1 − β₁ᵗ)(√v̂ + ε), then its reciprocal times m, then + λw.
-        updates = list(torch._foreach_sqrt([self.state[p]["exp_avg_sq"] for p in partitions]))
-        torch._foreach_mul_(updates, first / second**0.5)
-        torch._foreach_add_(updates, first * group["eps"])
-        torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, [self.state[p]["exp_avg"] for p in partitions])
-        if weight_decay != 0:
-            torch._foreach_add_(updates, partitions, alpha=weight_decay)
-        return updates
-
     def _corrections(self, group: dict[str, Any], step: int) -> tuple[float, float]:
-        """1 − β₁ᵗ and 1 − β₂ᵗ; 1 if the variant does not correct the moments."""
-        if self.variant.bias_correction != "moments":
-            return 1.0, 1.0
-        beta1, beta2 = group["betas"]
-        return 1 - beta1**step, 1 - beta2**step
+        """As in AdamMoments; 1 if the variant does not correct the moments."""
+        return super()._corrections(group, step) if self.variant.bias_correction == "moments" else (1.0, 1.0)
 
     def _fuse(
         self, group: dict[str, Any], partitions: list[Tensor], layouts: list[Partition], step: int, scale: Tensor | None
@@ -152,7 +158,7 @@ class Lamb(LayerwiseAdaptive):
         return group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
 
-class Lars(LayerwiseAdaptive):
+class Lars(TrustRatioScaled):
     """LARS (arXiv:1904.00962, Algorithm 1); the module docstring has the equations. Used like `Lamb`.
 
     Differences from arXiv:1708.03888: the ratio is that of the momentum, not of the gradient; no trust coefficient.
@@ -187,16 +193,16 @@ class Lars(LayerwiseAdaptive):
 
 
 def bind(engine: Any) -> None:
-    """Give the engine's `Lamb` or `Lars` the layout of the partitions that DeepSpeed has made of the tensors.
+    """Give the engine's `Lamb`, `Lars` or `StableAdamW` the layout of DeepSpeed's partitions of the tensors.
 
     Call it once, right after `deepspeed.initialize`, before or after `engine.load_checkpoint`; harmless if DeepSpeed
     has not partitioned anything. Not a collective.
 
     Args:
-        engine: a `deepspeed.DeepSpeedEngine` that was created with a `Lamb` or `Lars` as `optimizer`.
+        engine: a `deepspeed.DeepSpeedEngine` that was created with one of the three as `optimizer`.
 
     Raises:
-        ValueError: if the engine's optimizer is neither, if the variant scales gradients and `gradient_clipping`
+        ValueError: if the engine's optimizer is none of them, if the variant scales gradients and `gradient_clipping`
             differs from its norm, or if the engine uses a feature that would give wrong norms or is untested
             (docs/explanation/lamb-under-zero.md lists them).
         RuntimeError: on the ranks concerned, if a fragment differs from the model's weights at its place.
@@ -204,7 +210,7 @@ def bind(engine: Any) -> None:
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, LayerwiseAdaptive):
         raise ValueError(
-            f"bind needs an engine whose optimizer is maskvr_ds.lamb.Lamb or Lars, found "
+            f"bind needs an engine whose optimizer is maskvr_ds.lamb.Lamb, Lars or StableAdamW, found "
             f"{type(optimizer).__name__}; pass deepspeed.initialize(optimizer=Lamb(parameter_groups(model)))"
         )
     if optimizer.variant.max_grad_norm not in (0, clipping := engine.gradient_clipping()):
@@ -240,3 +246,14 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
             (decaying if decays else others).append((name, parameter))
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _ranges(indices: list[int]) -> list[tuple[int, int]]:
+    """Sorted indices as ranges [first, last)."""
+    ranges: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return ranges

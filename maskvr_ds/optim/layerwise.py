@@ -1,7 +1,9 @@
-"""Base class of LAMB and LARS: scales updates by per-tensor trust ratios, however tensors are split over ranks.
+"""Base class of LAMB, LARS and StableAdamW: scales updates per tensor, however tensors are split over ranks.
 
-Collective: one all-reduce (sum) per optimizer step, over the data-parallel group, of one fp32 vector [2T]: Σw² of every
-tensor, then Σu² of every tensor. None if each rank holds full tensors (no DeepSpeed, ZeRO 0).
+The scale of a tensor is a function of sums over its elements, S of them (LAMB: Σw² and Σu²).
+
+Collective: one all-reduce (sum) per optimizer step, over the data-parallel group, of one fp32 vector [S · T]. None if
+each rank holds full tensors (no DeepSpeed, ZeRO 0).
 
 Shapes: T trainable tensors.
 """
@@ -27,13 +29,13 @@ if TYPE_CHECKING:
 # taken over chunks of this many elements, and then over the chunks' norms.
 NORM_CHUNK = 1 << 20
 # Launching a kernel takes longer than updating a bias. In partitions of small tensors (fewer elements on average than
-# the first constant) ratios are therefore expanded to elements and applied in one kernel. The index for that is cached,
+# the first constant) scales are therefore expanded to elements and applied in one kernel. The index for that is cached,
 # which is why the second constant limits the size of such partitions.
 _SPREAD_BELOW, _SPREAD_AT_MOST = 1 << 15, 1 << 22
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """Pending update of some partitions of one parameter group."""
 
     partitions: list[Tensor]
@@ -42,6 +44,7 @@ class _Update:
     lr: float
     adapted: bool
     fused: "FusedUpdate | None" = None
+    sums: Tensor | None = None  # from `_measure`
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -53,7 +56,7 @@ class _Update:
 
 
 class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
-    """Base class. Subclasses define the state and compute u from it; this class scales u and subtracts it."""
+    """Base class. Subclasses define the state, u, and its scales; this class scales u and subtracts it."""
 
     fused = False
 
@@ -65,8 +68,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         self.variant = variant
         self._bound = False
         self._given: list[dict[str, Any]] = []  # the groups' settings as constructed
-        self._pending: list[_Update] = []
-        self._trust_ratios: Tensor | None = None
+        self._pending: list[Update] = []
+        self._last_scales: Tensor | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,17 +96,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         # torch also calls this to load a state dict; only a copied or unpickled optimizer has no layout.
         super().__setstate__(state)
         if "_layout" not in self.__dict__:
-            self._bound, self._pending, self._trust_ratios = False, [], None
+            self._bound, self._pending, self._last_scales = False, [], None
             self._layout = whole_tensors(self.param_groups)
-
-    @property
-    def trust_ratios(self) -> Tensor | None:
-        """Trust ratios of the last step: fp32 [T] on the device of the optimizer's state, equal on all ranks, in the
-        order of `tensor_names`; 1 for tensors without a gradient. None before the first step.
-
-        DeepSpeed fills missing gradients with zeros: such a tensor decays with ratio 1/λ, by a factor 1 − η per step.
-        """
-        return self._trust_ratios
 
     @property
     def tensor_names(self) -> list[str]:
@@ -122,6 +116,23 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     def _updates(self, group: dict[str, Any], partitions: list[Tensor], step: int) -> list[Tensor]:
         """u at step `step` (1-based), shaped like the partitions."""
 
+    def _measure(
+        self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor], step: int
+    ) -> list[Tensor] | None:
+        """Tensors laid out like the partitions, whose squares are summed per tensor; None if `_sums` needs none.
+
+        Called after `_advance`, before `_updates`: the gradients are gone when the sums are needed.
+        """
+        return None
+
+    @abstractmethod
+    def _sums(self, pending: list[Update], weights: list[list[Tensor]], updates: list[list[Tensor]]) -> Tensor:
+        """This rank's contribution to the sums: fp32 [S, T]. weights, updates: views of each entry's fragments."""
+
+    @abstractmethod
+    def _scales(self, sums: Tensor, pending: list[Update]) -> Tensor:
+        """Factor of each tensor's u, from the completed sums: fp32 [T]. NaN stays NaN: divergence must be visible."""
+
     def _fuse(
         self, group: dict[str, Any], partitions: list[Tensor], layouts: list[Partition], step: int, scale: Tensor | None
     ) -> "FusedUpdate | None":
@@ -133,7 +144,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         return group["lr"]
 
     def _adapts(self, group: dict[str, Any]) -> bool:
-        return self.variant.adapt_undecayed or group["weight_decay"] != 0
+        """Whether the group's tensors are scaled."""
+        return True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -215,7 +227,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return None
-        norm = _squared_norms([gradients], range(len(gradients)), len(gradients), gradients[0].device).sum().sqrt()
+        norm = squared_norms([gradients], range(len(gradients)), len(gradients), gradients[0].device).sum().sqrt()
         return (self.variant.max_grad_norm / norm).clamp(max=1.0)
 
     def _accumulate(self, group: dict[str, Any], scale: Tensor | None) -> None:
@@ -233,17 +245,27 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
                 self.state[p]["step"] = step
             layouts = [self._layout.partitions[p] for p in chosen]
             updates: list[Tensor] = []
+            sums: Tensor | None = None
             if (fused := self._fuse(group, chosen, layouts, step, scale)) is None:
                 gradients = [cast(Tensor, p.grad) for p in chosen]
                 if scale is not None:
                     gradients = list(torch._foreach_mul(gradients, scale))
                 self._advance(group, chosen, gradients)
-                del gradients  # scaled copies would otherwise be alive together with u
+                if (measured := self._measure(group, chosen, gradients, step)) is not None:
+                    sums = self._sum_squares(layouts, measured)
+                del gradients, measured  # scaled copies would otherwise be alive together with u
                 updates = self._updates(group, chosen, step)
-            self._pending.append(_Update(chosen, updates, layouts, self._rate(group, step), self._adapts(group), fused))
+            rate, adapted = self._rate(group, step), self._adapts(group)
+            self._pending.append(Update(chosen, updates, layouts, rate, adapted, fused, sums))
+
+    def _sum_squares(self, layouts: list[Partition], flats: list[Tensor]) -> Tensor:
+        """Σx² of this rank's fragments by tensor: fp32 [T]. flats: laid out like the partitions."""
+        views = [view for layout, flat in zip(layouts, flats, strict=True) for view in layout.views(flat)]
+        indices = [fragment.tensor for layout in layouts for fragment in layout.fragments]
+        return squared_norms([views], indices, len(self._layout.tensors), flats[0].device)[0]
 
     def _apply(self, earlier_calls: int) -> None:
-        """Scale the pending updates by their trust ratios and subtract them from the weights.
+        """Scale the pending updates and subtract them from the weights.
 
         The first `earlier_calls` entries are from before the current call of `step()`: ZeRO has already copied those
         partitions, not yet updated, into the model's weights, so they are copied again.
@@ -251,40 +273,25 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         pending, self._pending = self._pending, []
         if not pending:
             return
-        layout, device = self._layout, pending[0].partitions[0].device
+        layout = self._layout
         weights = [entry.views(entry.partitions) for entry in pending]
         updates = [entry.views(entry.updates) if entry.fused is None else [] for entry in pending]
-        summed = [n for n, entry in enumerate(pending) if entry.fused is None]
-        lists = [list(chain.from_iterable(views[n] for n in summed)) for views in (weights, updates)]
-        indices = [fragment.tensor for n in summed for fragment in pending[n].fragments]
-        squares = _squared_norms(lists, indices, len(layout.tensors), device)
-        for entry in pending:
-            if entry.fused is not None:
-                entry.fused.add_squares(squares)
-        weight_squares, update_squares = layout.all_reduce(squares.view(-1)).chunk(2)
-        ratios = (weight_squares.sqrt() / update_squares.sqrt()).clamp(self.variant.min_ratio, self.variant.max_ratio)
-        # NaN stays NaN, so that divergence is visible.
-        ratios = torch.where((weight_squares == 0) | (update_squares == 0), 1.0, ratios)
-        for entry in pending:
-            if not entry.adapted:
-                for partition in entry.layouts:
-                    # By slices: an index tensor would have to be copied to the device.
-                    for first, last in _ranges(partition.members):
-                        ratios[first:last] = 1.0
-        self._trust_ratios = ratios
+        sums = self._sums(pending, weights, updates)
+        scales = self._scales(layout.all_reduce(sums.view(-1)).view_as(sums), pending)
+        self._last_scales = scales
 
         for number, entry in enumerate(pending):
             if entry.fused is not None:
-                entry.fused.subtract(ratios, entry.lr)
+                entry.fused.subtract(scales, entry.lr)
             else:
-                _subtract(entry, weights[number], updates[number], ratios)
+                _subtract(entry, weights[number], updates[number], scales)
             if number < earlier_calls and weights[number]:
                 targets = [fragment.of_model(layout.tensors[fragment.tensor]) for fragment in entry.fragments]
                 torch._foreach_copy_(targets, weights[number])
 
 
-def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], ratios: Tensor) -> None:
-    """w ← w − η · ratio · u. weights, updates: views of the entry's fragments; ratios: fp32 [T]."""
+def _subtract(entry: Update, weights: list[Tensor], updates: list[Tensor], scales: Tensor) -> None:
+    """w ← w − η · scale · u. weights, updates: views of the entry's fragments; scales: fp32 [T]."""
     single: list[int] = []  # fragments that are not updated together with their partition
     first = 0
     for flat, update, layout in zip(entry.partitions, entry.updates, entry.layouts, strict=True):
@@ -292,19 +299,19 @@ def _subtract(entry: _Update, weights: list[Tensor], updates: list[Tensor], rati
         if _spreads(layout, flat.device):
             end = layout.end
             owners = _owners(tuple((f.tensor, f.length) for f in layout.fragments), flat.device)
-            spread = ratios.index_select(0, owners).to(flat.dtype)
+            spread = scales.index_select(0, owners).to(flat.dtype)
             flat.narrow(0, 0, end).addcmul_(update.narrow(0, 0, end), spread, value=-entry.lr)
         else:
             single += range(first, first + count)
         first += count
     if single:
-        by_tensor, fragments = ratios.unbind(), entry.fragments
-        scales = [by_tensor[fragments[i].tensor] for i in single]
-        torch._foreach_addcmul_([weights[i] for i in single], [updates[i] for i in single], scales, value=-entry.lr)
+        by_tensor, fragments = scales.unbind(), entry.fragments
+        factors = [by_tensor[fragments[i].tensor] for i in single]
+        torch._foreach_addcmul_([weights[i] for i in single], [updates[i] for i in single], factors, value=-entry.lr)
 
 
 def _spreads(layout: Partition, device: torch.device) -> bool:
-    """Whether to expand ratios to a partition's elements. Not on CPUs, where it would only take memory."""
+    """Whether to expand scales to a partition's elements. Not on CPUs, where it would only take memory."""
     count, end = len(layout.fragments), layout.end
     return device.type != "cpu" and count > 1 and end <= min(_SPREAD_BELOW * count, _SPREAD_AT_MOST) and layout.is_dense
 
@@ -316,7 +323,7 @@ def _owners(fragments: tuple[tuple[int, int], ...], device: torch.device) -> Ten
     return tensors.int().repeat_interleave(lengths).to(device)
 
 
-def _squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count: int, device: torch.device) -> Tensor:
+def squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count: int, device: torch.device) -> Tensor:
     """Σx² of each view at the index of its tensor, 0 elsewhere: fp32 [len(lists), count].
 
     lists: lists of views with the same shapes in each. indices: tensor of each view.
@@ -349,14 +356,3 @@ def _chunks_of(indices: tuple[int, ...], numbers: tuple[int, ...], count: int, d
         start += number
     most = max(map(len, places))
     return torch.tensor([p + [-1] * (most - len(p)) for p in places], device=device)
-
-
-def _ranges(indices: list[int]) -> list[tuple[int, int]]:
-    """Sorted indices as ranges [first, last)."""
-    ranges: list[tuple[int, int]] = []
-    for index in sorted(indices):
-        if ranges and ranges[-1][1] == index:
-            ranges[-1] = (ranges[-1][0], index + 1)
-        else:
-            ranges.append((index, index + 1))
-    return ranges

@@ -93,6 +93,12 @@ class Layout:
     process_group: dist.ProcessGroup | None = None  # None: all ranks hold full tensors
     device: torch.device | None = None  # of the process group's collectives
 
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each tensor, before partitioning."""
+        # Stage 3 replaces a partitioned tensor with an empty one.
+        return [int(getattr(t, "ds_numel", t.numel())) for t in self.tensors]
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the ranks that share the tensors: one all-reduce, or none if each rank holds full tensors."""
         if self.process_group is None:

@@ -110,7 +110,7 @@ class _Phase:
         self.predictions = predictions(corpus.length, max(masking.rate, masking.final_rate or 0))
         self.checkpointing = config.model.activation_checkpointing
         # DeepSpeed's Adam is one kernel, too.
-        self.fused = config.optimizer.fused or config.optimizer.name == "adam"
+        self.fused = config.optimizer.fused or config.optimizer.name == "adamw"
 
     def work(self, micro: int, ranks: int, checkpointing: bool | None = None) -> Pass:
         again = self.checkpointing if checkpointing is None else checkpointing

@@ -26,8 +26,9 @@ LAUNCH = 13e-6
 _MASKS = {"uniform": 91.0, "fully_explored": 119.0, "frequency": 138.0, "whole_word": 158.0, "span": 221.0}
 _MASKS["mapnet"] = 179.0 + 354.0
 _DIGESTS, _PER_LAYER, _AROUND_LAYERS = 99, 50, 50
-# Bytes that the update moves per parameter, by optimizer, and whether it is fused into kernels.
-_UPDATE = {("lamb", False): 108, ("lamb", True): 42, ("adam", True): 28}
+# Bytes that the update moves per parameter, by optimizer, and whether it is fused into kernels. StableAdamW's are
+# counted from its list operations, not measured.
+_UPDATE = {("lamb", False): 108, ("lamb", True): 42, ("adamw", True): 28, ("stable_adamw", False): 148}
 # Then: clipping, zeroing, norm, copy to the model; flattening for the reduction; summing gradients in fp32, of the
 # first micro-batch and of each later one.
 _REST, _FLATTEN, _FIRST_SUM, _LATER_SUM = 22, 24, 6, 18

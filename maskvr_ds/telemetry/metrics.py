@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,18 @@ from maskvr_ds.config import MonitorConfig
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime import logs
 from maskvr_ds.runtime.deferred import DeferredFigures, DeferredTensor
-from maskvr_ds.telemetry.metrics_file import HELD_OUT_EVENT, TRUST_RATIO_FIGURES, keep_until
-from maskvr_ds.telemetry.monitors import open_monitors
+from maskvr_ds.telemetry.metrics_file import HELD_OUT_EVENT, TRUST_RATIO_FIGURES, UPDATE_RMS_FIGURES, keep_until
+from maskvr_ds.telemetry.monitors import curve_name, open_monitors
 
 logger = logging.getLogger(__name__)
 
-_HISTOGRAM = "train/trust_ratio_log10"
+_HISTOGRAM = "lamb/trust_ratio_log10"
 # Seconds between progress lines if stderr is not a terminal and there is no progress bar.
 _LINE_EVERY = 30.0
 # Steps after the first one from which the time of the others is estimated.
 _TIMED_STEPS = 5
+# Steps whose pace gives the time that is left.
+_PACE_STEPS = 50
 
 
 @dataclass
@@ -43,6 +46,7 @@ class StepRecord:
     loss_sum: float64 [1], all-reduced: Σ w ℓ over the global batch, in nats.
     grad_norm: global norm before clipping; float or scalar tensor.
     trust_ratios: float32 [T]; None if the optimizer has none.
+    update_rms: float32 [T], StableAdamW's; None if the optimizer has none.
     proposal: metrics of the mask proposal network; None without one.
     """
 
@@ -55,6 +59,7 @@ class StepRecord:
     grad_norm: "DeferredTensor | float"
     extra: dict[str, Any]
     trust_ratios: DeferredTensor | None = None
+    update_rms: DeferredTensor | None = None
     proposal: DeferredFigures | None = None
 
     def resolve(self) -> dict[str, Any]:
@@ -75,6 +80,7 @@ class StepRecord:
             "mask_digest": f"{mask_digest & (1 << 64) - 1:016x}",
             "digest_version": hashing.DIGEST_VERSION,
             **ratios,
+            **({} if self.update_rms is None else update_rms_figures(self.update_rms.values())),
             **({} if self.proposal is None else self.proposal.values()),
             **self.extra,
         }
@@ -91,6 +97,12 @@ def trust_ratio_figures(ratios: Sequence[float]) -> dict[str, float]:
     adapted = values[values != 1] if (values != 1).any() else values
     figures = (adapted.min(), np.median(adapted), adapted.max())
     return {key: float(value) for key, value in zip(TRUST_RATIO_FIGURES, figures, strict=True)}
+
+
+def update_rms_figures(values: Sequence[float]) -> dict[str, float]:
+    """Median and maximum RMS over the tensors, NaN if one is NaN. Updates of tensors above 1 were clipped."""
+    figures = (np.median(values), np.max(values))
+    return {key: float(value) for key, value in zip(UPDATE_RMS_FIGURES, figures, strict=True)}
 
 
 def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +126,12 @@ class MetricsLog:
 
     Args:
         folder: the run folder.
-        resume_step, resume_samples, resume_tokens: progress so far; later lines of an existing metrics.jsonl and later
+        resume_step, resume_tokens: progress so far; later lines of an existing metrics.jsonl and later
             values in the monitors are dropped.
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to write to.
         token_flops: FLOPs per rank and token of the global batch.
+        peak_tflops: peak rate of a rank's device in TFLOP/s, for the progress; None: not known.
         tensor_names: T names, in the order of the trust ratios.
         rollbacks: the run's "rollback" events so far; metrics.jsonl has each after the step that was rolled back to.
     """
@@ -129,11 +142,11 @@ class MetricsLog:
         *,
         rank: int,
         resume_step: int,
-        resume_samples: int,
         resume_tokens: int,
         total_steps: int,
         monitor: MonitorConfig,
         token_flops: float,
+        peak_tflops: float | None = None,
         tensor_names: Sequence[str] = (),
         rollbacks: Sequence[dict[str, Any]] = (),
     ) -> None:
@@ -141,6 +154,7 @@ class MetricsLog:
         self._pending: StepRecord | None = None
         self._tokens = resume_tokens
         self._token_flops = token_flops
+        self._peak_tflops = peak_tflops
         self._tensor_names = tensor_names
         self._histogram_every = monitor.histogram_every
         if not self.active:
@@ -155,17 +169,19 @@ class MetricsLog:
         # Both files are kept open: a job that takes over the run replaces them, and this job cannot write to the new
         # ones.
         self._ratios_file: TextIO | None = None
-        self._monitor = open_monitors(folder, monitor, resume_samples)
+        self._monitor = open_monitors(folder, monitor, resume_step)
         self._bar = tqdm(
             total=total_steps,
             initial=resume_step,
             unit="step",
             disable=logs.is_quiet() or not sys.stderr.isatty(),
             dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix}",
         )
         self._clock = self._last_line = time.perf_counter()
-        # Seconds of the first steps.
-        self._paces: list[float] = []
+        self._timed_steps = 0
+        # Seconds of recent steps.
+        self._paces: deque[float] = deque(maxlen=_PACE_STEPS)
 
     def step(self, record: StepRecord) -> None:
         """Add a step; the previous one is written."""
@@ -184,18 +200,23 @@ class MetricsLog:
 
     def _estimate_time(self, step: int, seconds: float) -> None:
         """Log, once, the time that the remaining steps will take at the pace of the first ones."""
-        self._paces.append(seconds)
+        self._timed_steps += 1
         # The first step warms up: kernels are chosen or compiled, memory is allocated.
-        if len(self._paces) != 1 + _TIMED_STEPS:
+        if self._timed_steps > 1:
+            self._paces.append(seconds)
+        if len(self._paces) != _TIMED_STEPS or self._timed_steps > 1 + _TIMED_STEPS:
             return
-        pace, remaining = float(np.median(self._paces[1:])), self._bar.total - step
         self._bar.clear()
         logger.info(
             "time      about %s for the remaining %s steps (%.3g s each), evaluations and checkpoints not counted",
-            duration(pace * remaining),
-            f"{remaining:,}",
-            pace,
+            self._time_left(step),
+            f"{self._bar.total - step:,}",
+            float(np.median(self._paces)),
         )
+
+    def _time_left(self, step: int) -> str:
+        """At the pace of recent steps, evaluations and checkpoints not counted."""
+        return duration(float(np.median(self._paces)) * (self._bar.total - step))
 
     def event(self, **content: Any) -> None:
         """Write an event line; `event` in `content` is its kind."""
@@ -203,12 +224,12 @@ class MetricsLog:
             self.flush()
             self._file.write(json.dumps(content) + "\n")
 
-    def held_out(self, step: int, samples: int, figures: dict[str, float]) -> None:
+    def held_out(self, step: int, figures: dict[str, float]) -> None:
         """Write held-out figures of a step without training: those before the first one."""
         if not self.active:
             return
         self.event(event=HELD_OUT_EVENT, step=step, **_without_nan(figures))
-        self._monitor.write_events([(f"train/{name}", value, samples) for name, value in figures.items()])
+        self._monitor.write_events([(curve_name(key), value, step) for key, value in figures.items()])
         logger.info("step %d: held-out loss %.4f before training", step, figures["held_out_loss"])
 
     def add(self, **figures: float | str) -> None:
@@ -223,10 +244,10 @@ class MetricsLog:
         pending, self._pending = self._pending, None
         line = pending.resolve()
         self._file.write(json.dumps(_without_nan(line)) + "\n")
-        events = [(f"train/{k}", v, line["samples"]) for k, v in line.items() if isinstance(v, (int, float))]
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
         if pending.trust_ratios is not None and self._histogram_every and pending.step % self._histogram_every == 0:
             self._write_trust_ratios(line, pending.trust_ratios.values())
-        self._monitor.write_events([e for e in events if e[0] not in ("train/step", "train/samples")])
+        self._monitor.write_events([(curve_name(key), value, pending.step) for key, value in numbers.items()])
         self._show(line)
 
     def _write_trust_ratios(self, line: dict[str, Any], ratios: list[float]) -> None:
@@ -242,11 +263,11 @@ class MetricsLog:
         if not len(logarithms):
             return
         if self._monitor.tb_monitor is not None:
-            self._monitor.tb_monitor.summary_writer.add_histogram(_HISTOGRAM, logarithms, line["samples"])
+            self._monitor.tb_monitor.summary_writer.add_histogram(_HISTOGRAM, logarithms, line["step"])
         if self._monitor.wandb_monitor is not None:
             import wandb
 
-            self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["samples"])
+            self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["step"])
 
     def flush_to_disk(self) -> None:
         """Write and fsync everything so far, so that the log is as durable as a checkpoint."""
@@ -261,6 +282,10 @@ class MetricsLog:
 
     def _show(self, line: dict[str, Any]) -> None:
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+        if self._peak_tflops is not None:
+            text += f" ({line['model_tflops_per_rank'] / self._peak_tflops:.0%} of the device's rate)"
+        if self._paces and line["step"] < self._bar.total:
+            text += f"  {self._time_left(line['step'])} left"
         if "held_out_loss" in line:
             text += f"  held-out {line['held_out_loss']:.4f}"
         self._bar.set_postfix_str(text, refresh=False)

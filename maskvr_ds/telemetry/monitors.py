@@ -1,6 +1,7 @@
 """DeepSpeed's monitors (TensorBoard, CSV, Weights & Biases) with support for resume and rollback, which they lack."""
 
 import csv
+import importlib.util
 import io
 import os
 import secrets
@@ -10,16 +11,44 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import atomic_file
-from maskvr_ds.config import MonitorConfig
+from maskvr_ds.config import ConfigError, MonitorConfig
 from maskvr_ds.run_folder.layout import CSV, TENSORBOARD, WANDB_ID
+from maskvr_ds.telemetry.metrics_file import TRUST_RATIO_FIGURES, UPDATE_RMS_FIGURES
+
+_HELD_OUT = "held_out_"
 
 
-def open_monitors(folder: Path, monitor: MonitorConfig, samples: int) -> Any:
-    """Open a MonitorMaster for the run folder; call on rank 0.
+def curve_name(key: str) -> str:
+    """Name of a curve from its key in metrics.jsonl: held_out/loss, lamb/trust_ratio_min, train/loss."""
+    if key.startswith(_HELD_OUT):
+        return "held_out/" + key.removeprefix(_HELD_OUT)
+    if key in TRUST_RATIO_FIGURES:
+        return f"lamb/{key}"
+    return f"stable_adamw/{key}" if key in UPDATE_RMS_FIGURES else f"train/{key}"
 
-    samples: processed so far, the monitors' unit of steps; later values are dropped (except by Weights & Biases, which
-    cannot roll back).
+
+def check_monitors(monitor: MonitorConfig) -> None:
+    """Raise ConfigError if a monitor's package is not installed here. Loads none of them."""
+    if monitor.wandb is not None and not _is_installed("wandb"):
+        raise ConfigError(
+            f"monitor.wandb is set (project {monitor.wandb.project}), but the package wandb is not installed; "
+            'run pip install "maskvr_ds[wandb]" and wandb login, or remove monitor.wandb'
+        )
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of the same name in the working folder, as Weights & Biases makes it, is none: it has no __init__.py."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and (spec.origin is not None or spec.submodule_search_locations is None)
+
+
+def open_monitors(folder: Path, monitor: MonitorConfig, step: int) -> Any:
+    """Open a MonitorMaster for the run folder; call on rank 0. The x axis of every curve is the optimizer step.
+
+    step: reached so far; later values are dropped, at 0 all (except by Weights & Biases, which cannot roll back).
+    Raises ConfigError if a monitor's package is not installed.
     """
+    check_monitors(monitor)
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
@@ -34,27 +63,27 @@ def open_monitors(folder: Path, monitor: MonitorConfig, samples: int) -> Any:
     with _wandb_run(folder, wanted=monitor.wandb is not None):
         master = MonitorMaster(get_monitor_config(sections))
     if master.tb_monitor is not None and earlier:
-        _purge(master.tb_monitor, samples)
+        _purge(master.tb_monitor, step)
     if master.csv_monitor is not None:
-        _truncate(master.csv_monitor, folder / CSV, samples)
+        _truncate(master.csv_monitor, folder / CSV, step)
     return master
 
 
-def _purge(monitor: Any, samples: int) -> None:
-    """Make TensorBoard hide later steps in existing event files."""
+def _purge(monitor: Any, step: int) -> None:
+    """Make TensorBoard hide later steps in existing event files; at step 0 everything, which is measured again."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = monitor.summary_writer.log_dir
     monitor.summary_writer.close()
-    monitor.summary_writer = SummaryWriter(log_dir=folder, purge_step=samples + 1)
+    monitor.summary_writer = SummaryWriter(log_dir=folder, purge_step=step + 1 if step else 0)
 
 
-def _truncate(monitor: Any, folder: Path, samples: int) -> None:
+def _truncate(monitor: Any, folder: Path, step: int) -> None:
     """Drop rows of later steps, and rows truncated by a kill; the monitor writes a header only to files new to it."""
     for path in sorted(folder.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
-        kept = [row for row in rows if len(row) == 2 and row[0].isdigit() and int(row[0]) <= samples]
+        kept = [row for row in rows if len(row) == 2 and row[0].isdigit() and step and int(row[0]) <= step]
         if not kept:
             path.unlink()
             continue

@@ -46,20 +46,20 @@ def plot_loss(metrics: Path, output: Path) -> None:
         if after.get("phase") != before.get("phase"):
             axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
             top = axes.get_xaxis_transform()  # y in axes coordinates
-            axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=8, color="grey")
-    axes.set_ylabel("masked-LM loss (nats)")
+            axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=9, color="grey")
+    axes.set_ylabel("loss per masked token (nats)")
     if with_ratios:
         axes = panels[1, 0]
         lowest, median, highest = (_column(lines, key) for key in TRUST_RATIO_FIGURES)
         axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="minimum to maximum over tensors")
         axes.plot(steps, median, linewidth=0.8, label="median over tensors")
         axes.set_yscale("log")
-        axes.set_ylabel("LAMB trust ratio")
+        axes.set_ylabel("LAMB's trust ratio:\nnorm of weights ÷ of update")
     if with_proposal:
         axes = panels[-1, 0]
         for key in PROPOSAL_FIGURES:
             axes.plot(steps, _column(lines, key), linewidth=0.8, alpha=0.8, label=key.replace("_", " "))
-        axes.set_ylabel("MAPNet (1 = uniform masks)")
+        axes.set_ylabel("masks by MAPNet,\nuniform masks = 1")
     axes.set_xlabel("optimizer step")
     for axes in panels.flat:
         axes.grid(alpha=0.3)

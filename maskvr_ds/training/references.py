@@ -19,6 +19,7 @@ from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
 from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_files
+from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
 
@@ -62,6 +63,8 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
         with _collected(faults):
             weights_files(folder)
             initial = InitialWeights(folder, "")
+    with _collected(faults):
+        check_monitors(config.monitor)
     for where, phase in _phases(resolved or config):
         with _collected(faults, where):
             corpus, held_out = open_corpora(phase)

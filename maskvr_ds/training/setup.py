@@ -34,6 +34,7 @@ from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
@@ -240,11 +241,11 @@ def _make_log(
         phase.config.output_dir,
         rank=distributed.rank(),
         resume_step=state.step,
-        resume_samples=state.samples,
         resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
         total_steps=phase.run_steps,
         monitor=phase.config.monitor,
         token_flops=sequence_flops / corpus.sequence_length / distributed.world_size(),
+        peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
         rollbacks=rollbacks,
     )

@@ -19,13 +19,13 @@ from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.runtime import distributed
 from tests.distributed import trajectories
 from tests.distributed.ranks import run_ranks
-from tests.distributed.trajectories import CLIP, LOUDER, OPTIMIZERS, Run
+from tests.distributed.trajectories import CLIP, LAMBS, LOUDER, Run
 
 BOUNDS = {20: 5e-6, 50: 5e-5}  # steps → bound of the difference of any fp32 weight (after 20: 5e-7 measured)
 STAGES = (0, 1, 2, 3)
 
 # In addition to the matrix: VARIANTS on 2 ranks, OPTIONS on 3.
-VARIANTS = [Run(stage, "fp32", CLIP, optimizer=name) for name in OPTIMIZERS if name != "paper" for stage in (2, 3)]
+VARIANTS = [Run(stage, "fp32", CLIP, optimizer=name) for name in LAMBS if name != "paper" for stage in (2, 3)]
 OPTIONS = [
     Run(1, "fp32", zero={"round_robin_gradients": True}),
     Run(2, "fp32", CLIP, 2, zero={"round_robin_gradients": True, "contiguous_gradients": False}),
@@ -40,6 +40,7 @@ RESUMED = [
     *(Run(stage, precision, CLIP, 2) for stage, precision in product(STAGES, ("fp32", "bf16"))),
     Run(2, "fp16", CLIP, 2, more=LOW_SCALE),
     Run(3, "fp16", CLIP, 2, offload=True, more=LOW_SCALE),
+    *(Run(stage, precision, CLIP, 2, optimizer="stable_adamw") for stage, precision in ((1, "bf16"), (3, "fp32"))),
 ]
 
 
@@ -179,7 +180,7 @@ def steps_of(whole_matrix: bool) -> int:
 
 @pytest.fixture(scope="module")
 def references(request: pytest.FixtureRequest) -> dict[tuple[str, float, str], dict[str, np.ndarray]]:
-    cases = [("paper", 0.0, "full"), ("paper", CLIP, "frozen"), *((name, CLIP, "full") for name in OPTIMIZERS)]
+    cases = [("paper", 0.0, "full"), ("paper", CLIP, "frozen"), *((name, CLIP, "full") for name in LAMBS)]
     steps = steps_of(request.config.getoption("--whole-matrix"))
     found = {case: trajectories.reference_run(*case, steps) for case in cases}
     assert all(smallest > CLIP for (_, clip, _), (_, smallest) in found.items() if clip), "clipping acts in every step"

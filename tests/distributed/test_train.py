@@ -53,7 +53,7 @@ SAME: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def same_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs of SAME on 1, 2 and 3 ranks, a mixture of corpora on 1 and 2, and more on 2: bf16, Adam."""
+    """The runs of SAME on 1, 2 and 3 ranks, a mixture and StableAdamW on 1 and 2, and more on 2: bf16, AdamW."""
     folder = tmp_path_factory.mktemp("same")
     runs = {}
     for world_size in (1, 2, 3):
@@ -61,9 +61,10 @@ def same_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         if world_size < 3:
             mixture = [{"path": str(corpus), "weight": 0.6}, {"path": str(corpus / "second"), "weight": 2.5}]
             names |= {"mixture": {"data": {"path": None, "mixture": mixture}, **LARGE}}
+            names |= {"stable": {"optimizer": {"name": "stable_adamw", "lr": 3e-3}, **LARGE}}
         if world_size == 2:
             names |= {f"bf16-zero{stage}": {"deepspeed": f"zero{stage}_bf16", **LARGE} for stage in (0, 1, 2)}
-            names |= {"adam": {"optimizer": {"name": "adam", "lr": 3e-3}, **LARGE}}
+            names |= {"adamw": {"optimizer": {"name": "adamw", "lr": 3e-3}, **LARGE}}
         jobs = []
         for name, changes in names.items():
             run = folder / f"{name}-{world_size}"
@@ -81,7 +82,7 @@ def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dic
     digests = {
         name: column(run, "step", "samples", "predictions", "lr", "data_digest", "mask_digest")
         for name, run in same_runs.items()
-        if not name.startswith(("adam", "mixture"))
+        if not name.startswith(("adamw", "mixture", "stable"))
     }
     reference = digests["zero0-1"]
     assert len(reference) == STEPS
@@ -92,7 +93,7 @@ def test_digests_do_not_depend_on_ranks_stage_layout_or_precision(same_runs: dic
 def test_losses_do_not_depend_on_ranks_stage_or_layout(same_runs: dict[str, Path]) -> None:
     reference = metrics(same_runs["zero0-1"])
     for name, run in same_runs.items():
-        if name.startswith(("bf16", "adam", "mixture")):
+        if name.startswith(("bf16", "adamw", "mixture", "stable")):
             continue
         for expected, found in zip(reference, metrics(run), strict=True):
             for figure in ("loss", "grad_norm", "held_out_loss"):
@@ -111,8 +112,17 @@ def test_a_mixture_of_corpora_does_not_depend_on_ranks(same_runs: dict[str, Path
         assert found.get("held_out_loss") == pytest.approx(expected.get("held_out_loss"), abs=1e-4)
 
 
-def test_loss_falls_with_lamb_adam_and_in_bf16(same_runs: dict[str, Path]) -> None:
-    for name in ("zero2-2", "bf16-zero0-2", "bf16-zero1-2", "bf16-zero2-2", "adam-2"):
+def test_stable_adamw_does_not_depend_on_ranks(same_runs: dict[str, Path]) -> None:
+    one, two = (metrics(same_runs[name]) for name in ("stable-1", "stable-2"))
+    for figure in ("loss", "grad_norm", "update_rms_max"):
+        expected = [line[figure] for line in one]
+        assert [line[figure] for line in two] == pytest.approx(expected, rel=1e-3), figure
+    assert max(line["update_rms_max"] for line in one) > 1
+    assert "update_rms_max" not in metrics(same_runs["zero1-1"])[0]
+
+
+def test_loss_falls_with_each_optimizer_and_in_bf16(same_runs: dict[str, Path]) -> None:
+    for name in ("zero2-2", "bf16-zero0-2", "bf16-zero1-2", "bf16-zero2-2", "adamw-2", "stable-2"):
         held_out = [line["held_out_loss"] for line in metrics(same_runs[name]) if "held_out_loss" in line]
         assert len(held_out) == 5
         assert held_out[-1] < held_out[0] - 0.05, name

@@ -1,4 +1,4 @@
-"""A small BERT trained by a DeepSpeed engine with `Lamb` or `Lars`, compared with a float64 reference.
+"""A small BERT trained by a DeepSpeed engine, compared with a float64 reference.
 
 fp32: the reference trains a float64 model on the full batch independently: forward, backward, clipping, update. This
 also covers DeepSpeed's averaging over ranks and accumulation steps, and its clipping.
@@ -18,11 +18,16 @@ import torch
 
 import ds_configs
 from maskvr_ds import lamb
+from maskvr_ds.config import BatchConfig, OptimizerConfig
+from maskvr_ds.engine.ds_config import complete_deepspeed_config
+from maskvr_ds.engine.master_weights import undo_initial_step
 from maskvr_ds.lamb import Lamb, Lars
 from maskvr_ds.optim.partitions import whole_tensors
+from maskvr_ds.optim.stable_adamw import StableAdamW
 from maskvr_ds.optim.variants import Variant
 from tests.distributed.training import allow_fp16
 from tests.reference import lamb as reference
+from tests.reference.adam import ReferenceAdamW, ReferenceStableAdamW
 
 BATCH, LENGTH, VOCABULARY = 24, 9, 61  # 24 sequences: 1, 2, 3 ranks with 1 or 4 micro-batches
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.999), 1e-6, 0.01
@@ -30,12 +35,18 @@ CLIP, LOUDER = 1.0, 10.0  # with clipping the loss is multiplied, so that the no
 
 BING_BERT = Variant(bias_correction="none", min_ratio=0.01, max_ratio=0.3)
 # Name → factory of the optimizer under test, class of its reference.
-OPTIMIZERS: dict[str, tuple[Any, type[reference.ReferenceOptimizer]]] = {
+LAMBS: dict[str, tuple[Any, type[reference.ReferenceOptimizer]]] = {
     "paper": (lambda groups: Lamb(groups, LR, BETAS, EPS), reference.ReferenceLamb),
     "nvidia": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant="nvidia"), reference.ReferenceNvidiaLamb),
     "deepspeed": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant="deepspeed"), reference.ReferenceDeepSpeedLamb),
     "bing_bert": (lambda groups: Lamb(groups, LR, BETAS, EPS, variant=BING_BERT), reference.ReferenceBingBertLamb),
     "lars": (lambda groups: Lars(groups, LR, BETAS[0]), reference.ReferenceLars),
+}
+OPTIMIZERS = {
+    **LAMBS,
+    "stable_adamw": (lambda groups: StableAdamW(groups, LR, BETAS, EPS), ReferenceStableAdamW),
+    # Constructed by DeepSpeed, as in a run.
+    "adamw": (None, ReferenceAdamW),
 }
 
 
@@ -114,6 +125,13 @@ def batches(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
+def loss_scale(optimizer: str, clip: float, step: int) -> float:
+    """Factor of the loss: with clipping the norm is above 1 in every step; without, StableAdamW gets spikes to clip."""
+    if clip:
+        return LOUDER
+    return LOUDER if optimizer == "stable_adamw" and step % 6 == 5 else 1.0
+
+
 def reference_for(model: torch.nn.Module, optimizer: str) -> reference.ReferenceOptimizer:
     """The reference optimizer for the trainable parameters."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -124,20 +142,30 @@ def reference_for(model: torch.nn.Module, optimizer: str) -> reference.Reference
 
 def reference_run(optimizer: str, maximum: float, kind: str, steps: int) -> tuple[dict[str, np.ndarray], float]:
     """Final weights by name of a float64 training on full batches, and its minimum gradient norm."""
+    weights, norms, _ = reference_history(optimizer, maximum, kind, steps)
+    return weights, min(norms)
+
+
+def reference_history(
+    optimizer: str, maximum: float, kind: str, steps: int
+) -> tuple[dict[str, np.ndarray], list[float], np.ndarray]:
+    """Final weights by name of a float64 training on full batches; by step the gradient norm and, per tensor, the trust
+    ratio (StableAdamW: the RMS): float64 [steps, tensors]."""
     model = tiny_bert().double()
     freeze(model, kind)
     under_way = reference_for(model, optimizer)
-    smallest = float("inf")
-    for input_ids, labels in zip(*batches(steps), strict=True):
+    norms, ratios = [], []
+    for step, (input_ids, labels) in enumerate(zip(*batches(steps), strict=True)):
         model.zero_grad()
-        (model(input_ids=input_ids, labels=labels).loss * (LOUDER if maximum else 1.0)).backward()
+        (model(input_ids=input_ids, labels=labels).loss * loss_scale(optimizer, maximum, step)).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = [p.grad for p in trained]
-        smallest = min(smallest, reference.clip(gradients, maximum))
+        norms.append(reference.clip(gradients, maximum))
         under_way.step(gradients)
+        ratios.append(list(under_way.ratios))
         for p, w in zip(trained, under_way.weights, strict=True):
             p.data.copy_(w)
-    return {name: p.detach().numpy() for name, p in model.named_parameters()}, smallest
+    return {name: p.detach().numpy() for name, p in model.named_parameters()}, norms, np.array(ratios)
 
 
 def all_runs() -> list[tuple[int, Run]]:
@@ -200,9 +228,16 @@ def make_engine(run: Run, how: str = "bind") -> Any:
         allow_fp16()
     config = engine_config(run)
     model = made_model(run.model, config)
-    optimizer = OPTIMIZERS[run.optimizer][0](groups_of(model))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    if how == "bind":
+    make, groups = OPTIMIZERS[run.optimizer][0], groups_of(model)
+    if make is None:
+        batch = BatchConfig(global_size=BATCH, micro_size=config["train_micro_batch_size_per_gpu"])
+        settings = OptimizerConfig(name=run.optimizer, lr=LR, betas=BETAS, eps=EPS, gradient_clipping=run.clip)
+        config = complete_deepspeed_config(config, batch, settings, accumulation=run.accumulation)
+    optimizer = make and make(groups)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=config)
+    if optimizer is None:
+        undo_initial_step(engine)
+    elif how == "bind":
         lamb.bind(engine)
     elif how == "unaware":  # as a LAMB does that takes its flat partition for one tensor
         optimizer._layout = whole_tensors(optimizer.param_groups)
@@ -268,15 +303,15 @@ def masters_of(engine: Any) -> dict[str, np.ndarray]:
 def fp32_run(run: Run, how: str = "bind") -> dict[str, Any]:
     engine = make_engine(run, how)
     tensors = sum(p.requires_grad for p in engine.module.parameters())
-    with AllReduceCounter(2 * tensors) as counter:
-        for input_ids, labels in zip(*batches(run.steps), strict=True):
-            train(engine, input_ids, labels, LOUDER if run.clip else 1.0)
-    ratios = engine.basic_optimizer.trust_ratios
-    result = {
-        "weights": masters_of(engine),
-        "all_reduces": counter.count,
-        "ratios": dict(zip(engine.basic_optimizer.tensor_names, ratios.tolist(), strict=how == "bind")),
-    }
+    sums = 1 if run.optimizer == "stable_adamw" else 2  # per tensor
+    with AllReduceCounter(sums * tensors) as counter:
+        for step, (input_ids, labels) in enumerate(zip(*batches(run.steps), strict=True)):
+            train(engine, input_ids, labels, loss_scale(run.optimizer, run.clip, step))
+    optimizer = engine.basic_optimizer
+    result = {"weights": masters_of(engine), "all_reduces": counter.count}
+    for key, attribute in (("ratios", "trust_ratios"), ("rms", "update_rms")):
+        if (values := getattr(optimizer, attribute, None)) is not None:
+            result[key] = dict(zip(optimizer.tensor_names, values.tolist(), strict=how == "bind"))
     engine.destroy()
     return result
 

@@ -1,8 +1,12 @@
 """Table and plot of the results of `maskvr variance`, both from the content of variance.json alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FONT_SIZE = 10
 _HEAD = ("strategy", "J", "data", "mask", "mask/data", "mask ÷ uniform", "total ÷ uniform at equal compute")
 
 
@@ -42,63 +46,73 @@ def wrapped_label(name: str) -> str:
 
 
 def plot(report: dict[str, Any], output: Path) -> None:
-    """Plot data and mask variance by strategy, ratios by layer and, if measured, correlation by Hamming distance."""
-    import matplotlib
+    """Write `draw(report)` as a PNG."""
+    draw(report).savefig(output)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def draw(report: dict[str, Any]) -> "Figure":
+    """Variance by strategy and by layer and, if measured, correlation of gradients by Hamming distance of the masks."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(report["strategies"])
+    rows = sum(max(2, 1 + len(wrapped_label(name).splitlines())) for name in names)
+    heights = [1.6 + 0.2 * rows, max(4.0, 1.0 + 0.21 * rows)] + [3.6] * ("hamming" in report)
+    with rc_context({"font.size": _FONT_SIZE, "legend.fontsize": _FONT_SIZE}):
+        figure = Figure(figsize=(11, sum(heights)), dpi=120, layout="constrained")
+        panels = figure.subplots(len(heights), height_ratios=heights)
+        _draw_totals(panels[0], report)
+        _draw_layers(panels[1], report)
+        if "hamming" in report:
+            _draw_correlations(panels[2], report["hamming"])
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_totals(axes: Any, report: dict[str, Any]) -> None:
     strategies = report["strategies"]
-    names = list(strategies)
-    panels = 2 + ("hamming" in report)
-    height = 1.6 + 0.32 * len(names)
-    figure, all_axes = plt.subplots(
-        panels, figsize=(8, height + 3.4 * (panels - 1)), dpi=120, height_ratios=[height] + [3.4] * (panels - 1)
-    )
-    axes = all_axes[0]
-    overall = [strategies[name]["layers"]["whole"] for name in names]
+    overall = [result["layers"]["whole"] for result in strategies.values()]
     unit = overall[0]["total"][0]
+    # Per J rows, as one forward pass of J segments: J · V_d + V_m(J).
     data = [s.get("segments", 1) * w["data"][0] / unit for s, w in zip(strategies.values(), overall, strict=True)]
     mask = [w["mask"][0] / unit for w in overall]
-    places = range(len(names))
-    axes.barh(places, data, label="data variance, J · V_d")
-    axes.barh(places, mask, left=data, label="mask variance, V_m(J)")
+    places = range(len(overall))
+    axes.barh(places, data, label="from the choice of rows")
+    axes.barh(places, mask, left=data, label="from the choice of masks")
     for place, w in zip(places, overall, strict=True):
-        axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.2)
-    axes.axvline(1, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_yticks(places, [wrapped_label(name) for name in names], fontsize=7)
+        label = f"{report['confidence']:.0%} confidence interval of the total" if place == 0 else None
+        axes.plot(w["total_ratio"][1:], [place, place], color="black", linewidth=1.6, label=label)
+    axes.axvline(1, color="grey", linestyle="--", linewidth=1)
+    axes.set_yticks(places, [wrapped_label(name) for name in strategies])
     axes.invert_yaxis()
-    axes.set_xlabel(f"total gradient variance relative to uniform masks at equal compute, step {report['step']}")
-    axes.legend(fontsize=8)
-    axes = all_axes[1]
+    axes.set_ylabel("masking strategy")
+    axes.set_xlabel(f"variance of the gradient at equal compute, uniform masks = 1 (step {report['step']:,})")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+
+
+def _draw_layers(axes: Any, report: dict[str, Any]) -> None:
+    names = list(report["strategies"])
     for name in names[1:]:
-        layers = {k: v for k, v in strategies[name]["layers"].items() if k != "whole"}
+        layers = {k: v for k, v in report["strategies"][name]["layers"].items() if k != "whole"}
         if layers:
-            axes.plot(
-                list(layers),
-                [v["total_ratio"][0] for v in layers.values()],
-                marker="o",
-                markersize=3,
-                label=wrapped_label(name),
-            )
-    first = {k: v["mask_over_data"][0] for k, v in strategies[names[0]]["layers"].items() if k != "whole"}
-    axes.axhline(1, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_xticks(range(len(first)), [f"{k}\n{_number(v)}" for k, v in first.items()], fontsize=7)
-    axes.set_xlabel("layer (below: ratio of mask to data variance, uniform masks)")
-    axes.set_ylabel("total variance\nrelative to uniform")
+            ratios = [v["total_ratio"][0] for v in layers.values()]
+            axes.plot(range(len(ratios)), ratios, marker="o", markersize=4, label=wrapped_label(name))
+    first = {k: v["mask_over_data"][0] for k, v in report["strategies"][names[0]]["layers"].items() if k != "whole"}
+    axes.axhline(1, color="grey", linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(first)), [f"{k}\n{_number(v)}" for k, v in first.items()])
+    axes.set_xlabel("part of the model; below it variance from masks ÷ variance from rows, uniform masks")
+    axes.set_ylabel("variance of the gradient,\nuniform masks = 1")
     if len(names) > 1:
-        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
-    if "hamming" in report:
-        axes = all_axes[2]
-        distance = [x["distance"] for x in report["hamming"]]
-        middle, low, high = zip(*(x["correlation"] for x in report["hamming"]), strict=True)
-        axes.plot(distance, middle, marker="o", markersize=3)
-        axes.fill_between(distance, low, high, alpha=0.25, linewidth=0)
-        axes.axhline(0, color="grey", linestyle="--", linewidth=0.8)
-        axes.set_xlabel("Hamming distance between two masks of a row")
-        axes.set_ylabel("correlation of\ntheir gradients")
-    for axes in all_axes:
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(output)
-    plt.close(figure)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _draw_correlations(axes: Any, hamming: list[dict[str, Any]]) -> None:
+    distance = [x["distance"] for x in hamming]
+    middle, low, high = zip(*(x["correlation"] for x in hamming), strict=True)
+    axes.plot(distance, middle, marker="o", markersize=4, label="mean")
+    axes.fill_between(distance, low, high, alpha=0.25, linewidth=0, label="confidence interval")
+    axes.axhline(0, color="grey", linestyle="--", linewidth=1)
+    axes.set_xlabel("tokens in which two masks of a row differ (Hamming distance)")
+    axes.set_ylabel("correlation of\ntheir gradients")
+    axes.legend()

@@ -1,10 +1,13 @@
-"""Help of `maskvr`: every command has examples, and the examples are valid command lines."""
+"""Help of `maskvr` and `python -m cluster`: every command has two examples, and they are valid command lines."""
 
 import argparse
+import contextlib
+import io
 import shlex
 
 import pytest
 
+from cluster.__main__ import command_parser as cluster_parser
 from maskvr_ds.cli.main import command_parser
 
 
@@ -26,6 +29,44 @@ def test_each_command_has_two_valid_examples(name: str) -> None:
     for words in commands:
         assert words[0] == name
         assert callable(command_parser().parse_args(words).run)
+
+
+def shown_help(parser: argparse.ArgumentParser, words: list[str]) -> str:
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as out:
+        parser.parse_args([*words, "--help"])
+    assert ended.value.code == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", list(subcommands()))
+def test_help_shows_the_examples(name: str) -> None:
+    shown = shown_help(command_parser(), [name])
+    assert shown.partition("examples:\n")[2].count(f"  maskvr {name}") >= 2
+
+
+@pytest.mark.parametrize("name", ["hostfile", "launch", "slurm", "preflight", "status"])
+def test_each_cluster_command_has_two_valid_examples(name: str) -> None:
+    shown = shown_help(cluster_parser(), [name]).partition("examples:\n")[2].replace("\\\n", " ")
+    lines = [line for line in shown.splitlines() if "python -m cluster" in line]
+    assert len(lines) >= 2
+    for line in lines:
+        words = shlex.split(line.partition("python -m cluster ")[2].partition(" > ")[0].replace("'    #", " #"), True)
+        assert words[0] == name
+        assert callable(cluster_parser().parse_args(words).run)
+
+
+def test_the_cluster_commands_are_all() -> None:
+    (action,) = (a for a in cluster_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(action.choices) == {"hostfile", "launch", "slurm", "preflight", "status"}
+
+
+def test_former_names_of_benchmarks_are_accepted() -> None:
+    parse = command_parser().parse_args
+    assert parse(["benchmark", "lamb"]).what == "optimizer-step-time"
+    assert parse(["benchmark", "training-speed"]).what == "training-speed"
+    assert "optimizer-step-time" in shown_help(command_parser(), ["benchmark"])
+    with pytest.raises(SystemExit):
+        parse(["benchmark", "lambs"])
 
 
 def test_examples_of_the_program_are_valid() -> None:

@@ -22,7 +22,7 @@ def options() -> Iterator[tuple[str, argparse.Action]]:
         parser = generator.parser_of(importlib.import_module(module).main)
         for name, command in generator.subcommands(parser).items():
             for action in command._actions:
-                if action.type is not None:
+                if action.type is not None and action.option_strings:  # not a name of what to run
                     yield f"{module.partition('.')[0]} {name} {action.option_strings[0]}", action
 
 

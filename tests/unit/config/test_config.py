@@ -152,7 +152,13 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: expected 0 ≤ min ≤ max"),
         ("optimizer={variant: deepspeed, max_ratio: 0.001}", "optimizer: min_ratio 0.01, max_ratio 0.001"),
         ("optimizer={variant: nvidia, gradient_clipping: 0}", "norm of at most 1, gradient_clipping is 0; set it to 1"),
-        ("optimizer={name: adam, variant: nvidia}", "belong to LAMB; optimizer.name is adam"),
+        ("optimizer={name: adamw, variant: nvidia}", "belong to LAMB; optimizer.name is adamw"),
+        ("optimizer={name: stable_adamw, fused: true}", "belong to LAMB; optimizer.name is stable_adamw"),
+        (
+            "optimizer.name=muon",
+            "optimizer.name: muon is not supported: at ZeRO stages 1 to 3 .* choose lamb, adamw or",
+        ),
+        ("optimizer.name=sgd", "optimizer.name: Input should be 'lamb', 'adamw' or 'stable_adamw'"),
         ("masking.rate=1", "masking.rate: Input should be less than 1 .given: 1."),
         ("masking.rate=0", "masking.rate: Input should be greater than 0"),
         ("masking.random_probability=0.3", "more than 1"),
@@ -192,6 +198,13 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
 def test_faults_are_named(tmp_path: Path, assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path), [assignment])
+
+
+def test_adam_is_read_as_adamw(tmp_path: Path) -> None:
+    """Its name in configurations of earlier versions, also in those that runs have stored."""
+    config = load_config(write(tmp_path, optimizer={"name": "adam"}))
+    assert config.optimizer.name == "adamw"
+    assert config == load_config(write(tmp_path, optimizer={"name": "adamw"}))
 
 
 def test_config_that_is_neither_file_nor_recipe() -> None:

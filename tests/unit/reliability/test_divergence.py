@@ -203,7 +203,6 @@ def test_events_in_metrics_are_not_steps(tmp_path: Path, monkeypatch: pytest.Mon
             tmp_path,
             rank=0,
             resume_step=resume,
-            resume_samples=0,
             resume_tokens=0,
             total_steps=9,
             monitor=MonitorConfig(tensorboard=False),

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import struct
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,32 +17,35 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskvr_ds.config import MonitorConfig
+from maskvr_ds.config import ConfigError, MonitorConfig
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import MetricsLog, StepRecord, trust_ratio_figures
 from maskvr_ds.telemetry.metrics_file import keep_until, read_events, read_lines
+from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.telemetry.plots import plot_loss
 
 QUIET = MonitorConfig(tensorboard=False, csv=False, histogram_every=2)
 NAMES = ["embeddings", "layer.weight", "layer.bias"]
 
 
-def log(folder: Path, resume_step: int = 0, monitor: MonitorConfig = QUIET) -> MetricsLog:
+def log(
+    folder: Path, resume_step: int = 0, monitor: MonitorConfig = QUIET, peak_tflops: float | None = None
+) -> MetricsLog:
     return MetricsLog(
         folder,
         rank=0,
         resume_step=resume_step,
-        resume_samples=resume_step * 8,
         resume_tokens=resume_step * 80,
         total_steps=10,
         monitor=monitor,
         token_flops=1e6,
+        peak_tflops=peak_tflops,
         tensor_names=NAMES,
     )
 
 
-def record(step: int, ratios: list[float] | None = None) -> StepRecord:
+def record(step: int, ratios: list[float] | None = None, rms: list[float] | None = None) -> StepRecord:
     return StepRecord(
         step=step,
         samples=step * 8,
@@ -51,6 +56,7 @@ def record(step: int, ratios: list[float] | None = None) -> StepRecord:
         grad_norm=0.5,
         extra={},
         trust_ratios=None if ratios is None else DeferredTensor(torch.tensor(ratios)),
+        update_rms=None if rms is None else DeferredTensor(torch.tensor(rms)),
     )
 
 
@@ -128,6 +134,71 @@ def test_trust_ratios_of_a_line(tmp_path: Path) -> None:
     assert [diverged[k] for k in keys] == [None] * 3
 
 
+def test_update_rms_of_a_line(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    metrics.step(record(1, rms=[0.5, 3.0, 1.0]))
+    metrics.step(record(2, rms=[0.5, math.nan, 1.0]))
+    metrics.close()
+    line, diverged = read_lines(tmp_path / METRICS)
+    assert (line["update_rms_median"], line["update_rms_max"]) == (1.0, 3.0)
+    assert (diverged["update_rms_median"], diverged["update_rms_max"]) == (None, None)
+
+
+def test_curves_have_steps_as_x_axis_and_names_by_what_they_measure(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = log(tmp_path, monitor=MonitorConfig(csv=True))
+    metrics.held_out(0, {"held_out_loss": 7.0})
+    metrics.step(record(1, [0.5, 2.0, 1.0], [0.5, 2.0, 1.0]))
+    metrics.add(held_out_loss=3.0, held_out_accuracy_mask=0.5)
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "train/lr", "train/tokens", "train/samples", "lamb/trust_ratio_min"}
+    assert tags >= {"held_out/loss", "held_out/accuracy_mask", "stable_adamw/update_rms_max"}
+    assert {tag.split("/")[0] for tag in tags} == {"train", "held_out", "lamb", "stable_adamw"}
+    assert not {tag for tag in tags if "held_out_" in tag or tag.endswith("/step")}
+    assert [(e.step, e.value) for e in events.Scalars("held_out/loss")] == [(0, 7.0), (1, 3.0)]
+    assert (tmp_path / "csv" / "held_out_loss.csv").read_text().splitlines() == ["step,loss", "0,7.0", "1,3.0"]
+    log(tmp_path, monitor=MonitorConfig(csv=True)).close()
+    assert not list((tmp_path / "csv").glob("*.csv")), "a run that starts again measures again, also before step 1"
+
+
+def test_wandb_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = MonitorConfig.model_validate({"tensorboard": False, "wandb": {"project": "p"}})
+    (tmp_path / "wandb").mkdir()  # the folder of its logs, where `python -m` looks for modules
+    monkeypatch.setattr(
+        "sys.path", [str(tmp_path), *(path for path in sys.path if not (Path(path) / "wandb").exists())]
+    )
+    message = r'monitor.wandb is set \(project p\), but the package wandb is not installed; run pip install "maskvr_ds'
+    with pytest.raises(ConfigError, match=message):
+        check_monitors(monitor)
+    with pytest.raises(ConfigError, match=message):
+        log(tmp_path, monitor=monitor)
+    check_monitors(QUIET)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_has_loss_speed_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any, terminal: bool
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("maskvr_ds.telemetry.metrics._LINE_EVERY", 0.0)
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr("maskvr_ds.telemetry.metrics.time.perf_counter", lambda: float(next(seconds)))
+    caplog.set_level("INFO")
+    metrics = log(tmp_path, peak_tflops=None if terminal else 8e-6)
+    for step in range(1, 10):
+        metrics.step(record(step))
+    metrics.flush()
+    metrics._bar.refresh()  # it refreshes ten times per second
+    shown = capsys.readouterr().err if terminal else caplog.text
+    share = "" if terminal else r" \(\d+% of the device's rate\)"
+    assert re.search(rf"loss 22\.5000  lr 1\.00e-01  \d tokens/s{share}  \d+ (s|min) left", shown), shown
+    assert ("90% |" in shown) == terminal
+    metrics.close()
+
+
 def test_trust_ratios_by_name_each_nth_step_also_over_a_resume(tmp_path: Path) -> None:
     metrics = log(tmp_path)
     for step in range(1, 7):
@@ -158,14 +229,14 @@ def test_histograms_in_tensorboard(tmp_path: Path) -> None:
     metrics.step(record(6, [math.nan] * 3))
     metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={HISTOGRAMS: 0}).Reload()
-    shown = events.Histograms("train/trust_ratio_log10")
-    assert [(h.step, h.histogram_value.num) for h in shown] == [(16, 3), (32, 1)], "finite, positive ratios"
+    shown = events.Histograms("lamb/trust_ratio_log10")
+    assert [(h.step, h.histogram_value.num) for h in shown] == [(2, 3), (4, 1)], "finite, positive ratios"
     assert shown[0].histogram_value.min == pytest.approx(-2)
     assert shown[0].histogram_value.max == pytest.approx(1)
     assert shown[0].histogram_value.sum == pytest.approx(-1)
-    medians = {e.step: e.value for e in events.Scalars("train/trust_ratio_median")}
-    assert medians[16] == pytest.approx(5.005)
-    assert (tmp_path / "csv" / "train_trust_ratio_median.csv").is_file()
+    medians = {e.step: e.value for e in events.Scalars("lamb/trust_ratio_median")}
+    assert medians[2] == pytest.approx(5.005)
+    assert (tmp_path / "csv" / "lamb_trust_ratio_median.csv").is_file()
 
 
 def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +249,15 @@ def test_histograms_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mo
     )
     metrics.step(record(2, [0.01, 10.0, 1.0]))
     metrics.close()
-    assert logged == [({"train/trust_ratio_log10": pytest.approx([-2, 1, 0])}, 16)]
+    assert logged == [({"lamb/trust_ratio_log10": pytest.approx([-2, 1, 0])}, 2)]
 
 
-def test_monitors_drop_values_after_the_checkpoint(tmp_path: Path) -> None:
+def test_monitors_drop_values_after_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
+    # Files of one second and process are read in the order of this number as text: not from 9 to 10.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(100))
     monitor = MonitorConfig(csv=True)
     path = tmp_path / "csv" / "train_loss.csv"
     # (step resumed from, steps run): killed, killed before the first checkpoint, rolled back.
@@ -197,15 +271,16 @@ def test_monitors_drop_values_after_the_checkpoint(tmp_path: Path) -> None:
     log(tmp_path, resume_step=5, monitor=monitor).close()
     rows = [line.split(",") for line in path.read_text().splitlines()]
     assert rows[0] == ["step", "loss"]
-    assert [int(row[0]) for row in rows[1:]] == [8, 16, 24, 32, 40]
+    assert [int(row[0]) for row in rows[1:]] == [1, 2, 3, 4, 5]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
-    assert [event.step for event in shown] == [8, 16, 24, 32, 40]
+    assert [event.step for event in shown] == [1, 2, 3, 4, 5]
 
 
 def test_weights_and_biases_resumes_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # wandb is not installed with the tests: a fake that records what wandb.init reads.
     runs: list[tuple[str | None, str | None]] = []
     wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
     wandb.init = lambda **_: runs.append((os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_RESUME")))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
@@ -236,13 +311,13 @@ def test_plot_has_panels_for_trust_ratios_and_the_proposal(tmp_path: Path) -> No
 
 def test_held_out_figures_before_the_first_step(tmp_path: Path) -> None:
     metrics = log(tmp_path, monitor=MonitorConfig(tensorboard=False, csv=True, histogram_every=0))
-    metrics.held_out(0, 0, {"held_out_loss": 6.0, "held_out_loss_random": math.nan})
+    metrics.held_out(0, {"held_out_loss": 6.0, "held_out_loss_random": math.nan})
     metrics.step(record(1))
     metrics.close()
     (event,) = read_events(tmp_path / METRICS)
     assert event == {"event": "held_out", "step": 0, "held_out_loss": 6.0, "held_out_loss_random": None}
     assert [line["step"] for line in read_lines(tmp_path / METRICS)] == [1]
-    (curve,) = (tmp_path / "csv").rglob("*held_out_loss.csv")
+    (curve,) = (tmp_path / "csv").rglob("held_out_loss.csv")
     assert curve.read_text().splitlines()[1:] == ["0,6.0"]
     log(tmp_path).close()
     assert read_events(tmp_path / METRICS) == [], "a run that starts again measures again"

@@ -1,0 +1,59 @@
+"""Adam's moments and update, which LAMB and StableAdamW scale per tensor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskvr_ds.optim.layerwise import LayerwiseAdaptive
+from maskvr_ds.optim.variants import Variant
+
+
+class AdamMoments(LayerwiseAdaptive):
+    """u = m̂ / (√v̂ + ε) + λ w, with the moments of Adam (arXiv:1412.6980).
+
+    State per parameter (under ZeRO: per flat partition): `exp_avg` (m) and `exp_avg_sq` (v) with the parameter's shape
+    and dtype; `step`, a Python int. DeepSpeed's ZeRO and universal checkpoints know these names, and an int never makes
+    the host wait for the device.
+
+    Raises ValueError if a hyperparameter is out of range.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in defaults["betas"]):
+            raise ValueError(f"betas = {defaults['betas']}: each must be in [0, 1)")
+        if defaults["eps"] < 0.0:
+            raise ValueError(f"eps = {defaults['eps']}: must be at least 0")
+        super().__init__(params, defaults, variant)
+
+    def _new_state(self, partition: Tensor) -> dict[str, Any]:
+        return {
+            "step": 0,
+            "exp_avg": torch.zeros_like(partition, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(partition, memory_format=torch.preserve_format),
+        }
+
+    def _advance(self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in partitions]
+        torch._foreach_lerp_([self.state[p]["exp_avg"] for p in partitions], gradients, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+
+    def _updates(self, group: dict[str, Any], partitions: list[Tensor], step: int) -> list[Tensor]:
+        weight_decay = group["weight_decay"]
+        first, second = self._corrections(group, step)
+        # In one buffer: (1 − β₁ᵗ)(√v̂ + ε), then its reciprocal times m, then + λw.
+        updates = list(torch._foreach_sqrt([self.state[p]["exp_avg_sq"] for p in partitions]))
+        torch._foreach_mul_(updates, first / second**0.5)
+        torch._foreach_add_(updates, first * group["eps"])
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, [self.state[p]["exp_avg"] for p in partitions])
+        if weight_decay != 0:
+            torch._foreach_add_(updates, partitions, alpha=weight_decay)
+        return updates
+
+    def _corrections(self, group: dict[str, Any], step: int) -> tuple[float, float]:
+        """1 − β₁ᵗ and 1 − β₂ᵗ: m̂ and v̂ are m and v divided by them."""
+        beta1, beta2 = group["betas"]
+        return 1 - beta1**step, 1 - beta2**step
