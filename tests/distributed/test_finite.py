@@ -100,7 +100,8 @@ class Trained:
         self.acts = {
             "masters": Act(values("masters"), poison=(at, "masters", 1)),
             "moments": Act(values("moments"), poison=(at, "exp_avg_sq", 0)),
-            "rounded": Act(values("rounded"), poison=(at, "rounded", 0)),
+            # Else the comparison of replicas finds the fault first.
+            "rounded": Act(values("rounded", replicas={"enabled": False}), poison=(at, "rounded", 0)),
             "stage 3": Act(values("stage 3", deepspeed="zero3_fp32"), poison=(at, "masters", 1)),
             "async": Act(values("async", **asynchronous), poison=(at, "masters", 1)),
             "last step": Act(values("last step"), poison=(STEPS, "exp_avg", 1)),

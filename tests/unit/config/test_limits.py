@@ -18,9 +18,9 @@ HEAD = "output_dir: x\ntraining: {steps: 1}\ndata: {path: y}\n"
 
 @pytest.fixture(autouse=True)
 def _at_once() -> Iterator[None]:
-    started = time.monotonic()
+    started = time.process_time()
     yield
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def bomb(levels: int, width: int = 10) -> str:
