@@ -1,10 +1,20 @@
-"""`maskvr evaluate`."""
+"""`maskvr evaluate` and `maskvr finetune`."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from maskvr_ds.cli.options import Commands, add_command
-from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_STEPS, integer
+from maskvr_ds.downstream import tasks
+from maskvr_ds.runtime.logs import add_verbosity_options, configure
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_STEPS, integer, number
+
+if TYPE_CHECKING:
+    from maskvr_ds.downstream.command import Request
+
+_MLM = "mlm"
+# Bounds of the command line only.
+_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH = 1000, 10_000, 2**20
 
 _DESCRIPTION = """\
 Evaluate models: runs (their newest checkpoint), checkpoints, or folders saved by `maskvr export` or
@@ -13,53 +23,190 @@ by transformers.
   mlm   predict masked tokens of held-out rows: loss in nats per masked token, perplexity, accuracy,
         each also by what the model saw at the position: [MASK] (mask), the token itself (kept), or
         another token (random). Masks and rows are those of the evaluations during training, so that
-        figures of different models compare if their tokenizers are equal."""
+        figures of different models compare if their tokenizers are equal.
+
+Other tasks fine-tune the models (needs the extra `evaluate`):
+
+  glue  all tasks of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli; or name some of them
+  classification, regression
+        your own train and dev files (.tsv, .csv, .jsonl, .parquet) with one or two columns of text
+  conll token classification: token and tag in the first and last column, scored by entity
+
+The learning rate is chosen on a part of the training set, never on the evaluation set. The table
+has mean and standard deviation over seeds, the majority class and a bag of words as further rows,
+and says which differences are within noise. Finished runs are stored in the output folder: the same
+command continues after an interruption."""
 _EXAMPLES = """\
 maskvr evaluate runs/base --tasks mlm --data corpus
-maskvr evaluate bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json"""
+maskvr evaluate bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
+maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
+maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
+    --data tickets --output scores"""
+_FINETUNE_EXAMPLES = """\
+maskvr finetune runs/base --task sst2 --data glue --output sentiment
+maskvr finetune bert-base-uncased --task conll --data newspaper --learning-rates 3e-5 --output entities"""
 
 
 def add_evaluate(commands: Commands) -> None:
     """Add `maskvr evaluate`."""
     parser = add_command(
-        commands, "evaluate", "evaluate models on held-out text", examples=_EXAMPLES, description=_DESCRIPTION
+        commands,
+        "evaluate",
+        "evaluate models on held-out text or downstream tasks",
+        examples=_EXAMPLES,
+        description=_DESCRIPTION,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, or model folder")
-    parser.add_argument("--tasks", nargs="+", choices=["mlm"], default=["mlm"], metavar="TASK", help="mlm (default)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], default=[_MLM], metavar="TASK", help="default: mlm"
+    )
     parser.add_argument(
         "--data",
         required=True,
-        metavar="CORPUS",
-        help="corpus; its held_out part is read if it has one, else all of it",
+        metavar="DIR",
+        help="mlm: corpus; its held_out part is read if it has one, else all of it. Other tasks: folder with the "
+        "tasks' folders, or with your own files",
     )
     parser.add_argument(
-        "--rows",
-        type=integer(1, MAX_STEPS),
-        default=1024,
-        metavar="N",
-        help="maximum number of rows (default: 1024, as evaluation.rows)",
+        "--output", metavar="PATH", help="mlm: JSON file for the figures. Other tasks: folder, required"
     )
-    parser.add_argument(
-        "--micro-size",
-        type=integer(1, MAX_MICRO_SIZE),
-        default=32,
-        metavar="N",
-        help="sequences per forward pass (default: 32)",
-    )
-    parser.add_argument("--output", metavar="FILE", help="also write the figures to a JSON file")
+    _mlm_options(parser)
+    parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
+    _task_options(parser)
+    add_verbosity_options(parser)
     parser.set_defaults(run=_evaluate)
 
 
+def add_finetune(commands: Commands) -> None:
+    """Add `maskvr finetune`."""
+    parser = add_command(
+        commands,
+        "finetune",
+        "fine-tune a model on a task",
+        examples=_FINETUNE_EXAMPLES,
+        description="Fine-tune a model on a task and save it as OUTPUT/model, which transformers loads. The learning "
+        "rate is chosen on a part\nof the training set; OUTPUT also has the scores, as of `maskvr evaluate`.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, or model folder")
+    names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
+    parser.add_argument("--task", required=True, choices=names, metavar="TASK", help=", ".join(names))
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="folder with the task's folder, or with your own files"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the model and its scores")
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="default: 0")
+    _task_options(parser)
+    add_verbosity_options(parser)
+    parser.set_defaults(run=_finetune)
+
+
+def _mlm_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("options of mlm")
+    group.add_argument(
+        "--rows",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="maximum number of rows (default: 1024, as evaluation.rows)",
+    )
+    group.add_argument(
+        "--micro-size",
+        type=integer(1, MAX_MICRO_SIZE),
+        metavar="N",
+        help="sequences per forward pass (default: 32)",
+    )
+
+
+def _task_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("options of fine-tuning")
+    group.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=number(0, 1, above=True),
+        metavar="RATE",
+        help="grid to choose from; a single one is used as it is (default: of the task's publication, 2e-5 to 5e-5)",
+    )
+    group.add_argument(
+        "--selection-seeds",
+        type=integer(1, _MAX_SEEDS),
+        metavar="N",
+        help="runs per learning rate of the grid (default: 1)",
+    )
+    group.add_argument("--epochs", type=number(0, _MAX_EPOCHS, above=True), metavar="N", help="default: the task's, 3")
+    group.add_argument(
+        "--batch-size", type=integer(1, MAX_MICRO_SIZE), metavar="N", help="examples per step (default: the task's, 32)"
+    )
+    group.add_argument(
+        "--max-length",
+        type=integer(8, _MAX_LENGTH),
+        metavar="N",
+        help="tokens per example; longer ones are truncated and counted (default: 128)",
+    )
+    group.add_argument(
+        "--max-train", type=integer(1, MAX_STEPS), metavar="N", help="train on a fixed random subset of N examples"
+    )
+    group.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
+    group.add_argument(
+        "--text-columns", nargs="+", metavar="NAME", help="columns of the text, or of two texts, in your own files"
+    )
+    group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
+
+
+_PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "precision")
+_OF_TASKS = (*_PROTOCOL, "learning_rates", "max_train", "text_columns", "label_column")
+
+
+def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
+    """Raise ValueError for an option that would be ignored."""
+    if given := [name for name in options if getattr(arguments, name, None) is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} {reason}")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks == [_MLM]:
+        _refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
+        return _evaluate_mlm(arguments)
+    if _MLM in arguments.tasks:
+        raise ValueError("mlm reads a corpus and other tasks read labelled files: evaluate them by two commands")
+    _refuse(arguments, ("rows", "micro_size"), "is an option of the task mlm")
+    if arguments.output is None:
+        raise ValueError("--output is required: the folder for the scores and the finished runs")
+    request = _request(arguments, arguments.tasks)
+    from maskvr_ds.downstream import command
+
+    print(command.evaluate(arguments.models, request), end="")
+    return 0
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    request = _request(arguments, [arguments.task])
+    from maskvr_ds.downstream import command
+
+    print(command.finetune(arguments.model, request, arguments.seed), end="")
+    return 0
+
+
+def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
+    chosen = tasks.resolve(names, arguments.text_columns or (), arguments.label_column)
+    from maskvr_ds.downstream.command import Request
+    from maskvr_ds.downstream.evaluation import Protocol
+
+    configure(arguments.verbosity)
+    given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
+    if arguments.learning_rates is not None:
+        given["learning_rates"] = tuple(arguments.learning_rates)
+    return Request(chosen, Path(arguments.data), Path(arguments.output), Protocol(**given), arguments.max_train)
+
+
+def _evaluate_mlm(arguments: argparse.Namespace) -> int:
     from maskvr_ds.runtime import distributed
 
     def run() -> None:
         from maskvr_ds.downstream import mlm
 
         corpus = mlm.evaluation_corpus(Path(arguments.data))
-        rows = min(arguments.rows, corpus.rows)
+        rows = min(arguments.rows or 1024, corpus.rows)
         models = [Path(model) for model in arguments.models]
-        found = mlm.evaluate(models, corpus, rows=rows, micro_size=arguments.micro_size)
+        found = mlm.evaluate(models, corpus, rows=rows, micro_size=arguments.micro_size or 32)
         entropy = next(iter(found.values()))["held_out_unigram_entropy"]
         print(f"{corpus.folder}: {rows:,} of {corpus.rows:,} rows; unigram entropy {entropy:.4f} nats per token")
         print(mlm.table(found))

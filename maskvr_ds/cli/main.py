@@ -12,15 +12,19 @@ from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
 from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
-from maskvr_ds.cli.downstream import add_evaluate
+from maskvr_ds.cli.downstream import add_evaluate, add_finetune
 from maskvr_ds.cli.plan import add_plan
 from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
-    *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_evaluate),
+    *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_finetune, add_evaluate),
     *(add_plot, add_variance, add_compare, add_benchmark),
 )
-_OPTIONAL_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "matplotlib", "psutil")
+# Optional package -> extra that installs it.
+_EXTRAS = {
+    **dict.fromkeys(("torch", "deepspeed", "transformers", "safetensors", "matplotlib", "psutil"), "train"),
+    **dict.fromkeys(("accelerate", "sklearn", "scipy"), "evaluate"),
+}
 _EXAMPLES = """examples:
   maskvr demo --output demo_run
   maskvr train --config demo_cpu --num-gpus 2 --set data.path=corpus --set output_dir=runs/first
@@ -51,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except ModuleNotFoundError as error:
-        if error.name not in _OPTIONAL_PACKAGES:
+        if error.name not in _EXTRAS:
             raise
-        print(f"error: {error.name} is not installed; pip install 'maskvr_ds[train]'", file=sys.stderr)
+        print(f"error: {error.name} is not installed; pip install 'maskvr_ds[{_EXTRAS[error.name]}]'", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Judging of trained encoders: held-out figures of any model folder."""
+"""Evaluation of trained encoders: masked tokens of a corpus, and downstream tasks after fine-tuning."""

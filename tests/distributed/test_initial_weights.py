@@ -20,6 +20,7 @@ from maskvr_ds.telemetry.metrics_file import read_events
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
 from tests.support.corpora import make_corpus
+from tests.support.tasks import results, write_sst2
 
 HELD_OUT_KEYS = (
     *(f"held_out_{what}{kind}" for what in ("loss", "accuracy") for kind in ("", "_mask", "_kept", "_random")),
@@ -113,6 +114,21 @@ def test_evaluate_gives_the_figures_of_training_for_run_checkpoint_and_export(
         assert {key: figures[key] for key in HELD_OUT_KEYS} == pytest.approx(
             {k: last[k] for k in HELD_OUT_KEYS}, rel=1e-5
         )
+
+
+def test_downstream_tasks_of_run_checkpoint_and_export(trained: Path, model: Path, tmp_path: Path) -> None:
+    """They are the same model, so that each fine-tuning is done once; the old parameter names are read as well."""
+    exported, output = tmp_path / "exported", tmp_path / "scores"
+    export(trained, exported)
+    models = [str(path) for path in (trained, complete_checkpoints(trained)[-1], exported, model)]
+    words = ["evaluate", *models, "--tasks", "sst2", "--data", str(write_sst2(tmp_path / "tasks", train=60))]
+    words += ["--output", str(output), "--learning-rates", "1e-3", "--epochs", "1", "--max-length", "16"]
+    assert main([*words, "--seeds", "2"]) == 0
+    rows = results(output, "sst2")["rows"]
+    assert [name for name in rows if name in models] == models
+    assert len({json.dumps(rows[name]["scores"]) for name in models[:3]}) == 1
+    # Of two models and the bag of words.
+    assert len(list((output / "runs" / "sst2").iterdir())) == 2 * 2 + 1
 
 
 def train_elsewhere(values: dict[str, Any]) -> list[str | None]:

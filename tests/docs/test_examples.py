@@ -13,6 +13,7 @@ import yaml
 from tests.docs import pages
 from tests.docs.pages import DOCS, README, ROOT
 from tests.docs.test_commands import shell_lines
+from tests.support.tasks import save_model, write_sst2
 
 # A tiny model, three steps, no GPU; everything else is the recipe's.
 TINY = {
@@ -125,10 +126,22 @@ def test_masks_in_trainer(folder: Path) -> None:
     assert "train_loss" in printed
 
 
+def test_finetune(folder: Path) -> None:
+    """The command of the page on a toy task, and its script."""
+    save_model(folder / "runs" / "base")
+    write_sst2(folder / "glue", train=40, dev=20)
+    page = DOCS / "how-to" / "evaluate.md"
+    (command,) = shell_lines(block_of(page, "Keep a fine-tuned model", "bash"))
+    assert "| runs/base " in run(folder, command, "--learning-rates", "1e-3", "--epochs", "1", "--max-length", "16")
+    script = block_of(page, "Keep a fine-tuned model", "python")
+    assert "score" in run(folder, shlex.join(["python", "-c", script.text]))
+
+
 def test_python_blocks_are_all_tested() -> None:
     """Here, or by tests/distributed/test_readme.py (use-lamb-alone.md)."""
     tested = {"docs/reference/corpus-format.md", "docs/how-to/export.md", "docs/how-to/use-lamb-alone.md", "README.md"}
     tested.add("docs/how-to/use-masks-in-trainer.md")
+    tested |= {"docs/how-to/evaluate.md"}
     assert {pages.name(block.page) for block in pages.all_blocks("python")} == tested
 
 

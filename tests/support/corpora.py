@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from data_pipeline.checksums import with_checksum, without_checksum
 from data_pipeline.files import sha256_file
@@ -27,6 +27,9 @@ def make_tokenizer(folder: Path, words: int, special: tuple[str, ...] = SPECIAL)
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {f"{t[1:-1].lower()}_token": t for t in SPECIAL}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **roles}

@@ -64,6 +64,7 @@ TORCH_FREE = {
         "masking.checks",
         "planning",
         "models.initial_folder",
+        "downstream.tasks",
         "training.length",
         "training.references",
         "analysis.gradient_variance.options",

@@ -1,0 +1,109 @@
+"""`maskvr evaluate` on downstream tasks, and `maskvr finetune`: everything is read and checked before the first run."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from maskvr_ds.downstream import report
+from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Row
+from maskvr_ds.downstream.examples import TaskData, hold_out, limited
+from maskvr_ds.downstream.files import read_task
+from maskvr_ds.downstream.models import prepared
+from maskvr_ds.downstream.store import Content, RunStore
+from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+
+MODEL = "model"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tasks of a command and where they are. max_train: maximum number of training examples per task; None for all."""
+
+    tasks: Sequence[Task]
+    data: Path
+    output: Path
+    protocol: Protocol
+    max_train: int | None = None
+
+    def settings(self) -> Content:
+        return {"data": str(self.data), "max_train": self.max_train, **asdict(self.protocol)}
+
+
+def evaluate(models: Sequence[str], request: Request) -> str:
+    """Fine-tune and evaluate models on tasks; returns the tables, which are also in the output folder.
+
+    Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged final
+    runs raise TaskError after everything else is done and written.
+    """
+    _leave_launcher()
+    data = _read(request)
+    store = RunStore(request.output)
+    reports: dict[str, Content] = {}
+    with prepared(models, _kinds(request), request.protocol.max_length) as encoders:
+        for task in data:
+            evaluator = Evaluator(store, task, request.protocol)
+            reports[task.task.name] = report.task_report(task, evaluator.rows(encoders))
+            # After every task: an evaluation may take days.
+            text = report.write(store, request.settings(), reports)
+            logger.info("%s: %d runs, and %d stored before", task.task.name, evaluator.done, evaluator.reused)
+    _refuse_diverged(reports)
+    return text
+
+
+def finetune(model: str, request: Request, seed: int) -> str:
+    """Fine-tune a model on a task and save it as OUTPUT/model; returns the table of the task."""
+    folder = request.output / MODEL
+    if folder.exists():
+        raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
+    _leave_launcher()
+    (task,) = _read(request)
+    store = RunStore(request.output)
+    with prepared([model], _kinds(request), request.protocol.max_length) as (encoder,):
+        evaluator = Evaluator(store, task, replace(request.protocol, seeds=1))
+        rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, folder)]
+    reports = {task.task.name: report.task_report(task, rows)}
+    text = report.write(store, request.settings() | {"seed": seed}, reports)
+    _refuse_diverged(reports)
+    return text
+
+
+def _leave_launcher() -> None:
+    """Remove a launcher's variables of a single process, for which accelerate would open a process group.
+
+    Raises TaskError for several processes: each would do the same.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TaskError("fine-tuning runs in one process: start the command without a launcher")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+def _read(request: Request) -> list[TaskData]:
+    found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
+    for data in found:
+        if len(request.protocol.rates(data)) > 1:
+            hold_out(data.train, data.task)  # raises if the training set is too small
+        if data.skipped:
+            logger.warning("%s: %d damaged rows of its files are skipped", data.task.name, data.skipped)
+    return found
+
+
+def _kinds(request: Request) -> list[Kind]:
+    return sorted({task.kind for task in request.tasks})
+
+
+def _refuse_diverged(reports: dict[str, Content]) -> None:
+    diverged = [
+        f"{task}: {name} (learning rate {row['learning_rate']:g}, seed {', '.join(map(str, row['diverged_seeds']))})"
+        for task, content in reports.items()
+        for name, row in content["rows"].items()
+        if row["diverged_seeds"]
+    ]
+    if diverged:
+        raise TaskError(
+            f"final runs diverged: {'; '.join(diverged)}; all others are stored. Choose lower --learning-rates"
+        )

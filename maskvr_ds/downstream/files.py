@@ -1,0 +1,314 @@
+"""Reading of task files: as GLUE ships them, CSV, JSON Lines, CoNLL columns, and folders of `datasets`.
+
+A part of a task (train, dev) is STEM.tsv, .csv, .jsonl, .txt, .conll or .parquet, all but the last also compressed with
+gzip (.gz); or STEM-*.parquet, as on the hub; or the folder STEM written by `save_to_disk`. UTF-8.
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from maskvr_ds.downstream.examples import Split, TaskData, check
+from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+
+_TEXT = (".tsv", ".csv", ".jsonl", ".txt", ".conll")
+_TRAIN = ("train", "eng.train")
+_TAG = re.compile(r"O|[BIES]-.+")
+_DOCUMENT = "-DOCSTART-"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of a part: column -> value. where: of a row, for messages. names: column -> names of its class indices."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    where: list[str]
+    names: Mapping[str, Sequence[str]]
+    columns: tuple[str, ...]
+    skipped: int = 0
+
+
+def read_task(task: Task, folder: Path) -> TaskData:
+    """The training and evaluation sets of a task. Raises TaskError or OSError.
+
+    folder: of the task itself, or one with the task's folder in it (SST-2, sst2, or those in a folder glue).
+    """
+    home = _home(task, folder)
+    parts = {"train": _TRAIN} | dict(task.dev)
+    paths = {name: _find(home, stems) for name, stems in parts.items()}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise TaskError(
+            f"{task.name}: {home} has no {' or '.join(parts[missing[0]])} "
+            f"({', '.join(_TEXT)}, .parquet, or a folder of datasets)"
+        )
+    splits, skipped = {}, 0
+    for name, path in paths.items():
+        assert path is not None
+        splits[name], damaged = _read_part(task, path)
+        skipped += damaged
+    train = splits.pop("train")
+    data = TaskData(task, train, splits, skipped)
+    check(data)
+    return data
+
+
+def _home(task: Task, folder: Path) -> Path:
+    """The folder that has the task's training set."""
+    if not folder.is_dir():
+        raise TaskError(f"--data {folder}: no such folder")
+    names = {task.name, task.folder.lower(), task.folder.lower().replace("-", "")} - {""}
+    for parent in (folder, folder / "glue"):
+        if parent.is_dir() and names:
+            for found in sorted(parent.iterdir()):
+                if found.name.lower() in names and found.is_dir():
+                    return found
+    # The task's own folder; not one that merely lies in it and is of another task.
+    if task.is_glue and _find(folder, _TRAIN) is not None and folder.resolve().name.lower() in names:
+        return folder
+    if not task.is_glue:
+        return folder
+    raise TaskError(
+        f"{task.name}: {folder} has no folder {task.folder} (or {task.name}) with its files; nothing is downloaded. "
+        "Name the tasks that are there with --tasks"
+    )
+
+
+def _find(folder: Path, stems: Sequence[str]) -> Path | None:
+    for stem in stems:
+        for suffix in _TEXT:
+            for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.gz"):
+                if path.is_file():
+                    return path
+        if (path := folder / stem).is_dir() or (path.is_file() and stem.startswith("eng.")):
+            return path
+        if (path := folder / f"{stem}.parquet").is_file() or next(folder.glob(f"{stem}-*.parquet"), None):
+            return path
+    return None
+
+
+def _read_part(task: Task, path: Path) -> tuple[Split, int]:
+    """Examples, and the number of damaged rows."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if task.kind is Kind.TOKENS and suffix not in (".jsonl", ".parquet") and path.is_file():
+        if suffix in (".csv", ".tsv"):
+            raise TaskError(f"{path}: {task.name} needs CoNLL columns in .txt or .conll, or JSON Lines")
+        return _conll(path), 0
+    try:
+        if suffix == ".parquet" or path.is_dir():
+            table = _arrow(path)
+        elif suffix == ".jsonl":
+            table = _json_lines(path)
+        else:
+            table = _delimited(path, task, comma=suffix == ".csv")
+    except (pa.ArrowException, EOFError, gzip.BadGzipFile) as error:
+        raise TaskError(f"{path}: cannot be read ({error})") from None
+    return _examples(task, table), table.skipped
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise TaskError(f"{path}: cannot be read ({error}); expected UTF-8") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their number, from 1; ended by line feeds only: texts may contain other separators of Unicode."""
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        yield number, line.removesuffix("\r")
+
+
+def _delimited(path: Path, task: Task, *, comma: bool) -> _Table:
+    """TSV without quoting, as in GLUE, or CSV with it."""
+    if comma:
+        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        try:
+            lines = [(reader.line_num, fields) for fields in reader if fields]
+        except csv.Error as error:
+            raise TaskError(f"{path}, line {reader.line_num}: {error}") from None
+    else:
+        lines = [(number, line.split("\t")) for number, line in _lines(path) if line]
+    if not lines:
+        raise TaskError(f"{path}: is empty")
+    header = list(task.header)
+    if not header or lines[0][1] == header or _has_columns(task, lines[0][1]):
+        header = lines.pop(0)[1]
+    needed = max((header.index(c) for c in _wanted(task, header, path)), default=0) + 1
+    rows, where, skipped = [], [], 0
+    for number, fields in lines:
+        if len(fields) < needed:
+            if not task.skip_short_rows:
+                raise TaskError(f"{path}, line {number}: has {len(fields)} of {len(header)} columns")
+            skipped += 1
+            continue
+        rows.append(dict(zip(header, fields, strict=False)))
+        where.append(f"{path}, line {number}")
+    return _Table(path, rows, where, {}, tuple(header), skipped)
+
+
+def _json_lines(path: Path) -> _Table:
+    rows, where = [], []
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{path}, line {number}: is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise TaskError(f"{path}, line {number}: expected an object with the columns as keys")
+        rows.append(row)
+        where.append(f"{path}, line {number}")
+    return _Table(path, rows, where, {}, tuple(rows[0]) if rows else ())
+
+
+def _arrow(path: Path) -> _Table:
+    """Parquet files, or Arrow files in a folder written by `save_to_disk`."""
+    if path.is_dir():
+        files = sorted(path.glob("*.arrow"))
+        if (state := path / "state.json").is_file():
+            files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        if not files:
+            raise TaskError(f"{path}: has no .arrow file; expected a folder written by save_to_disk of datasets")
+        tables = [pa.ipc.open_stream(file.read_bytes()).read_all() for file in files]
+    else:
+        files = [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*.parquet"))
+        tables = [pyarrow.parquet.read_table(file) for file in files]
+    table = pa.concat_tables(tables)
+    return _Table(
+        path,
+        table.to_pylist(),
+        [f"{path}, example {i}" for i in range(table.num_rows)],
+        _class_names(table.schema),
+        tuple(table.column_names),
+    )
+
+
+def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """Names of the class indices, from the features that `datasets` stores with the columns."""
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = stored.get("info", {}).get("features", {})
+    found = {}
+    for column, feature in features.items():
+        inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            found[column] = inner["names"]
+    return found
+
+
+def _has_columns(task: Task, header: Sequence[str]) -> bool:
+    return all(any(name in header for name in names) for names in (*task.texts, task.label))
+
+
+def _wanted(task: Task, columns: Sequence[str], path: Path) -> list[str]:
+    """The columns of the texts and, last, of the label. Raises TaskError if one is missing."""
+    found = []
+    for names in (*task.texts, task.label):
+        if (column := next((name for name in names if name in columns), None)) is None:
+            remedy = "" if task.is_glue else "; name yours with --text-columns and --label-column"
+            remedy = "" if task.kind is Kind.TOKENS else remedy
+            raise TaskError(
+                f"{path}: has no column {' or '.join(map(repr, names))}, which {task.name} needs; it has "
+                f"{', '.join(map(repr, columns[:12])) or 'none'}{remedy}"
+            )
+        found.append(column)
+    return found
+
+
+def _examples(task: Task, table: _Table) -> Split:
+    if not table.rows:
+        return Split((), ())
+    *texts, label = _wanted(task, table.columns, table.path)
+    parts: list[tuple[str, ...]] = []
+    labels: list[Any] = []
+    for row, where in zip(table.rows, table.where, strict=True):
+        values = [row.get(column) for column in texts]
+        if task.kind is Kind.TOKENS:
+            tokens, tags = values[0], row.get(label)
+            if not _is_strings(tokens) or not isinstance(tags, list) or len(tags) != len(tokens):
+                raise TaskError(f"{where}: expected lists of equal length in {texts[0]!r} and {label!r}")
+            parts.append(tuple(tokens))
+            labels.append(tuple(_tag(_class(task, tag, table.names.get(label), where), where) for tag in tags))
+            continue
+        if not _is_strings(values):
+            raise TaskError(f"{where}: expected text in {', '.join(map(repr, texts))}")
+        parts.append(tuple(values))
+        found = row.get(label)
+        if task.kind is Kind.REGRESSION:
+            labels.append(_number(found, where))
+        else:
+            labels.append(_class(task, found, table.names.get(label), where))
+    return Split(tuple(parts), tuple(labels))
+
+
+def _is_strings(values: Any) -> TypeGuard[list[str]]:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TaskError(f"{where}: the label {value!r} is not a finite number")
+    return number
+
+
+def _class(task: Task, value: Any, names: Sequence[str] | None, where: str) -> str:
+    """A class by name. Indices of `datasets` have names of their own, or are those of the task's labels."""
+    if isinstance(value, bool) or value is None:
+        raise TaskError(f"{where}: the label {value!r} is neither a name nor an index")
+    if isinstance(value, int):
+        if names is not None and not (task.labels and set(names) != set(task.labels)):
+            known: Sequence[str] = names
+        else:
+            known = task.labels
+        if not known:
+            return str(value)
+        if not 0 <= value < len(known):
+            raise TaskError(f"{where}: unknown label {value}; expected 0 to {len(known) - 1} (test sets have none)")
+        return known[value]
+    name = str(value)
+    if task.labels and name not in task.labels:
+        raise TaskError(f"{where}: unknown label {name!r}; {task.name} has {', '.join(map(repr, task.labels))}")
+    if not name:
+        raise TaskError(f"{where}: the label is empty")
+    return name
+
+
+def _tag(tag: str, where: str) -> str:
+    if not _TAG.fullmatch(tag):
+        raise TaskError(f"{where}: unknown tag {tag!r}; expected O, or B-, I-, E- or S- and a label")
+    return tag
+
+
+def _conll(path: Path) -> Split:
+    """Sentences of CoNLL files: one token per line, its tag in the last column, an empty line after each sentence."""
+    sentences: list[tuple[list[str], list[str]]] = [([], [])]
+    for number, line in _lines(path):
+        fields = line.split()
+        if not fields or fields[0] == _DOCUMENT:
+            if sentences[-1][0]:
+                sentences.append(([], []))
+            continue
+        if len(fields) < 2:
+            raise TaskError(f"{path}, line {number}: expected a token and, in the last column, its tag")
+        sentences[-1][0].append(fields[0])
+        sentences[-1][1].append(_tag(fields[-1], f"{path}, line {number}"))
+    kept = [(tuple(tokens), tuple(tags)) for tokens, tags in sentences if tokens]
+    return Split(tuple(tokens for tokens, _ in kept), tuple(tags for _, tags in kept))

@@ -1,0 +1,183 @@
+"""Models to be fine-tuned: runs and checkpoints (exported to a temporary folder) or folders of transformers."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging
+
+from maskvr_ds.checkpoint.export import export
+from maskvr_ds.downstream.tasks import Kind, TaskError
+from maskvr_ds.run_folder import checkpoints
+from maskvr_ds.run_folder.layout import MANIFEST
+from maskvr_ds.runtime.files import sha256
+
+_CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# Without one of them, transformers would make up an empty tokenizer for some architectures.
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+# Files that decide what the model computes.
+_DECISIVE = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model on disk. name: as given on the command line. folder: for `from_pretrained`. digest: SHA-256 of its
+    weights, configuration and tokenizer. tokenizer: a fast tokenizer of transformers."""
+
+    name: str
+    folder: Path
+    digest: str
+    tokenizer: Any
+
+    @cached_property
+    def _reads_spaces(self) -> bool:
+        """Byte-level BPE has other tokens for words after a space than at the start of a text."""
+        return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+
+    def words(self, tokens: Sequence[str]) -> list[str]:
+        """The words of a sentence as they are in running text."""
+        return [f" {token}" if i and self._reads_spaces else token for i, token in enumerate(tokens)]
+
+    def load(self, kind: Kind, labels: Sequence[str]) -> Any:
+        """The encoder with a new head, fp32, on the CPU; the head is drawn from torch's global generator.
+
+        Raises TaskError if the folder lacks weights of the encoder itself, which would stay random.
+        """
+        cls = AutoModelForTokenClassification if kind is Kind.TOKENS else AutoModelForSequenceClassification
+        names = dict(enumerate(labels)) or {0: "score"}
+        settings = {
+            "id2label": names,
+            "label2id": {name: i for i, name in names.items()},
+            "problem_type": "regression" if kind is Kind.REGRESSION else None,
+        }
+        try:
+            model, found = cls.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                # A head for another number of classes is replaced.
+                ignore_mismatched_sizes=True,
+                **settings,
+            )
+        except Exception as error:  # whatever a damaged file or an architecture without this head raises
+            raise TaskError(f"{self.name}: transformers cannot load it for {kind} ({_first_line(error)})") from None
+        _check_loaded(self.name, model, found)
+        return model
+
+
+def _check_loaded(name: str, model: Any, found: dict[str, Any]) -> None:
+    """Raise TaskError if a tensor of the encoder was not in the file, or has another shape there."""
+    prefix = f"{model.base_model_prefix}."
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in found.get("mismatched_keys", ())}
+    random = sorted(
+        key
+        for key in {*found["missing_keys"], *mismatched}
+        # Masked language models have no pooler; task heads train one.
+        if key.startswith(prefix) and "pooler" not in key
+    )
+    if random:
+        raise TaskError(
+            f"{name}: its weights lack {len(random)} tensors of the encoder, or have other shapes than its "
+            f"config.json says: {', '.join(random[:_SHOWN])}"
+        )
+
+
+@contextmanager
+def prepared(models: Sequence[str], kinds: Iterable[Kind], max_length: int) -> Iterator[list[Encoder]]:
+    """The models, checked for these kinds of tasks and this length (`check`). Runs and checkpoints are exported to a
+    temporary folder, which exists as long as the context.
+
+    models: run (its newest checkpoint), checkpoint, or folder of transformers. Raises TaskError, CheckpointError or
+    ExportError before the first one is evaluated.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if len(set(models)) < len(models):
+        raise TaskError("a MODEL is given twice")
+    with tempfile.TemporaryDirectory(prefix="maskvr-") as exports:
+        found = [_prepare(name, Path(exports) / str(i)) for i, name in enumerate(models)]
+        for encoder in found:
+            check(encoder, kinds, max_length)
+        yield found
+
+
+def _prepare(name: str, exported: Path) -> Encoder:
+    folder = Path(name)
+    if not folder.is_dir():
+        raise TaskError(f"{name}: no such folder; expected a run, a checkpoint or a model saved by transformers")
+    if (folder / MANIFEST).is_file() or checkpoints.complete_checkpoints(folder):
+        export(folder, exported)
+        folder = exported
+    if not (folder / _CONFIG).is_file():
+        raise TaskError(f"{name}: has no {_CONFIG}; expected a run, a checkpoint or a model saved by transformers")
+    if not any((folder / file).is_file() for file in _WEIGHTS):
+        raise TaskError(f"{name}: has no weights ({', '.join(_WEIGHTS)})")
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
+        raise TaskError(
+            f"{name}: has no tokenizer ({', '.join(_TOKENIZERS)}); save the model's tokenizer to the folder"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the class named in the folder raises
+        raise TaskError(f"{name}: transformers cannot load its tokenizer ({_first_line(error)})") from None
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise TaskError(f"{name}: its tokenizer {'has no padding token' if tokenizer.is_fast else 'is not a fast one'}")
+    single, pair = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+    if not 0 < single < pair:
+        raise TaskError(
+            f"{name}: its tokenizer adds {single} special tokens to a text and {pair} to a pair, so that no token "
+            "stands for a text or none separates two; give its tokenizer.json a post_processor"
+        )
+    return Encoder(name, folder, _digest(sorted({p for glob in _DECISIVE for p in folder.glob(glob)})), tokenizer)
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(json.dumps([(path.name, sha256(path)) for path in paths]).encode()).hexdigest()
+
+
+@torch.no_grad()
+def check(encoder: Encoder, kinds: Iterable[Kind], max_length: int) -> None:
+    """Raise TaskError if the model cannot be loaded for these kinds of tasks, or cannot compute a row of `max_length`
+    tokens, the vocabulary's last one.
+
+    By a forward pass: architectures differ in how many of their positions texts can use.
+    """
+    tokenizer = encoder.tokenizer
+    for kind in kinds:
+        model = encoder.load(kind, ("a", "b")).eval()
+        if len(tokenizer) > model.config.vocab_size:
+            raise TaskError(
+                f"{encoder.name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they "
+                "are not of the same model"
+            )
+        # Architectures without a table of positions would compute lengths that they were not trained on.
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        ids = torch.full((1, max_length), len(tokenizer) - 1)
+        try:
+            if max_length > positions:
+                raise IndexError
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except (IndexError, RuntimeError):
+            raise TaskError(
+                f"{encoder.name}: cannot read {max_length} tokens (it has {positions} positions); lower --max-length"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

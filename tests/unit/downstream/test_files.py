@@ -1,0 +1,265 @@
+"""Task files: each form that GLUE and datasets ship, your own files, and what is refused."""
+
+import csv
+import gzip
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+from maskvr_ds.downstream.examples import Split, hold_out, limited
+from maskvr_ds.downstream.files import read_task
+from maskvr_ds.downstream.tasks import GLUE, OWN, Task, TaskError, resolve
+from tests.support.tasks import write_conll, write_sst2, write_tsv
+
+# Task -> header and two rows of training and evaluation, as the files of GLUE have them; texts and labels expected.
+FORMS: dict[str, tuple[list[list[str]], list[tuple[str, ...]], list[object]]] = {
+    "cola": ([["gj04", "1", "", "A b."], ["gj04", "0", "*", 'A "b']], [("A b.",), ('A "b',)], ["1", "0"]),
+    "sst2": (
+        [["sentence", "label"], ["good\x85\u2028 ", "1"], ['a "b', "0"]],
+        [("good\x85\u2028 ",), ('a "b',)],
+        ["1", "0"],
+    ),
+    "mrpc": (
+        [
+            ["\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+            ["1", "7", "8", "a", "b"],
+            ["0", "7", "8", "c", "d"],
+        ],
+        [("a", "b"), ("c", "d")],
+        ["1", "0"],
+    ),
+    "stsb": (
+        [
+            ["index", "genre", "sentence1", "sentence2", "score"],
+            ["0", "x", "a", "b", "5.000"],
+            ["1", "x", "c", "d", "0.5"],
+        ],
+        [("a", "b"), ("c", "d")],
+        [5.0, 0.5],
+    ),
+    "qqp": (
+        [
+            ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+            ["0", "1", "2", "a?", "b?", "1"],
+            ["1", "3", "4", "a text that a line feed has cut"],
+            ["2", "5", "6", "c?", "d?", "0"],
+        ],
+        [("a?", "b?"), ("c?", "d?")],
+        ["1", "0"],
+    ),
+    "mnli": (
+        [
+            ["index", "genre", "sentence1_parse", "sentence1", "sentence2", "label1", "gold_label"],
+            ["0", "x", "(a)", "a", "b", "neutral", "neutral"],
+            ["1", "x", "(c)", "c", "d", "neutral", "contradiction"],
+        ],
+        [("a", "b"), ("c", "d")],
+        ["neutral", "contradiction"],
+    ),
+    "qnli": (
+        [
+            ["index", "question", "sentence", "label"],
+            ["0", "a?", "b", "entailment"],
+            ["1", "c?", "d", "not_entailment"],
+        ],
+        [("a?", "b"), ("c?", "d")],
+        ["entailment", "not_entailment"],
+    ),
+    "rte": (
+        [
+            ["index", "sentence1", "sentence2", "label"],
+            ["0", "a", "b", "not_entailment"],
+            ["1", "c", "d", "entailment"],
+        ],
+        [("a", "b"), ("c", "d")],
+        ["not_entailment", "entailment"],
+    ),
+    "wnli": (
+        [["index", "sentence1", "sentence2", "label"], ["0", "a", "b", "1"], ["1", "c", "d", "0"]],
+        [("a", "b"), ("c", "d")],
+        ["1", "0"],
+    ),
+}
+
+
+def test_all_tasks_of_glue_have_a_form() -> None:
+    assert FORMS.keys() == GLUE.keys()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("suffix", ["tsv", "tsv.gz"])
+@pytest.mark.parametrize("place", ["{folder}", "glue/{folder}", "{name}"])
+def test_glue_files(tmp_path: Path, name: str, suffix: str, place: str) -> None:
+    rows, texts, labels = FORMS[name]
+    task = GLUE[name]
+    home = tmp_path / place.format(folder=task.folder, name=name)
+    for stem in ("train", *(stems[0] for _, stems in task.dev)):
+        write_tsv(home / f"{stem}.{suffix}", rows)
+    for folder in (tmp_path, home):
+        data = read_task(task, folder)
+        assert data.train == Split(tuple(texts), tuple(labels))
+        assert list(data.dev) == [dev for dev, _ in task.dev]
+        assert all(split == data.train for split in data.dev.values())
+        assert data.skipped == (2 if name == "qqp" else 0)
+
+
+@pytest.mark.parametrize("names", [("entailment", "not_entailment"), ("not_entailment", "entailment"), None])
+def test_datasets_folders(tmp_path: Path, names: tuple[str, ...] | None) -> None:
+    """save_to_disk, and Parquet as on the hub: class indices are read by their stored names, or in the task's order."""
+    values = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [0, 1], "idx": [0, 1]}
+    features = datasets.Features({key: datasets.Value("string" if key.startswith("s") else "int64") for key in values})
+    if names:
+        features["label"] = datasets.ClassLabel(names=list(names))
+    part = datasets.Dataset.from_dict(values, features=features)
+    datasets.DatasetDict({"train": part, "validation": part}).save_to_disk(tmp_path / "disk" / "rte")
+    for stem in ("train", "validation"):
+        (tmp_path / "hub" / "rte").mkdir(parents=True, exist_ok=True)
+        part.to_parquet(tmp_path / "hub" / "rte" / f"{stem}-00000-of-00001.parquet")
+    for form in ("disk", "hub"):
+        data = read_task(GLUE["rte"], tmp_path / form)
+        assert data.train == Split((("a", "b"), ("c", "d")), names or ("entailment", "not_entailment"))
+
+
+def own(*texts: str, label: str | None = None) -> Task:
+    (task,) = resolve(["classification"], texts, label)
+    return task
+
+
+def test_csv_and_json_lines(tmp_path: Path) -> None:
+    rows = [("a, b", 'say "c"\nd', "x"), ("e", "\u2028f", "y")]
+    with (tmp_path / "train.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("title", "body", "topic"), *rows])
+    lines = [json.dumps({"title": t, "body": b, "topic": c}, ensure_ascii=False) for t, b, c in rows]
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = read_task(own("title", "body", label="topic"), tmp_path)
+    assert data.train == data.dev["dev"] == Split((rows[0][:2], rows[1][:2]), ("x", "y"))
+    assert data.labels == ("x", "y")
+
+
+def test_conll(tmp_path: Path) -> None:
+    text = "-DOCSTART- -X- O O\n\nEU NNP B-NP S-ORG\nrejects VBZ B-VP O\n\n\nPeter NNP B-NP B-PER\nB NNP I-NP E-PER\n"
+    for name in ("eng.train", "eng.testa"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    data = read_task(OWN["conll"], tmp_path)
+    assert data.train == Split((("EU", "rejects"), ("Peter", "B")), (("S-ORG", "O"), ("B-PER", "E-PER")))
+    assert data.labels == ("B-PER", "E-PER", "O", "S-ORG")
+    part = datasets.Dataset.from_dict(
+        {"tokens": [["a", "b"]], "ner_tags": [[1, 0]]},
+        features=datasets.Features(
+            {
+                "tokens": datasets.List(datasets.Value("string")),
+                "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "B-X"])),
+            }
+        ),
+    )
+    datasets.DatasetDict({"train": part, "validation": part}).save_to_disk(tmp_path / "disk")
+    assert read_task(OWN["conll"], tmp_path / "disk").train == Split((("a", "b"),), (("B-X", "O"),))
+
+
+GOOD = "sentence\tlabel\na\t0\nb\t1\n"
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "message"),
+    [
+        ("text\tlabel\na\t0\n", GOOD, r"train.tsv: has no column 'sentence', which sst2 needs; it has 'text', 'label'"),
+        ("sentence\tscore\na\t0\n", GOOD, "has no column 'label'"),
+        (GOOD, "sentence\tlabel\na\t2\n", r"dev.tsv, line 2: unknown label '2'; sst2 has '0', '1'"),
+        (GOOD, "sentence\tlabel\n", "sst2: the dev set is empty"),
+        ("", GOOD, "train.tsv: is empty"),
+        (GOOD, "sentence\tlabel\na\n", "dev.tsv, line 2: has 1 of 2 columns"),
+        ("sentence\tlabel\na\t1\nb\t1\n", GOOD, "all training examples have the label '1'"),
+        (GOOD, "sentence\tlabel\n\xff\t1\n", "dev.tsv: cannot be read .*expected UTF-8"),
+    ],
+)
+def test_refused_files(tmp_path: Path, train: str, dev: str, message: str) -> None:
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_bytes(train.encode("latin-1"))
+    (tmp_path / "SST-2" / "dev.tsv").write_bytes(dev.encode("latin-1"))
+    with pytest.raises(TaskError, match=message) as error:
+        read_task(GLUE["sst2"], tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_only_in_dev(tmp_path: Path) -> None:
+    for name, labels in (("train", "xy"), ("dev", "xz")):
+        write_tsv(tmp_path / f"{name}.tsv", [("text", "label"), *(("t", label) for label in labels)])
+    with pytest.raises(TaskError, match=r"the dev set has labels that the training set \(2 examples\) lacks: 'z'"):
+        read_task(own(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a", "label": 1}\nnot', "line 2: is not JSON"),
+        ('["a"]', "line 1: expected an object"),
+        ('{"text": 1, "label": 1}', "line 1: expected text in 'text'"),
+        ('{"text": "a", "label": null}', "line 1: the label None is neither a name nor an index"),
+        ('{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: the label None"),
+    ],
+)
+def test_refused_json_lines(tmp_path: Path, content: str, message: str) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(TaskError, match=message):
+        read_task(own(), tmp_path)
+
+
+@pytest.mark.parametrize("value", ["nan", "high", "", "inf"])
+def test_refused_numbers(tmp_path: Path, value: str) -> None:
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / f"{name}.tsv", [("text", "score"), ("a", "1"), ("b", value)])
+    with pytest.raises(TaskError, match=re.escape(f"line 3: the label {value!r} is not a finite number")):
+        read_task(OWN["regression"], tmp_path)
+
+
+@pytest.mark.parametrize(("line", "message"), [("a X", "unknown tag 'X'"), ("a", "expected a token and")])
+def test_refused_tags(tmp_path: Path, line: str, message: str) -> None:
+    write_conll(tmp_path)
+    (tmp_path / "dev.txt").write_text(f"a O\n{line}\n", encoding="utf-8")
+    with pytest.raises(TaskError, match=f"dev.txt, line 2: {message}"):
+        read_task(OWN["conll"], tmp_path)
+
+
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="no such folder"):
+        read_task(GLUE["sst2"], tmp_path / "missing")
+    write_sst2(tmp_path)
+    with pytest.raises(TaskError, match=r"rte: .* has no folder RTE .*nothing is downloaded"):
+        read_task(GLUE["rte"], tmp_path)
+    # A folder of another task is not taken for it.
+    with pytest.raises(TaskError, match="has no folder RTE"):
+        read_task(GLUE["rte"], tmp_path / "SST-2")
+    dev = tmp_path / "SST-2" / "dev.tsv"
+    content = gzip.compress(dev.read_bytes())
+    dev.unlink()
+    with pytest.raises(TaskError, match="has no dev or validation or valid"):
+        read_task(GLUE["sst2"], tmp_path)
+    dev.with_suffix(".tsv.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(TaskError, match=r"dev.tsv.gz: cannot be read"):
+        read_task(GLUE["sst2"], tmp_path)
+
+
+def test_columns_of_other_tasks_are_refused() -> None:
+    with pytest.raises(TaskError, match="not of sst2"):
+        resolve(["sst2"], ["a"], None)
+    with pytest.raises(TaskError, match="expected one column, or two"):
+        resolve(["classification"], ["a", "b", "c"])
+    assert [task.name for task in resolve(["rte", "glue"])] == ["rte", *(name for name in GLUE if name != "rte")]
+
+
+def test_the_held_out_part_is_of_the_training_set_alone(tmp_path: Path) -> None:
+    data = read_task(GLUE["sst2"], write_sst2(tmp_path / "a", train=200))
+    other = read_task(GLUE["sst2"], write_sst2(tmp_path / "b", train=200, flip_dev=True))
+    assert data.dev != other.dev
+    rest, held_out = hold_out(data.train, data.task)
+    assert (rest, held_out) == hold_out(other.train, other.task)
+    assert sorted([*rest.texts, *held_out.texts]) == sorted(data.train.texts)
+    # The same share of each class: 120 and 80 of 200.
+    assert (held_out.labels.count("1"), held_out.labels.count("0")) == (12, 8)
+    assert len(limited(data, 50).train) == 50
+    assert limited(data, 50) == limited(data, 50) != limited(other, 50)
+    assert set(limited(data, 50).train.texts) <= set(data.train.texts)
