@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from maskvr_ds import hashing
-from maskvr_ds.config import RunConfig, add_run_options, deepspeed_config_path, load_config, with_local_model
-from maskvr_ds.config.deepspeed import read_deepspeed_config
+from maskvr_ds.config import RunConfig, add_run_options, load_config, run_deepspeed_config, with_local_model
 from maskvr_ds.data.keys import DROPOUT
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.engine import loss_scale, set_learning_rate
+from maskvr_ds.models.compiled import check_compiler
 from maskvr_ds.reliability.divergence import DivergedError
 from maskvr_ds.reliability.signals import StoppedError, StopRequest
 from maskvr_ds.reliability.watchdog import Watchdog
@@ -75,9 +75,9 @@ def train(
     world_size = distributed.world_size()
     for phase in phases:
         distributed.run_collectively(partial(phase.naming, partial(phase.config.accumulation_steps, world_size)))
-    deepspeed_config = distributed.run_collectively(
-        lambda: read_deepspeed_config(deepspeed_config_path(config.deepspeed), guarded=config.divergence.enabled)
-    )
+    deepspeed_config = distributed.run_collectively(lambda: run_deepspeed_config(config))
+    if config.training.compile != "none":
+        distributed.run_collectively(lambda: check_compiler(distributed.device()))
     remaining = distributed.run_on_rank0(lambda: point.remaining_phases(phases))
     if len(remaining) > 1:
         # A fault in the last phase's corpus must show now, not after a week in the first.

@@ -30,6 +30,8 @@ from maskvr_ds.runtime import distributed
 _PROBE_TOLERANCE = 2.0**-3
 # Keys of the identity that checkpoints of earlier versions lack.
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
+# Keys that they lack because there was one value only.
+_FORMERLY = {"training.compile": "none"}
 
 
 def load(
@@ -108,7 +110,7 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
         "the corpus has other shards (data.path)" if name == "shards" else f"{name} was {was!r}, is {now!r}"
         for key, value in expected.identity.items()
         if key not in may_differ and (key in state.identity or key not in _NEWER_IDENTITY)
-        for name, was, now in differences(key, state.identity.get(key), value)
+        for name, was, now in differences(key, state.identity.get(key, _FORMERLY.get(key)), value)
     ]
     if state.dtype != expected.dtype:
         found.append(f"dtype was {state.dtype}, is {expected.dtype}")

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from maskvr_ds.models.compiled import uncompiled
+
 
 @torch.no_grad()
 def probe_logits(
@@ -16,6 +18,7 @@ def probe_logits(
     training = module.training
     module.eval()
     try:
-        return module(input_ids, positions, attention_mask=attention_mask)
+        with uncompiled(module):
+            return module(input_ids, positions, attention_mask=attention_mask)
     finally:
         module.train(training)

@@ -11,7 +11,7 @@ from maskvr_ds.config.masking import AutoConfig, MapNetConfig, MaskingConfig
 from maskvr_ds.config.model import ModelConfig
 from maskvr_ds.config.options import add_config_options, add_run_options
 from maskvr_ds.config.reliability import CheckpointConfig, DivergenceConfig, HangsConfig, ReplicasConfig
-from maskvr_ds.config.run import RunConfig, deepspeed_config_path, dump_config, load_config
+from maskvr_ds.config.run import RunConfig, deepspeed_config_path, dump_config, load_config, run_deepspeed_config
 from maskvr_ds.config.training import (
     BatchConfig,
     EvaluationConfig,
@@ -49,5 +49,6 @@ __all__ = [
     "recipe_parts",
     "recipe_text",
     "recipes",
+    "run_deepspeed_config",
     "with_local_model",
 ]

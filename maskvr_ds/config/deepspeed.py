@@ -32,10 +32,11 @@ _MAX_BYTES = 1 << 20
 _LARGEST = 1e15
 
 
-def read_deepspeed_config(path: Path, *, guarded: bool = True) -> dict[str, Any]:
+def read_deepspeed_config(path: Path, *, guarded: bool = True, compiled: bool = False) -> dict[str, Any]:
     """The file's content, with the keys of OWNED absent or "auto".
 
     guarded: whether the run's divergence guard is enabled, which holds back updates whose gradients are not finite.
+    compiled: whether parts of the model are compiled (training.compile).
     Raises ConfigError if it is not valid JSON, sets a key that RunConfig owns, or asks for something unsupported.
     """
     if (size := path.stat().st_size) > _MAX_BYTES:
@@ -61,6 +62,11 @@ def read_deepspeed_config(path: Path, *, guarded: bool = True) -> dict[str, Any]
         raise ConfigError(
             f"{path}: bf16.check_grad_overflow is false, and so is divergence.enabled: nothing would keep NaN "
             "gradients from the weights; set one of them to true"
+        )
+    if compiled and zero_stage(config) == 3:
+        raise ConfigError(
+            f"{path}: training.compile needs ZeRO stage 0, 1 or 2: stage 3 gathers parameters in hooks of the modules, "
+            "which cannot be compiled; set deepspeed to another file, or training.compile to none"
         )
     return config
 

@@ -57,6 +57,8 @@ Phases = tuple[Phase, ...]
 # Fields of `data` that every phase sets for itself.
 OF_PHASES = ("path", "mixture", "held_out_path")
 SECTIONS = tuple(name for name in Phase.model_fields if name not in ("name", "start"))
+# Fields of `training` that the run sets for all phases.
+_OF_RUN = ("compile",)
 # Section -> field set by a phase -> fields that the phase then does not inherit, as they would not fit the new value.
 # A new masking.strategy also drops the subsections of other strategies.
 _REPLACES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -83,7 +85,7 @@ def take_from_phases(values: Any) -> Any:
             if not isinstance(section := sections.get(name) or {}, Mapping):
                 raise ValueError(f"{where}{name}: a mapping of fields expected (given: {section!r})")
     data, training = values.get("data") or {}, values.get("training") or {}
-    for section, given, keys in (("data", data, OF_PHASES), ("training", training, tuple(training))):
+    for section, given, keys in (("data", data, OF_PHASES), ("training", training, set(training) - set(_OF_RUN))):
         if found := next((key for key in keys if key in given), None):
             where = f"phases.NAME.{section}.{found}"
             raise ValueError(f"{section}.{found}: set by each phase; remove it here and set {where}")
@@ -103,7 +105,7 @@ def take_from_phases(values: Any) -> Any:
             )
         steps = None if steps is None else steps + own
     corpora = {key: phases[0]["data"][key] for key in ("path", "mixture") if key in phases[0]["data"]}
-    return {**values, "data": {**data, **corpora}, "training": {"steps": steps}}
+    return {**values, "data": {**data, **corpora}, "training": {**training, "steps": steps}}
 
 
 def check_phases(phases: Phases) -> None:
@@ -122,6 +124,8 @@ def check_phases(phases: Phases) -> None:
             raise ValueError(f"{where}.start: the first phase has no predecessor; remove the section")
         if fixed := next((key for key in phase.optimizer if key != "lr"), None):
             raise ValueError(f"{where}.optimizer.{fixed}: only lr may differ between phases; set it for the run")
+        if fixed := next((key for key in _OF_RUN if key in phase.training), None):
+            raise ValueError(f"{where}.training.{fixed}: may not differ between phases; set it for the run")
         if phase.continues_schedule:
             own = [name for name in ("schedule", "optimizer") if getattr(phase, name)]
             own += ["training.schedule_steps"] if "schedule_steps" in phase.training else []
@@ -155,7 +159,8 @@ def resolve(run: dict[str, Any], phases: Phases, index: int) -> dict[str, Any]:
     """Sections of one phase merged over those of the run, dumped -> raw values of a run without phases."""
     first, end = schedule_span(phases, index)
     # The run's corpora and steps were filled in from the phases.
-    values = {**run, "training": {}, "data": {k: v for k, v in run["data"].items() if k not in OF_PHASES}}
+    training = {key: run["training"][key] for key in _OF_RUN}
+    values = {**run, "training": training, "data": {k: v for k, v in run["data"].items() if k not in OF_PHASES}}
     for section in SECTIONS:
         # A continued schedule, and its peak learning rate, are those of the phase that started it.
         given = getattr(phases[first if section in ("schedule", "optimizer") else index], section)

@@ -15,6 +15,7 @@ from pydantic import ValidationError, model_validator
 
 from maskvr_ds.config.base import ConfigError, PathSetting, Section, Seed, describe
 from maskvr_ds.config.data import DataConfig
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.config.loading import assign, read_yaml
 from maskvr_ds.config.masking import MaskingConfig
 from maskvr_ds.config.model import ModelConfig
@@ -86,6 +87,11 @@ class RunConfig(Section):
         if self.checkpoint.keep_best and self.evaluation.every_steps == 0:
             raise ValueError(
                 "checkpoint.keep_best needs held-out losses, and evaluation.every_steps is 0; set it above 0"
+            )
+        if self.training.compile == "model" and self.model.activation_checkpointing:
+            raise ValueError(
+                "training.compile model: transformers' encoders cannot be compiled as a whole with "
+                "model.activation_checkpointing; set it to layers"
             )
         rate = self.optimizer.lr
         for name in ("initial_lr", "final_lr"):
@@ -185,7 +191,7 @@ def dump_config(config: RunConfig) -> str:
     if config.model.initialize_from is not None:  # explicit defaults would contradict the folder's sizes
         values["model"] = config.model.model_dump(mode="json", exclude_unset=True)
     if config.phases:  # belong to the phases, and are taken from them on reading
-        del values["training"]
+        values["training"] = {"compile": config.training.compile}
         values["data"] = {key: value for key, value in values["data"].items() if key not in OF_PHASES}
         values["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in config.phases]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -202,3 +208,10 @@ def deepspeed_config_path(name: str) -> Path:
         return packaged
     known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
     raise ConfigError(f"deepspeed: {name!r} is neither a file nor one of {known}")
+
+
+def run_deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run (`read_deepspeed_config`). Raises ConfigError if the two do not fit."""
+    path = deepspeed_config_path(config.deepspeed)
+    compiled = config.training.compile != "none"
+    return read_deepspeed_config(path, guarded=config.divergence.enabled, compiled=compiled)

@@ -177,9 +177,13 @@ class ScheduleConfig(Section):
         return self.warmup(total_steps) if self.cooldown_steps is None else total_steps - self.cooldown_steps
 
 
+# What torch.compile compiles (models/compiled.py).
+Compile = Literal["none", "layers", "model"]
+
+
 class TrainingConfig(Section):
-    """Length of the training: exactly one of steps, epochs and tokens. The last two are converted to steps at the start
-    (training/length.py), rounded up; the number of ranks does not matter."""
+    """Length of the training, and what is compiled. The length is exactly one of steps, epochs and tokens. The last two
+    are converted to steps at the start (training/length.py), rounded up; the number of ranks does not matter."""
 
     steps: PositiveSteps | None = None
     """Optimizer steps to train."""
@@ -190,6 +194,10 @@ class TrainingConfig(Section):
     """Tokens to train on, padding included, as `tokens` in metrics.jsonl counts them."""
     schedule_steps: PositiveSteps | None = None
     """Step at which the schedule ends; null: the last one. Set it to train only the first part of a longer run."""
+
+    compile: Compile = "none"
+    """What torch.compile compiles: nothing, each layer of the encoder (seconds to start), or the encoder as a whole;
+    the same for all phases."""
 
     @property
     def is_resolved(self) -> bool:

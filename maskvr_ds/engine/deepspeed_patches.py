@@ -21,6 +21,7 @@ import gc
 import importlib
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -158,10 +159,13 @@ def free_memory() -> None:
     """Free an engine after `destroy()`: its objects refer to each other, so collect them now.
 
     At stage 3 DeepSpeed also keeps a module in a module-level list, and the parameter coordinator in the cache of one
-    of its methods.
+    of its methods. torch.compile keeps what it compiled (training.compile), with references to the model.
     """
     _module_stack().clear()
     _release_cache().cache_clear()
+    # Importing it takes a second, and without it nothing was compiled.
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
     gc.collect()
     if distributed.device().type == "cuda":
         torch.cuda.empty_cache()

@@ -29,11 +29,13 @@ class MaskedLanguageModel(nn.Module):
 
     mlm: transformers' model. observer: called in every training forward pass with h [B, K, D], the input of the
     prediction head, and the losses [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
+    is_compiled: whether parts of it were compiled (models/compiled.py).
 
     Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing.
     """
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    is_compiled: bool = False
 
     def __init__(self, model: PreTrainedConfig | PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_pipeline.manifest import read_manifest
-from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path
+from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path, run_deepspeed_config
 from maskvr_ds.config.deepspeed import enabled, read_deepspeed_config
 from maskvr_ds.planning.calibration import predictions
 from maskvr_ds.planning.communication import collectives
@@ -183,8 +183,7 @@ def make_plan(config: RunConfig, corpora: Sequence[Corpus], cluster: Cluster, ca
     Raises ConfigError if the ranks cannot share a global batch, a bandwidth is missing, or the model does not fit; the
     error says what would fit.
     """
-    path = deepspeed_config_path(config.deepspeed)
-    content = read_deepspeed_config(path, guarded=config.divergence.enabled)
+    content = run_deepspeed_config(config)
     zero = zero_settings(content)
     precision = "fp16" if enabled(content, "fp16") else "bf16" if enabled(content, "bf16") else "fp32"
     phases = []

@@ -21,6 +21,7 @@ from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
 from maskvr_ds.data.vocabulary import unigram_entropy
 from maskvr_ds.masking.masker import Masker
+from maskvr_ds.models.compiled import uncompiled
 from maskvr_ds.models.losses import losses_and_hits
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.references import HELD_OUT_SEED, held_out_rows
@@ -90,7 +91,8 @@ class HeldOut:
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
         by_kind = torch.zeros((len(KINDS), 3), dtype=torch.float64, device=self._device)
         for masked in self._batches():
-            losses, hits = losses_and_hits(module, masked)
+            with uncompiled(module):
+                losses, hits = losses_and_hits(module, masked)
             total[0] += (losses * masked.weights).sum()
             total[1] += (masked.weights != 0).sum()
             for number, chosen in enumerate(self._of_kinds(masked)):

@@ -19,7 +19,7 @@ from maskvr_ds.training.schedule import learning_rate, masking_rate
 
 T = TypeVar("T")
 # Keys of a run's identity (`run.run_identity`) that must be equal across phases.
-_RUN_WIDE = ("tokenizer", "special_tokens", "vocab_size", "model", "seed", "optimizer")
+_RUN_WIDE = ("tokenizer", "special_tokens", "vocab_size", "model", "seed", "optimizer", "training.compile")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, deepspeed_config_path
-from maskvr_ds.config.deepspeed import read_deepspeed_config
+from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, run_deepspeed_config
 from maskvr_ds.data.mixture import Mixture, open_mixture
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
@@ -35,7 +34,7 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
     """
     faults: list[str] = []
     with _collected(faults):
-        read_deepspeed_config(deepspeed_config_path(config.deepspeed), guarded=config.divergence.enabled)
+        run_deepspeed_config(config)
     with _collected(faults):
         _check_architecture(config.model)
     for where, phase in _phases(config):

@@ -104,6 +104,7 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     dump = config.model_dump(mode="json", include={"optimizer", "schedule", "training", "batch", "deepspeed"})
     if config.learns_proposal:
         dump["masking.mapnet"] = config.masking.mapnet.model_dump(include=MAPNET_MAY_CHANGE)
+    del dump["training"]["compile"]  # of the identity
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
     if (folder := config.model.initialize_from) is not None:
         nested["model.initialize_from"] = str(folder)
@@ -126,6 +127,8 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         # Moments, decay and clipping come from the checkpoint: a change would be ignored, or be another optimizer. The
         # kernels may change: results are equal up to rounding.
         "optimizer": config.optimizer.model_dump(exclude={"lr", "fused"}),
+        # Other random numbers for dropout.
+        "training.compile": config.training.compile,
     }
     if phase.start is not None:
         # Zeroing has already happened: a change would be ignored.

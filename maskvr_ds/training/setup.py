@@ -3,6 +3,7 @@
 Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/factory.py.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.architectures import transformers_config
+from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary
@@ -43,6 +45,8 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
+
+logger = logging.getLogger(__name__)
 
 _PROBE_ROWS = 2
 
@@ -105,6 +109,7 @@ def setup_phase(
         device=distributed.device(),
         proposal=None if proposer is None else proposer.propose,
     )
+    _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
     sequence_flops = flops_per_sequence(
         encoder, corpus.sequence_length, masker.maximum_predictions, batch=config.batch.micro_size
@@ -172,6 +177,24 @@ def _make_engine(
         row_length=corpus.sequence_length,
         initial=initial,
     )
+
+
+def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predictions: int) -> None:
+    """Compile what training.compile names, and generate the kernels of a step. Collective: call on all ranks."""
+    config = phase.config
+    how = config.training.compile
+    if how == "none":
+        return
+    rows, length = config.batch.micro_size, corpus.sequence_length
+    padded = corpus.manifest.tokens < corpus.manifest.rows * length
+
+    def compile_here() -> float:
+        compile_model(module, how)
+        return warm_up(module, rows=rows, length=length, predictions=predictions, padded=padded)
+
+    logger.info("training.compile %s: generating kernels", how)
+    seconds = distributed.run_collectively(compile_here)
+    logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
 
 
 def _initial_state(

@@ -310,3 +310,12 @@ def test_nothing_else_is_patched() -> None:
 )
 def test_the_rule_itself(code: str, foreign: bool) -> None:
     assert any(map(is_foreign, assigned(ast.parse(code)))) == foreign
+
+
+def test_free_memory_drops_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo as dynamo
+
+    resets: list[bool] = []
+    monkeypatch.setattr(dynamo, "reset", lambda: resets.append(True))
+    patches.free_memory()
+    assert resets == [True]

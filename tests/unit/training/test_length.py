@@ -58,7 +58,7 @@ def config(folder: Path, **sections: Any) -> RunConfig:
 def test_steps(folder: Path, training: dict[str, Any], steps: int) -> None:
     unresolved = config(folder, training=training)
     resolved = with_steps(unresolved)
-    assert resolved.training.model_dump(exclude_none=True) == {"steps": steps}
+    assert resolved.training.model_dump(exclude_defaults=True) == {"steps": steps}
     assert resolved == config(folder, training={"steps": steps}), "nothing else changes"
     assert with_steps(resolved) is resolved
     assert plan(resolved)[0].last_step == steps
