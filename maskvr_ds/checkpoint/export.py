@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export_check import check_fill_mask
 from maskvr_ds.checkpoint.model_card import MODEL_CARD, model_card
-from maskvr_ds.models.encoder import names_of_parameters
+from maskvr_ds.models.encoder import auto_class, build, names_of_parameters, token_types
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import BERT
@@ -109,7 +109,7 @@ def _target(output: Path) -> Path:
 
 def load_model(folder: Path) -> PreTrainedModel:
     """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit."""
-    model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / BERT), dtype=torch.float32)
+    model = build(AutoConfig.from_pretrained(folder / BERT))
     missing, unexpected = model.load_state_dict(load.read_weights(folder), strict=False)
     # Tied tensors are stored once; anything else that is missing would stay random.
     stored = {name for names in names_of_parameters(model).values() if not set(names) <= set(missing) for name in names}
@@ -218,12 +218,19 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
 @torch.no_grad()
 def _compare(folder: Path, output: Path) -> float:
     dtype = checkpoints.read_state(folder).dtype
-    model = AutoModelForMaskedLM.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
+    cls = auto_class(AutoConfig.from_pretrained(output))
+    model = cls.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
     probe = load.read_probe(folder)
-    logits = model(input_ids=probe["input_ids"], attention_mask=probe.get("attention_mask")).logits.float()
+    ids, mask = probe["input_ids"], probe.get("attention_mask")
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "segment_starts" in probe:
+        inputs["token_type_ids"] = token_types(ids, mask, probe["segment_starts"])
+    found = model(**inputs)
     K, V = probe["logits"].shape[1:]
-    predicted = logits.gather(1, probe["positions"][..., None].expand(-1, K, V))
+    predicted = found[0].float().gather(1, probe["positions"][..., None].expand(-1, K, V))
     difference = (predicted - probe["logits"]).abs().max().item()
+    if "pair_logits" in probe:
+        difference = max(difference, (found[1].float() - probe["pair_logits"]).abs().max().item())
     allowed = TOLERANCE[dtype] * max(1.0, probe["logits"].abs().max().item())
     # "not <=" also refuses NaN.
     if not difference <= allowed:

@@ -30,8 +30,8 @@ from maskvr_ds.runtime import distributed
 _PROBE_TOLERANCE = 2.0**-3
 # Keys of the identity that checkpoints of earlier versions lack.
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
-# Keys that they lack because there was one value only.
-_FORMERLY = {"training.compile": "none"}
+# Their values in such checkpoints, where they are known.
+_EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none"}
 
 
 def load(
@@ -68,7 +68,7 @@ def _check_loaded(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
     differing = not_rounded(engine, weights)
     distributed.run_on_rank0(lambda: _check_weights(folder, weights, differing))
     probe = {name: tensor.to(distributed.device()) for name, tensor in read_probe(folder).items()}
-    logits = probe_logits(engine.module, probe["input_ids"], probe["positions"], probe.get("attention_mask"))
+    logits, _ = probe_logits(engine.module, probe)
     distributed.run_on_rank0(lambda: _check_logits(folder, logits.float(), probe["logits"]))
 
 
@@ -110,7 +110,7 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
         "the corpus has other shards (data.path)" if name == "shards" else f"{name} was {was!r}, is {now!r}"
         for key, value in expected.identity.items()
         if key not in may_differ and (key in state.identity or key not in _NEWER_IDENTITY)
-        for name, was, now in differences(key, state.identity.get(key, _FORMERLY.get(key)), value)
+        for name, was, now in differences(key, state.identity.get(key, _EARLIER_IDENTITY.get(key)), value)
     ]
     if state.dtype != expected.dtype:
         found.append(f"dtype was {state.dtype}, is {expected.dtype}")
@@ -136,7 +136,8 @@ def differences(key: str, was: Any, now: Any) -> list[tuple[str, Any, Any]]:
 
 
 def read_probe(folder: Path) -> dict[str, torch.Tensor]:
-    """input_ids int64 [B, L], positions int64 [B, K], logits float32 [B, K, V], optionally attention_mask."""
+    """input_ids int64 [B, L], positions int64 [B, K], logits float32 [B, K, V], optionally attention_mask; for
+    models that classify sentence pairs also segment_starts int64 [B] and pair_logits float32 [B, 2]."""
     return load_file(folder / PROBE)
 
 

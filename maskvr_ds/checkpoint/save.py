@@ -251,10 +251,15 @@ def _check_rounded(differing: list[str]) -> None:
 
 def _probed(engine: deepspeed.DeepSpeedEngine, probe: MaskedBatch) -> dict[str, torch.Tensor]:
     """Content of probe.safetensors, see `load.read_probe`. Collective: call on all ranks."""
-    logits = probe_logits(engine.module, probe.input_ids, probe.positions, probe.attention_mask)
-    tensors = {"input_ids": probe.input_ids, "positions": probe.positions, "logits": logits.float()}
+    tensors = {"input_ids": probe.input_ids, "positions": probe.positions}
     if probe.attention_mask is not None:
         tensors["attention_mask"] = probe.attention_mask
+    if probe.segment_starts is not None:
+        tensors["segment_starts"] = probe.segment_starts
+    logits, pair_logits = probe_logits(engine.module, tensors)
+    tensors["logits"] = logits.float()
+    if pair_logits is not None:
+        tensors["pair_logits"] = pair_logits.float()
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 

@@ -9,6 +9,7 @@ from maskvr_ds.config.hub_names import with_local_model
 from maskvr_ds.config.loading import recipe_parts, recipe_text, recipes
 from maskvr_ds.config.masking import AutoConfig, MapNetConfig, MaskingConfig
 from maskvr_ds.config.model import ModelConfig
+from maskvr_ds.config.objectives import Objectives
 from maskvr_ds.config.options import add_config_options, add_run_options
 from maskvr_ds.config.reliability import CheckpointConfig, DivergenceConfig, HangsConfig, ReplicasConfig
 from maskvr_ds.config.run import RunConfig, deepspeed_config_path, dump_config, load_config, run_deepspeed_config
@@ -35,6 +36,7 @@ __all__ = [
     "MaskingConfig",
     "ModelConfig",
     "MonitorConfig",
+    "Objectives",
     "OptimizerConfig",
     "ReplicasConfig",
     "RunConfig",

@@ -19,6 +19,7 @@ from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.config.loading import assign, read_yaml
 from maskvr_ds.config.masking import MaskingConfig
 from maskvr_ds.config.model import ModelConfig
+from maskvr_ds.config.objectives import Objectives, check_pair_model
 from maskvr_ds.config.phases import OF_PHASES, Phase, check_phases, resolve, take_from_phases
 from maskvr_ds.config.reliability import CheckpointConfig, DivergenceConfig, HangsConfig, ReplicasConfig
 from maskvr_ds.config.training import (
@@ -48,6 +49,8 @@ class RunConfig(Section):
     """Sizes of the model, or an existing model to start from."""
     masking: MaskingConfig = MaskingConfig()
     """Choice of the predicted tokens."""
+    objectives: Objectives | None = None
+    """Weights of masked tokens and sentence pairs in the loss; null: masked tokens, on corpora without pairs."""
     batch: BatchConfig = BatchConfig()
     """Batch sizes."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -93,6 +96,13 @@ class RunConfig(Section):
                 "training.compile model: transformers' encoders cannot be compiled as a whole with "
                 "model.activation_checkpointing; set it to layers"
             )
+        if (pair := self.pair_objective) is not None:
+            check_pair_model(self.model, pair)
+            if self.masking.strategy == "auto":
+                raise ValueError(
+                    "masking.strategy auto compares variances of the masked-LM gradient only, and "
+                    f"objectives.{pair} adds another; choose another strategy"
+                )
         rate = self.optimizer.lr
         for name in ("initial_lr", "final_lr"):
             if (bound := getattr(self.schedule, name)) > rate:
@@ -119,6 +129,11 @@ class RunConfig(Section):
         except ValidationError as error:
             faults = "; ".join(describe(fault, RunConfig) for fault in error.errors(include_url=False))
             raise ValueError(f"phases.{self.phases[index].name}: {faults}") from None
+
+    @property
+    def pair_objective(self) -> str | None:
+        """Objective trained on sentence pairs: nsp, sop or None."""
+        return None if self.objectives is None else self.objectives.pair
 
     @property
     def learns_proposal(self) -> bool:

@@ -39,6 +39,9 @@ class TokenBatch(_Rows):
     attention_mask: bool [B, L], False on padding; None if no row of the batch is padded.
     row_digests: int64 [B], loader.row_digests: a hash of all of the above, made on the host as the rows were read; None
         for batches that need no digest.
+    segment_starts: int64 [B], position of the first token of the second segment. pair_labels: int64 [B], 1 if the
+        second segment is a random one (nsp) or the two are swapped (sop), else 0; negative: not counted. Both None
+        unless pairs are trained.
     """
 
     input_ids: "torch.Tensor"
@@ -46,6 +49,8 @@ class TokenBatch(_Rows):
     epochs: "torch.Tensor"
     attention_mask: "torch.Tensor | None" = None
     row_digests: "torch.Tensor | None" = None
+    segment_starts: "torch.Tensor | None" = None
+    pair_labels: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class MaskedBatch(_Rows):
     sampling_weights: float32 [B, K], (k/n)/π_i, 0 in unused slots: weighted by them, a sum over the predictions is
         unbiased for k/n times the sum over all maskable positions. May differ from `weights`, which depend on the
         estimator. None if the strategy has no π of its own.
+    segment_starts, pair_labels: as in TokenBatch.
     """
 
     input_ids: "torch.Tensor"
@@ -68,3 +74,5 @@ class MaskedBatch(_Rows):
     weights: "torch.Tensor"
     attention_mask: "torch.Tensor | None" = None
     sampling_weights: "torch.Tensor | None" = None
+    segment_starts: "torch.Tensor | None" = None
+    pair_labels: "torch.Tensor | None" = None

@@ -99,10 +99,13 @@ def sample_rows(
     return out, repeats.base + passes * repeats.copies + copy
 
 
-def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64], *, pin: bool = False) -> TokenBatch:
+def read_rows(
+    corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64], *, pin: bool = False, pairs: bool = False
+) -> TokenBatch:
     """Read rows into a TokenBatch in host memory (pinned if `pin`), sorted by row number to read shards sequentially.
 
-    rows, epochs: int64 [B].
+    rows, epochs: int64 [B]. pairs: also read where second segments start, and the labels of the pairs. Raises
+    ValueError if the corpus has none.
     """
     order = np.argsort(rows, kind="stable")
     rows, epochs = rows[order], epochs[order]
@@ -116,7 +119,11 @@ def read_rows(corpus: Corpus, rows: NDArray[np.int64], epochs: NDArray[np.int64]
     if (ids[:, -1] == pad).any():
         attention_mask = torch.from_numpy(ids != pad)
     digests = torch.from_numpy(row_digests(ids, rows, epochs, pad))
-    batch = TokenBatch(input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask, digests)
+    columns = (corpus.take_column(name, rows).astype(np.int64) for name in ("segment_start", "pair_label"))
+    starts, labels = map(torch.from_numpy, columns) if pairs else (None, None)
+    batch = TokenBatch(
+        input_ids, torch.from_numpy(rows), torch.from_numpy(epochs), attention_mask, digests, starts, labels
+    )
     # Copies from pageable memory make the host wait, however small; input_ids is already pinned.
     return batch.map(torch.Tensor.pin_memory) if pin else batch
 
@@ -146,6 +153,7 @@ class Loader:
         rank, world_size: of this process.
         device: device of the returned batches.
         prefetch: number of steps to read ahead.
+        pairs: also read the columns of sentence pairs, see `read_rows`.
 
     Raises ValueError if global_size is not a multiple of `world_size` and of `copies`.
     """
@@ -161,6 +169,7 @@ class Loader:
         device: torch.device | str = "cpu",
         prefetch: int = 2,
         copies: int = 1,
+        pairs: bool = False,
     ) -> None:
         if global_size % world_size:
             raise ValueError(f"a global batch of {global_size} sequences is not divisible by {world_size} ranks")
@@ -175,6 +184,7 @@ class Loader:
         self.rank, self.share = rank, global_size // world_size
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self.pairs = pairs
 
     def _read(self, samples_consumed: int, repeats: RepeatSchedule) -> Iterator[TokenBatch]:
         # Compute the rows of several small steps at once: each NumPy call costs microseconds whatever the size.
@@ -184,7 +194,8 @@ class Loader:
             samples = first + np.arange(steps)[:, None] * self.global_size + share
             rows, epochs = sample_rows(samples.ravel(), self.shares, self.seed, repeats)
             for step in np.split(np.arange(len(rows)), steps):
-                yield read_rows(self.corpus, rows[step], epochs[step], pin=self.device.type == "cuda")
+                pin = self.device.type == "cuda"
+                yield read_rows(self.corpus, rows[step], epochs[step], pin=pin, pairs=self.pairs)
 
     def _on_own_device(self) -> None:
         # A new thread starts on the first GPU, and pinning memory there would create a context on it for every rank.

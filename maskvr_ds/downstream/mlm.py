@@ -14,6 +14,8 @@ from pathlib import Path
 from data_pipeline.shards import HELD_OUT, Corpus
 from maskvr_ds.checkpoint.export import load_model
 from maskvr_ds.config import ConfigError, ModelConfig
+from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
+from maskvr_ds.config.objectives import PAIR_CLASSES
 from maskvr_ds.models import pretrained
 from maskvr_ds.models.capabilities import check_length
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -83,7 +85,11 @@ def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
         module = MaskedLanguageModel(load_model(source.folder))
     else:
         config = ModelConfig(initialize_from=source.folder)
-        module = MaskedLanguageModel(encoder_config(config, corpus, table_rows(source.folder)))
+        # A run's export keeps the head for sentence pairs: the same figures as of the run.
+        classes = read_config_file(source.folder / CONFIG_FILE).get("architectures") or [None]
+        pair_head = classes[0] == PAIR_CLASSES.get(config.architecture, "")
+        rows = table_rows(source.folder)
+        module = MaskedLanguageModel(encoder_config(config, corpus, rows, pair_head=pair_head))
         # Without a head there is nothing to evaluate.
         pretrained.load(module.mlm, InitialWeights(source.folder, weights_digest(source.folder), new_head=False))
     check_length(module.eval(), corpus.sequence_length)

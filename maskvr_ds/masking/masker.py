@@ -165,6 +165,8 @@ class Masker:
             weights=torch.where(used, selection.weights, 0.0).float(),
             attention_mask=batch.attention_mask,
             sampling_weights=None if sampling is None else sampling.float(),
+            segment_starts=batch.segment_starts,
+            pair_labels=batch.pair_labels,
         )
 
     def _corrupt(self, labels: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.config.architectures import TESTED
-from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.encoder import MaskedLanguageModel, ask_for_pair_head
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +35,31 @@ _READS = (
 
 
 def transformers_config(
-    model: ModelConfig, *, vocab_size: int, pad_id: int, token_ids: Mapping[str, int] | None = None
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    pad_id: int,
+    token_ids: Mapping[str, int] | None = None,
+    pair_head: bool = False,
 ) -> PreTrainedConfig:
     """The transformers configuration for the `model` section.
 
     vocab_size: rows of the embedding table. token_ids: of the corpus' tokenizer, by key of the configuration
-    (cls_token_id, …); set where the architecture's class has a default for the key that is not null.
+    (cls_token_id, …); set where the architecture's class has a default for the key that is not null. pair_head: with a
+    pooler and a binary head for sentence pairs.
 
     Raises ConfigError if transformers does not have the architecture, or not as a masked language model, or its class
-    does not have a key, or refuses a value.
+    does not have a key, or refuses a value, or has no head for pairs.
     """
+    config = _transformers_config(model, vocab_size, pad_id, token_ids or {})
+    if pair_head:
+        ask_for_pair_head(config)
+    return config
+
+
+def _transformers_config(
+    model: ModelConfig, vocab_size: int, pad_id: int, token_ids: Mapping[str, int]
+) -> PreTrainedConfig:
     if model.architecture == "bert":
         return _bert_config(model, vocab_size=vocab_size, pad_id=pad_id)
     cls: Any = _configuration_class(model.architecture)
@@ -54,16 +69,16 @@ def transformers_config(
     if unread := sorted(model.merged.keys() - known):
         logger.info("model.config: %s of transformers has no %s: ignored", cls.__name__, ", ".join(unread))
     defaults = cls().to_dict()
-    values |= {key: value for key, value in (token_ids or {}).items() if defaults.get(key) is not None}
+    values |= {key: value for key, value in token_ids.items() if defaults.get(key) is not None}
     return _make(cls, {**values, "vocab_size": vocab_size, "pad_token_id": pad_id})
 
 
-def check_settings(model: ModelConfig) -> None:
+def check_settings(model: ModelConfig, *, pair_head: bool = False) -> None:
     """Raise ConfigError as `transformers_config` and MaskedLanguageModel do, before a corpus is known; allocates no
     weights."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"), 1)
     rows = model.settings.get("vocab_size", 1024)
-    config = transformers_config(model, vocab_size=rows, pad_id=0, token_ids=special)
+    config = transformers_config(model, vocab_size=rows, pad_id=0, token_ids=special, pair_head=pair_head)
     with torch.device("meta"):
         MaskedLanguageModel(config, activation_checkpointing=model.activation_checkpointing)
 

@@ -124,7 +124,11 @@ def _check_bf16(module: MaskedLanguageModel, length: int) -> None:
 def _without_gradient(module: MaskedLanguageModel, length: int) -> list[str]:
     ids, positions = _row(module, length)
     with torch.enable_grad():
-        module(ids, positions, labels=ids[:, :1]).sum().backward()
+        if module.has_pair_head:
+            losses, pair_logits = module(ids, positions, labels=ids[:, :1], segment_starts=torch.tensor([length // 2]))
+            (losses.sum() + pair_logits.sum()).backward()
+        else:
+            module(ids, positions, labels=ids[:, :1]).sum().backward()
     return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
 
 

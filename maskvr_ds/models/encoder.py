@@ -6,6 +6,9 @@ Shapes: B sequences, L positions, K predictions per sequence, D hidden, V vocabu
 The model is transformers' own, whatever its architecture: a forward hook on its encoder (`base_model`) replaces the
 last hidden state [B, L, D] by its K gathered rows [B, K, D], and the model's own forward applies its own head to them.
 The head processes each position independently, so the logits are those of the untouched model at these positions.
+
+For sentence pairs the model is the architecture's ...ForPreTraining: a pooler, which reads the complete last hidden
+state inside of the encoder, and a binary head on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
 from maskvr_ds.config import ConfigError
+from maskvr_ds.config.objectives import PAIR_CLASSES
 
 
 class MaskedLanguageModel(nn.Module):
@@ -27,8 +31,9 @@ class MaskedLanguageModel(nn.Module):
         model: transformers' configuration, for random weights, or a model, which is used as it is.
         activation_checkpointing: recompute activations in the backward pass.
 
-    mlm: transformers' model. observer: called in every training forward pass with h [B, K, D], the input of the
-    prediction head, and the losses [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
+    mlm: transformers' model. has_pair_head: whether it classifies sentence pairs (`ask_for_pair_head`).
+    observer: called in every training forward pass with h [B, K, D], the input of the prediction head, and the losses
+    [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
     is_compiled: whether parts of it were compiled (models/compiled.py).
 
     Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing.
@@ -39,7 +44,8 @@ class MaskedLanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedConfig | PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
-        self.mlm: PreTrainedModel = model if isinstance(model, PreTrainedModel) else _build(model)
+        self.mlm: PreTrainedModel = model if isinstance(model, PreTrainedModel) else build(model)
+        self.has_pair_head = type(self.mlm).__name__ in PAIR_CLASSES.values()
         self._positions: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
         # The head's input is a leaf: the backward pass ends there.
@@ -92,22 +98,29 @@ class MaskedLanguageModel(nn.Module):
         positions: torch.Tensor,
         labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        segment_starts: torch.Tensor | None = None,
+    ) -> Any:
         """Cross-entropy per prediction in nats, float32 [B, K], for labels int64 [B, K]; without labels, logits
-        [B, K, V].
+        [B, K, V]. With segment_starts int64 [B] (a model with a head for pairs only), a pair of these and the logits of
+        the sentence pairs, [B, 2].
 
         Under ZeRO 3 all computation must go through this method: the hooks that gather a module's parameters expect a
         complete forward pass.
         """
         with self._gathering(positions):
             # Position ids are the model's own: RoBERTa's start at pad + 1.
-            logits = self.mlm(input_ids=input_ids, attention_mask=attention_mask).logits
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if segment_starts is not None:
+                inputs["token_type_ids"] = token_types(input_ids, attention_mask, segment_starts)
+            output = self.mlm(**inputs)
+            # The first two outputs of all ...ForPreTraining classes; the names differ.
+            logits, pair_logits = output[:2] if self.has_pair_head else (output.logits, None)
             if labels is None:
-                return logits
+                return logits if segment_starts is None else (logits, pair_logits)
             losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
             if self.observer is not None and self._hidden is not None and losses.requires_grad:
                 self.observer(self._hidden, losses)
-            return losses
+            return losses if segment_starts is None else (losses, pair_logits)
 
     @contextmanager
     def head_alone(self) -> Iterator[None]:
@@ -127,10 +140,40 @@ def names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
-def _build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The architecture's masked language model with random weights. Raises ConfigError if it has none."""
+def token_types(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, segment_starts: torch.Tensor
+) -> torch.Tensor:
+    """1 in the second segment with its [SEP], 0 elsewhere, also on padding: int64 [B, L], as tokenizers number them."""
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    second = places >= segment_starts[:, None]
+    return (second if attention_mask is None else second & attention_mask).long()
+
+
+def ask_for_pair_head(config: PreTrainedConfig) -> None:
+    """Have `build` add a pooler and a binary head. Stored in config.json, so that a checkpoint's model has them too.
+
+    Raises ConfigError if the architecture has none.
+    """
+    if (name := PAIR_CLASSES.get(config.model_type)) is None:
+        raise ConfigError(f"objectives: {config.model_type} of transformers has no binary head for sentence pairs")
+    config.architectures = [name]
+
+
+def asks_for_pair_head(config: PreTrainedConfig) -> bool:
+    """Whether the model of this configuration has a pooler and a binary head."""
+    return (config.architectures or [None])[0] == PAIR_CLASSES.get(config.model_type, "")
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes the model of this configuration."""
+    return AutoModelForPreTraining if asks_for_pair_head(config) else AutoModelForMaskedLM
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture's masked language model with random weights, with a head for pairs if the configuration asks for
+    one. Raises ConfigError if transformers cannot build it."""
     try:
-        model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     # Whatever the class raises for values that contradict each other: sizes, activations, attention.
     except Exception as error:
         raise ConfigError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from maskvr_ds.config import ConfigError
@@ -27,10 +27,11 @@ from maskvr_ds.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
-# Parts of names of tensors that masked-LM training ignores: pooler, next-sentence and sentence-order heads, a buffer of
-# old versions, heads of replaced-token detection.
+# Parts of names of tensors: pooler, next-sentence and sentence-order heads.
+_OF_PAIRS = ("pooler.", "seq_relationship.", "sop_classifier.")
 _RTD = ("mask_predictions.", "discriminator_predictions.")
-_UNUSED = ("pooler.", "seq_relationship.", "sop_classifier.", "position_ids", *_RTD)
+# Of tensors that masked-LM training ignores: those, a buffer of old versions, heads of replaced-token detection.
+_UNUSED = (*_OF_PAIRS, "position_ids", *_RTD)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_NAMES = ("F64", "F32", "BF16", "F16")
 
@@ -62,19 +63,24 @@ def _read(module: PreTrainedModel, initial: InitialWeights) -> list[str]:
     # Tied parameters appear once.
     parameters, names = dict(module.named_parameters()), names_of_parameters(module)
     prefix = f"{module.base_model_prefix}."
-    head = {name for name, p in parameters.items() if not any(n.startswith(prefix) for n in names[p])}
+    pairs = {name for name in parameters if any(part in name for part in _OF_PAIRS)}
+    head = {name for name, p in parameters.items() if not any(n.startswith(prefix) for n in names[p])} - pairs
     missing = {name for name, p in parameters.items() if all(n in info["missing_keys"] for n in names[p])}
     unexpected = sorted(info["unexpected_keys"])
     new_head = bool(initial.new_head or (initial.new_head is None and head and head <= missing))
+    new_pairs = set() if initial.new_head is False else _absent_layers(pairs, missing)
+    missing -= new_pairs
     _check_shapes(folder, info["mismatched_keys"], head if new_head else set())
     _check_names(module, folder, missing - (head if new_head else set()), unexpected, other_head=new_head)
-    new = head if new_head else set()
+    new = new_pairs | (head if new_head else set())
     for name, tensor in loaded.named_parameters():
         if name in parameters and name not in new:
             if not tensor.isfinite().all():
                 raise ConfigError(f"{folder}: {name} has non-finite values; the model is damaged")
             parameters[name].copy_(tensor)
     lines = _summary(initial, files, parameters, new, head <= missing, unexpected)
+    if new_pairs:
+        lines.append(f"of the head for sentence pairs the folder lacks {few(sorted(new_pairs))}: random weights")
     # Of the stored names: some classes of transformers are silent about tensors that they do not use.
     if any(name.startswith(_RTD) for name in stored):
         lines.append(
@@ -84,13 +90,19 @@ def _read(module: PreTrainedModel, initial: InitialWeights) -> list[str]:
     return lines
 
 
+def _absent_layers(names: set[str], missing: set[str]) -> set[str]:
+    """The missing names whose layers are missing completely: a weight without its bias is damage."""
+    damaged = {name.rpartition(".")[0] for name in names - missing}
+    return {name for name in names & missing if name.rpartition(".")[0] not in damaged}
+
+
 def _load(module: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A second model with the folder's weights, and what transformers found: missing, unexpected, mismatched keys."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # everything it would warn about is checked here
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForMaskedLM.from_pretrained(
+        return type(module).from_pretrained(
             folder,
             config=copy.deepcopy(module.config),
             dtype=torch.float32,
@@ -186,7 +198,7 @@ def _summary(
         f"weights of {where}: {len(parameters) - len(new)} tensors, {count:,} parameters, SHA-256 "
         f"{initial.sha256[:12]}" + (f"; unused: {few(unexpected)}" if unexpected else "")
     ]
-    if new:
+    if new := {name for name in new if not any(part in name for part in _OF_PAIRS)}:
         size = sum(parameters[name].numel() for name in new)
         why = "the folder has none" if headless else "model.new_head is true"
         lines.append(f"the prediction head starts with random weights ({len(new)} tensors, {size:,} parameters): {why}")

@@ -46,6 +46,7 @@ class StepRecord:
     loss_sum: float64 [1], all-reduced: Σ w ℓ over the global batch, in nats.
     grad_norm: global norm before clipping; float or scalar tensor.
     trust_ratios: float32 [T]; None if the optimizer has none.
+    pair_loss: float64 [1], mean loss of the sentence pairs in nats; None if none are trained.
     update_rms: float32 [T], StableAdamW's; None if the optimizer has none.
     proposal: metrics of the mask proposal network; None without one.
     """
@@ -61,6 +62,7 @@ class StepRecord:
     trust_ratios: DeferredTensor | None = None
     update_rms: DeferredTensor | None = None
     proposal: DeferredFigures | None = None
+    pair_loss: DeferredTensor | None = None
 
     def resolve(self) -> dict[str, Any]:
         """The step's line of metrics.jsonl; waits for the pending values."""
@@ -72,6 +74,7 @@ class StepRecord:
             "samples": self.samples,
             "tokens": self.tokens,
             "loss": self.loss_sum.values()[0] / max(predictions, 1),
+            **({} if self.pair_loss is None else {"pair_loss": self.pair_loss.values()[0]}),
             "lr": self.lr,
             "grad_norm": norm,
             "predictions": predictions,

@@ -3,8 +3,11 @@
 Loss, perplexity and masked accuracy, over all predictions and by what the model saw at the position: [MASK], the token
 itself, or a random one (80/10/10). A loss over all three rewards copying what is there.
 
-Collective: one all-reduce of float64 [11] (Σ ℓ and predictions; Σ ℓ, hits and predictions of each kind) over the world
-group per evaluation.
+For a model with a head for sentence pairs, on a corpus of pairs, also loss and accuracy of that head, from the same
+forward passes: it sees masked rows, as in training.
+
+Collective: one all-reduce of float64 [14] (Σ ℓ and predictions; Σ ℓ, hits and predictions of each kind, and of the
+sentence pairs) over the world group per evaluation.
 """
 
 import math
@@ -22,7 +25,7 @@ from maskvr_ds.data.loader import read_rows, to_device
 from maskvr_ds.data.vocabulary import unigram_entropy
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.models.compiled import uncompiled
-from maskvr_ds.models.losses import losses_and_hits
+from maskvr_ds.models.losses import losses_and_hits, pair_losses
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.references import HELD_OUT_SEED, held_out_rows
 
@@ -64,17 +67,22 @@ class HeldOut:
         self._device = device
         self.masker = held_out_masker(corpus, device)
 
-    def _batches(self) -> Iterator[MaskedBatch]:
+    def _batches(self, pairs: bool = False) -> Iterator[MaskedBatch]:
         for start in range(0, self._passes * self._micro_size, self._micro_size):
             rows = self._mine[start : start + self._micro_size]
             if len(rows):
-                yield self.masker(self._read(rows))
+                yield self.masker(self._read(rows, pairs))
             else:
-                masked = self.masker(self._read(self._filler))
-                yield replace(masked, weights=torch.zeros_like(masked.weights))
+                masked = self.masker(self._read(self._filler, pairs))
+                labels = masked.pair_labels
+                yield replace(
+                    masked,
+                    weights=torch.zeros_like(masked.weights),
+                    pair_labels=None if labels is None else torch.full_like(labels, -1),
+                )
 
-    def _read(self, rows: np.ndarray) -> TokenBatch:
-        return to_device(read_rows(self._corpus, rows, np.zeros_like(rows)), self._device)
+    def _read(self, rows: np.ndarray, pairs: bool) -> TokenBatch:
+        return to_device(read_rows(self._corpus, rows, np.zeros_like(rows), pairs=pairs), self._device)
 
     @cached_property
     def unigram_entropy(self) -> float:
@@ -85,25 +93,33 @@ class HeldOut:
     def figures(self, module: nn.Module) -> dict[str, float]:
         """Keys of metrics.jsonl, except on ranks other than 0 `held_out_unigram_entropy`: `held_out_loss` in nats per
         masked token, `held_out_perplexity`, `held_out_accuracy`, and loss and accuracy of each of KINDS (NaN if no
-        prediction is of that kind). The same on all ranks. Collective: call on all ranks."""
+        prediction is of that kind); with sentence pairs `held_out_pair_loss`, `held_out_pair_accuracy`. The same on all
+        ranks. Collective: call on all ranks."""
         training = module.training
         module.eval()
+        pairs = getattr(module, "has_pair_head", False) and "pair_label" in self._corpus.manifest.columns
+        of_pairs = torch.zeros(3, dtype=torch.float64, device=self._device)
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
         by_kind = torch.zeros((len(KINDS), 3), dtype=torch.float64, device=self._device)
-        for masked in self._batches():
+        for masked in self._batches(pairs):
             with uncompiled(module):
-                losses, hits = losses_and_hits(module, masked)
+                losses, hits, pair_logits = losses_and_hits(module, masked)
+            if pair_logits is not None:
+                of_pairs += _of_pairs(pair_logits, masked)
             total[0] += (losses * masked.weights).sum()
             total[1] += (masked.weights != 0).sum()
             for number, chosen in enumerate(self._of_kinds(masked)):
                 loss = torch.where(chosen, losses, 0.0).double().sum()
                 by_kind[number] += torch.stack([loss, (hits & chosen).sum().double(), chosen.sum().double()])
         module.train(training)
-        loss_sum, predictions, *rest = distributed.all_reduce_sum(torch.cat([total, by_kind.flatten()])).tolist()
+        sums = distributed.all_reduce_sum(torch.cat([total, by_kind.flatten(), of_pairs])).tolist()
+        loss_sum, predictions, *rest = sums[:-3]
         figures = _of_kind("", loss_sum, sum(rest[1::3]), predictions)
         figures["held_out_perplexity"] = _exp(figures["held_out_loss"])
         for number, kind in enumerate(KINDS):
             figures |= _of_kind(f"_{kind}", *rest[3 * number : 3 * number + 3])
+        if pairs:
+            figures["held_out_pair_loss"], figures["held_out_pair_accuracy"] = sums[-3] / sums[-1], sums[-2] / sums[-1]
         if distributed.rank() == 0:
             figures["held_out_unigram_entropy"] = self.unigram_entropy
         return figures
@@ -116,6 +132,13 @@ class HeldOut:
         yield used & is_mask
         yield used & is_kept
         yield used & ~is_mask & ~is_kept
+
+
+def _of_pairs(logits: torch.Tensor, masked: MaskedBatch) -> torch.Tensor:
+    """Σ of the losses of the sentence pairs in nats, number of right ones and of all: float64 [3]."""
+    assert masked.pair_labels is not None
+    loss, counted = pair_losses(logits, masked).double().sum(), masked.pair_labels >= 0
+    return torch.stack([loss, (logits.argmax(-1) == masked.pair_labels).sum().double(), counted.sum().double()])
 
 
 def _of_kind(suffix: str, loss: float, hits: float, predictions: float) -> dict[str, float]:

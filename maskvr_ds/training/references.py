@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, run_deepspeed_config
+from maskvr_ds.config import ConfigError, RunConfig, run_deepspeed_config
 from maskvr_ds.data.mixture import Mixture, open_mixture
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
@@ -36,7 +36,7 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
     with _collected(faults):
         run_deepspeed_config(config)
     with _collected(faults):
-        _check_architecture(config.model)
+        _check_architecture(config)
     for where, phase in _phases(config):
         with _collected(faults, where):
             phase.accumulation_steps(ranks or 1)
@@ -77,14 +77,15 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(faults)), list(remarks)
 
 
-def _check_architecture(model: ModelConfig) -> None:
+def _check_architecture(config: RunConfig) -> None:
     """Raise ConfigError if transformers refuses the section. BERT's own fields are checked without it; a login node may
     not have it, and the ranks check again."""
+    model, pair_head = config.model, config.pair_objective is not None
     if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
         return
     from maskvr_ds.models.architectures import check_settings
 
-    check_settings(model)
+    check_settings(model, pair_head=pair_head)
 
 
 def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -116,6 +117,7 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
         )
     check_masking(config, corpus)
     for one in corpus.corpora if isinstance(corpus, Mixture) else (corpus,):
+        check_objectives(config, one)
         check_maskable(one, range(one.rows), "training", "build it with a tokenizer that fits the text")
     return corpus, _open_held_out(config, corpus, open_files)
 
@@ -149,11 +151,34 @@ def _open_held_out(config: RunConfig, corpus: Corpus, open_files: OpenFiles) -> 
     for key in ("tokenizer_sha256", "vocab_size", "special_tokens", "sequence_length"):
         if (theirs := getattr(held_out.manifest, key)) != (ours := getattr(corpus.manifest, key)):
             raise ConfigError(f"{paths[0]}: {key} {theirs} differs from the training corpus' {ours}")
+    if (pair := config.pair_objective) is not None and "pair_label" not in held_out.manifest.columns:
+        raise ConfigError(
+            f"{paths[0]}: objectives.{pair} is set, and this held-out corpus has no pair labels; set "
+            f"data.held_out_path to one packed with {pair}, or evaluation.every_steps=0"
+        )
     rows = held_out_rows(held_out, config.evaluation.rows)
     more = "raise evaluation.rows, " if len(rows) < held_out.rows else ""
     remedy = f"{more}set data.held_out_path to another corpus, or set evaluation.every_steps=0"
     check_maskable(held_out, rows, "evaluation", remedy)
     return held_out
+
+
+def check_objectives(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError if the corpus has labels of sentence pairs that no objective uses, or none for an objective."""
+    packing, pair = corpus.manifest.packing, config.pair_objective
+    labelled = "pair_label" in corpus.manifest.columns
+    if pair is not None and (not labelled or packing != pair):
+        found = f"has the pairs of {packing}" if labelled else "has no pair labels"
+        remedy = f"set objectives to [mlm, {packing}]" if labelled else "set objectives to [mlm]"
+        raise ConfigError(
+            f"{corpus.folder}: objectives.{pair} is set, and the corpus {found} (packing {packing}); pack it with "
+            f"--packing {pair}, or {remedy}"
+        )
+    if labelled and config.objectives is None:
+        raise ConfigError(
+            f"{corpus.folder}: has labels of sentence pairs (packing {packing}), and no objective is set for them; set "
+            f"objectives to [mlm, {packing}] to train on them, or to [mlm] for masked tokens only"
+        )
 
 
 def held_out_rows(held_out: Corpus, most: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig, dump_config
+from maskvr_ds.config import ConfigError, Objectives, RunConfig, dump_config
 from maskvr_ds.config.masking import MAPNET_MAY_CHANGE
 from maskvr_ds.data.mixture import corpora_identity, members
 from maskvr_ds.models.initial_folder import InitialWeights
@@ -124,6 +124,7 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "masking": config.masking.identity(),
+        "objectives": (config.objectives or Objectives()).model_dump(exclude_none=True),
         # Moments, decay and clipping come from the checkpoint: a change would be ignored, or be another optimizer. The
         # kernels may change: results are equal up to rounding.
         "optimizer": config.optimizer.model_dump(exclude={"lr", "fused"}),

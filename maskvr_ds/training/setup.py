@@ -91,8 +91,10 @@ def setup_phase(
         distributed.run_on_rank0(lambda: check_vocabulary(initial, corpus))
     make_run_folder(run.output_dir, fence)
 
-    manifest = corpus.manifest
-    encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, point.table_rows))
+    manifest, pairs = corpus.manifest, config.pair_objective is not None
+    encoder = distributed.run_collectively(
+        lambda: encoder_config(config.model, corpus, point.table_rows, pair_head=pairs)
+    )
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
@@ -134,7 +136,7 @@ def setup_phase(
         loader=loader,
         chooser=chooser,
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
-        probe=masker(next(_probe_rows(held_out or corpus).batches())),
+        probe=masker(next(_probe_rows(held_out or corpus, pairs).batches())),
         state=state,
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
@@ -143,9 +145,12 @@ def setup_phase(
     )
 
 
-def encoder_config(model: ModelConfig, corpus: Corpus, table_rows: int | None) -> PreTrainedConfig:
+def encoder_config(
+    model: ModelConfig, corpus: Corpus, table_rows: int | None, *, pair_head: bool = False
+) -> PreTrainedConfig:
     """The configuration of transformers for the corpus' vocabulary. table_rows: of the embedding table, if weights
-    exist. Raises ConfigError if transformers refuses it or the table is too small."""
+    exist. pair_head: see `transformers_config`. Raises ConfigError if transformers refuses it or the table is too
+    small."""
     manifest, special = corpus.manifest, corpus.manifest.special_tokens
     rows = table_rows or model.settings.get("vocab_size", manifest.vocab_size)
     if rows < manifest.vocab_size:
@@ -155,7 +160,7 @@ def encoder_config(model: ModelConfig, corpus: Corpus, table_rows: int | None) -
         )
     token_ids = {"bos_token_id": special.cls, "cls_token_id": special.cls, "mask_token_id": special.mask}
     token_ids |= {"eos_token_id": special.sep, "sep_token_id": special.sep}
-    return transformers_config(model, vocab_size=rows, pad_id=special.pad, token_ids=token_ids)
+    return transformers_config(model, vocab_size=rows, pad_id=special.pad, token_ids=token_ids, pair_head=pair_head)
 
 
 def _make_engine(
@@ -225,6 +230,7 @@ def _make_loader(phase: RunPhase, corpus: Corpus) -> Loader:
         device=distributed.device(),
         prefetch=config.data.prefetch,
         copies=sequence_copies(config.masking, corpus),
+        pairs=config.pair_objective is not None,
     )
 
 
@@ -239,8 +245,9 @@ def _make_evaluation(phase: RunPhase, held_out: Corpus) -> HeldOut:
     )
 
 
-def _probe_rows(corpus: Corpus) -> Loader:
-    return Loader(corpus, seed=0, global_size=min(_PROBE_ROWS, corpus.rows), device=distributed.device())
+def _probe_rows(corpus: Corpus, pairs: bool) -> Loader:
+    size = min(_PROBE_ROWS, corpus.rows)
+    return Loader(corpus, seed=0, global_size=size, device=distributed.device(), pairs=pairs)
 
 
 def _make_guard(phase: RunPhase, state: CheckpointState, rollbacks: list[dict[str, Any]]) -> Guard:

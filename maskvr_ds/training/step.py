@@ -1,7 +1,8 @@
 """One optimizer step: masks, micro-batches, reductions, update.
 
 Collectives, over the world group: one all-reduce of int64 [6] (digests, predictions, skipped rows, ranks asked to
-stop, ranks writing a checkpoint) before the first backward pass, one of float64 [1] (loss) after the last; DeepSpeed's
+stop, ranks writing a checkpoint) before the first backward pass, one of float64 [1] (loss; [2] with the loss of
+sentence pairs) after the last; DeepSpeed's
 gradient reduction; LAMB's norms; MAPNet's, if it proposes the masks (masking/proposer.py).
 """
 
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 
+from maskvr_ds.config import Objectives
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.engine.engine import replicated_grad_norm, step_and_norm
 from maskvr_ds.masking.masker import Masker, data_digest, mask_digest
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.models.losses import weighted_loss
+from maskvr_ds.models.losses import objective_losses
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.runtime import distributed
 
@@ -28,7 +30,8 @@ class StepResult:
 
     counters: int64 [4]: data_digest, mask_digest, predictions, rows without predictions. stop_requests: int64 [1],
     ranks that were asked to stop. writing_ranks: int64 [1], ranks writing a checkpoint. loss_sum: float64 [1],
-    Σ w ℓ. grad_norm: L2 norm of the gradients before clipping.
+    Σ w ℓ. grad_norm: L2 norm of the gradients before clipping. pair_loss: float64 [1], mean cross-entropy of the
+    sentence pairs in nats; None if none are trained.
     """
 
     counters: torch.Tensor
@@ -36,6 +39,7 @@ class StepResult:
     writing_ranks: torch.Tensor
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor | float
+    pair_loss: torch.Tensor | None = None
 
 
 def run_step(
@@ -45,6 +49,7 @@ def run_step(
     micro_size: int,
     proposer: Proposer | None = None,
     *,
+    objectives: Objectives | None = None,
     guard: Guard | None = None,
     stop: bool = False,
     writing: bool = False,
@@ -52,8 +57,9 @@ def run_step(
     """One optimizer step on this rank's share of the global batch. Collective: call on all ranks.
 
     Only the guard makes the host wait for the device, once, for loss and gradient norm; except for ZeRO 1 in bf16,
-    DeepSpeed's own step waits, too, for its overflow check. stop: whether this rank was asked to stop. writing: whether
-    it is writing a checkpoint.
+    DeepSpeed's own step waits, too, for its overflow check. objectives: weights in the loss; None: masked tokens only.
+    A batch that has pairs needs the weight of their objective. stop: whether this rank was asked to stop. writing:
+    whether it is writing a checkpoint.
     """
     # Masks of the proposal network take memory: one micro-batch at a time.
     parts = list(batch.split(micro_size if proposer is not None else _rows_at_once(batch, micro_size)))
@@ -72,26 +78,38 @@ def run_step(
     masked_batches = [micro for masked in masked_parts for micro in masked.split(micro_size)]
     # DeepSpeed averages over micro-batches and ranks; this turns its mean of sums into Σ w ℓ / Σ k over the global
     # batch, however the predictions are spread over micro-batches and ranks.
-    scale = len(micro_batches) * distributed.world_size() / counters[2].clamp(min=1).double()
-    loss_sum = torch.zeros(1, dtype=torch.float64, device=counters.device)
+    weights = objectives or Objectives()
+    passes = len(micro_batches) * distributed.world_size()
+    scale = weights.mlm * passes / counters[2].clamp(min=1).double()
+    # Every row is a pair, and every rank has the same number of rows.
+    pairs = len(batch.sample_ids) * distributed.world_size()
+    pair_scale = weights.pair_weight * passes / pairs
+    loss_sum = torch.zeros(1 if batch.pair_labels is None else 2, dtype=torch.float64, device=counters.device)
     for number, (micro, masked) in enumerate(zip(micro_batches, masked_batches, strict=True), 1):
-        loss = weighted_loss(engine, masked)
-        engine.backward(loss * scale.float())
-        loss_sum += loss.detach()
+        loss, pair_loss = objective_losses(engine, masked)
+        total = loss * scale.float()
+        engine.backward(total if pair_loss is None else total + pair_loss * pair_scale)
+        loss_sum += loss.detach() if pair_loss is None else torch.stack([loss.detach(), pair_loss.detach()])
         if proposer is not None:
             proposer.observe(micro, masker.maskable(micro), masked)
         if number < len(masked_batches):
             engine.step()
     distributed.all_reduce_sum(loss_sum)
+    mean_pair_loss = loss_sum[1:] / pairs if len(loss_sum) == 2 else None
+    loss_sum = loss_sum[:1]
     norm = replicated_grad_norm(engine)
     if guard is not None and guard.enabled:
-        guard.before_update((loss_sum / counters[2].clamp(min=1)).squeeze(), norm)
+        mean = loss_sum / counters[2].clamp(min=1)
+        if mean_pair_loss is not None:
+            mean = weights.mlm * mean + weights.pair_weight * mean_pair_loss
+        guard.before_update(mean.squeeze(), norm)
     return StepResult(
         counters=counters[:4],
         stop_requests=counters[4:5],
         writing_ranks=counters[5:],
         loss_sum=loss_sum,
         grad_norm=step_and_norm(engine, norm),
+        pair_loss=mean_pair_loss,
     )
 
 

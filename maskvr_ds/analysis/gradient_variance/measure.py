@@ -115,9 +115,11 @@ class Measurement:
         self.state = distributed.run_collectively(lambda: checkpoints.read_state(self.folder))
         corpus = distributed.run_collectively(lambda: self._open(Path(arguments.corpus)))
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
-        self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device)
         mlm = distributed.run_collectively(lambda: load_model(self.folder))
         self.model = MaskedLanguageModel(mlm)
+        # For token types; the gradient measured is that of the masked tokens.
+        pairs = self.model.has_pair_head and "pair_label" in corpus.manifest.columns
+        self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device, pairs)
         distributed.run_collectively(lambda: check_length(self.model, corpus.sequence_length))
         self.sketcher = Sketcher(self.model.to(device), size=arguments.sketch_size, seed=self._key(_SKETCH))
         # Rate and corruption are those that the run was trained with.

@@ -29,13 +29,15 @@ APART = 1021
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows on which all strategies are measured. rows: int64 [N], row numbers. seed: of the measurement."""
+    """The rows on which all strategies are measured. rows: int64 [N], row numbers. seed: of the measurement. pairs:
+    whether the model takes token types."""
 
     corpus: Corpus
     rows: np.ndarray
     seed: int
     micro_size: int
     device: torch.device
+    pairs: bool = False
 
     def mine(self) -> range:
         """This rank's share of 0 … N − 1."""
@@ -44,7 +46,7 @@ class Sample:
     def repeated(self, number: int, epochs: np.ndarray) -> TokenBatch:
         """A batch of copies of row `number`, one for each of `epochs` int64 [·]."""
         rows = np.full_like(epochs, self.rows[number])
-        return to_device(read_rows(self.corpus, rows, epochs), self.device)
+        return to_device(read_rows(self.corpus, rows, epochs, pairs=self.pairs), self.device)
 
     def segments(self, masker: Masker, number: int) -> int:
         """S: number of segments of row `number` for fully_explored."""
