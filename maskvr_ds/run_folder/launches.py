@@ -60,10 +60,16 @@ def read_launches(run: Path) -> list[dict[str, Any]]:
 
 
 def command(argv: list[str]) -> str | None:
-    """`maskvr train …` with the options of a rank; None if the process is another program that trains."""
+    """`maskvr train …` with the options of a rank; None if the process is another program that trains.
+
+    Without the options that launchers add: the number of the rank, and the token of the job.
+    """
     if Path(argv[0]).name not in _PROGRAMS:
         return None
     words = [word for word in argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]
+    if "--launch" in words:
+        at = words.index("--launch")
+        del words[at : at + 2]
     return shlex.join(["maskvr", "train", *(words[1:] if words[:1] == ["train"] else words)])
 
 

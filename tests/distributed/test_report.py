@@ -43,7 +43,7 @@ def test_epochs_are_the_same_steps_on_any_number_of_ranks(folder: Path) -> None:
         pytest.approx(step * SIZE / ROWS) for step in range(1, STEPS + 1)
     ]
     for name in ("one", "two"):
-        assert load_config(folder / name / CONFIG).training.model_dump(exclude_none=True) == {"steps": STEPS}
+        assert load_config(folder / name / CONFIG).training.model_dump(exclude_defaults=True) == {"steps": STEPS}
 
 
 def test_lines_before_the_first_step(folder: Path) -> None:
