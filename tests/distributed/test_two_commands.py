@@ -25,7 +25,9 @@ APART = 0.4
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Contents by path; of the model card only that there is one, since it names the folder."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: b"" if name == "README.md" else content for name, content in found.items()}
 
 
 def hesitate() -> None:
