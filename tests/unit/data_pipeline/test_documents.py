@@ -162,14 +162,14 @@ def test_names_and_order_do_not_depend_on_the_arguments(tmp_path: Path) -> None:
 
 def test_faulty_inputs(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["text"])
-    (tmp_path / "b.md").write_text("text")
+    (tmp_path / "b.rst").write_text("text")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError, match="listed twice"):
         find_sources([path, tmp_path / "empty/../a.txt"])
     with pytest.raises(CorpusError, match="listed twice"):
         find_sources([tmp_path, path])
-    with pytest.raises(CorpusError, match=r"b\.md: unknown file type"):
-        find_sources([tmp_path / "b.md"])
+    with pytest.raises(CorpusError, match=r"b\.rst: unknown file type"):
+        find_sources([tmp_path / "b.rst"])
     with pytest.raises(CorpusError, match="no such file"):
         find_sources([tmp_path / "*.jsonl"])
     with pytest.raises(CorpusError, match="the corpus is empty"):
