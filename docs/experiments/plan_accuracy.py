@@ -4,7 +4,7 @@
     python docs/experiments/plan_accuracy.py --judge --output docs/results/plan/cpu_judged.json
 
 Each case is trained in processes of its own, one thread each. Memory: the largest resident set during three steps, less
-that of the process when everything was imported. malloc is told to map blocks one by one, so that the resident set is
+that of the process when everything was imported. malloc maps every block separately, so that the resident set is
 what is allocated. Seconds: least CPU time of a step after the first, so that other programs matter little; cases in
 fp32 on one rank. Times are predicted without calibration, and calibrated on the first two cases.
 """

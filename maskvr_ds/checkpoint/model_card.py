@@ -32,7 +32,7 @@ def model_card(
     """The text of README.md.
 
     name: title. folder: of the checkpoint, in its run or alone. config: of the model. parameters: their number.
-    license: a hub's identifier, such as apache-2.0; None: the field is left out and the card says so.
+    license: a hub's identifier, such as apache-2.0; None: the card has no such field, and says so.
     """
     run = folder.parent.parent if folder.parent.name == CHECKPOINTS else None
     lines = [line for line in read_lines(run / METRICS) if line["step"] <= state.step] if run else []

@@ -1,6 +1,6 @@
 """Memory of a GPU, from sizes, ZeRO stage and micro-batch. Loads no torch.
 
-Every moment of a step at which memory can be largest is added up by itself: forward and backward passes, the reduction
+Every moment of a step at which memory can be largest is added up separately: forward and backward passes, the reduction
 of gradients, the update. The peak is that of the largest moment. docs/explanation/planning.md derives the terms.
 """
 

@@ -27,8 +27,8 @@ HELD_OUT_SEED = 0
 
 
 def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
-    """What ends a run later although every value is valid by itself: the DeepSpeed file, what transformers says of the
-    model's settings, and batches of the phases.
+    """Faults that would end a run later although every value is valid: the DeepSpeed file, what transformers says of
+    the model's settings, and batches of the phases.
 
     ranks: of the run; None: not known, so that only the sequences of one rank are counted.
     """

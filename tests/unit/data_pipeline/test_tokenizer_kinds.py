@@ -102,7 +102,7 @@ def test_folders_of_the_first_releases(folders: Folders, model_type: str, tmp_pa
     copy_tokenizer(folder, tmp_path / "copy")
     encoder = Encoder(tmp_path / "copy")
     assert encoder.special_tokens == expected
-    # The copy has no config.json, and is read alike.
+    # The copy has no config.json, and is read in the same way.
     for where in (folder, tmp_path / "copy"):
         theirs = AutoTokenizer.from_pretrained(where)
         assert (theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id) == (
@@ -216,7 +216,7 @@ def test_words_of_masks_are_those_of_the_text(folders: Folders, kind: str, text:
 @settings(max_examples=40, deadline=None)
 @given(text=PROSE)
 def test_sentence_and_word_columns(folders: Folders, kind: str, text: str) -> None:
-    """A sentence starts with the first token that has a character of it, or the space before it by itself; words are
+    """A sentence starts with the first token that has a character of it, or the space before it alone; words are
     those of the pre-tokenizer."""
     _, encoder, _ = folders[kind]
     cuts = sentence_starts(text, "punctuation", "")

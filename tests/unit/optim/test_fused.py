@@ -53,7 +53,7 @@ def test_equals_the_reference(name: str) -> None:
 
 
 def test_missing_gradients_and_copies() -> None:
-    """Tensors that lag behind have steps of their own; a copied optimizer goes on in the same way."""
+    """Tensors that lag behind have steps of their own; a copied optimizer stays fused."""
     pairs = [(weights, Lamb(groups_of(weights), 0.01, fused=is_fused)) for is_fused in (False, True)
              for weights in (weights_of(3),)]  # fmt: skip
     random = np.random.default_rng(4)
