@@ -14,8 +14,8 @@ from pathlib import Path
 
 from data_pipeline.files import CorpusError
 
-TOKENIZER_FILES = (
-    "config.json",
+# What a fast tokenizer's folder consists of, besides SentencePiece models.
+FAST_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -23,8 +23,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "*.model",
 )
+TOKENIZER_FILES = ("config.json", *FAST_TOKENIZER_FILES, "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 _NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError, atomic_folder, sha256_file
+from data_pipeline.hub import FAST_TOKENIZER_FILES
 from data_pipeline.shards import id_dtype
 from data_pipeline.tokenization.bert_folder import check_agreement, convert_vocabulary, read_json
 from data_pipeline.tokenization.classes import check_class, class_name, tokenizer_class
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _logger = logging.getLogger(__name__)
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 class Encoder:
@@ -204,7 +196,7 @@ def _files(folder: Path) -> list[Path]:
     """The files that define the tokenizer of a folder, sorted by name. Raises CorpusError if there is no folder."""
     if not folder.is_dir():
         raise CorpusError(f"{folder}: no such folder. --tokenizer must be a Hugging Face tokenizer folder")
-    found = sorted(path for path in folder.iterdir() if path.name in _FILES or path.suffix == ".model")
+    found = sorted(path for path in folder.iterdir() if path.name in FAST_TOKENIZER_FILES or path.suffix == ".model")
     if odd := [path for path in found if not path.is_file()]:
         raise CorpusError(f"{odd[0]}: is no file (a folder, pipe, device or dead link). Restore it, or remove it")
     return found

@@ -59,6 +59,18 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def model_of(case: dict[str, Any]) -> ModelConfig:
+    dropout = case.get("dropout", 0.1)
+    return ModelConfig(
+        num_hidden_layers=case["layers"],
+        hidden_size=case["hidden"],
+        num_attention_heads=case["hidden"] // 64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        activation_checkpointing=case.get("checkpointing", False),
+    )
+
+
 def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train on this rank; bytes by which the resident set grew at most, seconds of CPU time of a step."""
     import torch
@@ -73,15 +85,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     distributed.initialize()
     length, micro, accumulation = case["length"], case["micro"], case.get("accumulation", 1)
-    dropout = case.get("dropout", 0.1)
-    model = ModelConfig(
-        num_hidden_layers=case["layers"],
-        hidden_size=case["hidden"],
-        num_attention_heads=case["hidden"] // 64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        activation_checkpointing=case.get("checkpointing", False),
-    )
+    model = model_of(case)
     count = predictions(length, 0.15)
     torch.ones(64, 64) @ torch.ones(64, 64)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
@@ -166,16 +170,9 @@ def in_processes(case: dict[str, Any], steps: int, environment: dict[str, str]) 
 
 def as_measurement(case: dict[str, Any], seconds: float, product_rate: float) -> Measurement:
     """The case for the model of maskvr_ds/planning."""
-    accumulation, dropout = case.get("accumulation", 1), case.get("dropout", 0.1)
-    model = ModelConfig(
-        num_hidden_layers=case["layers"],
-        hidden_size=case["hidden"],
-        num_attention_heads=case["hidden"] // 64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    accumulation, model = case.get("accumulation", 1), model_of(case)
+    again = model.activation_checkpointing
     length = case["length"]
-    again = case.get("checkpointing", False)
     return Measurement(
         path=json.dumps(case),
         device="cpu",

@@ -15,7 +15,6 @@ BOUNDS = {"zero0_fp32": 1e-6, "zero1_fp32": 1e-6, "zero2_fp32": 1e-6, "zero3_fp3
 def trained(names: list[str]) -> dict[str, Any]:
     """On a rank: for each configuration the weights and trust ratios of both kinds, or the error of an offload."""
     import deepspeed
-    import torch
 
     from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
     from maskvr_ds.config.deepspeed import read_deepspeed_config
@@ -24,6 +23,7 @@ def trained(names: list[str]) -> dict[str, Any]:
     from maskvr_ds.models.architectures import transformers_config
     from maskvr_ds.models.losses import weighted_loss
     from maskvr_ds.runtime import distributed
+    from tests.support.batches import random_masked
 
     distributed.initialize()
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": L}
@@ -31,13 +31,7 @@ def trained(names: list[str]) -> dict[str, Any]:
     bert = transformers_config(model, vocab_size=V, pad_id=0)
 
     def masked(number: int) -> MaskedBatch:
-        random = torch.Generator().manual_seed(1000 * distributed.rank() + number)
-        return MaskedBatch(
-            torch.randint(5, V, (B, L), generator=random),
-            torch.stack([torch.randperm(L, generator=random)[:K] for _ in range(B)]),
-            torch.randint(5, V, (B, K), generator=random),
-            torch.ones(B, K),
-        )
+        return random_masked(1000 * distributed.rank() + number, rows=B, length=L, predictions=K, vocabulary=V)
 
     def run(name: str, fused: bool) -> tuple[list[Any], Any]:
         engine = create_engine(

@@ -36,6 +36,7 @@ def trained(cases: list[tuple[str, int, float]]) -> list[tuple[Any, Any]]:
     from maskvr_ds.models.architectures import transformers_config
     from maskvr_ds.models.losses import weighted_loss
     from maskvr_ds.runtime import distributed
+    from tests.support.batches import random_masked
 
     distributed.initialize()
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": L}
@@ -43,13 +44,7 @@ def trained(cases: list[tuple[str, int, float]]) -> list[tuple[Any, Any]]:
     bert = transformers_config(model, vocab_size=V, pad_id=0)
 
     def masked(number: int) -> MaskedBatch:
-        random = torch.Generator().manual_seed(1000 * distributed.rank() + number)
-        return MaskedBatch(
-            torch.randint(5, V, (B, L), generator=random),
-            torch.stack([torch.randperm(L, generator=random)[:K] for _ in range(B)]),
-            torch.randint(5, V, (B, K), generator=random),
-            torch.ones(B, K),
-        )
+        return random_masked(1000 * distributed.rank() + number, rows=B, length=L, predictions=K, vocabulary=V)
 
     def run(name: str, accumulation: int, clipping: float) -> tuple[list[tuple[float, float]], list[Any]]:
         engine = engines.create_engine(

@@ -35,6 +35,18 @@ tensors = st.lists(
 SCALES = {"zero": 0.0, "small": 1e-4, "normal": 1.0, "large": 1e3, "intermittent": 1.0}
 
 
+def draw(random: np.random.Generator, shape: tuple[int, ...], kind: str, step: int = 0) -> torch.Tensor:
+    scale = 0.0 if kind == "intermittent" and step % 2 else SCALES[kind]
+    return torch.from_numpy(np.asarray(scale * random.standard_normal(shape), np.float32))
+
+
+def groups_by_decay(weights: list[nn.Parameter], decay: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"params": [w for w, d in zip(weights, decay, strict=True) if d == value], "weight_decay": value}
+        for value in (0.1, 0.0)
+    ]
+
+
 BING_BERT = Variant(bias_correction="none", min_ratio=0.01, max_ratio=0.3)
 OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     "paper": (lambda *args: Lamb(*args), reference_of.ReferenceLamb),
@@ -56,21 +68,14 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
 def test_equals_the_reference(name: str, tensors: Any, betas: tuple[float, float], eps: float, seed: int) -> None:
     random = np.random.default_rng(seed)
 
-    def draw(shape: tuple[int, ...], kind: str, step: int = 0) -> torch.Tensor:
-        scale = 0.0 if kind == "intermittent" and step % 2 else SCALES[kind]
-        return torch.from_numpy(np.asarray(scale * random.standard_normal(shape), np.float32))
-
-    weights = [nn.Parameter(draw(shape, kind)) for shape, kind, _, _ in tensors]
+    weights = [nn.Parameter(draw(random, shape, kind)) for shape, kind, _, _ in tensors]
     decay = [0.1 if decays else 0.0 for *_, decays in tensors]
-    groups = [
-        {"params": [w for w, d in zip(weights, decay, strict=True) if d == value], "weight_decay": value}
-        for value in (0.1, 0.0)
-    ]
+    groups = groups_by_decay(weights, decay)
     make, reference_class = OPTIMIZERS[name]
     optimizer = make(groups, 0.01, betas, eps)
     reference = reference_class([w.data for w in weights], decay, 0.01, betas, eps)
     for step in range(6):
-        gradients = [draw(shape, kind, step) for shape, _, kind, _ in tensors]
+        gradients = [draw(random, shape, kind, step) for shape, _, kind, _ in tensors]
         set_gradients(weights, [g.clone() for g in gradients])
         optimizer.step()
         reference.step(gradients)

@@ -12,7 +12,7 @@ from torch import nn
 
 from maskvr_ds.optim.stable_adamw import StableAdamW
 from tests.reference.adam import ReferenceStableAdamW
-from tests.unit.optim.test_lamb import SCALES, tensors
+from tests.unit.optim.test_lamb import draw, groups_by_decay, tensors
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -28,20 +28,13 @@ def test_equals_the_reference(
 ) -> None:
     random = np.random.default_rng(seed)
 
-    def draw(shape: tuple[int, ...], kind: str, step: int = 0) -> torch.Tensor:
-        scale = 0.0 if kind == "intermittent" and step % 2 else SCALES[kind]
-        return torch.from_numpy(np.asarray(scale * random.standard_normal(shape), np.float32))
-
-    weights = [nn.Parameter(draw(shape, kind)) for shape, kind, _, _ in tensors]
+    weights = [nn.Parameter(draw(random, shape, kind)) for shape, kind, _, _ in tensors]
     decay = [0.1 if decays else 0.0 for *_, decays in tensors]
-    groups = [
-        {"params": [w for w, d in zip(weights, decay, strict=True) if d == value], "weight_decay": value}
-        for value in (0.1, 0.0)
-    ]
+    groups = groups_by_decay(weights, decay)
     optimizer = StableAdamW(groups, 0.01, betas, eps)
     reference = ReferenceStableAdamW([w.data for w in weights], decay, 0.01, betas, eps)
     for step, spike in enumerate(spikes):
-        gradients = [draw(shape, kind, step) * spike for shape, _, kind, _ in tensors]
+        gradients = [draw(random, shape, kind, step) * spike for shape, _, kind, _ in tensors]
         for w, g in zip(weights, gradients, strict=True):
             w.grad = g.clone()
         optimizer.step()
