@@ -131,9 +131,13 @@ def _pass(
         mask = torch.ones((rows, length), dtype=torch.bool, device=device)
         mask[:, -1] = False
     positions = torch.zeros((rows, predictions), dtype=torch.int64, device=device)
+    labels = torch.full_like(positions, token)
+    # With token types the encoder has another graph.
+    segments = torch.ones(rows, dtype=torch.int64, device=device) if module.has_pair_head else None
     # Not module(...): DeepSpeed has hooks there. Not backward(): it would reduce gradients.
-    losses = module.forward(ids, positions, labels=torch.full_like(positions, token), attention_mask=mask)
-    torch.autograd.grad(losses.sum(), module.mlm.get_input_embeddings().weight)
+    found = module.forward(ids, positions, labels=labels, attention_mask=mask, segment_starts=segments)
+    total = found.sum() if segments is None else found[0].sum() + found[1].sum()
+    torch.autograd.grad(total, module.mlm.get_input_embeddings().weight)
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[object]:

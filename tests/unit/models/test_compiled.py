@@ -16,7 +16,7 @@ from maskvr_ds.config.training import Compile
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.models import compiled
 from maskvr_ds.models.architectures import transformers_config
-from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.encoder import MaskedLanguageModel, ask_for_pair_head
 from tests.support.architectures import INSTALLED, section
 
 B, L, K, V, PAD = 3, 24, 5, 60, 1
@@ -96,6 +96,24 @@ def test_training_step_is_that_of_the_model(architecture: str, how: Compile, req
             ids, positions, _ = batch(rows=1)
             torch.testing.assert_close(module(ids, positions), plain(ids, positions), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("how", ["layers", "model"])
+def test_sentence_pairs_are_warmed_up_too(how: Compile) -> None:
+    values = ModelConfig.model_validate(section("bert"))
+    config = transformers_config(values, vocab_size=V, pad_id=PAD)
+    ask_for_pair_head(config)
+    torch.manual_seed(0)
+    plain = MaskedLanguageModel(config)
+    module = MaskedLanguageModel(config)
+    module.load_state_dict(plain.state_dict())
+    compiled.compile_model(module, how)
+    compiled.warm_up(module, rows=B, length=L, predictions=K, padded=False)
+    ids, positions, labels = batch()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        ours, theirs = (each(ids, positions, labels, None, torch.full((B,), L // 2)) for each in (module, plain))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
 
 
 def test_graphs_do_not_grow_with_the_depth() -> None:
