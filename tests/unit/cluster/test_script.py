@@ -259,6 +259,8 @@ ASKED = "trap '' USR1; kill -USR1 $PPID; sleep 0.2; " + STOP
         ('echo \'{"job": "8", "token": "its"}\' >owner.json; exit 1', 0, 1, "", "or another job owns it"),
         # As an earlier start of the same job has left it.
         ('echo \'{"job": "7", "token": "its"}\' >owner.json; exit 1', 0, 1, "", "took ownership of the run"),
+        # Cancelled by the srun of an earlier start.
+        ("exit 143", 0, 0, "7", "terminated before they took ownership of the run"),
         (OURS + "echo 7 1 >slurm/attempt; exit 1", 0, 1, "", "started this job again elsewhere"),
     ],
 )

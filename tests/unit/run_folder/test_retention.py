@@ -98,7 +98,7 @@ def test_a_link_is_removed_and_what_it_leads_to_is_kept(tmp_path: Path, caplog: 
     assert steps(run) == [15, 20]
     assert names(run) == ["step-00000015", "step-00000020"]
     assert [checkpoints.faults(folder) for folder in sorted(archive.iterdir())] == [[], [], []]
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("fails", ["rename", "rmtree", "unlink"])
