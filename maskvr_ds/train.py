@@ -155,6 +155,7 @@ def train_phase(
                 guard=context.guard,
                 stop=stop is not None and stop.requested(here, fence.token),
                 writing=saver.writing,
+                verifying=context.verification.flags,
             )
             step += 1
             samples += phase.config.batch.global_size
@@ -163,7 +164,6 @@ def train_phase(
             context.log.add(epoch=context.loader.epochs((number + 1) * phase.config.batch.global_size))
             context.log.add(**context.guard.after_update(step, number, result.grad_norm, loss_scale=scale))
             context.guard.check(step, is_last=step == phase.last_step)
-
             stopping = stop is not None and stop.requested_on_any_rank(DeferredTensor(result.stop_requests))
             written = saver.all_written(DeferredTensor(result.writing_ranks))
             chooser = context.chooser if context.chooser and context.chooser.due(step, phase.last_step) else None
@@ -173,6 +173,7 @@ def train_phase(
             evaluate |= phase.config.checkpoint.keep_best and save and not stopping
             evaluation = context.evaluation if evaluate else None
             saver.check_replicas(step, saving=save)
+            context.verification.after_step(step, result.verifying_ranks)
             if not (evaluation or chooser or save or written):
                 continue
             with _paused(context, watchdog):
@@ -257,6 +258,7 @@ def _closing(context: PhaseContext, reader: Any, saver: Saver, watchdog: Watchdo
         # A checkpoint that is still being written is one to return to.
         watchdog.pause()
         saver.finish()
+    context.verification.cancel()
     context.log.close()
     reader.close()
     context.engine.destroy()

@@ -45,6 +45,7 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
+from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ _PROBE_ROWS = 2
 class PhaseContext:
     """State and components that the training loop of a phase uses.
 
-    chooser: chooses the masks if masking.strategy is auto. state: where the phase starts or continues. tokens_before:
+    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto.
+    state: where the phase starts or continues. tokens_before:
     tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
     """
 
@@ -72,6 +74,7 @@ class PhaseContext:
     rollbacks: list[dict[str, Any]]
     log: MetricsLog
     guard: Guard
+    verification: BackgroundVerification
 
 
 def setup_phase(
@@ -142,6 +145,7 @@ def setup_phase(
         rollbacks=rollbacks,
         log=log,
         guard=guard,
+        verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
     )
 
 
