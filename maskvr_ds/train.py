@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from maskvr_ds import hashing
+from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import RunConfig, add_run_options, load_config, run_deepspeed_config, with_local_model
 from maskvr_ds.data.keys import DROPOUT
 from maskvr_ds.engine.deepspeed_patches import free_memory
@@ -37,7 +38,7 @@ from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.length import remarks, with_steps
 from maskvr_ds.training.phases import RunPhase, plan
 from maskvr_ds.training.report import end_lines, start_lines
-from maskvr_ds.training.resume import ResumePoint, find_resume_point
+from maskvr_ds.training.resume import ResumePoint, find_resume_point, pass_by
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
 from maskvr_ds.training.run import write_run_status
 from maskvr_ds.training.saver import Saver, is_due
@@ -90,7 +91,7 @@ def train(
             point.step,
             last,
         )
-    trained = None
+    trained, first = None, point
     while remaining:
         try:
             saver = train_phase(config, remaining[0], deepspeed_config, point, fence, stop)
@@ -101,6 +102,10 @@ def train(
         except DivergedError as error:
             point = roll_back(remaining[0], error, point, fence)
             # If the phase has no intact checkpoint, the run may return to an earlier phase.
+            remaining = point.remaining_phases(phases)
+        except ContentError as error:
+            named = point is first and resume not in (None, "auto")
+            point = pass_by(config.output_dir, error, point, named=named)
             remaining = point.remaining_phases(phases)
         free_memory()
     distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, phases[-1].last_step, fence))

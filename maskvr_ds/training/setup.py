@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.sketch import check_sketchable
+from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
@@ -84,7 +85,7 @@ def setup_phase(
     ranks.
 
     point: at a checkpoint of this phase, at the last one of the previous phase, or at step 0. Raises ValueError (or a
-    subclass) on all ranks for faults that the user can correct.
+    subclass) on all ranks for faults that the user can correct, of these ContentError identically on all ranks.
     """
     config = phase.config
     corpus, held_out = open_and_verify(phase)
@@ -101,7 +102,11 @@ def setup_phase(
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
-        state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+        try:
+            state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+        except ContentError:
+            engine.destroy()  # another one may be made for an earlier checkpoint
+            raise
     proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
     if state.step < phase.last_step:

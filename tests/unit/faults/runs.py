@@ -131,8 +131,8 @@ FAULTS = [
         "a damaged shard that is found while training runs",
         f"{TRAIN} --set output_dir=new --set data.verify=background",
         "corpus/shard-00000.arrow: sha256 … expected, … found: the file was modified or damaged. Copy it again or "
-        "build the corpus again. Found at step …, in the background (data.verify: background): no checkpoint was saved since "
-        "this job started. …",
+        "build the corpus again. Found at step …, in the background (data.verify: background): no checkpoint was saved "
+        "since this job started. …",
         "the run ends before its first checkpoint",
         may_change=("new/",),
         own_process=True,
