@@ -36,7 +36,9 @@ SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediat
 def run(*words: str | Path) -> str:
     """Run a command; returns its output."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run([str(word) for word in words], env=environment, stdout=subprocess.PIPE, check=True).stdout.decode()
+    return subprocess.run(
+        [str(word) for word in words], env=environment, stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
 
 
 def pipeline(*words: str | Path) -> str:

@@ -35,8 +35,8 @@ class Pieces:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(
-                f"{path}: missing, needed for model.vocabulary; load the tokenizer with transformers' AutoTokenizer and "
-                "save it there with save_pretrained"
+                f"{path}: missing, needed for model.vocabulary; load the tokenizer with transformers' AutoTokenizer "
+                "and save it there with save_pretrained"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))

@@ -41,7 +41,9 @@ class RowSources:
         return len(self.bounds) - 1
 
     def __str__(self) -> str:
-        words = f"model.vocabulary {self.vocabulary}: {self.kept:,} tokens keep their embeddings, {self.averaged:,} start"
+        words = (
+            f"model.vocabulary {self.vocabulary}: {self.kept:,} tokens keep their embeddings, {self.averaged:,} start"
+        )
         return f"{words} from the mean of their pieces, {self.fresh:,} from random values"
 
 

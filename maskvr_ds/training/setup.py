@@ -95,9 +95,7 @@ def setup_phase(
     make_run_folder(run.output_dir, fence)
 
     manifest, pairs = corpus.manifest, config.pair_objective is not None
-    encoder = distributed.run_collectively(
-        lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs)
-    )
+    encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
