@@ -132,8 +132,8 @@ def _load(module: PreTrainedModel, initial: InitialWeights) -> tuple[PreTrainedM
     folder, config = initial.folder, copy.deepcopy(module.config)
     if initial.rows is not None:
         config.vocab_size = table_rows(folder)
-        # Of a row that the folder's table may not have; it matters in training only.
-        config.pad_token_id = None
+        # The folder's table may not have the row; which one it is matters in training only.
+        config.pad_token_id = 0
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # everything it would warn about is checked here
     transformers_logging.disable_progress_bar()

@@ -12,25 +12,11 @@ from tokenizers import Tokenizer
 
 from data_pipeline.__main__ import main
 from data_pipeline.files import CorpusError
-from data_pipeline.tokenization.bert_folder import BERT_ROLES, BertSettings, bert_tokenizer, save_bert
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 from data_pipeline.tokenization.training import extend_tokenizer
-from tests.support.tokenizers import KINDS, TEXT, save
+from tests.support.tokenizers import DOMAIN, KINDS, TEXT, bert, save
 
-WORDS = ("kubernetes", "myokarditis", "fibrillation")
-DOMAIN = "The kubernetes of myokarditis, fibrillation, kubernetes and kubernetes again.\n"
 SAMPLES = (*TEXT, DOMAIN, " kubernetes kubernetesx xkubernetes", "a [MASK] <mask> b")
-
-
-def bert(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    pieces = {
-        letter for text in (*TEXT, DOMAIN) for letter in text.lower() if letter.isascii() and not letter.isspace()
-    }
-    tokens = [*BERT_ROLES.values(), *sorted(pieces), *(f"##{p}" for p in sorted(pieces)), "kube", "##ation", "##ubern"]
-    settings = BertSettings(lower_case=True)
-    save_bert(bert_tokenizer({token: i for i, token in enumerate(tokens)}, settings), folder, settings)
-    return folder
 
 
 def base_of(kind: str, folder: Path) -> Path:
