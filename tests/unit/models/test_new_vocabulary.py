@@ -270,7 +270,7 @@ def test_refusals(world: World, tmp_path: Path) -> None:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     content["vocab_size"] += 3
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"has the vocabulary of .*; remove the setting, or build the corpus with the"):
+    with pytest.raises(ConfigError, match=r"has the vocabulary of .*; remove the setting, or build the"):
         for_corpus(initial, world.corpus, "extend")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer.json: missing, needed for model.vocabulary; load the tokenizer"):
