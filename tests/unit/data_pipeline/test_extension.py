@@ -76,6 +76,8 @@ def test_whole_words_that_save_most(tmp_path: Path, kind: str) -> None:
 def test_bpe_continues_its_training(tmp_path: Path) -> None:
     """The new merges are those of a plain second implementation, which counts all pairs anew after each."""
     base = save("roberta", tmp_path / "base")
+    for name in ("vocab.json", "merges.txt"):  # as in the first releases; they would contradict the new tokenizer.json
+        (base / name).write_text("{}", encoding="utf-8")
     (tmp_path / "text.txt").write_text(DOMAIN * 3, encoding="utf-8")
     made = extend_tokenizer([tmp_path / "text.txt"], base, 15, tmp_path / "new")
     tokenizer = Encoder(base).tokenizer
@@ -94,6 +96,7 @@ def test_bpe_continues_its_training(tmp_path: Path) -> None:
                     pieces[i : i + 2] = ["".join(pair)]
                 i += 1
     assert list(made.tokens) == expected
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     new = Encoder(tmp_path / "new").tokenizer
     assert [[token.value for token in new.model.tokenize(word)] for word in words] == split
     assert new.decode(new.encode(" a kubernetes b").ids) == " a kubernetes b"
