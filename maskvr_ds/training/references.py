@@ -17,7 +17,7 @@ from maskvr_ds.data.mixture import Mixture, open_mixture
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
-from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_files
+from maskvr_ds.models.initial_folder import InitialWeights, for_corpus, weights_files
 from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
@@ -70,7 +70,7 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
             first = first or corpus
             check_same_tokenizer(corpus, first)
             if initial is not None:
-                check_vocabulary(initial, corpus)
+                for_corpus(initial, corpus, config.model.vocabulary)
             if resolved is not None:
                 remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
             remarks.update(dict.fromkeys(corpus_remarks(corpus, held_out)))
