@@ -17,6 +17,7 @@ from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
+from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
@@ -123,7 +124,11 @@ def setup_phase(
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
     sequence_flops = flops_per_sequence(
-        encoder, corpus.sequence_length, masker.maximum_predictions, batch=config.batch.micro_size
+        encoder,
+        corpus.sequence_length,
+        masker.maximum_predictions,
+        batch=config.batch.micro_size,
+        documents=document_lengths(corpus) if config.data.attention == "documents" else None,
     )
     chooser = None
     if config.masking.strategy == "auto":
@@ -197,6 +202,7 @@ def _make_engine(
         accumulation=config.accumulation_steps(distributed.world_size()),
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
+        separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
         initial=initial,
     )
 
