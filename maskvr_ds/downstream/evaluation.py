@@ -105,7 +105,8 @@ class Evaluator:
             return {"predictions": predictions, "strength": strength, "diverged": None}
 
         run = self._get(BAG_OF_WORDS, self._identity("final", self.data.train, self.data.dev), make)
-        return Row(BAG_OF_WORDS, (run,), settings={"inverse_regularisation": run["strength"]})
+        chosen = "minimum_cosine" if self.data.task.kind is Kind.SPAN else "inverse_regularisation"
+        return Row(BAG_OF_WORDS, (run,), settings={chosen: run["strength"]})
 
     def encoder(self, encoder: Encoder) -> Row:
         """The choice of a learning rate, and one final run per seed."""
