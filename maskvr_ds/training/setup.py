@@ -20,6 +20,7 @@ from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
+from maskvr_ds.data.mixture import real_share
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
@@ -299,6 +300,7 @@ def _make_log(
         monitor=phase.config.monitor,
         token_flops=sequence_flops / corpus.sequence_length / distributed.world_size(),
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
+        real_share=real_share(corpus),
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
         rollbacks=rollbacks,
     )
