@@ -32,7 +32,7 @@ _PROBE_TOLERANCE = 2.0**-3
 # Keys of the identity that checkpoints of earlier versions lack.
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
 # Their values in such checkpoints, where they are known.
-_EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none"}
+_EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none", "data.attention": "rows"}
 
 
 class ContentError(CheckpointError):

@@ -148,6 +148,11 @@ def resolve_model_config(
         )
     if folder is None:
         return model, None
+    if (was := state.settings.get("model.vocabulary", "same")) != model.vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the run started with model.vocabulary {was}, and it is {model.vocabulary} now, which"
+            " would change nothing: restore the setting to resume, or start a new run in another output_dir"
+        )
     given = model.model_dump(exclude_unset=True)
     trained = {key: value for key, value in trained.items() if key not in given.get("settings", {})}
     resolved = ModelConfig.model_validate({"architecture": "bert", **trained, **given})

@@ -177,6 +177,23 @@ FAULTS = [
         "texts: contains no complete checkpoint (nor does its checkpoints/)",
     ),
     Fault("a plot of no run", "maskvr plot texts", "texts: contains no metrics.jsonl; expected a run folder"),
+    Fault("the health of no run", "maskvr health texts", "texts: contains no metrics.jsonl; expected a run folder"),
+    Fault(
+        "the health of a run that has not started",
+        "maskvr health run",
+        "run/metrics.jsonl: has no step yet; judge the run after its first steps",
+        prepare=writes("run/metrics.jsonl", ""),
+    ),
+    Fault(
+        "the health of three runs",
+        "maskvr health run run run",
+        "3 runs given: expected one, or two to compare",
+    ),
+    Fault(
+        "a picture of the health of two runs",
+        "maskvr health run run --plot health.png",
+        "--plot draws one run; give one RUN",
+    ),
     Fault(
         "a line of metrics.jsonl that is damaged",
         "maskvr plot run",
