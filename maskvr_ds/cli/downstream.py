@@ -210,7 +210,8 @@ def _evaluate_mlm(arguments: argparse.Namespace) -> int:
         rows = min(arguments.rows or 1024, corpus.rows)
         found = mlm.evaluate(arguments.models, corpus, rows=rows, micro_size=arguments.micro_size or 32)
         entropy = next(iter(found.values()))["held_out_unigram_entropy"]
-        print(f"{corpus.folder}: {rows:,} of {corpus.rows:,} rows; unigram entropy {entropy:.4f} nats per token")
+        of = f"{corpus.rows:,} row{'s' * (corpus.rows != 1)}"
+        print(f"{corpus.folder}: {rows:,} of {of}; unigram entropy {entropy:.4f} nats per token")
         print(mlm.table(found))
         if arguments.output:
             mlm.write(Path(arguments.output), found, corpus, rows)
