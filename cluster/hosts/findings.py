@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.hosts import checks, needs
 from cluster.hosts.checks import GIB
-from cluster.hosts.plan import Draft
+from cluster.hosts.plan import Draft, warn
 from cluster.hosts.remote import Answer
 from maskvr_ds.training.references import CheckedRun
 
@@ -47,17 +47,19 @@ def of_hosts(draft: Draft, answers: Mapping[str, Answer]) -> list[Finding]:
     errors = draft.errors_of_hosts(answers)
     summaries = _summaries(draft, reports)
     found = [Finding(what, summaries.get(what, ""), lines) for what, lines in errors.items()]
+    offsets = [abs(answer.clock[0]) for answer in answers.values() if answer.clock is not None]
+    apart = f"within {max(offsets, default=0.0):.1f} s of this machine's"
+    found.append(Finding("clocks", apart, checks.clock_errors(answers, arguments.clock)))
     if not draft.on_cpus:
         found.append(Finding("drivers", "the same GPUs and drivers on all hosts", checks.driver_errors(answers)))
         found.append(Finding("GPU memory", "not in use", needs.gpu_memory_errors(reports, hosts)))
         shared = _least(reports, "shared_memory")
         found.append(Finding("shared memory", shared, needs.shared_memory_errors(reports, hosts)))
     found += [*_of_model(draft, reports), *_of_compilers(draft, reports)]
-    offsets = [abs(answer.clock[0]) for answer in answers.values() if answer.clock is not None]
-    apart = f"within {max(offsets, default=0.0):.1f} s of this machine's"
-    found.append(Finding("clocks", apart, checks.clock_errors(answers, arguments.clock)))
     found.append(Finding("interfaces", "as named or automatic", needs.interface_errors(reports, draft.exports)))
     jobs = draft.jobs(answers)
+    if arguments.force:
+        warn(jobs)
     ignored = f"{len(jobs)} on the hosts, ignored by --force" if jobs else "none on the hosts"
     found.append(Finding("other jobs", ignored, [] if arguments.force else jobs))
     return found

@@ -71,8 +71,8 @@ def memory_errors(
         needed = memory_needed(config, number, hosts[host], sum(hosts.values()), on_cpus)
         if (free := value.get("memory")) is not None and free < needed:
             lines.append(
-                f"{host}: {free / GIB:.3g} GiB of memory are available, {hosts[host]} ranks need at least "
-                f"{needed / GIB:.3g}; end other programs there, or lower its slots"
+                f"{host}: {free / GIB:.3g} GiB of memory are available, its ranks ({hosts[host]}) "
+                f"need at least {needed / GIB:.3g}; end other programs there, or lower its slots"
             )
     return lines
 

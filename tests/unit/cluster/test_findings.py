@@ -1,4 +1,4 @@
-"""What preflight checks besides links, with simulated hosts: each fault is found, named with its remedy, and all at once."""
+"""What preflight checks besides links, with simulated hosts: each fault is found, with its remedy, and all at once."""
 
 import json
 from collections.abc import Callable
@@ -55,7 +55,7 @@ FAULTS: dict[str, tuple[Callable[[Hosts], None], list[str], str]] = {
     "memory": (
         lambda h: change(h, memory=GIB // 2),
         [],
-        "b: 0.5 GiB of memory are available, 1 ranks need at least 1.0",
+        "b: 0.5 GiB of memory are available, its ranks (1) need at least 1",
     ),
     "shared memory": (
         lambda h: change(h, shared_memory=2**26, gpus={"names": ["H100"] * 8, "driver": "1"}),
