@@ -132,6 +132,7 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "optimizer": config.optimizer.model_dump(exclude={"lr", "fused"}),
         # Other random numbers for dropout.
         "training.compile": config.training.compile,
+        "data.attention": config.data.attention,
     }
     if phase.start is not None:
         # Zeroing has already happened: a change would be ignored.

@@ -13,11 +13,14 @@ from transformers import PreTrainedConfig
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.sketch import check_sketchable
+from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
+from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
+from maskvr_ds.data.mixture import real_share
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
@@ -45,6 +48,7 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
+from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,8 @@ _PROBE_ROWS = 2
 class PhaseContext:
     """State and components that the training loop of a phase uses.
 
-    chooser: chooses the masks if masking.strategy is auto. state: where the phase starts or continues. tokens_before:
+    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto.
+    state: where the phase starts or continues. tokens_before:
     tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
     """
 
@@ -72,6 +77,7 @@ class PhaseContext:
     rollbacks: list[dict[str, Any]]
     log: MetricsLog
     guard: Guard
+    verification: BackgroundVerification
 
 
 def setup_phase(
@@ -81,7 +87,7 @@ def setup_phase(
     ranks.
 
     point: at a checkpoint of this phase, at the last one of the previous phase, or at step 0. Raises ValueError (or a
-    subclass) on all ranks for faults that the user can correct.
+    subclass) on all ranks for faults that the user can correct, of these ContentError identically on all ranks.
     """
     config = phase.config
     corpus, held_out = open_and_verify(phase)
@@ -99,7 +105,11 @@ def setup_phase(
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
-        state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+        try:
+            state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+        except ContentError:
+            engine.destroy()  # another one may be made for an earlier checkpoint
+            raise
     proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
     if state.step < phase.last_step:
@@ -115,7 +125,11 @@ def setup_phase(
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
     sequence_flops = flops_per_sequence(
-        encoder, corpus.sequence_length, masker.maximum_predictions, batch=config.batch.micro_size
+        encoder,
+        corpus.sequence_length,
+        masker.maximum_predictions,
+        batch=config.batch.micro_size,
+        documents=document_lengths(corpus) if config.data.attention == "documents" else None,
     )
     chooser = None
     if config.masking.strategy == "auto":
@@ -143,6 +157,7 @@ def setup_phase(
         rollbacks=rollbacks,
         log=log,
         guard=guard,
+        verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
     )
 
 
@@ -188,6 +203,7 @@ def _make_engine(
         accumulation=config.accumulation_steps(distributed.world_size()),
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
+        separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
         initial=initial,
     )
 
@@ -284,6 +300,7 @@ def _make_log(
         monitor=phase.config.monitor,
         token_flops=sequence_flops / corpus.sequence_length / distributed.world_size(),
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
+        real_share=real_share(corpus),
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
         rollbacks=rollbacks,
     )

@@ -69,6 +69,7 @@ TORCH_FREE = {
         "training.length",
         "training.references",
         "analysis.gradient_variance.options",
+        *(f"analysis.health.{name}" for name in ("checks", "picture", "records", "report", "series")),
     ),
     "data_pipeline": ("",),
     "cluster": ("",),
