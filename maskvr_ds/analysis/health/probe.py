@@ -133,7 +133,8 @@ def _second_linear(layer: nn.Module) -> nn.Linear | None:
     """The map from the feed-forward part's units back to the hidden size: the last linear map of the layer."""
     linear = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     narrowing = [m for m in linear if m.in_features > m.out_features]
-    return (narrowing or linear or [None])[-1]
+    found = narrowing or linear
+    return found[-1] if found else None
 
 
 def measure_signals(model: MaskedLanguageModel, masked: MaskedBatch, *, jacobians: bool = True) -> Signals:
