@@ -33,13 +33,15 @@ def layers_of(model: MaskedLanguageModel) -> list[nn.Module]:
 
     Raises ValueError if there is none.
     """
-    lists = [m for m in model.mlm.base_model.modules() if isinstance(m, nn.ModuleList)]
-    inner = [m for m in lists if not any(isinstance(x, nn.ModuleList) for child in m for x in child.modules())]
+    inner: list[list[nn.Module]] = []
+    for module in model.mlm.base_model.modules():
+        if isinstance(module, nn.ModuleList):
+            children = list(module)
+            if not any(isinstance(m, nn.ModuleList) for child in children for m in child.modules()):
+                inner.append(children)
     if not inner:
-        raise ValueError(
-            f"{model.mlm.config.model_type}: its layers are in no list; its signals cannot be read by layer"
-        )
-    return list(max(inner, key=len))
+        raise ValueError(f"{model.mlm.config.model_type}: its layers are in no list, so that none can be read")
+    return max(inner, key=len)
 
 
 class _Softmaxes(TorchFunctionMode):
