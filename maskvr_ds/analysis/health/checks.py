@@ -75,9 +75,10 @@ _OF_RECORDS = (
     ),
     Check(
         "loss spikes",
-        "losses far above those of the steps before",
+        "losses far above the median of the `fewest` steps before, by the noise of `window` steps",
         {"deviations": 6.0, "relative": 0.05, "window": 100, "fewest": 20},
-        "modified z-score (Iglewicz & Hoaglin 1993) at 6 instead of 3.5, for thousands of steps",
+        "modified z-score (Iglewicz & Hoaglin 1993) at 6 instead of 3.5, for thousands of steps; the deviation "
+        "is that of differences of neighbours, without the trend",
         "look at the batches of these steps (rows follow from data_digest and seed); if the loss does not recover, "
         "resume from before with a lower optimizer.lr or other batches (Chowdhery et al. 2022, section 5.1)",
     ),

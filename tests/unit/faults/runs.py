@@ -211,7 +211,8 @@ FAULTS = [
     Fault(
         "the health of weights that are not finite",
         "maskvr health run --at newest",
-        "run/checkpoints/step-00000004/weights.safetensors: 1 tensor holds NaN or infinity (…); use an earlier checkpoint",
+        "run/checkpoints/step-00000004/weights.safetensors: 1 tensor holds NaN or infinity (…); use an earlier"
+        " checkpoint",
         prepare=not_finite,
         own_process=True,
     ),
