@@ -212,6 +212,10 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
 
 def _evaluate_mlm(arguments: argparse.Namespace) -> int:
     from maskvr_ds.runtime import distributed
+    from maskvr_ds.runtime.files import check_output_file
+
+    if arguments.output:
+        check_output_file(arguments.output, "--output")
 
     configure(arguments.verbosity)
 
