@@ -29,6 +29,8 @@ precedence.
 Other tasks fine-tune the models (needs the extra `evaluate`):
 
   glue  all tasks of GLUE: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli; or name some of them
+  squad, squad_v2
+        answers to questions, as spans of a text; of 2.0 some questions have none
   classification, regression
         your own train and dev files (.tsv, .csv, .jsonl, .parquet) with one or two columns of text
   conll token classification: token and tag in the first and last column, scored by entity
@@ -41,6 +43,7 @@ _EXAMPLES = """\
 maskvr evaluate runs/base --tasks mlm --data corpus
 maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
+maskvr evaluate runs/base --tasks squad squad_v2 --data squad --output answers
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
 _FINETUNE_EXAMPLES = """\
@@ -140,7 +143,14 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=integer(8, _MAX_LENGTH),
         metavar="N",
-        help="tokens per example; longer ones are truncated and counted (default: 128)",
+        help="tokens per example; longer ones are truncated and counted (default: 128). Of questions: tokens per "
+        "window (default: 384)",
+    )
+    group.add_argument(
+        "--stride",
+        type=integer(0, _MAX_LENGTH),
+        metavar="N",
+        help="tokens that successive windows of a long context share (default: a third of --max-length)",
     )
     group.add_argument(
         "--max-train", type=integer(1, MAX_STEPS), metavar="N", help="train on a fixed random subset of N examples"
@@ -152,7 +162,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
 
 
-_PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "precision")
+_PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
 _OF_TASKS = (*_PROTOCOL, "learning_rates", "max_train", "text_columns", "label_column")
 
 
@@ -191,6 +201,8 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     from maskvr_ds.downstream.command import Request
     from maskvr_ds.downstream.evaluation import Protocol
 
+    if arguments.stride is not None and all(task.kind is not tasks.Kind.SPAN for task in chosen):
+        raise ValueError("--stride is an option of squad and squad_v2: other tasks read no windows")
     configure(arguments.verbosity)
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
     if arguments.learning_rates is not None:

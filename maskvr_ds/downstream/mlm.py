@@ -1,7 +1,8 @@
 """Masked-token figures of a model folder on a corpus: what training logs as held-out figures, for any model.
 
-One process. The model may be a run (its newest checkpoint), a checkpoint, or a Hugging Face folder or name on a hub, as
-`model.initialize_from` takes it. Weights are fp32, so that figures of a run trained in bf16 differ slightly from those
+One process. The model may be a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a name on a hub, as
+`model.initialize_from` takes it. A checkpoint attends within documents if it was trained so (data.attention), a folder
+within rows. Weights are fp32, so that figures of a run trained in bf16 differ slightly from those
 in its metrics.jsonl.
 """
 
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.shards import HELD_OUT, Corpus
-from maskvr_ds.checkpoint.export import load_model
+from maskvr_ds.checkpoint.export import load_model, separator_of
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
 from maskvr_ds.config.objectives import PAIR_CLASSES
+from maskvr_ds.data.documents import check_borders
 from maskvr_ds.downstream.locate import locate
 from maskvr_ds.models import pretrained
 from maskvr_ds.models.capabilities import check_length
@@ -84,7 +86,10 @@ def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
     """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged."""
     if source.is_checkpoint:
         checkpoints.verify(source.folder)
-        module = MaskedLanguageModel(load_model(source.folder))
+        separator = separator_of(checkpoints.read_state(source.folder))
+        if separator is not None:
+            check_borders(corpus)
+        module = MaskedLanguageModel(load_model(source.folder), separator=separator)
     else:
         config = ModelConfig(initialize_from=source.folder)
         # A run's export keeps the head for sentence pairs: the same figures as of the run.

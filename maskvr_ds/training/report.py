@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.config import RunConfig
+from maskvr_ds.masking.checks import effective_predictions
 from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.run_folder.retention import best_of_phases
 from maskvr_ds.telemetry.metrics_file import read_lines
@@ -40,6 +41,7 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
             f"{_count(size, 'row')} = {size * length:,} tokens: {_count(world_size, 'rank')} × "
             f"{_count(config.accumulation_steps(world_size), 'micro-batch')} of {config.batch.micro_size}",
         ),
+        _line("masks", f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)[0]}"),
         _line(
             "length",
             f"{where}{_count(steps, 'step')} = {steps * size * length:,} tokens = {about}{epochs:,.3g} epochs{done}",

@@ -128,6 +128,17 @@ FAULTS = [
         own_process=True,
     ),
     Fault(
+        "a damaged shard that is found while training runs",
+        f"{TRAIN} --set output_dir=new --set data.verify=background",
+        "corpus/shard-00000.arrow: sha256 … expected, … found: the file was modified or damaged. Copy it again or "
+        "build the corpus again. Found at step …, in the background (data.verify: background): no checkpoint was saved "
+        "since this job started. …",
+        "the run ends before its first checkpoint",
+        may_change=("new/",),
+        own_process=True,
+        prepare=flips("corpus/shard-00000.arrow", 6000),
+    ),
+    Fault(
         "resume of a finished run",
         f"{TRAIN} --resume auto",
         "run: trained to step 4 already, the configuration has 4 steps; nothing to do. To train further, "
@@ -166,6 +177,23 @@ FAULTS = [
         "texts: contains no complete checkpoint (nor does its checkpoints/)",
     ),
     Fault("a plot of no run", "maskvr plot texts", "texts: contains no metrics.jsonl; expected a run folder"),
+    Fault("the health of no run", "maskvr health texts", "texts: contains no metrics.jsonl; expected a run folder"),
+    Fault(
+        "the health of a run that has not started",
+        "maskvr health run",
+        "run/metrics.jsonl: has no step yet; judge the run after its first steps",
+        prepare=writes("run/metrics.jsonl", ""),
+    ),
+    Fault(
+        "the health of three runs",
+        "maskvr health run run run",
+        "3 runs given: expected one, or two to compare",
+    ),
+    Fault(
+        "a picture of the health of two runs",
+        "maskvr health run run --plot health.png",
+        "--plot draws one run; give one RUN",
+    ),
     Fault(
         "a line of metrics.jsonl that is damaged",
         "maskvr plot run",
