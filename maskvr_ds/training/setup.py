@@ -43,6 +43,7 @@ from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
+from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
@@ -78,6 +79,7 @@ class PhaseContext:
     log: MetricsLog
     guard: Guard
     verification: BackgroundVerification
+    health: HealthMonitor | None = None
 
 
 def setup_phase(
@@ -143,6 +145,7 @@ def setup_phase(
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256, **_counts(initial))
+    probe = masker(next(_probe_rows(held_out or corpus, pairs).batches()))
     return PhaseContext(
         corpus=corpus,
         engine=engine,
@@ -151,13 +154,14 @@ def setup_phase(
         loader=loader,
         chooser=chooser,
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
-        probe=masker(next(_probe_rows(held_out or corpus, pairs).batches())),
+        probe=probe,
         state=state,
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
         guard=guard,
         verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
+        health=HealthMonitor(probe) if run.monitor.health_every else None,
     )
 
 

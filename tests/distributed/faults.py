@@ -231,7 +231,7 @@ def _hold_verification(update: int) -> None:
     released = threading.Event()
 
     def held(verification: Any) -> None:
-        released.wait()
+        released.wait(60)  # so that a run without `wait` ends
         compare(verification)
 
     def waiting(verification: Any, step: int) -> None:

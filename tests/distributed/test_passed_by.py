@@ -115,5 +115,6 @@ def test_otherwise_it_is_an_error(played: Any, name: str, pattern: str) -> None:
 def test_a_rollback_does_not_take_it_either(played: Any) -> None:
     folder, said = played
     assert said["rolled back"] == ["done", "done"]
-    (entry,) = json.loads((folder / "rolled back" / ROLLBACKS).read_text(encoding="utf-8"))
-    assert (entry["step"], entry["to_step"]) == (6, 4)
+    entries = json.loads((folder / "rolled back" / ROLLBACKS).read_text(encoding="utf-8"))
+    assert entries[0]["step"] == 6
+    assert {entry["to_step"] for entry in entries} == {4}

@@ -11,6 +11,7 @@ import torch
 from data_pipeline.shards import Corpus, CorpusError
 from maskvr_ds.data.loader import read_rows
 from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.runtime import distributed
 from maskvr_ds.training.verification import BackgroundVerification
 from tests.support.corpora import change_manifest, make_corpus
 
@@ -51,6 +52,15 @@ def test_every_shard_of_a_mixture_is_compared(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"/b/shard-00002\.arrow: sha256 .* Found at step 5, in the background"):
         verification.wait(5)
     assert verification.flags == (False, True)
+
+
+def test_all_ranks_must_have_compared_their_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verification = BackgroundVerification((Corpus(make_corpus(tmp_path / "corpus")),))
+    verification._thread.join()
+    answers = [[False, True], [False, False]]
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: answers.pop(0) if value is False else [None])
+    verification.wait(4)
+    assert not answers
 
 
 def test_cancelling_ends_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
