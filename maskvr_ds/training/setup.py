@@ -123,7 +123,7 @@ def setup_phase(
     )
     chooser = None
     if config.masking.strategy == "auto":
-        distributed.run_on_rank0(lambda: _check_auto(encoder))
+        distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
         chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
         if state.auto:
             chooser.restore(state.auto)
@@ -287,10 +287,10 @@ def _make_log(
     )
 
 
-def _check_auto(encoder: PreTrainedConfig) -> None:
+def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
     """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
     with torch.random.fork_rng(devices=[]):
-        module = MaskedLanguageModel(encoder)
+        module = MaskedLanguageModel(encoder, separator=separator)
     try:
         check_sketchable(module)
     except ValueError as error:
