@@ -49,7 +49,9 @@ class SpanConfig(Section):
     @model_validator(mode="after")
     def _p_of_geometric(self) -> Self:
         if self.lengths != "geometric" and "geometric_p" in self.model_fields_set and self.geometric_p != 0.2:
-            raise ValueError(f"geometric_p {self.geometric_p:g} belongs to lengths geometric; lengths is {self.lengths}")
+            raise ValueError(
+                f"geometric_p {self.geometric_p:g} belongs to lengths geometric; lengths is {self.lengths}"
+            )
         return self
 
 

@@ -88,9 +88,7 @@ class Masker:
             if not 0 < value < 1:
                 raise ValueError(f"masking.{name} is {value}; it must lie between 0 and 1, both excluded")
         if sequence_length > LONGEST:
-            raise ValueError(
-                f"sequence length {sequence_length} exceeds {LONGEST}, the maximum for drawing masks"
-            )
+            raise ValueError(f"sequence length {sequence_length} exceeds {LONGEST}, the maximum for drawing masks")
         self.strategy = STRATEGIES[strategy]
         self.parameters = (parameters or Parameters()).to(device)
         self.rate, self.final_rate = rate, final_rate
