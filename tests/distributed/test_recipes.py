@@ -9,7 +9,6 @@ import yaml
 from transformers import ModernBertConfig, ModernBertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from maskvr_ds.config import dump_config, load_config
-from maskvr_ds.models.flops import flops_per_sequence  # noqa: F401 - loaded before the ranks are forked
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import metrics, train_all
 from tests.support.corpora import PAD_IS_1, make_corpus
@@ -17,6 +16,7 @@ from tests.support.pairs import make_pairs
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"vocab_size": 25, "pad_token_id": 1, "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
+STEPS = {"albert_base_4k": 6, "modernbert_base": 9, "modernbert_domain": 12, "roberta_domain": 6}
 COMMON = (
     "batch.global_size=8",
     "batch.micro_size=4",
@@ -48,9 +48,8 @@ def shrunk(recipe: str, folder: Path) -> dict[str, Any]:
     """The recipe's own settings but sizes, batches, lengths and paths."""
     changes = [f"output_dir={folder / 'run'}", *COMMON]
     if recipe == "modernbert_base":
-        changes += [
-            f"model.settings={{{', '.join(f'{k}: {v}' for k, v in SIZES.items())}, max_position_embeddings: 64}}"
-        ]
+        small = {**SIZES, "max_position_embeddings": 64}
+        changes += [f"model.settings={{{', '.join(f'{k}: {v}' for k, v in small.items())}}}"]
         for phase, length in (("length_1024", 16), ("length_8192", 64), ("decay", 64)):
             where = f"phases.{phase}"
             changes += [f"{where}.data.path={corpus_of(folder / phase, length)}", f"{where}.training.tokens=null"]
@@ -66,7 +65,7 @@ def shrunk(recipe: str, folder: Path) -> dict[str, Any]:
     else:
         changes += [f"data.path={corpus_of(folder / 'corpus')}"]
         changes += [f"model.initialize_from={released(folder / 'model', recipe)}"]
-        changes += ["training.tokens=null", "training.steps=6"]
+        changes += ["training.tokens=null", f"training.steps={STEPS[recipe]}"]
     values = yaml.safe_load(dump_config(load_config(recipe, changes)))
     del values["schema"]
     return values
@@ -77,7 +76,7 @@ def test_a_shrunk_recipe_trains(tmp_path: Path, recipe: str) -> None:
     values = shrunk(recipe, tmp_path)
     assert run_ranks(train_all, 1, [(values, None)], timeout=600) == [[None]]
     lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [*range(1, (9 if recipe == "modernbert_base" else 6) + 1)]
+    assert [line["step"] for line in lines] == [*range(1, STEPS[recipe] + 1)]
     assert all(line["loss"] < 5 for line in lines)
     assert "held_out_loss" in lines[-1]
     if recipe == "albert_base_4k":
