@@ -52,10 +52,13 @@ class Exported:
     predictions: str | None = None
 
 
-def export(source: str | Path, output: str | Path, *, license: str | None = None, check: bool = False) -> Exported:
+def export(
+    source: str | Path, output: str | Path, *, name: str | None = None, license: str | None = None, check: bool = False
+) -> Exported:
     """Write the model of transformers (fp32, safetensors) with its tokenizer and a model card.
 
     source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
+    name: of the model in its card, by which users load it; None: the folder's.
     license: for the card, a hub's identifier such as apache-2.0. check: run transformers' fill-mask on the result.
     Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use,
     CheckError if fill-mask fails; nothing is written then.
@@ -72,7 +75,7 @@ def export(source: str | Path, output: str | Path, *, license: str | None = None
         _limit_length(partial, positions)
         difference = _compare(folder, partial)
         card = model_card(
-            target.name,
+            name or target.name,
             folder,
             checkpoints.read_state(folder),
             model.config,

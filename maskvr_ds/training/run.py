@@ -108,6 +108,8 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
     if (folder := config.model.initialize_from) is not None:
         nested["model.initialize_from"] = str(folder)
+        if config.model.vocabulary != "same":
+            nested["model.vocabulary"] = config.model.vocabulary
     return {"deepspeed": config.deepspeed, **nested}
 
 
