@@ -126,13 +126,7 @@ def setup_phase(
     )
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
-    sequence_flops = flops_per_sequence(
-        encoder,
-        corpus.sequence_length,
-        masker.maximum_predictions,
-        batch=config.batch.micro_size,
-        documents=document_lengths(corpus) if config.data.attention == "documents" else None,
-    )
+    sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
     if config.masking.strategy == "auto":
         distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
@@ -228,6 +222,12 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     logger.info("training.compile %s: generating kernels", how)
     seconds = distributed.run_collectively(compile_here)
     logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
+
+
+def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
+    documents = document_lengths(corpus) if config.data.attention == "documents" else None
+    size = config.batch.micro_size
+    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents)
 
 
 def _initial_state(

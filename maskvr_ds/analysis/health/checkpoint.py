@@ -109,7 +109,7 @@ def measure_checkpoint(folder: Path, corpus_folder: Path, *, rows: int, lr: floa
     if separator_of(state) is not None:
         raise ConfigError(
             f"{folder}: was trained with data.attention documents, and the analysis of attention reads complete rows; "
-            "leave out --at for the figures of the run's records"
+            "judge the records of its run, without --at"
         )
     corpus = open_corpus(corpus_folder, state, folder)
     model = copy_for_analysis(load_model(folder))
