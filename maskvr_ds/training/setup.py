@@ -122,16 +122,10 @@ def setup_phase(
     )
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
-    sequence_flops = flops_per_sequence(
-        encoder,
-        corpus.sequence_length,
-        masker.maximum_predictions,
-        batch=config.batch.micro_size,
-        documents=document_lengths(corpus) if config.data.attention == "documents" else None,
-    )
+    sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
     if config.masking.strategy == "auto":
-        distributed.run_on_rank0(lambda: _check_auto(encoder))
+        distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
         chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
         if state.auto:
             chooser.restore(state.auto)
@@ -235,6 +229,12 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
 
 
+def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
+    documents = document_lengths(corpus) if config.data.attention == "documents" else None
+    size = config.batch.micro_size
+    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents)
+
+
 def _initial_state(
     phase: RunPhase, corpus: Corpus, deepspeed_config: dict[str, Any], engine: Any, initial: InitialWeights | None
 ) -> CheckpointState:
@@ -315,10 +315,10 @@ def _make_log(
     )
 
 
-def _check_auto(encoder: PreTrainedConfig) -> None:
+def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
     """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
     with torch.random.fork_rng(devices=[]):
-        module = MaskedLanguageModel(encoder)
+        module = MaskedLanguageModel(encoder, separator=separator)
     try:
         check_sketchable(module)
     except ValueError as error:
