@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _MLM = "mlm"
 # Bounds of the command line only.
-_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH = 1000, 10_000, 2**20
+_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS = 1000, 10_000, 2**20, 1024
 
 _DESCRIPTION = """\
 Evaluate models: runs (their newest checkpoint), checkpoints, or folders saved by `maskvr export` or
@@ -75,6 +75,12 @@ def add_evaluate(commands: Commands) -> None:
     )
     _mlm_options(parser)
     parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
+    parser.add_argument(
+        "--jobs",
+        type=integer(1, _MAX_JOBS),
+        metavar="N",
+        help="processes that fine-tune at the same time, each on its own GPU while there are some (default: 1)",
+    )
     _task_options(parser)
     add_verbosity_options(parser)
     parser.set_defaults(run=_evaluate)
@@ -162,7 +168,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_OF_TASKS = (*_PROTOCOL, "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS = (*_PROTOCOL, "jobs", "learning_rates", "max_train", "text_columns", "label_column")
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
@@ -206,7 +212,14 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
-    return Request(chosen, Path(arguments.data), Path(arguments.output), Protocol(**given), arguments.max_train)
+    return Request(
+        chosen,
+        Path(arguments.data),
+        Path(arguments.output),
+        Protocol(**given),
+        arguments.max_train,
+        getattr(arguments, "jobs", None) or 1,
+    )
 
 
 def _evaluate_mlm(arguments: argparse.Namespace) -> int:
