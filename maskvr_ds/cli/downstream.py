@@ -42,7 +42,8 @@ _EXAMPLES = """\
 maskvr evaluate runs/base --tasks mlm --data corpus
 maskvr evaluate bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
-maskvr evaluate runs/base --tasks squad squad_v2 --data squad --output answers
+maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
+maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
 _FINETUNE_EXAMPLES = """\
@@ -72,6 +73,12 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument(
         "--output", metavar="PATH", help="mlm: JSON file for the figures. Other tasks: folder, required"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="WHICH",
+        help="evaluate these checkpoints of each run: all, every:N (steps that are multiples of N) or best "
+        "(checkpoint.keep_best); scores against step, seconds and tokens are in OUTPUT/curve.json and curve.png",
     )
     _mlm_options(parser)
     parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
@@ -168,7 +175,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_OF_TASKS = (*_PROTOCOL, "jobs", "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
@@ -219,6 +226,7 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         Protocol(**given),
         arguments.max_train,
         getattr(arguments, "jobs", None) or 1,
+        getattr(arguments, "checkpoints", None),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from maskvr_ds.downstream import report
+from maskvr_ds.downstream import along_run, report
 from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Row
 from maskvr_ds.downstream.examples import TaskData, hold_out, limited
 from maskvr_ds.downstream.files import read_task
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Request:
     """Tasks of a command and where they are. max_train: maximum number of training examples per task; None for all.
-    jobs: processes that compute runs."""
+    jobs: processes that compute runs. checkpoints: of runs, by `along_run.select`; None for models as they are."""
 
     tasks: Sequence[Task]
     data: Path
@@ -31,9 +31,15 @@ class Request:
     protocol: Protocol
     max_train: int | None = None
     jobs: int = 1
+    checkpoints: str | None = None
 
     def settings(self) -> Content:
-        return {"data": str(self.data), "max_train": self.max_train, **asdict(self.protocol)}
+        return {
+            "data": str(self.data),
+            "max_train": self.max_train,
+            "checkpoints": self.checkpoints,
+            **asdict(self.protocol),
+        }
 
 
 def evaluate(models: Sequence[str], request: Request) -> str:
@@ -44,8 +50,9 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     """
     _leave_launcher()
     data = _read(request)
+    points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
     store = RunStore(request.output)
-    with prepared(models, _lengths(request)) as encoders:
+    with prepared([point.model for point in points] or models, _lengths(request)) as encoders:
         evaluators = [Evaluator(store, task, request.protocol) for task in data]
         progress = Progress(evaluators, len(encoders))
         try:
@@ -55,6 +62,8 @@ def evaluate(models: Sequence[str], request: Request) -> str:
             reports, text = _report(store, request, evaluators, encoders, errors)
         finally:
             progress.close()
+        if points and reports:
+            text = along_run.write(store, points, reports, text)
     if errors:
         raise TaskError(f"{len(errors)} runs failed; all others are stored: {'; '.join(errors)}")
     _refuse_diverged(reports)
