@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.slurm.script import JobEnvironment, SlurmError, directive, log_pattern, render, words
-from maskvr_ds.cli import command_parser
+from maskvr_ds.cli.main import command_parser
 from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 
@@ -18,8 +18,8 @@ EVALUATE = "evaluate.sbatch"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """words: arguments of `maskvr evaluate`. reads: models and data, of which those of the run need not exist yet.
-    output: folder or file of the scores; None if they are printed only."""
+    """words: arguments of `maskvr evaluate`. reads: models and data, as far as they exist by now. output: folder or file
+    of the scores; None if they are printed only."""
 
     words: tuple[str, ...]
     reads: tuple[Path, ...]
@@ -49,7 +49,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 def parse_evaluation(text: str, run: Path) -> Evaluation:
     """Parse the value of --evaluate. run: of the training, which need not exist yet.
 
-    Raises SlurmError for arguments that `maskvr evaluate` would reject, and for missing models or data.
+    Raises SlurmError for arguments that `maskvr evaluate` would reject, and for missing data.
     """
     said = io.StringIO()
     try:
@@ -62,10 +62,11 @@ def parse_evaluation(text: str, run: Path) -> Evaluation:
         raise SlurmError(f"--evaluate {text!r}: {said.getvalue().strip().splitlines()[-1]}") from None
     if arguments.output is None and arguments.tasks != ["mlm"]:
         raise SlurmError("--evaluate: --output is required: the folder for the scores and the finished runs")
-    reads = [Path(path).absolute() for path in (*arguments.models, arguments.data)]
-    for path in reads:
-        if not path.exists() and not path.is_relative_to(run.absolute()):
-            raise SlurmError(f"--evaluate: {path}: no such file or folder; correct the path")
+    data = Path(arguments.data).absolute()
+    if not data.exists() and not data.is_relative_to(run.absolute()):
+        raise SlurmError(f"--evaluate: --data {data}: no such file or folder; correct the path")
+    # A model that the training will write, or the name of one, does not exist here.
+    reads = [path for name in (*arguments.models, data) if (path := Path(name).absolute()).exists()]
     output = None if arguments.output is None else Path(arguments.output).absolute()
     return Evaluation(tuple(given), tuple(reads), output)
 
@@ -77,8 +78,10 @@ def evaluation_script(
     evaluation: Evaluation,
     environment: JobEnvironment,
 ) -> str:
-    """Job script of an evaluation. extra: options of --sbatch that apply to it. Raises SlurmError for values that cannot
-    be written to it."""
+    """Job script of an evaluation. extra: options of --sbatch that apply to it.
+
+    Raises SlurmError for values that cannot be written to it.
+    """
     gpus = arguments.gpus_per_node if arguments.evaluate_gpus is None else arguments.evaluate_gpus
     parents = () if evaluation.output is None else (evaluation.output.parent,)
     if environment.container is not None and parents and not parents[0].is_dir():

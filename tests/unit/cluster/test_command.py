@@ -266,7 +266,7 @@ def test_how_an_evaluation_ends(
     assert main(evaluated(corpus, words, "--max-restarts", "2")) == 0
     text = (tmp_path / "my run" / "slurm" / "evaluate.sbatch").read_text(encoding="utf-8")
     python = tmp_path / "python"
-    body = 'kill -USR1 "$PPID"; sleep 60 & wait' if ending == "signal" else ending
+    body = 'kill -USR1 "$PPID"; for ((i = 0; i < 300; i++)); do sleep 0.1; done' if ending == "signal" else ending
     python.write_text(f'#!/bin/bash\nprintf "%s|" "$@" >"{tmp_path}/given"\n{body}\n', encoding="utf-8")
     python.chmod(0o755)
     scontrol = tmp_path / "bin" / "scontrol"
