@@ -18,8 +18,8 @@ EVALUATE = "evaluate.sbatch"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """words: arguments of `maskvr evaluate`. reads: models and data, as far as they exist by now. output: folder or file
-    of the scores; None if they are printed only."""
+    """words: arguments of `maskvr evaluate`. reads: models and data, as far as they exist by now. output: folder or
+    file of the scores; None if they are printed only."""
 
     words: tuple[str, ...]
     reads: tuple[Path, ...]

@@ -296,7 +296,6 @@ def test_how_an_evaluation_ends(
         ("run --tasks sst3 --data glue", "invalid choice: 'sst3'"),
         ("'my run' --tasks sst2 --data glue", "--output is required"),
         ("'my run' --tasks sst2 --data absent --output o", "absent: no such file or folder"),
-        ("other --tasks sst2 --data glue --output o", "other: no such file or folder"),
     ],
 )
 def test_refused_evaluations(
