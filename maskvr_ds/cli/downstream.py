@@ -17,8 +17,9 @@ _MLM = "mlm"
 _MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS = 1000, 10_000, 2**20, 1024
 
 _DESCRIPTION = """\
-Evaluate models: runs (their newest checkpoint), checkpoints, or folders saved by `maskvr export` or
-by transformers.
+Evaluate models: runs (their newest checkpoint), checkpoints, folders saved by `maskvr export` or by
+transformers, or names on a hub (OWNER/NAME, OWNER/NAME@REVISION). A folder of that name takes
+precedence.
 
   mlm   predict masked tokens of held-out rows: loss in nats per masked token, perplexity, accuracy,
         each also by what the model saw at the position: [MASK] (mask), the token itself (kept), or
@@ -40,7 +41,7 @@ and says which differences are within noise. Finished runs are stored in the out
 command continues after an interruption."""
 _EXAMPLES = """\
 maskvr evaluate runs/base --tasks mlm --data corpus
-maskvr evaluate bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
+maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
 maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
 maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
@@ -60,7 +61,7 @@ def add_evaluate(commands: Commands) -> None:
         examples=_EXAMPLES,
         description=_DESCRIPTION,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, or model folder")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
     parser.add_argument(
         "--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], default=[_MLM], metavar="TASK", help="default: mlm"
     )
@@ -103,7 +104,7 @@ def add_finetune(commands: Commands) -> None:
         description="Fine-tune a model on a task and save it as OUTPUT/model, which transformers loads. The learning "
         "rate is chosen on a part\nof the training set; OUTPUT also has the scores, as of `maskvr evaluate`.",
     )
-    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, or model folder")
+    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
     names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
     parser.add_argument("--task", required=True, choices=names, metavar="TASK", help=", ".join(names))
     parser.add_argument(
@@ -233,15 +234,17 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
 def _evaluate_mlm(arguments: argparse.Namespace) -> int:
     from maskvr_ds.runtime import distributed
 
+    configure(arguments.verbosity)
+
     def run() -> None:
         from maskvr_ds.downstream import mlm
 
         corpus = mlm.evaluation_corpus(Path(arguments.data))
         rows = min(arguments.rows or 1024, corpus.rows)
-        models = [Path(model) for model in arguments.models]
-        found = mlm.evaluate(models, corpus, rows=rows, micro_size=arguments.micro_size or 32)
+        found = mlm.evaluate(arguments.models, corpus, rows=rows, micro_size=arguments.micro_size or 32)
         entropy = next(iter(found.values()))["held_out_unigram_entropy"]
-        print(f"{corpus.folder}: {rows:,} of {corpus.rows:,} rows; unigram entropy {entropy:.4f} nats per token")
+        of = f"{corpus.rows:,} row{'s' * (corpus.rows != 1)}"
+        print(f"{corpus.folder}: {rows:,} of {of}; unigram entropy {entropy:.4f} nats per token")
         print(mlm.table(found))
         if arguments.output:
             mlm.write(Path(arguments.output), found, corpus, rows)
