@@ -48,7 +48,10 @@ def run(models: Sequence[str], data: Path, request: Request) -> dict[str, Any]:
     if request.export is not None and request.export.exists():
         raise ConfigError(f"--export-pruned {request.export}: exists; choose a new folder")
     rows = choose_rows(corpus, request.rows, distributed.device())
-    loaded = {name: copy_for_analysis(load_masked_lm(source, corpus).mlm) for name, source in sources.items()}
+    # Maps do not depend on the prediction head, which sentence encoders lack; losses do.
+    new_head = False if request.off is not None or request.prune else None
+    modules = {name: load_masked_lm(source, corpus, new_head=new_head) for name, source in sources.items()}
+    loaded = {name: copy_for_analysis(module.mlm) for name, module in modules.items()}
     first = loaded[models[0]]
     figures = {name: measure_heads(model, rows) for name, model in loaded.items()}
     figures[CONTROL] = measure_heads(_control(first), rows)

@@ -145,7 +145,7 @@ def setup_phase(
         rollbacks=rollbacks,
         log=log,
         guard=guard,
-        health=HealthMonitor(probe) if run.monitor.health_every else None,
+        health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
 
 
