@@ -28,7 +28,9 @@ def pareto_sample(
     """Draw a fixed-size sample without replacement with approximately the given inclusion probabilities.
 
     The error depends on d = Σ π (1 − π). Measured over 10^6 draws: d = 7 (n = 126, k = 19, very unequal π): at most
-    0.0009; d = 1.9 (n = 24, k = 6, half of it nearly certain): at most 0.004, 2% of a small π.
+    0.0009; d = 1.9 (n = 24, k = 6, half of it nearly certain): at most 0.004, 2% of a small π. A row with a single
+    position to draw is drawn exactly, by inversion of the cumulative sum of π: with k = 1 the error would be largest,
+    E[Σ w/n] 0.89 instead of 1 for very unequal π.
 
     Args:
         inclusion: float64 [B, L] or [B, 1]; in (0, 1] on maskable positions, Σ over them = counts.
@@ -49,10 +51,25 @@ def pareto_sample(
         # Non-negative float64 sort like their bits. 40 bits of the mantissa are kept: far finer than any π.
         keys = odds_ratio.view(torch.int64) & ~POSITION_MASK
     keys.masked_fill_(~maskable, NEVER)
+    if inclusion.shape[1] > 1:
+        keys.masked_fill_(_drawn_alone(inclusion, bits, maskable) & (counts == 1)[:, None], 0)
     keys += torch.arange(length, device=bits.device)
     lowest = smallest(keys, width)
     used = torch.arange(width, device=counts.device) < counts[:, None]
     return lowest & POSITION_MASK, used
+
+
+def _drawn_alone(inclusion: torch.Tensor, bits: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+    """bool [B, L]: one maskable position of each row that has any, drawn with probability π_i / Σ π.
+
+    In integers: the sums are exact in every order, so the draw is the same on every device.
+    """
+    units = (inclusion * _UNITS).round().long().masked_fill(~maskable, 0)
+    ends = units.cumsum(1)
+    # 40 random bits, of the first maskable position.
+    first = maskable.int().argmax(1, keepdim=True)
+    threshold = hashing.unit_interval(bits.gather(1, first)) * ends[:, -1:].double()
+    return maskable & (ends > threshold) & (ends - units <= threshold)
 
 
 def proposal_to_inclusion(

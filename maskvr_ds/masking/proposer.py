@@ -116,14 +116,16 @@ class Proposer:
     def _open(self) -> torch.Tensor:
         """Whether masks are drawn by the proposal: bool [], the same on all ranks.
 
-        Gate `auto`: if r (1 + c) < 1, with moving averages of the variance ratio r and the cost c (MAPNet's time
-        relative to the rest of the step). At equal time the batch is smaller by a factor 1 + c, and the variance larger
-        by the same factor.
+        Gate `auto`: if (1 − m + m r) (1 + c) < 1, with moving averages of the variance ratio r and the cost c
+        (MAPNet's time relative to the rest of the step), and the share m of the variance that is due to the masks
+        (`mask_share`). At equal time the batch is smaller by a factor 1 + c, and the variance larger by the same
+        factor: all of it, also the part due to the data, which the proposal does not change.
         """
         if self.gate != "auto":
             return torch.full_like(self._mean, self.gate == "always", dtype=torch.bool)
         proposed, uniform, own, total = self._averages
-        return proposed * total < uniform * (total - own)
+        share = self.config.mask_share
+        return ((1 - share) * uniform + share * proposed) * total < uniform * (total - own)
 
     def _inclusion(
         self, batch: TokenBatch, maskable: torch.Tensor, counts: torch.Tensor

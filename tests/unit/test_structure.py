@@ -64,6 +64,7 @@ TORCH_FREE = {
         "masking.checks",
         "planning",
         "models.initial_folder",
+        "models.new_vocabulary",
         "downstream.tasks",
         "training.length",
         "training.references",

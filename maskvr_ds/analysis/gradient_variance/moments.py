@@ -1,7 +1,7 @@
 """Measurement of the variance components of single rows' gradients under a strategy's masks, rows split over ranks.
 
 N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
-world group, once per call: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1],
+world group, once per call: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [N],
 `measure_covariance` float64 [N, 2 W].
 """
 
@@ -83,7 +83,7 @@ def measure_segments(
     N, G = len(sample.rows), len(sketcher.layers)
     means = torch.zeros((N, G, sketcher.size), device=sample.device)
     spread = torch.zeros((N, 2 * G + 1), dtype=torch.float64, device=sample.device)
-    predictions = torch.zeros(1, dtype=torch.int64, device=sample.device)
+    predictions = torch.zeros(N, dtype=torch.int64, device=sample.device)
     for number in sample.mine():
         apart = APART * (sample.segments(masker, number) if one_round else copies)
         epochs = (np.arange(draws)[:, None] * apart + np.arange(copies)).ravel()
@@ -95,10 +95,11 @@ def measure_segments(
         deviation = (of_draws - means[number]).double().square().sum((0, 2)) / (draws - 1)
         spread[number, :G] = deviation
         spread[number, G] = of_draws.double().square().sum((1, 2)).sqrt().var()
-        predictions += count
+        predictions[number] = count
     for total in (means, spread, predictions):
         distributed.all_reduce_sum(total)
-    a_mask = predictions.item() / (N * draws * copies)
+    of_rows = predictions.cpu().double().numpy() / (draws * copies)
+    a_mask = float(of_rows.mean())
     if not a_mask:
         raise ValueError("no row of the sample has a maskable token; measure on more --sequences")
     of_layers = means.cpu().double().transpose(0, 1) / a_mask
@@ -109,6 +110,7 @@ def measure_segments(
         norm_variance=numbers[:, G],
         draws=draws,
         segments=copies,
+        sizes=of_rows / a_mask,
     )
     return moments, numbers[:, G + 1 :], a_mask
 

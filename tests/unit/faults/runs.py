@@ -144,6 +144,17 @@ FAULTS = [
         own_process=True,
     ),
     Fault(
+        "a damaged shard that is found while training runs",
+        f"{TRAIN} --set output_dir=new --set data.verify=background",
+        "corpus/shard-00000.arrow: sha256 … expected, … found: the file was modified or damaged. Copy it again or "
+        "build the corpus again. Found at step …, in the background (data.verify: background): no checkpoint was saved "
+        "since this job started. …",
+        "the run ends before its first checkpoint",
+        may_change=("new/",),
+        own_process=True,
+        prepare=flips("corpus/shard-00000.arrow", 6000),
+    ),
+    Fault(
         "resume of a finished run",
         f"{TRAIN} --resume auto",
         "run: trained to step 4 already, the configuration has 4 steps; nothing to do. To train further, "

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from maskvr_ds.config import ConfigError, MapNetConfig, load_config
@@ -111,18 +111,22 @@ def test_ratio_does_not_depend_on_who_draws() -> None:
 
 
 @settings(max_examples=25)
-@given(st.floats(0.5, 1.5), st.floats(0, 0.5), st.floats(0.1, 10))
-def test_gate_opens_if_the_ratio_with_the_cost_is_below_one(ratio: float, cost: float, scale: float) -> None:
-    """r (1 + c) < 1: at equal time the batch is smaller by 1 + c, and the variance larger."""
-    assume(abs(ratio * (1 + cost) - 1) > 1e-9)
-    of = proposer(gate="auto", cost=cost, floor=0.2)
+@example(0.95, 0.04, 1.0, 0.6)  # 1.009: the mask part alone would be 0.988
+@given(st.floats(0.5, 1.5), st.floats(0, 0.5), st.floats(0.1, 10), st.floats(0, 1))
+def test_gate_opens_if_the_variance_with_the_cost_is_below_one(
+    ratio: float, cost: float, scale: float, share: float
+) -> None:
+    """(V_d + r V_m) (1 + c) < V_d + V_m: at equal time the batch is smaller by 1 + c, and all variance larger."""
+    data, mask = 1 - share, share
+    assume(abs((data + ratio * mask) * (1 + cost) - 1) > 1e-9)
+    of = proposer(gate="auto", cost=cost, floor=0.2, mask_share=share)
     # Moving averages of Σ w u s², Σ w s², the seconds of MAPNet and of all.
     averages = torch.tensor([ratio * scale, scale, cost, 1 + cost], dtype=torch.float64)
     of.load({**of.state(), "averages": averages})
     batch = tokens(0)
     inside = masker(of.propose).maskable(batch)
     share = torch.full((B, 1), 7 / (L - 2), dtype=torch.float64)
-    is_open = ratio * (1 + cost) < 1
+    is_open = (data + ratio * mask) * (1 + cost) < data + mask
     inclusion = of.propose(batch, inside, share)
     is_uniform = torch.equal(inclusion, share.expand_as(inclusion))
     assert is_uniform != is_open
