@@ -145,8 +145,7 @@ def train_phase(
             watchdog.mark(step, "data")
             number, batch = next(reader)
             watchdog.mark(step, "step")
-            lr = phase.learning_rate(step)
-            set_learning_rate(context.engine, lr)
+            set_learning_rate(context.engine, lr := phase.learning_rate(step))
             context.masker.set_rate(phase.masking_rate(step))
             torch.manual_seed(hashing.fold(phase.config.seed, DROPOUT, step, distributed.rank()) >> 1)
             scale, skipped = loss_scale(context.engine), context.engine.skipped_steps

@@ -44,7 +44,7 @@ def run(models: Sequence[str], data: Path, request: Request) -> dict[str, Any]:
     """Measure; returns the figures for JSON. Raises ConfigError, CheckpointError or ValueError for a model or corpus
     that does not fit, or an architecture without attention weights."""
     corpus = evaluation_corpus(data)
-    sources = {name: find_model(Path(name), corpus) for name in models}
+    sources = {name: find_model(name, corpus) for name in models}
     if request.export is not None and request.export.exists():
         raise ConfigError(f"--export-pruned {request.export}: exists; choose a new folder")
     rows = choose_rows(corpus, request.rows, distributed.device())

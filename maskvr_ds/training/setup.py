@@ -145,7 +145,6 @@ def setup_phase(
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256, **_counts(initial))
-    probe = masker(next(_probe_rows(held_out or corpus, pairs).batches()))
     return PhaseContext(
         corpus=corpus,
         engine=engine,
@@ -154,7 +153,7 @@ def setup_phase(
         loader=loader,
         chooser=chooser,
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
-        probe=probe,
+        probe=(probe := masker(next(_probe_rows(held_out or corpus, pairs).batches()))),
         state=state,
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
