@@ -135,7 +135,6 @@ def setup_phase(
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256, **_counts(initial))
-    probe = masker(next(_probe_rows(held_out or corpus, pairs).batches()))
     return PhaseContext(
         corpus=corpus,
         engine=engine,
@@ -144,14 +143,14 @@ def setup_phase(
         loader=loader,
         chooser=chooser,
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
-        probe=probe,
+        probe=(probe := masker(next(_probe_rows(held_out or corpus, pairs).batches()))),
         state=state,
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
         guard=guard,
         verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
-        health=HealthMonitor(probe) if run.monitor.health_every else None,
+        health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
 
 

@@ -259,6 +259,31 @@ FAULTS = [
         "--at-init judges a configuration, not a run: give no RUN, --at or --plot with it",
     ),
     Fault(
+        "heads of no model",
+        "maskvr attention nothing --data corpus",
+        "nothing: no such folder; expected a run, a checkpoint or a model saved by transformers",
+        own_process=True,
+    ),
+    Fault(
+        "heads on a corpus of no kind",
+        "maskvr attention run --data texts",
+        "texts/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the build command",
+        own_process=True,
+    ),
+    Fault(
+        "heads of weights that are not finite",
+        "maskvr attention run --data corpus",
+        "run/checkpoints/step-00000004/weights.safetensors: 1 tensor holds NaN or infinity (…); use an earlier"
+        " checkpoint",
+        prepare=not_finite,
+        own_process=True,
+    ),
+    Fault(
+        "a pruned model with no head pruned",
+        "maskvr attention run --data corpus --export-pruned pruned",
+        "--export-pruned saves the model without the heads of --prune: give --prune N",
+    ),
+    Fault(
         "a picture of the health of two runs",
         "maskvr health run run --plot health.png",
         "--plot draws one run; give one RUN",
