@@ -136,6 +136,16 @@ FAULTS = [
         "output_dir: ~/runs: ~ is not replaced by your home folder here; write the full path",
     ),
     sets(
+        "an output_dir that is a file",
+        "output_dir=run.yaml",
+        "output_dir run.yaml: is a file, a folder expected; choose another",
+    ),
+    sets(
+        "an output_dir below a file",
+        "output_dir=run.yaml/runs/1",
+        "output_dir run.yaml/runs/1: run.yaml is a file, a folder expected; choose another",
+    ),
+    sets(
         "a batch that micro-batches do not divide",
         "batch.global_size=10",
         "batch.global_size 10 is not a multiple of batch.micro_size 4 × 1 ranks = 4; set "
