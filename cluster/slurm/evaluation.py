@@ -101,7 +101,7 @@ def evaluation_script(
         "open-mode": "append",
         "signal": f"B:USR1@{arguments.signal_seconds}",
     }
-    given = {name: value for name, value in options.items() if value is not None} | extra
+    given = {**{name: value for name, value in options.items() if value is not None}, **extra}
     # The training has created its own folder by then.
     environment = replace(environment, gpus=gpus > 0, binds=(run, *evaluation.reads, *parents))
     return render(
