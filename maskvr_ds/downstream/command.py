@@ -65,7 +65,9 @@ def evaluate(models: Sequence[str], request: Request) -> str:
         if points and reports:
             text = along_run.write(store, points, reports, text)
     if errors:
-        raise TaskError(f"{len(errors)} runs failed; all others are stored: {'; '.join(errors)}")
+        raise TaskError(
+            f"{len(errors)} run{'s' * (len(errors) > 1)} failed; all others are stored: {'; '.join(errors)}"
+        )
     _refuse_diverged(reports)
     return text
 

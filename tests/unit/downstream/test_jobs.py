@@ -113,7 +113,7 @@ def test_a_killed_worker(model: Path, data: Path, undisturbed: Path, tmp_path: P
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, out
     error = err.splitlines()[-1]
-    assert error.startswith("error: 1 runs failed; all others are stored: "), err
+    assert error.startswith("error: 1 run failed; all others are stored: "), err
     task = error.split(": ")[2]
     assert f"{task}: tiny-" in error
     assert "its process was killed" in error
