@@ -23,6 +23,29 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
         "oracle_head, oracle_mask; uniform is always measured (default: uniform)",
     )
     parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=number(0, 1),
+        default=[],
+        metavar="RATE",
+        help="also measure every strategy at these rates (default: the run's rate alone)",
+    )
+    parser.add_argument(
+        "--global-size",
+        type=integer(0, 2**40),
+        default=0,
+        metavar="B",
+        help="sequences per step, for progress (default: 0, the run's batch.global_size)",
+    )
+    parser.add_argument(
+        "--seconds",
+        nargs="+",
+        default=[],
+        metavar="STRATEGY=S",
+        help="seconds of a step, to divide progress by, for each strategy as listed in the results (default: FLOPs "
+        "of a step)",
+    )
+    parser.add_argument(
         "--sequences", type=integer(0, MAX_STEPS), default=64, metavar="N", help="number of rows (default: 64)"
     )
     parser.add_argument(
