@@ -30,9 +30,9 @@ from data_pipeline.files import write_json
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.moments import APART, Measured, Sample, measure_covariance, measure_gradients
-from maskvr_ds.analysis.gradient_variance.options import add_variance_options
+from maskvr_ds.analysis.gradient_variance.options import add_variance_options, read_seconds, with_rates
 from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_norms, head_norms
-from maskvr_ds.analysis.gradient_variance.progress import MINIMUM_SEQUENCES, gain, jackknife, progress
+from maskvr_ds.analysis.gradient_variance.progress import MINIMUM_SEQUENCES, progress_figures
 from maskvr_ds.analysis.gradient_variance.random_effects import (
     Counts,
     Floats,
@@ -97,32 +97,6 @@ def reduction_share(
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         return (uniform - own) / (uniform - best)
-
-
-def progress_figures(
-    moments: VarianceComponents,
-    baseline: VarianceComponents,
-    goal: VarianceComponents,
-    *,
-    batch: int,
-    cost: float,
-    level: float,
-) -> dict[str, Any]:
-    """Progress p of a step of `batch` sequences, relative to the baseline's, and that per cost: [estimate, low, high]
-    each. cost: of a step, relative to the baseline's."""
-
-    def ratio(counts: Floats) -> Floats:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return gain(moments, counts, batch) / gain(baseline, counts, batch)
-
-    sequences = len(goal.within)
-    value = jackknife(lambda counts: progress(moments, goal, counts, batch), sequences, level)
-    relative = jackknife(ratio, sequences, level)
-    per_cost = tuple(x / cost for x in relative)
-    return {
-        name: [x if np.isfinite(x) else None for x in found]
-        for name, found in (("value", value), ("ratio", relative), ("per_cost", per_cost))
-    }
 
 
 def _named(names: Sequence[str], resampling: Resampling, figure: Callable[[Counts], Floats]) -> dict[str, Any]:
@@ -282,32 +256,6 @@ class Measurement:
             "seconds": round(time.perf_counter() - start, 2),
         }
         return found.moments, cost
-
-
-def with_rates(texts: Sequence[str], rates: Sequence[float]) -> list[str]:
-    """The strategies, and each of them, and uniform, at each of the rates."""
-    found = list(texts)
-    for text in [BASELINE, *(text for text in texts if text != BASELINE)]:
-        if text != MASK_ORACLE:
-            found += [f"{text}{',' if ':' in text else ':'}rate={rate:g}" for rate in rates]
-    return list(dict.fromkeys(found))
-
-
-def read_seconds(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """STRATEGY=SECONDS of every strategy. Raises ConfigError if one is unknown, missing or not positive."""
-    found = {}
-    for text in texts:
-        name, _, value = text.rpartition("=")
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = 0.0
-        if name not in names or not 0 < seconds < float("inf"):
-            raise ConfigError(f"--seconds {text}: STRATEGY=SECONDS expected, for one of {', '.join(names)}")
-        found[name] = seconds
-    if missing := [name for name in names if found and name not in found]:
-        raise ConfigError(f"--seconds: missing for {', '.join(missing)}; give them for all strategies or for none")
-    return found
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-"""Command-line options of `maskvr variance`. Loads no torch."""
+"""Command-line options of `maskvr variance`, and the strategies that they name. Loads no torch."""
 
 import argparse
+from collections.abc import Sequence
 
+from maskvr_ds.config.base import ConfigError
+from maskvr_ds.config.strategy_spec import MASK_ORACLE
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_STEPS, integer, number
 
 _ROUNDS = 10**6
@@ -91,3 +94,29 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
         default=0.95,
         help="confidence level of intervals (default: 0.95)",
     )
+
+
+def with_rates(texts: Sequence[str], rates: Sequence[float]) -> list[str]:
+    """The strategies, and each of them, and uniform, at each of the rates."""
+    found = list(texts)
+    for text in ["uniform", *(text for text in texts if text != "uniform")]:
+        if text != MASK_ORACLE:
+            found += [f"{text}{',' if ':' in text else ':'}rate={rate:g}" for rate in rates]
+    return list(dict.fromkeys(found))
+
+
+def read_seconds(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """STRATEGY=SECONDS of every strategy. Raises ConfigError if one is unknown, missing or not positive."""
+    found = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if name not in names or not 0 < seconds < float("inf"):
+            raise ConfigError(f"--seconds {text}: STRATEGY=SECONDS expected, for one of {', '.join(names)}")
+        found[name] = seconds
+    if missing := [name for name in names if found and name not in found]:
+        raise ConfigError(f"--seconds: missing for {', '.join(missing)}; give them for all strategies or for none")
+    return found

@@ -22,6 +22,7 @@ functions of U-statistics). Not the bootstrap: a resample has sequences twice, w
 
 from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -108,3 +109,29 @@ def student(probability: float, freedom: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)
     )
+
+
+def progress_figures(
+    moments: VarianceComponents,
+    baseline: VarianceComponents,
+    goal: VarianceComponents,
+    *,
+    batch: int,
+    cost: float,
+    level: float,
+) -> dict[str, Any]:
+    """Progress p of a step of `batch` sequences, relative to the baseline's, and that per cost: [estimate, low, high]
+    each. cost: of a step, relative to the baseline's."""
+
+    def ratio(counts: Floats) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return gain(moments, counts, batch) / gain(baseline, counts, batch)
+
+    sequences = len(goal.within)
+    value = jackknife(lambda counts: progress(moments, goal, counts, batch), sequences, level)
+    relative = jackknife(ratio, sequences, level)
+    per_cost = tuple(x / cost for x in relative)
+    return {
+        name: [x if np.isfinite(x) else None for x in found]
+        for name, found in (("value", value), ("ratio", relative), ("per_cost", per_cost))
+    }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskvr_ds.analysis.gradient_variance.measure import read_seconds, with_rates
+from maskvr_ds.analysis.gradient_variance.options import read_seconds, with_rates
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.strategy_spec import parse_strategies
 
