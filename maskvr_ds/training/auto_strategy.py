@@ -176,8 +176,9 @@ class Chooser:
         if self._proposer is not None:
             masker.strategy = STRATEGIES[PROPOSAL]
             gate, self._proposer.gate = self._proposer.gate, "always"
+            self._proposer.learning = False
             proposed, _ = measure(sample, sketcher, masker, draws=2 * config.draws, copies=1)
-            self._proposer.gate = gate
+            self._proposer.gate, self._proposer.learning = gate, True
             passes += 2 * config.rows * config.draws
         together = same_round_share(self._most, segments(corpus.sequence_length - 2, masker.rate))
         resampling = Resampling(config.rows, seed=hashing.fold(key, _BOOTSTRAP), level=config.confidence)
@@ -245,7 +246,8 @@ def _figures(
         covariance = of_pairs - of_one
         everything = most * of_rows + of_one + (most - 1) * together * covariance
     if proposed is not None:
-        by_proposal = sum(v[:, -1] for v in variances(proposed, ways))
+        of_data, of_masks = variances(proposed, ways)
+        by_proposal = of_data[:, -1] + of_masks[:, -1]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = everything / total, by_proposal * (1 + cost) / total
     return np.stack([data, mask, covariance, *ratios], 1)

@@ -214,6 +214,7 @@ class Measurement:
             seed=0,
             device=self.sample.device,
         )
+        proposer.learning = False
         distributed.run_collectively(lambda: proposer.load(tensors))
         return proposer
 
