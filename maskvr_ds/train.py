@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from maskvr_ds import hashing
+from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import RunConfig, add_run_options, load_config, run_deepspeed_config, with_local_model
 from maskvr_ds.data.keys import DROPOUT
 from maskvr_ds.engine.deepspeed_patches import free_memory
@@ -37,7 +38,7 @@ from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.length import remarks, with_steps
 from maskvr_ds.training.phases import RunPhase, plan
 from maskvr_ds.training.report import end_lines, start_lines
-from maskvr_ds.training.resume import ResumePoint, find_resume_point
+from maskvr_ds.training.resume import ResumePoint, find_resume_point, pass_by
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
 from maskvr_ds.training.run import write_run_status
 from maskvr_ds.training.saver import Saver, is_due
@@ -90,7 +91,7 @@ def train(
             point.step,
             last,
         )
-    trained = None
+    trained, first = None, point
     while remaining:
         try:
             saver = train_phase(config, remaining[0], deepspeed_config, point, fence, stop)
@@ -101,6 +102,10 @@ def train(
         except DivergedError as error:
             point = roll_back(remaining[0], error, point, fence)
             # If the phase has no intact checkpoint, the run may return to an earlier phase.
+            remaining = point.remaining_phases(phases)
+        except ContentError as error:
+            named = point is first and resume not in (None, "auto")
+            point = pass_by(config.output_dir, error, point, named=named)
             remaining = point.remaining_phases(phases)
         free_memory()
     distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, phases[-1].last_step, fence))
@@ -155,6 +160,7 @@ def train_phase(
                 guard=context.guard,
                 stop=stop is not None and stop.requested(here, fence.token),
                 writing=saver.writing,
+                verifying=context.verification.flags,
             )
             step += 1
             samples += phase.config.batch.global_size
@@ -163,7 +169,6 @@ def train_phase(
             context.log.add(epoch=context.loader.epochs((number + 1) * phase.config.batch.global_size))
             context.log.add(**context.guard.after_update(step, number, result.grad_norm, loss_scale=scale))
             context.guard.check(step, is_last=step == phase.last_step)
-
             stopping = stop is not None and stop.requested_on_any_rank(DeferredTensor(result.stop_requests))
             written = saver.all_written(DeferredTensor(result.writing_ranks))
             chooser = context.chooser if context.chooser and context.chooser.due(step, phase.last_step) else None
@@ -172,12 +177,16 @@ def train_phase(
             # Not when stopping: the time that a scheduler leaves is for the checkpoint.
             evaluate |= phase.config.checkpoint.keep_best and save and not stopping
             evaluation = context.evaluation if evaluate else None
+            measure_health = context.health is not None and step % run.monitor.health_every == 0
             saver.check_replicas(step, saving=save)
-            if not (evaluation or chooser or save or written):
+            context.verification.after_step(step, result.verifying_ranks)
+            if not (evaluation or chooser or save or written or measure_health):
                 continue
             with _paused(context, watchdog):
                 held_out = evaluation.figures(context.engine.module) if evaluation else {}
                 context.log.add(**held_out)
+                if context.health is not None and measure_health:
+                    context.log.add(**context.health.figures(context.engine.module))
                 if chooser:
                     context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
                 if save or written:
@@ -257,6 +266,7 @@ def _closing(context: PhaseContext, reader: Any, saver: Saver, watchdog: Watchdo
         # A checkpoint that is still being written is one to return to.
         watchdog.pause()
         saver.finish()
+    context.verification.cancel()
     context.log.close()
     reader.close()
     context.engine.destroy()

@@ -137,7 +137,8 @@ def _evaluation(figures: dict[str, Any]) -> str:
 def _data(launches: list[dict[str, Any]], state: CheckpointState) -> str:
     """Each corpus that was trained on, with its counts, and how much of them was consumed."""
     consumed = sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in state.phases)
-    total = f"{state.samples:,} sequences were consumed" + (f", {consumed:,} tokens." if consumed else ".")
+    sequences = f"{state.samples:,} sequence{' was' if state.samples == 1 else 's were'}"
+    total = f"{sequences} consumed" + (f", {consumed:,} tokens." if consumed else ".")
     corpora = {
         (corpus["path"], corpus["tokens"]): corpus for launch in launches for corpus in launch.get("corpora", ())
     }
@@ -167,7 +168,8 @@ def _training(lines: list[dict[str, Any]], launches: list[dict[str, Any]], state
     rows = {
         "steps": state.step,
         "hours in steps": f"{seconds / 3600:.2f}" if seconds else _NOT_RECORDED,
-        "hardware": "; ".join(devices) or f"{state.world_size} ranks; devices {_NOT_RECORDED}",
+        "hardware": "; ".join(devices)
+        or f"{state.world_size} rank{'s' * (state.world_size != 1)}; devices {_NOT_RECORDED}",
         "precision, ZeRO stage": f"{state.dtype}, {state.zero_stage}",
         "software": ", ".join(versions) or _NOT_RECORDED,
     }

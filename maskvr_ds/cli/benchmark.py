@@ -13,10 +13,13 @@ Measure the speed of a component on this machine, with synthetic rows.
   masking-speed        rows per CPU-second that one thread masks with --strategy
   strategy-cost        time that each masking strategy adds to a training step
   optimizer-step-time  time and memory of an optimizer step of LAMB and of others
-  training-speed       tokens per second and model FLOPs of training steps"""
+  training-speed       tokens per second and model FLOPs of training steps, kernels, waits and
+                       collectives per step, memory, and the time of a step by part"""
 _BENCHMARK_EXAMPLES = """\
 maskvr benchmark masking-speed --strategy span
-maskvr benchmark training-speed --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json"""
+maskvr benchmark training-speed --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json
+maskvr benchmark training-speed --preset bert-large --micro-size 64 128 256 --accumulation 4 --compile layers
+maskvr benchmark training-speed --deepspeed my_zero2.json --set masking.strategy=mapnet --set optimizer.fused=true"""
 _COUNT = integer(1, 10**6)
 # Names of earlier versions, which are still accepted, and those of today.
 _FORMER_NAMES = {
@@ -60,10 +63,14 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-size",
         type=integer(1, MAX_MICRO_SIZE),
-        default=128,
-        help="training-speed, strategy-cost: sequences per forward pass (default: 128)",
+        nargs="+",
+        default=[128],
+        metavar="B",
+        help="training-speed, strategy-cost: sequences per forward pass (default: 128); training-speed measures "
+        "several in turn",
     )
     parser.add_argument("--steps", type=_COUNT, default=100, help="training-speed: optimizer steps (default: 100)")
+    _training_options(parser)
     parser.add_argument(
         "--sequence-length", type=integer(8, 2**20), default=128, help="tokens per sequence (default: 128)"
     )
@@ -85,6 +92,38 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
         choices=["adamw_foreach", "fused_adam", "fused_lamb"],
         help="optimizer-step-time: what to compare with; the fused ones need a GPU (default: all that can run here)",
     )
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accumulation", type=_COUNT, metavar="A", help="training-speed: micro-batches per rank and step (default: 1)"
+    )
+    parser.add_argument(
+        "--compile", choices=["none", "layers", "model"], help="training-speed: training.compile (default: none)"
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=_tflops,
+        metavar="T",
+        help="training-speed: peak rate of a rank's device, for the MFU (default: of the data sheet of known GPUs)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        metavar="SECTION.FIELD=VALUE",
+        help="training-speed: a further setting of the run",
+    )
+
+
+def _tflops(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: a rate in TFLOP/s above 0 and at most 1,000,000 expected")
+    return value
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:

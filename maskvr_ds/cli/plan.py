@@ -72,7 +72,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import load_config
     from maskvr_ds.planning import report
-    from maskvr_ds.planning.calibration import calibrate, read_measurement
+    from maskvr_ds.planning.calibration import calibrate, read_measurements
     from maskvr_ds.planning.hardware import GPUS, Cluster, link_bytes
     from maskvr_ds.planning.plan import corpora_of, make_plan
     from maskvr_ds.planning.step_time import Calibration
@@ -85,7 +85,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     link = None if arguments.link is None else link_bytes(arguments.link)
     measured = arguments.measured or []
     if measured:
-        gpu, calibration = calibrate([read_measurement(Path(path)) for path in measured], gpu)
+        gpu, calibration = calibrate([one for path in measured for one in read_measurements(Path(path))], gpu)
     cluster = Cluster(arguments.nodes, arguments.gpus_per_node, gpu, link)
     corpora = corpora_of(config, arguments.sequence_length, arguments.vocab_size)
     plan = make_plan(config, corpora, cluster, calibration)

@@ -94,6 +94,14 @@ def shares(corpus: Corpus) -> tuple[Share, ...]:
     return corpus.shares if isinstance(corpus, Mixture) else (Share(corpus.rows, corpus.rows),)
 
 
+def real_share(corpus: Corpus) -> float:
+    """Share of the tokens of an epoch that are not padding."""
+    slots = [share.slots for share in shares(corpus)]
+    manifests = [member.manifest for member in members(corpus)]
+    real = sum(n * m.tokens / m.rows for n, m in zip(slots, manifests, strict=True))
+    return real / (sum(slots) * corpus.sequence_length)
+
+
 def corpora_identity(corpus: Corpus) -> dict[str, Any]:
     """Properties of the data that must not change during a run, as JSON types: all shards, and a mixture's shares."""
     identity: dict[str, Any] = {"shards": hashing.fold(0, *(int(shard.sha256, 16) for shard in corpus.manifest.shards))}

@@ -43,7 +43,7 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     data = _read(request)
     store = RunStore(request.output)
     reports: dict[str, Content] = {}
-    with prepared(models, _kinds(request), request.protocol.max_length) as encoders:
+    with prepared(models, _lengths(request)) as encoders:
         for task in data:
             evaluator = Evaluator(store, task, request.protocol)
             reports[task.task.name] = report.task_report(task, evaluator.rows(encoders))
@@ -62,7 +62,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     _leave_launcher()
     (task,) = _read(request)
     store = RunStore(request.output)
-    with prepared([model], _kinds(request), request.protocol.max_length) as (encoder,):
+    with prepared([model], _lengths(request)) as (encoder,):
         evaluator = Evaluator(store, task, replace(request.protocol, seeds=1))
         rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, folder)]
     reports = {task.task.name: report.task_report(task, rows)}
@@ -85,15 +85,19 @@ def _leave_launcher() -> None:
 def _read(request: Request) -> list[TaskData]:
     found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
     for data in found:
-        if len(request.protocol.rates(data)) > 1:
+        if request.protocol.chooses(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
         if data.skipped:
             logger.warning("%s: %d damaged rows of its files are skipped", data.task.name, data.skipped)
     return found
 
 
-def _kinds(request: Request) -> list[Kind]:
-    return sorted({task.kind for task in request.tasks})
+def _lengths(request: Request) -> dict[Kind, int]:
+    """Kind -> maximum number of tokens of an example."""
+    found: dict[Kind, int] = {}
+    for task in request.tasks:
+        found[task.kind] = max(found.get(task.kind, 0), request.protocol.settings(task).max_length)
+    return found
 
 
 def _refuse_diverged(reports: dict[str, Content]) -> None:

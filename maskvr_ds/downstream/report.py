@@ -24,6 +24,7 @@ def task_report(data: TaskData, rows: Sequence[Row]) -> Content:
         report["rows"][row.name] = {
             "learning_rate": row.choice.learning_rate if row.choice else None,
             "selection": list(row.choice.tried) if row.choice else [],
+            "threshold": row.choice.threshold if row.choice else None,
             "settings": row.settings,
             "diverged_seeds": row.diverged,
             "truncated": row.runs[0].get("truncated"),
@@ -83,7 +84,17 @@ def _notes(report: Content) -> list[str]:
     notes = []
     for name, row in report["rows"].items():
         if row["truncated"] and (total := sum(row["truncated"].values())):
-            notes.append(f"{name}: {total:,} examples are truncated to {row['settings']['max_length']} tokens.")
+            # Of a text, or of a question; contexts are read in windows.
+            what = (
+                "questions are shortened"
+                if row["settings"].get("stride") is not None
+                else (f"examples are truncated to {row['settings']['max_length']} tokens")
+            )
+            notes.append(f"{name}: {total:,} {what}.")
+        if row["threshold"] is not None:
+            notes.append(
+                f'{name}: "no answer" is given if it scores more than {row["threshold"]:.2f} above the best answer.'
+            )
         if len(row["seconds"]) == 1 and row["learning_rate"] is not None:
             notes.append(f"{name}: a single seed, so that the intervals do not cover the choice of seeds.")
     return [*notes, ""] if notes else []

@@ -54,18 +54,34 @@ def predictions(length: int, rate: float) -> int:
     return max(1, round_half_up((length - 2) * rate))
 
 
-def read_measurement(path: Path) -> Measurement:
-    """Read the JSON that `maskvr benchmark train --output` wrote. Raises ConfigError naming what is missing."""
+def read_measurements(path: Path) -> list[Measurement]:
+    """Read the JSON that `maskvr benchmark train --output` wrote, of one micro-batch or of several.
+
+    Raises ConfigError naming what is missing, or the setting whose effect the model does not know.
+    """
     if (size := path.stat().st_size) > _BYTES:
         raise ConfigError(f"--measured {path}: {size:,} bytes; expected the JSON of `maskvr benchmark train --output`")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--measured {path}: not JSON: {error}") from None
+    if not content:
+        raise ConfigError(f"--measured {path}: not a result of `maskvr benchmark train --output`")
+    return [_measurement(one, path) for one in (content if isinstance(content, list) else [content])]
+
+
+def _measurement(content: Any, path: Path) -> Measurement:
     what = _WHAT.match(str(content.get("what"))) if isinstance(content, dict) else None
     if what is None or what["preset"] not in BERT_PRESETS:
         raise ConfigError(f"--measured {path}: not a result of `maskvr benchmark train --output`")
     length, micro, ranks = (int(what[key]) for key in ("length", "micro", "ranks"))
+    for key, known in (("compile", "none"), ("settings", "none")):
+        if (value := content.get(key, known)) != known:
+            raise ConfigError(
+                f"--measured {path}: measured with {key} {value}, whose effect the model does not know; measure without"
+            )
+    # Files of earlier versions do not have it: they measured one micro-batch per step.
+    accumulation = _positive(content, "accumulation", path) if "accumulation" in content else 1
     tokens = _positive(content, "tokens_per_second_median", path)
     model = ModelConfig.model_validate({"preset": what["preset"], "max_position_embeddings": max(512, length)})
     config = read_deepspeed_config(deepspeed_config_path(what["deepspeed"]))
@@ -74,9 +90,9 @@ def read_measurement(path: Path) -> Measurement:
         device=str(content.get("device")),
         sizes=encoder_sizes(model, BENCHMARK_VOCABULARY),
         zero=zero_settings(config),
-        work=Pass(length, predictions(length, BENCHMARK_RATE), micro, 1),
+        work=Pass(length, predictions(length, BENCHMARK_RATE), micro, int(accumulation)),
         ranks=ranks,
-        step_seconds=ranks * micro * length / tokens,
+        step_seconds=ranks * micro * accumulation * length / tokens,
         memory=_positive(content, "peak_memory_gib", path) * 2**30 if "peak_memory_gib" in content else None,
         product_rate=_positive(content, "matrix_product_tflops", path) * 1e12,
     )

@@ -134,7 +134,8 @@ class MetricsLog:
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to write to.
         token_flops: FLOPs per rank and token of the global batch.
-        peak_tflops: peak rate of a rank's device in TFLOP/s, for the progress; None: not known.
+        peak_tflops: peak rate of a rank's device in TFLOP/s, for the MFU; None: not known.
+        real_share: share of the tokens that are not padding; the MFU counts these only.
         tensor_names: T names, in the order of the trust ratios.
         rollbacks: the run's "rollback" events so far; metrics.jsonl has each after the step that was rolled back to.
     """
@@ -150,6 +151,7 @@ class MetricsLog:
         monitor: MonitorConfig,
         token_flops: float,
         peak_tflops: float | None = None,
+        real_share: float = 1.0,
         tensor_names: Sequence[str] = (),
         rollbacks: Sequence[dict[str, Any]] = (),
     ) -> None:
@@ -157,7 +159,7 @@ class MetricsLog:
         self._pending: StepRecord | None = None
         self._tokens = resume_tokens
         self._token_flops = token_flops
-        self._peak_tflops = peak_tflops
+        self._peak_tflops, self._real_share = peak_tflops, real_share
         self._tensor_names = tensor_names
         self._histogram_every = monitor.histogram_every
         if not self.active:
@@ -194,9 +196,10 @@ class MetricsLog:
         seconds, self._clock = now - self._clock, now
         tokens, self._tokens = record.tokens - self._tokens, record.tokens
         rate = tokens / seconds
-        record.extra.update(
-            tokens_per_second=rate, step_seconds=seconds, model_tflops_per_rank=rate * self._token_flops / 1e12
-        )
+        tflops = rate * self._token_flops / 1e12
+        record.extra.update(tokens_per_second=rate, step_seconds=seconds, model_tflops_per_rank=tflops)
+        if self._peak_tflops is not None:
+            record.extra.update(mfu=tflops * self._real_share / self._peak_tflops)
         self.flush()
         self._pending = record
         self._estimate_time(record.step, seconds)
@@ -285,8 +288,8 @@ class MetricsLog:
 
     def _show(self, line: dict[str, Any]) -> None:
         text = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
-        if self._peak_tflops is not None:
-            text += f" ({line['model_tflops_per_rank'] / self._peak_tflops:.0%} of the device's rate)"
+        if "mfu" in line:
+            text += f" (MFU {line['mfu']:.0%})"
         if self._paces and line["step"] < self._bar.total:
             text += f"  {self._time_left(line['step'])} left"
         if "held_out_loss" in line:

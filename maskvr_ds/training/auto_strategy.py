@@ -196,7 +196,8 @@ class Chooser:
         """The model with its full fp32 weights, on this rank's device."""
         weights = full_fp32_weights(self._engine)
         with torch.random.fork_rng(devices=[]):
-            copied = MaskedLanguageModel(self._engine.module.mlm.config).float()
+            module = self._engine.module
+            copied = MaskedLanguageModel(module.mlm.config, separator=module.separator).float()
         copied.to(distributed.device())
         for name, parameter in copied.mlm.named_parameters():
             if distributed.rank() == 0:

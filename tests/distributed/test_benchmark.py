@@ -1,11 +1,13 @@
 """`maskvr benchmark optimizer-step-time` on a real ZeRO engine: its report, and the memory bound of Lamb."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from maskvr_ds.planning.calibration import read_measurement
+from maskvr_ds.benchmarks.step_parts import PARTS
+from maskvr_ds.planning.calibration import read_measurements
 from tests.distributed.training import run_command
 
 
@@ -25,12 +27,59 @@ def test_lamb_takes_one_partition_of_extra_memory(tmp_path: Path) -> None:
 def test_a_measured_training_can_calibrate_a_plan(tmp_path: Path) -> None:
     output = tmp_path / "train.json"
     words = ("benchmark", "train", "--preset", "bert-tiny", "--deepspeed", "zero1_fp32", "--sequence-length", 32)
-    result = run_command(*words, "--micro-size", 2, "--steps", 3, "--output", output)
+    more = ("--accumulation", 3, "--peak-tflops", 0.5)
+    result = run_command(*words, "--micro-size", 2, 4, "--steps", 5, *more, "--output", output)
     assert result.returncode == 0, result.stderr
-    found = read_measurement(output)
-    assert (found.device, found.ranks, found.zero.stage, found.memory) == ("cpu", 1, 1, None)
-    assert (found.work.length, found.work.micro, found.work.predictions) == (32, 2, 5)
-    assert 64 / found.step_seconds == pytest.approx(json.loads(output.read_text())["tokens_per_second_median"])
+    both = read_measurements(output)
+    for found, micro, figures in zip(both, (2, 4), json.loads(output.read_text()), strict=True):
+        assert (found.device, found.ranks, found.zero.stage, found.memory) == ("cpu", 1, 1, None)
+        assert (found.work.length, found.work.micro, found.work.predictions) == (32, micro, 5)
+        assert found.work.accumulation == 3
+        assert 96 * micro / found.step_seconds == pytest.approx(figures["tokens_per_second_median"])
+        assert figures["mfu"] == pytest.approx(figures["model_tflops_per_rank"] / 0.5)
+
+
+def test_parts_of_a_step(tmp_path: Path) -> None:
+    """All parts take time, with MAPNet's; their sum is the step as metrics.jsonl times it; what is counted is there."""
+    output = tmp_path / "train.json"
+    words = ("benchmark", "train", "--preset", "bert-tiny", "--deepspeed", "zero1_bf16", "--sequence-length", 32)
+    more = ("--micro-size", 2, "--accumulation", 2, "--steps", 6, "--set", "masking.strategy=mapnet")
+    result = run_command(*words, *more, "--output", output)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(output.read_text())
+    parts = figures["parts"]
+    assert set(parts) == {*PARTS, "sum"}
+    for name, row in parts.items():
+        assert 0 < row["min"] <= row["median"] <= row["max"], name
+    seconds = 2 * 2 * 32 / figures["tokens_per_second_median"]
+    assert parts["sum"]["min"] / 2e3 < seconds < 2 * parts["sum"]["max"] / 1e3
+    assert parts["backward"]["median"] > parts["masks"]["median"]
+    assert figures["host_waits_per_step"] <= 1
+    assert figures["kernels_per_step"] == sum(figures["kernels_by_part"].values())
+    assert figures["kernels_by_part"]["mapnet"] > 100
+    assert figures["peak_tflops"] is None
+    assert figures["mfu"] is None
+    assert figures["collectives_per_step"]["all_reduce"]["calls"] >= 2
+    assert figures["gigabytes_sent_per_rank_and_step"] == 0, "one rank"
+    assert "unknown" in result.stdout
+    assert re.search(r"^  backward +[\d.,]+ +[\d.,]+", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training-speed", "--steps", 4], "--steps 4: at least 5"),
+        (["training-speed", "--set", "batch.micro_size=3"], "batch is set by the benchmark"),
+        (["training-speed", "--set", "optimizer.lr=-1"], "optimizer.lr"),
+        (["strategy-cost", "--accumulation", 2], "--accumulation is an option of training-speed"),
+        (["loading-speed", "--set", "seed=1"], "--set is an option of training-speed"),
+        (["strategy-cost", "--micro-size", 2, 4], "--micro-size: 2 values"),
+    ],
+)
+def test_options_are_checked(words: list[object], message: str) -> None:
+    result = run_command("benchmark", *words)
+    assert result.returncode == 1
+    assert message in result.stderr
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_without_one() -> None:

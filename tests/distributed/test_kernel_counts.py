@@ -13,46 +13,25 @@ import pytest
 from tests.distributed.ranks import run_ranks
 from tests.support.corpora import make_corpus
 
-# Operations that launch nothing.
-VIEWS = {
-    *("view", "_unsafe_view", "as_strided", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze"),
-    *("squeeze", "narrow", "detach", "alias", "split", "split_with_sizes", "unbind", "chunk", "reshape", "unfold"),
-    *("lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense"),
-}
-
 
 def count(folder: str, deepspeed: str, accumulation: int, more: dict[str, Any]) -> dict[str, Any]:
     """On a rank: kernels of the third step by phase ("masks", "forward", "backward", "update", "step"), and waits."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from maskvr_ds import train
+    from maskvr_ds.benchmarks.step_parts import Kernels
     from maskvr_ds.config import RunConfig
     from maskvr_ds.runtime import distributed
 
-    class Counting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.phase, self.kernels, self.waits = "step", Counter[str](), Counter[str]()
-            self.active = False
+    phase, number = "step", 0
+    counting = Kernels(lambda: phase)
 
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = function._schema.name.removeprefix("aten::")
-            if name == "_local_scalar_dense":
-                self.waits[self.phase] += 1
-            elif name.rstrip("_") not in {view.rstrip("_") for view in VIEWS}:
-                self.kernels[self.phase] += 1
-            return function(*args, **(kwargs or {}))
-
-    counting, number = Counting(), 0
-
-    def within(phase: str, function: Any) -> Any:
+    def within(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before, counting.phase = counting.phase, phase
+            nonlocal phase
+            before, phase = phase, name
             try:
                 return function(*args, **kwargs)
             finally:
-                counting.phase = before
+                phase = before
 
         return call
 
@@ -66,18 +45,9 @@ def count(folder: str, deepspeed: str, accumulation: int, more: dict[str, Any]) 
         engine.forward = within("forward", engine.forward)
         engine.backward = within("backward", engine.backward)
         engine.step = within("update", engine.step)
-        counting.active = True
         with counting:
-            result = run_step(engine, masker, *args, **kwargs)
-        counting.active = False
-        return result
+            return run_step(engine, masker, *args, **kwargs)
 
-    def tolist(tensor: torch.Tensor) -> Any:
-        # Not seen by the mode on a CPU; copies from a GPU.
-        counting.waits[counting.phase] += counting.active
-        return original(tensor)
-
-    original, torch.Tensor.tolist = torch.Tensor.tolist, tolist
     distributed.initialize()
     train.plot_loss = lambda *_: None
     train.run_step = counted
@@ -102,7 +72,7 @@ def count(folder: str, deepspeed: str, accumulation: int, more: dict[str, Any]) 
         **more,
     }
     train.train(RunConfig.model_validate(values))
-    return {"kernels": dict(counting.kernels), "waits": dict(counting.waits)}
+    return {"kernels": dict(counting.launched), "waits": dict(counting.reads)}
 
 
 def counts(tmp_path: Path, deepspeed: str, accumulation: int = 1, **more: Any) -> tuple[Counter[str], Counter[str]]:

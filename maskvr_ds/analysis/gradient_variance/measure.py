@@ -44,10 +44,11 @@ from maskvr_ds.analysis.gradient_variance.random_effects import (
 from maskvr_ds.analysis.gradient_variance.report import plot, table
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.checkpoint import load
-from maskvr_ds.checkpoint.export import load_model
+from maskvr_ds.checkpoint.export import load_model, separator_of
 from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
 from maskvr_ds.config.masking import HELD_OUT_RATE
 from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACLES, StrategySpec, parse_strategies
+from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.checks import segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
@@ -119,7 +120,7 @@ class Measurement:
         corpus = distributed.run_collectively(lambda: self._open(Path(arguments.corpus)))
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         mlm = distributed.run_collectively(lambda: load_model(self.folder))
-        self.model = MaskedLanguageModel(mlm)
+        self.model = MaskedLanguageModel(mlm, separator=separator_of(self.state))
         # For token types; the gradient measured is that of the masked tokens.
         pairs = self.model.has_pair_head and "pair_label" in corpus.manifest.columns
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device, pairs)
@@ -136,6 +137,8 @@ class Measurement:
         corpus, arguments = Corpus(path), self.arguments
         if (theirs := corpus.manifest.tokenizer_sha256) != (ours := self.state.identity["tokenizer"]):
             raise ConfigError(f"{path}: tokenizer {theirs[:12]} differs from {ours[:12]} of {self.folder}")
+        if separator_of(self.state) is not None:
+            check_borders(corpus)
         if arguments.sequences > corpus.rows:
             raise ConfigError(f"--sequences {arguments.sequences}: {path} has {corpus.rows} rows")
         for name, minimum in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):

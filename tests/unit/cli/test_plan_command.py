@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from maskvr_ds.cli.main import main
-from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_measurement
+from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_measurements
 from maskvr_ds.planning.hardware import GPUS
 from maskvr_ds.planning.memory import memory
 from maskvr_ds.planning.step_time import Calibration
@@ -78,7 +78,7 @@ def test_loads_no_torch() -> None:
 
 
 def test_a_calibrated_model_predicts_what_was_measured() -> None:
-    measured = read_measurement(GPU_RESULT)
+    (measured,) = read_measurements(GPU_RESULT)
     assert measured.step_seconds == pytest.approx(256 * 128 / 398_434.67)
     gpu, calibration = fit([measured], GPUS["h100"])
     assert gpu.product_rate(2) == pytest.approx(790.2e12, rel=1e-3)
@@ -87,7 +87,7 @@ def test_a_calibrated_model_predicts_what_was_measured() -> None:
 
 
 def test_measured_memory_scales_the_activations() -> None:
-    measured = read_measurement(GPU_RESULT)
+    (measured,) = read_measurements(GPU_RESULT)
     doubled = replace(measured, memory=2 * (measured.memory or 0))
     factor = fit([doubled], GPUS["h100"])[1].activations
     found = memory(measured.sizes, measured.zero, measured.work, ranks=1, fused=False, factor=factor)
@@ -102,11 +102,11 @@ def synthetic(folder: Path, sizes: list[tuple[str, int]], truth: Calibration) ->
         what = f"{preset}, L = 128, zero1_bf16, 1 ranks × {micro} sequences"
         path = folder / f"{preset}_{micro}.json"
         path.write_text(json.dumps({**content, "what": what}), encoding="utf-8")
-        one = read_measurement(path)
+        (one,) = read_measurements(path)
         gpu = replace(GPUS["h100"], products=one.product_rate / GPUS["h100"].half)
         rate = micro * 128 / predicted(one, gpu, truth)
         path.write_text(json.dumps({**content, "what": what, "tokens_per_second_median": rate}), encoding="utf-8")
-        found.append(read_measurement(path))
+        found += read_measurements(path)
     return found
 
 
@@ -139,6 +139,9 @@ def test_two_measurements_give_two_factors(tmp_path: Path) -> None:
         ({"tokens_per_second_median": 5.0}, "times what is predicted"),
         ({"device": "cpu"}, "measured on 'cpu', not on --gpu H100"),
         ({"device": "NVIDIA H200"}, "measured on 'NVIDIA H200', not on --gpu H100"),
+        ({"compile": "layers"}, "compile layers, whose effect the model does not know"),
+        ({"settings": "masking.strategy=span"}, "settings masking.strategy=span, whose effect"),
+        ({"accumulation": 0}, "accumulation is 0"),
         ({"what": "bert-huge, L = 128, zero1_bf16, 1 ranks × 256 sequences"}, "not a result of"),
         ({"what": "bert-base, L = 128, zero9, 1 ranks × 256 sequences"}, "zero9"),
         ({"what": "bert-base, L = 128, zero1_bf16, 0 ranks × 256 sequences"}, "not a result of"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 from tests.support.corpora import make_corpus
-from tests.unit.faults.case import Fault, cuts, removes, writes
+from tests.unit.faults.case import Fault, Prepare, cuts, removes, writes
+from tests.unit.faults.world import RUN
 
 CONFIG = "maskvr config --config run.yaml"
 
@@ -16,6 +21,69 @@ def deepspeed(what: str, text: str, said: str) -> Fault:
     return Fault(what, f"{CONFIG} --set deepspeed=ds.json", said, prepare=writes("ds.json", text))
 
 
+def model_of(*, without: int = 0, reverse: bool = False, tokenizer: bool = True) -> Prepare:
+    """Write the folder `model`, with the corpus' tokenizer: without its last tokens, or with all in reverse order."""
+
+    def prepare(folder: Path) -> None:
+        content = json.loads((folder / "corpus/tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+        tokens = list(content["model"]["vocab"])
+        tokens = [*tokens[:5], *(reversed(tokens[5:]) if reverse else tokens[5 : len(tokens) - without])]
+        content["model"]["vocab"] = {token: index for index, token in enumerate(tokens)}
+        shutil.copytree(folder / "corpus/tokenizer", folder / "model")
+        (folder / "model/vocab.txt").unlink()
+        (folder / "model/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        if not tokenizer:
+            (folder / "model/tokenizer.json").unlink()
+        config = {"model_type": "bert", "vocab_size": len(tokens), **RUN["model"]}
+        (folder / "model/config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "model/model.safetensors").write_bytes(b"")
+
+    return prepare
+
+
+_MODEL = f"{CONFIG} --set model.initialize_from=model"
+VOCABULARIES = [
+    Fault(
+        "an initial model with fewer tokens",
+        _MODEL,
+        "corpus: its tokenizer has … tokens, but the model in model has …; build the corpus with that model's "
+        "tokenizer (--tokenizer model), or set model.vocabulary to extend to adapt the model to the corpus",
+        prepare=model_of(without=2),
+    ),
+    Fault(
+        "an initial model with the tokens in another order",
+        _MODEL,
+        "corpus: its token ids differ from those of model (…); build the corpus with that model's tokenizer "
+        "(--tokenizer model), or set model.vocabulary to match to adapt the model to the corpus",
+        prepare=model_of(reverse=True),
+    ),
+    Fault(
+        "a vocabulary that does not extend the model's",
+        f"{_MODEL} --set model.vocabulary=extend",
+        "corpus: model.vocabulary is extend, and … of the … tokens of model do not have their ids (…); make the "
+        "tokenizer with `python -m data_pipeline tokenizer --extend model`, or set model.vocabulary to match",
+        prepare=model_of(reverse=True),
+    ),
+    Fault(
+        "a vocabulary to extend that is the same",
+        f"{_MODEL} --set model.vocabulary=extend",
+        "corpus: model.vocabulary is extend, and its tokenizer has the vocabulary of model; remove the setting, or "
+        "build the corpus with the other tokenizer",
+        prepare=model_of(),
+    ),
+    Fault(
+        "a vocabulary to match, and no tokenizer of the model",
+        f"{_MODEL} --set model.vocabulary=match",
+        "model/tokenizer.json: missing, needed for model.vocabulary; load the tokenizer with transformers' "
+        "AutoTokenizer and save it there with save_pretrained",
+        prepare=model_of(tokenizer=False),
+    ),
+    sets(
+        "a vocabulary to extend without a model",
+        "model.vocabulary=extend",
+        "model: vocabulary extend needs initialize_from: without it the vocabulary is the corpus'",
+    ),
+]
 FAULTS = [
     sets(
         "a key that does not exist",

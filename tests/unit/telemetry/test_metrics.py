@@ -30,7 +30,11 @@ NAMES = ["embeddings", "layer.weight", "layer.bias"]
 
 
 def log(
-    folder: Path, resume_step: int = 0, monitor: MonitorConfig = QUIET, peak_tflops: float | None = None
+    folder: Path,
+    resume_step: int = 0,
+    monitor: MonitorConfig = QUIET,
+    peak_tflops: float | None = None,
+    real_share: float = 1.0,
 ) -> MetricsLog:
     return MetricsLog(
         folder,
@@ -41,6 +45,7 @@ def log(
         monitor=monitor,
         token_flops=1e6,
         peak_tflops=peak_tflops,
+        real_share=real_share,
         tensor_names=NAMES,
     )
 
@@ -78,6 +83,21 @@ def test_figures_of_a_line(tmp_path: Path) -> None:
     assert line["held_out_loss"] == 3.0
     assert line["tokens_per_second"] == pytest.approx(80 / line["step_seconds"])
     assert line["model_tflops_per_rank"] == pytest.approx(line["tokens_per_second"] * 1e-6)
+
+
+def test_mfu_counts_real_tokens(tmp_path: Path) -> None:
+    metrics = log(tmp_path, peak_tflops=4e-3, real_share=0.75)
+    metrics.step(record(1))
+    metrics.close()
+    (line,) = read_lines(tmp_path / METRICS)
+    assert line["mfu"] == pytest.approx(0.75 * 1e6 * line["tokens_per_second"] / 4e9)
+
+
+def test_no_mfu_without_a_known_rate(tmp_path: Path) -> None:
+    metrics = log(tmp_path)
+    metrics.step(record(1))
+    metrics.close()
+    assert "mfu" not in read_lines(tmp_path / METRICS)[0]
 
 
 def test_a_step_is_written_with_the_next_one(tmp_path: Path) -> None:
@@ -193,7 +213,7 @@ def test_progress_has_loss_speed_and_time_left(
     metrics.flush()
     metrics._bar.refresh()  # it refreshes ten times per second
     shown = capsys.readouterr().err if terminal else caplog.text
-    share = "" if terminal else r" \(\d+% of the device's rate\)"
+    share = "" if terminal else r" \(MFU \d+%\)"
     assert re.search(rf"loss 22\.5000  lr 1\.00e-01  \d tokens/s{share}  \d+ (s|min) left", shown), shown
     assert ("90% |" in shown) == terminal
     metrics.close()

@@ -322,17 +322,18 @@ def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def test_a_uniform_proposal_is_rated_one_and_a_better_one_is_told_from_it(long_rows: Corpus, monkeypatch: Any) -> None:
-    """At the default rate, rows and draws: 40 seeds, of which 32 are 80 of 100."""
+    """At the default rate, rows and draws: 20 seeds, of which 16 are 80 of 100."""
     heavy = torch.arange(200) % 5 == 0
     uniform, better_ones = [], []
-    for seed in range(40):
-        uniform.append(rated(long_rows, seed, torch.ones(200), 32, 4, monkeypatch)[0])
+    for seed in range(20):
+        if seed < 5:
+            uniform.append(rated(long_rows, seed, torch.ones(200), 32, 4, monkeypatch)[0])
         scores = torch.where(heavy, BETTER, 1.0).double()
         better_ones.append(rated(long_rows, seed, scores, 32, 4, monkeypatch)[0])
     assert np.array(uniform) == pytest.approx(1, abs=1e-6), "equal masks from equal random numbers"
     found = np.array(better_ones)
     assert found[:, 0].mean() == pytest.approx(0.9, abs=0.02)
-    assert (found[:, 2] < 1).sum() >= 32
+    assert (found[:, 2] < 1).sum() >= 16
 
 
 def test_measurement_draws_rows_and_masks_as_training_does(tmp_path: Path, monkeypatch: Any) -> None:
