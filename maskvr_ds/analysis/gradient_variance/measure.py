@@ -242,6 +242,14 @@ class Measurement:
         K = maximum_predictions(length, self.rate(spec))
         return flops_per_sequence(self.model.mlm.config, length, K, batch=self.sample.micro_size)
 
+    def progress(
+        self, moments: VarianceComponents, baseline: VarianceComponents, goal: VarianceComponents, *, cost: float
+    ) -> dict[str, Any]:
+        """A strategy's `cost` of a step, relative to the baseline's, and its progress."""
+        level = self.arguments.confidence
+        found = progress_figures(moments, baseline, goal, batch=self.global_size, cost=cost, level=level)
+        return {"cost": cost, "progress": found}
+
     def strategy(self, spec: StrategySpec, goal: torch.Tensor | None) -> tuple[VarianceComponents, dict[str, Any]]:
         """Measure a strategy: its variance components and the cost of measuring. Collective: call on all ranks."""
         draws, copies, start = self.arguments.masks, self.copies(spec), time.perf_counter()
@@ -304,22 +312,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if goal is not None:
                 spent = seconds.get(spec.text) or measurement.flops(spec)
                 unit = unit or spent
-                result["cost"] = spent / unit
-                result["progress"] = progress_figures(
-                    moments,
-                    baseline,
-                    goal.moments,
-                    batch=measurement.global_size,
-                    cost=spent / unit,
-                    level=arguments.confidence,
-                )
+                result |= measurement.progress(moments, baseline, goal.moments, cost=spent / unit)
         strategies[spec.text] = result
         _print_rank0(f"{spec.text}: {result.get('passes', 0)} passes, {result.get('seconds', 0):g} s")
-    shares = {}
-    for (strategy, floor), moments in proposals.items():
-        if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
-            (interval,) = resampling.interval(partial(reduction_share, moments, oracle, baseline))
-            shares[f"{floor:g}"] = [x if np.isfinite(x) else None for x in interval]
+    shares = _shares(proposals, baseline, resampling)
     report = {
         "checkpoint": str(arguments.checkpoint),
         "step": measurement.state.step,
@@ -353,6 +349,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     distributed.run_on_rank0(lambda: _write(report, Path(arguments.output)))
     _print_rank0(table(report))
     return report
+
+
+def _shares(
+    proposals: dict[tuple[str, float], VarianceComponents], baseline: VarianceComponents | None, resampling: Resampling
+) -> dict[str, list[float | None]]:
+    """Floor → MAPNet's reduction of the total variance relative to oracle_head's."""
+    shares: dict[str, list[float | None]] = {}
+    for (strategy, floor), moments in proposals.items():
+        if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
+            (interval,) = resampling.interval(partial(reduction_share, moments, oracle, baseline))
+            shares[f"{floor:g}"] = [x if np.isfinite(x) else None for x in interval]
+    return shares
 
 
 def _peak_memory(device: torch.device) -> int:
