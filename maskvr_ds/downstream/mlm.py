@@ -1,6 +1,6 @@
 """Masked-token figures of a model folder on a corpus: what training logs as held-out figures, for any model.
 
-One process. The model may be a run (its newest checkpoint), a checkpoint, or a Hugging Face folder or name on a hub, as
+One process. The model may be a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a name on a hub, as
 `model.initialize_from` takes it. A checkpoint attends within documents if it was trained so (data.attention), a folder
 within rows. Weights are fp32, so that figures of a run trained in bf16 differ slightly from those
 in its metrics.jsonl.
@@ -82,8 +82,11 @@ def find_model(model: str, corpus: Corpus) -> Source:
     return Source(folder, is_checkpoint)
 
 
-def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
-    """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged."""
+def load_masked_lm(source: Source, corpus: Corpus, *, new_head: bool | None = False) -> MaskedLanguageModel:
+    """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged.
+
+    new_head: None: a folder may lack the prediction head, which is then random: for what does not depend on it.
+    """
     if source.is_checkpoint:
         checkpoints.verify(source.folder)
         separator = separator_of(checkpoints.read_state(source.folder))
@@ -98,7 +101,7 @@ def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
         rows = table_rows(source.folder)
         module = MaskedLanguageModel(encoder_config(config, corpus, rows, pair_head=pair_head))
         # Without a head there is nothing to evaluate.
-        pretrained.load(module.mlm, InitialWeights(source.folder, weights_digest(source.folder), new_head=False))
+        pretrained.load(module.mlm, InitialWeights(source.folder, weights_digest(source.folder), new_head))
     check_length(module.eval(), corpus.sequence_length)
     return module.to(distributed.device())
 

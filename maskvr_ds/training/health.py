@@ -15,10 +15,14 @@ from maskvr_ds.telemetry.metrics_file import HEALTH
 
 
 class HealthMonitor:
-    """probe: masked rows on this rank's device."""
+    """probe: masked rows on this rank's device. every: steps between measurements."""
 
-    def __init__(self, probe: MaskedBatch) -> None:
-        self._probe = probe
+    def __init__(self, probe: MaskedBatch, every: int) -> None:
+        self._probe, self._every = probe, every
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after this step."""
+        return step % self._every == 0
 
     def figures(self, module: MaskedLanguageModel) -> dict[str, float]:
         """Keys of metrics.jsonl: RMS of the first and last layer's output and largest over smallest over the layers;

@@ -181,6 +181,21 @@ FAULTS = [
         ". exists and is not an empty folder; choose another --output",
     ),
     Fault(
+        "export to a folder below a file",
+        "maskvr export --checkpoint run --output run.yaml/out",
+        "run.yaml/out: …/run.yaml is a file, a folder expected; choose another --output",
+    ),
+    Fault(
+        "an evaluation whose figures would replace a folder",
+        "maskvr evaluate run --tasks mlm --data corpus --output texts",
+        "--output texts: is a folder, a file expected; choose another",
+    ),
+    Fault(
+        "a plan's picture in a folder that does not exist",
+        "maskvr plan --config run.yaml --nodes 1 --gpus-per-node 1 --gpu h100 --plot none/plan.png",
+        "--plot none/plan.png: none is no folder; create it, or choose another",
+    ),
+    Fault(
         "export of damaged weights",
         f"maskvr export --checkpoint {LAST} --output out",
         "run/checkpoints/step-00000004/weights.safetensors: the SHA-256 differs from checkpoint.json; use"
@@ -242,6 +257,31 @@ FAULTS = [
         "a run and --at-init",
         "maskvr health run --at-init run.yaml",
         "--at-init judges a configuration, not a run: give no RUN, --at or --plot with it",
+    ),
+    Fault(
+        "heads of no model",
+        "maskvr attention nothing --data corpus",
+        "nothing: no such folder; expected a run, a checkpoint or a model saved by transformers",
+        own_process=True,
+    ),
+    Fault(
+        "heads on a corpus of no kind",
+        "maskvr attention run --data texts",
+        "texts/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the build command",
+        own_process=True,
+    ),
+    Fault(
+        "heads of weights that are not finite",
+        "maskvr attention run --data corpus",
+        "run/checkpoints/step-00000004/weights.safetensors: 1 tensor holds NaN or infinity (…); use an earlier"
+        " checkpoint",
+        prepare=not_finite,
+        own_process=True,
+    ),
+    Fault(
+        "a pruned model with no head pruned",
+        "maskvr attention run --data corpus --export-pruned pruned",
+        "--export-pruned saves the model without the heads of --prune: give --prune N",
     ),
     Fault(
         "a picture of the health of two runs",
