@@ -45,6 +45,7 @@ class VarianceComponents:
     within: float64 [N, G], W_n. gram: float64 [G, N, N], inner products of the sequences' means.
     norm_variance: float64 [N], the variance of ‖g_n1‖ … ‖g_nR‖ (divisor R − 1).
     draws: R. segments: J, masks per draw. sizes: float64 [N], c_n, with mean 1; None if all are 1.
+    cross: float64 [N, N], inner products of the sequences' means with those of the goal (progress.py); None if unknown.
     """
 
     within: Floats
@@ -53,6 +54,7 @@ class VarianceComponents:
     draws: int
     segments: int = 1
     sizes: Floats | None = None
+    cross: Floats | None = None
 
     @property
     def relative_sizes(self) -> Floats:

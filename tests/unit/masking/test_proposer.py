@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from maskvr_ds.config import ConfigError, MapNetConfig, load_config
 from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.masking import proposer as module
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer, bits_hash
@@ -144,6 +145,36 @@ def test_resume_from_state_is_bit_identical() -> None:
     assert bits_hash(second.parameters.detach()) == bits_hash(full.parameters.detach())
     with pytest.raises(ValueError, match=r"mapnet.safetensors does not match the network .*expected"):
         proposer(layers=2, hidden=64).load(first.state())
+
+
+@pytest.mark.parametrize("gate", ["always", "auto", "never"])
+def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch, gate: str) -> None:
+    """Those of `propose` serve `observe`, for as many micro-batches as are kept: all figures equal to the bit."""
+    lines, passes, hashes = [], [], []
+    for kept in (0, B * L, 10**6):
+        monkeypatch.setattr(module, "_KEPT_POSITIONS", kept)
+        of, calls = proposer(gate=gate, cost=0.01), [0]
+        forward = of.net.forward
+
+        def counted(*args: object, calls: list[int] = calls, forward: object = forward) -> torch.Tensor:
+            calls[0] += 1
+            return forward(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(of.net, "forward", counted)
+        draw, found = masker(of.propose), []
+        for step in range(4):
+            batches = [tokens(2 * step), tokens(2 * step + 1)]
+            masks = [draw(batch) for batch in batches]
+            for batch, masked in zip(batches, masks, strict=True):
+                give(of.norms, root_mean_square(batch).gather(1, masked.positions), masked.weights)
+                of.observe(batch, draw.maskable(batch), masked)
+            found.append(of.step().values())
+        lines.append(found)
+        passes.append(calls[0])
+        hashes.append(int(bits_hash(of.parameters.detach())))
+    assert lines[0] == lines[1] == lines[2]
+    assert len(set(hashes)) == 1
+    assert passes == ([8, 8, 8] if gate == "never" else [16, 12, 8])
 
 
 def test_overflowed_norms_are_skipped() -> None:
