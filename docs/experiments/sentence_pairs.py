@@ -71,9 +71,9 @@ def train(work: Path, architecture: str, seed: int, steps: int, *, pairs: bool) 
             "objectives": {"mlm": 1.0, packing: 0.5} if pairs else ["mlm"],
             "optimizer": {"name": "adam", "lr": 2e-3},
             "batch": {"global_size": 64, "micro_size": 32},
-            "schedule": {"warmup_steps": 25},
+            "schedule": {"warmup_steps": 50},
             "training": {"steps": steps},
-            "evaluation": {"every_steps": 125, "rows": 1024},
+            "evaluation": {"every_steps": 100, "rows": 1024},
             "monitor": {"tensorboard": False},
         }
         config = work / f"{folder.name}.yaml"
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

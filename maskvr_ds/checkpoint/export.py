@@ -103,6 +103,8 @@ def _target(output: Path) -> Path:
     target = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output} exists and is not an empty folder; choose another --output")
+    if (parent := next(path for path in target.parents if path.exists())) and not parent.is_dir():
+        raise ExportError(f"{output}: {parent} is a file, a folder expected; choose another --output")
     # It will be replaced by another folder of the same name, and this process, or a shell, would be in none.
     if Path.cwd().is_relative_to(target):
         raise ExportError(f"{output}: is the current folder or one above it; name a new folder as --output")

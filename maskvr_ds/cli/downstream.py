@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _MLM = "mlm"
 # Bounds of the command line only.
-_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH = 1000, 10_000, 2**20
+_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS = 1000, 10_000, 2**20, 1024
 
 _DESCRIPTION = """\
 Evaluate models: runs (their newest checkpoint), checkpoints, folders saved by `maskvr export` or by
@@ -43,7 +43,8 @@ _EXAMPLES = """\
 maskvr evaluate runs/base --tasks mlm --data corpus
 maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
-maskvr evaluate runs/base --tasks squad squad_v2 --data squad --output answers
+maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
+maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
 _FINETUNE_EXAMPLES = """\
@@ -74,8 +75,20 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--output", metavar="PATH", help="mlm: JSON file for the figures. Other tasks: folder, required"
     )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="WHICH",
+        help="evaluate these checkpoints of each run: all, every:N (steps that are multiples of N) or best "
+        "(checkpoint.keep_best); scores against step, seconds and tokens are in OUTPUT/curve.json and curve.png",
+    )
     _mlm_options(parser)
     parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
+    parser.add_argument(
+        "--jobs",
+        type=integer(1, _MAX_JOBS),
+        metavar="N",
+        help="processes that fine-tune at the same time, each on its own GPU while there are some (default: 1)",
+    )
     _task_options(parser)
     add_verbosity_options(parser)
     parser.set_defaults(run=_evaluate)
@@ -163,7 +176,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_OF_TASKS = (*_PROTOCOL, "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
@@ -207,11 +220,23 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
-    return Request(chosen, Path(arguments.data), Path(arguments.output), Protocol(**given), arguments.max_train)
+    return Request(
+        chosen,
+        Path(arguments.data),
+        Path(arguments.output),
+        Protocol(**given),
+        arguments.max_train,
+        getattr(arguments, "jobs", None) or 1,
+        getattr(arguments, "checkpoints", None),
+    )
 
 
 def _evaluate_mlm(arguments: argparse.Namespace) -> int:
     from maskvr_ds.runtime import distributed
+    from maskvr_ds.runtime.files import check_output_file
+
+    if arguments.output:
+        check_output_file(arguments.output, "--output")
 
     configure(arguments.verbosity)
 

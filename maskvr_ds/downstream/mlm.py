@@ -1,6 +1,6 @@
 """Masked-token figures of a model folder on a corpus: what training logs as held-out figures, for any model.
 
-One process. The model may be a run (its newest checkpoint), a checkpoint, or a Hugging Face folder or name on a hub, as
+One process. The model may be a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a name on a hub, as
 `model.initialize_from` takes it. A checkpoint attends within documents if it was trained so (data.attention), a folder
 within rows. Weights are fp32, so that figures of a run trained in bf16 differ slightly from those
 in its metrics.jsonl.

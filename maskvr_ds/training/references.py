@@ -22,6 +22,7 @@ from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus, weights_files
+from maskvr_ds.run_folder.marks import place_fault
 from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
@@ -84,7 +85,7 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
 
 
 def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
-    """What is wrong with corpora, tokenizers and the initial model of a run that starts, and remarks about them.
+    """What is wrong with corpora, tokenizers, initial model and output_dir of a run that starts, and remarks on them.
 
     Reads manifests, the layout of shards, and few tokens (`check_maskable`). A run that resumes needs neither the
     initial model nor the corpora of finished phases.
@@ -102,6 +103,8 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
         with _collected(faults):
             weights_files(folder)
             initial = InitialWeights(folder, "")
+    if (fault := place_fault(config.output_dir)) is not None:
+        faults.append(fault)
     with _collected(faults):
         check_monitors(config.monitor)
     for where, phase in _phases(resolved or config):

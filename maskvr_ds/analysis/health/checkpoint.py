@@ -33,7 +33,7 @@ from maskvr_ds.analysis.health.spectra import (
     stable_rank,
 )
 from maskvr_ds.analysis.health.update import relative_updates
-from maskvr_ds.checkpoint.export import load_model
+from maskvr_ds.checkpoint.export import load_model, separator_of
 from maskvr_ds.config import ConfigError
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import read_rows, to_device
@@ -106,6 +106,11 @@ def measure_checkpoint(folder: Path, corpus_folder: Path, *, rows: int, lr: floa
     """
     checkpoints.verify(folder)
     state = checkpoints.read_state(folder)
+    if separator_of(state) is not None:
+        raise ConfigError(
+            f"{folder}: was trained with data.attention documents, and the analysis of attention reads complete rows; "
+            "judge the records of its run, without --at"
+        )
     corpus = open_corpus(corpus_folder, state, folder)
     model = copy_for_analysis(load_model(folder))
     check_length(model, corpus.sequence_length)

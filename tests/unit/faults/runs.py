@@ -181,6 +181,21 @@ FAULTS = [
         ". exists and is not an empty folder; choose another --output",
     ),
     Fault(
+        "export to a folder below a file",
+        "maskvr export --checkpoint run --output run.yaml/out",
+        "run.yaml/out: …/run.yaml is a file, a folder expected; choose another --output",
+    ),
+    Fault(
+        "an evaluation whose figures would replace a folder",
+        "maskvr evaluate run --tasks mlm --data corpus --output texts",
+        "--output texts: is a folder, a file expected; choose another",
+    ),
+    Fault(
+        "a plan's picture in a folder that does not exist",
+        "maskvr plan --config run.yaml --nodes 1 --gpus-per-node 1 --gpu h100 --plot none/plan.png",
+        "--plot none/plan.png: none is no folder; create it, or choose another",
+    ),
+    Fault(
         "export of damaged weights",
         f"maskvr export --checkpoint {LAST} --output out",
         "run/checkpoints/step-00000004/weights.safetensors: the SHA-256 differs from checkpoint.json; use"
