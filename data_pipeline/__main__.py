@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from data_pipeline.numbers import integer, number
+from data_pipeline.numbers import counted, integer, number
 from data_pipeline.options import (
     INPUT,
     document_options,
@@ -68,12 +68,13 @@ def _add_tokenizer(commands: _Commands) -> None:
     command = _add_command(
         commands,
         "tokenizer",
-        "train a tokenizer: BERT's WordPiece or byte-level BPE",
+        "train a tokenizer: BERT's WordPiece or byte-level BPE; or add words to one",
         "  python -m data_pipeline tokenizer --input texts/ --vocab-size 30522 --output tok/\n"
         "  python -m data_pipeline tokenizer --input 'wiki/*.jsonl.zst' --text-field body --vocab-size 30522 \\\n"
         "      --cased --output tok_cased/\n"
         "  python -m data_pipeline tokenizer --description corpus.yaml --vocab-size 30522 --output tok/\n"
-        "  python -m data_pipeline tokenizer --input texts/ --vocab-size 50265 --kind byte-bpe --output tok_bpe/\n",
+        "  python -m data_pipeline tokenizer --input texts/ --vocab-size 50265 --kind byte-bpe --output tok_bpe/\n"
+        "  python -m data_pipeline tokenizer --extend bert/ --add 500 --input papers/ --output tok_papers/\n",
     )
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -82,18 +83,23 @@ def _add_tokenizer(commands: _Commands) -> None:
         help="sources and document rules, as for build; weights, duplicates and contamination do not matter here",
     )
     source.add_argument("--input", nargs="+", metavar="PATH", help=INPUT)
+    size = command.add_mutually_exclusive_group(required=True)
+    size.add_argument("--vocab-size", type=integer, metavar="N", help="entries, including special tokens")
+    size.add_argument(
+        "--extend",
+        metavar="BASE",
+        help="instead of a new tokenizer: this one (folder, or name on a hub), with --add new tokens",
+    )
     command.add_argument(
-        "--vocab-size",
+        "--add",
         type=integer,
-        required=True,
         metavar="N",
-        help="entries, including special tokens",
+        help="with --extend: number of new tokens, for the words of the text by which most tokens are saved",
     )
     command.add_argument(
         "--kind",
         choices=("wordpiece", "byte-bpe"),
-        default="wordpiece",
-        help="wordpiece: as BERT's; byte-bpe: byte-level BPE as RoBERTa's (default %(default)s)",
+        help="wordpiece: as BERT's; byte-bpe: byte-level BPE as RoBERTa's (default wordpiece)",
     )
     command.add_argument("--cased", action="store_true", help="wordpiece: keep case and accents (default: lower-case)")
     command.add_argument("--output", required=True, metavar="DIR", help=f"tokenizer folder {_OUTPUT}")
@@ -227,16 +233,13 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
             if team:
                 team.stop()
     elif command == "tokenizer":
-        from data_pipeline.tokenization.training import train_tokenizer
-
         options["limits"] = _safeguards(options).limits()
         if (path := options.pop("description")) is not None:
             from data_pipeline.arguments import resolve_description
 
             rules = (options.pop(name) for name in ("documents", "text_field", "no_text", "bad_records"))
             options["description"], _ = resolve_description(None, path, *rules)
-        train_tokenizer(options.pop("input"), **options)
-        print(f"{arguments.output}: tokenizer of {arguments.vocab_size:,} entries")
+        print(f"{arguments.output}: {_make_tokenizer(options)}")
     elif command == "inspect":
         from data_pipeline.reports.rows import decoded_rows
 
@@ -264,8 +267,32 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
             with ProgressBar(2 * size, "verify", arguments.progress) as bar:
                 manifests = verify(arguments.folder, bar.update)
             shards, held_out = sum(len(manifest.shards) for manifest in manifests), Path(arguments.folder) / HELD_OUT
-            print(f"{arguments.folder}: OK, {shards:,} shards checked")
+            print(f"{arguments.folder}: OK, {counted(shards, 'shard')} checked")
             _print_not_hashed([Path(arguments.folder), *([held_out] if held_out.exists() else [])])
+
+
+def _make_tokenizer(options: dict[str, Any]) -> str:
+    """Train or extend a tokenizer; returns what was made."""
+    from data_pipeline.files import CorpusError
+    from data_pipeline.tokenization.training import extend_tokenizer, train_tokenizer
+
+    inputs, base, number = (options.pop(name) for name in ("input", "extend", "add"))
+    if base is None:
+        if number is not None:
+            raise CorpusError(f"--add {number:,}: belongs to --extend BASE; omit it")
+        options["kind"] = options["kind"] or "wordpiece"
+        train_tokenizer(inputs, **options)
+        return f"tokenizer of {options['vocab_size']:,} entries"
+    if number is None:
+        raise CorpusError("--extend needs --add N, the number of new tokens")
+    _, kind, cased = (options.pop(name) for name in ("vocab_size", "kind", "cased"))
+    if kind or cased:
+        raise CorpusError(f"{'--kind' if kind else '--cased'}: --extend keeps what its base is; omit it")
+    made = extend_tokenizer(inputs, base, number, **options)
+    return (
+        f"tokenizer of {made.vocab_size:,} entries, {len(made.tokens):,} of them new ({', '.join(made.tokens[:3])}, …)"
+        f"; the text has {made.after:,} tokens, {made.before:,} before"
+    )
 
 
 def _print_not_hashed(folders: Sequence[Path]) -> None:
@@ -299,8 +326,8 @@ def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> N
         else:
             manifest = pack(options.pop("tokens"), weights=dict(options.pop("weight")), team=team, **options)
         print(
-            f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-            f"{manifest.rows:,} rows of {manifest.sequence_length}, {len(manifest.shards):,} shards"
+            f"{output}: {counted(manifest.documents, 'document')}, {counted(manifest.tokens, 'token')}, "
+            f"{counted(manifest.rows, 'row')} of {manifest.sequence_length}, {counted(len(manifest.shards), 'shard')}"
             f"{''.join(f', {note}' for note in notes)}"
             f"{_dropped(manifest.dropped)}"
         )

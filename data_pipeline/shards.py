@@ -371,5 +371,10 @@ class Corpus:
                 return fault
         return None
 
+    def locate(self, row: int) -> tuple[Path, int]:
+        """The shard's file that a row is stored in, and the row's number there."""
+        shard = int(self._bounds.searchsorted(row, side="right")) - 1
+        return self._path(shard), row - int(self._bounds[shard])
+
     def _path(self, i: int) -> Path:
         return self.folder / self.manifest.shards[i].file

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from maskvr_ds import hashing
+from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import RunConfig, add_run_options, load_config, run_deepspeed_config, with_local_model
 from maskvr_ds.data.keys import DROPOUT
 from maskvr_ds.engine.deepspeed_patches import free_memory
@@ -38,7 +39,7 @@ from maskvr_ds.training.length import remarks, with_steps
 from maskvr_ds.training.micro_size import resolve_micro_sizes
 from maskvr_ds.training.phases import RunPhase, plan
 from maskvr_ds.training.report import end_lines, start_lines
-from maskvr_ds.training.resume import ResumePoint, find_resume_point
+from maskvr_ds.training.resume import ResumePoint, find_resume_point, pass_by
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
 from maskvr_ds.training.run import write_run_status
 from maskvr_ds.training.saver import Saver, is_due
@@ -92,7 +93,7 @@ def train(
             point.step,
             last,
         )
-    trained = None
+    trained, first = None, point
     while remaining:
         try:
             saver = train_phase(config, remaining[0], deepspeed_config, point, fence, stop)
@@ -103,6 +104,10 @@ def train(
         except DivergedError as error:
             point = roll_back(remaining[0], error, point, fence)
             # If the phase has no intact checkpoint, the run may return to an earlier phase.
+            remaining = point.remaining_phases(phases)
+        except ContentError as error:
+            named = point is first and resume not in (None, "auto")
+            point = pass_by(config.output_dir, error, point, named=named)
             remaining = point.remaining_phases(phases)
         free_memory()
     distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, phases[-1].last_step, fence))
@@ -142,8 +147,7 @@ def train_phase(
             watchdog.mark(step, "data")
             number, batch = next(reader)
             watchdog.mark(step, "step")
-            lr = phase.learning_rate(step)
-            set_learning_rate(context.engine, lr)
+            set_learning_rate(context.engine, lr := phase.learning_rate(step))
             context.masker.set_rate(phase.masking_rate(step))
             torch.manual_seed(hashing.fold(phase.config.seed, DROPOUT, step, distributed.rank()) >> 1)
             scale, skipped = loss_scale(context.engine), context.engine.skipped_steps
@@ -157,6 +161,7 @@ def train_phase(
                 guard=context.guard,
                 stop=stop is not None and stop.requested(here, fence.token),
                 writing=saver.writing,
+                verifying=context.verification.flags,
             )
             step += 1
             samples += phase.config.batch.global_size
@@ -165,7 +170,6 @@ def train_phase(
             context.log.add(epoch=context.loader.epochs((number + 1) * phase.config.batch.global_size))
             context.log.add(**context.guard.after_update(step, number, result.grad_norm, loss_scale=scale))
             context.guard.check(step, is_last=step == phase.last_step)
-
             stopping = stop is not None and stop.requested_on_any_rank(DeferredTensor(result.stop_requests))
             written = saver.all_written(DeferredTensor(result.writing_ranks))
             chooser = context.chooser if context.chooser and context.chooser.due(step, phase.last_step) else None
@@ -174,12 +178,14 @@ def train_phase(
             # Not when stopping: the time that a scheduler leaves is for the checkpoint.
             evaluate |= phase.config.checkpoint.keep_best and save and not stopping
             evaluation = context.evaluation if evaluate else None
+            health = context.health if context.health and context.health.due(step) else None
             saver.check_replicas(step, saving=save)
-            if not (evaluation or chooser or save or written):
+            context.verification.after_step(step, result.verifying_ranks)
+            if not (evaluation or chooser or save or written or health):
                 continue
             with _paused(context, watchdog):
                 held_out = evaluation.figures(context.engine.module) if evaluation else {}
-                context.log.add(**held_out)
+                context.log.add(**held_out, **(health.figures(context.engine.module) if health else {}))
                 if chooser:
                     context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
                 if save or written:
@@ -259,6 +265,7 @@ def _closing(context: PhaseContext, reader: Any, saver: Saver, watchdog: Watchdo
         # A checkpoint that is still being written is one to return to.
         watchdog.pause()
         saver.finish()
+    context.verification.cancel()
     context.log.close()
     reader.close()
     context.engine.destroy()

@@ -1,4 +1,4 @@
-"""Training of tokenizers: BERT's WordPiece, or RoBERTa's byte-level BPE."""
+"""Training of tokenizers: BERT's WordPiece, RoBERTa's byte-level BPE, or new words for one that there is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.files import CorpusError, atomic_folder
 from data_pipeline.filters.rules import DocumentFilter, DocumentRules
+from data_pipeline.hub import TOKENIZER_FILES, local_folder
+from data_pipeline.numbers import counted
 from data_pipeline.sources.cuts import cut_units
 from data_pipeline.sources.description import Description, find_files
 from data_pipeline.sources.documents import batches, read_documents
 from data_pipeline.sources.inputs import Piece, Source, find_sources, where_text_may_be
 from data_pipeline.sources.reading import LIMITS, Limits, Reading
 from data_pipeline.tokenization.bert_folder import BERT_ROLES, BertSettings, bert_tokenizer, save_bert
+from data_pipeline.tokenization.extension import Extension, TokenizerExtension
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -149,24 +152,12 @@ def train_tokenizer(
             f"vocabulary size {vocab_size:,}: must be above {least} ({what}) "
             f"and at most {2**32:,} (token ids are at most 32 bits wide)"
         )
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CorpusError(f"{output}: output folder is not empty. Choose another, or remove it first")
-    if description is None:
-        rules = DocumentRules.model_validate({"no_text": no_text, "bad_records": bad_records})
-        groups = [(find_sources(inputs or ()), documents, text_field)]
-    else:
-        rules, groups = _described(description)
-    sources = [source for files, _, _ in groups for source in files]
+    output = _free(output)
+    text = _Text(inputs, description, documents, text_field, no_text, bad_records, limits)
+    sources = text.sources
 
     def texts() -> Iterator[list[str]]:
-        for files, unit, field in groups:
-            for i, source in enumerate(files):
-                reading = Reading(rules.bad_bytes != "error", rules.no_text, rules.bad_records, limits)
-                piece = Piece(i, 0, _end(source, field))
-                rule_filter = DocumentFilter(rules, False, None)
-                for batch, ends in batches(read_documents(source, piece, unit, field, bar.update, reading), 1 << 20):
-                    yield rule_filter(batch, ends).texts if rules != DocumentRules() else batch
+        return text.batches(bar)
 
     passes = 2 if kind == "wordpiece" else 1
     trained = None
@@ -193,9 +184,87 @@ def train_tokenizer(
             _save_roberta(trained, folder)
 
 
+def extend_tokenizer(
+    inputs: Sequence[str | Path] | None,
+    base: str | Path,
+    number: int,
+    output: str | Path,
+    *,
+    description: Description | None = None,
+    documents: str = "blank-line",
+    text_field: str = "text",
+    no_text: str = "error",
+    bad_records: str = "error",
+    limits: Limits = LIMITS,
+    progress: bool | None = None,
+) -> Extension:
+    """Save the tokenizer `base`, a folder or a name on a hub, with `number` new tokens for words of the text that it
+    splits (extension.py) to the folder `output`. Its own tokens keep their ids.
+
+    Other arguments: as for `train_tokenizer`. Memory holds the count of each distinct word; the same text gives the
+    same bytes. Raises CorpusError if `base` cannot be extended, if the text yields fewer tokens, and like
+    `read_documents`.
+    """
+    if not 0 < number < 2**32:
+        raise CorpusError(f"--add {number:,}: must be above 0 and below {2**32:,} (token ids are at most 32 bits wide)")
+    output = _free(output)
+    text = _Text(inputs, description, documents, text_field, no_text, bad_records, limits)
+    base = local_folder(base, TOKENIZER_FILES, "--extend")
+    size = sum(source.bytes for source in text.sources)
+    with atomic_folder(output) as folder, ProgressBar(size, "extend tokenizer", progress) as bar:
+        extension = TokenizerExtension(base, folder)
+        for batch in text.batches(bar):
+            extension.count(batch)
+        if not extension.words:
+            raise CorpusError(_no_text(text.sources))
+        return extension.extend(number)
+
+
+def _free(output: str | Path) -> Path:
+    """The path. Raises CorpusError if something is there that must not be overwritten."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CorpusError(f"{output}: output folder is not empty. Choose another, or remove it first")
+    return output
+
+
+class _Text:
+    """The text of a tokenizer: arguments as of `train_tokenizer`. `sources`: its files."""
+
+    def __init__(
+        self,
+        inputs: Sequence[str | Path] | None,
+        description: Description | None,
+        documents: str,
+        text_field: str,
+        no_text: str,
+        bad_records: str,
+        limits: Limits,
+    ) -> None:
+        if description is None:
+            self._rules = DocumentRules.model_validate({"no_text": no_text, "bad_records": bad_records})
+            self._groups = [(find_sources(inputs or ()), documents, text_field)]
+        else:
+            self._rules, self._groups = _described(description)
+        self._limits = limits
+        self.sources = [source for files, _, _ in self._groups for source in files]
+
+    def batches(self, bar: ProgressBar) -> Iterator[list[str]]:
+        """All texts, in batches; may be called several times."""
+        rules = self._rules
+        for files, unit, field in self._groups:
+            for i, source in enumerate(files):
+                reading = Reading(rules.bad_bytes != "error", rules.no_text, rules.bad_records, self._limits)
+                piece = Piece(i, 0, _end(source, field))
+                rule_filter = DocumentFilter(rules, False, None)
+                for batch, ends in batches(read_documents(source, piece, unit, field, bar.update, reading), 1 << 20):
+                    yield rule_filter(batch, ends).texts if rules != DocumentRules() else batch
+
+
 def _no_text(sources: list[Source]) -> str:
     names = ", ".join(source.path for source in sources[:3])
-    return f"{names}: the corpus is empty: no text in {len(sources)} file(s). Add text{where_text_may_be(sources)}"
+    files = counted(len(sources), "file")
+    return f"{names}: the corpus is empty: no text in {files}. Add text{where_text_may_be(sources)}"
 
 
 def _described(description: Description) -> tuple[DocumentRules, list[tuple[list[Source], str, str]]]:

@@ -203,7 +203,7 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "accumulation": ACCUMULATION,
-            "parameters": encoder_sizes(ModelConfig(**SMALL), 30_522).total,
+            "parameters": encoder_sizes(ModelConfig.model_validate(SMALL), 30_522).total,
             "counted": counted,
             "expected": planned,
         }

@@ -18,6 +18,7 @@ from maskvr_ds.benchmarks.masks import masking_speed, strategy_cost
 from maskvr_ds.benchmarks.training_speed import PART_FIGURES, training_speed
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import check_output_file
 
 # Options of training-speed only.
 _OF_TRAINING = ("accumulation", "compile", "peak_tflops", "assignments")
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     if what != "training-speed" and given:
         option = "set" if given[0] == "assignments" else given[0].replace("_", "-")
         raise ValueError(f"--{option} is an option of training-speed; remove it, or measure that")
+    if arguments.output:
+        check_output_file(arguments.output, "--output")
     sizes = arguments.micro_size
     if what != "training-speed" and len(sizes) > 1:
         raise ValueError(f"--micro-size: {len(sizes)} values; only training-speed takes several")

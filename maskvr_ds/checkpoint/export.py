@@ -20,9 +20,10 @@ from transformers.utils import logging
 from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export_check import check_fill_mask
 from maskvr_ds.checkpoint.model_card import MODEL_CARD, model_card
+from maskvr_ds.models.documents import starts
 from maskvr_ds.models.encoder import auto_class, build, names_of_parameters, token_types
 from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.run_folder.checkpoints import CheckpointError
+from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import BERT
 from maskvr_ds.runtime.files import folder_in_progress, fsync_path
 
@@ -51,10 +52,13 @@ class Exported:
     predictions: str | None = None
 
 
-def export(source: str | Path, output: str | Path, *, license: str | None = None, check: bool = False) -> Exported:
+def export(
+    source: str | Path, output: str | Path, *, name: str | None = None, license: str | None = None, check: bool = False
+) -> Exported:
     """Write the model of transformers (fp32, safetensors) with its tokenizer and a model card.
 
     source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
+    name: of the model in its card, by which users load it; None: the folder's.
     license: for the card, a hub's identifier such as apache-2.0. check: run transformers' fill-mask on the result.
     Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use,
     CheckError if fill-mask fails; nothing is written then.
@@ -71,7 +75,7 @@ def export(source: str | Path, output: str | Path, *, license: str | None = None
         _limit_length(partial, positions)
         difference = _compare(folder, partial)
         card = model_card(
-            target.name,
+            name or target.name,
             folder,
             checkpoints.read_state(folder),
             model.config,
@@ -99,6 +103,8 @@ def _target(output: Path) -> Path:
     target = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output} exists and is not an empty folder; choose another --output")
+    if (parent := next(path for path in target.parents if path.exists())) and not parent.is_dir():
+        raise ExportError(f"{output}: {parent} is a file, a folder expected; choose another --output")
     # It will be replaced by another folder of the same name, and this process, or a shell, would be in none.
     if Path.cwd().is_relative_to(target):
         raise ExportError(f"{output}: is the current folder or one above it; name a new folder as --output")
@@ -118,6 +124,12 @@ def load_model(folder: Path) -> PreTrainedModel:
         raise CheckpointError(f"{folder}: weights do not fit the model: missing {untied}, unexpected {unexpected}")
     model.tie_weights()
     return model
+
+
+def separator_of(state: CheckpointState) -> int | None:
+    """Id of the token that ends a document if the checkpoint was trained with attention within documents, else None."""
+    documents = state.identity.get("data.attention") == "documents"
+    return int(state.identity["special_tokens"]["sep"]) if documents else None
 
 
 def _write_tokenizer(source: Path, output: Path) -> list[str]:
@@ -215,9 +227,22 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _by_document(model: PreTrainedModel, ids: torch.Tensor, separator: int) -> torch.Tensor:
+    """Logits [B, L, V] of rows int64 [B, L], each document alone, as users of the export will feed it."""
+    rows = ([model(input_ids=part[None])[0][0] for part in _documents(row, separator)] for row in ids)
+    return torch.stack([torch.cat(parts) for parts in rows])
+
+
+def _documents(row: torch.Tensor, separator: int) -> tuple[torch.Tensor, ...]:
+    """The documents of a row int64 [L], with their separators; padding behind the last one counts as one."""
+    (first,) = starts(row[None], separator)[0].nonzero(as_tuple=True)
+    return row.tensor_split(first[1:].tolist())
+
+
 @torch.no_grad()
 def _compare(folder: Path, output: Path) -> float:
-    dtype = checkpoints.read_state(folder).dtype
+    state = checkpoints.read_state(folder)
+    dtype, separator = state.dtype, separator_of(state)
     cls = auto_class(AutoConfig.from_pretrained(output))
     model = cls.from_pretrained(output, dtype=getattr(torch, dtype)).eval()
     probe = load.read_probe(folder)
@@ -225,7 +250,7 @@ def _compare(folder: Path, output: Path) -> float:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "segment_starts" in probe:
         inputs["token_type_ids"] = token_types(ids, mask, probe["segment_starts"])
-    found = model(**inputs)
+    found: Any = model(**inputs) if separator is None else (_by_document(model, ids, separator),)
     K, V = probe["logits"].shape[1:]
     predicted = found[0].float().gather(1, probe["positions"][..., None].expand(-1, K, V))
     difference = (predicted - probe["logits"]).abs().max().item()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.probe import probe_logits
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
+from maskvr_ds.run_folder import launches
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import MANIFEST, PROBE, WEIGHTS
 from maskvr_ds.runtime import distributed
@@ -31,7 +32,18 @@ _PROBE_TOLERANCE = 2.0**-3
 # Keys of the identity that checkpoints of earlier versions lack.
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
 # Their values in such checkpoints, where they are known.
-_EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none"}
+_EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none", "data.attention": "rows"}
+
+
+class ContentError(CheckpointError):
+    """A checkpoint whose files are those that checkpoint.json lists, but do not belong together. Raised on all ranks.
+
+    folder: of the checkpoint. fault: what is wrong, without the remedy.
+    """
+
+    def __init__(self, folder: Path, fault: str) -> None:
+        super().__init__(f"{fault}. Remove this folder to resume from the previous checkpoint")
+        self.folder, self.fault = folder, fault
 
 
 def load(
@@ -45,8 +57,8 @@ def load(
 
     run: where a converted checkpoint is stored, if one is needed. expected: identity, world size and ZeRO stage of the
     present run; its step and samples are ignored. may_differ: keys of the identity that need not agree.
-    Raises CheckpointError if the checkpoint belongs to another run or is not visible on this node, or if DeepSpeed's
-    files hold other weights than the checkpoint.
+    Raises CheckpointError if the checkpoint belongs to another run or is not visible on this node; ContentError if
+    DeepSpeed's files hold other weights than the checkpoint, or if its logits are not reproduced.
     """
     folder, state = checkpoint.folder, checkpoint.state
     distributed.run_collectively(lambda: _check_visible(folder))
@@ -58,41 +70,50 @@ def load(
     else:
         universal = distributed.run_on_rank0(lambda: reshard.convert(run, folder, state, expected))
         reshard.load(universal, engine)
-    _check_loaded(folder, engine)
+    _check_loaded(run, folder, engine)
 
 
-def _check_loaded(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Raise CheckpointError if the engine's weights or logits differ from those that the checkpoint stores besides
-    DeepSpeed's files. Collective: call on all ranks."""
+def _check_loaded(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Raise ContentError if the engine's weights or logits differ from those that the checkpoint stores besides
+    DeepSpeed's files, CheckpointError if the cause may be the installation. Collective: call on all ranks."""
     weights = full_fp32_weights(engine)
     differing = not_rounded(engine, weights)
-    distributed.run_on_rank0(lambda: _check_weights(folder, weights, differing))
+    if fault := distributed.run_on_rank0(lambda: _fault_of_weights(folder, weights, differing)):
+        raise ContentError(folder, fault)
     probe = {name: tensor.to(distributed.device()) for name, tensor in read_probe(folder).items()}
     logits, _ = probe_logits(engine.module, probe)
-    distributed.run_on_rank0(lambda: _check_logits(folder, logits.float(), probe["logits"]))
+    if fault := distributed.run_on_rank0(lambda: _fault_of_logits(run, folder, logits.float(), probe["logits"])):
+        raise ContentError(folder, fault)
 
 
-def _check_weights(folder: Path, weights: dict[str, torch.Tensor], not_rounded: list[str]) -> None:
+def _fault_of_weights(folder: Path, weights: dict[str, torch.Tensor], not_rounded: list[str]) -> str | None:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
         differing = [n for n, w in weights.items() if n not in stored or not torch.equal(file.get_tensor(n), w)]
-    if differing := differing or not_rounded:
-        raise CheckpointError(
-            f"{folder}: DeepSpeed's files (*.pt) hold other weights than {WEIGHTS} ({', '.join(differing[:3])}): files "
-            f"of two checkpoints are mixed, although {MANIFEST} lists them. Remove this folder to resume from the "
-            "previous checkpoint"
-        )
+    if not (differing := differing or not_rounded):
+        return None
+    return (
+        f"{folder}: DeepSpeed's files (*.pt) hold other weights than {WEIGHTS} ({', '.join(differing[:3])}): files of "
+        f"two checkpoints are mixed, although {MANIFEST} lists them"
+    )
 
 
-def _check_logits(folder: Path, logits: torch.Tensor, stored: torch.Tensor) -> None:
+def _fault_of_logits(run: Path, folder: Path, logits: torch.Tensor, stored: torch.Tensor) -> str | None:
+    """Raises CheckpointError if the run has not been trained with the installed versions last: then an earlier
+    checkpoint would only hide that they compute another model."""
     difference, largest = (logits - stored).abs().max().item(), stored.abs().max().item()
-    # "not <=" also refuses NaN.
-    if not difference <= _PROBE_TOLERANCE * largest:
+    if difference <= _PROBE_TOLERANCE * largest:  # not if it is NaN
+        return None
+    fault = (
+        f"{folder}: the model's logits on the stored probe differ by {difference:.3g} from those in {PROBE} (largest "
+        f"{largest:.3g})"
+    )
+    if changed := launches.changed_versions(run):
         raise CheckpointError(
-            f"{folder}: the model's logits on the stored probe differ by {difference:.3g} from those in {PROBE} "
-            f"(largest {largest:.3g}): its weights are of another checkpoint, or the installed transformers computes "
-            "another model. Remove this folder to resume from the previous checkpoint, or restore the installation"
+            f"{fault}: its weights are of another checkpoint, or the installed packages compute another model "
+            f"({changed}). Restore the installation, or remove this folder to resume from the previous checkpoint"
         )
+    return f"{fault}: its weights are of another checkpoint"
 
 
 def _check_visible(folder: Path) -> None:

@@ -98,7 +98,8 @@ def _inspect(folder: Path) -> int:
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _EXPORT_EXAMPLES = """\
 maskvr export --checkpoint runs/base --output bert-base-mine
-maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-1000 --license apache-2.0 --check"""
+maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-1000 --license apache-2.0 --check
+maskvr export --checkpoint runs/base --output bert-base-mine --license mit --push my-lab/bert-base-mine --private"""
 
 
 def add_export(commands: Commands) -> None:
@@ -118,6 +119,14 @@ def add_export(commands: Commands) -> None:
         action="store_true",
         help="also run transformers' fill-mask on the export, and a text longer than the model",
     )
+    parser.add_argument(
+        "--push",
+        metavar="NAME",
+        help="also upload the export to a hub, as OWNER/NAME or under your own name; needs `hf auth login` or HF_TOKEN",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push: only you and your organization see a new model"
+    )
     parser.set_defaults(run=_export)
 
 
@@ -127,14 +136,26 @@ def _check_license(text: str | None) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    _check_license(arguments.license)
+    if arguments.private and arguments.push is None:
+        raise ValueError("--private is an option of --push NAME")
     from maskvr_ds.checkpoint.export import export
 
-    _check_license(arguments.license)
-    exported = export(arguments.checkpoint, arguments.output, license=arguments.license, check=arguments.check)
+    name = None
+    if arguments.push is not None:
+        from maskvr_ds.checkpoint.push import check_push, push
+
+        # Before the export: what is wrong with the name or the token shows at once.
+        name = check_push(arguments.push, private=arguments.private)
+    output = arguments.output
+    exported = export(arguments.checkpoint, output, name=name, license=arguments.license, check=arguments.check)
     for remark in exported.remarks:
-        print(f"warning: {arguments.output}: {remark}", file=sys.stderr)
+        print(f"warning: {output}: {remark}", file=sys.stderr)
     logits = f"logits within {exported.difference:.2g} of the engine's"
-    print(f"{arguments.output}: {exported.architecture} and tokenizer; {logits}")
+    print(f"{output}: {exported.architecture} and tokenizer; {logits}")
     if exported.predictions is not None:
         print(f"fill-mask: {exported.predictions}")
+    if name is not None:
+        url, is_private = push(Path(output), name, private=arguments.private)
+        print(f"uploaded as {name} ({'private' if is_private else 'public'}): {url}")
     return 0

@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
+from maskvr_ds.cli.attention import add_attention
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
 from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
 from maskvr_ds.cli.downstream import add_evaluate, add_finetune
+from maskvr_ds.cli.health import add_health
 from maskvr_ds.cli.plan import add_plan
 from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
     *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_finetune, add_evaluate),
-    *(add_plot, add_variance, add_compare, add_benchmark),
+    *(add_plot, add_health, add_attention, add_variance, add_compare, add_benchmark),
 )
 # Optional package -> extra that installs it.
 _EXTRAS = {

@@ -76,8 +76,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from maskvr_ds.planning.hardware import GPUS, Cluster, link_bytes
     from maskvr_ds.planning.plan import corpora_of, make_plan
     from maskvr_ds.planning.step_time import Calibration
+    from maskvr_ds.runtime.files import check_output_file
     from maskvr_ds.training.length import with_steps
 
+    if arguments.plot:
+        check_output_file(arguments.plot, "--plot")
     config = load_config(arguments.config, arguments.assignments)
     if not arguments.sequence_length or not arguments.vocab_size:
         config = with_steps(config)

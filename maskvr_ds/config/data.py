@@ -28,9 +28,13 @@ class DataConfig(Section):
     """Several corpora, each with a weight; empty with `path`."""
     held_out_path: PathSetting | None = None
     """Corpus for evaluation. null: the subfolder held_out of the corpus, or of every corpus of the mixture."""
-    verify: Literal["full", "size"] = "full"
+    attention: Literal["rows", "documents"] = "rows"
+    """rows: every token attends to all others of its row; documents: to those of its document only, and positions start
+    anew in every document (corpora without sentence pairs, and architectures whose attention can be replaced)."""
+    verify: Literal["full", "background", "size"] = "full"
     """full: read every shard once at the start, the work divided among the ranks, compare its SHA-256 and check that
-    ids are below the vocabulary size; size: compare file sizes only."""
+    ids are below the vocabulary size; background: the same while training runs, in a thread of each rank: damage ends
+    the run, and no checkpoint is written before all shards were compared; size: compare file sizes only."""
     prefetch: PositiveCount = 2
     """Steps that each rank reads ahead."""
 

@@ -32,16 +32,32 @@ SUBSECTIONS: dict[str, tuple[str, ...]] = {
 # Settings of subsection mapnet that strategy auto controls.
 _NOT_UNDER_AUTO = ("gate", "sampler", "estimator")
 # Settings of the proposal network that may change on resume.
-MAPNET_MAY_CHANGE = {"lr", "check_every"}
+MAPNET_MAY_CHANGE = {"lr", "check_every", "mask_share"}
+# Rate of the held-out masks, and of the goal whose gradient progress is measured against.
+HELD_OUT_RATE = 0.15
+# Settings that earlier versions did not have, with the value that continues what they did: not part of the identity
+# then, or their checkpoints would not match.
+_ADDED: dict[str, Any] = {"rate_decay": "linear"}
 
 
 class SpanConfig(Section):
-    """Strategy span: lengths g in words, P(g) ∝ p (1 − p)^(g−1) for g ≤ max_length (SpanBERT, arXiv 1907.10529)."""
+    """Strategy span: lengths g in words, for g ≤ max_length P(g) ∝ p (1 − p)^(g−1) (SpanBERT, arXiv 1907.10529), or 1/g
+    (ALBERT, arXiv 1909.11942)."""
 
+    lengths: Literal["geometric", "inverse"] = "geometric"
+    """geometric: of SpanBERT; inverse: 1/g, of ALBERT's n-grams, whose longest have 3 words."""
     geometric_p: OpenShare = 0.2
     """p of the geometric distribution."""
     max_length: Annotated[PositiveCount, Field(le=512)] = 10
     """Longest span, in words."""
+
+    @model_validator(mode="after")
+    def _p_of_geometric(self) -> Self:
+        if self.lengths != "geometric" and "geometric_p" in self.model_fields_set and self.geometric_p != 0.2:
+            raise ValueError(
+                f"geometric_p {self.geometric_p:g} belongs to lengths geometric; lengths is {self.lengths}"
+            )
+        return self
 
 
 class FullyExploredConfig(Section):
@@ -112,6 +128,9 @@ class MapNetConfig(WeightedSampling):
     gate: Literal["always", "never", "auto"] = "always"
     """When masks follow the proposal: always; never (it is trained and measured only); auto: while it pays for its
     time."""
+    mask_share: Share = 0.7
+    """gate auto: share of the gradient's variance that is due to the masks, as `maskvr variance` measures it; the rest
+    gains nothing from the proposal, and pays for its time too."""
     cost: Ratio | None = None
     """gate auto: time of the network relative to the rest of a step. null: measured; the run is then not reproducible
     bit for bit, since the clock decides."""
@@ -147,7 +166,9 @@ class MaskingConfig(Section):
     rate: OpenShare = 0.15
     """Fraction of the maskable positions to predict."""
     final_rate: OpenShare | None = None
-    """The rate changes linearly to this value at the schedule's last step; null: constant."""
+    """The rate changes to this value by the schedule's last step; null: constant."""
+    rate_decay: Literal["linear", "cosine", "step"] = "linear"
+    """With final_rate: linear; cosine: half a period; step: at half of the schedule's steps, at once."""
     mask_probability: Share = 0.8
     """Fraction of the predicted positions that show [MASK]."""
     random_probability: Share = 0.1
@@ -169,6 +190,12 @@ class MaskingConfig(Section):
     def _probabilities(self) -> Self:
         if (total := self.mask_probability + self.random_probability) > 1:
             raise ValueError(f"mask_probability + random_probability is {total:g}, more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _decay_needs_final_rate(self) -> Self:
+        if self.rate_decay != "linear" and self.final_rate is None:
+            raise ValueError(f"rate_decay {self.rate_decay} belongs to final_rate, which is null; set final_rate")
         return self
 
     @model_validator(mode="after")
@@ -209,6 +236,11 @@ class MaskingConfig(Section):
         """The settings that must not change within a phase."""
         values = self.dump()
         del values["change_at_resume"]
+        if values.get("span", {}).get("lengths") == "geometric":
+            del values["span"]["lengths"]  # checkpoints of earlier versions lack it
+        for name, before in _ADDED.items():
+            if values[name] == before:
+                del values[name]
         if not self.learns_proposal:
             values.pop("mapnet", None)
         else:

@@ -49,6 +49,10 @@ _FREE: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_pr
 BERT_KEYS = (*_FIXED, *_FREE)
 
 
+# How the model's vocabulary and the corpus' relate (models/new_vocabulary.py).
+Vocabulary = Literal["same", "extend", "match"]
+
+
 class ModelConfig(Section):
     """An encoder of transformers; the vocabulary comes from the corpus. The fields from num_hidden_layers on are those
     of BERT; for other architectures, and for further keys of BERT, `settings`."""
@@ -91,6 +95,10 @@ class ModelConfig(Section):
     new_head: bool | None = None
     """With initialize_from: true, the prediction head starts with random weights; false, the folder must have one;
     null, it starts with random weights if the folder has none."""
+    vocabulary: Vocabulary = "same"
+    """With initialize_from: same, the corpus must have the model's vocabulary; extend, it has all of its tokens under
+    the same ids and new ones, which start from the mean of the embeddings of their pieces under the model's tokenizer;
+    match, any other vocabulary: tokens in common keep their embeddings, the others start as the new ones do."""
     num_hidden_layers: PositiveCount = 12
     """Transformer layers."""
     hidden_size: Width = 768
@@ -167,6 +175,10 @@ class ModelConfig(Section):
             )
         if self.new_head is not None and self.initialize_from is None:
             raise ValueError("new_head needs initialize_from: without it all weights are new")
+        if self.vocabulary != "same" and self.initialize_from is None:
+            raise ValueError(
+                f"vocabulary {self.vocabulary} needs initialize_from: without it the vocabulary is the corpus'"
+            )
         # If the folder is gone, only the checkpoint knows the sizes.
         known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
         if self.architecture == "bert" and known and self.hidden_size % self.num_attention_heads:

@@ -98,6 +98,11 @@ class RunConfig(Section):
             )
         if (pair := self.pair_objective) is not None:
             check_pair_model(self.model, pair)
+            if self.data.attention == "documents":
+                raise ValueError(
+                    f"data.attention documents: the two segments of a pair attend to each other, and objectives.{pair} "
+                    "is set; set data.attention to rows, or objectives to [mlm] with a corpus without pairs"
+                )
             if self.masking.strategy == "auto":
                 raise ValueError(
                     "masking.strategy auto compares variances of the masked-LM gradient only, and "

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.shards import Corpus
+from data_pipeline.shards import Corpus, CorpusError, beyond_vocabulary
 from maskvr_ds import hashing
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.mixture import Share, shares
@@ -105,7 +105,7 @@ def read_rows(
     """Read rows into a TokenBatch in host memory (pinned if `pin`), sorted by row number to read shards sequentially.
 
     rows, epochs: int64 [B]. pairs: also read where second segments start, and the labels of the pairs. Raises
-    ValueError if the corpus has none.
+    ValueError if the corpus has none, CorpusError if an id is not below the vocabulary size.
     """
     order = np.argsort(rows, kind="stable")
     rows, epochs = rows[order], epochs[order]
@@ -113,6 +113,11 @@ def read_rows(
     input_ids = torch.empty((len(rows), corpus.sequence_length), dtype=dtype, pin_memory=pin)
     ids = input_ids.numpy()
     corpus.take(rows, out=ids)
+    # Not every setting of data.verify has read the shard before, and an embedding names no file.
+    if ids.max(initial=0) >= corpus.manifest.vocab_size:
+        first = int((ids >= corpus.manifest.vocab_size).any(axis=1).argmax())
+        path, row = corpus.locate(int(rows[first]))
+        raise CorpusError(beyond_vocabulary(path, row, ids[first : first + 1], corpus.manifest.vocab_size))
     pad = corpus.manifest.special_tokens.pad
     attention_mask = None
     # Padding is at the end of a row; full rows, the common case, need no mask and use the faster attention.

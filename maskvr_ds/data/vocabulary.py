@@ -84,7 +84,7 @@ def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
     vocabulary = model.get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram: [piece, score], in the order of ids
         vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
-    sequence = list(_steps(content.get("pre_tokenizer")))
+    sequence = list(pre_tokenizer_steps(content.get("pre_tokenizer")))
     steps = {step["type"]: step for step in sequence}
     prefix = model.get("continuing_subword_prefix")
     starts = np.ones(vocab_size, np.bool_)
@@ -94,7 +94,7 @@ def word_starts(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_]:
     if prefix:
         starts_word = lambda token: not token.startswith(prefix)  # noqa: E731
     elif "ByteLevel" in steps:
-        starts_word = partial(_starts_with_space, _byte_alphabet())
+        starts_word = partial(_starts_with_space, byte_alphabet())
     elif "Metaspace" in steps:
         marker = steps["Metaspace"].get("replacement", "▁")
         starts_word = lambda token: token[:1] == marker or _separates(token[:1])  # noqa: E731
@@ -118,9 +118,9 @@ def word_ends(tokenizer: Path, vocab_size: int) -> NDArray[np.bool_] | None:
     """bool [V]: whether a token of a byte-level tokenizer is text that ends with white space, such as ".\\n" with the
     pattern of Llama 3: the token after it starts a word without a mark. None if there is no such token."""
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
-    if not any(step["type"] == "ByteLevel" for step in _steps(content.get("pre_tokenizer"))):
+    if not any(step["type"] == "ByteLevel" for step in pre_tokenizer_steps(content.get("pre_tokenizer"))):
         return None
-    alphabet, ends = _byte_alphabet(), np.zeros(vocab_size, np.bool_)
+    alphabet, ends = byte_alphabet(), np.zeros(vocab_size, np.bool_)
     for token, index in content["model"]["vocab"].items():
         text = bytes(alphabet[character] for character in token if character in alphabet).decode(errors="replace")
         ends[index] = bool(text.strip()) and text != text.rstrip()
@@ -143,7 +143,7 @@ def _separates(character: str) -> bool:
     return space or any(first <= point <= last for first, last in _UNSPACED)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Character -> byte in the vocabularies of byte-level tokenizers (GPT-2): printable characters of Latin-1 stand for
     themselves, the characters from U+0100 for the other bytes in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -161,13 +161,13 @@ def _starts_with_space(alphabet: dict[str, int], token: str) -> bool:
     return _separates(data.decode("utf-8", errors="replace")[0])
 
 
-def _steps(step: Any) -> Iterable[dict[str, Any]]:
+def pre_tokenizer_steps(step: Any) -> Iterable[dict[str, Any]]:
     """A pre-tokenizer's steps, with sequences flattened."""
     if not step:
         return
     if step.get("type") == "Sequence":
         for part in step.get("pretokenizers", ()):
-            yield from _steps(part)
+            yield from pre_tokenizer_steps(part)
     else:
         yield step
 

@@ -4,6 +4,7 @@ Their predictions have the form of a fine-tuned model's. Both are deterministic;
 of regularisation on the same held-out part of the training set as models their learning rate.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -17,18 +18,24 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
 from maskvr_ds.downstream.metrics import score
+from maskvr_ds.downstream.squad_scoring import normalise, true_answers
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 
 MAJORITY, BAG_OF_WORDS = "majority", "bag of words"
 # Inverse strengths of L2 regularisation.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 _ITERATIONS = 1000
+# Of the cosines on the held-out part: bounds that are tried.
+_QUANTILES = np.linspace(0.05, 0.95, 19)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 Predictions = dict[str, list[Any]]
 
 
 def targets(task: Task, labels: Sequence[str], split: Split) -> list[Any]:
-    """Labels in the form of predictions: class indices, numbers, or tags."""
+    """Labels in the form of predictions: class indices, numbers, or tags; of questions the true answers' texts."""
+    if task.kind is Kind.SPAN:
+        return [true_answers([text for text, _ in answers], unanswerable=task.unanswerable) for answers in split.labels]
     if task.kind is Kind.CLASSIFICATION:
         index = {name: i for i, name in enumerate(labels)}
         return [index[label] for label in split.labels]
@@ -41,7 +48,7 @@ def main_score(task: Task, truth: Sequence[Any], predicted: Sequence[Any]) -> fl
 
 
 def majority(data: TaskData) -> Predictions:
-    """The most frequent class of the training set; the mean of a regression; the most frequent tag."""
+    """The most frequent class of the training set; the mean of a regression; the most frequent tag, or answer."""
     task = data.task
     truth = targets(task, data.labels, data.train)
     if task.kind is Kind.REGRESSION:
@@ -50,6 +57,8 @@ def majority(data: TaskData) -> Predictions:
     if task.kind is Kind.TOKENS:
         ((tag, _),) = Counter(tag for tags in truth for tag in tags).most_common(1)
         return {name: [[tag] * len(tags) for tags in split.labels] for name, split in data.dev.items()}
+    if task.kind is Kind.SPAN:
+        truth = [normalise(answers[0]) for answers in truth]
     ((label, _),) = Counter(truth).most_common(1)
     return {name: [label] * len(split) for name, split in data.dev.items()}
 
@@ -59,10 +68,14 @@ def bag_of_words(data: TaskData) -> tuple[Predictions, float | None]:
 
     TF–IDF of words and word pairs with logistic or ridge regression; of two texts a and b, the features are a, b,
     |a−b|, a·b and their cosine. For token tasks: each word's most frequent tag in the training set, and no strength.
+    For questions: the context's sentence with the highest cosine of TF–IDF, and the cosine below which there is no
+    answer, chosen likewise; None if every question has one.
     """
     task = data.task
     if task.kind is Kind.TOKENS:
         return _tag_of_words(data), None
+    if task.kind is Kind.SPAN:
+        return _nearest_sentences(data)
     fit, held_out = hold_out(data.train, task)
     scores = {c: _held_out_score(data, fit, held_out, c) for c in _STRENGTHS}
     best = max(_STRENGTHS, key=lambda c: (scores[c], -c))
@@ -75,11 +88,7 @@ def _held_out_score(data: TaskData, fit: Split, held_out: Split, strength: float
 
 
 def _linear(data: TaskData, train: Split, evaluate: dict[str, Split], strength: float) -> Predictions:
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
-    try:
-        words.fit([text for texts in train.texts for text in texts])
-    except ValueError:
-        raise TaskError(f"{data.task.name}: the training texts have no word") from None
+    words = _vectoriser(data.task, train, (1, 2))
     if data.task.kind is Kind.REGRESSION:
         model = Ridge(alpha=1 / strength)
     else:
@@ -89,6 +98,14 @@ def _linear(data: TaskData, train: Split, evaluate: dict[str, Split], strength: 
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(_features(words, train), targets(data.task, data.labels, train))
     return {name: model.predict(_features(words, split)).tolist() for name, split in evaluate.items()}
+
+
+def _vectoriser(task: Task, train: Split, ngrams: tuple[int, int]) -> TfidfVectorizer:
+    words = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
+    try:
+        return words.fit([text for texts in train.texts for text in texts])
+    except ValueError:
+        raise TaskError(f"{task.name}: the training texts have no word") from None
 
 
 def _features(words: TfidfVectorizer, split: Split) -> Any:
@@ -115,3 +132,33 @@ def _tag_of_words(data: TaskData) -> Predictions:
         name: [[known.get(token, unknown) for token in tokens] for tokens in split.texts]
         for name, split in data.dev.items()
     }
+
+
+def _nearest_sentences(data: TaskData) -> tuple[Predictions, float | None]:
+    words = _vectoriser(data.task, data.train, (1, 1))
+    minimum = None
+    if data.task.unanswerable:
+        _, held_out = hold_out(data.train, data.task)
+        found, truth = _nearest(words, held_out), targets(data.task, data.labels, held_out)
+        scores = {
+            bound: main_score(data.task, truth, _above(found, bound))
+            for bound in (0.0, *np.quantile([cosine for _, cosine in found], _QUANTILES).tolist(), 2.0)
+        }
+        minimum = max(scores, key=lambda bound: (scores[bound], -bound))
+    return {name: _above(_nearest(words, split), minimum) for name, split in data.dev.items()}, minimum
+
+
+def _nearest(words: TfidfVectorizer, split: Split) -> list[tuple[str, float]]:
+    """The sentence of each context that is nearest to the question, and the cosine."""
+    sentences = {context: _SENTENCE_END.split(context.strip()) for _, context in split.texts}
+    vectors = {context: words.transform(found) for context, found in sentences.items()}
+    found = []
+    for (_, context), question in zip(split.texts, words.transform([q for q, _ in split.texts]), strict=True):
+        cosines = (vectors[context] @ question.T).toarray()[:, 0]
+        best = int(cosines.argmax())
+        found.append((sentences[context][best], float(cosines[best])))
+    return found
+
+
+def _above(found: Sequence[tuple[str, float]], minimum: float | None) -> list[str]:
+    return [sentence if minimum is None or cosine >= minimum else "" for sentence, cosine in found]

@@ -21,7 +21,8 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Split:
-    """n examples. texts: one or two texts each; of a token task the tokens. labels: a name, a number, or tags each."""
+    """n examples. texts: one or two texts each; of a token task the tokens. labels: a name, a number, or tags each; of
+    a question the answers, each as (text, offset in the context), none if it has no answer."""
 
     texts: tuple[tuple[str, ...], ...]
     labels: tuple[Any, ...]
@@ -42,6 +43,22 @@ class Split:
         """Number of examples with a text of white space, or no token."""
         return sum(not texts or not all(text.strip() for text in texts) for texts in self.texts)
 
+    @property
+    def misplaced_answers(self) -> int:
+        """Number of questions with answers, none of which is in the context at its offset."""
+        return sum(
+            bool(answers) and first_placed(context, answers) is None
+            for (_, context), answers in zip(self.texts, self.labels, strict=True)
+        )
+
+
+def first_placed(context: str, answers: Sequence[tuple[str, int]]) -> tuple[int, int] | None:
+    """Characters [first, end) of the first answer that is in the context at its offset; None if none is."""
+    for text, start in answers:
+        if text and start >= 0 and context[start : start + len(text)] == text:
+            return start, start + len(text)
+    return None
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -54,8 +71,8 @@ class TaskData:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes, or tags, in the order of their indices; none for regression."""
-        if self.task.kind is Kind.REGRESSION:
+        """Names of the classes, or tags, in the order of their indices; none for regression and questions."""
+        if self.task.kind in (Kind.REGRESSION, Kind.SPAN):
             return ()
         return self.task.labels or tuple(sorted(_names(self.train, self.task)))
 
@@ -69,16 +86,22 @@ def limited(data: TaskData, maximum: int | None) -> TaskData:
 
 
 def hold_out(train: Split, task: Task) -> tuple[Split, Split]:
-    """A training set without the examples held out for choices, and these; of each class the same share.
+    """A training set without the examples held out for choices, and these; of each class the same share, and all
+    questions on a context or none.
 
     Depends on the training set alone. Raises TaskError if it is too small.
     """
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(train)).tolist()
     share = min(HELD_OUT_SHARE, HELD_OUT_MAXIMUM / len(train))
-    by_class: dict[Any, list[int]] = {}
-    for i in order:
-        by_class.setdefault(train.labels[i] if task.kind is Kind.CLASSIFICATION else None, []).append(i)
-    chosen = {i for members in by_class.values() for i in members[: round(share * len(members))]}
+    if task.kind is Kind.SPAN:
+        contexts = list(dict.fromkeys(train.texts[i][1] for i in order))
+        drawn = set(contexts[: max(round(share * len(contexts)), len(contexts) > 1)])
+        chosen = {i for i in order if train.texts[i][1] in drawn}
+    else:
+        by_class: dict[Any, list[int]] = {}
+        for i in order:
+            by_class.setdefault(train.labels[i] if task.kind is Kind.CLASSIFICATION else None, []).append(i)
+        chosen = {i for members in by_class.values() for i in members[: round(share * len(members))]}
     if not chosen:
         raise TaskError(
             f"{task.name}: no learning rate can be chosen on a tenth of {len(train)} training examples; name one with "
@@ -99,6 +122,9 @@ def check(data: TaskData) -> None:
         if len(set(data.train.labels)) == 1:
             raise TaskError(f"{task.name}: all numbers of the training set are {data.train.labels[0]}")
         return
+    if task.kind is Kind.SPAN:
+        _check_questions(data)
+        return
     known = _names(data.train, task)
     if len(known) < 2:
         raise TaskError(f"{task.name}: all training examples have the label {min(known)!r}; at least two are needed")
@@ -108,6 +134,24 @@ def check(data: TaskData) -> None:
                 f"{task.name}: the {name} set has labels that the training set ({len(data.train):,} examples) lacks: "
                 f"{', '.join(map(repr, sorted(unknown)[:_SHOWN]))}"
             )
+
+
+def _check_questions(data: TaskData) -> None:
+    task, train = data.task, data.train
+    if not any(map(first_placed, (context for _, context in train.texts), train.labels)):
+        raise TaskError(f"{task.name}: no training question has an answer that is in its context at its offset")
+    for name, split in {"training": train, **data.dev}.items():
+        without = split.labels.count(())
+        if without and not task.unanswerable:
+            raise TaskError(
+                f"{task.name}: {without:,} questions of the {name} set have no answer, and its rules have none for "
+                "them; evaluate on squad_v2"
+            )
+    if task.unanswerable and () not in train.labels:
+        raise TaskError(
+            f"{task.name}: all {len(train):,} training questions have an answer, so that a model cannot learn to give "
+            "none; evaluate on squad"
+        )
 
 
 def _names(split: Split, task: Task) -> set[str]:
@@ -123,6 +167,11 @@ def describe(data: TaskData) -> dict[str, Any]:
         "train": len(data.train),
         **{name: len(split) for name, split in data.dev.items()},
         **({"train_by_label": {label: counts[label] for label in data.labels}} if counts else {}),
+        **({"misplaced_answers": _misplaced(data)} if data.task.kind is Kind.SPAN else {}),
         "skipped_rows": data.skipped,
         "empty_texts": data.train.empty_texts + sum(split.empty_texts for split in data.dev.values()),
     }
+
+
+def _misplaced(data: TaskData) -> int:
+    return data.train.misplaced_answers + sum(split.misplaced_answers for split in data.dev.values())

@@ -1,7 +1,8 @@
-"""Reading of task files: as GLUE ships them, CSV, JSON Lines, CoNLL columns, and folders of `datasets`.
+"""Reading of task files: as GLUE and SQuAD ship them, CSV, JSON Lines, CoNLL columns, and folders of `datasets`.
 
-A part of a task (train, dev) is STEM.tsv, .csv, .jsonl, .txt, .conll or .parquet, all but the last also compressed with
-gzip (.gz); or STEM-*.parquet, as on the hub; or the folder STEM written by `save_to_disk`. UTF-8.
+A part of a task (train, dev) is STEM.tsv, .csv, .jsonl, .txt, .conll or .parquet, of questions STEM.json, .jsonl or
+.parquet, all but the last also compressed with gzip (.gz); or STEM-*.parquet, as on the hub; or the folder STEM written
+by `save_to_disk`. UTF-8.
 """
 
 import csv
@@ -20,10 +21,11 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from maskvr_ds.downstream.examples import Split, TaskData, check
+from maskvr_ds.downstream.questions import read_answers, read_published
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 
 _TEXT = (".tsv", ".csv", ".jsonl", ".txt", ".conll")
-_TRAIN = ("train", "eng.train")
+_QUESTIONS = (".json", ".jsonl")
 _TAG = re.compile(r"O|[BIES]-.+")
 _DOCUMENT = "-DOCSTART-"
 _SHOWN = 5
@@ -47,12 +49,12 @@ def read_task(task: Task, folder: Path) -> TaskData:
     folder: of the task itself, or one with the task's folder in it (SST-2, sst2, or those in a folder glue).
     """
     home = _home(task, folder)
-    parts = {"train": _TRAIN} | dict(task.dev)
-    paths = {name: _find(home, stems) for name, stems in parts.items()}
+    parts = {"train": task.train} | dict(task.dev)
+    paths = {name: _find(task, home, stems) for name, stems in parts.items()}
     if missing := [name for name, path in paths.items() if path is None]:
         raise TaskError(
             f"{task.name}: {home} has no {' or '.join(parts[missing[0]])} "
-            f"({', '.join(_TEXT)}, .parquet, or a folder of datasets)"
+            f"({', '.join(_suffixes(task))}, .parquet, or a folder of datasets)"
         )
     splits, skipped = {}, 0
     for name, path in paths.items():
@@ -76,7 +78,7 @@ def _home(task: Task, folder: Path) -> Path:
                 if found.name.lower() in names and found.is_dir():
                     return found
     # The task's own folder; not one that merely lies in it and is of another task.
-    if task.is_glue and _find(folder, _TRAIN) is not None and folder.resolve().name.lower() in names:
+    if task.is_glue and _find(task, folder, task.train) is not None and folder.resolve().name.lower() in names:
         return folder
     if not task.is_glue:
         return folder
@@ -86,9 +88,13 @@ def _home(task: Task, folder: Path) -> Path:
     )
 
 
-def _find(folder: Path, stems: Sequence[str]) -> Path | None:
+def _suffixes(task: Task) -> tuple[str, ...]:
+    return _QUESTIONS if task.kind is Kind.SPAN else _TEXT
+
+
+def _find(task: Task, folder: Path, stems: Sequence[str]) -> Path | None:
     for stem in stems:
-        for suffix in _TEXT:
+        for suffix in _suffixes(task):
             for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.gz"):
                 if path.is_file():
                     return path
@@ -106,6 +112,8 @@ def _read_part(task: Task, path: Path) -> tuple[Split, int]:
         if suffix in (".csv", ".tsv"):
             raise TaskError(f"{path}: {task.name} needs CoNLL columns in .txt or .conll, or JSON Lines")
         return _conll(path), 0
+    if task.kind is Kind.SPAN and suffix == ".json":
+        return read_published(path, _text(path)), 0
     try:
         if suffix == ".parquet" or path.is_dir():
             table = _arrow(path)
@@ -220,7 +228,7 @@ def _wanted(task: Task, columns: Sequence[str], path: Path) -> list[str]:
     for names in (*task.texts, task.label):
         if (column := next((name for name in names if name in columns), None)) is None:
             remedy = "" if task.is_glue else "; name yours with --text-columns and --label-column"
-            remedy = "" if task.kind is Kind.TOKENS else remedy
+            remedy = "" if task.kind in (Kind.TOKENS, Kind.SPAN) else remedy
             raise TaskError(
                 f"{path}: has no column {' or '.join(map(repr, names))}, which {task.name} needs; it has "
                 f"{', '.join(map(repr, columns[:12])) or 'none'}{remedy}"
@@ -237,6 +245,10 @@ def _examples(task: Task, table: _Table) -> Split:
     labels: list[Any] = []
     for row, where in zip(table.rows, table.where, strict=True):
         values = [row.get(column) for column in texts]
+        if task.kind is Kind.SPAN:
+            labels.append(read_answers(values[0], values[1], row.get(label), where))
+            parts.append((str(values[0]), str(values[1])))
+            continue
         if task.kind is Kind.TOKENS:
             tokens, tags = values[0], row.get(label)
             if not _is_strings(tokens) or not isinstance(tags, list) or len(tags) != len(tokens):

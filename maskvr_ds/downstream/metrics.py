@@ -7,10 +7,13 @@ would take minutes for a bootstrap. An undefined correlation (one side is consta
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from maskvr_ds.downstream import squad_scoring
 
 Array = NDArray[np.float64]
 Metric = Callable[[Sequence[Any], Sequence[Any], Array], Array]
@@ -67,9 +70,35 @@ def entity_f1(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
     return _ratio(2 * (weights @ correct), weights @ both)
 
 
+def exact_match(truth: Sequence[Sequence[str]], predicted: Sequence[str], weights: Array) -> Array:
+    """Share of questions with a predicted answer that equals a true one (squad_scoring)."""
+    return weights @ _each(squad_scoring.exact_match, truth, predicted) / weights.sum(1)
+
+
+def squad_f1(truth: Sequence[Sequence[str]], predicted: Sequence[str], weights: Array) -> Array:
+    """Mean F1 of the words of answers, by the rules of SQuAD 1.1."""
+    return weights @ _each(partial(squad_scoring.f1, unanswerable=False), truth, predicted) / weights.sum(1)
+
+
+def squad_v2_f1(truth: Sequence[Sequence[str]], predicted: Sequence[str], weights: Array) -> Array:
+    """Mean F1 of the words of answers, by the rules of SQuAD 2.0."""
+    return weights @ _each(partial(squad_scoring.f1, unanswerable=True), truth, predicted) / weights.sum(1)
+
+
 METRICS: dict[str, Metric] = {
-    function.__name__: function for function in (accuracy, f1, macro_f1, matthews, pearson, spearman, entity_f1)
+    function.__name__: function
+    for function in (
+        *(accuracy, f1, macro_f1, matthews, pearson, spearman, entity_f1),
+        *(exact_match, squad_f1, squad_v2_f1),
+    )
 }
+
+
+def _each(
+    function: Callable[[Sequence[str], str], float], truth: Sequence[Sequence[str]], predicted: Sequence[str]
+) -> Array:
+    """Scores of the n questions."""
+    return np.array([function(answers, answer) for answers, answer in zip(truth, predicted, strict=True)])
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:

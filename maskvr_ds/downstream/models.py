@@ -1,9 +1,10 @@
-"""Models to be fine-tuned: runs and checkpoints (exported to a temporary folder) or folders of transformers."""
+"""Models to be fine-tuned: runs and checkpoints (exported to a temporary folder), folders of transformers, and names on
+a hub (data_pipeline/hub.py)."""
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -19,9 +21,8 @@ from transformers import (
 from transformers.utils import logging
 
 from maskvr_ds.checkpoint.export import export
+from maskvr_ds.downstream.locate import locate
 from maskvr_ds.downstream.tasks import Kind, TaskError
-from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.run_folder.layout import MANIFEST
 from maskvr_ds.runtime.files import sha256
 
 _CONFIG = "config.json"
@@ -31,6 +32,8 @@ _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sen
 # Files that decide what the model computes.
 _DECISIVE = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 _SHOWN = 3
+# Other kinds: a head on the complete text.
+_CLASSES: dict[Kind, Any] = {Kind.TOKENS: AutoModelForTokenClassification, Kind.SPAN: AutoModelForQuestionAnswering}
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Encoder:
 
         Raises TaskError if the folder lacks weights of the encoder itself, which would stay random.
         """
-        cls = AutoModelForTokenClassification if kind is Kind.TOKENS else AutoModelForSequenceClassification
-        names = dict(enumerate(labels)) or {0: "score"}
+        cls = _CLASSES.get(kind, AutoModelForSequenceClassification)
+        names = dict(enumerate(("start", "end") if kind is Kind.SPAN else labels)) or {0: "score"}
         settings = {
             "id2label": names,
             "label2id": {name: i for i, name in names.items()},
@@ -99,12 +102,12 @@ def _check_loaded(name: str, model: Any, found: dict[str, Any]) -> None:
 
 
 @contextmanager
-def prepared(models: Sequence[str], kinds: Iterable[Kind], max_length: int) -> Iterator[list[Encoder]]:
-    """The models, checked for these kinds of tasks and this length (`check`). Runs and checkpoints are exported to a
-    temporary folder, which exists as long as the context.
+def prepared(models: Sequence[str], lengths: Mapping[Kind, int]) -> Iterator[list[Encoder]]:
+    """The models, checked for these kinds of tasks and their lengths in tokens (`check`). Runs and checkpoints are
+    exported to a temporary folder, which exists as long as the context.
 
-    models: run (its newest checkpoint), checkpoint, or folder of transformers. Raises TaskError, CheckpointError or
-    ExportError before the first one is evaluated.
+    models: run (its newest checkpoint), checkpoint, folder of transformers, or name on a hub. Raises TaskError,
+    HubError, CheckpointError or ExportError before the first one is evaluated.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -113,15 +116,15 @@ def prepared(models: Sequence[str], kinds: Iterable[Kind], max_length: int) -> I
     with tempfile.TemporaryDirectory(prefix="maskvr-") as exports:
         found = [_prepare(name, Path(exports) / str(i)) for i, name in enumerate(models)]
         for encoder in found:
-            check(encoder, kinds, max_length)
+            check(encoder, lengths)
         yield found
 
 
 def _prepare(name: str, exported: Path) -> Encoder:
-    folder = Path(name)
+    folder, is_checkpoint = locate(name)
     if not folder.is_dir():
         raise TaskError(f"{name}: no such folder; expected a run, a checkpoint or a model saved by transformers")
-    if (folder / MANIFEST).is_file() or checkpoints.complete_checkpoints(folder):
+    if is_checkpoint:
         export(folder, exported)
         folder = exported
     if not (folder / _CONFIG).is_file():
@@ -144,6 +147,8 @@ def _prepare(name: str, exported: Path) -> Encoder:
             f"{name}: its tokenizer adds {single} special tokens to a text and {pair} to a pair, so that no token "
             "stands for a text or none separates two; give its tokenizer.json a post_processor"
         )
+    # Positions of tokens are those of the unpadded text.
+    tokenizer.padding_side = "right"
     return Encoder(name, folder, _digest(sorted({p for glob in _DECISIVE for p in folder.glob(glob)})), tokenizer)
 
 
@@ -152,14 +157,14 @@ def _digest(paths: Iterable[Path]) -> str:
 
 
 @torch.no_grad()
-def check(encoder: Encoder, kinds: Iterable[Kind], max_length: int) -> None:
-    """Raise TaskError if the model cannot be loaded for these kinds of tasks, or cannot compute a row of `max_length`
+def check(encoder: Encoder, lengths: Mapping[Kind, int]) -> None:
+    """Raise TaskError if the model cannot be loaded for these kinds of tasks, or cannot compute a row of as many
     tokens, the vocabulary's last one.
 
     By a forward pass: architectures differ in how many of their positions texts can use.
     """
     tokenizer = encoder.tokenizer
-    for kind in kinds:
+    for kind, max_length in lengths.items():
         model = encoder.load(kind, ("a", "b")).eval()
         if len(tokenizer) > model.config.vocab_size:
             raise TaskError(

@@ -24,6 +24,7 @@ def task_report(data: TaskData, rows: Sequence[Row]) -> Content:
         report["rows"][row.name] = {
             "learning_rate": row.choice.learning_rate if row.choice else None,
             "selection": list(row.choice.tried) if row.choice else [],
+            "threshold": row.choice.threshold if row.choice else None,
             "settings": row.settings,
             "diverged_seeds": row.diverged,
             "truncated": row.runs[0].get("truncated"),
@@ -66,7 +67,7 @@ def tables(task: str, report: Content) -> str:
         rate = row["learning_rate"]
         cells = [_score(row["scores"][column], row["diverged_seeds"]) for column in columns]
         body.append([name, "–" if rate is None else f"{rate:g}", str(len(row["seconds"])), *cells])
-    lines += [*_aligned(body), "", *_notes(report)]
+    lines += [*aligned(body), "", *_notes(report)]
     lines += [f"Differences, {LEVEL:.0%} interval of a paired bootstrap ({RESAMPLES:,} resamples):", ""]
     for column, found in report["differences"].items():
         for entry in found:
@@ -83,20 +84,35 @@ def _notes(report: Content) -> list[str]:
     notes = []
     for name, row in report["rows"].items():
         if row["truncated"] and (total := sum(row["truncated"].values())):
-            notes.append(f"{name}: {total:,} examples are truncated to {row['settings']['max_length']} tokens.")
+            # Of a text, or of a question; contexts are read in windows.
+            what = (
+                "questions are shortened"
+                if row["settings"].get("stride") is not None
+                else (f"examples are truncated to {row['settings']['max_length']} tokens")
+            )
+            notes.append(f"{name}: {total:,} {what}.")
+        if row["threshold"] is not None:
+            notes.append(
+                f'{name}: "no answer" is given if it scores more than {row["threshold"]:.2f} above the best answer.'
+            )
         if len(row["seconds"]) == 1 and row["learning_rate"] is not None:
             notes.append(f"{name}: a single seed, so that the intervals do not cover the choice of seeds.")
     return [*notes, ""] if notes else []
 
 
 def _score(entry: Content, diverged: list[int]) -> str:
-    if diverged:
-        return f"diverged (seed {', '.join(map(str, diverged))})"
+    return f"diverged (seed {', '.join(map(str, diverged))})" if diverged else score_cell(entry)
+
+
+def score_cell(entry: Content) -> str:
+    """Mean × 100 and, of several runs, the standard deviation."""
+    if entry["mean"] is None:
+        return "diverged"
     spread = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
     return f"{100 * entry['mean']:.1f}{spread}"
 
 
-def _aligned(body: list[list[str]]) -> list[str]:
+def aligned(body: list[list[str]]) -> list[str]:
     """A Markdown table; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     lines = [

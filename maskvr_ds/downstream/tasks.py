@@ -6,11 +6,13 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a task predicts: one of several labels per text or pair, a number, or a label per token."""
+    """What a task predicts: one of several labels per text or pair, a number, a label per token, or the span of a
+    context that answers a question."""
 
     CLASSIFICATION = "classification"
     REGRESSION = "regression"
     TOKENS = "tokens"
+    SPAN = "span"
 
 
 class TaskError(ValueError):
@@ -29,7 +31,9 @@ class Task:
     folder: its name within a folder of GLUE tasks. texts: one or two texts per example, each with the alternative names
     of its column (GLUE's files, `datasets`). label: alternative names of the label's column. labels: in the order of
     the class indices of `datasets`; empty if they are those of the training set. dev: name of an evaluation set ->
-    alternative stems of its file. header: of GLUE files without one. skip_short_rows: GLUE's own file has damaged rows.
+    alternative stems of its file. train: of the training set's. header: of GLUE files without one. skip_short_rows:
+    GLUE's own file has damaged rows. max_length: tokens per example. unanswerable: there are questions without an
+    answer.
     """
 
     name: str
@@ -40,11 +44,14 @@ class Task:
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     dev: tuple[tuple[str, tuple[str, ...]], ...] = (("dev", ("dev", "validation", "valid")),)
+    train: tuple[str, ...] = ("train", "eng.train")
     header: tuple[str, ...] = ()
     skip_short_rows: bool = False
     learning_rates: tuple[float, ...] = _GLUE_RATES
     epochs: float = 3
     batch_size: int = 32
+    max_length: int = 128
+    unanswerable: bool = False
 
     @property
     def is_glue(self) -> bool:
@@ -105,6 +112,33 @@ _TABLE = (
     _glue("wnli", "WNLI", _PAIR, ("label",), _BINARY, ("accuracy",)),
 )
 GLUE = {task.name: task for task in _TABLE}
+_SQUAD = Task(
+    "squad",
+    "squad",
+    Kind.SPAN,
+    (("question",), ("context",)),
+    ("answers",),
+    (),
+    ("exact_match", "squad_f1"),
+    dev=(("dev", ("dev-v1.1", "dev", "validation")),),
+    train=("train-v1.1", "train"),
+    learning_rates=_OTHER_RATES,
+    max_length=384,
+)
+# Hyperparameters as in section 4.3 of Devlin et al. 2019.
+SQUAD = {
+    "squad": _SQUAD,
+    "squad_v2": replace(
+        _SQUAD,
+        name="squad_v2",
+        metrics=("exact_match", "squad_v2_f1"),
+        dev=(("dev", ("dev-v2.0", "dev", "validation")),),
+        train=("train-v2.0", "train"),
+        epochs=2,
+        batch_size=48,
+        unanswerable=True,
+    ),
+}
 # Tasks of the user's own files, in the folder given as --data itself.
 OWN = {
     "classification": Task(
@@ -140,7 +174,8 @@ OWN = {
     ),
 }
 GROUPS = {"glue": tuple(GLUE)}
-NAMES = (*GROUPS, *GLUE, *OWN)
+TASKS = {**GLUE, **SQUAD, **OWN}
+NAMES = (*GROUPS, *TASKS)
 
 
 def resolve(names: Sequence[str], texts: Sequence[str] = (), label: str | None = None) -> list[Task]:
@@ -150,7 +185,7 @@ def resolve(names: Sequence[str], texts: Sequence[str] = (), label: str | None =
     TaskError for columns without such a task.
     """
     expanded = dict.fromkeys(name for given in names for name in GROUPS.get(given, (given,)))
-    chosen = [GLUE.get(name) or OWN[name] for name in expanded]
+    chosen = [TASKS[name] for name in expanded]
     with_columns = [task.name for task in chosen if task.name in ("classification", "regression")]
     if (texts or label) and not with_columns:
         raise TaskError(

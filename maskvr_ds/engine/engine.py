@@ -40,13 +40,15 @@ def create_engine(
     accumulation: int,
     seed: int,
     row_length: int | None = None,
+    separator: int | None = None,
     initial: InitialWeights | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Build model, optimizer and engine. Collective: call on all ranks.
 
     deepspeed_config: as returned by `read_deepspeed_config`. accumulation: micro-batches per step and rank.
     seed: of the random initial weights, which `initial` (a pretrained model) replaces. row_length: positions of the
-    rows that will be trained, for which rank 0 checks the model (`check_model`); None: no check.
+    rows that will be trained, for which rank 0 checks the model (`check_model`); None: no check. separator: id of the
+    token that ends a document, to attend within documents; None: within rows.
 
     Raises ConfigError on all ranks if this machine does not support the precision, the architecture not what is asked
     of it, or the weights do not fit the model, RuntimeError if DeepSpeed is not the one that the patches expect.
@@ -59,11 +61,13 @@ def create_engine(
     logger.setLevel(logging.ERROR)
     torch.manual_seed(hashing.fold(seed) >> 1)
     module = distributed.run_collectively(
-        lambda: MaskedLanguageModel(encoder, activation_checkpointing=model.activation_checkpointing)
+        lambda: MaskedLanguageModel(
+            encoder, activation_checkpointing=model.activation_checkpointing, separator=separator
+        )
     )
     if row_length is not None:
-        dtype = model_dtype(deepspeed_config)
-        _freeze(module, distributed.run_on_rank0(lambda: check_model(module, row_length, dtype)))
+        dtype, device = model_dtype(deepspeed_config), distributed.device()
+        _freeze(module, distributed.run_on_rank0(lambda: check_model(module, row_length, dtype, device)))
     if initial is not None:
         pretrained.load(module.mlm, initial)
     # DeepSpeed rounds the parameters before it copies them to the fp32 masters: restore the masters afterwards.

@@ -24,9 +24,55 @@ def segments(n: int, rate: float) -> int:
     return -(-n // max(1, round_half_up(n * rate)))
 
 
+# Share of the predictions that `fully_explored` may lose to equal segments before a warning.
+_LOSS_ALLOWED = 0.02
+
+
+def predictions_lost(n: int, rate: float) -> float:
+    """Share of the k predictions that `fully_explored` does not make in a row of n maskable positions: 1 − (n/S)/k."""
+    return 1 - n / segments(n, rate) / max(1, round_half_up(n * rate))
+
+
+def rate_without_loss(n: int, rate: float) -> float:
+    """The nearest rate, to four digits, at which segments are at most 2% shorter than uniform masks; S = n is one."""
+    rates = {round(x, 4) for s in range(2, n + 1) for x in (1 / s, -(-n // s) / n)}
+    good = [x for x in rates if 0 < x < 1 and predictions_lost(n, x) <= _LOSS_ALLOWED]
+    return min(good, key=lambda other: abs(other - rate), default=rate)
+
+
+def effective_predictions(masking: MaskingConfig, n: int) -> tuple[str, str | None]:
+    """Number of predictions in a row of n maskable positions, in words, and a warning if fully_explored loses more
+    than 2% of them."""
+    k = max(1, round_half_up(n * masking.rate))
+    if masking.strategy != "fully_explored":
+        last = "" if masking.final_rate is None else f", {max(1, round_half_up(n * masking.final_rate))} at the end"
+        at_most = "up to " if masking.strategy in ("whole_word", "span") else ""
+        return f"{at_most}{k} of {n} tokens of a full row{last}", None
+    parts, lost = segments(n, masking.rate), predictions_lost(n, masking.rate)
+    text = f"{n / parts:.4g} of {n} tokens of a full row on average, in {parts} disjoint masks"
+    if lost <= _LOSS_ALLOWED:
+        return text, None
+    return text, (
+        f"masking.rate {masking.rate:g}: fully_explored divides {n} tokens into {parts} masks of {n / parts:.4g}, "
+        f"{lost:.1%} fewer than the {k} predictions of uniform masks at this rate; at rate "
+        f"{rate_without_loss(n, masking.rate):.4g} it loses at most 2%"
+    )
+
+
+def check_rates(masking: MaskingConfig, longest: int) -> None:
+    """Raise ConfigError if a rate predicts less than one of `longest` maskable positions."""
+    for name, rate in (("rate", masking.rate), ("final_rate", masking.final_rate)):
+        if rate is not None and round_half_up(longest * rate) < 1:
+            raise ConfigError(
+                f"masking.{name} {rate:g}: less than one prediction in a row of {longest} tokens; set it to at least "
+                f"{0.5 / longest:.3g}"
+            )
+
+
 def check_masking(config: RunConfig, corpus: Corpus) -> None:
     """Raise ConfigError if the corpus's sequence length, size or vocabulary does not allow the masking settings."""
     masking, longest = config.masking, corpus.sequence_length - 2
+    check_rates(masking, longest)
     if masking.strategy in ("fully_explored", "auto"):
         if masking.final_rate is not None:
             for n in range(1, longest + 1):

@@ -41,6 +41,9 @@ _NAMES = (
 # Σ over the global batch: w s, w s², w u s², loss, weights of the losses, their squares, entropies, rows, predictions;
 # over ranks: seconds of MAPNet, of the complete step.
 _SUMS = 11
+# Positions of the micro-batches of a step whose scores are kept between `propose` and `observe`, with what their
+# gradient needs: about 3 KB each at the default sizes. Further ones are computed twice.
+_KEPT_POSITIONS = 1 << 17
 # Decay per step of the gate's moving averages.
 _DECAY = 0.99
 # Gradients have heavy tails: β₂ is lower than AdamW's default.
@@ -101,6 +104,10 @@ class Proposer:
         self._largest = torch.zeros((), dtype=torch.float64, device=device)
         self._faulty = torch.zeros((), dtype=torch.float64, device=device)
         self._unchecked: tuple[int, DeferredTensor] | None = None
+        # Tokens of a micro-batch, its scores and π, by address of the tokens: what `observe` would compute once more.
+        self._proposed: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        # Whether `observe` follows: not while masks are only measured.
+        self.learning = True
         measured = config.gate == "auto" and config.cost is None
         self._clock = _Clock(device) if measured else None
 
@@ -116,14 +123,16 @@ class Proposer:
     def _open(self) -> torch.Tensor:
         """Whether masks are drawn by the proposal: bool [], the same on all ranks.
 
-        Gate `auto`: if r (1 + c) < 1, with moving averages of the variance ratio r and the cost c (MAPNet's time
-        relative to the rest of the step). At equal time the batch is smaller by a factor 1 + c, and the variance larger
-        by the same factor.
+        Gate `auto`: if (1 − m + m r) (1 + c) < 1, with moving averages of the variance ratio r and the cost c
+        (MAPNet's time relative to the rest of the step), and the share m of the variance that is due to the masks
+        (`mask_share`). At equal time the batch is smaller by a factor 1 + c, and the variance larger by the same
+        factor: all of it, also the part due to the data, which the proposal does not change.
         """
         if self.gate != "auto":
             return torch.full_like(self._mean, self.gate == "always", dtype=torch.bool)
         proposed, uniform, own, total = self._averages
-        return proposed * total < uniform * (total - own)
+        share = self.config.mask_share
+        return ((1 - share) * uniform + share * proposed) * total < uniform * (total - own)
 
     def _inclusion(
         self, batch: TokenBatch, maskable: torch.Tensor, counts: torch.Tensor
@@ -135,15 +144,20 @@ class Proposer:
         scores = torch.where(finite, scores, 0.0)
         return scores, inclusion_from_scores(scores, maskable, counts, self.config.floor)
 
-    @torch.no_grad()
     def propose(self, batch: TokenBatch, maskable: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """strategies.Proposal: π float64 [B, L] if the gate is open, uniform if it is closed."""
         if self.gate == "never":
             return share
         with self._timed():
             counts = (share[:, 0] * maskable.sum(1)).round().long()
-            _, inclusion = self._inclusion(batch, maskable, counts)
-            return torch.where(self._open(), inclusion, share)
+            kept = sum(ids.numel() for ids, _, _ in self._proposed.values()) + batch.input_ids.numel()
+            keep = self.learning and kept <= _KEPT_POSITIONS
+            with torch.set_grad_enabled(keep):
+                scores, inclusion = self._inclusion(batch, maskable, counts)
+            if keep:
+                # The tensor is held: its address cannot become another's.
+                self._proposed[batch.input_ids.data_ptr()] = batch.input_ids, scores, inclusion
+            return torch.where(self._open(), inclusion.detach(), share)
 
     def observe(self, batch: TokenBatch, maskable: torch.Tensor, masked: MaskedBatch) -> None:
         """Accumulate sums and gradients from a micro-batch's gradient norms; call after its backward pass.
@@ -156,7 +170,10 @@ class Proposer:
             predicted = masked.weights != 0
             n, counts = maskable.sum(1), predicted.sum(1)
             share = (counts.double() / n.clamp(min=1))[:, None]
-            scores, inclusion = self._inclusion(batch, maskable, counts)
+            # Of the mask's own network: parameters change only in `step`. Exactly k predictions, as proposed.
+            kept = self._proposed.pop(batch.input_ids.data_ptr(), None)
+            same = kept is not None and kept[0].shape == batch.input_ids.shape and masked.sampling_weights is not None
+            scores, inclusion = kept[1:] if kept and same else self._inclusion(batch, maskable, counts)
             u = (share / inclusion).gather(1, masked.positions)
             used = predicted & norms.isfinite()
             # Strategies without a π of their own select every position with equal probability.
@@ -227,6 +244,7 @@ class Proposer:
             ]
         )
         self._unchecked = (self.run_step, DeferredTensor(head[_SUMS + world_size :]))
+        self._proposed.clear()
         self._buffer.zero_()
         self._sums.zero_()
         self._largest = torch.zeros_like(self._largest)

@@ -73,14 +73,18 @@ def _transformers_config(
     return _make(cls, {**values, "vocab_size": vocab_size, "pad_token_id": pad_id})
 
 
-def check_settings(model: ModelConfig, *, pair_head: bool = False) -> None:
+def check_settings(model: ModelConfig, *, pair_head: bool = False, documents: bool = False) -> None:
     """Raise ConfigError as `transformers_config` and MaskedLanguageModel do, before a corpus is known; allocates no
-    weights."""
+    weights. documents: whether attention is within documents."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"), 1)
     rows = model.settings.get("vocab_size", 1024)
     config = transformers_config(model, vocab_size=rows, pad_id=0, token_ids=special, pair_head=pair_head)
     with torch.device("meta"):
-        MaskedLanguageModel(config, activation_checkpointing=model.activation_checkpointing)
+        MaskedLanguageModel(
+            config,
+            activation_checkpointing=model.activation_checkpointing,
+            separator=special["sep_token_id"] if documents else None,
+        )
 
 
 def _bert_config(model: ModelConfig, *, vocab_size: int, pad_id: int) -> BertConfig:

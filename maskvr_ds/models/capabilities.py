@@ -12,20 +12,25 @@ import copy
 import torch
 
 from maskvr_ds.config import ConfigError
+from maskvr_ds.models import documents
 from maskvr_ds.models.encoder import MaskedLanguageModel
 
 # Positions of the row of the backward pass: enough for what a longer row reaches, at bounded cost. Longer
 # rows go through a single layer.
 _BACKWARD = 512
+_CPU = torch.device("cpu")
+# Relative difference of hidden states that rounding may explain.
+_AGREEMENT = 1e-3
 # Positions by which the longest row may fall short of max_position_embeddings and is still looked for.
 _SHORTER = 8
 
 
-def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype) -> list[str]:
+def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype, device: torch.device = _CPU) -> list[str]:
     """Run the fp32 module on rows of `length` tokens; returns the names of parameters that get no gradient.
 
-    dtype: in which the engine will compute. Raises ConfigError naming value, rule and remedy if a row is too long, the
-    architecture takes another token for padding, or does not run in bf16.
+    dtype, device: in which and where the engine will compute. Raises ConfigError naming value, rule and remedy if a row
+    is too long, the architecture takes another token for padding, does not run in bf16, or does not attend within
+    documents as asked.
     """
     config = module.mlm.config
     training = module.training
@@ -34,6 +39,10 @@ def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype) ->
         with torch.random.fork_rng(devices=[]):
             _check_padding(module)
             check_length(module, length)
+            if module.separator is not None:
+                _check_documents(module, min(length, _BACKWARD))
+                if documents.has_varlen(device, dtype):
+                    _check_no_dropout(module)
             if dtype == torch.bfloat16:
                 _check_bf16(module, min(length, _BACKWARD))
             return _without_gradient(module, min(length, _BACKWARD))
@@ -46,7 +55,7 @@ def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype) ->
 
 def _row(module: MaskedLanguageModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A row without padding, int64 [1, L], and the position of one prediction, int64 [1, 1]."""
-    token = 0 if module.mlm.config.pad_token_id else 1
+    token = next(token for token in range(3) if token not in (module.mlm.config.pad_token_id, module.separator))
     return torch.full((1, length), token), torch.full((1, 1), length - 1)
 
 
@@ -95,9 +104,48 @@ def _shallow(module: MaskedLanguageModel) -> MaskedLanguageModel:
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1]
-        return MaskedLanguageModel(config).train(module.training)
+        return MaskedLanguageModel(config, separator=module.separator).train(module.training)
     except (ConfigError, AttributeError, ValueError):
         return module
+
+
+@torch.no_grad()
+def _check_documents(module: MaskedLanguageModel, length: int) -> None:
+    """Raise ConfigError unless hidden states of documents in a row are those of each document by itself, computed by
+    transformers' own attention."""
+    separator, kind = module.separator, module.mlm.config.model_type
+    assert separator is not None
+    row = torch.cat([_row(module, length)[0][0, 1:], torch.tensor([separator])])
+    row[length // 3] = separator
+    parts = row.tensor_split([length // 3 + 1])
+    try:
+        found = module.hidden(row[None], torch.arange(length)[None])[0]
+    # Whatever an architecture raises for arguments that it does not know.
+    except Exception as error:
+        raise ConfigError(
+            f"data.attention is documents, and {kind} of transformers cannot be given the documents "
+            f"({' '.join(str(error).split())}); {documents.REMEDY}"
+        ) from error
+    with documents.of_rows(module.mlm):
+        expected = torch.cat([module.mlm.base_model(input_ids=part[None])[0][0] for part in parts])
+    difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    # "not <=" also refuses NaN.
+    if not difference <= _AGREEMENT * largest:
+        raise ConfigError(
+            f"data.attention is documents, and {kind} of transformers computes other hidden states for documents in a "
+            f"row than for each by itself (difference {difference:.2g}, largest {largest:.2g}): its attention or its "
+            f"positions cross their borders; {documents.REMEDY}"
+        )
+
+
+@torch.no_grad()
+def _check_no_dropout(module: MaskedLanguageModel) -> None:
+    """Raise ConfigError if the model has dropout of attention weights in training."""
+    ids, positions = _row(module, 2)
+    module.train()
+    with documents.without_dropout():
+        module(ids, positions)
+    module.eval()
 
 
 @torch.no_grad()

@@ -7,10 +7,13 @@ The model is transformers' own, whatever its architecture: a forward hook on its
 last hidden state [B, L, D] by its K gathered rows [B, K, D], and the model's own forward applies its own head to them.
 The head processes each position independently, so the logits are those of the untouched model at these positions.
 
+Rows attend over all of their tokens, or within documents (models/documents.py).
+
 For sentence pairs the model is the architecture's ...ForPreTraining: a pooler, which reads the complete last hidden
 state inside of the encoder, and a binary head on it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +25,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrain
 
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.objectives import PAIR_CLASSES
+from maskvr_ds.models import documents
 
 
 class MaskedLanguageModel(nn.Module):
@@ -30,21 +34,32 @@ class MaskedLanguageModel(nn.Module):
     Args:
         model: transformers' configuration, for random weights, or a model, which is used as it is.
         activation_checkpointing: recompute activations in the backward pass.
+        separator: id of the token that ends a document, to attend within documents (models/documents.py); None: rows.
 
     mlm: transformers' model. has_pair_head: whether it classifies sentence pairs (`ask_for_pair_head`).
     observer: called in every training forward pass with h [B, K, D], the input of the prediction head, and the losses
     [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
     is_compiled: whether parts of it were compiled (models/compiled.py).
 
-    Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing.
+    Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing, or
+    cannot attend within documents.
     """
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     is_compiled: bool = False
 
-    def __init__(self, model: PreTrainedConfig | PreTrainedModel, *, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedConfig | PreTrainedModel,
+        *,
+        activation_checkpointing: bool = False,
+        separator: int | None = None,
+    ) -> None:
         super().__init__()
-        self.mlm: PreTrainedModel = model if isinstance(model, PreTrainedModel) else build(model)
+        if not isinstance(model, PreTrainedModel):
+            # Attention within documents is noted in the configuration: not in that of the caller.
+            model = build(model if separator is None else copy.deepcopy(model))
+        self.mlm: PreTrainedModel = model
         self.has_pair_head = type(self.mlm).__name__ in PAIR_CLASSES.values()
         self._positions: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
@@ -53,6 +68,10 @@ class MaskedLanguageModel(nn.Module):
         self.mlm.base_model.register_forward_hook(self._gather)
         if activation_checkpointing:
             self._checkpoint_activations()
+        self.separator = separator
+        if separator is not None:
+            documents.use_document_attention(self.mlm)
+            self._first_position = documents.first_position(self.mlm.base_model)
 
     def _checkpoint_activations(self) -> None:
         kind = self.mlm.config.model_type
@@ -85,12 +104,21 @@ class MaskedLanguageModel(nn.Module):
         finally:
             self._positions = self._hidden = None
 
+    def _inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+        """Arguments of transformers' model."""
+        if self.separator is None:
+            # Position ids are the model's own: RoBERTa's start at pad + 1.
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        varlen = documents.has_varlen(input_ids.device, next(self.mlm.parameters()).dtype)
+        inputs = documents.document_inputs(input_ids, self.separator, self._first_position, varlen=varlen)
+        return {"input_ids": input_ids, **inputs}
+
     def hidden(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Input of the head, h [B, K, D], for input_ids int64 [B, L], positions int64 [B, K], mask bool [B, L]."""
         with self._gathering(positions):
-            return self.mlm.base_model(input_ids=input_ids, attention_mask=attention_mask)[0]
+            return self.mlm.base_model(**self._inputs(input_ids, attention_mask))[0]
 
     def forward(
         self,
@@ -102,14 +130,13 @@ class MaskedLanguageModel(nn.Module):
     ) -> Any:
         """Cross-entropy per prediction in nats, float32 [B, K], for labels int64 [B, K]; without labels, logits
         [B, K, V]. With segment_starts int64 [B] (a model with a head for pairs only), a pair of these and the logits of
-        the sentence pairs, [B, 2].
+        the sentence pairs, [B, 2]. With a `separator`, attention_mask is not needed: padding is a document of its own.
 
         Under ZeRO 3 all computation must go through this method: the hooks that gather a module's parameters expect a
         complete forward pass.
         """
         with self._gathering(positions):
-            # Position ids are the model's own: RoBERTa's start at pad + 1.
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            inputs = self._inputs(input_ids, attention_mask)
             if segment_starts is not None:
                 inputs["token_type_ids"] = token_types(input_ids, attention_mask, segment_starts)
             output = self.mlm(**inputs)

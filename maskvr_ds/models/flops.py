@@ -2,14 +2,23 @@
 
 import copy
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from maskvr_ds.models.encoder import MaskedLanguageModel
 
 
-def flops_per_sequence(config: PreTrainedConfig, sequence_length: int, predictions: int, *, batch: int) -> float:
+def flops_per_sequence(
+    config: PreTrainedConfig,
+    sequence_length: int,
+    predictions: int,
+    *,
+    batch: int,
+    documents: tuple[NDArray[np.int64], int] | None = None,
+) -> float:
     """Floating-point operations per sequence, forward and backward (backward = 2 × forward).
 
     Matrix products only, counting a multiply-add as two, without recomputation (Narayanan et al. 2021, arXiv
@@ -19,27 +28,31 @@ def flops_per_sequence(config: PreTrainedConfig, sequence_length: int, predictio
     hidden size D, intermediate size I: per layer 8LD² + 4L²D + 4LDI, in the head 2KD² + 2KDV.
 
     batch: sequences per forward pass, which share what depends on no sequence (DeBERTa's relative positions).
+    documents: lengths of the documents of some rows, int64 [·], and the number of these rows, if attention is within
+    documents: then only pairs within a document are counted, the mean over the rows.
     """
     L, K = sequence_length, predictions
     one, two = _count(config, L, K)
     each, shared = two - one, 2 * one - two
-    return 3.0 * (each + shared / batch - _outside_of_windows(config, L))
+    lengths, rows = (np.array([L]), 1) if documents is None else documents
+    return 3.0 * (each + shared / batch - _not_attended(config, L, lengths, rows))
 
 
-def pairs_in_window(length: int, reach: int) -> int:
-    """Number of ordered pairs (i, j) of `length` positions with |i − j| ≤ reach."""
-    reach = min(reach, length - 1)
-    return length * (2 * reach + 1) - reach * (reach + 1)
+def pairs_in_documents(lengths: NDArray[np.int64], reach: int | None = None) -> int:
+    """Number of ordered pairs (i, j) of positions of the same document, with |i − j| ≤ reach if given, in documents of
+    `lengths` positions, int64 [·]: Σ n², or Σ n (2r + 1) − r (r + 1) with r = min(reach, n − 1)."""
+    reaches = lengths - 1 if reach is None else np.minimum(reach, lengths - 1)
+    return int((lengths * (2 * reaches + 1) - reaches * (reaches + 1)).sum())
 
 
-def _outside_of_windows(config: PreTrainedConfig, length: int) -> float:
-    """FLOPs of attention, forward, for pairs outside of the windows of `layer_types` (QKᵀ and the weighted sum)."""
-    layers = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+def _not_attended(config: PreTrainedConfig, length: int, lengths: NDArray[np.int64], rows: int) -> float:
+    """FLOPs of attention (QKᵀ and the weighted sum), forward, that a count of all pairs of a row has too many: of pairs
+    outside of the documents, and outside of the windows of `layer_types`."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     reach = getattr(config, "sliding_window", None)
-    if not layers or reach is None:
-        return 0.0
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    return layers * 4.0 * width * (length**2 - pairs_in_window(length, reach))
+    attended = sum(pairs_in_documents(lengths, reach if kind == "sliding_attention" else None) / rows for kind in kinds)
+    return 4.0 * width * (len(kinds) * length**2 - attended)
 
 
 @torch.no_grad()

@@ -3,14 +3,16 @@ Loads no torch."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
+from maskvr_ds.config.model import Vocabulary
 from maskvr_ds.data.vocabulary import token_ids
+from maskvr_ds.models.new_vocabulary import RowSources, row_sources
 from maskvr_ds.runtime.files import sha256
 
 WEIGHTS = "model.safetensors"
@@ -25,11 +27,12 @@ _ROWS = 30522
 @dataclass(frozen=True)
 class InitialWeights:
     """folder: as given in the configuration. sha256: of its weights when the run started (`weights_digest`). new_head:
-    see ModelConfig."""
+    see ModelConfig. rows: for another vocabulary than that of the folder; None: for the same one."""
 
     folder: Path
     sha256: str
     new_head: bool | None = None
+    rows: RowSources | None = field(default=None, compare=False)
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -92,21 +95,18 @@ def table_rows(folder: Path) -> int:
         raise ConfigError(str(error)) from None
 
 
-def check_vocabulary(initial: InitialWeights, corpus: Corpus) -> None:
-    """Raise ConfigError if the corpus' token ids are not those that the weights were trained on.
+def for_corpus(initial: InitialWeights, corpus: Corpus, vocabulary: Vocabulary) -> InitialWeights:
+    """The weights for a corpus' vocabulary. vocabulary: see ModelConfig. Raises ConfigError if it is not as the
+    setting says (`check_vocabulary`, `row_sources`)."""
+    if vocabulary == "same":
+        check_vocabulary(initial, corpus, or_change=True)
+        return initial
+    folder = initial.folder
+    _check_padding(folder, corpus, "use a tokenizer with that id for padding")
+    return replace(initial, rows=row_sources(folder, table_rows(folder), corpus, vocabulary))
 
-    If the folder has a tokenizer (tokenizer.json or vocab.txt), the id of every token must match. The embedding table
-    may have more rows than there are tokens: it is padded in many models.
-    """
-    folder, size = initial.folder, corpus.manifest.vocab_size
-    remedy = f"build the corpus with that model's tokenizer (--tokenizer {folder})"
-    rows = table_rows(folder)
-    expected = token_ids(folder)
-    found = token_ids(corpus.tokenizer_folder)
-    if size > rows or (expected is None and rows - size >= _PADDING):
-        raise ConfigError(
-            f"{corpus.folder}: its tokenizer has {size} tokens, but the model in {folder} has {rows}; {remedy}"
-        )
+
+def _check_padding(folder: Path, corpus: Corpus, remedy: str) -> None:
     content = read_config_file(folder / CONFIG_FILE)
     pad, ours = content.get("pad_token_id"), corpus.manifest.special_tokens.pad
     # Of BERT's models it decides nothing.
@@ -115,6 +115,28 @@ def check_vocabulary(initial: InitialWeights, corpus: Corpus) -> None:
             f"{corpus.folder}: pads with token {ours}, the model in {folder} with {pad} (pad_token_id), from which "
             f"positions may be counted; {remedy}"
         )
+
+
+def check_vocabulary(initial: InitialWeights, corpus: Corpus, *, or_change: bool = False) -> None:
+    """Raise ConfigError if the corpus' token ids are not those that the weights were trained on.
+
+    If the folder has a tokenizer (tokenizer.json or vocab.txt), the id of every token must match. The embedding table
+    may have more rows than there are tokens: it is padded in many models. or_change: the message also names the setting
+    that adapts the model.
+    """
+    folder, size = initial.folder, corpus.manifest.vocab_size
+    remedy = f"build the corpus with that model's tokenizer (--tokenizer {folder})"
+    rows = table_rows(folder)
+    expected = token_ids(folder)
+    found = token_ids(corpus.tokenizer_folder)
+    if or_change and expected is not None and found is not None:
+        extends = all(found.get(token) == index for token, index in expected.items())
+        remedy += f", or set model.vocabulary to {'extend' if extends else 'match'} to adapt the model to the corpus"
+    if size > rows or (expected is None and rows - size >= _PADDING):
+        raise ConfigError(
+            f"{corpus.folder}: its tokenizer has {size} tokens, but the model in {folder} has {rows}; {remedy}"
+        )
+    _check_padding(folder, corpus, f"build the corpus with that model's tokenizer (--tokenizer {folder})")
     if expected is None or found is None or expected == found:
         return
     differing = sorted({*expected, *found}, key=lambda token: expected.get(token, size))

@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.architectures import CONFIG_FILE
-from maskvr_ds.models.encoder import names_of_parameters
-from maskvr_ds.models.initial_folder import InitialWeights, few, weights_digest, weights_files
+from maskvr_ds.models.encoder import build, names_of_parameters
+from maskvr_ds.models.initial_folder import InitialWeights, few, table_rows, weights_digest, weights_files
+from maskvr_ds.models.new_vocabulary import RowSources
 from maskvr_ds.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def _read(module: PreTrainedModel, initial: InitialWeights) -> list[str]:
             f"{files[0]}: changed since the run started (SHA-256 {initial.sha256[:12]}, now {found[:12]}); restore it"
         )
     stored = _check_files(files, module.all_tied_weights_keys)
-    loaded, info = _load(module, folder)
+    loaded, info = _load(module, initial)
     # Tied parameters appear once.
     parameters, names = dict(module.named_parameters()), names_of_parameters(module)
     prefix = f"{module.base_model_prefix}."
@@ -73,12 +74,18 @@ def _read(module: PreTrainedModel, initial: InitialWeights) -> list[str]:
     _check_shapes(folder, info["mismatched_keys"], head if new_head else set())
     _check_names(module, folder, missing - (head if new_head else set()), unexpected, other_head=new_head)
     new = new_pairs | (head if new_head else set())
+    of_tokens = _rows_of_tokens(module) if initial.rows is not None else set()
     for name, tensor in loaded.named_parameters():
         if name in parameters and name not in new:
             if not tensor.isfinite().all():
                 raise ConfigError(f"{folder}: {name} has non-finite values; the model is damaged")
-            parameters[name].copy_(tensor)
+            if initial.rows is not None and name in of_tokens:
+                _fill(parameters[name], tensor, initial.rows)
+            else:
+                parameters[name].copy_(tensor)
     lines = _summary(initial, files, parameters, new, head <= missing, unexpected)
+    if initial.rows is not None:
+        lines.append(str(initial.rows))
     if new_pairs:
         lines.append(f"of the head for sentence pairs the folder lacks {few(sorted(new_pairs))}: random weights")
     # Of the stored names: some classes of transformers are silent about tensors that they do not use.
@@ -96,15 +103,44 @@ def _absent_layers(names: set[str], missing: set[str]) -> set[str]:
     return {name for name in names & missing if name.rpartition(".")[0] not in damaged}
 
 
-def _load(module: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A second model with the folder's weights, and what transformers found: missing, unexpected, mismatched keys."""
+def _rows_of_tokens(module: PreTrainedModel) -> set[str]:
+    """Names of the parameters with one row per token: those whose size changes with the vocabulary's."""
+    sizes = []
+    for rows in (module.config.vocab_size, module.config.vocab_size + 1):
+        config = copy.deepcopy(module.config)
+        config.vocab_size = rows
+        with torch.device("meta"):
+            sizes.append({name: parameter.shape for name, parameter in build(config).named_parameters()})
+    found = {name for name, shape in sizes[0].items() if shape != sizes[1][name]}
+    assert all(sizes[0][name][1:] == sizes[1][name][1:] for name in found), "a table with its tokens in columns"
+    return found
+
+
+def _fill(new: torch.Tensor, old: torch.Tensor, sources: RowSources) -> None:
+    """Set rows of `new` [V, …] to means of rows of `old`; those without a source stay as they are."""
+    bounds, rows = torch.from_numpy(sources.bounds), torch.from_numpy(sources.old)
+    counts = bounds.diff()
+    single, several = counts == 1, torch.nonzero(counts > 1).flatten().tolist()
+    new[single] = old[rows[bounds[:-1][single]]]
+    for index in several:
+        new[index] = old[rows[bounds[index] : bounds[index + 1]]].mean(0)
+
+
+def _load(module: PreTrainedModel, initial: InitialWeights) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A second model with the folder's weights and its own vocabulary, and what transformers found: missing,
+    unexpected, mismatched keys."""
+    folder, config = initial.folder, copy.deepcopy(module.config)
+    if initial.rows is not None:
+        config.vocab_size = table_rows(folder)
+        # The folder's table may not have the row; which one it is matters in training only.
+        config.pad_token_id = 0
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # everything it would warn about is checked here
     transformers_logging.disable_progress_bar()
     try:
         return type(module).from_pretrained(
             folder,
-            config=copy.deepcopy(module.config),
+            config=config,
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,

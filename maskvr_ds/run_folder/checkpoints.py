@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,14 +259,13 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def find(run: Path, resume: str) -> Checkpoint | None:
+def find(run: Path, resume: str, refused: Mapping[Path, str] | None = None) -> Checkpoint | None:
     """The verified checkpoint to resume from.
 
     resume: "auto": the run's newest intact checkpoint (damaged ones are logged); if the run has none yet, the
     checkpoint of another run that it was started from; None if there is neither. Otherwise the path of a checkpoint
     or of a run. Such a path must be what "auto" would use, or the run's folder must be empty: the checkpoints of two
-    histories must not mix.
-    Raises CheckpointError.
+    histories must not mix. refused: folder -> fault of intact ones that could not be loaded. Raises CheckpointError.
     """
     if resume != "auto":
         folder = newest(Path(resume))
@@ -278,8 +277,8 @@ def find(run: Path, resume: str) -> Checkpoint | None:
                 "choose another output_dir"
             )
         return verify(folder)
-    damaged: list[str] = []
-    if (found := next(intact(run, damaged), None)) is not None:
+    damaged = list((refused or {}).values())
+    if (found := next(intact(run, damaged, refused or ()), None)) is not None:
         return found
     if damaged:
         names = ", ".join(folder.name for folder in checkpoints(run))
@@ -291,13 +290,13 @@ def find(run: Path, resume: str) -> Checkpoint | None:
     return None if source is None else verify(source)
 
 
-def intact(run: Path, skipped: list[str] | None = None) -> Iterator[Checkpoint]:
-    """The run's intact checkpoints, newest first; the others are logged, and their faults appended to `skipped`.
+def intact(run: Path, skipped: list[str] | None = None, refused: Collection[Path] = ()) -> Iterator[Checkpoint]:
+    """The run's intact checkpoints, newest first, without `refused`; others are logged, and added to `skipped`.
 
     Checkpoints of a history that a rollback has abandoned are skipped too. Each is verified when it is asked for.
     """
     rollbacks = _recorded_rollbacks(run)
-    for folder in reversed(checkpoints(run)):
+    for folder in reversed([folder for folder in checkpoints(run) if folder not in refused]):
         try:
             checkpoint = verify(folder)
             if (to_step := _abandoned_by(checkpoint.state, rollbacks)) is not None:

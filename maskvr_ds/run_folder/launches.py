@@ -37,7 +37,7 @@ class CorpusCounts(TypedDict):
 def append_launch(run: Path, **content: Any) -> None:
     """Append a line with `content`, the time, the command of this process, and the versions of the packages."""
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": command(sys.argv), **content}
-    line["versions"] = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
+    line["versions"] = _versions()
     with (run / LAUNCHES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -71,6 +71,19 @@ def command(argv: list[str]) -> str | None:
         at = words.index("--launch")
         del words[at : at + 2]
     return shlex.join(["maskvr", "train", *(words[1:] if words[:1] == ["train"] else words)])
+
+
+def changed_versions(run: Path) -> str:
+    """What differs between the installed packages and those that last trained the run, in words; empty if nothing."""
+    launches, now = read_launches(run), _versions()
+    if not launches:
+        return "those that trained it are not known"
+    was = launches[-1]["versions"]
+    return ", ".join(f"{n} was {was.get(n)}, is {now.get(n)}" for n in _PACKAGES if was.get(n) != now.get(n))
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
 
 
 def _installed(name: str) -> bool:

@@ -30,8 +30,8 @@ def output_fault(folder: Path, resume: str | None) -> str | None:
     It may if there is no such folder, if the folder holds nothing but what is there before a run starts
     (`checkpoints.is_started`), or, with `resume`, if it is a run's.
     """
-    if folder.exists() and not folder.is_dir():
-        return f"output_dir {folder}: is a file, a folder expected; choose another"
+    if (fault := place_fault(folder)) is not None:
+        return fault
     if not is_started(folder):
         return None
     if not is_run(folder):
@@ -42,6 +42,20 @@ def output_fault(folder: Path, resume: str | None) -> str | None:
     if resume is None:
         return f"output_dir {folder} is not empty; add --resume auto to continue, or choose another folder"
     return None
+
+
+def place_fault(folder: Path) -> str | None:
+    """Why there cannot be an output_dir `folder`, whatever it holds, as a message; None if there can."""
+    try:
+        first = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        return f"output_dir {str(folder)[:200]}: {error.strerror}; choose another"
+    except StopIteration:
+        return None
+    if first.is_dir():
+        return None
+    what = "is a link that leads nowhere" if first.is_symlink() and not first.exists() else "is a file"
+    return f"output_dir {folder}: {f'{first} ' if first != folder else ''}{what}, a folder expected; choose another"
 
 
 def _has_owner(folder: Path) -> bool:

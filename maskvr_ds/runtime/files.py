@@ -28,6 +28,15 @@ _CHUNK = 16 << 20
 _kept: set[Path] = set()
 
 
+def check_output_file(path: str | Path, option: str) -> None:
+    """Raise ValueError if no file can be written at `path`, given as `option`: before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder, a file expected; choose another")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: {path.parent} is no folder; create it, or choose another")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on leaving the block it is fsynced and renamed to `path`.

@@ -34,7 +34,7 @@ def open_and_verify(phase: RunPhase) -> tuple[Corpus, Corpus | None]:
                 if opened is not None:
                     opened.verify(range(rank, len(opened.manifest.shards), world_size))
         if rank == 0:
-            for remark in corpus_remarks(corpus, held_out):
+            for remark in corpus_remarks(config, corpus, held_out):
                 logger.warning("%s", remark)
         return corpus, held_out
 

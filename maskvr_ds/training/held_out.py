@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.config.masking import HELD_OUT_RATE
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
 from maskvr_ds.data.vocabulary import unigram_entropy
@@ -29,15 +30,14 @@ from maskvr_ds.models.losses import losses_and_hits, pair_losses
 from maskvr_ds.runtime import distributed
 from maskvr_ds.training.references import HELD_OUT_SEED, held_out_rows
 
-# Part of the measurement: with another rate, figures would not be comparable.
-_RATE = 0.15
 # What the model saw at a predicted position: [MASK], the token itself, another token.
 KINDS = ("mask", "kept", "random")
 
 
 def held_out_masker(corpus: Corpus, device: torch.device) -> Masker:
-    """Uniform masks at 15%, 80/10/10, independent of what the run trains with."""
-    return Masker.for_corpus(corpus.manifest, seed=HELD_OUT_SEED, rate=_RATE, device=device)
+    """Uniform masks at 15%, 80/10/10, independent of what the run trains with: part of the measurement, with another
+    rate figures would not be comparable."""
+    return Masker.for_corpus(corpus.manifest, seed=HELD_OUT_SEED, rate=HELD_OUT_RATE, device=device)
 
 
 class HeldOut:

@@ -60,7 +60,11 @@ class RunPhase:
         """Fraction of the maskable positions predicted in the run's 0-based update `step`."""
         masking = self.config.masking
         return masking_rate(
-            step - self.schedule_begin, masking.rate, masking.final_rate, total_steps=self.config.schedule_steps
+            step - self.schedule_begin,
+            masking.rate,
+            masking.final_rate,
+            total_steps=self.config.schedule_steps,
+            decay=masking.rate_decay,
         )
 
     def naming(self, action: Callable[[], T]) -> T:

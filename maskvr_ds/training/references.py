@@ -4,26 +4,67 @@
 torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.hub import HubError
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds.config import ConfigError, RunConfig, run_deepspeed_config
-from maskvr_ds.data.mixture import Mixture, open_mixture
+from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_config, with_local_model
+from maskvr_ds.data.documents import check_borders
+from maskvr_ds.data.documents import remarks as document_remarks
+from maskvr_ds.data.mixture import members, open_mixture
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
-from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary, weights_files
+from maskvr_ds.models.initial_folder import InitialWeights, for_corpus, weights_files
+from maskvr_ds.run_folder.marks import place_fault
 from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
 
 # Part of the measurement: with another seed, held-out figures would not be comparable.
 HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A valid configuration, and what is wrong with what it refers to: faults of settings and of files, and remarks.
+
+    config: model.initialize_from is a folder, and training.steps are known, if nothing is wrong with the files.
+    """
+
+    config: RunConfig
+    settings: list[str]
+    files: list[str]
+    remarks: list[str]
+
+
+def check_run(path: str, assignments: Sequence[str], ranks: int | None, *, files: bool = True) -> CheckedRun:
+    """Everything that can be known of a run on this machine. Names on a hub are resolved. Call in one process.
+
+    path, assignments: as for `load_config`. ranks: of the run, if known. files: False: corpora, tokenizers and the
+    initial model are not looked at. Raises ConfigError for an invalid configuration.
+    """
+    unresolved: list[str] = []
+    if files:
+        try:
+            assignments = with_local_model(path, assignments)
+        except HubError as error:
+            unresolved.append(str(error))
+    config = load_config(path, assignments)
+    settings, found, remarks = settings_faults(config, ranks), list[str](), list[str]()
+    if files:
+        found, remarks = file_faults(config)
+        if not found:
+            config = with_steps(config)
+    # Of a name that was not resolved, the fault is known already.
+    found = [line for line in found if not (unresolved and line.startswith("model.initialize_from "))]
+    return CheckedRun(config, settings, unresolved + found, remarks)
 
 
 def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
@@ -44,7 +85,7 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
 
 
 def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
-    """What is wrong with corpora, tokenizers and the initial model of a run that starts, and remarks about them.
+    """What is wrong with corpora, tokenizers, initial model and output_dir of a run that starts, and remarks on them.
 
     Reads manifests, the layout of shards, and few tokens (`check_maskable`). A run that resumes needs neither the
     initial model nor the corpora of finished phases.
@@ -62,6 +103,8 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
         with _collected(faults):
             weights_files(folder)
             initial = InitialWeights(folder, "")
+    if (fault := place_fault(config.output_dir)) is not None:
+        faults.append(fault)
     with _collected(faults):
         check_monitors(config.monitor)
     for where, phase in _phases(resolved or config):
@@ -70,22 +113,23 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
             first = first or corpus
             check_same_tokenizer(corpus, first)
             if initial is not None:
-                check_vocabulary(initial, corpus)
+                for_corpus(initial, corpus, config.model.vocabulary)
             if resolved is not None:
                 remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
-            remarks.update(dict.fromkeys(corpus_remarks(corpus, held_out)))
+            remarks.update(dict.fromkeys(corpus_remarks(phase, corpus, held_out)))
     return list(dict.fromkeys(faults)), list(remarks)
 
 
 def _check_architecture(config: RunConfig) -> None:
-    """Raise ConfigError if transformers refuses the section. BERT's own fields are checked without it; a login node may
-    not have it, and the ranks check again."""
+    """Raise ConfigError if transformers refuses the section, or attention within documents. BERT's own fields are
+    checked without it; a login node may not have it, and the ranks check again."""
     model, pair_head = config.model, config.pair_objective is not None
+    documents = any(phase.data.attention == "documents" for _, phase in _phases(config))
     if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
         return
     from maskvr_ds.models.architectures import check_settings
 
-    check_settings(model, pair_head=pair_head)
+    check_settings(model, pair_head=pair_head, documents=documents)
 
 
 def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -116,15 +160,19 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
             f"model.max_position_embeddings {positions}{theirs}"
         )
     check_masking(config, corpus)
-    for one in corpus.corpora if isinstance(corpus, Mixture) else (corpus,):
+    for one in members(corpus):
         check_objectives(config, one)
         check_maskable(one, range(one.rows), "training", "build it with a tokenizer that fits the text")
+    if config.data.attention == "documents":
+        check_borders(corpus)
     return corpus, _open_held_out(config, corpus, open_files)
 
 
-def corpus_remarks(corpus: Corpus, held_out: Corpus | None) -> list[str]:
+def corpus_remarks(config: RunConfig, corpus: Corpus, held_out: Corpus | None) -> list[str]:
     """What is not wrong with the corpora of a phase, but should be known, one sentence each."""
     found = tokenizer_remarks(corpus.tokenizer_folder, corpus.manifest.special_tokens.all)
+    if config.data.attention == "documents":
+        found += document_remarks(corpus)
     # A held-out corpus is written by the same command as the corpus: one remark serves for both.
     return [*found, *(corpus.remarks or (() if held_out is None else held_out.remarks))]
 
@@ -156,6 +204,8 @@ def _open_held_out(config: RunConfig, corpus: Corpus, open_files: OpenFiles) -> 
             f"{paths[0]}: objectives.{pair} is set, and this held-out corpus has no pair labels; set "
             f"data.held_out_path to one packed with {pair}, or evaluation.every_steps=0"
         )
+    if config.data.attention == "documents":
+        check_borders(held_out)
     rows = held_out_rows(held_out, config.evaluation.rows)
     more = "raise evaluation.rows, " if len(rows) < held_out.rows else ""
     remedy = f"{more}set data.held_out_path to another corpus, or set evaluation.every_steps=0"

@@ -5,8 +5,9 @@ Collectives: those of checkpoint/load.py; `distributed.run_collectively` for MAP
 
 import logging
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from maskvr_ds.models.initial_folder import InitialWeights, table_rows, weights_
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.run_folder.fence import Fence
-from maskvr_ds.run_folder.layout import BERT, MAPNET_STATE
+from maskvr_ds.run_folder.layout import BERT, MANIFEST, MAPNET_STATE
 from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ class ResumePoint:
     model: section of the configuration with all sizes known. initial: pretrained weights that the run was initialised
     from; None: random ones. table_rows: of the embedding table of that model, or of the checkpoint's; None: by the
     configuration and the corpus. checkpoint: verified; None: training starts at step 0. has_proposal: whether the
-    checkpoint stores MAPNet's state, as seen by rank 0.
+    checkpoint stores MAPNet's state, as seen by rank 0. refusals: folder -> SHA-256 of checkpoint.json and fault of
+    checkpoints that this job could not load.
     """
 
     model: ModelConfig
@@ -43,6 +46,7 @@ class ResumePoint:
     table_rows: int | None = None
     checkpoint: Checkpoint | None = None
     has_proposal: bool = False
+    refusals: Mapping[Path, tuple[str, str]] = field(default_factory=dict)
 
     def at(self, checkpoint: Checkpoint | None) -> "ResumePoint":
         """The same run at another checkpoint."""
@@ -52,6 +56,15 @@ class ResumePoint:
     def at_verified(self, folder: Path) -> "ResumePoint":
         """The same run at the checkpoint in `folder`. Raises CheckpointError if its files are not intact."""
         return self.at(checkpoints.verify(folder))
+
+    @property
+    def refused(self) -> dict[Path, str]:
+        """Folder -> fault of the checkpoints that could not be loaded and have not been replaced since."""
+        return {
+            folder: fault
+            for folder, (written, fault) in self.refusals.items()
+            if (folder / MANIFEST).is_file() and sha256(folder / MANIFEST) == written
+        }
 
     @property
     def folder(self) -> Path | None:
@@ -86,6 +99,25 @@ def find_resume_point(config: RunConfig, resume: str | None, fence: Fence) -> Re
     return ResumePoint(model, initial, rows).at(checkpoint)
 
 
+def pass_by(run: Path, error: load.ContentError, point: ResumePoint, *, named: bool) -> ResumePoint:
+    """The run at the newest earlier checkpoint, after `point`'s could not be loaded. Collective: call on all ranks.
+
+    named: whether --resume names that checkpoint. Raises `error` then, and if it is another run's or was refused
+    before; CheckpointError if the run has no other intact checkpoint.
+    """
+
+    def decide() -> ResumePoint:
+        if named or error.folder in point.refusals or error.folder not in checkpoints.checkpoints(run):
+            raise error
+        refusals = {**point.refusals, error.folder: (sha256(error.folder / MANIFEST), str(error))}
+        passed = replace(point, refusals=refusals)
+        passed = passed.at(checkpoints.find(run, "auto", passed.refused))
+        logger.warning("%s. It is passed by: resuming from %s", error.fault, passed.folder)
+        return passed
+
+    return distributed.run_on_rank0(decide)
+
+
 def resolve_model_config(
     model: ModelConfig, checkpoint: Checkpoint | None
 ) -> tuple[ModelConfig, InitialWeights | None]:
@@ -116,6 +148,11 @@ def resolve_model_config(
         )
     if folder is None:
         return model, None
+    if (was := state.settings.get("model.vocabulary", "same")) != model.vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the run started with model.vocabulary {was}, and it is {model.vocabulary} now, which"
+            " would change nothing: restore the setting to resume, or start a new run in another output_dir"
+        )
     given = model.model_dump(exclude_unset=True)
     trained = {key: value for key, value in trained.items() if key not in given.get("settings", {})}
     resolved = ModelConfig.model_validate({"architecture": "bert", **trained, **given})

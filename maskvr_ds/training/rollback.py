@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,13 @@ def _explain(tried: Counter[int], step: int) -> str:
     )
 
 
-def _restore_newest(run: Path, rollbacks: list[dict[str, Any]], step: int) -> int:
+def _restore_newest(run: Path, rollbacks: list[dict[str, Any]], step: int, refused: Collection[Path]) -> int:
     """Undo the rollbacks past checkpoints that still exist, since those to `step` did not help either: with other
     settings the run must not lose what it has trained. Returns the step from which it continues."""
     for folder in reversed(checkpoints.complete_checkpoints(run)):
         if checkpoints.step_of(folder) <= step:
             break
-        if not checkpoints.faults(folder):
+        if folder not in refused and not checkpoints.faults(folder):
             state = checkpoints.read_state(folder)
             known = len(state.guard.get("rollbacks", []))
             past = (n for n, entry in enumerate(rollbacks) if n >= known and entry["to_step"] < state.step)
@@ -149,10 +149,10 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
 
     def decide() -> tuple[ResumePoint, dict[str, Any], str | None]:
         fence.check()
-        newest = point.at(checkpoints.find(run, "auto") or point.checkpoint)
+        newest = point.at(checkpoints.find(run, "auto", point.refused) or point.checkpoint)
         rollbacks = read_rollbacks(run, {} if newest.checkpoint is None else newest.checkpoint.state.guard)
         returned_to = [rollback["to_step"] for rollback in rollbacks]
-        earlier = (point.at(c) for c in checkpoints.intact(run) if c.state.step < newest.step)
+        earlier = (point.at(c) for c in checkpoints.intact(run, refused=point.refused) if c.state.step < newest.step)
         chosen = next((p for p in itertools.chain([newest], earlier) if may_return(p.step, returned_to, maximum)), None)
         back_to = chosen or newest
         start = position(max(0, back_to.step - phase.first_step), windows_of(rollbacks, phase.index))
@@ -171,7 +171,7 @@ def roll_back(phase: RunPhase, error: DivergedError, point: ResumePoint, fence: 
         before = returned_to.count(back_to.step)
         append_event(run / METRICS, {**entry, "event": "diverged", "rollbacks": before, "passed_over": []})
         tried = Counter(step for step in returned_to if step >= back_to.step)
-        return back_to, entry, _explain(tried, _restore_newest(run, rollbacks, back_to.step))
+        return back_to, entry, _explain(tried, _restore_newest(run, rollbacks, back_to.step, point.refused))
 
     back_to, entry, ends = distributed.run_on_rank0(decide)
     if ends is not None:

@@ -108,6 +108,8 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}
     if (folder := config.model.initialize_from) is not None:
         nested["model.initialize_from"] = str(folder)
+        if config.model.vocabulary != "same":
+            nested["model.vocabulary"] = config.model.vocabulary
     return {"deepspeed": config.deepspeed, **nested}
 
 
@@ -130,6 +132,7 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "optimizer": config.optimizer.model_dump(exclude={"lr", "fused"}),
         # Other random numbers for dropout.
         "training.compile": config.training.compile,
+        "data.attention": config.data.attention,
     }
     if phase.start is not None:
         # Zeroing has already happened: a change would be ignored.

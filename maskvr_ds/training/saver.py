@@ -64,13 +64,17 @@ class Saver:
     def save(
         self, step: int, samples: int, record: StepRecord, *, batch: int, wait: bool, held_out: dict[str, float]
     ) -> None:
-        """Write a checkpoint. wait: until it is complete, also if checkpoints are asynchronous. batch: number of the
-        step's batch in the phase. held_out: figures of this step, if it was evaluated.
+        """Write a checkpoint, once all shards are verified. wait: until it is complete, also if checkpoints are
+        asynchronous. batch: number of the step's batch in the phase. held_out: figures of this step, if it was
+        evaluated.
 
-        Raises FloatingPointError (`check_finite`), ReplicaError, what `Guard.not_finite` raises if weights, moments or
-        the probe's logits are not finite, and what `checkpoint.save.save` raises.
+        Raises what `BackgroundVerification.wait` raises for damaged shards, FloatingPointError (`check_finite`),
+        ReplicaError, what `Guard.not_finite` raises if weights, moments or the probe's logits are not finite, and what
+        `checkpoint.save.save` raises.
         """
         context, config = self._context, self._phase.config
+        # Weights that were trained on a damaged shard must not count as good.
+        context.verification.wait(step)
         started, self._due = time.perf_counter(), False
         # Metrics of the steps that a checkpoint contains must survive the process.
         context.log.flush_to_disk()

@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.sketch import check_sketchable
+from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
+from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.data.mixture import real_share
@@ -32,7 +34,7 @@ from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence
-from maskvr_ds.models.initial_folder import InitialWeights, check_vocabulary
+from maskvr_ds.models.initial_folder import InitialWeights, for_corpus
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.fence import Fence
@@ -41,11 +43,13 @@ from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
+from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
+from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,8 @@ _PROBE_ROWS = 2
 class PhaseContext:
     """State and components that the training loop of a phase uses.
 
-    chooser: chooses the masks if masking.strategy is auto. state: where the phase starts or continues. tokens_before:
+    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto.
+    state: where the phase starts or continues. tokens_before:
     tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
     """
 
@@ -73,6 +78,8 @@ class PhaseContext:
     rollbacks: list[dict[str, Any]]
     log: MetricsLog
     guard: Guard
+    verification: BackgroundVerification
+    health: HealthMonitor | None = None
 
 
 def setup_phase(
@@ -82,24 +89,25 @@ def setup_phase(
     ranks.
 
     point: at a checkpoint of this phase, at the last one of the previous phase, or at step 0. Raises ValueError (or a
-    subclass) on all ranks for faults that the user can correct.
+    subclass) on all ranks for faults that the user can correct, of these ContentError identically on all ranks.
     """
     config = phase.config
     corpus, held_out = open_and_verify(phase)
     check_same_corpora((corpus, held_out))
-    initial = point.initial if point.checkpoint is None else None
-    if initial is not None:
-        distributed.run_on_rank0(lambda: check_vocabulary(initial, corpus))
+    initial = _initial_weights(point, corpus, config.model)
+    table_rows = point.table_rows if initial is None or initial.rows is None else initial.rows.rows
     make_run_folder(run.output_dir, fence)
 
     manifest, pairs = corpus.manifest, config.pair_objective is not None
-    encoder = distributed.run_collectively(
-        lambda: encoder_config(config.model, corpus, point.table_rows, pair_head=pairs)
-    )
+    encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
-        state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+        try:
+            state = restore_engine(run.output_dir, point.checkpoint, engine, phase, state)
+        except ContentError:
+            engine.destroy()  # another one may be made for an earlier checkpoint
+            raise
     proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
     if state.step < phase.last_step:
@@ -114,12 +122,10 @@ def setup_phase(
     )
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
-    sequence_flops = flops_per_sequence(
-        encoder, corpus.sequence_length, masker.maximum_predictions, batch=config.batch.micro_size
-    )
+    sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
     if config.masking.strategy == "auto":
-        distributed.run_on_rank0(lambda: _check_auto(encoder))
+        distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
         chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
         if state.auto:
             chooser.restore(state.auto)
@@ -128,7 +134,7 @@ def setup_phase(
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
     if initial is not None:
-        log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256)
+        log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256, **_counts(initial))
     return PhaseContext(
         corpus=corpus,
         engine=engine,
@@ -137,13 +143,31 @@ def setup_phase(
         loader=loader,
         chooser=chooser,
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
-        probe=masker(next(_probe_rows(held_out or corpus, pairs).batches())),
+        probe=(probe := masker(next(_probe_rows(held_out or corpus, pairs).batches()))),
         state=state,
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
         guard=guard,
+        verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
+        health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
+
+
+def _initial_weights(point: ResumePoint, corpus: Corpus, model: ModelConfig) -> InitialWeights | None:
+    """The pretrained weights that training starts from, for the corpus' vocabulary; None if it resumes, or starts from
+    random ones. Collective: call on all ranks."""
+    initial = point.initial
+    if initial is None or point.checkpoint is not None:
+        return None
+    return distributed.run_on_rank0(lambda: for_corpus(initial, corpus, model.vocabulary))
+
+
+def _counts(initial: InitialWeights) -> dict[str, Any]:
+    """Of another vocabulary: how its tokens start, for metrics.jsonl."""
+    if (rows := initial.rows) is None:
+        return {}
+    return {"vocabulary": rows.vocabulary, "kept": rows.kept, "averaged": rows.averaged, "fresh": rows.fresh}
 
 
 def encoder_config(
@@ -181,6 +205,7 @@ def _make_engine(
         accumulation=config.accumulation_steps(distributed.world_size()),
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
+        separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
         initial=initial,
     )
 
@@ -201,6 +226,12 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     logger.info("training.compile %s: generating kernels", how)
     seconds = distributed.run_collectively(compile_here)
     logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
+
+
+def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
+    documents = document_lengths(corpus) if config.data.attention == "documents" else None
+    size = config.batch.micro_size
+    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents)
 
 
 def _initial_state(
@@ -283,10 +314,10 @@ def _make_log(
     )
 
 
-def _check_auto(encoder: PreTrainedConfig) -> None:
+def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
     """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
     with torch.random.fork_rng(devices=[]):
-        module = MaskedLanguageModel(encoder)
+        module = MaskedLanguageModel(encoder, separator=separator)
     try:
         check_sketchable(module)
     except ValueError as error:

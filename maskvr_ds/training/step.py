@@ -1,9 +1,9 @@
 """One optimizer step: masks, micro-batches, reductions, update.
 
 Collectives, over the world group: one all-reduce of int64 [6] (digests, predictions, skipped rows, ranks asked to
-stop, ranks writing a checkpoint) before the first backward pass, one of float64 [1] (loss; [2] with the loss of
-sentence pairs) after the last; DeepSpeed's
-gradient reduction; LAMB's norms; MAPNet's, if it proposes the masks (masking/proposer.py).
+stop, ranks writing a checkpoint; [8] while shards are verified in the background: ranks still comparing, ranks that
+found damage) before the first backward pass, one of float64 [1] (loss; [2] with the loss of sentence pairs) after the
+last; DeepSpeed's gradient reduction; LAMB's norms; MAPNet's, if it proposes the masks (masking/proposer.py).
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class StepResult:
     counters: int64 [4]: data_digest, mask_digest, predictions, rows without predictions. stop_requests: int64 [1],
     ranks that were asked to stop. writing_ranks: int64 [1], ranks writing a checkpoint. loss_sum: float64 [1],
     Σ w ℓ. grad_norm: L2 norm of the gradients before clipping. pair_loss: float64 [1], mean cross-entropy of the
-    sentence pairs in nats; None if none are trained.
+    sentence pairs in nats; None if none are trained. verifying_ranks: int64 [2], ranks whose flags `verifying` were
+    set; None without.
     """
 
     counters: torch.Tensor
@@ -40,6 +41,7 @@ class StepResult:
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor | float
     pair_loss: torch.Tensor | None = None
+    verifying_ranks: torch.Tensor | None = None
 
 
 def run_step(
@@ -53,24 +55,26 @@ def run_step(
     guard: Guard | None = None,
     stop: bool = False,
     writing: bool = False,
+    verifying: tuple[bool, bool] | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's share of the global batch. Collective: call on all ranks.
 
     Only the guard makes the host wait for the device, once, for loss and gradient norm; except for ZeRO 1 in bf16,
     DeepSpeed's own step waits, too, for its overflow check. objectives: weights in the loss; None: masked tokens only.
     A batch that has pairs needs the weight of their objective. stop: whether this rank was asked to stop. writing:
-    whether it is writing a checkpoint.
+    whether it is writing a checkpoint. verifying: `BackgroundVerification.flags`; None: not, on all ranks.
     """
     # Masks of the proposal network take memory: one micro-batch at a time.
     parts = list(batch.split(micro_size if proposer is not None else _rows_at_once(batch, micro_size)))
     masked_parts = [masker(part) for part in parts]
+    flags = (stop, writing, *(verifying or ()))
     counters = torch.stack(
         [
             data_digest(batch),
             _total(mask_digest(part, masked) for part, masked in zip(parts, masked_parts, strict=True)),
             _total((masked.weights != 0).sum() for masked in masked_parts),
             _total((masked.weights == 0).all(1).sum() for masked in masked_parts),
-            *(torch.full((), int(flag), device=batch.sample_ids.device) for flag in (stop, writing)),
+            *(torch.full((), int(flag), device=batch.sample_ids.device) for flag in flags),
         ]
     )
     distributed.all_reduce_sum(counters)
@@ -106,10 +110,11 @@ def run_step(
     return StepResult(
         counters=counters[:4],
         stop_requests=counters[4:5],
-        writing_ranks=counters[5:],
+        writing_ranks=counters[5:6],
         loss_sum=loss_sum,
         grad_norm=step_and_norm(engine, norm),
         pair_loss=mean_pair_loss,
+        verifying_ranks=None if verifying is None else counters[6:],
     )
 
 

@@ -31,6 +31,8 @@ class Act:
     flip: (update, rank): after that update (1-based) a bit of a weight that all ranks hold flips on that rank.
     damage: (update, file): the file is truncated to nothing just before that update.
     slow: extra seconds that every file takes to write.
+    verify_at: the background verification of shards starts after that update (1-based), which waits for its end, or
+    once a checkpoint waits for it.
     fill: a file that fills its file system up once the check of free space has passed. empty: such a file, removed
     before the job starts.
     note: a file that gets one line before the job starts: steps logged, step of the newest checkpoint.
@@ -53,6 +55,7 @@ class Act:
     empty: Path | None = None
     note: Path | None = None
     slow: float = 0.0
+    verify_at: int | None = None
     output: Path | None = None
     error: Path | None = None
     ranks: int = 2
@@ -162,6 +165,8 @@ def prepare(act: Act) -> None:
         if any(checkpoints.complete_checkpoints(folder.parents[2])):
             fill(act.fill, leave=20_000)
 
+    if act.verify_at is not None:
+        _hold_verification(act.verify_at)
     train.plot_loss = lambda *_: None  # takes a second each
     RunPhase.learning_rate, Masker.__call__ = at_step, masked
     if act.poison is not None:
@@ -214,6 +219,36 @@ def _flip(update: int, rank: int) -> None:
         return result
 
     train.run_step = flipped
+
+
+def _hold_verification(update: int) -> None:
+    import threading
+
+    from maskvr_ds import train
+    from maskvr_ds.training.verification import BackgroundVerification
+
+    compare, wait, run_step = BackgroundVerification._compare, BackgroundVerification.wait, train.run_step
+    released = threading.Event()
+
+    def held(verification: Any) -> None:
+        released.wait(60)  # so that a run without `wait` ends
+        compare(verification)
+
+    def waiting(verification: Any, step: int) -> None:
+        released.set()
+        wait(verification, step)
+
+    def stepped(engine: Any, *args: Any, **options: Any) -> Any:
+        result = run_step(engine, *args, **options)
+        if engine.global_steps == update:
+            released.set()
+            for thread in threading.enumerate():
+                if thread.name == "verification":
+                    thread.join()
+        return result
+
+    BackgroundVerification._compare, BackgroundVerification.wait = held, waiting
+    train.run_step = stepped
 
 
 def _kill_in_save(number: int) -> None:

@@ -49,11 +49,12 @@ def test_epochs_are_the_same_steps_on_any_number_of_ranks(folder: Path) -> None:
 def test_lines_before_the_first_step(folder: Path) -> None:
     lines = (folder / "output").read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("model "))
-    model, corpus, step, length, output = lines[first : first + 5]
+    model, corpus, step, masks, length, output = lines[first : first + 6]
     assert re.fullmatch(r"model     [\d,]+ parameters, float32, ZeRO stage 1", model)
     tokens = f"{ROWS * LENGTH:,}"
     assert corpus == f"corpus    {folder / 'corpus'}: {ROWS} rows of {LENGTH}, {tokens} tokens; held out: 30 rows"
     assert step == "step      12 rows = 384 tokens: 2 ranks × 3 micro-batches of 2"
+    assert masks == f"masks     uniform: 5 of {LENGTH - 2} tokens of a full row"
     assert length == "length    15 steps = 5,760 tokens = 2 epochs"
     assert output.startswith(f"output    {folder / 'two'}: checkpoints at the end, metrics.jsonl")
     (time,) = [line for line in lines if line.startswith("time ")]

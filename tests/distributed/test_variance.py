@@ -87,7 +87,8 @@ def test_reports_do_not_depend_on_ranks(run: Path, corpus: Path, tmp_path: Path)
     assert len(one) > 500
     two = leaves({key: reports[1][key] for key in ("strategies", "hamming", "step", "masking")})
     for path, value in one.items():
-        if not path.endswith("/seconds"):
+        # Progress is a quotient of small sums of products, which seven rows determine to no digit.
+        if not path.endswith("/seconds") and "/progress/" not in path:
             assert two[path] == pytest.approx(value, rel=1e-4), path
     uniform = reports[0]["strategies"]["uniform"]
     assert (uniform["passes"], uniform["segments"]) == (21, 1)

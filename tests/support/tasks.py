@@ -78,3 +78,32 @@ def save_model(
 def results(folder: Path, task: str) -> dict:
     """The task's part of results.json."""
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"][task]
+
+
+def write_squad(folder: Path, *, train: int = 24, dev: int = 12, version: int = 1, seed: int = 0) -> Path:
+    """Questions "w0" and "w1", answered by the word after w2 and after w3; each context has both, and 4 questions.
+
+    version 2: every second question asks for "w4", which has no answer. Files as published, train compressed.
+    """
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = {1: "v1.1", 2: "v2.0"}[version]
+    for part, n in ((f"train-{name}.json.gz", train), (f"dev-{name}.json", dev)):
+        paragraphs = []
+        for i in range(n):
+            words = [f"w{j}" for j in random.integers(5, WORDS, 8)]
+            words[2], words[5] = "w2", "w3"
+            context = " ".join(words)
+            starts = [len(" ".join(words[:j])) + 1 for j in (3, 6)]
+            questions = []
+            for j in range(4):
+                kind = j % 2
+                answers = [{"text": words[3 + 3 * kind], "answer_start": starts[kind]}]
+                if version == 2 and j >= 2:
+                    questions.append({"id": f"{part}-{i}-{j}", "question": "w4", "answers": [], "is_impossible": True})
+                else:
+                    questions.append({"id": f"{part}-{i}-{j}", "question": f"w{kind}", "answers": answers})
+            paragraphs.append({"context": context, "qas": questions})
+        content = json.dumps({"version": name, "data": [{"title": part, "paragraphs": paragraphs}]}).encode()
+        (folder / part).write_bytes(gzip.compress(content) if part.endswith(".gz") else content)
+    return folder

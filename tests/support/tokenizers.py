@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data_pipeline.tokenization.bert_folder import BERT_ROLES, BertSettings, bert_tokenizer, save_bert
+
 TEXT = [
     "The quick brown fox jumps over the lazy dog; the lazy dogs sleep. It's theirs, isn't it?",
     "Der Käfer möchte über die Brücke, naïve café déjà vu. Ärger, ÉCOLE, garçon!",
@@ -24,6 +26,21 @@ LLAMA = (
 )
 ANGLED = ["<s>", "<pad>", "</s>", "<unk>"]
 SQUARE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+# A text with words that the small tokenizers split.
+DOMAIN = "The kubernetes of myokarditis, fibrillation, kubernetes and kubernetes again.\n"
+
+
+def bert(folder: Path) -> Path:
+    """BERT's tokenizer with the characters of the texts above, and few longer pieces."""
+    folder.mkdir(parents=True)
+    letters = {c for text in (*TEXT, DOMAIN) for c in text.lower() if c.isascii() and not c.isspace()}
+    tokens = [*BERT_ROLES.values(), *sorted(letters), *(f"##{c}" for c in sorted(letters))]
+    settings = BertSettings(lower_case=True)
+    vocabulary = {token: i for i, token in enumerate([*tokens, "kube", "##ation", "##ubern"])}
+    save_bert(bert_tokenizer(vocabulary, settings), folder, settings)
+    return folder
 
 
 def byte_bpe(special: list[str], pre_tokenizer: Any, ignore_merges: bool = False, size: int = 420) -> Tokenizer:

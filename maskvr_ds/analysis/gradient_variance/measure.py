@@ -29,9 +29,10 @@ from safetensors import safe_open
 from data_pipeline.files import write_json
 from data_pipeline.shards import Corpus
 from maskvr_ds import hashing
-from maskvr_ds.analysis.gradient_variance.moments import APART, Sample, measure, measure_covariance
-from maskvr_ds.analysis.gradient_variance.options import add_variance_options
+from maskvr_ds.analysis.gradient_variance.moments import APART, Measured, Sample, measure_covariance, measure_gradients
+from maskvr_ds.analysis.gradient_variance.options import add_variance_options, read_seconds, with_rates
 from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_norms, head_norms
+from maskvr_ds.analysis.gradient_variance.progress import MINIMUM_SEQUENCES, progress_figures
 from maskvr_ds.analysis.gradient_variance.random_effects import (
     Counts,
     Floats,
@@ -43,17 +44,20 @@ from maskvr_ds.analysis.gradient_variance.random_effects import (
 from maskvr_ds.analysis.gradient_variance.report import plot, table
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.checkpoint import load
-from maskvr_ds.checkpoint.export import load_model
+from maskvr_ds.checkpoint.export import load_model, separator_of
 from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
+from maskvr_ds.config.masking import HELD_OUT_RATE
 from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACLES, StrategySpec, parse_strategies
+from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.checks import segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.masking.strategies import Proposal
+from maskvr_ds.masking.strategies import Proposal, maximum_predictions
 from maskvr_ds.models.capabilities import check_length
 from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.layout import MAPNET_STATE
 from maskvr_ds.runtime import distributed
@@ -116,7 +120,7 @@ class Measurement:
         corpus = distributed.run_collectively(lambda: self._open(Path(arguments.corpus)))
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         mlm = distributed.run_collectively(lambda: load_model(self.folder))
-        self.model = MaskedLanguageModel(mlm)
+        self.model = MaskedLanguageModel(mlm, separator=separator_of(self.state))
         # For token types; the gradient measured is that of the masked tokens.
         pairs = self.model.has_pair_head and "pair_label" in corpus.manifest.columns
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device, pairs)
@@ -133,6 +137,8 @@ class Measurement:
         corpus, arguments = Corpus(path), self.arguments
         if (theirs := corpus.manifest.tokenizer_sha256) != (ours := self.state.identity["tokenizer"]):
             raise ConfigError(f"{path}: tokenizer {theirs[:12]} differs from {ours[:12]} of {self.folder}")
+        if separator_of(self.state) is not None:
+            check_borders(corpus)
         if arguments.sequences > corpus.rows:
             raise ConfigError(f"--sequences {arguments.sequences}: {path} has {corpus.rows} rows")
         for name, minimum in (("masks", 2), ("oracle_rounds", 1), ("micro_size", 1)):
@@ -211,26 +217,57 @@ class Measurement:
             seed=0,
             device=self.sample.device,
         )
+        proposer.learning = False
         distributed.run_collectively(lambda: proposer.load(tensors))
         return proposer
 
-    def strategy(self, spec: StrategySpec) -> tuple[VarianceComponents, dict[str, Any]]:
+    def rate(self, spec: StrategySpec) -> float:
+        """The rate at which a strategy is measured."""
+        return spec.masking(self.common).rate
+
+    @property
+    def global_size(self) -> int:
+        """B."""
+        return self.arguments.global_size or self.state.identity["batch.global_size"]
+
+    def goal(self) -> Measured:
+        """Gradients of uniform masks at the held-out rate. Collective: call on all ranks."""
+        masking = MaskingConfig.model_validate({**self.common, "rate": HELD_OUT_RATE})
+        masker = self.masker(masking, _MASKS)
+        return measure_gradients(self.sample, self.sketcher, masker, draws=self.arguments.masks, copies=1)
+
+    def flops(self, spec: StrategySpec) -> float:
+        """FLOPs of a step per sequence at the strategy's rate, without those of drawing masks."""
+        length = self.sample.corpus.sequence_length
+        K = maximum_predictions(length, self.rate(spec))
+        return flops_per_sequence(self.model.mlm.config, length, K, batch=self.sample.micro_size)
+
+    def progress(
+        self, moments: VarianceComponents, baseline: VarianceComponents, goal: VarianceComponents, *, cost: float
+    ) -> dict[str, Any]:
+        """A strategy's `cost` of a step, relative to the baseline's, and its progress."""
+        level = self.arguments.confidence
+        found = progress_figures(moments, baseline, goal, batch=self.global_size, cost=cost, level=level)
+        return {"cost": cost, "progress": found}
+
+    def strategy(self, spec: StrategySpec, goal: torch.Tensor | None) -> tuple[VarianceComponents, dict[str, Any]]:
         """Measure a strategy: its variance components and the cost of measuring. Collective: call on all ranks."""
         draws, copies, start = self.arguments.masks, self.copies(spec), time.perf_counter()
         oracle = self.oracle(spec)
         proposer = oracle or self.network(spec)
         masker = self.masker(spec.masking(self.common), _MASKS, None if proposer is None else proposer.propose)
-        moments, predictions = measure(self.sample, self.sketcher, masker, draws=draws, copies=copies)
+        found = measure_gradients(self.sample, self.sketcher, masker, draws=draws, copies=copies, goal=goal)
         oracle_passes = torch.tensor([0 if oracle is None else oracle.predictions])
         head_only = spec.strategy == HEAD_ORACLE
         cost = {
             "segments": copies,
-            "predictions": predictions,
+            "rate": self.rate(spec),
+            "predictions": found.predictions,
             "passes": len(self.sample.rows) * draws * copies,
             "oracle_passes": 0 if head_only else int(distributed.all_reduce_sum(oracle_passes.to(self.sample.device))),
             "seconds": round(time.perf_counter() - start, 2),
         }
-        return moments, cost
+        return found.moments, cost
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +275,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Collective: call on all ranks, after `distributed.initialize`.
     """
-    specs = distributed.run_collectively(lambda: parse_strategies(arguments.strategies, first=BASELINE))
+    texts = with_rates(arguments.strategies, arguments.rates)
+    specs = distributed.run_collectively(lambda: parse_strategies(texts, first=BASELINE))
+    names_measured = [spec.text for spec in specs if spec.strategy != MASK_ORACLE]
+    seconds = distributed.run_collectively(lambda: read_seconds(arguments.seconds, names_measured))
     measurement = Measurement(arguments)
     # Report errors in any strategy before the first measurement.
     distributed.run_collectively(lambda: measurement.check(specs))
@@ -250,6 +290,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [*measurement.sketcher.layers, "whole"]
     baseline: VarianceComponents | None = None
     strategies: dict[str, Any] = {}
+    goal = measurement.goal() if arguments.sequences >= MINIMUM_SEQUENCES else None
+    unit: float | None = None
     # (strategy, floor) → components, of MAPNet and of the oracle that knows its target.
     proposals: dict[tuple[str, float], VarianceComponents] = {}
     for spec in specs:
@@ -257,7 +299,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             assert baseline is not None
             result: dict[str, Any] = {"layers": _named(["whole"], resampling, partial(oracle_figures, baseline))}
         else:
-            moments, cost = measurement.strategy(spec)
+            moments, cost = measurement.strategy(spec, None if goal is None else goal.means)
             baseline = baseline or moments
             if spec.strategy in ("mapnet", HEAD_ORACLE):
                 proposals[spec.strategy, measurement.floor(spec)] = moments
@@ -267,18 +309,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "median_mask": float(np.median(moments.within.sum(1)) * moments.segments),
                 "layers": layers,
             }
+            if goal is not None:
+                spent = seconds.get(spec.text) or measurement.flops(spec)
+                unit = unit or spent
+                result |= measurement.progress(moments, baseline, goal.moments, cost=spent / unit)
         strategies[spec.text] = result
         _print_rank0(f"{spec.text}: {result.get('passes', 0)} passes, {result.get('seconds', 0):g} s")
-    shares = {}
-    for (strategy, floor), moments in proposals.items():
-        if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
-            (interval,) = resampling.interval(partial(reduction_share, moments, oracle, baseline))
-            shares[f"{floor:g}"] = [x if np.isfinite(x) else None for x in interval]
+    shares = _shares(proposals, baseline, resampling)
     report = {
         "checkpoint": str(arguments.checkpoint),
         "step": measurement.state.step,
         "corpus": str(arguments.corpus),
         "masking": measurement.common,
+        "global_size": measurement.global_size,
+        "cost_unit": "seconds" if seconds else "FLOPs",
         "sequences": arguments.sequences,
         "masks": arguments.masks,
         "oracle_rounds": arguments.oracle_rounds,
@@ -305,6 +349,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     distributed.run_on_rank0(lambda: _write(report, Path(arguments.output)))
     _print_rank0(table(report))
     return report
+
+
+def _shares(
+    proposals: dict[tuple[str, float], VarianceComponents], baseline: VarianceComponents | None, resampling: Resampling
+) -> dict[str, list[float | None]]:
+    """Floor → MAPNet's reduction of the total variance relative to oracle_head's."""
+    shares: dict[str, list[float | None]] = {}
+    for (strategy, floor), moments in proposals.items():
+        if strategy == "mapnet" and baseline and (oracle := proposals.get((HEAD_ORACLE, floor))):
+            (interval,) = resampling.interval(partial(reduction_share, moments, oracle, baseline))
+            shares[f"{floor:g}"] = [x if np.isfinite(x) else None for x in interval]
+    return shares
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Measurement of the variance components of single rows' gradients under a strategy's masks, rows split over ranks.
 
 N rows × R draws of J masks each, G layers, s the sketch size, W windows (mask_covariance.py). Collectives, over the
-world group, once per call: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [1],
+world group, once per call: `measure` all-reduces float32 [N, G, s], float64 [N, 2 G + 1] and int64 [N],
 `measure_covariance` float64 [N, 2 W].
 """
 
@@ -60,6 +60,21 @@ class Sample:
         return sketches, int((masked.weights != 0).sum())
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Result of `measure_gradients`, identical on all ranks.
+
+    moments: of the gradients per prediction; `cross` with those of `goal`, if given. single: variance of single masks,
+    float64 [N, G], from the same passes: the variance over draws (each from a different round) that copies = 1 would
+    have, averaged over the copies. predictions: per mask. means: of the rows' gradients, float64 [N, G · s].
+    """
+
+    moments: VarianceComponents
+    single: Floats
+    predictions: float
+    means: torch.Tensor
+
+
 def measure(
     sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int
 ) -> tuple[VarianceComponents, float]:
@@ -67,23 +82,38 @@ def measure(
 
     Collective: call on all ranks.
     """
-    moments, _, a_mask = measure_segments(sample, sketcher, masker, draws=draws, copies=copies)
-    return moments, a_mask
+    found = measure_gradients(sample, sketcher, masker, draws=draws, copies=copies)
+    return found.moments, found.predictions
 
 
 def measure_segments(
     sample: Sample, sketcher: Sketcher, masker: Masker, *, draws: int, copies: int, one_round: bool = False
 ) -> tuple[VarianceComponents, Floats, float]:
-    """As `measure`; the second result is the variance of single masks, float64 [N, G], from the same passes: the
-    variance over draws (each from a different round) that copies = 1 would have, averaged over the copies.
+    """As `measure`; the second result is `Measured.single`. Collective: call on all ranks."""
+    found = measure_gradients(sample, sketcher, masker, draws=draws, copies=copies, one_round=one_round)
+    return found.moments, found.single, found.predictions
+
+
+def measure_gradients(
+    sample: Sample,
+    sketcher: Sketcher,
+    masker: Masker,
+    *,
+    draws: int,
+    copies: int,
+    one_round: bool = False,
+    goal: torch.Tensor | None = None,
+) -> Measured:
+    """Measure the gradients of the sample's rows under R draws of J masks. Collective: call on all ranks.
 
     one_round: whether the copies of a draw are the first segments of one round of fully_explored; otherwise they vary
     as in training, where some draws start with the last segments of a round and end with the first of the next.
+    goal: `Measured.means` of other masks on the same rows.
     """
     N, G = len(sample.rows), len(sketcher.layers)
     means = torch.zeros((N, G, sketcher.size), device=sample.device)
     spread = torch.zeros((N, 2 * G + 1), dtype=torch.float64, device=sample.device)
-    predictions = torch.zeros(1, dtype=torch.int64, device=sample.device)
+    predictions = torch.zeros(N, dtype=torch.int64, device=sample.device)
     for number in sample.mine():
         apart = APART * (sample.segments(masker, number) if one_round else copies)
         epochs = (np.arange(draws)[:, None] * apart + np.arange(copies)).ravel()
@@ -95,13 +125,15 @@ def measure_segments(
         deviation = (of_draws - means[number]).double().square().sum((0, 2)) / (draws - 1)
         spread[number, :G] = deviation
         spread[number, G] = of_draws.double().square().sum((1, 2)).sqrt().var()
-        predictions += count
+        predictions[number] = count
     for total in (means, spread, predictions):
         distributed.all_reduce_sum(total)
-    a_mask = predictions.item() / (N * draws * copies)
+    of_rows = predictions.cpu().double().numpy() / (draws * copies)
+    a_mask = float(of_rows.mean())
     if not a_mask:
         raise ValueError("no row of the sample has a maskable token; measure on more --sequences")
-    of_layers = means.cpu().double().transpose(0, 1) / a_mask
+    scaled = means.cpu().double() / a_mask
+    of_layers, flat = scaled.transpose(0, 1), scaled.flatten(1)
     numbers = spread.cpu().numpy() / a_mask**2
     moments = VarianceComponents(
         within=numbers[:, :G],
@@ -109,8 +141,10 @@ def measure_segments(
         norm_variance=numbers[:, G],
         draws=draws,
         segments=copies,
+        sizes=of_rows / a_mask,
+        cross=None if goal is None else (flat @ goal.T).numpy(),
     )
-    return moments, numbers[:, G + 1 :], a_mask
+    return Measured(moments, numbers[:, G + 1 :], a_mask, flat)
 
 
 def measure_covariance(

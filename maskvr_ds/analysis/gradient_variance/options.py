@@ -1,7 +1,10 @@
-"""Command-line options of `maskvr variance`. Loads no torch."""
+"""Command-line options of `maskvr variance`, and the strategies that they name. Loads no torch."""
 
 import argparse
+from collections.abc import Sequence
 
+from maskvr_ds.config.base import ConfigError
+from maskvr_ds.config.strategy_spec import MASK_ORACLE
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_STEPS, integer, number
 
 _ROUNDS = 10**6
@@ -21,6 +24,29 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
         metavar="STRATEGY",
         help="name, or name:setting=value,setting=value; besides the values of masking.strategy: oracle_gradient, "
         "oracle_head, oracle_mask; uniform is always measured (default: uniform)",
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=number(0, 1),
+        default=[],
+        metavar="RATE",
+        help="also measure every strategy at these rates (default: the run's rate alone)",
+    )
+    parser.add_argument(
+        "--global-size",
+        type=integer(0, 2**40),
+        default=0,
+        metavar="B",
+        help="sequences per step, for progress (default: 0, the run's batch.global_size)",
+    )
+    parser.add_argument(
+        "--seconds",
+        nargs="+",
+        default=[],
+        metavar="STRATEGY=S",
+        help="seconds of a step, to divide progress by, for each strategy as listed in the results (default: FLOPs "
+        "of a step)",
     )
     parser.add_argument(
         "--sequences", type=integer(0, MAX_STEPS), default=64, metavar="N", help="number of rows (default: 64)"
@@ -68,3 +94,29 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
         default=0.95,
         help="confidence level of intervals (default: 0.95)",
     )
+
+
+def with_rates(texts: Sequence[str], rates: Sequence[float]) -> list[str]:
+    """The strategies, and each of them, and uniform, at each of the rates."""
+    found = list(texts)
+    for text in ["uniform", *(text for text in texts if text != "uniform")]:
+        if text != MASK_ORACLE:
+            found += [f"{text}{',' if ':' in text else ':'}rate={rate:g}" for rate in rates]
+    return list(dict.fromkeys(found))
+
+
+def read_seconds(texts: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """STRATEGY=SECONDS of every strategy. Raises ConfigError if one is unknown, missing or not positive."""
+    found = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if name not in names or not 0 < seconds < float("inf"):
+            raise ConfigError(f"--seconds {text}: STRATEGY=SECONDS expected, for one of {', '.join(names)}")
+        found[name] = seconds
+    if missing := [name for name in names if found and name not in found]:
+        raise ConfigError(f"--seconds: missing for {', '.join(missing)}; give them for all strategies or for none")
+    return found

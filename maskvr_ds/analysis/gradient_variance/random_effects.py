@@ -14,6 +14,11 @@ V_d can be negative. S² needs only the inner products of the means, not the vec
 A draw may be a mean over the J masks of a sequence that share a batch. A batch of B forward passes then has B/J
 sequences, and its gradient the variance (J V_d + V_m(J)) / B with V_m(J) = J · (variance of a draw).
 
+Sequences may have different numbers of predictions k_n. A batch's gradient is then a ratio, Σ of the sequences' sums
+of gradients over Σ k_n, whose variance to first order is that of the residuals g_n − c_n μ with c_n = k_n / mean k and
+the ratio's mean μ (Cochran 1977, Sampling Techniques, §2.11): a sequence with few predictions has a small gradient, and
+little weight. Without it, V_d would count the differences of k_n themselves.
+
 Every statistic is a function of the count of each sequence, so that the bootstrap over sequences and the jackknife
 evaluate the same function, and statistics of two strategies on the same sequences are resampled together. Intervals:
 BCa (Efron 1987, "Better bootstrap confidence intervals"), implemented here because the package does not depend on
@@ -39,7 +44,8 @@ class VarianceComponents:
 
     within: float64 [N, G], W_n. gram: float64 [G, N, N], inner products of the sequences' means.
     norm_variance: float64 [N], the variance of ‖g_n1‖ … ‖g_nR‖ (divisor R − 1).
-    draws: R. segments: J, masks per draw.
+    draws: R. segments: J, masks per draw. sizes: float64 [N], c_n, with mean 1; None if all are 1.
+    cross: float64 [N, N], inner products of the sequences' means with those of the goal (progress.py); None if unknown.
     """
 
     within: Floats
@@ -47,6 +53,13 @@ class VarianceComponents:
     norm_variance: Floats
     draws: int
     segments: int = 1
+    sizes: Floats | None = None
+    cross: Floats | None = None
+
+    @property
+    def relative_sizes(self) -> Floats:
+        """c_n, float64 [N]."""
+        return np.ones(self.gram.shape[1]) if self.sizes is None else self.sizes
 
 
 @dataclass(frozen=True)
@@ -101,12 +114,17 @@ class Resampling:
 
 def variances(moments: VarianceComponents, ways: Counts) -> tuple[Floats, Floats]:
     """V_d and V_m(J), each float64 [C, G + 1]: of the G layers, then of the full gradient."""
-    counts = ways.counts
-    total = counts.sum(1, keepdims=True)
-    within = counts @ moments.within / total
+    counts, sizes = ways.counts, moments.relative_sizes
+    total, predicted = counts.sum(1, keepdims=True), (counts @ sizes)[:, None]
+    # Gradients per prediction of the resample.
+    scale = (total / predicted) ** 2
+    within = scale * (counts @ moments.within) / total
     own = counts @ np.diagonal(moments.gram, axis1=1, axis2=2).T
-    joint = np.einsum("gcn,cn->cg", counts @ moments.gram, counts)
-    between = ways.inflation * (own - joint / total) / (total - 1)
+    with_sum = counts @ moments.gram
+    joint = np.einsum("gcn,cn->cg", with_sum, counts)
+    sized = np.einsum("gcn,cn->cg", with_sum, counts * sizes)
+    residuals = own - 2 * sized / predicted + (counts @ sizes**2)[:, None] * joint / predicted**2
+    between = ways.inflation * scale * residuals / (total - 1)
     data, mask = between - within / moments.draws, moments.segments * within
     return tuple(np.concatenate([v, v.sum(1, keepdims=True)], axis=1) for v in (data, mask))  # type: ignore[return-value]
 
@@ -118,5 +136,6 @@ def whole_mask_variance(moments: VarianceComponents, ways: Counts) -> Floats:
     norm is removed, and nothing else changes.
     """
     _, mask = variances(moments, ways)
-    saved = ways.counts @ moments.norm_variance / ways.counts.sum(1)
+    total, predicted = ways.counts.sum(1), ways.counts @ moments.relative_sizes
+    saved = (total / predicted) ** 2 * (ways.counts @ moments.norm_variance) / total
     return mask[:, -1:] - saved[:, None]

@@ -27,6 +27,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append((name, str(result.get("segments", 1)), *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text += ["", *_progress_table(report)] if _with_progress(report) else []
     results = report["strategies"].values()
     passes = sum(result.get("passes", 0) + result.get("oracle_passes", 0) for result in results)
     passes += report.get("hamming_rounds", 0) * report["sequences"] * 8
@@ -38,6 +39,32 @@ def table(report: dict[str, Any]) -> str:
         f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB per rank"
     )
     return "\n".join(text)
+
+
+def _with_progress(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: result for name, result in report["strategies"].items() if "progress" in result}
+
+
+def _progress_table(report: dict[str, Any]) -> list[str]:
+    """Progress of a step towards uniform masks at the held-out rate, one line per strategy."""
+    unit = report["cost_unit"]
+    lines = [
+        ("strategy", "rate", "progress of a step", "÷ uniform", f"{unit} ÷ uniform", f"progress per {unit} ÷ uniform")
+    ]
+    for name, result in _with_progress(report).items():
+        found = result["progress"]
+        value, ratio, per_cost = (_interval(found[key]) for key in ("value", "ratio", "per_cost"))
+        lines.append((name, f"{result['rate']:g}", value, ratio, _number(result["cost"]), per_cost))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [*text, f"batches of {report['global_size']:,} sequences; goal: uniform masks at the held-out rate"]
+
+
+def best_of(report: dict[str, Any]) -> str | None:
+    """The strategy with the most progress per cost; None if it is not known of any."""
+    values = {name: result["progress"]["per_cost"][0] for name, result in _with_progress(report).items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    return max(known, key=lambda name: known[name]) if known else None
 
 
 def wrapped_label(name: str) -> str:
@@ -57,7 +84,8 @@ def draw(report: dict[str, Any]) -> "Figure":
 
     names = list(report["strategies"])
     rows = sum(max(2, 1 + len(wrapped_label(name).splitlines())) for name in names)
-    heights = [1.6 + 0.2 * rows, max(4.0, 1.0 + 0.21 * rows)] + [3.6] * ("hamming" in report)
+    several_rates = len({result["rate"] for result in _with_progress(report).values()}) > 1
+    heights = [1.6 + 0.2 * rows, max(4.0, 1.0 + 0.21 * rows)] + [3.6] * (("hamming" in report) + several_rates)
     with rc_context({"font.size": _FONT_SIZE, "legend.fontsize": _FONT_SIZE}):
         figure = Figure(figsize=(11, sum(heights)), dpi=120, layout="constrained")
         panels = figure.subplots(len(heights), height_ratios=heights)
@@ -65,6 +93,8 @@ def draw(report: dict[str, Any]) -> "Figure":
         _draw_layers(panels[1], report)
         if "hamming" in report:
             _draw_correlations(panels[2], report["hamming"])
+        if several_rates:
+            _draw_progress(panels[-1], report)
     for axes in panels:
         axes.grid(alpha=0.3)
     return figure
@@ -105,6 +135,29 @@ def _draw_layers(axes: Any, report: dict[str, Any]) -> None:
     axes.set_ylabel("variance of the gradient,\nuniform masks = 1")
     if len(names) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _draw_progress(axes: Any, report: dict[str, Any]) -> None:
+    curves: dict[str, list[tuple[float, list[float]]]] = {}
+    for name, result in _with_progress(report).items():
+        value = result["progress"]["per_cost"]
+        if None not in value:
+            strategy, _, settings = name.partition(":")
+            kept = ",".join(s for s in settings.split(",") if s and not s.startswith("rate="))
+            curves.setdefault(f"{strategy}:{kept}" if kept else strategy, []).append((result["rate"], value))
+    for name, points in curves.items():
+        points.sort()
+        rates, (middle, low, high) = [rate for rate, _ in points], zip(*(value for _, value in points), strict=True)
+        axes.plot(rates, middle, marker="o", markersize=4, label=wrapped_label(name))
+        axes.fill_between(rates, low, high, alpha=0.2, linewidth=0)
+    if (best := best_of(report)) is not None:
+        result = report["strategies"][best]
+        place = (result["rate"], result["progress"]["per_cost"][0])
+        axes.plot(*place, marker="*", markersize=14, color="black", linestyle="none", label="best")
+    axes.axhline(1, color="grey", linestyle="--", linewidth=1)
+    axes.set_xlabel(f"masking rate (batches of {report['global_size']:,} sequences)")
+    axes.set_ylabel(f"progress per {report['cost_unit']},\nuniform masks of the run = 1")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _draw_correlations(axes: Any, hamming: list[dict[str, Any]]) -> None:

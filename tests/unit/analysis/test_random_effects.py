@@ -54,6 +54,32 @@ def test_counting_a_sequence_twice_equals_two_copies() -> None:
         np.testing.assert_allclose(np.concatenate(weighted, 1), np.concatenate(plain, 1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("short", [0.0, 0.5])
+def test_rows_of_different_length_against_batches(short: float) -> None:
+    """A share of the rows has half of the predictions. The variance of the gradient of a batch of 500 passes, Σ of sums
+    over Σ of numbers, against (V_d + V_m) / 500: numbers of predictions are no variance of their own."""
+    random = np.random.default_rng(11)
+    batch = 500
+
+    def rows(number: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        k = np.where(random.random(number) < short, 5.0, 10.0)
+        of_row = 1 + random.standard_normal((number, 1, 1, 3)) / k[:, None, None, None] ** 0.5
+        noise = random.standard_normal((number, draws, 1, 3)) * (4 / k[:, None, None, None]) ** 0.5
+        return k, k[:, None, None, None] * (of_row + noise)  # sums over the predictions
+
+    exact = []
+    for _ in range(4000):
+        k, sums = rows(batch, 1)
+        exact.append(sums[:, 0, 0].sum(0) / k.sum())
+    k, sums = rows(4000, 3)
+    moments = moments_of(sums / k.mean())
+    moments = VarianceComponents(moments.within, moments.gram, moments.norm_variance, 3, sizes=k / k.mean())
+    data, mask = (float(v[0, -1]) for v in variances(moments, Counts(np.ones((1, 4000)))))
+    assert (data + mask) / batch == pytest.approx(float(np.var(exact, axis=0).sum()), rel=0.05)
+    plain = sum(float(v[0, -1]) for v in variances(moments_of(sums / k.mean()), Counts(np.ones((1, 4000)))))
+    assert (plain > 1.1 * (data + mask)) == (short > 0)
+
+
 def test_segments_multiply_the_mask_part() -> None:
     vectors = draw(np.random.default_rng(2), 5, 3, 1.0, 1.0)
     ones = Counts(np.ones((1, 5)))

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from maskvr_ds.analysis.gradient_variance.report import draw, plot
+from maskvr_ds.analysis.gradient_variance.report import best_of, draw, plot, table
 from maskvr_ds.benchmarks import compare
 from maskvr_ds.telemetry.plots import plot_loss
 
@@ -77,3 +77,40 @@ def test_loss(saved: list[Figure], tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     check_legible(saved[0])
+
+
+def progress_report() -> dict[str, Any]:
+    """A report with uniform masks and spans at three rates."""
+    figure = {"data": [1.0, 0.9, 1.1], "mask": [2.0, 1.8, 2.2], "total": [3.0, 2.9, 3.1], "mask_ratio": [1.0, 0.9, 1.1]}
+    figure |= {"mask_over_data": [2.0, 1.9, 2.1], "total_ratio": [1.0, 0.9, 1.1]}
+    strategies: dict[str, Any] = {}
+    for strategy in ("uniform", "span:max_length=5"):
+        for rate, value in ((0.15, 1.0), (0.3, 1.4), (0.45, 1.2)):
+            per_cost = [value, value - 0.1, value + 0.1]
+            strategies[f"{strategy}{',' if ':' in strategy else ':'}rate={rate:g}"] = {
+                "layers": {"whole": figure, "head": figure},
+                "rate": rate,
+                "cost": 1.0,
+                "passes": 4,
+                "progress": {"value": [0.1, None, None], "ratio": per_cost, "per_cost": per_cost},
+            }
+    strategies["span:max_length=5,rate=0.45"]["progress"]["per_cost"] = [1.7, 1.5, 1.9]
+    report = {"strategies": strategies, "global_size": 4096, "cost_unit": "FLOPs", "confidence": 0.95, "step": 3}
+    return {**report, "sequences": 8, "masks": 4, "mapnet_of_oracle_head": {}, "peak_memory_bytes": 2**20}
+
+
+def test_progress_by_rate_marks_the_best() -> None:
+    report = progress_report()
+    assert best_of(report) == "span:max_length=5,rate=0.45"
+    figure = draw(report)
+    check_legible(figure)
+    axes = figure.axes[-1]
+    lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    assert lines["best"].tolist() == [[0.45, 1.7]]
+    assert lines["uniform"].tolist() == [[0.15, 1.0], [0.3, 1.4], [0.45, 1.2]]
+    assert "batches of 4,096 sequences" in axes.get_xlabel()
+    (line,) = [line for line in table(report).splitlines() if line.startswith("uniform:rate=0.3") and "1.4" in line]
+    assert line.split()[1] == "0.3"
+    for result in report["strategies"].values():
+        result["progress"]["per_cost"] = [None, None, None]
+    assert best_of(report) is None

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from maskvr_ds.cli import main
 from maskvr_ds.downstream import fine_tuning
+from maskvr_ds.downstream.encoding import Encoded
 from maskvr_ds.downstream.examples import Split
-from maskvr_ds.downstream.fine_tuning import DivergenceError, Encoded, Settings, fine_tune
+from maskvr_ds.downstream.fine_tuning import DivergenceError, Settings, fine_tune
 from maskvr_ds.downstream.models import Encoder, prepared
 from maskvr_ds.downstream.tasks import GLUE, OWN, Kind
 from tests.support.corpora import make_tokenizer
@@ -106,7 +107,7 @@ def test_equal_to_a_plain_loop(model: Path, data: Path) -> None:
         labels.append(int(label) if len(labels) % 3 else len(labels) // 3 % 2)
     rate, epochs, batch, seed = 3e-3, 3, 16, 5
     split = Split(tuple((text,) for text in texts), tuple(map(str, labels)))
-    with prepared([str(model)], [Kind.CLASSIFICATION], 16) as (encoder,):
+    with prepared([str(model)], {Kind.CLASSIFICATION: 16}) as (encoder,):
         outcome = fine_tune(
             encoder, GLUE["sst2"], ("0", "1"), split, {"train": split},
             Settings(epochs, batch, 16, "fp32"), learning_rate=rate, seed=seed,
@@ -147,7 +148,7 @@ def test_equal_to_a_plain_loop(model: Path, data: Path) -> None:
 
 def test_truncated_examples_are_counted(model: Path) -> None:
     """[CLS], the words and [SEP]; of pairs one more [SEP]. Words beyond the maximum length are tagged O."""
-    with prepared([str(model)], [Kind.CLASSIFICATION, Kind.TOKENS], 8) as (encoder,):
+    with prepared([str(model)], {Kind.CLASSIFICATION: 8, Kind.TOKENS: 8}) as (encoder,):
         for words, truncated in ((5, 0), (6, 0), (7, 1), (9, 1)):
             split = Split((("w1 " * words,), ("w1",)), ("0", "1"))
             found = Encoded(encoder, GLUE["sst2"], ("0", "1"), split, 8, labelled=True)
@@ -189,7 +190,7 @@ def test_a_loss_that_is_not_finite(model: Path, data: Path, monkeypatch: pytest.
     split = Split((("w0",), ("w1",)) * 8, ("0", "1") * 8)
     monkeypatch.setattr(fine_tuning, "_CHECK_EVERY", 2)
     with (
-        prepared([str(model)], [Kind.CLASSIFICATION], 16) as (encoder,),
+        prepared([str(model)], {Kind.CLASSIFICATION: 16}) as (encoder,),
         pytest.raises(DivergenceError, match="not finite at step"),
     ):
         fine_tune(encoder, GLUE["sst2"], ("0", "1"), split, {}, Settings(20, 4, 16, "fp32"), learning_rate=1e30, seed=0)

@@ -13,7 +13,7 @@ from tests.unit.faults.case import Fault
 PAGE = ROOT / "docs/reference/faults.md"
 SECTIONS: dict[str, list[Fault]] = {
     "Texts, tokenizers and corpora": texts.FAULTS + corpora.FAULTS,
-    "Configurations": settings.FAULTS,
+    "Configurations": settings.FAULTS + settings.VOCABULARIES,
     "Runs, checkpoints and exports": runs.FAULTS,
     "Hostfiles and Slurm jobs": clusters.FAULTS,
 }

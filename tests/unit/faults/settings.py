@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from tests.support.corpora import make_corpus
-from tests.unit.faults.case import Fault, cuts, removes, writes
+import json
+import shutil
+from pathlib import Path
+
+from tests.support.corpora import change_manifest, make_corpus
+from tests.support.pairs import make_pairs
+from tests.unit.faults.case import Fault, Prepare, cuts, removes, writes
+from tests.unit.faults.world import RUN
 
 CONFIG = "maskvr config --config run.yaml"
 
@@ -16,6 +22,69 @@ def deepspeed(what: str, text: str, said: str) -> Fault:
     return Fault(what, f"{CONFIG} --set deepspeed=ds.json", said, prepare=writes("ds.json", text))
 
 
+def model_of(*, without: int = 0, reverse: bool = False, tokenizer: bool = True) -> Prepare:
+    """Write the folder `model`, with the corpus' tokenizer: without its last tokens, or with all in reverse order."""
+
+    def prepare(folder: Path) -> None:
+        content = json.loads((folder / "corpus/tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+        tokens = list(content["model"]["vocab"])
+        tokens = [*tokens[:5], *(reversed(tokens[5:]) if reverse else tokens[5 : len(tokens) - without])]
+        content["model"]["vocab"] = {token: index for index, token in enumerate(tokens)}
+        shutil.copytree(folder / "corpus/tokenizer", folder / "model")
+        (folder / "model/vocab.txt").unlink()
+        (folder / "model/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        if not tokenizer:
+            (folder / "model/tokenizer.json").unlink()
+        config = {"model_type": "bert", "vocab_size": len(tokens), **RUN["model"]}
+        (folder / "model/config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "model/model.safetensors").write_bytes(b"")
+
+    return prepare
+
+
+_MODEL = f"{CONFIG} --set model.initialize_from=model"
+VOCABULARIES = [
+    Fault(
+        "an initial model with fewer tokens",
+        _MODEL,
+        "corpus: its tokenizer has … tokens, but the model in model has …; build the corpus with that model's "
+        "tokenizer (--tokenizer model), or set model.vocabulary to extend to adapt the model to the corpus",
+        prepare=model_of(without=2),
+    ),
+    Fault(
+        "an initial model with the tokens in another order",
+        _MODEL,
+        "corpus: its token ids differ from those of model (…); build the corpus with that model's tokenizer "
+        "(--tokenizer model), or set model.vocabulary to match to adapt the model to the corpus",
+        prepare=model_of(reverse=True),
+    ),
+    Fault(
+        "a vocabulary that does not extend the model's",
+        f"{_MODEL} --set model.vocabulary=extend",
+        "corpus: model.vocabulary is extend, and … of the … tokens of model do not have their ids (…); make the "
+        "tokenizer with `python -m data_pipeline tokenizer --extend model`, or set model.vocabulary to match",
+        prepare=model_of(reverse=True),
+    ),
+    Fault(
+        "a vocabulary to extend that is the same",
+        f"{_MODEL} --set model.vocabulary=extend",
+        "corpus: model.vocabulary is extend, and its tokenizer has the vocabulary of model; remove the setting, or "
+        "build the corpus with the other tokenizer",
+        prepare=model_of(),
+    ),
+    Fault(
+        "a vocabulary to match, and no tokenizer of the model",
+        f"{_MODEL} --set model.vocabulary=match",
+        "model/tokenizer.json: missing, needed for model.vocabulary; load the tokenizer with transformers' "
+        "AutoTokenizer and save it there with save_pretrained",
+        prepare=model_of(tokenizer=False),
+    ),
+    sets(
+        "a vocabulary to extend without a model",
+        "model.vocabulary=extend",
+        "model: vocabulary extend needs initialize_from: without it the vocabulary is the corpus'",
+    ),
+]
 FAULTS = [
     sets(
         "a key that does not exist",
@@ -65,6 +134,16 @@ FAULTS = [
         "a home folder written as ~",
         "output_dir=~/runs",
         "output_dir: ~/runs: ~ is not replaced by your home folder here; write the full path",
+    ),
+    sets(
+        "an output_dir that is a file",
+        "output_dir=run.yaml",
+        "output_dir run.yaml: is a file, a folder expected; choose another",
+    ),
+    sets(
+        "an output_dir below a file",
+        "output_dir=run.yaml/runs/1",
+        "output_dir run.yaml/runs/1: run.yaml is a file, a folder expected; choose another",
     ),
     sets(
         "a batch that micro-batches do not divide",
@@ -168,6 +247,45 @@ FAULTS = [
         prepare=lambda folder: [
             make_corpus(folder / name, rows=20, length=16, unknown=name == "unknown") for name in ("known", "unknown")
         ],
+    ),
+    Fault(
+        "attention within documents on sentence pairs",
+        f"{CONFIG} --set data.path=pairs --set data.attention=documents --set objectives=[mlm] --set "
+        "model.max_position_embeddings=32",
+        "pairs: data.attention is documents, and the corpus has sentence pairs (packing sop), whose segments attend to "
+        "each other; pack it with --packing full_sequences, or set data.attention to rows",
+        prepare=lambda folder: make_pairs(folder / "pairs", "sop", rows=20),
+    ),
+    sets(
+        "attention within documents and an objective of pairs",
+        "data.attention=documents --set objectives=[mlm,nsp]",
+        "data.attention documents: the two segments of a pair attend to each other, and objectives.nsp is set; set "
+        "data.attention to rows, or objectives to [mlm] with a corpus without pairs",
+    ),
+    sets(
+        "attention within documents by an architecture that has its own",
+        "data.attention=documents --set 'model={architecture: deberta-v2, settings: {max_position_embeddings: 16, "
+        "hidden_size: 8, num_attention_heads: 2, num_hidden_layers: 1, intermediate_size: 8}}'",
+        "data.attention is documents, and deberta-v2 of transformers computes attention by code of its own, which "
+        "knows no documents; set data.attention to rows, or choose another architecture",
+    ),
+    Fault(
+        "attention within documents on rows without separators",
+        f"{CONFIG} --set data.path=endless --set data.attention=documents",
+        "endless: data.attention is documents, and none of 20 rows has a separator (token 3), which ends a document: "
+        "where documents start is not known; build the corpus again by `python -m data_pipeline build`, or set "
+        "data.attention to rows",
+        prepare=lambda folder: make_corpus(folder / "endless", rows=20, length=16, separated=False),
+    ),
+    Fault(
+        "attention within documents with one token for two roles",
+        f"{CONFIG} --set data.attention=documents",
+        "corpus: data.attention is documents, and token 3 is both sep and cls of its tokenizer, so that the ends of "
+        "documents cannot be found; build the corpus with a tokenizer that has a token for each, or set data.attention "
+        "to rows",
+        prepare=lambda folder: change_manifest(
+            folder / "corpus", lambda content: content["special_tokens"].update(cls=3)
+        ),
     ),
     Fault(
         "a configuration that is no YAML",

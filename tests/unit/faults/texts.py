@@ -321,4 +321,25 @@ FAULTS = [
         "vocabulary size 10 is not possible with this text, which gives 54: the characters alone need "
         "more. Use --vocab-size 54 or other text",
     ),
+    Fault(
+        "more new tokens than the text yields",
+        "data_pipeline tokenizer --extend corpus/tokenizer --add 5000 --input texts --output out",
+        "--add 5,000: the text yields only … new tokens for words that the tokenizer splits. Use --add … or other text",
+    ),
+    Fault(
+        "a text without words to add",
+        "data_pipeline tokenizer --extend tok --add 1 --input in --output out",
+        "--add 1: the tokenizer splits no word of the text; there is nothing to add",
+        prepare=writes("in/a.txt", b"a b c 123\n"),
+    ),
+    Fault(
+        "a number of new tokens, and no tokenizer to extend",
+        "data_pipeline tokenizer --add 5 --vocab-size 100 --input texts --output out",
+        "--add 5: belongs to --extend BASE; omit it",
+    ),
+    Fault(
+        "a tokenizer to extend, and no number",
+        "data_pipeline tokenizer --extend tok --input texts --output out",
+        "--extend needs --add N, the number of new tokens",
+    ),
 ]

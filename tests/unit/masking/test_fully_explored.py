@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.config import ConfigError, RunConfig
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.masking.checks import segments
+from maskvr_ds.masking.checks import check_masking, effective_predictions, predictions_lost, segments
 from maskvr_ds.masking.strategies import prediction_counts
+from maskvr_ds.training.schedule import masking_rate
 from tests.support.corpora import make_corpus
 from tests.unit.masking.test_strategies import SPECIAL, chosen, masker
 
@@ -42,6 +44,76 @@ def test_every_token_is_predicted_once_per_round(n: int, rate: float, extra: int
             assert 0 < len(positions) <= k
             count.update(positions)
     assert all(count == Counter(range(1, n + 1)) for count in seen)
+
+
+def run_config(batch: int, **masking: object) -> RunConfig:
+    values = {"output_dir": "x", "data": {"path": "x"}, "batch": {"global_size": batch, "micro_size": 1}}
+    section = {"strategy": "fully_explored", **masking}
+    return RunConfig.model_validate({**values, "training": {"steps": 40}, "masking": section})
+
+
+@pytest.fixture(scope="module")
+def rows_of_16(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus(make_corpus(tmp_path_factory.mktemp("rates") / "corpus", rows=30, length=16, words=150))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.floats(0.05, 0.6),
+    st.one_of(st.floats(0.05, 0.6), st.floats(0.9, 1.1)),
+    st.sampled_from(["linear", "cosine", "step"]),
+    st.booleans(),
+)
+def test_a_rate_schedule_keeps_rounds_or_is_refused(
+    rows_of_16: Corpus, rate: float, final: float, decay: str, same_batch: bool
+) -> None:
+    """Whatever is accepted predicts every token of a row once per round, though the rate falls with every read; in one
+    batch (a row's copies follow each other) no token twice."""
+    final = rate * final if final >= 0.9 else final
+    section = {"rate": rate, "final_rate": final, "rate_decay": decay}
+    section |= {"fully_explored": {"placement": "same_batch"}} if same_batch else {}
+    longest, copies = 14, segments(14, rate)
+    if any(segments(n, rate) != segments(n, final) for n in range(1, longest + 1)):
+        with pytest.raises(ConfigError, match=f"masking.final_rate {final:g}: with strategy fully_explored"):
+            check_masking(run_config(copies * 2, **section), rows_of_16)
+        return
+    check_masking(run_config(copies * 2, **section), rows_of_16)
+    reads, batch = 2 * copies, whole_rows(longest)
+    draw = masker("fully_explored", longest + 2, rate=rate, final_rate=final)
+    seen: list[Counter[int]] = [Counter() for _ in range(3)]
+    for read in range(reads):
+        draw.set_rate(masking_rate(read, rate, final, total_steps=reads, decay=decay))
+        for count, positions in zip(seen, chosen(draw(replace(batch, epochs=torch.full((3,), read)))), strict=True):
+            count.update(positions)
+    # Count variance 0: every token once in each of the two rounds.
+    assert all(count == Counter(dict.fromkeys(range(1, longest + 1), 2)) for count in seen)
+
+
+@pytest.mark.parametrize(
+    ("rate", "lost"),
+    [(0.15, 0.05), (0.19, 0.12), (0.24, 0.16), (0.3, 0.17), (0.4, 0.16), (0.6, 0.17), (1 / 7, 0.0)],
+)
+def test_predictions_that_equal_segments_lose(rate: float, lost: float) -> None:
+    """126 tokens: n/S instead of k predictions, said before the first step, and warned of above 2%."""
+    assert predictions_lost(126, rate) == pytest.approx(lost, abs=0.011)
+    masking = run_config(6, rate=rate).masking
+    said, warning = effective_predictions(masking, 126)
+    parts = segments(126, rate)
+    assert said == f"{126 / parts:.4g} of 126 tokens of a full row on average, in {parts} disjoint masks"
+    assert (warning is None) == (lost == 0)
+    if warning is not None:
+        remedy = float(warning.split("at rate ")[1].split()[0])
+        assert predictions_lost(126, remedy) <= 0.02
+        assert f"{predictions_lost(126, rate):.1%} fewer than the" in warning
+    assert effective_predictions(masking.model_copy(update={"strategy": "uniform"}), 126)[1] is None
+
+
+@pytest.mark.parametrize(("name", "rate"), [("rate", 0.03), ("final_rate", 0.001)])
+def test_less_than_one_prediction(rows_of_16: Corpus, name: str, rate: float) -> None:
+    config = run_config(6, strategy="uniform", **{name: rate})
+    with pytest.raises(ConfigError, match=rf"masking.{name} {rate:g}: less than one prediction in a row of 14 tokens"):
+        check_masking(config, rows_of_16)
+    check_masking(run_config(6, strategy="uniform", **{name: 0.0358}), rows_of_16)
 
 
 @pytest.mark.parametrize("copies", [1, 2, 5])

@@ -35,6 +35,33 @@ def test_inclusion_probabilities_over_a_million_draws(n: int, k: int, seed: int)
     assert (error <= torch.maximum(0.01 * pi, 5 * (pi * (1 - pi) / draws).sqrt())).all()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_single_position_is_drawn_exactly(padded: bool) -> None:
+    """k = 1 with very unequal π: the drawn frequencies are π, so that the mean weight (1/n)/π is 1 (by Pareto's ranking
+    it would be 0.9). Rows with more predictions in the same batch are drawn as they are without them."""
+    draws, n = 200_000, 12
+    maskable = torch.tensor([False, *[True] * n, False])
+    scores = torch.tensor([0.0, *[100.0 ** (i / n) for i in range(n)], 0.0], dtype=torch.float64)
+    counts = torch.ones(draws, dtype=torch.int64)
+    width = 3
+    if padded:
+        counts[::2] = 3
+    rows = maskable.expand(draws, -1)
+    inclusion = proposal_to_inclusion(scores.expand(draws, -1), rows, counts, width, 0.05)
+    bits = hashing.stream(torch.arange(draws)[:, None] * 977, torch.arange(n + 2))
+    positions, used = pareto_sample(inclusion, bits, rows, counts, width)
+    alone = counts == 1
+    assert (used.sum(1) == counts).all()
+    hits = torch.bincount(positions[alone, 0], minlength=n + 2)
+    pi, number = inclusion[alone][0], int(alone.sum())
+    assert ((hits / number - pi).abs() <= 5 * (pi * (1 - pi) / number).sqrt()).all()
+    weights = 1 / n / inclusion[alone].gather(1, positions[alone, :1])
+    assert abs(weights.mean() - 1) < 5 * weights.std() / number**0.5 < 0.03
+    if padded:
+        others = pareto_sample(inclusion[::2], bits[::2], rows[::2], counts[::2], width)[0]
+        assert torch.equal(positions[::2], others)
+
+
 def plain_inclusion(scores: list[float], k: int) -> list[float]:
     """Cap the largest value until none exceeds 1."""
     pi = [0.0] * len(scores)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from maskvr_ds.config import ConfigError, MapNetConfig, load_config
 from maskvr_ds.data.batch import TokenBatch
+from maskvr_ds.masking import proposer as module
 from maskvr_ds.masking.gradient_norms import GradientNorms
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer, bits_hash
@@ -111,18 +112,22 @@ def test_ratio_does_not_depend_on_who_draws() -> None:
 
 
 @settings(max_examples=25)
-@given(st.floats(0.5, 1.5), st.floats(0, 0.5), st.floats(0.1, 10))
-def test_gate_opens_if_the_ratio_with_the_cost_is_below_one(ratio: float, cost: float, scale: float) -> None:
-    """r (1 + c) < 1: at equal time the batch is smaller by 1 + c, and the variance larger."""
-    assume(abs(ratio * (1 + cost) - 1) > 1e-9)
-    of = proposer(gate="auto", cost=cost, floor=0.2)
+@example(0.95, 0.04, 1.0, 0.6)  # 1.009: the mask part alone would be 0.988
+@given(st.floats(0.5, 1.5), st.floats(0, 0.5), st.floats(0.1, 10), st.floats(0, 1))
+def test_gate_opens_if_the_variance_with_the_cost_is_below_one(
+    ratio: float, cost: float, scale: float, share: float
+) -> None:
+    """(V_d + r V_m) (1 + c) < V_d + V_m: at equal time the batch is smaller by 1 + c, and all variance larger."""
+    data, mask = 1 - share, share
+    assume(abs((data + ratio * mask) * (1 + cost) - 1) > 1e-9)
+    of = proposer(gate="auto", cost=cost, floor=0.2, mask_share=share)
     # Moving averages of Σ w u s², Σ w s², the seconds of MAPNet and of all.
     averages = torch.tensor([ratio * scale, scale, cost, 1 + cost], dtype=torch.float64)
     of.load({**of.state(), "averages": averages})
     batch = tokens(0)
     inside = masker(of.propose).maskable(batch)
     share = torch.full((B, 1), 7 / (L - 2), dtype=torch.float64)
-    is_open = ratio * (1 + cost) < 1
+    is_open = (data + ratio * mask) * (1 + cost) < data + mask
     inclusion = of.propose(batch, inside, share)
     is_uniform = torch.equal(inclusion, share.expand_as(inclusion))
     assert is_uniform != is_open
@@ -140,6 +145,36 @@ def test_resume_from_state_is_bit_identical() -> None:
     assert bits_hash(second.parameters.detach()) == bits_hash(full.parameters.detach())
     with pytest.raises(ValueError, match=r"mapnet.safetensors does not match the network .*expected"):
         proposer(layers=2, hidden=64).load(first.state())
+
+
+@pytest.mark.parametrize("gate", ["always", "auto", "never"])
+def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch, gate: str) -> None:
+    """Those of `propose` serve `observe`, for as many micro-batches as are kept: all figures equal to the bit."""
+    lines, passes, hashes = [], [], []
+    for kept in (0, B * L, 10**6):
+        monkeypatch.setattr(module, "_KEPT_POSITIONS", kept)
+        of, calls = proposer(gate=gate, cost=0.01), [0]
+        forward = of.net.forward
+
+        def counted(*args: object, calls: list[int] = calls, forward: object = forward) -> torch.Tensor:
+            calls[0] += 1
+            return forward(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(of.net, "forward", counted)
+        draw, found = masker(of.propose), []
+        for step in range(4):
+            batches = [tokens(2 * step), tokens(2 * step + 1)]
+            masks = [draw(batch) for batch in batches]
+            for batch, masked in zip(batches, masks, strict=True):
+                give(of.norms, root_mean_square(batch).gather(1, masked.positions), masked.weights)
+                of.observe(batch, draw.maskable(batch), masked)
+            found.append(of.step().values())
+        lines.append(found)
+        passes.append(calls[0])
+        hashes.append(int(bits_hash(of.parameters.detach())))
+    assert lines[0] == lines[1] == lines[2]
+    assert len(set(hashes)) == 1
+    assert passes == ([8, 8, 8] if gate == "never" else [16, 12, 8])
 
 
 def test_overflowed_norms_are_skipped() -> None:

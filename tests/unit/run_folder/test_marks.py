@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from maskvr_ds.cli.main import main
 from maskvr_ds.config import dump_config, load_config
 from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, HEARTBEATS, LOSS_PLOT, METRICS, ORIGIN, OWNER, ROLLBACKS
-from maskvr_ds.run_folder.marks import is_run, output_fault
+from maskvr_ds.run_folder.marks import is_run, output_fault, place_fault
 from tests.support.corpora import make_corpus
 
 # Names that a run uses too.
@@ -119,3 +120,22 @@ def test_owner_json_of_another_program(tmp_path: Path) -> None:
     with pytest.raises(fence.FencedError, match=r"owner\.json: damaged"):
         fence.take(tmp_path, ranks=1)
     assert json.loads((tmp_path / OWNER).read_text()) == {"name": "me"}
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "fault"),
+    [
+        (lambda folder: None, "new/run", None),
+        (lambda folder: (folder / "file").touch(), "file", "is a file, a folder expected"),
+        (lambda folder: (folder / "file").touch(), "file/run", "file is a file, a folder expected"),
+        (lambda folder: (folder / "link").symlink_to("nowhere"), "link", "is a link that leads nowhere"),
+        (lambda folder: None, "x" * 300, "File name too long"),
+    ],
+)
+def test_places_where_no_folder_can_be(
+    tmp_path: Path, make: Callable[[Path], object], name: str, fault: str | None
+) -> None:
+    make(tmp_path)
+    found = place_fault(tmp_path / name)
+    assert found == fault or (fault is not None and found is not None and fault in found)
+    assert found == output_fault(tmp_path / name, "auto")

@@ -1,5 +1,6 @@
 """Learning rate against torch's schedulers and against published formulas in their own step counting; edge cases."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -202,3 +203,19 @@ def test_masking_rate_is_linear_and_stays_within_its_ends() -> None:
     assert masking_rate(0, 0.3, 0.15, total_steps=1) == 0.3
     for steps in range(2, 200):
         assert all(0.1 <= masking_rate(step, 0.1, 0.7, total_steps=steps) <= 0.7 for step in range(steps + 1))
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "step"])
+def test_masking_rate_falls_to_its_end(decay: str) -> None:
+    found = [masking_rate(step, 0.45, 0.15, total_steps=21, decay=decay) for step in range(25)]
+    assert found[0] == 0.45
+    assert found[20:] == [0.15] * 5
+    assert all(b <= a for a, b in itertools.pairwise(found))
+    middle = {"linear": 0.3, "cosine": 0.3, "step": 0.45}[decay]
+    assert found[10] == pytest.approx(middle)
+    if decay == "cosine":
+        assert found[5] == pytest.approx(0.15 + 0.3 * (1 + math.cos(math.pi / 4)) / 2)
+    if decay == "step":
+        assert sorted(set(found)) == [0.15, 0.45]
+        assert found.index(0.15) == 11
+    assert masking_rate(7, 0.3, None, total_steps=21, decay="linear") == 0.3

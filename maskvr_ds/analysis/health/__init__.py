@@ -1,0 +1,1 @@
+"""Health of a training: findings over a run's records, at a checkpoint, and at initialisation."""

@@ -1,0 +1,202 @@
+"""Attention within documents: rows of several documents, in which every token attends to its own document only.
+
+A document ends with a separator token ([SEP]), which text never yields and no mask changes, so the documents of a row
+follow from its ids; padding behind the last one is a document of its own, so that no position is without keys. Position
+ids restart in every document. The hidden states are those of each document by itself.
+
+transformers' attention interface calls `attend` in the place of its own kernels, which get no mask for padding. On GPUs
+in half precision `attend` is torch.nn.attention.varlen (Flash Attention: no dropout, time and memory by document);
+elsewhere scaled_dot_product_attention with a mask that is block-diagonal, which computes all pairs of a row.
+
+Shapes: B rows, L positions, N documents at most, H heads, d head size. No host-device synchronisation: N follows from B
+and L alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from maskvr_ds.config import ConfigError
+
+# Name of the attention implementation.
+DOCUMENTS = "maskvr_documents"
+REMEDY = "set data.attention to rows, or choose another architecture"
+
+
+def use_document_attention(model: PreTrainedModel) -> None:
+    """Have the model call `attend`. Raises ConfigError if its attention does not go through the interface."""
+    kind = model.config.model_type
+    # Some classes would ignore the request, with a warning.
+    if not model._can_set_attn_implementation():
+        raise ConfigError(
+            f"data.attention is documents, and {kind} of transformers computes attention by code of its own, which "
+            f"knows no documents; {REMEDY}"
+        )
+    model.set_attn_implementation(DOCUMENTS)
+
+
+@contextmanager
+def of_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Within: the model attends over rows again, by scaled_dot_product_attention."""
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(DOCUMENTS)
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within: dropout of attention weights raises ConfigError on all devices, as with Flash Attention."""
+
+    def refusing(*tensors: Any, dropout: float = 0.0, **options: Any) -> tuple[torch.Tensor, None]:
+        if dropout:
+            raise ConfigError(_no_dropout(dropout))
+        return attend(*tensors, **options)
+
+    AttentionInterface.register(DOCUMENTS, refusing)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(DOCUMENTS, attend)
+
+
+def starts(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
+    """bool [B, L]: whether a document starts at a position, for ids int64 [B, L].
+
+    A second separator at the end of a row, as `full_sequences` packs it, is a document of its own.
+    """
+    is_separator = input_ids == separator
+    first = is_separator.roll(1, 1)
+    first[:, :-1] &= ~is_separator[:, :-1]
+    first[:, 0] = True
+    return first
+
+
+def positions(first: torch.Tensor) -> torch.Tensor:
+    """int64 [B, L]: the position of each token in its document. first: bool [B, L], from `starts`."""
+    places = torch.arange(first.shape[1], device=first.device)
+    return places - torch.where(first, places, 0).cummax(1).values
+
+
+def block_mask(first: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, L, L]: whether two positions belong to one document. first: bool [B, L], from `starts`."""
+    numbers = first.cumsum(1)
+    return (numbers[:, :, None] == numbers[:, None, :])[:, None]
+
+
+def offsets(first: torch.Tensor) -> torch.Tensor:
+    """int32 [N + 1]: where each document starts in the B·L tokens of the batch, then B·L until the end: the documents
+    that do not exist are empty. N = B · (L // 2 + 1): no two documents start next to each other but in the last two
+    positions of a row. first: bool [B, L], from `starts`."""
+    rows, length = first.shape
+    most, total = rows * (length // 2 + 1), rows * length
+    places = torch.arange(total, device=first.device, dtype=torch.int32)
+    found = torch.full((most + 1,), total, device=first.device, dtype=torch.int32)
+    return found.scatter_reduce_(0, first.flatten().cumsum(0) - 1, places, "amin")
+
+
+def first_position(encoder: nn.Module) -> int:
+    """Position id of the first token of a row: 0, or behind the row for padding that tables of RoBERTa-likes have."""
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def document_inputs(input_ids: torch.Tensor, separator: int, first_id: int, *, varlen: bool) -> dict[str, torch.Tensor]:
+    """Arguments of the model for rows of documents, int64 [B, L]: position ids, and what `attend` reads.
+
+    separator: id of the token that ends a document. first_id: from `first_position`. varlen: for Flash Attention.
+    """
+    first = starts(input_ids, separator)
+    found = {"position_ids": positions(first) + first_id}
+    if varlen:
+        return {**found, "document_offsets": offsets(first)}
+    return {**found, "document_mask": block_mask(first)}
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether documents are computed by torch.nn.attention.varlen: Flash Attention, in half precision on GPUs."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    document_mask: torch.Tensor | None = None,
+    document_offsets: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a layer, called by transformers: query [B, H, L, d], key and value [B, H' ≤ H, L, d] → [B, L, H, d].
+
+    sliding_window: w, the layer attends to |i − j| < w; None: to all. document_mask: from `block_mask`.
+    document_offsets: from `offsets`. Raises ConfigError for dropout with `document_offsets`.
+    """
+    if document_offsets is not None:
+        if dropout:
+            raise ConfigError(_no_dropout(dropout))
+        return _by_offsets(query, key, value, document_offsets, scaling, sliding_window), None
+    assert document_mask is not None, "checked at the start: the architecture passes arguments on to its attention"
+    if sliding_window is not None:
+        places = torch.arange(query.shape[2], device=query.device)
+        document_mask = document_mask & ((places[:, None] - places).abs() < sliding_window)
+    found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, document_mask, dropout=dropout, scaling=scaling, is_causal=False, **others
+    )
+    return found
+
+
+def _no_dropout(dropout: float) -> str:
+    """What is wrong with dropout of attention."""
+    return (
+        f"data.attention is documents, which torch.nn.attention.varlen computes on GPUs in half precision, without "
+        f"dropout of attention weights, and that of the model is {dropout:g}; set it to 0 "
+        "(model.attention_probs_dropout_prob, in other architectures that of model.settings)"
+    )
+
+
+def _by_offsets(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    document_offsets: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[B, L, H, d]; the B·L tokens are one sequence of documents."""
+    rows, heads, length, size = query.shape
+    reach = -1 if sliding_window is None else sliding_window - 1
+    queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    found = varlen_attn(
+        queries,
+        keys,
+        values,
+        document_offsets,
+        document_offsets,
+        length,
+        length,
+        scale=scaling,
+        window_size=(reach, reach),
+        enable_gqa=key.shape[1] != heads,
+    )
+    assert isinstance(found, torch.Tensor)
+    return found.view(rows, length, heads, size)
+
+
+AttentionInterface.register(DOCUMENTS, attend)
+# No mask of transformers: that of padding is part of `document_mask`.
+AttentionMaskInterface.register(DOCUMENTS, lambda *_, **__: None)
