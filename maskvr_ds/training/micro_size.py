@@ -250,6 +250,7 @@ class _Trial:
             accumulation=2,
             seed=0,
             row_length=self.corpus.sequence_length,
+            separator=self.corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
         )
         engine.train()
         return engine
