@@ -36,6 +36,7 @@ from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.length import remarks, with_steps
+from maskvr_ds.training.micro_size import resolve_micro_sizes
 from maskvr_ds.training.phases import RunPhase, plan
 from maskvr_ds.training.report import end_lines, start_lines
 from maskvr_ds.training.resume import ResumePoint, find_resume_point, pass_by
@@ -72,6 +73,7 @@ def train(
         unresolved = config
         config = distributed.run_on_rank0(lambda: with_steps(unresolved, history))
     distributed.run_on_rank0(lambda: check_monitors(config.monitor))
+    config = resolve_micro_sizes(config, point)
     phases = plan(config)
     world_size = distributed.world_size()
     for phase in phases:

@@ -4,11 +4,11 @@ Every number is finite and bounded by its type: an infinite or huge value would 
 or make each of its resumes fail. The bounds are far above everything in use.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WrapValidator
 
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SECONDS, MAX_SEED, MAX_STEPS, MAX_TOKENS
 
@@ -61,6 +61,10 @@ def _zero_or_a_second(value: float) -> float:
     return value
 
 
+def _or_auto(value: Any, handler: Callable[[Any], Any]) -> Any:
+    return value if value == "auto" else handler(value)
+
+
 def _whole_number(value: Any) -> Any:
     """1e9, and the text that YAML makes of it, as an integer."""
     try:
@@ -82,7 +86,14 @@ Steps = Annotated[int, _Number, Field(ge=0, le=MAX_STEPS)]
 PositiveRows = Annotated[int, _Number, Field(ge=1, le=MAX_STEPS)]
 Tokens = Annotated[int, _Number, BeforeValidator(_whole_number), Field(ge=1, le=MAX_TOKENS)]
 GlobalBatch = Annotated[int, _Number, Field(ge=1, le=2**26)]
-MicroBatch = Annotated[int, _Number, Field(ge=1, le=MAX_MICRO_SIZE)]
+# Or "auto", which a run replaces by a number before it reads it (training/micro_size.py).
+MicroBatch = Annotated[
+    int,
+    _Number,
+    Field(ge=1, le=MAX_MICRO_SIZE),
+    WrapValidator(_or_auto),
+    PlainSerializer(lambda value: value, return_type=int | str),
+]
 # Layers, heads, kept checkpoints, queued steps.
 PositiveCount = Annotated[int, _Number, Field(ge=1, le=10_000)]
 Count = Annotated[int, _Number, Field(ge=0, le=10_000)]

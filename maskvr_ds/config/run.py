@@ -155,8 +155,9 @@ class RunConfig(Section):
         return self.training.is_resolved
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per step and rank. Raises ConfigError if the global batch is not divisible."""
-        size, micro = self.batch.global_size, self.batch.micro_size
+        """Micro-batches per step and rank; with micro_size auto, at most. Raises ConfigError if the global batch is not
+        divisible."""
+        size, micro = self.batch.global_size, 1 if self.batch.is_auto else self.batch.micro_size
         if size % (micro * world_size):
             per_pass = micro * world_size
             nearest = sorted({max(1, size // per_pass) * per_pass, (size // per_pass + 1) * per_pass})

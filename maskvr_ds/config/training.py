@@ -33,7 +33,13 @@ class BatchConfig(Section):
     global_size: GlobalBatch = 256
     """Sequences per optimizer step, over all ranks."""
     micro_size: MicroBatch = 32
-    """Sequences per forward pass on one rank."""
+    """Sequences per forward pass on one rank. auto: on GPUs, the largest number that fits into their memory and divides
+    a rank's share of global_size, found by trying at the start, and written into the run's config.yaml."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether micro_size is yet to be found (training/micro_size.py); its type says int for what comes after."""
+        return isinstance(self.micro_size, str)
 
 
 # Measured by tests/distributed/test_muon.py.

@@ -224,7 +224,9 @@ def _plan_phase(phase: _Phase, zero: Zero, alternatives: Sequence[Zero]) -> Phas
     if micro is None:
         raise ConfigError(_does_not_fit(phase, zero, alternatives))
     step = phase.time(zero, micro, cluster)
-    steps, given, work = _steps(config, phase.length), config.batch.micro_size, phase.work(micro, ranks)
+    steps, work = _steps(config, phase.length), phase.work(micro, ranks)
+    # By trying, auto finds about what is planned here.
+    given = micro if config.batch.is_auto else config.batch.micro_size
     divides = config.batch.global_size % (given * ranks) == 0
     stages = tuple(
         (other.stage, again, phase.memory(other, micro, ranks, again), phase.largest_micro(other, ranks, again))

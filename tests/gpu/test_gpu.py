@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
@@ -164,3 +165,21 @@ def test_fused_lamb_on_the_gpu() -> None:
         torch.testing.assert_close(our, their, rtol=0, atol=2e-6)
         assert torch.equal(our, repeated)
     torch.testing.assert_close(ratios, theirs[1], rtol=1e-4, atol=0)
+
+
+def test_micro_size_auto_fits_and_is_stored(folder: Path, tmp_path: Path) -> None:
+    """The number that is found is in config.yaml, divides the global batch, and trains."""
+    batch = {"global_size": 256, "micro_size": "auto"}
+    job = configuration(
+        tmp_path / "run",
+        folder / "corpus",
+        steps=2,
+        batch=batch,
+        deepspeed="zero1_bf16",
+        schedule={"warmup_steps": 1},
+        evaluation={"every_steps": 0},
+    )
+    assert run_ranks(train_all, 1, [(job, None)], accelerator="cuda") == [[None]]
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))["batch"]
+    # A tiny model: everything fits.
+    assert stored == {"global_size": 256, "micro_size": 256}
