@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from data_pipeline.numbers import integer, number
+from data_pipeline.numbers import counted, integer, number
 from data_pipeline.options import (
     INPUT,
     document_options,
@@ -267,7 +267,7 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
             with ProgressBar(2 * size, "verify", arguments.progress) as bar:
                 manifests = verify(arguments.folder, bar.update)
             shards, held_out = sum(len(manifest.shards) for manifest in manifests), Path(arguments.folder) / HELD_OUT
-            print(f"{arguments.folder}: OK, {shards:,} shards checked")
+            print(f"{arguments.folder}: OK, {counted(shards, 'shard')} checked")
             _print_not_hashed([Path(arguments.folder), *([held_out] if held_out.exists() else [])])
 
 
@@ -326,8 +326,8 @@ def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> N
         else:
             manifest = pack(options.pop("tokens"), weights=dict(options.pop("weight")), team=team, **options)
         print(
-            f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-            f"{manifest.rows:,} rows of {manifest.sequence_length}, {len(manifest.shards):,} shards"
+            f"{output}: {counted(manifest.documents, 'document')}, {counted(manifest.tokens, 'token')}, "
+            f"{counted(manifest.rows, 'row')} of {manifest.sequence_length}, {counted(len(manifest.shards), 'shard')}"
             f"{''.join(f', {note}' for note in notes)}"
             f"{_dropped(manifest.dropped)}"
         )

@@ -51,14 +51,16 @@ def snapshot_name(folder: str | Path) -> tuple[str, str] | None:
     return (found["name"].replace("--", "/"), found["commit"]) if found else None
 
 
-def local_folder(text: str | Path, files: tuple[str, ...], what: str) -> Path:
+def local_folder(text: str | Path, files: tuple[str, ...], what: str, log: logging.Logger | None = None) -> Path:
     """The folder that `text` names; if there is none, the model of this name is fetched, unless it is in the cache.
 
-    files: patterns of what to fetch. what: for messages, such as "--tokenizer". Call in one process.
+    files: patterns of what to fetch. what: for messages, such as "--tokenizer". log: of the calling package; None: of
+    this one. Call in one process.
     Raises HubError if `text` is neither a folder nor a model on the hub, or if the hub cannot be reached.
     """
+    log = log or _logger
     if (parsed := parse_name(text)) is None:
-        _say_that_it_is_a_folder(text, what)
+        _say_that_it_is_a_folder(text, what, log)
         return Path(text)
     name, revision = parsed
     try:
@@ -71,24 +73,24 @@ def local_folder(text: str | Path, files: tuple[str, ...], what: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # of the library, of its HTTP client and of the file system
         raise HubError(f"{what} {text}: {_why(error, name, revision, files)}") from None
-    _logger.info("%s %s: commit %s, %s", what, text, folder.name, folder)
+    log.info("%s %s: commit %s, %s", what, text, folder.name, folder)
     return folder
 
 
-def _say_that_it_is_a_folder(text: str | Path, what: str) -> None:
+def _say_that_it_is_a_folder(text: str | Path, what: str, log: logging.Logger) -> None:
     """Log that a folder is used although a model of this name was fetched earlier; the name alone is ambiguous."""
     found = _NAME.fullmatch(str(text))
     if found is None or not Path(text).is_dir():
         return
-    log, note = _logger.info, ""
+    level, note = logging.INFO, ""
     try:
         from huggingface_hub import constants
 
         if (Path(constants.HF_HUB_CACHE) / f"models--{found['name'].replace('/', '--')}").is_dir():
-            log, note = _logger.warning, f", not the model on the hub; for that, use {found['name']}@main"
+            level, note = logging.WARNING, f", not the model on the hub; for that, use {found['name']}@main"
     except ImportError:
         pass
-    log("%s %s: the folder of this name is used%s", what, text, note)
+    log.log(level, "%s %s: the folder of this name is used%s", what, text, note)
 
 
 def _why(error: Exception, name: str, revision: str | None, files: tuple[str, ...]) -> str:

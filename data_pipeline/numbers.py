@@ -1,4 +1,5 @@
-"""Numbers on the command line: finite, as argparse types. Their bounds are checked with the library's arguments."""
+"""Numbers on the command line: finite, as argparse types, their bounds are checked with the library's arguments; and
+numbers in messages."""
 
 import argparse
 import math
@@ -28,3 +29,8 @@ def number(text: str) -> float:
     if not abs(value) <= _LARGEST:
         raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected a finite number of at most {_LARGEST:g}")
     return value
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the right form: "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -145,8 +145,7 @@ def train_phase(
             watchdog.mark(step, "data")
             number, batch = next(reader)
             watchdog.mark(step, "step")
-            lr = phase.learning_rate(step)
-            set_learning_rate(context.engine, lr)
+            set_learning_rate(context.engine, lr := phase.learning_rate(step))
             context.masker.set_rate(phase.masking_rate(step))
             torch.manual_seed(hashing.fold(phase.config.seed, DROPOUT, step, distributed.rank()) >> 1)
             scale, skipped = loss_scale(context.engine), context.engine.skipped_steps
@@ -177,13 +176,14 @@ def train_phase(
             # Not when stopping: the time that a scheduler leaves is for the checkpoint.
             evaluate |= phase.config.checkpoint.keep_best and save and not stopping
             evaluation = context.evaluation if evaluate else None
+            health = context.health if context.health and context.health.due(step) else None
             saver.check_replicas(step, saving=save)
             context.verification.after_step(step, result.verifying_ranks)
-            if not (evaluation or chooser or save or written):
+            if not (evaluation or chooser or save or written or health):
                 continue
             with _paused(context, watchdog):
                 held_out = evaluation.figures(context.engine.module) if evaluation else {}
-                context.log.add(**held_out)
+                context.log.add(**held_out, **(health.figures(context.engine.module) if health else {}))
                 if chooser:
                     context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
                 if save or written:

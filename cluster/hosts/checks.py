@@ -12,6 +12,8 @@ from cluster.hosts.remote import Answer
 from maskvr_ds.config import RunConfig
 
 GIB = 2**30
+# Versions that must be equal on all hosts.
+PACKAGES = ("python", "torch", "deepspeed", "transformers", "maskvr_ds", "nccl")
 
 
 class LaunchError(ValueError):
@@ -33,34 +35,63 @@ def corpora(config: RunConfig) -> list[str]:
 
 def host_errors(
     hosts: Mapping[str, int], answers: Mapping[str, Answer], *, folder: Path, port: int, on_cpus: bool
-) -> list[str]:
-    """Unreachable hosts, too many slots, missing or different packages and corpora, an unusable folder or port.
+) -> dict[str, list[str]]:
+    """Errors by what was checked: unreachable hosts, too many slots, missing or different packages, an unusable folder,
+    missing, different or unreadable corpora, a port in use.
 
     hosts: host -> slots, the first one is the master. folder: of the launch. port: of the master. on_cpus: ranks need
     CPU cores, not GPUs.
     """
-    lines = [f"{host}: {answer.error}" for host, answer in answers.items() if answer.error is not None]
     reports = {host: answer.value for host, answer in answers.items() if answer.error is None}
-    lines += [line for host in reports if (line := slots_error(host, hosts[host], reports[host], on_cpus)) is not None]
-    for host, value in reports.items():
-        for package in ("torch", "deepspeed"):
-            if value["packages"][package] is None:
-                lines.append(f"{host}: {sys.executable} has no {package} there; use the same environment on all hosts")
-        if value["folder"] is not None:
-            lines.append(f"{host}: {folder}: {value['folder']}; output_dir must be writable from all nodes")
-        for path, digest in value["manifests"].items():
-            if digest is None:
-                lines.append(f"{host}: {path}: no corpus there (no manifest.json); use a path shared by all nodes")
-    for package in ("python", "torch", "deepspeed", "transformers", "maskvr_ds", "nccl"):
+    what = "cores" if on_cpus else "GPUs"
+    found: dict[str, list[str]] = {
+        "hosts": [f"{host}: {answer.error}" for host, answer in answers.items() if answer.error is not None],
+        what: [line for host in reports if (line := slots_error(host, hosts[host], reports[host], on_cpus))],
+        "software": _package_errors(reports),
+        "output_dir": [
+            f"{host}: {folder}: {value['folder']}; output_dir must be writable from all nodes"
+            for host, value in reports.items()
+            if value["folder"] is not None
+        ],
+        "corpora": _corpus_errors(reports),
+        "port": [],
+    }
+    master = next(iter(hosts))
+    if master in reports and reports[master]["port"] is None:
+        line = f"{master}: port {port} is in use there; without --master-port a free one is chosen"
+        found["port"].append(line)
+    return found
+
+
+def _package_errors(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{host}: {sys.executable} has no {package} there; use the same environment on all hosts"
+        for host, value in reports.items()
+        for package in ("torch", "deepspeed")
+        if value["packages"][package] is None
+    ]
+    for package in PACKAGES:
         versions = {h: v["python"] if package == "python" else v["packages"][package] for h, v in reports.items()}
         lines += _differing(package, versions, lambda v: v or "none", "install the same version on all hosts")
+    return lines
+
+
+def _corpus_errors(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{host}: {path}: no corpus there (no manifest.json); use a path shared by all nodes"
+        for host, value in reports.items()
+        for path, digest in value["manifests"].items()
+        if digest is None
+    ]
     for path in next(iter(reports.values()))["manifests"] if reports else ():
         digests = {h: v["manifests"][path] for h, v in reports.items() if v["manifests"][path] is not None}
         remedy = "all nodes must read the same corpus; copy it again, or use a shared path"
         lines += _differing(f"{path}/manifest.json", digests, lambda digest: f"sha256 {digest[:12]}", remedy)
-    master = next(iter(hosts))
-    if master in reports and reports[master]["port"] is None:
-        lines.append(f"{master}: port {port} is in use there; without --master-port a free one is chosen")
+    for host, value in reports.items():
+        for path, faults in value.get("shards", {}).items():
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            if faults:
+                lines.append(f"{host}: {path}/{faults[0]}{more}; copy the corpus again, or correct its permissions")
     return lines
 
 
@@ -85,27 +116,31 @@ def disk_errors(answers: Mapping[str, Answer], folder: Path, minimum: float) -> 
     ]
 
 
-def inconsistencies(answers: Mapping[str, Answer], clock: float) -> list[str]:
-    """Differences that slow a run or confuse its logs, but do not make it wrong.
+def clock_errors(answers: Mapping[str, Answer], limit: float) -> list[str]:
+    """Clocks that differ from this machine's by more than `limit` seconds plus the uncertainty of the measurement."""
+    return [
+        f"{host}: its clock is {answer.clock[0]:+.1f} s off this machine's; synchronise it with chrony or ntpd"
+        for host, answer in answers.items()
+        if answer.clock is not None and abs(answer.clock[0]) > limit + answer.clock[1]
+    ]
 
-    These are clocks that differ from this machine's by more than `clock` seconds plus the uncertainty of the
-    measurement, and hosts with different GPUs or drivers.
-    """
-    lines = []
-    drivers = {}
-    for host, answer in answers.items():
-        if answer.clock is not None and abs(answer.clock[0]) > clock + answer.clock[1]:
-            lines.append(
-                f"{host}: its clock is {answer.clock[0]:+.1f} s off this machine's; synchronise it with chrony or ntpd"
-            )
-        if answer.value.get("gpus"):
-            drivers[host] = answer.value["gpus"]["driver"], tuple(sorted(set(answer.value["gpus"]["names"])))
-    if len(set(drivers.values())) > 1:
-        kinds = ", ".join(
-            f"{host}: {', '.join(names)} with driver {driver}" for host, (driver, names) in drivers.items()
-        )
-        lines.append(f"hosts differ in GPUs or drivers ({kinds}); the slowest one limits the run: remove or update it")
-    return lines
+
+def driver_errors(answers: Mapping[str, Answer]) -> list[str]:
+    """Hosts with different GPUs or drivers."""
+    drivers = {
+        host: (answer.value["gpus"]["driver"], tuple(sorted(set(answer.value["gpus"]["names"]))))
+        for host, answer in answers.items()
+        if answer.value.get("gpus")
+    }
+    if len(set(drivers.values())) < 2:
+        return []
+    kinds = ", ".join(f"{host}: {', '.join(names)} with driver {driver}" for host, (driver, names) in drivers.items())
+    return [f"hosts differ in GPUs or drivers ({kinds}); the slowest one limits the run: remove or update it"]
+
+
+def inconsistencies(answers: Mapping[str, Answer], clock: float) -> list[str]:
+    """Differences that slow a run or confuse its logs, but do not make it wrong. clock: seconds allowed."""
+    return clock_errors(answers, clock) + driver_errors(answers)
 
 
 def job_errors(answers: Mapping[str, Answer], key: str) -> list[str]:

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +27,9 @@ MARK = "MASKVR_LAUNCH"
 _PACKAGES = ("torch", "deepspeed", "transformers", "maskvr_ds")
 # DeepSpeed's process per node: one without MARK belongs to another job.
 _DEEPSPEED = b"deepspeed.launcher.launch"
-_SMI = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+_SMI = ["nvidia-smi", "--query-gpu=name,driver_version,memory.used", "--format=csv,noheader,nounits"]
+# As PyTorch looks for one: CXX first.
+_COMPILERS = ("g++", "clang++", "c++")
 
 
 def report(request: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +47,12 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "jobs": deepspeed_jobs(),
         "manifests": {path: _sha256(Path(path) / "manifest.json") for path in request["corpora"]},
+        "shards": {path: _shard_faults(Path(path)) for path in request["corpora"]},
+        "memory": _available_memory(),
+        "shared_memory": _free_bytes(Path("/dev/shm")),
+        "compiler": next(filter(None, map(shutil.which, [os.environ.get("CXX") or "", *_COMPILERS])), None),
+        "triton": importlib.util.find_spec("triton") is not None,
+        "interfaces": [name for _, name in socket.if_nameindex()],
         "port": _free_port(int(request["port"])),
         "free_bytes": _free_bytes(folder),
         "folder": _use_folder(folder, request["token"]),
@@ -123,13 +132,17 @@ def _variable(process: Path, name: str) -> str | None:
 
 
 def _gpus() -> dict[str, Any] | None:
-    """Names of the GPUs, and driver version; None if nvidia-smi is missing or fails."""
+    """Names of the GPUs, MiB in use of each (None: not reported), driver version; None if nvidia-smi is missing or
+    fails."""
     try:
         answer = subprocess.run(_SMI, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    rows = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if "," in line]
-    return {"names": [row[0].strip() for row in rows], "driver": rows[0][1].strip() if rows else None}
+    rows = [
+        [cell.strip() for cell in line.rsplit(",", 2)] for line in answer.stdout.splitlines() if line.count(",") > 1
+    ]
+    used = [int(row[2]) if row[2].isdecimal() else None for row in rows]
+    return {"names": [row[0] for row in rows], "used": used, "driver": rows[0][1] if rows else None}
 
 
 def _addresses() -> list[str]:
@@ -173,6 +186,33 @@ def _use_folder(folder: Path, token: str) -> str | None:
         with contextlib.suppress(OSError):
             probe.unlink()
     return None
+
+
+def _available_memory() -> int | None:
+    """Bytes that processes can still take without swapping."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return None
+
+
+def _shard_faults(folder: Path) -> list[str]:
+    """Shards of a corpus that cannot be read from this host or have another size than the manifest says; empty also
+    without a readable manifest, which is reported by its digest."""
+    faults = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for shard in json.loads((folder / "manifest.json").read_bytes())["shards"]:
+            name, expected = shard["file"], shard["bytes"]
+            try:
+                with (folder / name).open("rb") as file:
+                    file.read(1)
+                    found = os.fstat(file.fileno()).st_size
+            except OSError as error:
+                faults.append(f"{name}: {error.strerror}")
+                continue
+            if found != expected:
+                faults.append(f"{name}: {found:,} bytes, {expected:,} expected")
+    return faults
 
 
 def _sha256(path: Path) -> str | None:

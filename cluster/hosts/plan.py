@@ -109,6 +109,7 @@ class Draft:
         self.exports = exported_variables(os.environ, arguments.export)
         self.exports[node.MARK] = f"{self.key}-{job}"
         check_exportable(self.exports, arguments.launcher)
+        self.on_cpus = self.exports.get("DS_ACCELERATOR") == "cpu"
         self.transport = "srun" if arguments.launcher == "slurm" else "ssh"
         self.folder = Path(arguments.log_dir or self.run / layout.LOGS).absolute() / job
         self._created = [self.folder, *(p for p in self.folder.parents if not p.exists())]
@@ -127,15 +128,23 @@ class Draft:
 
     def errors(self, answers: Mapping[str, remote.Answer]) -> list[str]:
         """Errors that prevent the launch, one line each. With --force, other jobs on the hosts are only warned of."""
-        port, on_cpus = self.arguments.master_port, self.exports.get("DS_ACCELERATOR") == "cpu"
-        lines = checks.host_errors(self.hosts, answers, folder=self.folder, port=port, on_cpus=on_cpus)
-        lines += checks.disk_errors(answers, self.folder, self.arguments.minimum_free)
-        jobs = checks.job_errors(answers, self.key)
+        lines = [line for found in self.errors_of_hosts(answers).values() for line in found]
+        jobs = self.jobs(answers)
         if not self.arguments.force:
             return lines + jobs
         if not lines:
             warn(jobs)
         return lines
+
+    def errors_of_hosts(self, answers: Mapping[str, remote.Answer]) -> dict[str, list[str]]:
+        """Errors by what was checked, other jobs on the hosts not included."""
+        port = self.arguments.master_port
+        found = checks.host_errors(self.hosts, answers, folder=self.folder, port=port, on_cpus=self.on_cpus)
+        return {**found, "disk": checks.disk_errors(answers, self.folder, self.arguments.minimum_free)}
+
+    def jobs(self, answers: Mapping[str, remote.Answer]) -> list[str]:
+        """Other jobs on the hosts."""
+        return checks.job_errors(answers, self.key)
 
     def inconsistencies(self, answers: Mapping[str, remote.Answer]) -> list[str]:
         """Differences between hosts that slow a run or confuse its logs, one line each."""

@@ -1,8 +1,9 @@
 """Find what would stop or slow a run before it starts.
 
-Collects a report of every host in parallel; then starts ranks that all-reduce known numbers and time every link. Prints
-a table, and one line per error with its remedy. Trains nothing, kills no other job, leaves no files. Accepts --resume,
---quiet and --verbose as `launch` does, without effect.
+Checks the configuration and what it names, as `maskvr config` does; collects a report of every host in parallel; then
+starts ranks that all-reduce known numbers and time every link. Prints one line per host and one per check, and all
+errors with their remedies. Trains nothing, kills no other job, leaves no files. Accepts --resume, --quiet and --verbose
+as `launch` does, without effect.
 """
 
 import argparse
@@ -16,12 +17,14 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.hosts import hostfile, remote
-from cluster.hosts.checks import GIB
+from cluster.hosts.checks import GIB, LaunchError
+from cluster.hosts.findings import Finding, findings_table, of_configuration, of_hosts
 from cluster.hosts.plan import Draft, add_launch_options
 from cluster.hosts.supervisor import POLL, Job
-from maskvr_ds.config import add_run_options, load_config, with_local_model
+from maskvr_ds.config import ConfigError, add_run_options
 from maskvr_ds.runtime.hostfile import HostfileError, read_hostfile
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer, number
+from maskvr_ds.training.references import CheckedRun, check_run
 
 RESULT = "interconnect.json"
 # Maximum seconds until the ranks measure.
@@ -93,37 +96,64 @@ def _preflight(arguments: argparse.Namespace) -> int:
         )
     else:
         hosts = read_hostfile(arguments.hostfile)
-    arguments.assignments = with_local_model(arguments.config, arguments.assignments)
-    config = load_config(arguments.config, arguments.assignments)
-    draft = Draft(arguments, hosts, config)
+    answers: dict[str, remote.Answer] = {}
     links: dict[str, Any] | None = None
+    ranks = sum(hosts.values())
     try:
-        answers = draft.ask()
-        errors = [*draft.errors(answers), *draft.inconsistencies(answers)]
-        try:
-            for index in range(len(config.phases) or 1):
-                config.phase(index).accumulation_steps(sum(hosts.values()))
-        except ValueError as error:
-            errors.append(str(error))
-        # Ranks that cannot start would only add messages about the same errors.
-        if not arguments.no_interconnect and sum(hosts.values()) > 1 and not errors:
-            links, errors = _interconnect(draft, answers)
-            if links is not None:
-                errors += link_errors(links, arguments.slowest_link)
-    finally:
-        draft.discard()
+        checked = check_run(arguments.config, arguments.assignments, ranks)
+    except ConfigError as error:
+        findings = [
+            Finding("configuration", "", [str(error)]),
+            Finding("all else", "not checked: it depends on the configuration", skipped=True),
+        ]
+    else:
+        answers, links, findings = _check(arguments, hosts, checked)
+    errors = [line for finding in findings for line in finding.faults]
     if arguments.json:
         reports = {host: _row(answer) for host, answer in answers.items()}
-        print(json.dumps({"hosts": reports, "interconnect": links, "faults": errors}, indent=1))
+        rows = [
+            {"check": finding.what, "state": finding.state, "summary": finding.summary, "faults": list(finding.faults)}
+            for finding in findings
+        ]
+        print(json.dumps({"hosts": reports, "checks": rows, "interconnect": links, "faults": errors}, indent=1))
     else:
-        print(table(hosts, answers))
+        if answers:
+            print(table(hosts, answers), end="\n\n")
+        print(findings_table(findings))
         if links is not None:
             print(summary(links))
-        elif errors and not arguments.no_interconnect:
-            print("interconnect: not measured; fix the errors first")
     for line in errors:
         print(f"error: {line}", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _check(
+    arguments: argparse.Namespace, hosts: Mapping[str, int], checked: CheckedRun
+) -> tuple[dict[str, remote.Answer], dict[str, Any] | None, list[Finding]]:
+    """Answers of the hosts, measurements of the links (None: not measured), and what was found."""
+    ranks = sum(hosts.values())
+    try:
+        draft = Draft(arguments, hosts, checked.config)
+    except (LaunchError, OSError) as error:
+        unknown = Finding("hosts", "not asked: fix the errors first", skipped=True)
+        return {}, None, [*of_configuration(checked, ranks, {}), Finding("launcher", "", [str(error)]), unknown]
+    links = None
+    try:
+        answers = draft.ask()
+        findings = [*of_configuration(checked, ranks, answers), *of_hosts(draft, answers)]
+        if arguments.no_interconnect or ranks < 2:
+            why = "--no-interconnect" if arguments.no_interconnect else "there is one rank"
+            findings.append(Finding("interconnect", why, skipped=True))
+        # Ranks that cannot start would only add messages about the same errors.
+        elif any(finding.faults for finding in findings):
+            findings.append(Finding("interconnect", "not measured; fix the errors first", skipped=True))
+        else:
+            links, errors = _interconnect(draft, answers)
+            errors += [] if links is None else link_errors(links, arguments.slowest_link)
+            findings.append(Finding("interconnect", "sums and bandwidths of all links", errors))
+    finally:
+        draft.discard()
+    return answers, links, findings
 
 
 def _interconnect(draft: Draft, answers: Mapping[str, remote.Answer]) -> tuple[dict[str, Any] | None, list[str]]:

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.slurm.corpora import Build, check_corpora, parse_build
+from cluster.slurm.evaluation import EVALUATE, add_evaluation_options, evaluation_script, parse_evaluation
 from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
 from cluster.slurm.script import JobEnvironment, SlurmError, TrainingJob, data_script, training_script
 from maskvr_ds.config import (
@@ -69,6 +70,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_config_options(parser)
     _add_job_options(parser)
     _add_build_options(parser)
+    add_evaluation_options(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--submit", action="store_true", help="submit the job (default: print the sbatch command)")
     mode.add_argument("--print", action="store_true", help="print the script, write nothing")
@@ -97,7 +99,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME[=VALUE]",
         help="further option of sbatch by its long name, e.g. reservation=big, gres=gpu:8, exclusive; may be repeated. "
-        f"The job of --build-data gets only {', '.join(DATA_JOB_OPTIONS)}",
+        f"The jobs of --build-data and --evaluate get only {', '.join(DATA_JOB_OPTIONS)}",
     )
     parser.add_argument(
         "--seeds",
@@ -216,6 +218,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: expected different numbers")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     check_corpora(config, build)
+    evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
+    if evaluation and (limit := arguments.evaluate_time) and parse_time(limit) <= arguments.signal_seconds:
+        raise SlurmError(f"--evaluate-time {limit}: not longer than --signal-seconds {arguments.signal_seconds}")
     environment = JobEnvironment(
         folder=Path.cwd(),
         python=sys.executable,
@@ -239,7 +244,11 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         cpus_per_task=arguments.cpus_per_task,
         seeds=tuple(arguments.seeds),
     )
-    return {**scripts, "job.sbatch": training_script(job)}
+    scripts["job.sbatch"] = training_script(job)
+    if evaluation is not None:
+        extra = data_job_options(extra, other_partition=False)
+        scripts[EVALUATE] = evaluation_script(arguments, extra, run, evaluation, environment)
+    return scripts
 
 
 def _data_script(

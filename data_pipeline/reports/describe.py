@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.files import CorpusError
+from data_pipeline.numbers import counted
 from data_pipeline.packing.source_counts import is_repeated
 from data_pipeline.reports.scan import QUANTILES, scan
 from data_pipeline.shards import Corpus, MixtureEntry
@@ -54,16 +55,19 @@ def describe(
     if found.hashes and (hashes := np.concatenate(found.hashes)).size:
         share = is_repeated(hashes).mean()
         of = "" if found.modulus == 1 else f", estimated from a sample of {len(hashes):,}"
-        facts["repeated"] = f"{share * manifest.documents:,.0f} documents ({share:.2%}) equal an earlier one{of}"
+        number = round(share * manifest.documents)
+        facts["repeated"] = f"{counted(number, 'document')} ({share:.2%}) equal{'s' * (number == 1)} an earlier one{of}"
     facts |= {f"dropped, {reason}": f"{count:,}" for reason, count in manifest.dropped.items()}
     if manifest.replaced:
-        facts["replaced bytes"] = f"{manifest.replaced:,} documents"
+        facts["replaced bytes"] = counted(manifest.replaced, "document")
     if manifest.pair_probability:
         facts["labelled pairs"] = f"{manifest.labelled:,} ({manifest.labelled / manifest.rows:.2%})"
         facts["unused tokens"] = f"{manifest.unused:,}"
     used = sum(entry.tokens for entry in manifest.mixture)
     for entry in manifest.mixture:
-        share = f"{entry.tokens:,} tokens ({entry.tokens / used:.2%}) of {entry.documents:,} documents"
+        share = (
+            f"{counted(entry.tokens, 'token')} ({entry.tokens / used:.2%}) of {counted(entry.documents, 'document')}"
+        )
         facts[f"source {entry.name}"] = f"{share}, weight {entry.weight:g}{_of_source(entry)}"
     quantiles = zip(QUANTILES, found.length_quantiles(), strict=True) if found.lengths else ()
     width = max(16, *map(len, facts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from data_pipeline.numbers import counted
 from data_pipeline.sources.description import Description
 from data_pipeline.sources.inputs import Source
 from data_pipeline.tokenization.token_shards import TokenManifest
@@ -19,11 +20,11 @@ _logger = logging.getLogger(__name__)
 def describe_documents(tokens: TokenManifest) -> str:
     """Documents, tokens per document and files: "from 3 files, 120 documents read, 85 tokens each"."""
     documents, length = _counts(tokens, None)
-    each = f"{length / documents:,.0f} tokens each" if documents else "no tokens"
+    each = f"{counted(round(length / documents), 'token')} each" if documents else "no tokens"
     files = len(tokens.sources)
     held_out = sum(shard.sides["held_out"].documents for shard in tokens.shards if "held_out" in shard.sides)
     split = f", {held_out:,} of them held out" if held_out else ""
-    return f"from {files:,} file{'s' * (files != 1)}, {documents:,} documents read{split}, {each}"
+    return f"from {counted(files, 'file')}, {counted(documents, 'document')} read{split}, {each}"
 
 
 def warn_of_paragraphs(
@@ -43,11 +44,12 @@ def warn_of_paragraphs(
                 "are trained on"
             )
         _logger.warning(
-            "%s%s text files were split at blank lines into %s documents of %.0f tokens on average. If these are "
-            "paragraphs of longer texts: %s",
+            "%s%s %s split at blank lines into %s of %.0f tokens on average. If these are paragraphs of longer texts: "
+            "%s",
             f"source {section.name}: " if len(groups) > 1 else "",
-            f"{len(files):,}",
-            f"{documents:,}",
+            counted(len(files), "text file"),
+            "was" if len(files) == 1 else "were",
+            counted(documents, "document"),
             length / documents,
             remedy,
         )

@@ -15,6 +15,7 @@ from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.files import CorpusError, atomic_folder
 from data_pipeline.filters.rules import DocumentFilter, DocumentRules
 from data_pipeline.hub import TOKENIZER_FILES, local_folder
+from data_pipeline.numbers import counted
 from data_pipeline.sources.cuts import cut_units
 from data_pipeline.sources.description import Description, find_files
 from data_pipeline.sources.documents import batches, read_documents
@@ -262,7 +263,8 @@ class _Text:
 
 def _no_text(sources: list[Source]) -> str:
     names = ", ".join(source.path for source in sources[:3])
-    return f"{names}: the corpus is empty: no text in {len(sources)} file(s). Add text{where_text_may_be(sources)}"
+    files = counted(len(sources), "file")
+    return f"{names}: the corpus is empty: no text in {files}. Add text{where_text_may_be(sources)}"
 
 
 def _described(description: Description) -> tuple[DocumentRules, list[tuple[list[Source], str, str]]]:

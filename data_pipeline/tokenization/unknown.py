@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from data_pipeline.files import CorpusError
+from data_pipeline.numbers import counted
 from data_pipeline.tokenization.token_shards import TokenManifest
 
 _WARN = 0.02
@@ -39,7 +40,7 @@ def check_unknown(manifest: TokenManifest, maximum: float) -> None:
         share = unknown / max(total, 1)
         if share <= min(_WARN, maximum):
             continue
-        fact = f"{part}{share:.1%} of {total:,} tokens are unknown ([UNK])"
+        fact = f"{part}{share:.1%} of {counted(total, 'token')} are unknown ([UNK])"
         remedy = "Language, case and accents of the tokenizer must fit the text: choose another"
         if share > maximum:
             raise CorpusError(f"{fact}, the limit is {maximum:.1%}. {remedy}, or raise --max-unknown")

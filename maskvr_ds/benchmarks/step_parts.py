@@ -120,8 +120,8 @@ class Traffic:
         self.active = False
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        # Calls that return at once, so that something else can run meanwhile.
-        self.asynchronous: Counter[str] = Counter()
+        # Calls from within autograd, so that the backward pass can hide them.
+        self.in_backward: Counter[str] = Counter()
 
     def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         signature, argument = inspect.signature(function), COLLECTIVES[name][0]
@@ -132,7 +132,7 @@ class Traffic:
                 tensors = given[argument] if isinstance(given[argument], list) else [given[argument]]
                 self.calls[name] += 1
                 self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-                self.asynchronous[name] += bool(given.get("async_op"))
+                self.in_backward[name] += torch._C._current_graph_task_id() != -1
             return function(*args, **kwargs)
 
         return call
@@ -154,6 +154,14 @@ def counting_collectives(traffic: Traffic, parts: StepParts | None = None) -> It
             function = traffic.counted(name, getattr(torch.distributed, name))
             timed = function if parts is None else parts.timed("reduction", function)
             stack.enter_context(mock.patch.object(torch.distributed, name, timed))
+        # DeepSpeed's backend has looked these up when it was initialised.
+        backend = deepspeed.comm.comm.cdb
+        for attribute in ("all_gather_function", "reduce_scatter_function"):
+            if (captured := getattr(backend, attribute, None)) is None or captured.__name__ not in COLLECTIVES:
+                continue
+            function = traffic.counted(captured.__name__, captured)
+            timed = function if parts is None else parts.timed("reduction", function)
+            stack.enter_context(mock.patch.object(backend, attribute, timed))
         yield
 
 

@@ -113,12 +113,22 @@ def _results(figures: dict[str, Any]) -> list[EvalResult] | None:
             dataset_type="held-out",
             dataset_name="held-out split of the training corpus",
             metric_type=name,
-            metric_name=f"{name.replace('_', ' ')} on the held-out split",
+            metric_name=f"{_in_words(name)} on the held-out split",
             metric_value=round(value, 6),
         )
         for name, value in figures.items()
         if name != "step"
     ] or None
+
+
+# What the model saw at the positions of a figure.
+_SEEN = {"mask": "[MASK]", "kept": "the token itself", "random": "a random token"}
+
+
+def _in_words(name: str) -> str:
+    """A figure's name for readers: loss_mask → "loss where the input is [MASK]"."""
+    what, _, kind = name.partition("_")
+    return f"{what} where the input is {_SEEN[kind]}" if kind in _SEEN else name.replace("_", " ")
 
 
 def _evaluation(figures: dict[str, Any]) -> str:
@@ -130,14 +140,15 @@ def _evaluation(figures: dict[str, Any]) -> str:
             rows["loss, nats per masked token"] = f"{value:.4f}"
             rows["perplexity"] = f"{math.exp(min(value, 700)):.2f}"
         elif name not in ("step", "perplexity"):
-            rows[name.replace("_", " ")] = f"{value:.4f}"
+            rows[_in_words(name)] = f"{value:.4f}"
     return f"On the held-out split, at step {figures['step']:,}:\n\n{_table('figure', rows)}"
 
 
 def _data(launches: list[dict[str, Any]], state: CheckpointState) -> str:
     """Each corpus that was trained on, with its counts, and how much of them was consumed."""
     consumed = sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in state.phases)
-    total = f"{state.samples:,} sequences were consumed" + (f", {consumed:,} tokens." if consumed else ".")
+    sequences = f"{state.samples:,} sequence{' was' if state.samples == 1 else 's were'}"
+    total = f"{sequences} consumed" + (f", {consumed:,} tokens." if consumed else ".")
     corpora = {
         (corpus["path"], corpus["tokens"]): corpus for launch in launches for corpus in launch.get("corpora", ())
     }
@@ -167,7 +178,8 @@ def _training(lines: list[dict[str, Any]], launches: list[dict[str, Any]], state
     rows = {
         "steps": state.step,
         "hours in steps": f"{seconds / 3600:.2f}" if seconds else _NOT_RECORDED,
-        "hardware": "; ".join(devices) or f"{state.world_size} ranks; devices {_NOT_RECORDED}",
+        "hardware": "; ".join(devices)
+        or f"{state.world_size} rank{'s' * (state.world_size != 1)}; devices {_NOT_RECORDED}",
         "precision, ZeRO stage": f"{state.dtype}, {state.zero_stage}",
         "software": ", ".join(versions) or _NOT_RECORDED,
     }

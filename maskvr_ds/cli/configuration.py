@@ -74,29 +74,14 @@ def add_config(commands: Commands) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from data_pipeline.hub import HubError
-    from maskvr_ds.config import dump_config, load_config, with_local_model
-    from maskvr_ds.training.length import with_steps
-    from maskvr_ds.training.references import file_faults, settings_faults
+    from maskvr_ds.config import dump_config
+    from maskvr_ds.training.references import check_run
 
-    unresolved: list[str] = []
-    if not arguments.no_files:
-        try:
-            arguments.assignments = with_local_model(arguments.config, arguments.assignments)
-        except HubError as error:
-            unresolved.append(str(error))
-    config = load_config(arguments.config, arguments.assignments)
     ranks = sum(read_hostfile(arguments.hostfile).values()) if arguments.hostfile else arguments.num_gpus
-    faults = settings_faults(config, ranks) + unresolved
-    remarks: list[str] = []
-    if not arguments.no_files:
-        of_files, remarks = file_faults(config)
-        # Of a name that was not resolved, the fault is known already.
-        faults += [line for line in of_files if not (unresolved and line.startswith("model.initialize_from "))]
-        if not of_files:
-            config = with_steps(config)
-    print(dump_config(config), end="")
-    for kind, lines in (("warning", remarks), ("error", faults)):
+    checked = check_run(arguments.config, arguments.assignments, ranks, files=not arguments.no_files)
+    faults = checked.settings + checked.files
+    print(dump_config(checked.config), end="")
+    for kind, lines in (("warning", checked.remarks), ("error", faults)):
         for line in lines:
             print(f"{kind}: {line}", file=sys.stderr)
     return 1 if faults else 0

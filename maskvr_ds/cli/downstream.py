@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 _MLM = "mlm"
 # Bounds of the command line only.
-_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH = 1000, 10_000, 2**20
+_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS = 1000, 10_000, 2**20, 1024
 
 _DESCRIPTION = """\
-Evaluate models: runs (their newest checkpoint), checkpoints, or folders saved by `maskvr export` or
-by transformers.
+Evaluate models: runs (their newest checkpoint), checkpoints, folders saved by `maskvr export` or by
+transformers, or names on a hub (OWNER/NAME, OWNER/NAME@REVISION). A folder of that name takes
+precedence.
 
   mlm   predict masked tokens of held-out rows: loss in nats per masked token, perplexity, accuracy,
         each also by what the model saw at the position: [MASK] (mask), the token itself (kept), or
@@ -40,9 +41,10 @@ and says which differences are within noise. Finished runs are stored in the out
 command continues after an interruption."""
 _EXAMPLES = """\
 maskvr evaluate runs/base --tasks mlm --data corpus
-maskvr evaluate bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
+maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
-maskvr evaluate runs/base --tasks squad squad_v2 --data squad --output answers
+maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
+maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
 _FINETUNE_EXAMPLES = """\
@@ -59,7 +61,7 @@ def add_evaluate(commands: Commands) -> None:
         examples=_EXAMPLES,
         description=_DESCRIPTION,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, or model folder")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
     parser.add_argument(
         "--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], default=[_MLM], metavar="TASK", help="default: mlm"
     )
@@ -73,8 +75,20 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--output", metavar="PATH", help="mlm: JSON file for the figures. Other tasks: folder, required"
     )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="WHICH",
+        help="evaluate these checkpoints of each run: all, every:N (steps that are multiples of N) or best "
+        "(checkpoint.keep_best); scores against step, seconds and tokens are in OUTPUT/curve.json and curve.png",
+    )
     _mlm_options(parser)
     parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
+    parser.add_argument(
+        "--jobs",
+        type=integer(1, _MAX_JOBS),
+        metavar="N",
+        help="processes that fine-tune at the same time, each on its own GPU while there are some (default: 1)",
+    )
     _task_options(parser)
     add_verbosity_options(parser)
     parser.set_defaults(run=_evaluate)
@@ -90,7 +104,7 @@ def add_finetune(commands: Commands) -> None:
         description="Fine-tune a model on a task and save it as OUTPUT/model, which transformers loads. The learning "
         "rate is chosen on a part\nof the training set; OUTPUT also has the scores, as of `maskvr evaluate`.",
     )
-    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, or model folder")
+    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
     names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
     parser.add_argument("--task", required=True, choices=names, metavar="TASK", help=", ".join(names))
     parser.add_argument(
@@ -162,7 +176,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_OF_TASKS = (*_PROTOCOL, "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
@@ -206,7 +220,15 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
-    return Request(chosen, Path(arguments.data), Path(arguments.output), Protocol(**given), arguments.max_train)
+    return Request(
+        chosen,
+        Path(arguments.data),
+        Path(arguments.output),
+        Protocol(**given),
+        arguments.max_train,
+        getattr(arguments, "jobs", None) or 1,
+        getattr(arguments, "checkpoints", None),
+    )
 
 
 def _evaluate_mlm(arguments: argparse.Namespace) -> int:
@@ -216,15 +238,17 @@ def _evaluate_mlm(arguments: argparse.Namespace) -> int:
     if arguments.output:
         check_output_file(arguments.output, "--output")
 
+    configure(arguments.verbosity)
+
     def run() -> None:
         from maskvr_ds.downstream import mlm
 
         corpus = mlm.evaluation_corpus(Path(arguments.data))
         rows = min(arguments.rows or 1024, corpus.rows)
-        models = [Path(model) for model in arguments.models]
-        found = mlm.evaluate(models, corpus, rows=rows, micro_size=arguments.micro_size or 32)
+        found = mlm.evaluate(arguments.models, corpus, rows=rows, micro_size=arguments.micro_size or 32)
         entropy = next(iter(found.values()))["held_out_unigram_entropy"]
-        print(f"{corpus.folder}: {rows:,} of {corpus.rows:,} rows; unigram entropy {entropy:.4f} nats per token")
+        of = f"{corpus.rows:,} row{'s' * (corpus.rows != 1)}"
+        print(f"{corpus.folder}: {rows:,} of {of}; unigram entropy {entropy:.4f} nats per token")
         print(mlm.table(found))
         if arguments.output:
             mlm.write(Path(arguments.output), found, corpus, rows)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
+from maskvr_ds.cli.attention import add_attention
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
 from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
@@ -19,7 +20,7 @@ from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
     *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_finetune, add_evaluate),
-    *(add_plot, add_health, add_variance, add_compare, add_benchmark),
+    *(add_plot, add_health, add_attention, add_variance, add_compare, add_benchmark),
 )
 # Optional package -> extra that installs it.
 _EXTRAS = {

@@ -5,6 +5,7 @@ folder. config.yaml thus has the folder of one commit, which does not change whe
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from data_pipeline.hub import MODEL_FILES, local_folder, parse_name, snapshot_name
 from maskvr_ds.config.loading import assign, read_yaml
 from maskvr_ds.run_folder.layout import CONFIG
+
+logger = logging.getLogger(__name__)
 
 
 def with_local_model(config: str | Path, assignments: Sequence[str]) -> list[str]:
@@ -27,13 +30,13 @@ def with_local_model(config: str | Path, assignments: Sequence[str]) -> list[str
     given = _initial(values)
     if given is None or (parsed := parse_name(given)) is None:
         if given is not None:
-            local_folder(given, MODEL_FILES, "model.initialize_from")
+            local_folder(given, MODEL_FILES, "model.initialize_from", logger)
         return list(assignments)
     stored = _initial_of_run(values.get("output_dir"))
     if stored == given:
         return list(assignments)
     folder = stored if stored is not None and _is_of(stored, *parsed) else None
-    folder = folder or str(local_folder(given, MODEL_FILES, "model.initialize_from"))
+    folder = folder or str(local_folder(given, MODEL_FILES, "model.initialize_from", logger))
     return [*assignments, f"model.initialize_from={json.dumps(folder)}"]
 
 

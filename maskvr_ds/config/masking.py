@@ -41,12 +41,23 @@ _ADDED: dict[str, Any] = {"rate_decay": "linear"}
 
 
 class SpanConfig(Section):
-    """Strategy span: lengths g in words, P(g) ∝ p (1 − p)^(g−1) for g ≤ max_length (SpanBERT, arXiv 1907.10529)."""
+    """Strategy span: lengths g in words, for g ≤ max_length P(g) ∝ p (1 − p)^(g−1) (SpanBERT, arXiv 1907.10529), or 1/g
+    (ALBERT, arXiv 1909.11942)."""
 
+    lengths: Literal["geometric", "inverse"] = "geometric"
+    """geometric: of SpanBERT; inverse: 1/g, of ALBERT's n-grams, whose longest have 3 words."""
     geometric_p: OpenShare = 0.2
     """p of the geometric distribution."""
     max_length: Annotated[PositiveCount, Field(le=512)] = 10
     """Longest span, in words."""
+
+    @model_validator(mode="after")
+    def _p_of_geometric(self) -> Self:
+        if self.lengths != "geometric" and "geometric_p" in self.model_fields_set and self.geometric_p != 0.2:
+            raise ValueError(
+                f"geometric_p {self.geometric_p:g} belongs to lengths geometric; lengths is {self.lengths}"
+            )
+        return self
 
 
 class FullyExploredConfig(Section):
@@ -225,6 +236,8 @@ class MaskingConfig(Section):
         """The settings that must not change within a phase."""
         values = self.dump()
         del values["change_at_resume"]
+        if values.get("span", {}).get("lengths") == "geometric":
+            del values["span"]["lengths"]  # checkpoints of earlier versions lack it
         for name, before in _ADDED.items():
             if values[name] == before:
                 del values[name]

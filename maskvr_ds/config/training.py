@@ -243,3 +243,6 @@ class MonitorConfig(Section):
     histogram_every: Steps = 100
     """Steps between histograms of LAMB's trust ratios (TensorBoard, Weights & Biases) and lines of trust_ratios.jsonl,
     which lists them per tensor; 0: never."""
+    health_every: Steps = 0
+    """Steps between measurements of activations and attention by layer on a few fixed rows, by one forward pass without
+    dropout (keys health_* of metrics.jsonl); 0: never."""

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,32 @@ class Row:
         return [run["identity"]["seed"] for run in self.runs if run["diverged"]]
 
 
-class Evaluator:
-    """Runs of one task. done: how many were computed; reused: how many were stored already."""
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning of a model. purpose: selection (without the held-out part, which is predicted) or final."""
 
-    def __init__(self, store: RunStore, data: TaskData, protocol: Protocol) -> None:
-        self.store, self.data, self.protocol = store, data, protocol
+    purpose: str
+    learning_rate: float
+    seed: int
+
+    def label(self, encoder: Encoder) -> str:
+        return f"{Path(encoder.name).name}-{self.purpose}-{self.learning_rate:g}-seed{self.seed}"
+
+
+class Evaluator:
+    """Runs of one task. done: how many were computed; reused: how many were stored already. computed: those of this
+    command that other processes have computed and stored. report: called with a line for each run of a model."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        data: TaskData,
+        protocol: Protocol,
+        report: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.store, self.data, self.protocol, self.report = store, data, protocol, report
         self.done = self.reused = 0
+        self.computed: set[tuple[Encoder, Run]] = set()
 
     def rows(self, encoders: Sequence[Encoder]) -> list[Row]:
         """Baselines first, then the models in their order. Raises TaskError, or OSError if a run cannot be stored."""
@@ -104,19 +125,15 @@ class Evaluator:
             predictions, strength = bag_of_words(self.data)
             return {"predictions": predictions, "strength": strength, "diverged": None}
 
-        run = self._get(BAG_OF_WORDS, self._identity("final", self.data.train, self.data.dev), make)
+        run, stored = self.store.get(BAG_OF_WORDS, self._identity("final", self.data.train, self.data.dev), make)
+        self._count(BAG_OF_WORDS, run, stored=stored)
         chosen = "minimum_cosine" if self.data.task.kind is Kind.SPAN else "inverse_regularisation"
         return Row(BAG_OF_WORDS, (run,), settings={chosen: run["strength"]})
 
     def encoder(self, encoder: Encoder) -> Row:
         """The choice of a learning rate, and one final run per seed."""
         choice = self.choose(encoder)
-        runs = tuple(
-            self._answered(
-                self.run(encoder, "final", self.data.train, self.data.dev, choice.learning_rate, seed), choice
-            )
-            for seed in range(self.protocol.seeds)
-        )
+        runs = tuple(self._answered(self.run(encoder, run), choice) for run in self.final(choice))
         return Row(encoder.name, runs, choice, asdict(self.protocol.settings(self.data.task)))
 
     def kept(self, encoder: Encoder, seed: int, folder: Path) -> Row:
@@ -125,26 +142,45 @@ class Evaluator:
         The final run is repeated if it is stored, as its model is not. Nothing is saved if it diverges.
         """
         choice = self.choose(encoder)
-        run = self.run(encoder, "final", self.data.train, self.data.dev, choice.learning_rate, seed, keep=folder)
+        run = self.run(encoder, Run("final", choice.learning_rate, seed), keep=folder)
         return Row(encoder.name, (self._answered(run, choice),), choice, asdict(self.protocol.settings(self.data.task)))
 
-    def choose(self, encoder: Encoder) -> Choice:
+    def selection(self) -> list[Run]:
+        """Runs that a model's learning rate, or threshold, is chosen by."""
+        if not self.protocol.chooses(self.data.task):
+            return []
+        rates, seeds = self.protocol.rates(self.data.task), range(self.protocol.selection_seeds)
+        return [Run("selection", rate, seed) for rate in rates for seed in seeds]
+
+    def final(self, choice: Choice) -> list[Run]:
+        return [Run("final", choice.learning_rate, seed) for seed in range(self.protocol.seeds)]
+
+    def missing(self, encoder: Encoder) -> list[Run]:
+        """Runs that can be computed now: those of the selection that are not stored or, if all are, final ones.
+
+        Raises TaskError if no learning rate can be chosen.
+        """
+        if absent := [run for run in self.selection() if self._stored(encoder, run) is None]:
+            return absent
+        choice = self.choose(encoder, lambda run: self._stored(encoder, run) or {})
+        return [run for run in self.final(choice) if self._stored(encoder, run) is None]
+
+    def choose(self, encoder: Encoder, get: Callable[[Run], Content] | None = None) -> Choice:
         """The learning rate with the highest mean score on the held-out part of the training set; of equal ones the
-        lowest. Raises TaskError if all diverge."""
+        lowest. get: a run's content; by default it is computed if it is not stored. Raises TaskError if all diverge."""
         task = self.data.task
         rates = self.protocol.rates(task)
         if not self.protocol.chooses(task):
             return Choice(rates[0])
-        fit, held_out = hold_out(self.data.train, task)
+        content = {run: get(run) if get else self.run(encoder, run) for run in self.selection()}
+        _, held_out = self._held_out
         truth = targets(task, self.data.labels, held_out)
         tried: list[Content] = []
         means: dict[float, float] = {}
         thresholds: dict[float, float | None] = {}
         for rate in rates:
-            found = []
-            for seed in range(self.protocol.selection_seeds):
-                run = self.run(encoder, "selection", fit, {"held_out": held_out}, rate, seed)
-                found.append(None if run["diverged"] else run["predictions"]["held_out"])
+            mine = [found for run, found in content.items() if run.learning_rate == rate]
+            found = [None if run["diverged"] else run["predictions"]["held_out"] for run in mine]
             thresholds[rate] = None
             if task.unanswerable and (complete := [run for run in found if run is not None]):
                 thresholds[rate], _ = spans.choose_threshold(truth, complete)
@@ -171,19 +207,27 @@ class Evaluator:
         found = {name: self._final(predictions, choice.threshold) for name, predictions in run["predictions"].items()}
         return {**run, "predictions": found}
 
-    def run(
-        self,
-        encoder: Encoder,
-        purpose: str,
-        train: Split,
-        evaluate: dict[str, Split],
-        learning_rate: float,
-        seed: int,
-        *,
-        keep: Path | None = None,
-    ) -> Content:
-        """One fine-tuning, unless it is stored and no model is to be kept. `diverged` is None, or names the step."""
-        settings = self.protocol.settings(self.data.task)
+    @cached_property
+    def _held_out(self) -> tuple[Split, Split]:
+        return hold_out(self.data.train, self.data.task)
+
+    def _splits(self, run: Run) -> tuple[Split, dict[str, Split]]:
+        """What a run trains on, and what it predicts."""
+        if run.purpose == "final":
+            return self.data.train, self.data.dev
+        fit, held_out = self._held_out
+        return fit, {"held_out": held_out}
+
+    def _stored(self, encoder: Encoder, run: Run) -> Content | None:
+        return self.store.find(self._run_identity(encoder, run))
+
+    def run(self, encoder: Encoder, run: Run, *, keep: Path | None = None) -> Content:
+        """One fine-tuning, unless it is stored and no model is to be kept. `diverged` is None, or names the step.
+
+        Raises TaskError for lack of memory; other errors have a note that names the run.
+        """
+        label = run.label(encoder)
+        train, evaluate = self._splits(run)
 
         def make() -> Content:
             try:
@@ -193,24 +237,37 @@ class Evaluator:
                     self.data.labels,
                     train,
                     evaluate,
-                    settings,
-                    learning_rate=learning_rate,
-                    seed=seed,
+                    self.protocol.settings(self.data.task),
+                    learning_rate=run.learning_rate,
+                    seed=run.seed,
                     keep=keep,
                 )
             except DivergenceError as error:
                 return {"diverged": str(error), "predictions": {}}
+            except (MemoryError, torch.OutOfMemoryError):
+                raise TaskError(
+                    f"{self.data.task.name}: {label}: out of memory; lower --batch-size, --max-length or --jobs"
+                ) from None
+            except Exception as error:
+                error.add_note(f"in the run {label} of {self.data.task.name}")
+                raise
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             return {"diverged": None, **asdict(outcome), "versions": versions}
 
-        identity = self._identity(purpose, train, evaluate) | {
+        content, stored = self.store.get(label, self._run_identity(encoder, run), make, repeat=keep is not None)
+        if (encoder, run) in self.computed:
+            self.done += 1  # reported already
+        else:
+            self._count(label, content, stored=stored)
+        return content
+
+    def _run_identity(self, encoder: Encoder, run: Run) -> Content:
+        return self._identity(run.purpose, *self._splits(run)) | {
             "model": encoder.digest,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            **settings.identity(),
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+            **self.protocol.settings(self.data.task).identity(),
         }
-        label = f"{Path(encoder.name).name}-{purpose}-{learning_rate:g}-seed{seed}"
-        return self._get(label, identity, make, repeat=keep is not None)
 
     def _identity(self, purpose: str, train: Split, evaluate: dict[str, Split]) -> Content:
         """Predictions do not depend on the labels of the evaluation sets; nor does a stored run."""
@@ -224,11 +281,13 @@ class Evaluator:
             "evaluate": unlabelled,
         }
 
-    def _get(self, label: str, identity: Content, make: Callable[[], Content], *, repeat: bool = False) -> Content:
-        content, stored = self.store.get(label, identity, make, repeat=repeat)
+    def _count(self, label: str, content: Content, *, stored: bool) -> None:
         self.reused += stored
         self.done += not stored
+        self.report(self.line(label, content, stored=stored))
+
+    def line(self, label: str, content: Content, *, stored: bool) -> str:
+        """How a run ended."""
         how = "stored" if stored else f"{content.get('train_seconds', 0):.0f} s"
         failed = f": {content['diverged']}" if content["diverged"] else ""
-        logger.info("%s: %s (%s)%s", self.data.task.name, label, how, failed)
-        return content
+        return f"{self.data.task.name}: {label} ({how}){failed}"

@@ -1,6 +1,6 @@
 """Masked-token figures of a model folder on a corpus: what training logs as held-out figures, for any model.
 
-One process. The model may be a run (its newest checkpoint), a checkpoint, or a Hugging Face folder, as
+One process. The model may be a run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a name on a hub, as
 `model.initialize_from` takes it. A checkpoint attends within documents if it was trained so (data.attention), a folder
 within rows. Weights are fp32, so that figures of a run trained in bf16 differ slightly from those
 in its metrics.jsonl.
@@ -18,6 +18,7 @@ from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
 from maskvr_ds.config.objectives import PAIR_CLASSES
 from maskvr_ds.data.documents import check_borders
+from maskvr_ds.downstream.locate import locate
 from maskvr_ds.models import pretrained
 from maskvr_ds.models.capabilities import check_length
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -29,7 +30,7 @@ from maskvr_ds.models.initial_folder import (
     weights_files,
 )
 from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.run_folder.layout import BERT, MANIFEST
+from maskvr_ds.run_folder.layout import BERT
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.training.held_out import KINDS, HeldOut
@@ -57,15 +58,16 @@ class Source:
     is_checkpoint: bool
 
 
-def find_model(folder: Path, corpus: Corpus) -> Source:
-    """What to read for a run, a checkpoint or a Hugging Face folder; reads no weights.
+def find_model(model: str, corpus: Corpus) -> Source:
+    """What to read for a run, a checkpoint, a Hugging Face folder or a name on a hub; reads no weights.
 
-    Raises CheckpointError or ConfigError if it is none of them, has another vocabulary than the corpus, or fewer
-    positions than its rows have tokens.
+    Raises CheckpointError, ConfigError or HubError if it is none of them, has another vocabulary than the corpus, or
+    fewer positions than its rows have tokens.
     """
+    folder, is_checkpoint = locate(model)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a run, a checkpoint or a model saved by transformers")
-    if is_checkpoint := bool((folder / MANIFEST).is_file() or checkpoints.complete_checkpoints(folder)):
+    if is_checkpoint:
         folder = checkpoints.newest(folder)
     else:
         weights_files(folder)
@@ -80,8 +82,11 @@ def find_model(folder: Path, corpus: Corpus) -> Source:
     return Source(folder, is_checkpoint)
 
 
-def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
-    """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged."""
+def load_masked_lm(source: Source, corpus: Corpus, *, new_head: bool | None = False) -> MaskedLanguageModel:
+    """The model in fp32, on this process's device. Raises CheckpointError or ConfigError if its weights are damaged.
+
+    new_head: None: a folder may lack the prediction head, which is then random: for what does not depend on it.
+    """
     if source.is_checkpoint:
         checkpoints.verify(source.folder)
         separator = separator_of(checkpoints.read_state(source.folder))
@@ -96,18 +101,19 @@ def load_masked_lm(source: Source, corpus: Corpus) -> MaskedLanguageModel:
         rows = table_rows(source.folder)
         module = MaskedLanguageModel(encoder_config(config, corpus, rows, pair_head=pair_head))
         # Without a head there is nothing to evaluate.
-        pretrained.load(module.mlm, InitialWeights(source.folder, weights_digest(source.folder), new_head=False))
+        pretrained.load(module.mlm, InitialWeights(source.folder, weights_digest(source.folder), new_head))
     check_length(module.eval(), corpus.sequence_length)
     return module.to(distributed.device())
 
 
-def evaluate(models: Sequence[Path], corpus: Corpus, *, rows: int, micro_size: int) -> dict[str, dict[str, float]]:
+def evaluate(models: Sequence[str], corpus: Corpus, *, rows: int, micro_size: int) -> dict[str, dict[str, float]]:
     """Model -> its held-out figures (`HeldOut.figures`). Call after `distributed.initialize`, in one process.
 
-    rows: maximum number of rows, in the order in which training takes them. micro_size: sequences per forward pass.
+    models: as for `find_model`. rows: maximum number of rows, in the order in which training takes them. micro_size:
+    sequences per forward pass.
     All models are looked at before the first is evaluated.
     """
-    sources = {str(model): find_model(model, corpus) for model in models}
+    sources = {model: find_model(model, corpus) for model in models}
     held_out = HeldOut(corpus, rows=rows, micro_size=micro_size, rank=0, world_size=1, device=distributed.device())
     return {name: held_out.figures(load_masked_lm(source, corpus)) for name, source in sources.items()}
 

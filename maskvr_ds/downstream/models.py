@@ -1,4 +1,5 @@
-"""Models to be fine-tuned: runs and checkpoints (exported to a temporary folder) or folders of transformers."""
+"""Models to be fine-tuned: runs and checkpoints (exported to a temporary folder), folders of transformers, and names on
+a hub (data_pipeline/hub.py)."""
 
 import hashlib
 import json
@@ -20,9 +21,8 @@ from transformers import (
 from transformers.utils import logging
 
 from maskvr_ds.checkpoint.export import export
+from maskvr_ds.downstream.locate import locate
 from maskvr_ds.downstream.tasks import Kind, TaskError
-from maskvr_ds.run_folder import checkpoints
-from maskvr_ds.run_folder.layout import MANIFEST
 from maskvr_ds.runtime.files import sha256
 
 _CONFIG = "config.json"
@@ -106,8 +106,8 @@ def prepared(models: Sequence[str], lengths: Mapping[Kind, int]) -> Iterator[lis
     """The models, checked for these kinds of tasks and their lengths in tokens (`check`). Runs and checkpoints are
     exported to a temporary folder, which exists as long as the context.
 
-    models: run (its newest checkpoint), checkpoint, or folder of transformers. Raises TaskError, CheckpointError or
-    ExportError before the first one is evaluated.
+    models: run (its newest checkpoint), checkpoint, folder of transformers, or name on a hub. Raises TaskError,
+    HubError, CheckpointError or ExportError before the first one is evaluated.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -121,10 +121,10 @@ def prepared(models: Sequence[str], lengths: Mapping[Kind, int]) -> Iterator[lis
 
 
 def _prepare(name: str, exported: Path) -> Encoder:
-    folder = Path(name)
+    folder, is_checkpoint = locate(name)
     if not folder.is_dir():
         raise TaskError(f"{name}: no such folder; expected a run, a checkpoint or a model saved by transformers")
-    if (folder / MANIFEST).is_file() or checkpoints.complete_checkpoints(folder):
+    if is_checkpoint:
         export(folder, exported)
         folder = exported
     if not (folder / _CONFIG).is_file():

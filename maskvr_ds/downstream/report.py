@@ -67,7 +67,7 @@ def tables(task: str, report: Content) -> str:
         rate = row["learning_rate"]
         cells = [_score(row["scores"][column], row["diverged_seeds"]) for column in columns]
         body.append([name, "–" if rate is None else f"{rate:g}", str(len(row["seconds"])), *cells])
-    lines += [*_aligned(body), "", *_notes(report)]
+    lines += [*aligned(body), "", *_notes(report)]
     lines += [f"Differences, {LEVEL:.0%} interval of a paired bootstrap ({RESAMPLES:,} resamples):", ""]
     for column, found in report["differences"].items():
         for entry in found:
@@ -101,13 +101,18 @@ def _notes(report: Content) -> list[str]:
 
 
 def _score(entry: Content, diverged: list[int]) -> str:
-    if diverged:
-        return f"diverged (seed {', '.join(map(str, diverged))})"
+    return f"diverged (seed {', '.join(map(str, diverged))})" if diverged else score_cell(entry)
+
+
+def score_cell(entry: Content) -> str:
+    """Mean × 100 and, of several runs, the standard deviation."""
+    if entry["mean"] is None:
+        return "diverged"
     spread = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
     return f"{100 * entry['mean']:.1f}{spread}"
 
 
-def _aligned(body: list[list[str]]) -> list[str]:
+def aligned(body: list[list[str]]) -> list[str]:
     """A Markdown table; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     lines = [

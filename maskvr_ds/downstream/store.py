@@ -43,11 +43,7 @@ class RunStore:
         stored. A damaged file is kept as a copy and computed again.
         """
         identity = {"format": FORMAT, **identity}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        folder = self.folder / RUNS / identity["task"]
-        name = re.sub(r"[^\w.-]+", "_", label)[-80:]
-        # Perhaps under another label: the same model in another folder.
-        path = next(iter(sorted(folder.glob(f"*-{digest}.json"))), folder / f"{name}-{digest}.json")
+        path = self._path(identity, label)
         if path.exists() and not repeat:
             try:
                 content = read_json(path)
@@ -58,6 +54,22 @@ class RunStore:
                 fault = f"is damaged ({error})"
             logger.warning("%s: %s; the run is repeated, the file kept as %s", path, fault, keep_copy(path).name)
         content = {"identity": identity, **make()}
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(content, allow_nan=False) + "\n")
         return content, False
+
+    def find(self, identity: Content) -> Content | None:
+        """The stored run of this identity; None if there is none, or it is damaged."""
+        identity = {"format": FORMAT, **identity}
+        try:
+            content = read_json(self._path(identity, "none"))
+            return content if content["identity"] == identity else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+
+    def _path(self, identity: Content, label: str) -> Path:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self.folder / RUNS / identity["task"]
+        name = re.sub(r"[^\w.-]+", "_", label)[-80:]
+        # Perhaps under another label: the same model in another folder.
+        return next(iter(sorted(folder.glob(f"*-{digest}.json"))), folder / f"{name}-{digest}.json")

@@ -19,7 +19,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.masking.parameters import corpus_parameters
-from maskvr_ds.masking.pareto import POSITION_BITS, pareto_sample
+from maskvr_ds.masking.pareto import LONGEST, pareto_sample
 from maskvr_ds.masking.strategies import (
     CORRUPTION,
     STRATEGIES,
@@ -64,7 +64,7 @@ class Masker:
         corruption: how predicted positions are replaced; default 80% [MASK], 10% random.
         device: device of the batches.
 
-    Raises ValueError for an unknown strategy, a rate outside (0, 1), or L above 4,096.
+    Raises ValueError for an unknown strategy, a rate outside (0, 1), or L above 8,192.
     """
 
     def __init__(
@@ -87,10 +87,8 @@ class Masker:
         for name, value in (("rate", rate), ("final_rate", rate if final_rate is None else final_rate)):
             if not 0 < value < 1:
                 raise ValueError(f"masking.{name} is {value}; it must lie between 0 and 1, both excluded")
-        if sequence_length > 1 << POSITION_BITS:
-            raise ValueError(
-                f"sequence length {sequence_length} exceeds {1 << POSITION_BITS}, the maximum for drawing masks"
-            )
+        if sequence_length > LONGEST:
+            raise ValueError(f"sequence length {sequence_length} exceeds {LONGEST}, the maximum for drawing masks")
         self.strategy = STRATEGIES[strategy]
         self.parameters = (parameters or Parameters()).to(device)
         self.rate, self.final_rate = rate, final_rate

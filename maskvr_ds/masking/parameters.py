@@ -28,7 +28,8 @@ def strategy_parameters(
     )
     if masking.strategy in ("whole_word", "span"):
         starts = torch.from_numpy(word_starts(tokenizer, vocab_size))
-        thresholds = span_thresholds(masking.span.geometric_p, masking.span.max_length)
+        p = masking.span.geometric_p if masking.span.lengths == "geometric" else None
+        thresholds = span_thresholds(p, masking.span.max_length)
         parameters = replace(parameters, word_starts=starts, span_thresholds=thresholds)
         if (ends := word_ends(tokenizer, vocab_size)) is not None:
             parameters = replace(parameters, word_ends=torch.from_numpy(ends))

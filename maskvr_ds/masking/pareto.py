@@ -13,13 +13,21 @@ import torch
 
 from maskvr_ds import hashing
 
-# The low bits of a sampling key hold the position: keys of a row are distinct, and the position is read from the key.
-POSITION_BITS = 12
-POSITION_MASK = (1 << POSITION_BITS) - 1
-NEVER = ~POSITION_MASK & torch.iinfo(torch.int64).max
-# Scores are rounded to multiples of 1/_UNITS of the row's maximum: sums of 2^12 of them, and products with counts, are
-# exact.
+# Longest row. Scores are rounded to multiples of 1/_UNITS of the row's maximum: sums of 2^13 of them, and products with
+# counts, are exact in float64.
+LONGEST = 1 << 13
 _UNITS = 2.0**40
+
+
+def position_bits(length: int) -> int:
+    """The number of low bits of a sampling key that hold the position: keys of a row are distinct, and the position is
+    read from the key. 12 for rows of up to 4,096 tokens, whatever their length."""
+    return max(12, (length - 1).bit_length())
+
+
+def never(bits: int) -> int:
+    """The largest key, with position 0. bits: from `position_bits`."""
+    return -1 << bits & torch.iinfo(torch.int64).max
 
 
 def pareto_sample(
@@ -42,21 +50,23 @@ def pareto_sample(
     Returns: positions int64 [B, K], in order of their rank, and used bool [B, K]: slot j is used if j < count.
     """
     length = bits.shape[1]
+    low = position_bits(length)
+    mask = (1 << low) - 1
     if inclusion.shape[1] == 1:
         # Equal probabilities within a row: every increasing function of u gives the same ranking, also the bits.
-        keys = bits & ~POSITION_MASK
+        keys = bits & ~mask
     else:
         u = hashing.unit_interval(bits)
         odds_ratio = (u / (1 - u)) * ((1 - inclusion) / inclusion)
-        # Non-negative float64 sort like their bits. 40 bits of the mantissa are kept: far finer than any π.
-        keys = odds_ratio.view(torch.int64) & ~POSITION_MASK
-    keys.masked_fill_(~maskable, NEVER)
+        # Non-negative float64 sort like their bits. 39 or 40 bits of the mantissa are kept: far finer than any π.
+        keys = odds_ratio.view(torch.int64) & ~mask
+    keys.masked_fill_(~maskable, never(low))
     if inclusion.shape[1] > 1:
         keys.masked_fill_(_drawn_alone(inclusion, bits, maskable) & (counts == 1)[:, None], 0)
     keys += torch.arange(length, device=bits.device)
     lowest = smallest(keys, width)
     used = torch.arange(width, device=counts.device) < counts[:, None]
-    return lowest & POSITION_MASK, used
+    return lowest & mask, used
 
 
 def _drawn_alone(inclusion: torch.Tensor, bits: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ counts.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,10 @@ from maskvr_ds.masking.checks import round_half_up
 from maskvr_ds.masking.conditional_poisson import ConditionalPoisson, odds_of
 from maskvr_ds.masking.estimators import ESTIMATORS, Draw, horvitz_thompson
 from maskvr_ds.masking.pareto import (
-    NEVER,
-    POSITION_BITS,
-    POSITION_MASK,
     ascending,
+    never,
     pareto_sample,
+    position_bits,
     proposal_to_inclusion,
 )
 
@@ -206,13 +206,15 @@ def fully_explored(rows: Rows, _: Parameters) -> Selection:
     segment = rows.batch.epochs - first_epochs
     keys = row_keys(rows.seed, replace(rows.batch, epochs=first_epochs))[:, None]
     bits = hashing.stream(keys, rows.places + SELECTION)
-    order = ascending((bits & ~POSITION_MASK).masked_fill_(~rows.maskable, NEVER) + rows.places)
+    low = position_bits(bits.shape[1])
+    mask = (1 << low) - 1
+    order = ascending((bits & ~mask).masked_fill_(~rows.maskable, never(low)) + rows.places)
     # Segment = the ranks r with ⌊r S/n⌋ = segment.
     first = torch.div(segment * rows.n + s - 1, s, rounding_mode="floor")
     size = torch.div((segment + 1) * rows.n + s - 1, s, rounding_mode="floor") - first
     slots = torch.arange(rows.width, device=first.device)
     ranks = (first[:, None] + slots) % order.shape[1]
-    positions = order.gather(1, ranks) & POSITION_MASK
+    positions = order.gather(1, ranks) & mask
     return Selection(positions, slots < size[:, None], torch.ones_like(positions, dtype=torch.float64))
 
 
@@ -234,7 +236,8 @@ def whole_word(rows: Rows, parameters: Parameters) -> Selection:
 def span(rows: Rows, parameters: Parameters) -> Selection:
     """Spans of whole words of geometrically distributed length (SpanBERT, Joshi et al. 2020, arXiv 1907.10529).
 
-    The row is tiled with spans of G words each, P(G = g) ∝ p (1 − p)^(g−1) for g ≤ longest; spans are taken in random
+    The row is tiled with spans of G words each, P(G = g) ∝ p (1 − p)^(g−1), or 1/g (n-grams of ALBERT, Lan et al. 2019,
+    arXiv 1909.11942), for g ≤ longest; spans are taken in random
     order until k tokens are reached. The last one is truncated at a word boundary (SpanBERT: at any token), and single
     words of the next span fill the remaining budget by the rule of `whole_word`. Differences from SpanBERT: spans do
     not overlap and end at special tokens; corruption is per token; there is no span boundary objective.
@@ -259,8 +262,12 @@ def span(rows: Rows, parameters: Parameters) -> Selection:
     return _in_groups(rows, _latest(starts_span, rows.places), word)
 
 
-def span_thresholds(p: float, longest: int) -> torch.Tensor:
-    """int64 [longest − 1]: G = 1 + the number of thresholds that 24 random bits reach, P(G = g) ∝ p (1 − p)^(g−1)."""
+def span_thresholds(p: float | None, longest: int) -> torch.Tensor:
+    """int64 [longest − 1]: G = 1 + the number of thresholds that 24 random bits reach, P(G = g) ∝ p (1 − p)^(g−1); p
+    None: P(G = g) ∝ 1/g (ALBERT)."""
+    if p is None:
+        sums = list(accumulate(1 / g for g in range(1, longest + 1)))
+        return torch.tensor([round(x / sums[-1] * 2**24) for x in sums[:-1]], dtype=torch.int64)
     total = 1 - (1 - p) ** longest
     return torch.tensor([round((1 - (1 - p) ** g) / total * 2**24) for g in range(1, longest)], dtype=torch.int64)
 
@@ -293,8 +300,9 @@ def _in_groups(rows: Rows, group: torch.Tensor, word: torch.Tensor) -> Selection
     group, word: int64 [B, L], start of the group and of the word of each token; words lie within groups.
     """
     bits = hashing.stream(rows.keys, group + SELECTION)
-    keys = (bits >> 2 * POSITION_BITS << 2 * POSITION_BITS) + (group << POSITION_BITS)
-    order = ascending(keys.masked_fill_(~rows.maskable, NEVER) + rows.places) & POSITION_MASK
+    low = position_bits(bits.shape[1])
+    keys = (bits >> 2 * low << 2 * low) + (group << low)
+    order = ascending(keys.masked_fill_(~rows.maskable, never(low)) + rows.places) & ((1 << low) - 1)
     sizes = torch.zeros_like(word).scatter_add_(1, word, rows.maskable.long())
     word_in_order = word.gather(1, order)
     size = sizes.gather(1, word_in_order)

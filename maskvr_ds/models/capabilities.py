@@ -104,7 +104,7 @@ def _shallow(module: MaskedLanguageModel) -> MaskedLanguageModel:
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1]
-        return MaskedLanguageModel(config).train(module.training)
+        return MaskedLanguageModel(config, separator=module.separator).train(module.training)
     except (ConfigError, AttributeError, ValueError):
         return module
 

@@ -13,6 +13,7 @@ For sentence pairs the model is the architecture's ...ForPreTraining: a pooler, 
 state inside of the encoder, and a binary head on it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,10 @@ class MaskedLanguageModel(nn.Module):
         separator: int | None = None,
     ) -> None:
         super().__init__()
-        self.mlm: PreTrainedModel = model if isinstance(model, PreTrainedModel) else build(model)
+        if not isinstance(model, PreTrainedModel):
+            # Attention within documents is noted in the configuration: not in that of the caller.
+            model = build(model if separator is None else copy.deepcopy(model))
+        self.mlm: PreTrainedModel = model
         self.has_pair_head = type(self.mlm).__name__ in PAIR_CLASSES.values()
         self._positions: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None

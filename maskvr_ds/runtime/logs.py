@@ -5,7 +5,9 @@ are left alone. A message never raises: a closed terminal or a full disk must no
 """
 
 import argparse
+import contextlib
 import logging
+import sys
 
 from maskvr_ds.runtime import terminal
 
@@ -17,7 +19,16 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         descriptor = terminal.ERR if record.levelno >= logging.WARNING else terminal.OUT
+        _clear_bars()
         terminal.say(self.format(record), descriptor)
+
+
+def _clear_bars() -> None:
+    """Clear progress bars on the terminal, which their next update draws again: a message would continue their line."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in tuple(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else ():
+        with contextlib.suppress(OSError, ValueError):  # closed
+            bar.clear()
 
 
 class _Formatter(logging.Formatter):

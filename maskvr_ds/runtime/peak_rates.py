@@ -3,7 +3,8 @@
 import torch
 
 # Dense matrix products in 16 bits with accumulation in fp32, in TFLOP/s, from NVIDIA's data sheets of each GPU, "Tensor
-# Core" rows (half of what they give with sparsity), and for RTX from the whitepapers of Ampere GA102 and Ada. The first entry that is part of the device's name counts.
+# Core" rows (half of what they give with sparsity), and for RTX from the whitepapers of Ampere GA102 and Ada. The first
+# entry that is part of the device's name counts.
 _TFLOPS_16_BIT = {
     "B200": 2250.0,
     "H200": 989.0,

@@ -20,6 +20,8 @@ AUTO_EVENT = "auto"
 HELD_OUT_EVENT = "held_out"
 TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
 UPDATE_RMS_FIGURES = ("update_rms_median", "update_rms_max")
+# What monitor.health_every adds (training/health.py).
+HEALTH = "health_"
 # Metrics of MAPNet that are 1 for uniform masks (masking/proposer.py).
 PROPOSAL_FIGURES = ("variance_ratio", "effective_sample_size", "proposal_entropy")
 

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.files import atomic_file
 from maskvr_ds.config import ConfigError, MonitorConfig
 from maskvr_ds.run_folder.layout import CSV, TENSORBOARD, WANDB_ID
-from maskvr_ds.telemetry.metrics_file import TRUST_RATIO_FIGURES, UPDATE_RMS_FIGURES
+from maskvr_ds.telemetry.metrics_file import HEALTH, TRUST_RATIO_FIGURES, UPDATE_RMS_FIGURES
 
 _HELD_OUT = "held_out_"
 
@@ -22,6 +22,8 @@ def curve_name(key: str) -> str:
     """Name of a curve from its key in metrics.jsonl: held_out/loss, lamb/trust_ratio_min, train/loss."""
     if key.startswith(_HELD_OUT):
         return "held_out/" + key.removeprefix(_HELD_OUT)
+    if key.startswith(HEALTH):
+        return "health/" + key.removeprefix(HEALTH)
     if key in TRUST_RATIO_FIGURES:
         return f"lamb/{key}"
     return f"stable_adamw/{key}" if key in UPDATE_RMS_FIGURES else f"train/{key}"

@@ -54,6 +54,8 @@ def plot_loss(metrics: Path, output: Path) -> None:
         axes.fill_between(steps, lowest, highest, alpha=0.25, linewidth=0, label="minimum to maximum over tensors")
         axes.plot(steps, median, linewidth=0.8, label="median over tensors")
         axes.set_yscale("log")
+        # Room for the legend.
+        axes.margins(y=0.12)
         axes.set_ylabel("LAMB's trust ratio:\nnorm of weights ÷ of update")
     if with_proposal:
         axes = panels[-1, 0]
@@ -63,7 +65,8 @@ def plot_loss(metrics: Path, output: Path) -> None:
     axes.set_xlabel("optimizer step")
     for axes in panels.flat:
         axes.grid(alpha=0.3)
-        axes.legend()
+        # Above the curves, which fill the lower panels.
+        axes.legend(loc="upper right", ncols=3, fontsize="small", framealpha=0.9)
     figure.tight_layout()
     figure.savefig(output)
     plt.close(figure)

@@ -4,15 +4,17 @@
 torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.hub import HubError
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
-from maskvr_ds.config import ConfigError, RunConfig, run_deepspeed_config
+from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_config, with_local_model
 from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.documents import remarks as document_remarks
 from maskvr_ds.data.mixture import members, open_mixture
@@ -27,6 +29,42 @@ from maskvr_ds.training.length import with_steps
 
 # Part of the measurement: with another seed, held-out figures would not be comparable.
 HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A valid configuration, and what is wrong with what it refers to: faults of settings and of files, and remarks.
+
+    config: model.initialize_from is a folder, and training.steps are known, if nothing is wrong with the files.
+    """
+
+    config: RunConfig
+    settings: list[str]
+    files: list[str]
+    remarks: list[str]
+
+
+def check_run(path: str, assignments: Sequence[str], ranks: int | None, *, files: bool = True) -> CheckedRun:
+    """Everything that can be known of a run on this machine. Names on a hub are resolved. Call in one process.
+
+    path, assignments: as for `load_config`. ranks: of the run, if known. files: False: corpora, tokenizers and the
+    initial model are not looked at. Raises ConfigError for an invalid configuration.
+    """
+    unresolved: list[str] = []
+    if files:
+        try:
+            assignments = with_local_model(path, assignments)
+        except HubError as error:
+            unresolved.append(str(error))
+    config = load_config(path, assignments)
+    settings, found, remarks = settings_faults(config, ranks), list[str](), list[str]()
+    if files:
+        found, remarks = file_faults(config)
+        if not found:
+            config = with_steps(config)
+    # Of a name that was not resolved, the fault is known already.
+    found = [line for line in found if not (unresolved and line.startswith("model.initialize_from "))]
+    return CheckedRun(config, settings, unresolved + found, remarks)
 
 
 def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:

@@ -24,7 +24,7 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
     epochs = steps * size / epoch_samples(config, corpus)
     # Strategy auto may repeat rows, each repetition with other masks.
     about = "up to " if config.masking.strategy == "auto" else ""
-    held_out = "none" if context.evaluation is None else f"{context.evaluation.rows:,} rows"
+    held_out = "none" if context.evaluation is None else _count(context.evaluation.rows, "row")
     where = f"phase {phase.name!r}, {phase.index + 1} of {phases}: " if phase.name else ""
     done = f" from step {state.step:,}" if state.step else ""
     folders = len(config.data.corpora)
@@ -33,18 +33,18 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
         _line("model", f"{parameters:,} parameters, {state.dtype}, ZeRO stage {state.zero_stage}"),
         _line(
             "corpus",
-            f"{corpus.folder}{f' and {folders - 1} more' if folders > 1 else ''}: {corpus.rows:,} rows of {length:,}, "
-            f"{corpus.manifest.tokens:,} tokens; held out: {held_out}",
+            f"{corpus.folder}{f' and {folders - 1} more' if folders > 1 else ''}: "
+            f"{_count(corpus.rows, 'row')} of {length:,}, {corpus.manifest.tokens:,} tokens; held out: {held_out}",
         ),
         _line(
             "step",
-            f"{size:,} rows = {size * length:,} tokens: {_count(world_size, 'rank')} × "
+            f"{_count(size, 'row')} = {size * length:,} tokens: {_count(world_size, 'rank')} × "
             f"{_count(config.accumulation_steps(world_size), 'micro-batch')} of {config.batch.micro_size}",
         ),
         _line("masks", f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)[0]}"),
         _line(
             "length",
-            f"{where}{steps:,} steps = {steps * size * length:,} tokens = {about}{epochs:,.3g} epochs{done}",
+            f"{where}{_count(steps, 'step')} = {steps * size * length:,} tokens = {about}{epochs:,.3g} epochs{done}",
         ),
         _line(
             "output",

@@ -43,6 +43,7 @@ from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
+from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
@@ -78,6 +79,7 @@ class PhaseContext:
     log: MetricsLog
     guard: Guard
     verification: BackgroundVerification
+    health: HealthMonitor | None = None
 
 
 def setup_phase(
@@ -92,12 +94,8 @@ def setup_phase(
     config = phase.config
     corpus, held_out = open_and_verify(phase)
     check_same_corpora((corpus, held_out))
-    initial = point.initial if point.checkpoint is None else None
-    table_rows = point.table_rows
-    if initial is not None:
-        given = initial
-        initial = distributed.run_on_rank0(lambda: for_corpus(given, corpus, config.model.vocabulary))
-        table_rows = initial.rows.rows if initial.rows is not None else table_rows
+    initial = _initial_weights(point, corpus, config.model)
+    table_rows = point.table_rows if initial is None or initial.rows is None else initial.rows.rows
     make_run_folder(run.output_dir, fence)
 
     manifest, pairs = corpus.manifest, config.pair_objective is not None
@@ -124,16 +122,10 @@ def setup_phase(
     )
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
-    sequence_flops = flops_per_sequence(
-        encoder,
-        corpus.sequence_length,
-        masker.maximum_predictions,
-        batch=config.batch.micro_size,
-        documents=document_lengths(corpus) if config.data.attention == "documents" else None,
-    )
+    sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
     if config.masking.strategy == "auto":
-        distributed.run_on_rank0(lambda: _check_auto(encoder))
+        distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
         chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
         if state.auto:
             chooser.restore(state.auto)
@@ -151,14 +143,24 @@ def setup_phase(
         loader=loader,
         chooser=chooser,
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
-        probe=masker(next(_probe_rows(held_out or corpus, pairs).batches())),
+        probe=(probe := masker(next(_probe_rows(held_out or corpus, pairs).batches()))),
         state=state,
         tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
         guard=guard,
         verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
+        health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
+
+
+def _initial_weights(point: ResumePoint, corpus: Corpus, model: ModelConfig) -> InitialWeights | None:
+    """The pretrained weights that training starts from, for the corpus' vocabulary; None if it resumes, or starts from
+    random ones. Collective: call on all ranks."""
+    initial = point.initial
+    if initial is None or point.checkpoint is not None:
+        return None
+    return distributed.run_on_rank0(lambda: for_corpus(initial, corpus, model.vocabulary))
 
 
 def _counts(initial: InitialWeights) -> dict[str, Any]:
@@ -224,6 +226,12 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     logger.info("training.compile %s: generating kernels", how)
     seconds = distributed.run_collectively(compile_here)
     logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
+
+
+def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
+    documents = document_lengths(corpus) if config.data.attention == "documents" else None
+    size = config.batch.micro_size
+    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents)
 
 
 def _initial_state(
@@ -306,10 +314,10 @@ def _make_log(
     )
 
 
-def _check_auto(encoder: PreTrainedConfig) -> None:
+def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
     """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
     with torch.random.fork_rng(devices=[]):
-        module = MaskedLanguageModel(encoder)
+        module = MaskedLanguageModel(encoder, separator=separator)
     try:
         check_sketchable(module)
     except ValueError as error:

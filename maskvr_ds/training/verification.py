@@ -117,10 +117,12 @@ class BackgroundVerification:
         try:
             for corpus, shard in self._work:
                 corpus.verify([shard], self._check_cancelled)
-        except CorpusError as error:
-            self._fault = error
         except _Cancelled:
             pass
+        except CorpusError as error:
+            self._fault = error
+        except Exception as error:  # a thread that fails in another way must not count as one that found no damage
+            self._fault = CorpusError(f"{type(error).__name__}: {error}")
 
     def _check_cancelled(self, _: int) -> None:
         if self._cancelled.is_set():

@@ -50,6 +50,9 @@ def test_a_good_cluster(scene: Scene) -> None:
     assert (status, err) == (0, "")
     said = json.loads(out)
     assert said["faults"] == []
+    states = {row["check"]: row["state"] for row in said["checks"]}
+    assert states.keys() >= {"configuration", "files", "corpora", "checkpoints", "memory", "interconnect"}
+    assert {check for check, state in states.items() if state != "ok"} == {"compiler", "Triton"}
     assert {host: row["hostname"] for host, row in said["hosts"].items()} == {"h1": "h1", "h2": "h2"}
     for row in said["hosts"].values():
         assert row["gpus"] is None or row["gpus"]["names"]
@@ -84,7 +87,9 @@ def test_faults_are_listed_and_no_rank_is_started(scene: Scene) -> None:
     table = out.splitlines()
     assert table[0].split()[:3] == ["host", "name", "ranks"]
     assert [row.split()[0] for row in table[1:3]] == ["h1", "h2"]
-    assert table[3] == "interconnect: not measured; fix the errors first"
+    states = {row[9:].split("  ")[0].strip(): row.split()[0] for row in table[4:]}
+    assert {name for name, state in states.items() if state == "failed"} == {"configuration", "corpora", "disk"}
+    assert states["interconnect"] == "skipped"
 
 
 def test_a_folder_that_is_not_shared_a_taken_port_and_an_absent_host(scene: Scene) -> None:

@@ -119,6 +119,13 @@ def test_continuing_from_it(folder: Path) -> None:
     assert (folder / "runs" / "domain" / "completed.json").is_file()
 
 
+def test_a_classifier_by_trainer(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    block = pages.blocks(DOCS / "how-to" / "export.md", "python")[1]
+    printed = run(folder, f"python -c {shlex.quote(block.text.replace('report_to=[]', 'report_to=[], use_cpu=True'))}")
+    assert "eval_loss" in printed
+
+
 def test_masks_in_trainer(folder: Path) -> None:
     pytest.importorskip("accelerate")
     (block,) = pages.blocks(DOCS / "how-to" / "use-masks-in-trainer.md", "python")

@@ -242,6 +242,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _api(self, kind: str, name: str, revision: str) -> None:
             self._count(kind)
+            # The tree of a folder; there are none.
+            if kind == "tree" and revision.endswith("/additional_chat_templates"):
+                return self._error(404, "EntryNotFound", "The folder does not exist")
             commit = self._commit(name, revision)
             if commit is None:
                 return

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from maskvr_ds import hashing
-from maskvr_ds.masking.pareto import NEVER, POSITION_MASK, ascending
+from maskvr_ds.masking.pareto import ascending, never, position_bits
 from maskvr_ds.masking.strategies import SELECTION, Parameters, Rows, Selection, row_keys
 
 WINDOWS = 8
@@ -30,7 +30,9 @@ def windows(rows: Rows, _: Parameters) -> Selection:
     round_ = rows.batch.epochs.div(WINDOWS, rounding_mode="floor")
     keys = row_keys(rows.seed, replace(rows.batch, epochs=round_))[:, None]
     bits = hashing.stream(keys, rows.places + SELECTION)
-    order = ascending((bits & ~POSITION_MASK).masked_fill_(~rows.maskable, NEVER) + rows.places) & POSITION_MASK
+    low = position_bits(bits.shape[1])
+    mask = (1 << low) - 1
+    order = ascending((bits & ~mask).masked_fill_(~rows.maskable, never(low)) + rows.places) & mask
     slots = torch.arange(rows.width, device=order.device)
     positions = order.gather(1, (shifts(rows.n, rows.counts, number)[:, None] + slots) % order.shape[1])
     return Selection(positions, slots < rows.counts[:, None], torch.ones_like(positions, dtype=torch.float64))

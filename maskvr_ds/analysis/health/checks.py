@@ -75,9 +75,10 @@ _OF_RECORDS = (
     ),
     Check(
         "loss spikes",
-        "losses far above those of the steps before",
+        "losses far above the median of the `fewest` steps before, by the noise of `window` steps",
         {"deviations": 6.0, "relative": 0.05, "window": 100, "fewest": 20},
-        "modified z-score (Iglewicz & Hoaglin 1993) at 6 instead of 3.5, for thousands of steps",
+        "modified z-score (Iglewicz & Hoaglin 1993) at 6 instead of 3.5, for thousands of steps; the deviation "
+        "is that of differences of neighbours, without the trend",
         "look at the batches of these steps (rows follow from data_digest and seed); if the loss does not recover, "
         "resume from before with a lower optimizer.lr or other batches (Chowdhery et al. 2022, section 5.1)",
     ),
@@ -141,4 +142,92 @@ _OF_RECORDS = (
     ),
 )
 
-CHECKS: dict[str, Check] = {check.name: check for check in _OF_RECORDS}
+_OF_CHECKPOINTS = (
+    Check(
+        "activations over depth",
+        "largest over smallest RMS of the layers' outputs",
+        {"factor": 100.0},
+        "N layers of unit variance added to the residual stream give √N: 10 at depth 100 (He et al. 2016)",
+        "lower model.initializer_range, or choose an architecture with LayerNorm at the end of each layer",
+    ),
+    Check(
+        "gradients over depth",
+        "largest over smallest RMS of the loss' gradient at the layers' outputs",
+        {"factor": 100.0},
+        "post-LayerNorm halves the squared gradient per sublayer at worst (Xiong et al. 2020); 100 is 2^13",
+        "more schedule.warmup_steps, a lower optimizer.lr, or a pre-LayerNorm architecture",
+    ),
+    Check(
+        "layer Jacobians",
+        "root mean square singular value of the layers' Jacobians, smallest and largest",
+        {"low": 0.25, "high": 4.0},
+        "dynamical isometry is 1 (Pennington et al. 2017); 4 per layer is 4^12 over twelve",
+        "as for gradients over depth; compare initializers by `maskvr health --at-init CONFIG`",
+    ),
+    Check(
+        "update to weight",
+        "median over matrices of the last update's norm over that of the weights",
+        {"high": 0.1, "low": 1e-7},
+        "as for the relative step size; below 1e-7 an update is lost in fp32",
+        "lower, or raise, optimizer.lr; at the end of a decay to 0 a small value is expected",
+    ),
+    Check(
+        "attention logits",
+        "largest absolute logit of the attention",
+        {"largest": 100.0},
+        "exp(100) is beyond fp32; growth to thousands preceded divergence in Dehghani et al. 2023 (section 3.1)",
+        "lower optimizer.lr, raise weight decay, or choose an architecture that normalises queries and keys",
+    ),
+    Check(
+        "attention entropy",
+        "smallest mean entropy of a layer's attention, relative to uniform attention",
+        {"smallest": 0.05},
+        "entropy collapse goes with divergence (Zhai et al. 2023)",
+        "as for attention logits; a longer warm-up",
+    ),
+    Check(
+        "dead units",
+        "largest share, over layers, of feed-forward units that are silent at all positions",
+        {"share": 0.5},
+        "half of a layer's width is not used",
+        "lower optimizer.lr at the start, or another model.hidden_act; measure on more --rows first",
+    ),
+    Check(
+        "normalisation gains",
+        "largest gain of LayerNorm or RMSNorm, and smallest RMS of one's gains",
+        {"largest": 20.0, "smallest": 0.01},
+        "gains start at 1; outlier features grow through them (Kovaleva et al. 2021)",
+        "expect errors in bf16 and in quantisation; lower optimizer.lr",
+    ),
+    Check(
+        "embedding rows",
+        "rows of tokens in the corpus with a norm far below the median",
+        {"share_of_median": 0.01},
+        "a row that is never updated keeps its initial norm: one without a norm was zeroed or is masked from updates",
+        "compare the tokenizer with the table: padding ids, added tokens, weights of another vocabulary",
+    ),
+    Check(
+        "stable rank",
+        "smallest ‖W‖_F² / σ_max² over the matrices with at least 16 rows and columns",
+        {"smallest": 1.05},
+        "one direction carries the matrix (Sanyal et al. 2020)",
+        "lower optimizer.lr or raise weight decay; look at which layer it is",
+    ),
+    Check(
+        "sharpness",
+        "largest Hessian eigenvalue λ_max of the loss on the rows, and lr · λ_max",
+        {},
+        "gradient descent is unstable above 2; adaptive optimizers have no such bound for the plain Hessian (Cohen et "
+        "al. 2022), so that the figure is for comparison",
+        "",
+    ),
+    Check(
+        "gradient noise",
+        "global batch over the gradient noise scale",
+        {"factor": 20.0},
+        "beyond the noise scale larger batches save hardly any steps (McCandlish et al. 2018)",
+        "lower batch.global_size, or raise optimizer.lr if the large batch is wanted for speed",
+    ),
+)
+
+CHECKS: dict[str, Check] = {check.name: check for check in (*_OF_RECORDS, *_OF_CHECKPOINTS)}

@@ -147,7 +147,8 @@ def _spikes(records: Records) -> Finding:
     judged = 0
     for lines in records.phases():
         losses, steps = column(lines, "loss"), step_numbers(lines)
-        medians, deviations = trailing(losses, int(limits["window"]), int(limits["fewest"]))
+        medians, _ = trailing(losses, int(limits["fewest"]), int(limits["fewest"]))
+        deviations = trailing(losses, int(limits["window"]), int(limits["fewest"]))[1]
         excess = losses - medians
         high = excess > np.maximum(limits["deviations"] * deviations, limits["relative"] * np.abs(medians))
         judged += int(np.isfinite(medians).sum())

@@ -19,16 +19,18 @@ def noise(values: Floats) -> float:
 
 
 def trailing(values: Floats, window: int, fewest: int) -> tuple[Floats, Floats]:
-    """Median and robust standard deviation of the `window` values before each, without it; NaN if there are fewer than
-    `fewest` finite ones. float64 [n] each."""
+    """Median of the `window` values before each, without it, and the robust standard deviation of their noise, as
+    `noise`: a series that falls steeply is not noisy. NaN if fewer than `fewest` are finite. float64 [n] each."""
     padded = np.concatenate([np.full(window, np.nan), values[:-1]])
     before = np.lib.stride_tricks.sliding_window_view(padded, window)
     enough = np.isfinite(before).sum(1) >= fewest
     medians, deviations = (np.full(len(values), np.nan) for _ in range(2))
     if enough.any():
         chosen = before[enough]
+        steps = np.diff(chosen, axis=1)
+        centre = np.nanmedian(steps, axis=1, keepdims=True)
         medians[enough] = np.nanmedian(chosen, axis=1)
-        deviations[enough] = MAD_TO_SIGMA * np.nanmedian(np.abs(chosen - medians[enough, None]), axis=1)
+        deviations[enough] = MAD_TO_SIGMA * np.nanmedian(np.abs(steps - centre), axis=1) / np.sqrt(2)
     return medians, deviations
 
 

@@ -86,9 +86,12 @@ def test_collectives_exist_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
         torch.distributed.all_gather([torch.ones(3)] * 2, torch.ones(3))
         traffic.active = True
         assert torch.distributed.all_gather([torch.ones(3)] * 2, torch.ones(3), async_op=True) == "work"
-    assert traffic.figures() == {"all_gather": {"calls": 1, "bytes": 24}}
-    assert traffic.asynchronous == {"all_gather": 1}
-    assert traffic.sent(2) == 12
+        x = torch.ones(2, requires_grad=True)
+        x.register_hook(lambda _: torch.distributed.all_gather([torch.ones(3)] * 2, torch.ones(3)) and None)
+        x.sum().backward()
+    assert traffic.figures() == {"all_gather": {"calls": 2, "bytes": 48}}
+    assert traffic.in_backward == {"all_gather": 1}
+    assert traffic.sent(2) == 24
 
 
 def event(name: str, start: float, end: float, *, device: bool = True, annotation: bool = False) -> Any:

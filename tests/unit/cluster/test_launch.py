@@ -243,7 +243,8 @@ def test_host_errors_name_host_and_remedy() -> None:
     good = {host: remote.Answer(value(gpus=eight)) for host in hosts}
 
     def errors(**changed: Any) -> list[str]:
-        return host_errors(hosts, {**good, **changed}, folder=Path("/r"), port=0, on_cpus=False)
+        found = host_errors(hosts, {**good, **changed}, folder=Path("/r"), port=0, on_cpus=False)
+        return [line for lines in found.values() for line in lines]
 
     assert errors() == []
     few = {"names": ["H100"] * 7, "driver": "1"}

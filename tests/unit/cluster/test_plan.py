@@ -8,6 +8,7 @@ import pytest
 from cluster.__main__ import main
 from cluster.hosts import launch, plan, remote
 from cluster.hosts.checks import GIB
+from tests.support.corpora import make_corpus
 from tests.unit.cluster.test_launch import value
 
 
@@ -51,9 +52,14 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     return hosts
 
 
-def run(command: str, folder: Path, *more: str) -> int:
-    (folder / "hosts").write_text("a slots=1\nb slots=1\n")
+def run(command: str, folder: Path, *more: str, slots: str = "1") -> int:
+    """slots: of host b."""
+    (folder / "hosts").write_text(f"a slots=1\nb slots={slots}\n")
+    if not (folder / "corpus").exists():
+        make_corpus(folder / "corpus", rows=50, words=20)
+        make_corpus(folder / "corpus" / "held_out", rows=20, words=20)
     words = [command, "--hostfile", str(folder / "hosts"), "--config", "demo_cpu", "--set", f"output_dir={folder}/run"]
+    words += ["--set", f"data.path={folder}/corpus"]
     return main([*words, *more, *(["--no-interconnect"] if command == "preflight" else [])])
 
 

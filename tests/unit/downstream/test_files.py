@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from maskvr_ds.downstream.examples import Split, hold_out, limited
+from maskvr_ds.downstream.examples import Split, describe, hold_out, limited
 from maskvr_ds.downstream.files import read_task
 from maskvr_ds.downstream.tasks import GLUE, OWN, Task, TaskError, resolve
 from tests.support.tasks import write_conll, write_sst2, write_tsv
@@ -263,3 +263,16 @@ def test_the_held_out_part_is_of_the_training_set_alone(tmp_path: Path) -> None:
     assert len(limited(data, 50).train) == 50
     assert limited(data, 50) == limited(data, 50) != limited(other, 50)
     assert set(limited(data, 50).train.texts) <= set(data.train.texts)
+
+
+def test_empty_texts_are_counted(tmp_path: Path) -> None:
+    """They stay examples; the report says how many there are, of pairs those with either text empty."""
+    header = "sentence1\tsentence2\tlabel\n"
+    rows = ["a\tb\tentailment", "\tb\tnot_entailment", "a\t \tentailment", " \t\tnot_entailment"]
+    for name, n in (("train", 4), ("dev", 2)):
+        folder = tmp_path / "RTE"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.tsv").write_text(header + "\n".join(rows[:n]) + "\n", encoding="utf-8")
+    data = read_task(GLUE["rte"], tmp_path)
+    assert (len(data.train), len(data.dev["dev"])) == (4, 2)
+    assert describe(data)["empty_texts"] == 3 + 1

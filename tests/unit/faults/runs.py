@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from maskvr_ds.run_folder import checkpoints
 from tests.unit.faults.case import Fault, cuts, flips, removes, writes
 
 VERIFY = "maskvr checkpoint verify run"
@@ -29,6 +31,20 @@ def loop(folder: Path) -> None:
 def foreign_folder(folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("keep me", encoding="utf-8")
+
+
+def not_finite(folder: Path) -> None:
+    """A checkpoint as a diverged run of another program would write it: intact, and with a NaN."""
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = folder / LAST
+    tensors = load_file(checkpoint / "weights.safetensors")
+    min(tensors.items())[1].flat[0] = float("nan")
+    save_file(tensors, checkpoint / "weights.safetensors")
+    content = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))
+    del content["sha256"], content["files"]
+    (checkpoint / "checkpoint.json").unlink()
+    checkpoints.write_manifest(checkpoint, content)
 
 
 # A start that is refused has been the owner of the run for a moment.
@@ -203,6 +219,69 @@ FAULTS = [
         "the health of three runs",
         "maskvr health run run run",
         "3 runs given: expected one, or two to compare",
+    ),
+    Fault(
+        "the health of a checkpoint that is not there",
+        "maskvr health run --at 3",
+        "run: no complete checkpoint of step 3; there are those of 2, 4",
+        own_process=True,
+    ),
+    Fault(
+        "the health of a damaged checkpoint",
+        "maskvr health run --at newest",
+        "run/checkpoints/step-00000004/weights.safetensors: the SHA-256 differs from checkpoint.json; use"
+        " an earlier checkpoint",
+        prepare=flips(f"{LAST}/weights.safetensors"),
+        own_process=True,
+    ),
+    Fault(
+        "the health of weights that are not finite",
+        "maskvr health run --at newest",
+        "run/checkpoints/step-00000004/weights.safetensors: 1 tensor holds NaN or infinity (…); use an earlier"
+        " checkpoint",
+        prepare=not_finite,
+        own_process=True,
+    ),
+    Fault(
+        "the health of a checkpoint on no corpus",
+        "maskvr health run --at newest --data texts",
+        "texts/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the build command",
+        own_process=True,
+    ),
+    Fault(
+        "rows for the health of records",
+        "maskvr health run --rows 4",
+        "--rows is an option of --at and --at-init, and records need no rows",
+    ),
+    Fault(
+        "a run and --at-init",
+        "maskvr health run --at-init run.yaml",
+        "--at-init judges a configuration, not a run: give no RUN, --at or --plot with it",
+    ),
+    Fault(
+        "heads of no model",
+        "maskvr attention nothing --data corpus",
+        "nothing: no such folder; expected a run, a checkpoint or a model saved by transformers",
+        own_process=True,
+    ),
+    Fault(
+        "heads on a corpus of no kind",
+        "maskvr attention run --data texts",
+        "texts/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the build command",
+        own_process=True,
+    ),
+    Fault(
+        "heads of weights that are not finite",
+        "maskvr attention run --data corpus",
+        "run/checkpoints/step-00000004/weights.safetensors: 1 tensor holds NaN or infinity (…); use an earlier"
+        " checkpoint",
+        prepare=not_finite,
+        own_process=True,
+    ),
+    Fault(
+        "a pruned model with no head pruned",
+        "maskvr attention run --data corpus --export-pruned pruned",
+        "--export-pruned saves the model without the heads of --prune: give --prune N",
     ),
     Fault(
         "a picture of the health of two runs",

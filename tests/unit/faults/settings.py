@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.support.corpora import make_corpus
+from tests.support.corpora import change_manifest, make_corpus
+from tests.support.pairs import make_pairs
 from tests.unit.faults.case import Fault, Prepare, cuts, removes, writes
 from tests.unit.faults.world import RUN
 
@@ -246,6 +247,45 @@ FAULTS = [
         prepare=lambda folder: [
             make_corpus(folder / name, rows=20, length=16, unknown=name == "unknown") for name in ("known", "unknown")
         ],
+    ),
+    Fault(
+        "attention within documents on sentence pairs",
+        f"{CONFIG} --set data.path=pairs --set data.attention=documents --set objectives=[mlm] --set "
+        "model.max_position_embeddings=32",
+        "pairs: data.attention is documents, and the corpus has sentence pairs (packing sop), whose segments attend to "
+        "each other; pack it with --packing full_sequences, or set data.attention to rows",
+        prepare=lambda folder: make_pairs(folder / "pairs", "sop", rows=20),
+    ),
+    sets(
+        "attention within documents and an objective of pairs",
+        "data.attention=documents --set objectives=[mlm,nsp]",
+        "data.attention documents: the two segments of a pair attend to each other, and objectives.nsp is set; set "
+        "data.attention to rows, or objectives to [mlm] with a corpus without pairs",
+    ),
+    sets(
+        "attention within documents by an architecture that has its own",
+        "data.attention=documents --set 'model={architecture: deberta-v2, settings: {max_position_embeddings: 16, "
+        "hidden_size: 8, num_attention_heads: 2, num_hidden_layers: 1, intermediate_size: 8}}'",
+        "data.attention is documents, and deberta-v2 of transformers computes attention by code of its own, which "
+        "knows no documents; set data.attention to rows, or choose another architecture",
+    ),
+    Fault(
+        "attention within documents on rows without separators",
+        f"{CONFIG} --set data.path=endless --set data.attention=documents",
+        "endless: data.attention is documents, and none of 20 rows has a separator (token 3), which ends a document: "
+        "where documents start is not known; build the corpus again by `python -m data_pipeline build`, or set "
+        "data.attention to rows",
+        prepare=lambda folder: make_corpus(folder / "endless", rows=20, length=16, separated=False),
+    ),
+    Fault(
+        "attention within documents with one token for two roles",
+        f"{CONFIG} --set data.attention=documents",
+        "corpus: data.attention is documents, and token 3 is both sep and cls of its tokenizer, so that the ends of "
+        "documents cannot be found; build the corpus with a tokenizer that has a token for each, or set data.attention "
+        "to rows",
+        prepare=lambda folder: change_manifest(
+            folder / "corpus", lambda content: content["special_tokens"].update(cls=3)
+        ),
     ),
     Fault(
         "a configuration that is no YAML",

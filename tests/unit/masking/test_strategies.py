@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskvr_ds import hashing
+from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import row_digests
 from maskvr_ds.masking.estimators import ESTIMATORS
@@ -239,6 +240,34 @@ def test_span_lengths_have_the_given_distribution() -> None:
     expected = torch.tensor([0.2 * 0.8 ** (g - 1) for g in range(1, 11)], dtype=torch.float64)
     assert torch.allclose(found, expected / expected.sum(), atol=1e-7)
     assert abs((found * torch.arange(1, 11)).sum().item() - 3.8) < 0.01
+
+
+def test_n_grams_of_albert_have_the_given_distribution() -> None:
+    """6/11, 3/11 and 2/11 for up to three words (arXiv 1909.11942, section 4.1)."""
+    thresholds = torch.cat([torch.tensor([0]), span_thresholds(None, 3), torch.tensor([2**24])])
+    expected = torch.tensor([6, 3, 2], dtype=torch.float64) / 11
+    assert torch.allclose(thresholds.diff().double() / 2**24, expected, atol=1e-7)
+    section = MaskingConfig.model_validate({"strategy": "span", "span": {"lengths": "inverse", "max_length": 3}})
+    assert section.identity()["span"]["lengths"] == "inverse"
+    assert "lengths" not in MaskingConfig(strategy="span").identity()["span"], "as in checkpoints of earlier versions"
+    with pytest.raises(ValueError, match=r"geometric_p 0\.5 belongs to lengths geometric; lengths is inverse"):
+        MaskingConfig.model_validate({"strategy": "span", "span": {"lengths": "inverse", "geometric_p": 0.5}})
+
+
+@pytest.mark.parametrize("strategy", ALONE)
+def test_rows_of_8192_tokens(strategy: str) -> None:
+    """Positions of a key need another bit: distinct ordinary positions from all of the row."""
+    batch = tokens(4, 8192, seed=2)
+    masked = masker(strategy, 8192)(batch)
+    for positions, weights, places in zip(masked.positions, masked.weights, maskable(batch), strict=True):
+        found = positions[weights != 0].tolist()
+        assert len(set(found)) == len(found)
+        assert set(found) <= set(places)
+        assert 0.14 * len(places) - 1 < len(found) <= 0.15 * len(places) + 1
+        beyond = sum(place >= 4096 for place in places) / len(places)
+        assert sum(place >= 4096 for place in found) / len(found) == pytest.approx(beyond, abs=0.1)
+    with pytest.raises(ValueError, match="sequence length 8193 exceeds 8192"):
+        masker(strategy, 8193)
 
 
 # --- frequency

@@ -175,15 +175,17 @@ def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPa
         compiled.warm_up(module, rows=B, length=L, predictions=K, padded=False)
 
 
-def test_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_refused() -> None:
     import torch._inductor.config as inductor
     from torch._inductor import cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match=r"training\.compile needs a C\+\+ compiler, and none was found"):
+    # Not monkeypatch, which would delete the setting afterwards.
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match=r"training\.compile needs a C\+\+ compiler, and none was found"),
+    ):
         compiled.check_compiler(torch.device("cpu"))
-    monkeypatch.undo()
     cpp_builder.cpp_compiler_search.cache_clear()
 
 

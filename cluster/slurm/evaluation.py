@@ -1,0 +1,117 @@
+"""The job of `python -m cluster slurm --evaluate`: `maskvr evaluate` after the training, restarted like it."""
+
+import argparse
+import contextlib
+import io
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.slurm.script import JobEnvironment, SlurmError, directive, log_pattern, render, words
+from maskvr_ds.cli.main import command_parser
+from maskvr_ds.run_folder.layout import JOBS
+from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
+
+EVALUATE = "evaluate.sbatch"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """words: arguments of `maskvr evaluate`. reads: models and data, as far as they exist by now. output: folder or
+    file of the scores; None if they are printed only."""
+
+    words: tuple[str, ...]
+    reads: tuple[Path, ...]
+    output: Path | None
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--evaluate",
+        metavar="ARGUMENTS",
+        help="afterwards run a job `maskvr evaluate` with these arguments, e.g. 'RUN --checkpoints all --tasks sst2 "
+        "--data glue --output scores'",
+    )
+    parser.add_argument(
+        "--evaluate-cpus", type=integer(1, MAX_SLOTS), default=8, metavar="C", help="CPUs of the evaluation (8)"
+    )
+    parser.add_argument(
+        "--evaluate-gpus",
+        type=integer(0, MAX_SLOTS),
+        metavar="G",
+        help="GPUs of the evaluation; default: --gpus-per-node. Several need --jobs in its arguments",
+    )
+    parser.add_argument("--evaluate-time", metavar="TIME", help="time limit of one start of the evaluation")
+    parser.add_argument("--evaluate-mem", metavar="MEM", help="memory of the evaluation; default: Slurm's")
+
+
+def parse_evaluation(text: str, run: Path) -> Evaluation:
+    """Parse the value of --evaluate. run: of the training, which need not exist yet.
+
+    Raises SlurmError for arguments that `maskvr evaluate` would reject, and for missing data.
+    """
+    said = io.StringIO()
+    try:
+        given = shlex.split(text)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            arguments = command_parser().parse_args(["evaluate", *given])
+    except ValueError as error:
+        raise SlurmError(f"--evaluate {text!r}: {error}") from None
+    except SystemExit:
+        raise SlurmError(f"--evaluate {text!r}: {said.getvalue().strip().splitlines()[-1]}") from None
+    if arguments.output is None and arguments.tasks != ["mlm"]:
+        raise SlurmError("--evaluate: --output is required: the folder for the scores and the finished runs")
+    data = Path(arguments.data).absolute()
+    if not data.exists() and not data.is_relative_to(run.absolute()):
+        raise SlurmError(f"--evaluate: --data {data}: no such file or folder; correct the path")
+    # A model that the training will write, or the name of one, does not exist here.
+    reads = [path for name in (*arguments.models, data) if (path := Path(name).absolute()).exists()]
+    output = None if arguments.output is None else Path(arguments.output).absolute()
+    return Evaluation(tuple(given), tuple(reads), output)
+
+
+def evaluation_script(
+    arguments: argparse.Namespace,
+    extra: Mapping[str, str | None],
+    run: Path,
+    evaluation: Evaluation,
+    environment: JobEnvironment,
+) -> str:
+    """Job script of an evaluation. extra: options of --sbatch that apply to it.
+
+    Raises SlurmError for values that cannot be written to it.
+    """
+    gpus = arguments.gpus_per_node if arguments.evaluate_gpus is None else arguments.evaluate_gpus
+    parents = () if evaluation.output is None else (evaluation.output.parent,)
+    if environment.container is not None and parents and not parents[0].is_dir():
+        raise SlurmError(f"--evaluate: {parents[0]}: no such folder, so it cannot be bound into a container; create it")
+    options: dict[str, str | None] = {
+        "job-name": f"{arguments.job_name or run.name}-evaluate",
+        "nodes": "1",
+        "ntasks": "1",
+        "cpus-per-task": str(arguments.evaluate_cpus),
+        "gpus-per-node": str(gpus) if gpus else None,
+        "partition": arguments.partition,
+        "account": arguments.account,
+        "qos": arguments.qos,
+        "mem": arguments.evaluate_mem,
+        "time": arguments.evaluate_time,
+        "output": log_pattern(run / JOBS, "evaluate-%j.log"),
+        "open-mode": "append",
+        "signal": f"B:USR1@{arguments.signal_seconds}",
+    }
+    given = {name: value for name, value in options.items() if value is not None} | extra
+    # The training has created its own folder by then.
+    environment = replace(environment, gpus=gpus > 0, binds=(run, *evaluation.reads, *parents))
+    return render(
+        EVALUATE,
+        {
+            "DIRECTIVES": "\n".join([*(directive(*option) for option in given.items()), "#SBATCH --requeue"]),
+            "MAX_RESTARTS": str(arguments.max_restarts),
+            "ARGUMENTS": words(evaluation.words),
+            "FOLDER": shlex.quote(str(environment.folder)),
+            "ENVIRONMENT": environment.lines(),
+            "PYTHON": words(environment.command()),
+        },
+    )

@@ -1,0 +1,56 @@
+"""Pictures of heads: grid by class, scores without each head, example maps. Imports matplotlib when it draws."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskvr_ds.analysis.attention.measure import HeadFigures
+from maskvr_ds.analysis.attention.patterns import CLASSES
+
+_COLOURS = ("#1f77b4", "#2ca02c", "#17becf", "#ff7f0e", "#dddddd")
+
+
+def draw(figures: dict[str, HeadFigures], increases: np.ndarray | None, output: Path) -> None:
+    """Write a PNG. figures: model -> figures, the first of which gives the example maps. increases: of the loss
+    without each head of the first model, [N, H]; None if not measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    first = next(iter(figures.values()))
+    columns = max(len(figures) + (increases is not None), len(CLASSES))
+    figure, panels = plt.subplots(2, columns, figsize=(3.2 * columns, 7), dpi=110, squeeze=False, layout="constrained")
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, (name, found) in zip(panels[0], figures.items(), strict=False):
+        numbers = np.array([[CLASSES.index(c) for c in layer] for layer in found.of_heads()])
+        axes.imshow(numbers, cmap=ListedColormap(_COLOURS), vmin=-0.5, vmax=len(CLASSES) - 0.5)
+        _label(axes, f"class of each head\n{name}", numbers.shape)
+    if increases is not None:
+        axes = panels[0, len(figures)]
+        largest = float(np.nanmax(np.abs(increases))) or 1.0
+        shown = axes.imshow(increases, cmap="coolwarm", vmin=-largest, vmax=largest)
+        _label(axes, "loss without the head\nminus loss with it (nats)", increases.shape)
+        figure.colorbar(shown, ax=axes, shrink=0.7)
+    for axes, name in zip(panels[1], CLASSES, strict=False):
+        if name in first.examples:
+            layer, head, attention = first.examples[name]
+            axes.imshow(attention, cmap="viridis", vmin=0)
+            axes.set_title(f"{name}\nlayer {layer}, head {head}")
+    handles = [Patch(color=colour, label=name) for colour, name in zip(_COLOURS, CLASSES, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(CLASSES))
+    figure.savefig(output)
+    plt.close(figure)
+
+
+def _label(axes: Any, title: str, shape: tuple[int, ...]) -> None:
+    axes.set_axis_on()
+    axes.set_title(title)
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.set_xticks(range(shape[1]))
+    axes.set_yticks(range(shape[0]))

@@ -1,0 +1,77 @@
+"""`maskvr attention`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from maskvr_ds.cli.options import Commands, add_command
+from maskvr_ds.runtime.numbers import integer
+
+_DESCRIPTION = """\
+Attention heads of encoders (runs, checkpoints, or folders of transformers) on rows of a corpus:
+
+  patterns   every map is vertical, diagonal, vertical + diagonal, block or heterogeneous (Kovaleva
+             et al. 2019); shares by layer, and those of random weights as the control
+  attention  entropy, distance, and the shares that go to [CLS], [SEP], punctuation and equal tokens
+  --off      the held-out masked-token loss without each head of the first model, beside its
+             importance by gradient (Michel et al. 2019)
+  --prune N  switch off N of its heads, each time the one that is missed least; --export-pruned
+             saves the result as an ordinary model with zeroed columns: not faster, equal logits
+
+Two or more models with heads of one number are also compared: cosine similarity of their maps."""
+_EXAMPLES = """\
+maskvr attention runs/base --data corpus --plot heads.png
+maskvr attention bert-base-uncased runs/domain --data corpus --json > heads.json
+maskvr attention runs/base --data corpus --off zero --prune 8 --export-pruned pruned"""
+_ROWS = 16
+
+
+def add_attention(commands: Commands) -> None:
+    """Add `maskvr attention`."""
+    parser = add_command(
+        commands,
+        "attention",
+        "patterns of attention heads, and the loss without them",
+        examples=_EXAMPLES,
+        description=_DESCRIPTION,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, or model folder")
+    parser.add_argument("--data", required=True, metavar="DIR", help="corpus; its held-out part is read if it has one")
+    parser.add_argument("--rows", type=integer(1, 4096), default=_ROWS, metavar="N", help=f"default: {_ROWS}")
+    parser.add_argument("--off", choices=["zero", "uniform"], help="what a head gives that is off: nothing, or a mean")
+    parser.add_argument("--prune", type=integer(1, 100_000), default=0, metavar="N", help="heads to switch off in turn")
+    parser.add_argument("--export-pruned", metavar="DIR", help="save the pruned model there (zeroed columns)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all figures by layer and head")
+    parser.add_argument("--plot", metavar="FILE", help="also draw heads by class and example maps as a PNG")
+    parser.set_defaults(run=_attention)
+
+
+def _attention(arguments: argparse.Namespace) -> int:
+    if arguments.export_pruned and not arguments.prune:
+        raise ValueError("--export-pruned saves the model without the heads of --prune: give --prune N")
+    if arguments.export_pruned and arguments.off == "uniform":
+        raise ValueError("--export-pruned zeroes columns, and --off uniform does not: choose --off zero")
+    if len(set(arguments.models)) < len(arguments.models):
+        raise ValueError("a MODEL is given twice")
+    from maskvr_ds.runtime import distributed
+
+    def run() -> None:
+        from maskvr_ds.downstream import attention
+
+        request = attention.Request(
+            rows=arguments.rows,
+            off=arguments.off,
+            prune=arguments.prune,
+            export=Path(arguments.export_pruned) if arguments.export_pruned else None,
+            plot=Path(arguments.plot) if arguments.plot else None,
+        )
+        result = attention.run(arguments.models, Path(arguments.data), request)
+        if arguments.json:
+            json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
+            print()
+        else:
+            print(f"{result['data']}: {result['rows']:,} rows\n")
+            print(attention.table(result))
+
+    return distributed.run_as_rank(run)

@@ -1,0 +1,118 @@
+"""`maskvr attention` on folders of transformers: figures, the control, a pruned export with equal logits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.attention.heads import Heads
+from maskvr_ds.analysis.attention.measure import choose_rows, measure_heads
+from maskvr_ds.analysis.health.probe import copy_for_analysis
+from maskvr_ds.cli.main import main
+from tests.support.corpora import CLS, SEP, make_corpus
+
+ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """corpus, and models `a` and `b` with its vocabulary."""
+    folder = tmp_path_factory.mktemp("attention")
+    corpus = make_corpus(folder / "corpus", rows=40, length=16, words=91, padded_last_row=True)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
+        model = BertForMaskedLM(BertConfig(vocab_size=96, pad_token_id=0, max_position_embeddings=16, **sizes))
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.data.mul_(4)
+        model.save_pretrained(folder / name)
+        (folder / name / "tokenizer.json").write_bytes((corpus / "tokenizer/tokenizer.json").read_bytes())
+    return folder
+
+
+def attention(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    assert main(["attention", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_figures(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "heads.png"
+    words = (folder / "a", folder / "b", "--data", folder / "corpus", "--rows", ROWS, "--plot", picture)
+    found = attention(capsys, *words)
+    assert list(found["models"]) == [str(folder / "a"), str(folder / "b"), "random weights"]
+    for figures in found["models"].values():
+        assert sum(figures["shares"].values()) == pytest.approx(1)
+        assert [len(layer) for layer in figures["class_of_heads"]] == [4, 4]
+    similarity = torch.tensor(found["similarity_to_first"][str(folder / "b")])
+    assert similarity.shape == (2, 4)
+    assert ((similarity > 0) & (similarity < 1)).all()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_shares_to_kinds_of_tokens_are_sums_of_weights(folder: Path) -> None:
+    model = copy_for_analysis(AutoModelForMaskedLM.from_pretrained(folder / "a"))
+    rows = choose_rows(Corpus(folder / "corpus"), 40, torch.device("cpu"))  # with the padded one
+    found = measure_heads(model, rows)
+    expected = {CLS: torch.zeros(2, 4), SEP: torch.zeros(2, 4)}
+    for ids in rows.plain.input_ids:
+        used = ids[ids != 0][None]
+        weights = torch.stack(model.mlm.bert(input_ids=used, output_attentions=True).attentions)[:, 0]
+        for token, total in expected.items():
+            total += (weights * (used[0] == token)).sum(-1).mean(-1).detach() / 40
+    torch.testing.assert_close(torch.tensor(found.attention["[CLS]"]).float(), expected[CLS], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found.attention["[SEP]"]).float(), expected[SEP], rtol=1e-4, atol=1e-5)
+
+
+def test_the_pruned_model_has_the_logits_of_the_model_with_heads_off(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "pruned"
+    words = (folder / "a", "--data", folder / "corpus", "--rows", ROWS, "--off", "zero", "--prune", 3)
+    found = attention(capsys, *words, "--export-pruned", target)["heads"]
+    assert (target / "tokenizer.json").is_file()
+    assert [len(layer) for layer in found["increase"]] == [4, 4]
+    off = torch.zeros(2, 4, dtype=torch.bool)
+    for entry in found["pruning"]:
+        off[entry["layer"], entry["head"]] = True
+    model = copy_for_analysis(AutoModelForMaskedLM.from_pretrained(folder / "a"))
+    rows = choose_rows(Corpus(folder / "corpus"), ROWS, torch.device("cpu"))
+    heads, batch = Heads(model, rows.masked), rows.masked
+    assert heads.loss(off) == pytest.approx(found["pruning"][-1]["loss"], rel=1e-5)
+    with heads.gated((~off).float()), torch.no_grad():
+        expected = model.mlm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    pruned = AutoModelForMaskedLM.from_pretrained(target).eval()
+    logits = pruned(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--export-pruned", "x"], "give --prune N"),
+        (["--export-pruned", "x", "--prune", "1", "--off", "uniform"], "choose --off zero"),
+    ],
+)
+def test_options_that_contradict(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert main(["attention", str(folder / "a"), "--data", str(folder / "corpus"), *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_architecture_without_attention_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = BertForMaskedLM.base_model.fget  # type: ignore[attr-defined]
+
+    def without(self: BertForMaskedLM) -> object:
+        base = forward(self)
+        if not getattr(base, "_silent", False):
+            base._silent = True
+            base.register_forward_hook(lambda _, args, output: output.__setitem__("attentions", None) or output)
+        return base
+
+    monkeypatch.setattr(BertForMaskedLM, "base_model", property(without))
+    assert main(["attention", str(folder / "a"), "--data", str(folder / "corpus")]) == 1
+    assert "bert of transformers returns no attention weights" in capsys.readouterr().err
