@@ -23,7 +23,7 @@ from maskvr_ds.planning.communication import collectives
 from maskvr_ds.planning.hardware import GPUS, LINKS, Cluster
 from maskvr_ds.planning.memory import Pass
 from maskvr_ds.planning.sizes import encoder_sizes
-from maskvr_ds.planning.step_time import step_time
+from maskvr_ds.planning.step_time import Calibration, step_time
 from maskvr_ds.planning.zero import zero_settings
 
 RANKS = (1, 2, 4)
@@ -157,7 +157,9 @@ def expected(accumulations: dict[int, int]) -> list[dict[str, Any]]:
                 for gpus, accumulation in accumulations.items():
                     cluster = Cluster(gpus // 8, 8, GPUS["h100"], LINKS[link] * 1e9 / 8)
                     work = Pass(128, 19, 128, accumulation)
-                    times = step_time(sizes, zero, work, cluster, optimizer="lamb", fused=True)
+                    times = step_time(
+                        sizes, zero, work, cluster, optimizer="lamb", fused=True, calibration=Calibration()
+                    )
                     sent = sum(one.wire(gpus) for one in collectives(sizes, zero, accumulation))
                     found.append(
                         {

@@ -260,8 +260,8 @@ FAULTS = [
     ),
     Fault(
         "heads of no model",
-        "maskvr attention nothing --data corpus",
-        "nothing: no such folder; expected a run, a checkpoint or a model saved by transformers",
+        "maskvr attention texts --data corpus",
+        "texts: has no config.json; save the model to it with save_pretrained",
         own_process=True,
     ),
     Fault(
