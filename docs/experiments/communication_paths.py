@@ -1,6 +1,6 @@
 """DeepSpeed's ways to reduce gradients in bf16: collectives and bytes of a step, and what they do to the losses.
 
-    python docs/experiments/communication_paths.py --output docs/results/communication/paths.json
+    python docs/experiments/communication_paths.py --output communication.json
 
 Each way trains the same small model for 20 steps without dropout on 1, 2 and 4 gloo ranks. The collectives of the third
 step are counted; losses are compared with those of zero1_fp32 on one rank. Then what the model of `maskvr plan` expects
