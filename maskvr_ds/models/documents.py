@@ -180,6 +180,8 @@ def _by_offsets(
     """[B, L, H, d]; the B·L tokens are one sequence of documents."""
     rows, heads, length, size = query.shape
     reach = -1 if sliding_window is None else sliding_window - 1
+    if (groups := heads // key.shape[1]) > 1:  # grouped queries, which varlen_attn of torch 2.11 does not know
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     found = varlen_attn(
         queries,
@@ -191,7 +193,6 @@ def _by_offsets(
         length,
         scale=scaling,
         window_size=(reach, reach),
-        enable_gqa=key.shape[1] != heads,
     )
     assert isinstance(found, torch.Tensor)
     return found.view(rows, length, heads, size)

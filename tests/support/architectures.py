@@ -44,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "electra": {**_SIZES, **_NO_DROPOUT, "embedding_size": 16},
     "ernie": {**_SIZES, **_NO_DROPOUT},
-    "eurobert": _SIZES,
+    "eurobert": {**_SIZES, "num_key_value_heads": 1},  # grouped queries, as in EuroBERT-610m
     "gte": {**_SIZES, **_NO_DROPOUT},
     "modernbert": {**_SIZES, "local_attention": 8},
     "mpnet": {**_SIZES, **_NO_DROPOUT},

@@ -75,7 +75,6 @@ def varlen_on_cpu(
     *,
     scale: float | None,
     window_size: tuple[int, int],
-    enable_gqa: bool,
 ) -> torch.Tensor:
     """torch.nn.attention.varlen.varlen_attn, document by document: queries [T, H, d] → [T, H, d]."""
     assert cu_seq_q.dtype == torch.int32
@@ -93,7 +92,7 @@ def varlen_on_cpu(
         left, right = window_size
         seen = (torch.tensor(left < 0) | (distance <= left)) & (torch.tensor(right < 0) | (-distance <= right))
         q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         found[start:stop] = out.transpose(0, 1)
     return found
 
