@@ -1,6 +1,6 @@
 """DeepSpeed's ways to reduce gradients in bf16: collectives and bytes of a step, and what they do to the losses.
 
-    python docs/experiments/communication_paths.py --output docs/results/communication/paths.json
+    python docs/experiments/communication_paths.py --output communication.json
 
 Each way trains the same small model for 20 steps without dropout on 1, 2 and 4 gloo ranks. The collectives of the third
 step are counted; losses are compared with those of zero1_fp32 on one rank. Then what the model of `maskvr plan` expects
@@ -28,6 +28,7 @@ from maskvr_ds.planning.zero import zero_settings
 
 RANKS = (1, 2, 4)
 STEPS, ACCUMULATION, MICRO, L = 20, 2, 4, 32
+VOCABULARY = 2_304
 SMALL = {"num_hidden_layers": 2, "hidden_size": 320, "num_attention_heads": 5, "max_position_embeddings": L}
 BUCKET = {"reduce_bucket_size": 1_000_000}
 # Name → a file of ds_configs/, and what is changed in it.
@@ -103,14 +104,15 @@ def train_path(folder: Path, corpus: Path, deepspeed: Path) -> dict[str, Any]:
 
 def measure(names: list[str], answer: Path) -> None:
     """On a rank: all paths in turn. Rank 0 writes the answer."""
-    from maskvr_ds.benchmarks.corpus import make_corpus
+    from maskvr_ds.benchmarks import corpus
     from maskvr_ds.runtime import distributed
 
+    corpus.VOCABULARY = VOCABULARY
     distributed.initialize()
     rank0, results = distributed.rank() == 0, {}
     folder = Path(distributed.broadcast_object(tempfile.mkdtemp()))
     if rank0:
-        make_corpus(folder / "corpus", rows=2_000, sequence_length=L)
+        corpus.make_corpus(folder / "corpus", rows=2_000, sequence_length=L)
     for index, name in enumerate(names):
         run = folder / str(index)
         file = None
@@ -205,7 +207,7 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "accumulation": ACCUMULATION,
-            "parameters": encoder_sizes(ModelConfig.model_validate(SMALL), 30_522).total,
+            "parameters": encoder_sizes(ModelConfig.model_validate(SMALL), VOCABULARY).total,
             "counted": counted,
             "expected": planned,
         }
