@@ -20,7 +20,13 @@ from functools import partial
 from pathlib import Path
 
 from cluster.slurm.corpora import Build, check_corpora, parse_build
-from cluster.slurm.evaluation import EVALUATE, add_evaluation_options, check_options, evaluation_script, parse_evaluation
+from cluster.slurm.evaluation import (
+    EVALUATE,
+    add_evaluation_options,
+    check_options,
+    evaluation_script,
+    parse_evaluation,
+)
 from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
 from cluster.slurm.script import JobEnvironment, SlurmError, TrainingJob, data_script, training_script
 from maskvr_ds.config import (
@@ -220,7 +226,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     check_corpora(config, build)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
-    if evaluation and (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
+    if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
         raise SlurmError(f"--evaluate-time {limit}: not longer than --signal-seconds {arguments.signal_seconds}")
     environment = JobEnvironment(
         folder=Path.cwd(),
