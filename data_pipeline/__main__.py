@@ -289,8 +289,9 @@ def _make_tokenizer(options: dict[str, Any]) -> str:
     if kind or cased:
         raise CorpusError(f"{'--kind' if kind else '--cased'}: --extend keeps what its base is; omit it")
     made = extend_tokenizer(inputs, base, number, **options)
+    shown = ", ".join(made.tokens[:3]) + (", …" if len(made.tokens) > 3 else "")
     return (
-        f"tokenizer of {made.vocab_size:,} entries, {len(made.tokens):,} of them new ({', '.join(made.tokens[:3])}, …)"
+        f"tokenizer of {made.vocab_size:,} entries, {len(made.tokens):,} of them new ({shown})"
         f"; the text has {made.after:,} tokens, {made.before:,} before"
     )
 

@@ -20,7 +20,13 @@ from functools import partial
 from pathlib import Path
 
 from cluster.slurm.corpora import Build, check_corpora, parse_build
-from cluster.slurm.evaluation import EVALUATE, add_evaluation_options, evaluation_script, parse_evaluation
+from cluster.slurm.evaluation import (
+    EVALUATE,
+    add_evaluation_options,
+    check_options,
+    evaluation_script,
+    parse_evaluation,
+)
 from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
 from cluster.slurm.script import JobEnvironment, SlurmError, TrainingJob, data_script, training_script
 from maskvr_ds.config import (
@@ -218,8 +224,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: expected different numbers")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     check_corpora(config, build)
+    check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
-    if evaluation and (limit := arguments.evaluate_time) and parse_time(limit) <= arguments.signal_seconds:
+    if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
         raise SlurmError(f"--evaluate-time {limit}: not longer than --signal-seconds {arguments.signal_seconds}")
     environment = JobEnvironment(
         folder=Path.cwd(),
@@ -315,11 +322,11 @@ def parse_nodes(text: str) -> range:
     return range(first, last + 1)
 
 
-def parse_time(text: str) -> int:
-    """Seconds of a time limit in a format of sbatch. Raises SlurmError."""
+def parse_time(text: str, option: str = "--time") -> int:
+    """Seconds of a time limit in a format of sbatch. Raises SlurmError, which names the option."""
     match = _TIME.fullmatch(text)
     if match is None:
-        raise SlurmError(f"--time {text}: expected minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
+        raise SlurmError(f"{option} {text}: expected minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
     if match["rest"] is None:
         return int(match["days"]) * 86400 + sum(int(match[k] or 0) * n for k, n in (("h", 3600), ("m", 60), ("s", 1)))
     parts = [int(part) for part in match["rest"].split(":")]

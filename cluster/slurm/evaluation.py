@@ -14,6 +14,7 @@ from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 
 EVALUATE = "evaluate.sbatch"
+_CPUS = 8
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "--data glue --output scores'",
     )
     parser.add_argument(
-        "--evaluate-cpus", type=integer(1, MAX_SLOTS), default=8, metavar="C", help="CPUs of the evaluation (8)"
+        "--evaluate-cpus", type=integer(1, MAX_SLOTS), metavar="C", help=f"CPUs of the evaluation ({_CPUS})"
     )
     parser.add_argument(
         "--evaluate-gpus",
@@ -44,6 +45,13 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--evaluate-time", metavar="TIME", help="time limit of one start of the evaluation")
     parser.add_argument("--evaluate-mem", metavar="MEM", help="memory of the evaluation; default: Slurm's")
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise SlurmError for options of an evaluation without --evaluate."""
+    for name in ("cpus", "gpus", "time", "mem"):
+        if arguments.evaluate is None and getattr(arguments, f"evaluate_{name}") is not None:
+            raise SlurmError(f"--evaluate-{name}: there is no evaluation; add --evaluate ARGUMENTS, or omit it")
 
 
 def parse_evaluation(text: str, run: Path) -> Evaluation:
@@ -90,7 +98,7 @@ def evaluation_script(
         "job-name": f"{arguments.job_name or run.name}-evaluate",
         "nodes": "1",
         "ntasks": "1",
-        "cpus-per-task": str(arguments.evaluate_cpus),
+        "cpus-per-task": str(arguments.evaluate_cpus or _CPUS),
         "gpus-per-node": str(gpus) if gpus else None,
         "partition": arguments.partition,
         "account": arguments.account,

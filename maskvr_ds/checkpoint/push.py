@@ -1,5 +1,6 @@
 """Upload of an exported folder to a Hugging Face hub, by huggingface_hub with its endpoint and its token."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -53,10 +54,11 @@ def push(folder: Path, name: str, *, private: bool) -> tuple[str, bool]:
     try:
         # None: as the owner's settings say, in general public.
         api.create_repo(name, private=True if private else None, exist_ok=True)
-        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by maskvr export")
+        # Before the upload: afterwards an error would deny it.
         is_private = bool(_existing(api, name))
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by maskvr export")
     except Exception as error:  # of the library and of its HTTP client
-        again = f"hf upload {name} {folder} .{' --private' if private else ''}"
+        again = f"hf upload {name} {shlex.quote(str(folder))} .{' --private' if private else ''}"
         raise ExportError(
             f"--push {name}: {_why(error, name)}. The export is complete in {folder}; to upload it later: {again}"
         ) from None

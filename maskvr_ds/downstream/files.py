@@ -21,7 +21,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from maskvr_ds.downstream.examples import Split, TaskData, check
-from maskvr_ds.downstream.questions import read_answers, read_published
+from maskvr_ds.downstream.questions import check_unicode, read_answers, read_published
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 
 _TEXT = (".tsv", ".csv", ".jsonl", ".txt", ".conll")
@@ -179,6 +179,7 @@ def _json_lines(path: Path) -> _Table:
             raise TaskError(f"{path}, line {number}: is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise TaskError(f"{path}, line {number}: expected an object with the columns as keys")
+        check_unicode(line, row, f"{path}, line {number}")
         rows.append(row)
         where.append(f"{path}, line {number}")
     return _Table(path, rows, where, {}, tuple(rows[0]) if rows else ())

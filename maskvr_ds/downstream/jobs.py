@@ -197,9 +197,10 @@ class _Schedule:
         label = job.run.label(encoder)
         if error := future.exception():
             logger.debug("%s", label, exc_info=error)
-            self._errors.append(f"{evaluator.data.task.name}: {label}: {_describe(error)}")
+            reason = _describe(error)
+            self._errors.append(f"{evaluator.data.task.name}: {label}: {reason}")
             self._failed.add(pair)
-            self._progress(f"{evaluator.data.task.name}: {label} failed")
+            self._progress(f"{evaluator.data.task.name}: {label} failed: {reason}")
         else:
             evaluator.computed.add((encoder, job.run))
             self._progress(evaluator.line(label, future.result(), stored=False))

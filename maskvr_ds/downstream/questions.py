@@ -24,6 +24,7 @@ def read_published(path: Path, text: str) -> Split:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{path}: is not JSON ({error})") from None
+    check_unicode(text, content, str(path))
     texts: list[tuple[str, ...]] = []
     labels: list[Answers] = []
     for where, article in _entries(content, "data", str(path)):
@@ -33,6 +34,22 @@ def read_published(path: Path, text: str) -> Split:
                 labels.append(read_answers(question.get("question"), context, question.get("answers"), place))
                 texts.append((str(question["question"]), str(context)))
     return Split(tuple(texts), tuple(labels))
+
+
+def check_unicode(text: str, content: Any, where: str) -> None:
+    """Raise TaskError for a lone surrogate, which JSON can write as an escape and no tokenizer can read.
+
+    text: the JSON. content: what it says.
+    """
+    if "\\ud" not in text.lower():
+        return
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(error.object[error.start]):04x}"
+        raise TaskError(
+            f"{where}: {escape} is half of a surrogate pair, and no Unicode text; remove it, or write both halves"
+        ) from None
 
 
 def _entries(parent: Any, key: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -155,3 +155,19 @@ def test_private_without_push_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert export(tmp_path, "--private") == 1
     assert capsys.readouterr().err == "error: --private is an option of --push NAME\n"
     assert not (tmp_path / "model").exists()
+
+
+def test_a_hub_that_is_lost_after_the_upload(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A completed upload is not reported as one that failed."""
+    upload = push.HfApi.upload_folder
+
+    def upload_then_lose(*arguments: Any, **options: Any) -> Any:
+        commit = upload(*arguments, **options)
+        monkeypatch.setattr(push.HfApi, "model_info", lambda *_, **__: pytest.fail("asked after the upload"))
+        return commit
+
+    monkeypatch.setattr(push.HfApi, "upload_folder", upload_then_lose)
+    assert export(tmp_path, "--push", "lab/mine", "--private") == 0, capsys.readouterr().err
+    assert "uploaded as lab/mine (private): " in capsys.readouterr().out

@@ -246,6 +246,17 @@ def test_an_evaluation_follows_the_training(
     assert f"arguments=({words})" in text
 
 
+@pytest.mark.parametrize("option", ["--evaluate-cpus", "--evaluate-gpus", "--evaluate-time", "--evaluate-mem"])
+def test_options_of_an_evaluation_need_one(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*on(corpus), "--set", "output_dir=run", "--nodes", "1", *ON_CPUS, option, "1"]
+    assert main(words) == 1
+    assert f"{option}: there is no evaluation; add --evaluate ARGUMENTS" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("ending", "restarts", "status", "said"),
     [

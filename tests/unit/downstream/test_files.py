@@ -195,6 +195,7 @@ def test_labels_only_in_dev(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"text": "a", "label": 1}\nnot', "line 2: is not JSON"),
+        ('{"text": "a \\uD83D b", "label": 1}', r"line 1: \\ud83d is half of a surrogate pair"),
         ('["a"]', "line 1: expected an object"),
         ('{"text": 1, "label": 1}', "line 1: expected text in 'text'"),
         ('{"text": "a", "label": null}', "line 1: the label None is neither a name nor an index"),

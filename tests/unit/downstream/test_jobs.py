@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from maskvr_ds.cli import main
-from maskvr_ds.downstream import jobs
+from maskvr_ds.downstream import files, jobs
 from maskvr_ds.runtime.processes import start_time
 from tests.support.tasks import save_model, write_sst2, write_tsv
 
@@ -124,14 +124,17 @@ def test_a_killed_worker(model: Path, data: Path, undisturbed: Path, tmp_path: P
     assert scores(tmp_path / "o") == scores(undisturbed)
 
 
-def test_a_run_that_fails(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An error in a worker is a line that names task and run."""
+    monkeypatch.setattr(files, "check_unicode", lambda *_: None)
     data = write_sst2(tmp_path / "d", train=160)
     dev = data / "SST-2" / "dev.tsv"
     lines = dev.read_text(encoding="utf-8").splitlines()[1:]
     dev.unlink()
     rows = [json.dumps({"sentence": line.split("\t")[0], "label": line[-1]}) for line in lines]
-    # Half of a surrogate pair, which JSON can express and no tokenizer can read.
+    # What no tokenizer can read: files are read, and would be refused, in this process.
     rows.append(json.dumps({"sentence": "w1 \ud800", "label": "1"}))
     (data / "SST-2" / "dev.jsonl").write_text("\n".join(rows), encoding="utf-8")
     command = ["evaluate", str(model), "--tasks", "sst2", "--data", str(data), "--output", str(tmp_path / "o")]
@@ -142,6 +145,7 @@ def test_a_run_that_fails(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "seed0: " in last
     assert "seed1: " in last
     assert out.count("selection") == 2
+    assert out.count("seed0 failed: ") == 1
     assert len(list((tmp_path / "o" / "runs").rglob("tiny-selection*.json"))) == 2
 
 

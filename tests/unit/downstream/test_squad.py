@@ -84,6 +84,7 @@ def test_forms_of_files(form: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        ('{"data": [{"title": "\\ud800"}]}', "is half of a surrogate pair"),
         ("[]", "expected a list of objects as 'data'"),
         ('{"data": [{"title": "x"}]}', "data 0: expected a list of objects as 'paragraphs'"),
         ('{"data": [{"paragraphs": [{"context": "c"}]}]}', "paragraphs 0: expected a list of objects as 'qas'"),
