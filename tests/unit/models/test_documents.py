@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.health.probe import _Softmaxes
 from maskvr_ds.config import ConfigError
 from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.models import documents
@@ -20,6 +21,7 @@ from maskvr_ds.models.capabilities import check_model
 from maskvr_ds.models.compiled import compile_model
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence, pairs_in_documents
+from maskvr_ds.training.health import _eager
 from tests.support.architectures import INSTALLED
 from tests.support.corpora import make_corpus
 from tests.unit.models.test_architectures import PAD, V, config_of
@@ -113,6 +115,24 @@ def test_a_row_is_each_of_its_documents_by_itself(
     # The rows tell documents apart: attention over rows gives other logits.
     over_rows = plain(module)(input_ids=ids, attention_mask=used).logits
     assert (over_rows - expected)[used].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kernel", ["mask", "varlen"])
+@pytest.mark.parametrize("architecture", CAN)
+@torch.no_grad()
+def test_attention_whose_logits_can_be_seen_is_the_same(
+    architecture: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As monitor.health_every measures it."""
+    module, ids = model(architecture), rows()
+    places = torch.arange(L).expand(2, L)
+    expected = module(ids, places)
+    monkeypatch.setattr(documents, "has_varlen", lambda *_: kernel == "varlen")
+    with _eager(module), _Softmaxes() as seen:
+        found = module(ids, places)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert len(seen.entropies) == module.mlm.config.num_hidden_layers
+    assert module.mlm.config._attn_implementation == documents.DOCUMENTS
 
 
 @pytest.mark.parametrize("architecture", CANNOT)
