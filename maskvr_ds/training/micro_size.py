@@ -176,9 +176,11 @@ def _device() -> tuple[str, int]:
 
 @contextmanager
 def _memory_limit() -> Iterator[None]:
-    """Within: torch raises OutOfMemoryError beyond a share of what is free now on the fullest of the ranks' GPUs, so that
-    an engine that does not fit fails on all ranks: its collectives would wait for a rank on which it does. Collective:
-    call on all ranks."""
+    """Within: torch raises OutOfMemoryError beyond a share of what is free now on the fullest GPU.
+
+    The same limit on all ranks: an engine that did not fit on one of them would leave the others waiting in its
+    collectives. Collective: call on all ranks.
+    """
     device = distributed.device()
     free, total = torch.cuda.mem_get_info(device)
     usable = min(distributed.gather_objects(torch.cuda.memory_reserved(device) + free))

@@ -2,7 +2,8 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.gradient_variance.measure import Measurement
 from maskvr_ds.analysis.health.probe import _Softmaxes
 from maskvr_ds.config import ConfigError
+from maskvr_ds.config.strategy_spec import parse_strategies
 from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.models import documents
 from maskvr_ds.models.capabilities import check_model
@@ -258,3 +261,21 @@ def test_lengths_of_a_corpus_are_those_of_its_rows(tmp_path: Path) -> None:
     assert number == 60
     assert lengths.sum() == 60 * 32
     assert lengths.tolist() == documents.offsets(first).diff()[: int(first.sum())].tolist()
+
+
+def test_costs_of_strategies_count_the_pairs_within_documents(tmp_path: Path) -> None:
+    """As `maskvr variance` compares them."""
+    corpus, config = Corpus(make_corpus(tmp_path / "corpus", rows=60, padded_last_row=True)), config_of("bert")
+    lengths, number = document_lengths(corpus)
+    sample = SimpleNamespace(corpus=corpus, micro_size=2)
+    found = [
+        Measurement.flops(
+            cast("Measurement", SimpleNamespace(sample=sample, model=measured, rate=lambda _: 0.25)),
+            parse_strategies("uniform")[0],
+        )
+        for measured in (MaskedLanguageModel(config), MaskedLanguageModel(config, separator=SEP))
+    ]
+    attended = int((lengths**2).sum()) / number
+    fewer = 3 * 4 * config.hidden_size * config.num_hidden_layers * (corpus.sequence_length**2 - attended)
+    assert fewer > 0
+    assert found[0] - found[1] == pytest.approx(fewer, rel=1e-6)
