@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from maskvr_ds.config import ConfigError
 
-# Name of the attention implementation, and of the one that computes the same by torch.softmax, whose logits can be seen.
+# Names of the attention implementation, and of one that computes the same by torch.softmax, whose logits can be seen.
 DOCUMENTS, EAGER = "maskvr_documents", "maskvr_documents_eager"
 REMEDY = "set data.attention to rows, or choose another architecture"
 
