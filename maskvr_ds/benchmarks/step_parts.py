@@ -77,7 +77,7 @@ class StepParts:
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        # Reductions on a stream of their own run besides the parts.
+        # Reductions on a stream of their own run concurrently with the parts.
         if self._cuda and torch.cuda.current_stream() != self._stream:
             yield
             return

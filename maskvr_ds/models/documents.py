@@ -25,8 +25,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from maskvr_ds.config import ConfigError
 
-# Name of the attention implementation.
-DOCUMENTS = "maskvr_documents"
+# Names of the attention implementation, and of one that computes the same by torch.softmax, whose logits can be seen.
+DOCUMENTS, EAGER = "maskvr_documents", "maskvr_documents_eager"
 REMEDY = "set data.attention to rows, or choose another architecture"
 
 
@@ -151,13 +151,50 @@ def attend(
             raise ConfigError(_no_dropout(dropout))
         return _by_offsets(query, key, value, document_offsets, scaling, sliding_window), None
     assert document_mask is not None, "checked at the start: the architecture passes arguments on to its attention"
-    if sliding_window is not None:
-        places = torch.arange(query.shape[2], device=query.device)
-        document_mask = document_mask & ((places[:, None] - places).abs() < sliding_window)
+    mask = _in_window(document_mask, sliding_window)
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, document_mask, dropout=dropout, scaling=scaling, is_causal=False, **others
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False, **others
     )
     return found
+
+
+def attend_eagerly(
+    _: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    document_mask: torch.Tensor | None = None,
+    document_offsets: torch.Tensor | None = None,
+    **__: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attend`, without dropout, by a softmax over float32 [B, H, L, L], -inf outside of the documents. Returns the
+    weights too."""
+    if document_offsets is not None:
+        document_mask = _mask_of_offsets(document_offsets, query.shape[0], query.shape[2])
+    assert document_mask is not None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    logits = (query @ key.transpose(2, 3)).float() * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    weights = torch.softmax(logits.masked_fill(~_in_window(document_mask, sliding_window), -torch.inf), dim=-1)
+    return (weights.to(value.dtype) @ value).transpose(1, 2), weights
+
+
+def _in_window(document_mask: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
+    """bool [B, 1, L, L]: `document_mask`, restricted to |i − j| < sliding_window if given."""
+    if sliding_window is None:
+        return document_mask
+    places = torch.arange(document_mask.shape[3], device=document_mask.device)
+    return document_mask & ((places[:, None] - places).abs() < sliding_window)
+
+
+def _mask_of_offsets(document_offsets: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """The `block_mask` of the rows, from their `offsets`."""
+    places = torch.arange(rows * length, device=document_offsets.device, dtype=document_offsets.dtype)
+    numbers = torch.bucketize(places, document_offsets, right=True).view(rows, length)
+    return (numbers[:, :, None] == numbers[:, None, :])[:, None]
 
 
 def _no_dropout(dropout: float) -> str:
@@ -199,5 +236,7 @@ def _by_offsets(
 
 
 AttentionInterface.register(DOCUMENTS, attend)
+AttentionInterface.register(EAGER, attend_eagerly)
 # No mask of transformers: that of padding is part of `document_mask`.
-AttentionMaskInterface.register(DOCUMENTS, lambda *_, **__: None)
+for _name in (DOCUMENTS, EAGER):
+    AttentionMaskInterface.register(_name, lambda *_, **__: None)

@@ -25,8 +25,9 @@ class TerminalHandler(logging.Handler):
 
 def _clear_bars() -> None:
     """Clear progress bars on the terminal, which their next update draws again: a message would continue their line."""
-    tqdm = sys.modules.get("tqdm")
-    for bar in tuple(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else ():
+    # Without the class while another thread imports the module.
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    for bar in tuple(bars):
         with contextlib.suppress(OSError, ValueError):  # closed
             bar.clear()
 

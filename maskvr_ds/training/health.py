@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from maskvr_ds.analysis.health.probe import forward_signals
 from maskvr_ds.data.batch import MaskedBatch
+from maskvr_ds.models import documents
 from maskvr_ds.models.compiled import uncompiled
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.telemetry.metrics_file import HEALTH
@@ -49,9 +50,9 @@ class HealthMonitor:
 
 @contextmanager
 def _eager(module: MaskedLanguageModel) -> Iterator[None]:
-    """Within: eager attention, whose logits can be seen."""
+    """Within: eager attention, whose logits can be seen; within documents if the module's is."""
     before = module.mlm.config._attn_implementation
-    module.mlm.set_attn_implementation("eager")
+    module.mlm.set_attn_implementation("eager" if module.separator is None else documents.EAGER)
     try:
         yield
     finally:

@@ -176,10 +176,15 @@ def _device() -> tuple[str, int]:
 
 @contextmanager
 def _memory_limit() -> Iterator[None]:
-    """Within: torch raises OutOfMemoryError beyond a share of what is free now."""
+    """Within: torch raises OutOfMemoryError beyond a share of what is free now on the fullest GPU.
+
+    The same limit on all ranks: an engine that did not fit on one of them would leave the others waiting in its
+    collectives. Collective: call on all ranks.
+    """
     device = distributed.device()
     free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) * _USABLE / total, device)
+    usable = min(distributed.gather_objects(torch.cuda.memory_reserved(device) + free))
+    torch.cuda.set_per_process_memory_fraction(usable * _USABLE / total, device)
     try:
         yield
     finally:
@@ -199,7 +204,7 @@ class _Trial:
 
     def fits(self, rows: int) -> bool:
         """Whether a step with micro-batches of as many rows fits into the memory of all ranks."""
-        mine = self._train(rows)
+        mine = distributed.run_collectively(lambda: self._train(rows))
         fits = all(distributed.gather_objects(mine))
         if not fits:
             # What a step leaves behind that ended in the middle is of no use.

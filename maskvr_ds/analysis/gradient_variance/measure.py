@@ -48,7 +48,7 @@ from maskvr_ds.checkpoint.export import load_model, separator_of
 from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
 from maskvr_ds.config.masking import HELD_OUT_RATE
 from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACLES, StrategySpec, parse_strategies
-from maskvr_ds.data.documents import check_borders
+from maskvr_ds.data.documents import check_borders, document_lengths
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.checks import segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
@@ -238,17 +238,17 @@ class Measurement:
 
     def flops(self, spec: StrategySpec) -> float:
         """FLOPs of a step per sequence at the strategy's rate, without those of drawing masks."""
-        length = self.sample.corpus.sequence_length
-        K = maximum_predictions(length, self.rate(spec))
-        return flops_per_sequence(self.model.mlm.config, length, K, batch=self.sample.micro_size)
+        corpus, size = self.sample.corpus, self.sample.micro_size
+        L, K = corpus.sequence_length, maximum_predictions(corpus.sequence_length, self.rate(spec))
+        documents = None if self.model.separator is None else document_lengths(corpus)
+        return flops_per_sequence(self.model.mlm.config, L, K, batch=size, documents=documents)
 
     def progress(
         self, moments: VarianceComponents, baseline: VarianceComponents, goal: VarianceComponents, *, cost: float
     ) -> dict[str, Any]:
         """A strategy's `cost` of a step, relative to the baseline's, and its progress."""
-        level = self.arguments.confidence
-        found = progress_figures(moments, baseline, goal, batch=self.global_size, cost=cost, level=level)
-        return {"cost": cost, "progress": found}
+        options = {"batch": self.global_size, "cost": cost, "level": self.arguments.confidence}
+        return {"cost": cost, "progress": progress_figures(moments, baseline, goal, **options)}
 
     def strategy(self, spec: StrategySpec, goal: torch.Tensor | None) -> tuple[VarianceComponents, dict[str, Any]]:
         """Measure a strategy: its variance components and the cost of measuring. Collective: call on all ranks."""

@@ -2,7 +2,8 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.gradient_variance.measure import Measurement
+from maskvr_ds.analysis.health.probe import _Softmaxes
 from maskvr_ds.config import ConfigError
+from maskvr_ds.config.strategy_spec import parse_strategies
 from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.models import documents
 from maskvr_ds.models.capabilities import check_model
 from maskvr_ds.models.compiled import compile_model
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence, pairs_in_documents
+from maskvr_ds.training.health import _eager
 from tests.support.architectures import INSTALLED
 from tests.support.corpora import make_corpus
 from tests.unit.models.test_architectures import PAD, V, config_of
@@ -113,6 +118,24 @@ def test_a_row_is_each_of_its_documents_by_itself(
     # The rows tell documents apart: attention over rows gives other logits.
     over_rows = plain(module)(input_ids=ids, attention_mask=used).logits
     assert (over_rows - expected)[used].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kernel", ["mask", "varlen"])
+@pytest.mark.parametrize("architecture", CAN)
+@torch.no_grad()
+def test_attention_whose_logits_can_be_seen_is_the_same(
+    architecture: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As monitor.health_every measures it."""
+    module, ids = model(architecture), rows()
+    places = torch.arange(L).expand(2, L)
+    expected = module(ids, places)
+    monkeypatch.setattr(documents, "has_varlen", lambda *_: kernel == "varlen")
+    with _eager(module), _Softmaxes() as seen:
+        found = module(ids, places)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert len(seen.entropies) == module.mlm.config.num_hidden_layers
+    assert module.mlm.config._attn_implementation == documents.DOCUMENTS
 
 
 @pytest.mark.parametrize("architecture", CANNOT)
@@ -238,3 +261,21 @@ def test_lengths_of_a_corpus_are_those_of_its_rows(tmp_path: Path) -> None:
     assert number == 60
     assert lengths.sum() == 60 * 32
     assert lengths.tolist() == documents.offsets(first).diff()[: int(first.sum())].tolist()
+
+
+def test_costs_of_strategies_count_the_pairs_within_documents(tmp_path: Path) -> None:
+    """As `maskvr variance` compares them."""
+    corpus, config = Corpus(make_corpus(tmp_path / "corpus", rows=60, padded_last_row=True)), config_of("bert")
+    lengths, number = document_lengths(corpus)
+    sample = SimpleNamespace(corpus=corpus, micro_size=2)
+    found = [
+        Measurement.flops(
+            cast("Measurement", SimpleNamespace(sample=sample, model=measured, rate=lambda _: 0.25)),
+            parse_strategies("uniform")[0],
+        )
+        for measured in (MaskedLanguageModel(config), MaskedLanguageModel(config, separator=SEP))
+    ]
+    attended = int((lengths**2).sum()) / number
+    fewer = 3 * 4 * config.hidden_size * config.num_hidden_layers * (corpus.sequence_length**2 - attended)
+    assert fewer > 0
+    assert found[0] - found[1] == pytest.approx(fewer, rel=1e-6)

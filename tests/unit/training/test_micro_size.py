@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
-from maskvr_ds.training.micro_size import _stored, _with_numbers, divisors, largest_fitting
+from maskvr_ds.runtime import distributed
+from maskvr_ds.training.micro_size import _memory_limit, _stored, _with_numbers, divisors, largest_fitting
 
 PHASES: list[dict[str, Any]] = [
     {"name": "short", "data": {"path": "a"}, "training": {"steps": 2}, "batch": {"global_size": 96}},
@@ -81,3 +83,15 @@ def test_a_resume_takes_the_numbers_of_its_run(tmp_path: Path) -> None:
     assert _stored(tmp_path / "elsewhere" / "checkpoints" / "x", 1) == {}
     (tmp_path / "config.yaml").write_text(dump_config(config(phases=PHASES)))
     assert _stored(checkpoint, 2) == {1: 3}
+
+
+def test_the_limit_is_that_of_the_fullest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda:1"))
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, 25])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: limits.append(share))
+    with _memory_limit():
+        assert limits == [pytest.approx(0.23)]
+    assert limits[1:] == [1.0]
