@@ -69,7 +69,7 @@ def _variance(arguments: argparse.Namespace) -> int:
     parse_strategies(arguments.strategies)
     options = []
     for name, value in vars(arguments).items():
-        if name not in ("run", "num_gpus"):
+        if name not in ("run", "num_gpus") and value != []:
             options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     ranks = arguments.num_gpus or max(1, visible_gpus())
     check_ranks_here(ranks)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from maskvr_ds.cli.options import Commands, add_command
-from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, integer
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, integer, number
 
 _BENCHMARK_DESCRIPTION = """\
 Measure the speed of a component on this machine, with synthetic rows.
@@ -103,7 +103,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peak-tflops",
-        type=_tflops,
+        type=number(0, 1e6, above=True),
         metavar="T",
         help="training-speed: peak rate of a rank's device, for the MFU (default: of the data sheet of known GPUs)",
     )
@@ -114,16 +114,6 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="training-speed: a further setting of the run",
     )
-
-
-def _tflops(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: a rate in TFLOP/s above 0 and at most 1,000,000 expected")
-    return value
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:

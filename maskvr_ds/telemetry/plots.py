@@ -66,7 +66,7 @@ def plot_loss(metrics: Path, output: Path) -> None:
     for axes in panels.flat:
         axes.grid(alpha=0.3)
         # Above the curves, which fill the lower panels.
-        axes.legend(loc="upper right", ncols=3, fontsize="small", framealpha=0.9)
+        axes.legend(loc="upper right", ncols=3, fontsize=9, framealpha=0.9)
     figure.tight_layout()
     figure.savefig(output)
     plt.close(figure)

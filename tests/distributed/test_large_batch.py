@@ -18,6 +18,9 @@ from tests.support.corpora import make_corpus
 L, MICRO, STEPS = 32, 64, 3
 # Bytes per sequence of a rank's batch: tokens, masked tokens, positions, labels and weights, while masks are drawn.
 PER_SEQUENCE = 4096
+# Bytes by which the peak differs without a reason of the batch (up to 25 MiB); kept activations would take 18 MiB per
+# micro-batch.
+ALLOCATOR = 32 << 20
 
 
 def train_measured(values: dict[str, Any], resume: str | None) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def test_the_same_run_on_1_and_2_ranks_in_constant_memory(folder: Path, size: in
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
     growth = results[1][0]["peak"] - small[0]["peak"]
     print(f"{size} against {size // 8} sequences per step: peak memory grows by {growth / 2**20:.0f} MiB")
-    assert growth < PER_SEQUENCE * size
+    assert growth < PER_SEQUENCE * size + ALLOCATOR
     for ranks, measured in results.items():
         for line, parts in zip(lines_of(folder, f"{ranks}_ranks"), measured[0]["parts"], strict=False):
             shown = ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items())

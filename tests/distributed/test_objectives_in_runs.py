@@ -119,5 +119,6 @@ def test_variance_of_a_checkpoint(runs: Path, corpora: Path, architecture: str, 
         reports.append(leaves({key: report[key] for key in ("strategies", "step", "masking")}))
     assert len(reports[0]) > 50
     for path, value in reports[0].items():
-        if not path.endswith("/seconds"):
+        # Progress is undetermined with so few rows.
+        if not path.endswith("/seconds") and "/progress/" not in path:
             assert reports[1][path] == pytest.approx(value, rel=1e-4), path

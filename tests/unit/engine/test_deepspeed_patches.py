@@ -236,6 +236,8 @@ ALLOWED = {
     ("checkpoint.reshard", "setattr(engine)"),
     # Times methods of the project's own classes.
     ("benchmarks.masks", "setattr(owner)"),
+    # Counts host waits while a step is profiled.
+    ("benchmarks.step_parts", "torch.Tensor.tolist"),
     # The file that a monitor of DeepSpeed's writes.
     ("telemetry.monitors", "monitor.summary_writer"),
     # Groups of one optimizer, stepped by several in turn.

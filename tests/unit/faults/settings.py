@@ -322,8 +322,8 @@ FAULTS = [
     Fault(
         "no such configuration",
         "maskvr config --config nowhere.yaml",
-        "config 'nowhere.yaml': neither a file nor a recipe (bert_base_4k, bert_base_4k_auto, "
-        "bert_base_4k_frequency, bert_base_4k_fully_explored, bert_base_4k_mapnet, bert_base_4k_span, …",
+        "config 'nowhere.yaml': neither a file nor a recipe (albert_base_4k, bert_base_4k, "
+        "bert_base_4k_auto, bert_base_4k_frequency, bert_base_4k_fully_explored, bert_base_4k_mapnet, …",
     ),
     Fault(
         "an assignment without a value",

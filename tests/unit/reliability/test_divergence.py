@@ -260,10 +260,10 @@ def test_rollbacks_that_did_not_help_cost_no_checkpoint(tmp_path: Path) -> None:
         write_manifest(folder, vars(replace(STATE, step=step, guard={"rollbacks": rollbacks[:1]})))
     (tmp_path / ROLLBACKS).write_text(json.dumps(rollbacks))
     assert [c.state.step for c in intact(tmp_path)] == [4]
-    assert _restore_newest(tmp_path, rollbacks, 4) == 12
+    assert _restore_newest(tmp_path, rollbacks, 4, ()) == 12
     assert json.loads((tmp_path / ROLLBACKS).read_text()) == rollbacks[:4]
     assert [c.state.step for c in intact(tmp_path)] == [12, 8, 4]
     (folder / "optimizer.pt").write_bytes(b"")
-    assert _restore_newest(tmp_path, rollbacks, 4) == 8, "the newest that is intact"
+    assert _restore_newest(tmp_path, rollbacks, 4, ()) == 8, "the newest that is intact"
     assert json.loads((tmp_path / ROLLBACKS).read_text()) == rollbacks[:5]
-    assert _restore_newest(tmp_path, rollbacks, 8) == 8
+    assert _restore_newest(tmp_path, rollbacks, 8, ()) == 8
