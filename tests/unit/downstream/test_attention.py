@@ -1,6 +1,7 @@
 """`maskvr attention` on folders of transformers: figures, the control, a pruned export with equal logits."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         (folder / name / "tokenizer.json").write_bytes((corpus / "tokenizer/tokenizer.json").read_bytes())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_on_standard_output(caplog: pytest.LogCaptureFixture) -> None:
+    """An earlier command in this process may have set INFO, whose lines would precede the JSON."""
+    caplog.set_level(logging.WARNING, logger="maskvr_ds")
 
 
 def attention(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
