@@ -2,7 +2,7 @@
 
     python docs/experiments/adapter_cost.py --output RESULT.json
 
-One process, one thread, fp32: forward and backward passes of a BERT of 4 layers and hidden size 256 (BERT-mini), one row
+One process, one thread, fp32: forward and backward passes of BERT-mini (4 layers, hidden size 256), one row
 of 128 tokens with 19 predictions, 30,522 tokens, in pairs whose order alternates. The same module computes both: once
 through `MaskedLanguageModel`, once as encoder, gather, head and cross-entropy written out, without the hook. Losses
 and gradients must be equal to the bit. CPU seconds (process time), not wall-clock time: ratio of each pair, their
