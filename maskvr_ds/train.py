@@ -135,7 +135,8 @@ def train_phase(
     reader = batches(context.loader, step - phase.first_step, windows_of(context.rollbacks, phase.index))
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
-    _announce(run, phase, context)
+    if step < phase.last_step:
+        _announce(run, phase, context)
     # Rank 0 looks for requests to stop in the run's folder.
     here = run.output_dir if distributed.rank() == 0 else None
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             train(config, arguments.resume, stop, arguments.launch)
         except StoppedError as stopped:
-            logger.info("%s; continue with --resume auto", stopped)
+            logger.info("%s", stopped)
             return EXIT_STOPPED
         return None
 
