@@ -135,8 +135,7 @@ def train_phase(
     reader = batches(context.loader, step - phase.first_step, windows_of(context.rollbacks, phase.index))
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
-    if step < phase.last_step:
-        _announce(run, phase, context)
+    _announce(run, phase, context)
     # Rank 0 looks for requests to stop in the run's folder.
     here = run.output_dir if distributed.rank() == 0 else None
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
@@ -201,6 +200,8 @@ def train_phase(
 
 
 def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
+    if context.state.step == phase.last_step:
+        return  # nothing is left to train
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
         logger.info("%s", line)
     for remark in remarks(phase.config, context.corpus):
