@@ -22,6 +22,8 @@ from maskvr_ds.downstream.squad_scoring import normalise, true_answers
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 
 MAJORITY, BAG_OF_WORDS = "majority", "bag of words"
+# A word, or a punctuation mark.
+TOKEN_PATTERN = r"(?u)\b\w+\b|[^\w\s]"
 # Inverse strengths of L2 regularisation.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 _ITERATIONS = 1000
@@ -101,7 +103,7 @@ def _linear(data: TaskData, train: Split, evaluate: dict[str, Split], strength: 
 
 
 def _vectoriser(task: Task, train: Split, ngrams: tuple[int, int]) -> TfidfVectorizer:
-    words = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
+    words = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=TOKEN_PATTERN)
     try:
         return words.fit([text for texts in train.texts for text in texts])
     except ValueError:

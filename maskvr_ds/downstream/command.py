@@ -48,7 +48,7 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged final
     runs, and runs that failed in another process, raise TaskError after everything else is done and written.
     """
-    _leave_launcher()
+    leave_launcher()
     data = _read(request)
     points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
     store = RunStore(request.output)
@@ -99,7 +99,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     folder = request.output / MODEL
     if folder.exists():
         raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
-    _leave_launcher()
+    leave_launcher()
     (task,) = _read(request)
     store = RunStore(request.output)
     with prepared([model], _lengths(request)) as (encoder,):
@@ -111,7 +111,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     return text
 
 
-def _leave_launcher() -> None:
+def leave_launcher() -> None:
     """Remove a launcher's variables of a single process, for which accelerate would open a process group.
 
     Raises TaskError for several processes: each would do the same.

@@ -142,6 +142,5 @@ def _parts(classes: Sequence[str], ways: int, seed: int) -> dict[str, tuple[str,
     sizes = len(order) - validation - test, validation, test
     bounds = np.cumsum([0, *sizes]).tolist()
     return {
-        part: tuple(sorted(order[low:high]))
-        for part, low, high in zip(PARTS, bounds[:-1], bounds[1:], strict=True)
+        part: tuple(sorted(order[low:high])) for part, low, high in zip(PARTS, bounds[:-1], bounds[1:], strict=True)
     }

@@ -13,10 +13,10 @@ m: `margin`, λ: `weight`; λ = 0 is the plain prototypical network. The normali
 term between z_i/‖z_i‖ and c_k/‖c_k‖, so that they lie in [0, 4] and a margin means the same for every encoder; the
 unnormalised form takes d itself, whose scale depends on the encoder.
 
-Differences from the paper, and what is uncertain: the paper adds a large-margin distance loss, a triplet loss in most
-of its experiments, to the softmax loss of an episode, and compares normalised and unnormalised distances. Which
-examples form its triplets for prototypical networks we do not know for certain. Here the anchor is a query, the positive
-its own prototype, and each other prototype a negative; the mean is over all triplets, also those that have the margin.
+Uncertain: the paper "augments the softmax classification loss with a large margin distance loss" (its abstract), and
+names a triplet loss; which examples of an episode form the triplets, how they are averaged, and m and λ are choices
+made here. The anchor is a query, the positive its own prototype, a negative each other prototype; the mean is over all
+triplets, also those that keep the margin. Wang et al. may use unnormalised distances between examples instead.
 """
 
 import torch
@@ -59,4 +59,5 @@ def episode_loss(
 
 def nearest_prototype(support: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Place of the nearest prototype of each query: [E, N, K, D], [E, M, D] → int64 [E, M]."""
-    return torch.cdist(query, prototypes(support)).argmin(-1)
+    exact = "donot_use_mm_for_euclid_dist"  # products would cancel
+    return torch.cdist(query, prototypes(support), compute_mode=exact).argmin(-1)
