@@ -66,7 +66,7 @@ def add_evaluate(commands: Commands) -> None:
         examples=_EXAMPLES,
         description=_DESCRIPTION,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
     parser.add_argument("--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], metavar="TASK", help="default: mlm")
     parser.add_argument(
         "--data",
@@ -87,6 +87,14 @@ def add_evaluate(commands: Commands) -> None:
     _mlm_options(parser)
     parser.add_argument(
         "--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5; with --shots 3)"
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=list(tasks.WEIGHTED_ROWS),
+        help="further bags of words, with other weights of the terms than TF–IDF: tf (none), information gain, χ², "
+        "relevance frequency, or learned by a network from the term's distribution over the classes (ltw, one run per "
+        "seed); with them, models may be left out",
     )
     parser.add_argument(
         "--jobs",
@@ -182,7 +190,16 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS = (
+    *_PROTOCOL,
+    "baselines",
+    "jobs",
+    "checkpoints",
+    "learning_rates",
+    "max_train",
+    "text_columns",
+    "label_column",
+)
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
@@ -196,6 +213,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_episodes(arguments)
     _refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
     arguments.tasks = arguments.tasks or [_MLM]
+    if not (arguments.models or arguments.baselines):
+        raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.tasks == [_MLM]:
         _refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
         return _evaluate_mlm(arguments)
@@ -238,6 +257,8 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         raise ValueError("--stride is an option of squad and squad_v2: other tasks read no windows")
     configure(arguments.verbosity)
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
+    if getattr(arguments, "baselines", None) is not None:
+        given["baselines"] = tuple(dict.fromkeys(arguments.baselines))
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
     return Request(

@@ -14,6 +14,7 @@ from maskvr_ds.downstream.jobs import Progress, compute_all
 from maskvr_ds.downstream.models import Encoder, prepared
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+from maskvr_ds.downstream.weighted_words import check_weightable
 
 MODEL = "model"
 
@@ -126,6 +127,7 @@ def _read(request: Request) -> list[TaskData]:
     found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
     for data in found:
         request.protocol.settings(data.task)  # raises if windows are impossible
+        check_weightable(data.task, request.protocol.baselines)
         if request.protocol.chooses(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
         if data.skipped:
