@@ -84,8 +84,8 @@ def bag_of_words(data: TaskData) -> tuple[Predictions, float | None]:
 def choose_linear(data: TaskData, vectorise: Callable[[Split], Any]) -> tuple[Predictions, float]:
     """Predictions of a linear model on features of words, and its strength of regularisation.
 
-    vectorise: → an object with `transform`, texts → sparse [n, V], of a training set: of that without the held-out part,
-    on which the strength is chosen, and of the complete one.
+    vectorise: of a training set, → an object with `transform`, texts → sparse [n, V]. It is called without the held-out
+    part, on which the strength is chosen, and then with the complete training set.
     """
     fit, held_out = hold_out(data.train, data.task)
     truth = targets(data.task, data.labels, held_out)

@@ -122,7 +122,7 @@ def _learn(
 def logits(
     features: sparse.csr_matrix, function: nn.Module, values: torch.Tensor, classifier: nn.Linear
 ) -> torch.Tensor:
-    """W x + b with x of unit length: features [B, V], inputs of f [V, ·] → [B, C]. Only the batch's terms are weighted."""
+    """W x + b with x of unit length: features [B, V], inputs of f [V, ·] → [B, C]. Weighs the batch's terms only."""
     used = np.unique(features.indices)
     rows = torch.from_numpy(features[:, used].toarray()).float()
     index = torch.from_numpy(used).long()

@@ -8,6 +8,7 @@ Of a pair of texts, a term occurs in the example if the two texts have it unequa
 evidence of how they relate, to a linear model.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from maskvr_ds.downstream.term_weights import WEIGHTS, Array, TermCounts
 
 
 def check_weightable(task: Task, baselines: tuple[str, ...]) -> None:
-    """Raise TaskError if the task has no classes that terms could be weighted by."""
+    """Raise TaskError if the task has no classes that terms could be weighted by. baselines: names of weights."""
     if baselines and task.kind is not Kind.CLASSIFICATION:
         raise TaskError(
-            f"{task.name}: --baselines {' '.join(baselines)}: weights of terms need classes, and this is no "
-            "classification; evaluate it by a command without them"
+            f"{task.name}: weights of terms ({', '.join(baselines)}) need classes, and this is no classification; "
+            "choose other tasks, or leave them out"
         )
 
 
@@ -47,16 +48,20 @@ class WeightedWords:
 
     def unweighted(self, split: Split) -> sparse.csr_matrix:
         """1 + log tf of the examples, float64 [n, V]; of pairs the absolute difference of the two texts."""
-        sides = [self._words.transform(texts) for texts in zip(*split.texts, strict=True)]
-        if len(sides) == 1:
-            return sides[0]
-        difference = abs(sides[0] - sides[1]).tocsr()
-        difference.eliminate_zeros()
-        return difference
+        return difference([self._words.transform(texts) for texts in zip(*split.texts, strict=True)])
 
     def transform(self, texts: Any) -> sparse.csr_matrix:
         """Weighted texts of unit length, float64 [n, V]."""
         return normalize(self._words.transform(texts) @ sparse.diags(self.weights)).tocsr()
+
+
+def difference(sides: Sequence[sparse.csr_matrix]) -> sparse.csr_matrix:
+    """Features of one text, or the absolute difference of those of two, without stored zeros: [n, V]."""
+    if len(sides) == 1:
+        return sides[0]
+    found = abs(sides[0] - sides[1]).tocsr()
+    found.eliminate_zeros()
+    return found
 
 
 def weighted_bag(data: TaskData, name: str, seed: int) -> Content:
