@@ -25,7 +25,8 @@ def write_token_scores(
     path: Path, scores: NDArray[np.float64], tokenizer_sha256: str, origin: Mapping[str, Any]
 ) -> None:
     """Write float64 [V], positive and finite, atomically."""
-    assert scores.ndim == 1 and np.isfinite(scores).all() and (scores > 0).all()
+    assert scores.ndim == 1
+    assert np.all((scores > 0) & np.isfinite(scores))
     content = {"tokenizer_sha256": tokenizer_sha256, "origin": dict(origin), "scores": scores.tolist()}
     atomic_write(path, json.dumps(content, allow_nan=False) + "\n")
 

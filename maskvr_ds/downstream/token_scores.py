@@ -1,4 +1,5 @@
-"""`maskvr token-scores`: weights of a tokenizer's tokens on a labelled task, as scores for masking strategy `frequency`.
+"""`maskvr token-scores`: weights of a tokenizer's tokens on a labelled task, as scores for the masking strategy
+`frequency`.
 
 The weights of `term_weights` and `learning_to_weight`, with tokens in place of words. Tokens that the training set does
 not have get the median of those that it has; a weight of 0 becomes the smallest positive one, since a score must be
@@ -25,6 +26,8 @@ from maskvr_ds.downstream.weighted_words import check_weightable, difference
 from maskvr_ds.runtime.files import check_output_file, sha256
 
 _FILE = "tokenizer.json"
+# Of a corpus, and of a model.
+_FOLDERS = ("tokenizer", ".")
 _SHOWN = 10
 
 
@@ -44,8 +47,8 @@ def write(request: Request) -> str:
     """Write the table of scores; returns a summary. Raises TaskError or OSError."""
     check_output_file(request.output, "--output")
     check_weightable(request.task, (request.weights,))
-    path = request.tokenizer / _FILE
-    if not path.is_file():
+    path = next((found for folder in _FOLDERS if (found := request.tokenizer / folder / _FILE).is_file()), None)
+    if path is None:
         raise TaskError(f"--tokenizer {request.tokenizer}: has no {_FILE}; name the folder of a corpus or a model")
     data = read_task(request.task, request.data)
     tokenizer = Tokenizer.from_file(str(path))
