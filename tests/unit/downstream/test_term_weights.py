@@ -16,7 +16,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import mutual_info_score
 from torch import nn
 
+from data_pipeline.shards import Corpus
 from maskvr_ds.cli.main import main
+from maskvr_ds.config import MaskingConfig, RunConfig
+from maskvr_ds.data.token_scores import read_token_scores, write_token_scores
 from maskvr_ds.downstream import evaluation
 from maskvr_ds.downstream.baselines import bag_of_words
 from maskvr_ds.downstream.examples import Split, TaskData
@@ -33,6 +36,9 @@ from maskvr_ds.downstream.term_weights import (
 )
 from maskvr_ds.downstream.token_scores import positive
 from maskvr_ds.downstream.weighted_words import WeightedWords, weighted_bag
+from maskvr_ds.masking.factory import create_masker
+from maskvr_ds.masking.parameters import corpus_parameters
+from maskvr_ds.training.references import open_corpora
 from tests.distributed.training import configuration
 from tests.support.corpora import make_corpus
 from tests.support.tasks import results, write_sst2, write_tsv
@@ -195,11 +201,6 @@ def own_task(folder: Path) -> Path:
 @pytest.mark.parametrize("weights", ["ltw", "information_gain"])
 def test_scores_for_masking(tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: str) -> None:
     """The table is accepted by a configuration, and the masks of a training prefer the tokens that tell."""
-    from maskvr_ds.config import RunConfig
-    from maskvr_ds.masking.factory import create_masker
-    from maskvr_ds.masking.parameters import corpus_parameters
-    from maskvr_ds.training.references import open_corpora
-
     corpus, scores = make_corpus(tmp_path / "corpus", words=50), tmp_path / "scores.json"
     words = ["token-scores", "--tokenizer", str(corpus), "--data", str(own_task(tmp_path / "task"))]
     assert main([*words, "--weights", weights, "--output", str(scores)]) == 0
@@ -258,13 +259,9 @@ def test_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_tsv(
-        tmp_path / "data" / "STS-B" / "train.tsv",
-        [["sentence1", "sentence2", "score"], ["a", "b", "1"], ["a", "c", "2"]],
-    )
-    write_tsv(
-        tmp_path / "data" / "STS-B" / "dev.tsv", [["sentence1", "sentence2", "score"], ["a", "b", "1"], ["a", "c", "2"]]
-    )
+    for part in ("train", "dev"):
+        rows = [["sentence1", "sentence2", "score"], ["a", "b", "1"], ["a", "c", "2"]]
+        write_tsv(tmp_path / "data" / "STS-B" / f"{part}.tsv", rows)
     assert main(words) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -282,8 +279,6 @@ def test_faults(
     ],
 )
 def test_scores_that_do_not_fit_the_corpus(tmp_path: Path, change, message: str) -> None:
-    from data_pipeline.shards import Corpus
-    from maskvr_ds.data.token_scores import read_token_scores, write_token_scores
 
     manifest = Corpus(make_corpus(tmp_path / "corpus", words=50)).manifest
     path = tmp_path / "scores.json"
@@ -295,15 +290,13 @@ def test_scores_that_do_not_fit_the_corpus(tmp_path: Path, change, message: str)
         found = json.loads(path.read_text(encoding="utf-8"))
         change(found)
         path.write_text(json.dumps(found), encoding="utf-8")
-    with pytest.raises(ValueError, match="masking.frequency.scores") as error:
+    with pytest.raises(ValueError, match=r"masking\.frequency\.scores") as error:
         read_token_scores(path, manifest)
     assert message in str(error.value)
 
 
 def test_scores_in_the_configuration(tmp_path: Path) -> None:
     """Powers do not apply; without scores, the identity is that of earlier versions; a moved file is the same."""
-    from maskvr_ds.config import MaskingConfig
-
     with pytest.raises(ValueError, match="power does not apply with scores"):
         MaskingConfig.model_validate({"strategy": "frequency", "frequency": {"scores": "x.json", "power": 0.3}})
     assert "scores" not in MaskingConfig(strategy="frequency").identity()["frequency"]
