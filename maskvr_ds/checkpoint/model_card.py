@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from data_pipeline.hub import snapshot_name
@@ -65,6 +66,7 @@ def model_card(
         f"# {name}\n",
         f"`{type_name(config)}` of {parameters:,} parameters, pretrained as a masked language model with maskvr_ds.\n",
         _usage(name),
+        _section("Input", _input(folder / BERT, state)),
         _section("Evaluation", _evaluation(figures)),
         *([f"### Downstream tasks\n\n{_downstream(scores)}\n"] if scores else []),
         _section("Training data", _data(launches, state)),
@@ -103,6 +105,33 @@ def _usage(name: str) -> str:
         "```python\nfrom transformers import pipeline\n\n"
         f'fill = pipeline("fill-mask", model="{name}")\nprint(fill(f"a {{fill.tokenizer.mask_token}} ."))\n```',
     )
+
+
+def _input(folder: Path, state: CheckpointState) -> str:
+    """With which attention the model was trained, and what that means for its users. folder: of the tokenizer."""
+    length = f"{state.identity['sequence_length']:,}"
+    separator = f"`{_token(folder, state.identity['special_tokens']['sep'])}`"
+    last = ", in its last phase" if len(state.phases) > 1 else ""
+    # Versions that did not have the setting attended over rows.
+    if state.identity.get("data.attention", "rows") == "rows":
+        return (
+            f"Trained with attention over rows (`data.attention: rows`) of {length} tokens{last}: a token attended to "
+            f"its complete row. Where a row held several documents, each closed by {separator}, tokens attended across "
+            f"them. Texts of more than {length} tokens are longer than what the model was trained on."
+        )
+    first = f"`{_token(folder, state.identity['special_tokens']['cls'])}`"
+    return (
+        f"Trained with attention within documents (`data.attention: documents`){last}: rows of {length} tokens held "
+        f"several documents, each closed by {separator}; a token attended to its own document only, and positions "
+        "started anew in each. Pass one text per row, as tokenizers do, with padding where texts of a batch differ in "
+        "length. Several texts in one row would attend to each other, which this model has never seen: `config.json` "
+        f"does not ask for another attention. Only the first document of a row started with {first}. Texts of more "
+        f"than {length} tokens are longer than what the model was trained on."
+    )
+
+
+def _token(folder: Path, index: int) -> str:
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(index) or str(index)
 
 
 def _held_out(lines: list[dict[str, Any]]) -> dict[str, Any]:
