@@ -86,12 +86,12 @@ def _switched_off(model: MaskedLanguageModel, rows: Rows, request: Request, sour
     if request.off is not None:
         increases, importance = heads.increases(how), heads.importance()
         found |= {"increase": increases.tolist(), "importance": importance.tolist()}
-        found["rank_correlation"] = rank_correlation(importance, increases) if importance.numel() > 2 else None
+        found["rank_correlation"] = rank_correlation(importance, increases)
     if request.prune:
         curve = heads.prune(request.prune, how)
         found["pruning"] = [{"layer": n, "head": h, "loss": loss} for n, h, loss in curve]
         if request.export is not None:
-            heads.zero_columns([(n, h) for n, h, _ in curve])
+            heads.switches.zero_columns([(n, h) for n, h, _ in curve])
             _export(model.mlm, source, request.export)
     return found
 

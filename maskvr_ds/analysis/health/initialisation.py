@@ -100,7 +100,7 @@ def _measure(name: str, config: PreTrainedConfig, scaled: bool, masked: MaskedBa
 @torch.no_grad()
 def scale_by_depth(model: MaskedLanguageModel) -> None:
     """Divide the maps that end each attention and feed-forward part by √(2N)."""
-    layers = layers_of(model)
+    layers = layers_of(model.mlm)
     depth = int(getattr(model.mlm.config, "num_hidden_layers", len(layers)))
     for layer in layers:
         for name, module in layer.named_modules():

@@ -89,7 +89,7 @@ def test_the_pruned_model_has_the_logits_of_the_model_with_heads_off(
     rows = choose_rows(Corpus(folder / "corpus"), ROWS, torch.device("cpu"))
     heads, batch = Heads(model, rows.masked), rows.masked
     assert heads.loss(off) == pytest.approx(found["pruning"][-1]["loss"], rel=1e-5)
-    with heads.gated((~off).float()), torch.no_grad():
+    with heads.switches.gated((~off).float()), torch.no_grad():
         expected = model.mlm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     pruned = AutoModelForMaskedLM.from_pretrained(target).eval()
     logits = pruned(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
