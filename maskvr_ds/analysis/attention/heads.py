@@ -123,9 +123,7 @@ class Switches:
             weight[:, h * size : (h + 1) * size] = 0.0
 
 
-def without_each(
-    loss: Callable[[torch.Tensor], float], base: float, off: torch.Tensor
-) -> torch.Tensor:
+def without_each(loss: Callable[[torch.Tensor], float], base: float, off: torch.Tensor) -> torch.Tensor:
     """loss(heads off) − base with each head off in addition to `off` bool [N, H]: float64 [N, H]; NaN for these."""
     found = torch.full(off.shape, float("nan"), dtype=torch.float64)
     for n, h in (~off).nonzero().tolist():
