@@ -114,6 +114,18 @@ def test_initialisations_of_bert() -> None:
     assert by_name["initializer_range 0.1"]["logit"] > 5 * by_name["as configured"]["logit"]
     assert by_name["initializer_range 0.1"]["loss"] > by_name["as configured"]["loss"]
     assert table(rows, V).count("\n") == len(rows)
+    assert {"RMSNorm", "batch normalisation"} < set(names)
+
+
+def test_initialisations_take_the_normalisation_of_the_run() -> None:
+    config, batch = model_of("bert").mlm.config, masked()
+    plain, batched = (
+        {row.name: row.figures() for row in measure_initialisations(config, batch, seed=1, normalization=kind)}
+        for kind in ("layer", "batch")
+    )
+    assert batched["as configured"] == plain["batch normalisation"]
+    assert batched["LayerNorm"] == plain["as configured"]
+    assert batched["as configured"]["loss"] != plain["as configured"]["loss"]
 
 
 def test_depth_scaling_divides_two_maps_of_each_layer() -> None:
