@@ -123,7 +123,14 @@ def _target(output: Path) -> Path:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit."""
+    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit, or the
+    model is none of transformers."""
+    if (other := checkpoints.read_state(folder).identity["model"].get("normalization")) is not None:
+        raise CheckpointError(
+            f"{folder}: was trained with model.normalization {other}, which no architecture of transformers has in "
+            "place of its LayerNorms: such a model can be neither exported nor loaded outside of training; its "
+            "held-out figures are in metrics.jsonl"
+        )
     model = build(AutoConfig.from_pretrained(folder / BERT))
     missing, unexpected = model.load_state_dict(load.read_weights(folder), strict=False)
     # Tied tensors are stored once; anything else that is missing would stay random.
