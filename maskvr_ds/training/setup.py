@@ -4,6 +4,7 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,11 @@ from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.engine.master_weights import partition_sizes
-from maskvr_ds.masking import mapnet
-from maskvr_ds.masking.checks import segments, sequence_copies
+from maskvr_ds.masking.checks import sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.strategies import maximum_predictions
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -45,6 +46,7 @@ from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
+from maskvr_ds.training.mask_costs import StepCosts, machine, measure_costs, needed, stored_costs, write_costs
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
@@ -81,6 +83,11 @@ class PhaseContext:
     verification: BackgroundVerification
     health: HealthMonitor | None = None
 
+    @property
+    def learner(self) -> Proposer | None:
+        """MAPNet, while it is trained."""
+        return self.proposer if self.chooser is None or self.chooser.learning else None
+
 
 def setup_phase(
     run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], point: ResumePoint, fence: Fence
@@ -100,6 +107,11 @@ def setup_phase(
 
     manifest, pairs = corpus.manifest, config.pair_objective is not None
     encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
+    costs = None
+    if config.masking.strategy == "auto":
+        separator = corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
+        distributed.run_on_rank0(lambda: _check_auto(encoder, separator))
+        costs = _mask_costs(phase, corpus, encoder, deepspeed_config, point)
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
@@ -124,11 +136,10 @@ def setup_phase(
     loader = _make_loader(phase, corpus)
     sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
-    if config.masking.strategy == "auto":
-        distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
-        chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
+    if costs is not None:
+        chooser = make_chooser(phase, engine, masker, loader, proposer, costs)
         if state.auto:
-            chooser.restore(state.auto)
+            chooser.restore(state.auto, state.step)
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
@@ -324,26 +335,56 @@ def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
         raise ConfigError(f"masking.strategy auto: {error}; choose another strategy") from None
 
 
+def _mask_costs(
+    phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, deepspeed_config: dict[str, Any], point: ResumePoint
+) -> StepCosts:
+    """Costs of the candidates of strategy auto: stored ones, or measured now and stored in the run's folder.
+    Collective: call on all ranks."""
+    config = phase.config
+    wanted = needed(config, corpus)
+    dtype = str(model_dtype(deepspeed_config)).removeprefix("torch.")
+    here = machine(config, corpus, zero_stage(deepspeed_config), dtype)
+    state = None if point.checkpoint is None else point.checkpoint.state
+    # A phase that starts from the last checkpoint of the previous one has none yet.
+    in_checkpoint = None if state is None or len(state.phases) == phase.index > 0 else state.auto.get("costs")
+    costs = distributed.run_on_rank0(lambda: stored_costs(config, phase.index, wanted, here, in_checkpoint))
+    if costs is None:
+
+        def make_engine() -> Any:
+            engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
+            predictions = maximum_predictions(corpus.sequence_length, config.masking.rate)
+            _compile(phase, corpus, engine.module, predictions)
+            return engine
+
+        logger.info("masking.strategy auto: measuring the seconds of a step with each candidate")
+        costs = measure_costs(config, corpus, wanted, here, make_engine)
+    elif costs.machine != here:
+        differ = [name for name in here if costs.machine.get(name) != here[name]]
+        logger.info("masking.strategy auto: costs of another machine or layout (%s) are kept", ", ".join(differ))
+    logger.info("masking.strategy auto: seconds of a step: %s", costs)
+    found = costs
+    distributed.run_on_rank0(lambda: write_costs(config.output_dir, phase.index, found))
+    return costs
+
+
 def make_chooser(
-    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, sequence_flops: float
+    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
 ) -> Chooser:
-    """sequence_flops: of the model's forward and backward pass over one sequence."""
-    config, length = phase.config, loader.corpus.sequence_length
-    most = segments(length - 2, config.masking.rate)
-    mapnet_config = config.masking.mapnet
-    cost = mapnet_config.cost
-    if cost is None:
-        network = {name: getattr(mapnet_config, name) for name in ("layers", "hidden", "reach")}
-        cost = mapnet.flops_per_sequence(**network, sequence_length=length) / sequence_flops
+    config = phase.config
+    masking = config.masking
+    final_step = None
+    if masking.final_rate is not None:
+        final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
     return Chooser(
-        config.masking.auto,
+        masking.auto,
         engine=engine,
         masker=masker,
         loader=loader,
         proposer=proposer,
-        # A global batch consists of complete rows.
-        most=next(j for j in range(most, 0, -1) if config.batch.global_size % j == 0),
-        proposal_cost=cost,
+        rate=masking.rate,
+        final_rate=masking.final_rate,
+        final_step=final_step,
+        costs=costs,
         micro_size=config.batch.micro_size,
         seed=phase.key(AUTO),
     )
