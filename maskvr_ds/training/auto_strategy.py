@@ -74,8 +74,6 @@ class Chooser:
         costs: of all candidates.
         micro_size: rows per pass.
         seed: for rows, masks and projections.
-
-    Raises ConfigError if the corpus has too few rows to measure on.
     """
 
     def __init__(
@@ -98,7 +96,6 @@ class Chooser:
         self._n = loader.corpus.sequence_length - 2
         self._rates, self._final_step = ladder(rate, final_rate), final_step
         self._trial = ProposalTrial()
-        distinct_rows(loader.shares, seed, config.rows)
         self.plan = self._best = plain(self._n, rate)  # _best: by the last measurement
         self._apply(0)
 
@@ -121,8 +118,8 @@ class Chooser:
     def restore(self, state: dict[str, Any], step: int) -> None:
         """Continue from `state`. step: of the run.
 
-        Checkpoints of earlier versions have no rate, which was constant, nor a trial: MAPNet was always trained, and is
-        trained on. Their best plan counts as one measurement, if they have one.
+        Checkpoints of earlier versions have no rate, which was constant (mask_costs.py refuses others), nor a trial:
+        MAPNet was always trained, and is trained on. Their best plan counts as one measurement, if they have one.
         """
         self._loader.repeats = RepeatSchedule(**state["stretch"])
         rate = float(state.get("rate", self._rates[0]))

@@ -30,16 +30,21 @@ from typing import Any, Self
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import free_memory
+from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import set_learning_rate
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
+from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import MASK_COSTS
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write, parse_json
 from maskvr_ds.training.auto_choice import PROPOSAL, SEGMENTS, UNIFORM, MaskingPlan, ladder, plain, segment_counts
+from maskvr_ds.training.phases import RunPhase
+from maskvr_ds.training.resume import ResumePoint
 from maskvr_ds.training.step import run_step
 
 # Timed rounds, after one that is not.
@@ -112,22 +117,66 @@ def needed(config: RunConfig, corpus: Corpus) -> Needed:
     return Needed(rates, (*((SEGMENTS,) if divided else ()), *((PROPOSAL,) if masking.auto.proposal else ())))
 
 
-def machine(config: RunConfig, corpus: Corpus, stage: int, dtype: str) -> dict[str, Any]:
-    """What the seconds of a step depend on besides the masks. Collective: call on all ranks."""
-    return distributed.run_on_rank0(
-        lambda: {
+def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """What the seconds of a step depend on besides the masks, of rank 0, in JSON types. Collective: call on all
+    ranks."""
+
+    def describe() -> dict[str, Any]:
+        found = {
             "device": distributed.device_name(),
             "ranks": distributed.world_size(),
             "global_size": config.batch.global_size,
             "micro_size": config.batch.micro_size,
             "sequence_length": corpus.sequence_length,
             "vocab_size": corpus.manifest.vocab_size,
-            "zero_stage": stage,
-            "dtype": dtype,
+            "zero_stage": zero_stage(deepspeed_config),
+            "dtype": str(model_dtype(deepspeed_config)).removeprefix("torch."),
             "compile": config.training.compile,
+            "attention": config.data.attention,
             "model": config.model.identity(),
         }
-    )
+        return dict(json.loads(json.dumps(found)))
+
+    return distributed.run_on_rank0(describe)
+
+
+def resolve_costs(
+    phase: RunPhase, corpus: Corpus, here: Mapping[str, Any], point: ResumePoint, make_engine: Callable[[], Any]
+) -> tuple[StepCosts, float]:
+    """Costs of a phase's candidates: stored ones, or measured now; written into the run's folder. Also the seconds that
+    measuring took, 0 for stored ones. Collective: call on all ranks."""
+    config, started, took = phase.config, time.perf_counter(), 0.0
+    wanted = needed(config, corpus)
+    state = None if point.checkpoint is None else point.checkpoint.state
+    # A phase that starts from the last checkpoint of the previous one has none yet.
+    auto = {} if state is None or len(state.phases) == phase.index > 0 else state.auto
+
+    def find() -> StepCosts | None:
+        check_rate_of_checkpoint(config, auto)
+        return stored_costs(config, phase.index, wanted, here, auto.get("costs"))
+
+    costs = distributed.run_on_rank0(find)
+    if costs is None:
+        logger.info("masking.strategy auto: measuring the seconds of a step with each candidate")
+        costs = measure_costs(config, corpus, wanted, here, make_engine)
+        took = time.perf_counter() - started
+    elif costs.machine != here:
+        differ = [name for name in here if costs.machine.get(name) != here[name]]
+        logger.info("masking.strategy auto: costs of another machine or layout (%s) are kept", ", ".join(differ))
+    found = costs
+    logger.info("masking.strategy auto: seconds of a step: %s", found)
+    distributed.run_on_rank0(lambda: write_costs(config.output_dir, phase.index, found))
+    return costs, took
+
+
+def check_rate_of_checkpoint(config: RunConfig, auto: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a checkpoint of an earlier version changed the rate by a schedule. auto: its state."""
+    if auto and "rate" not in auto and (final := config.masking.final_rate) is not None:
+        raise CheckpointError(
+            f"masking.final_rate {final:g}: the checkpoint is of an earlier version, whose strategy auto followed a "
+            "linear schedule of the rate; this version decides by measurements when it falls, and could not continue "
+            "it. Start a new run, or resume with that version"
+        )
 
 
 def stored_costs(

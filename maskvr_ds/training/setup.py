@@ -6,6 +6,7 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.data.mixture import real_share
+from maskvr_ds.data.mixture import real_share, shares
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
@@ -42,11 +43,13 @@ from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
+from maskvr_ds.telemetry.metrics_file import AUTO_COSTS_EVENT
+from maskvr_ds.training.auto_measurement import distinct_rows
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
-from maskvr_ds.training.mask_costs import StepCosts, machine, measure_costs, needed, stored_costs, write_costs
+from maskvr_ds.training.mask_costs import StepCosts, machine, resolve_costs
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
@@ -107,11 +110,13 @@ def setup_phase(
 
     manifest, pairs = corpus.manifest, config.pair_objective is not None
     encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
-    costs = None
+    costs, measuring = None, 0.0
     if config.masking.strategy == "auto":
         separator = corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
-        distributed.run_on_rank0(lambda: _check_auto(encoder, separator))
-        costs = _mask_costs(phase, corpus, encoder, deepspeed_config, point)
+        distributed.run_on_rank0(lambda: _check_auto(config, encoder, separator, corpus))
+        here = machine(config, corpus, deepspeed_config)
+        trial = partial(trial_engine, phase, corpus, encoder, deepspeed_config)
+        costs, measuring = resolve_costs(phase, corpus, here, point, trial)
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
@@ -144,6 +149,8 @@ def setup_phase(
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
+    if measuring:
+        log.event(event=AUTO_COSTS_EVENT, step=state.step, seconds=round(measuring, 3))
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256, **_counts(initial))
     return PhaseContext(
@@ -325,8 +332,9 @@ def _make_log(
     )
 
 
-def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
-    """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
+def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | None, corpus: Corpus) -> None:
+    """Raise ConfigError if auto could not measure the architecture or the corpus, which would show after hours."""
+    distinct_rows(shares(corpus), 0, config.masking.auto.rows)
     with torch.random.fork_rng(devices=[]):
         module = MaskedLanguageModel(encoder, separator=separator)
     try:
@@ -335,36 +343,11 @@ def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
         raise ConfigError(f"masking.strategy auto: {error}; choose another strategy") from None
 
 
-def _mask_costs(
-    phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, deepspeed_config: dict[str, Any], point: ResumePoint
-) -> StepCosts:
-    """Costs of the candidates of strategy auto: stored ones, or measured now and stored in the run's folder.
-    Collective: call on all ranks."""
-    config = phase.config
-    wanted = needed(config, corpus)
-    dtype = str(model_dtype(deepspeed_config)).removeprefix("torch.")
-    here = machine(config, corpus, zero_stage(deepspeed_config), dtype)
-    state = None if point.checkpoint is None else point.checkpoint.state
-    # A phase that starts from the last checkpoint of the previous one has none yet.
-    in_checkpoint = None if state is None or len(state.phases) == phase.index > 0 else state.auto.get("costs")
-    costs = distributed.run_on_rank0(lambda: stored_costs(config, phase.index, wanted, here, in_checkpoint))
-    if costs is None:
-
-        def make_engine() -> Any:
-            engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
-            predictions = maximum_predictions(corpus.sequence_length, config.masking.rate)
-            _compile(phase, corpus, engine.module, predictions)
-            return engine
-
-        logger.info("masking.strategy auto: measuring the seconds of a step with each candidate")
-        costs = measure_costs(config, corpus, wanted, here, make_engine)
-    elif costs.machine != here:
-        differ = [name for name in here if costs.machine.get(name) != here[name]]
-        logger.info("masking.strategy auto: costs of another machine or layout (%s) are kept", ", ".join(differ))
-    logger.info("masking.strategy auto: seconds of a step: %s", costs)
-    found = costs
-    distributed.run_on_rank0(lambda: write_costs(config.output_dir, phase.index, found))
-    return costs
+def trial_engine(phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, deepspeed_config: dict[str, Any]) -> Any:
+    """An engine like the run's, with random weights, for trial steps. Collective: call on all ranks."""
+    engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
+    _compile(phase, corpus, engine.module, maximum_predictions(corpus.sequence_length, phase.config.masking.rate))
+    return engine
 
 
 def make_chooser(
