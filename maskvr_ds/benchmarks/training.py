@@ -23,6 +23,8 @@ from maskvr_ds.runtime.files import check_output_file
 
 # Options of training-speed only.
 _OF_TRAINING = ("accumulation", "compile", "peak_tflops")
+# Options that a run's configuration replaces, with their defaults.
+_OF_NO_RUN = {"preset": "bert-base", "deepspeed": "zero1_bf16", "micro_size": [128], "sequence_length": 128}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--{option} is an option of training-speed; remove it, or measure that")
     if arguments.config and what != "strategy-cost":
         raise ValueError("--config is an option of strategy-cost; remove it, or measure that")
+    for name, default in _OF_NO_RUN.items() if arguments.config else ():
+        if getattr(arguments, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is set by the run that --config names; remove it")
     if what != "training-speed" and arguments.assignments and not arguments.config:
         raise ValueError("--set is an option of training-speed, and of strategy-cost with --config; remove it")
     if arguments.output:

@@ -103,6 +103,7 @@ def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> N
         bars = other.errorbar(steps, values, yerr=[below, above], **options)
         axes.plot([], [], ".", color=bars[0].get_color(), label="best other plan, progress per second")
     other.axhline(1, color="grey", linestyle=":", linewidth=0.8)
+    other.set_ylim(0, 2)  # outliers among estimates on few rows would hide the others
     other.set_ylabel("relative to\nthe plan in use")
 
 

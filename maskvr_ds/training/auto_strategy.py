@@ -19,6 +19,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +42,6 @@ from maskvr_ds.telemetry.metrics_file import AUTO_EVENT
 from maskvr_ds.training.auto_choice import (
     PROPOSAL,
     SEGMENTS,
-    Interval,
     MaskingPlan,
     ProposalTrial,
     Rating,
@@ -156,7 +156,7 @@ class Chooser:
 
         step: of the run. samples: consumed by the phase's loader, including skipped ones.
         """
-        started, before = time.perf_counter(), self.plan
+        started, cpu_started, before = time.perf_counter(), time.process_time(), self.plan
         measured: dict[str, Any] = {"passes": 0}
         if self._falls_now(step):
             chosen = best = plain(self._n, self._rates[-1])
@@ -191,6 +191,7 @@ class Chooser:
             "proposal_trained": self.learning,
             **measured,
             "seconds": round(time.perf_counter() - started, 3),
+            "cpu_seconds": round(time.process_time() - cpu_started, 3),
         }
 
     def _plain(self, rate: float) -> MaskingPlan:
@@ -220,8 +221,7 @@ class Chooser:
         seconds = {plan: self._costs.seconds(plan) for plan in found.gains}
         ratings = rate_plans(found.gains, seconds, now, config.rows, config.confidence)
         figures = {
-            "data": found.data,
-            "mask": found.mask,
+            **dict(zip(("data", "mask"), _finite((found.data, found.mask)), strict=True)),
             "candidates": [
                 {
                     "plan": plan.stored(),
@@ -255,5 +255,6 @@ class Chooser:
         return copied
 
 
-def _finite(interval: Interval) -> list[float | None]:
-    return [x if math.isfinite(x) else None for x in interval]
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """For JSON."""
+    return [x if math.isfinite(x) else None for x in values]

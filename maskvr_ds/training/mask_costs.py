@@ -152,7 +152,7 @@ def resolve_costs(
     auto = {} if state is None or len(state.phases) == phase.index > 0 else state.auto
 
     def find() -> StepCosts | None:
-        check_rate_of_checkpoint(config, auto)
+        check_plan_of_checkpoint(config, auto)
         return stored_costs(config, phase.index, wanted, here, auto.get("costs"))
 
     costs = distributed.run_on_rank0(find)
@@ -169,13 +169,25 @@ def resolve_costs(
     return costs, took
 
 
-def check_rate_of_checkpoint(config: RunConfig, auto: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a checkpoint of an earlier version changed the rate by a schedule. auto: its state."""
-    if auto and "rate" not in auto and (final := config.masking.final_rate) is not None:
+def check_plan_of_checkpoint(config: RunConfig, auto: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the run could not continue with the masks that a checkpoint had chosen. auto: its
+    state."""
+    masking = config.masking
+    if auto and "rate" not in auto and masking.final_rate is not None:
         raise CheckpointError(
-            f"masking.final_rate {final:g}: the checkpoint is of an earlier version, whose strategy auto followed a "
-            "linear schedule of the rate; this version decides by measurements when it falls, and could not continue "
-            "it. Start a new run, or resume with that version"
+            f"masking.final_rate {masking.final_rate:g}: the checkpoint is of an earlier version, whose strategy auto "
+            "followed a linear schedule of the rate; this version decides by measurements when it falls, and could not "
+            "continue it. Start a new run, or resume with that version"
+        )
+    rates = ladder(masking.rate, masking.final_rate)
+    if (rate := auto.get("rate", masking.rate)) not in rates:
+        raise CheckpointError(
+            f"masking.rate {masking.rate:g}: strategy auto trains at {rate:g}, which is not among the rates "
+            f"{', '.join(f'{x:g}' for x in rates)} from masking.rate to final_rate; restore both"
+        )
+    if auto.get("strategy") == PROPOSAL and not masking.auto.proposal:
+        raise CheckpointError(
+            "masking.auto.proposal false: strategy auto trains with the proposal at this checkpoint; set it to true"
         )
 
 

@@ -17,7 +17,7 @@ from maskvr_ds.training.auto_choice import MaskingPlan
 from maskvr_ds.training.mask_costs import (
     Needed,
     StepCosts,
-    check_rate_of_checkpoint,
+    check_plan_of_checkpoint,
     measure_costs,
     needed,
     stored_costs,
@@ -196,10 +196,16 @@ def test_the_networks_cost_can_be_given(tmp_path: Path, corpus: Corpus, monkeypa
     assert not any(trained for _, trained in steps)
 
 
-def test_a_schedule_of_an_earlier_version_cannot_continue(tmp_path: Path) -> None:
+def test_what_a_checkpoint_cannot_continue_with(tmp_path: Path) -> None:
     old, constant = {"strategy": "fully_explored", "stretch": {}}, config(tmp_path, final_rate=None)
     with pytest.raises(CheckpointError, match=r"final_rate 0\.15: the checkpoint is of an earlier version.*new run"):
-        check_rate_of_checkpoint(config(tmp_path), old)
-    check_rate_of_checkpoint(constant, old)
-    check_rate_of_checkpoint(config(tmp_path), {**old, "rate": 0.3})
-    check_rate_of_checkpoint(config(tmp_path), {})
+        check_plan_of_checkpoint(config(tmp_path), old)
+    check_plan_of_checkpoint(constant, old)
+    check_plan_of_checkpoint(config(tmp_path), {**old, "rate": 0.312})
+    check_plan_of_checkpoint(config(tmp_path), {})
+    # With masking.change_at_resume.
+    with pytest.raises(CheckpointError, match=r"masking\.rate 0\.45: strategy auto trains at 0\.3, .*0\.45, 0\.312,"):
+        check_plan_of_checkpoint(config(tmp_path), {**old, "rate": 0.3})
+    without, proposed = config(tmp_path, auto={"proposal": False}), {"strategy": "mapnet", "rate": 0.45}
+    with pytest.raises(CheckpointError, match=r"auto\.proposal false: .*set it to true"):
+        check_plan_of_checkpoint(without, proposed)
