@@ -148,8 +148,7 @@ def train_phase(
             number, batch = next(reader)
             watchdog.mark(step, "step")
             set_learning_rate(context.engine, lr := phase.learning_rate(step))
-            if context.chooser is None:
-                context.masker.set_rate(phase.masking_rate(step))
+            context.set_rate(phase.masking_rate(step))
             torch.manual_seed(hashing.fold(phase.config.seed, DROPOUT, step, distributed.rank()) >> 1)
             scale, skipped = loss_scale(context.engine), context.engine.skipped_steps
             result = run_step(

@@ -91,6 +91,11 @@ class PhaseContext:
         """MAPNet, while it is trained."""
         return self.proposer if self.chooser is None or self.chooser.learning else None
 
+    def set_rate(self, rate: float) -> None:
+        """Set the masking rate of the schedule; strategy auto sets its own."""
+        if self.chooser is None:
+            self.masker.set_rate(rate)
+
 
 def setup_phase(
     run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], point: ResumePoint, fence: Fence
