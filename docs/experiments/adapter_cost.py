@@ -39,7 +39,7 @@ def seconds(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=2400)
+    parser.add_argument("--pairs", type=int, default=1200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
