@@ -259,7 +259,9 @@ def _training(lines: list[dict[str, Any]], launches: list[dict[str, Any]], state
 
 def _hardware(launch: dict[str, Any]) -> str:
     hosts = -(-launch["ranks"] // launch["ranks_per_host"])
-    return f"{launch['ranks']} × {launch['device']}" + (f" on {hosts} hosts" if hosts > 1 else "")
+    number = launch["ranks"]
+    hosts_ = f", {hosts} hosts" if hosts > 1 else ""
+    return f"{number} rank{'s' * (number != 1)} on {launch['device']}{hosts_}"
 
 
 def _settings(state: CheckpointState) -> dict[str, Any]:
