@@ -10,11 +10,11 @@ from maskvr_ds.runtime.logs import add_verbosity_options, configure
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_STEPS, integer, number
 
 if TYPE_CHECKING:
-    from maskvr_ds.downstream.command import Request
+    from maskvr_ds.downstream.command import First, Request
 
 _MLM = "mlm"
 # Bounds of the command line only.
-_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS = 1000, 10_000, 2**20, 1024
+_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS, _MAX_LAYERS = 1000, 10_000, 2**20, 1024, 1000
 
 _DESCRIPTION = """\
 Evaluate models: runs (their newest checkpoint), checkpoints, folders saved by `maskvr export` or by
@@ -45,6 +45,7 @@ maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data cor
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
 maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
 maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
+maskvr evaluate runs/base --tasks rte --data glue --intermediate mnli --layer-decay 0.9 --output two_stages
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
 _FINETUNE_EXAMPLES = """\
@@ -163,26 +164,101 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=integer(0, _MAX_LENGTH),
         metavar="N",
-        help="tokens that successive windows of a long context share (default: a third of --max-length)",
+        help="tokens that successive windows of a long context or text share (default: a third of --max-length)",
     )
     group.add_argument(
         "--max-train", type=integer(1, MAX_STEPS), metavar="N", help="train on a fixed random subset of N examples"
     )
     group.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
     group.add_argument(
+        "--long-texts",
+        choices=["truncate", "windows"],
+        help="texts of more than --max-length tokens: cut, or read in windows whose logits are averaged (default: "
+        "truncate). Contexts of questions are always read in windows",
+    )
+    group.add_argument(
+        "--accumulation",
+        type=integer(2, MAX_MICRO_SIZE),
+        metavar="A",
+        help="compute each batch in A equal parts, one after the other, to save memory",
+    )
+    group.add_argument(
+        "--early-stopping",
+        dest="patience",
+        type=integer(1, _MAX_EPOCHS),
+        metavar="P",
+        help="stop after P epochs without a better score on the held-out part of the training set, and take the best "
+        "epoch's weights; final runs then do not train on that part either",
+    )
+    group.add_argument(
+        "--class-weights",
+        choices=["balanced"],
+        help="balanced: weight the loss of an example by the inverse frequency of its class",
+    )
+    group.add_argument(
+        "--layer-decay",
+        type=number(0, 1, above=True),
+        metavar="D",
+        help="multiply the learning rate by D from each layer to the one below (ELECTRA: 0.8 for base models)",
+    )
+    group.add_argument(
+        "--freeze",
+        type=_frozen,
+        metavar="embeddings|N",
+        help="train neither the embeddings nor the lowest N layers",
+    )
+    group.add_argument(
         "--text-columns", nargs="+", metavar="NAME", help="columns of the text, or of two texts, in your own files"
     )
     group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
+    _intermediate_options(parser)
+
+
+def _intermediate_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("options of an intermediate task, on which models are fine-tuned first")
+    names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
+    group.add_argument(
+        "--intermediate",
+        choices=names,
+        metavar="TASK",
+        help="fine-tune on all of its training set first, once per seed; the head is new afterwards",
+    )
+    group.add_argument("--intermediate-data", metavar="DIR", help="folder with its files (default: --data)")
+    group.add_argument(
+        "--intermediate-learning-rate",
+        type=number(0, 1, above=True),
+        metavar="RATE",
+        help="default: the lowest of the task's publication, 2e-5",
+    )
+    group.add_argument(
+        "--intermediate-epochs", type=number(0, _MAX_EPOCHS, above=True), metavar="N", help="default: the task's, 3"
+    )
+    group.add_argument(
+        "--intermediate-max-train",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="train on a fixed random subset of N of its examples",
+    )
+
+
+def _frozen(text: str) -> int:
+    """Layers that are frozen, besides the embeddings."""
+    return 0 if text == "embeddings" else integer(1, _MAX_LAYERS)(text)
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
+_PROTOCOL += ("accumulation", "layer_decay", "freeze", "class_weights", "patience")
+_INTERMEDIATE = tuple(f"intermediate_{name}" for name in ("data", "learning_rate", "epochs", "max_train"))
 _OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS += ("long_texts", "intermediate", *_INTERMEDIATE)
+# Options whose name is not that of their value.
+_NAMES = {"patience": "early_stopping"}
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
     """Raise ValueError for an option that would be ignored."""
     if given := [name for name in options if getattr(arguments, name, None) is not None]:
-        raise ValueError(f"--{given[0].replace('_', '-')} {reason}")
+        raise ValueError(f"--{_NAMES.get(given[0], given[0]).replace('_', '-')} {reason}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -214,12 +290,16 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     from maskvr_ds.downstream.command import Request
     from maskvr_ds.downstream.evaluation import Protocol
 
-    if arguments.stride is not None and all(task.kind is not tasks.Kind.SPAN for task in chosen):
-        raise ValueError("--stride is an option of squad and squad_v2: other tasks read no windows")
+    windows = arguments.long_texts == "windows"
+    if arguments.stride is not None and not windows and all(task.kind is not tasks.Kind.SPAN for task in chosen):
+        raise ValueError(
+            "--stride is an option of squad and squad_v2, and of --long-texts windows: other tasks read no windows"
+        )
     configure(arguments.verbosity)
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
+    given["windows"] = windows
     return Request(
         chosen,
         Path(arguments.data),
@@ -228,6 +308,29 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         arguments.max_train,
         getattr(arguments, "jobs", None) or 1,
         getattr(arguments, "checkpoints", None),
+        _first(arguments, [task.name for task in chosen]),
+    )
+
+
+def _first(arguments: argparse.Namespace, chosen: list[str]) -> "First | None":
+    if arguments.intermediate is None:
+        _refuse(arguments, _INTERMEDIATE, "describes an intermediate task: add --intermediate TASK, or omit it")
+        return None
+    from maskvr_ds.downstream.command import First
+
+    (task,) = tasks.resolve([arguments.intermediate])
+    data = Path(arguments.intermediate_data or arguments.data)
+    if task.name in chosen and data.resolve() == Path(arguments.data).resolve():
+        raise ValueError(
+            f"--intermediate {task.name}: is evaluated by this command on the same files, which it would be trained on "
+            "twice; name another task, or another --intermediate-data"
+        )
+    return First(
+        task,
+        data,
+        arguments.intermediate_learning_rate,
+        arguments.intermediate_epochs,
+        arguments.intermediate_max_train,
     )
 
 

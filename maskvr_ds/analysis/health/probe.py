@@ -29,18 +29,23 @@ _NORMS = ("LayerNorm", "RMSNorm")
 
 
 def layers_of(model: MaskedLanguageModel) -> list[nn.Module]:
-    """The distinct layer modules of the encoder: children of the longest innermost nn.ModuleList.
+    """`layers_in` the model's encoder."""
+    return layers_in(model.mlm.base_model)
+
+
+def layers_in(encoder: Any) -> list[nn.Module]:
+    """The distinct layer modules of an encoder of transformers: children of the longest innermost nn.ModuleList.
 
     Raises ValueError if there is none.
     """
     inner: list[list[nn.Module]] = []
-    for module in model.mlm.base_model.modules():
+    for module in encoder.modules():
         if isinstance(module, nn.ModuleList):
             children = list(module)
             if not any(isinstance(m, nn.ModuleList) for child in children for m in child.modules()):
                 inner.append(children)
     if not inner:
-        raise ValueError(f"{model.mlm.config.model_type}: its layers are in no list, so that none can be read")
+        raise ValueError(f"{encoder.config.model_type}: its layers are in no list, so that none can be read")
     return max(inner, key=len)
 
 
