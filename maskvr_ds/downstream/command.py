@@ -156,15 +156,16 @@ def _leave_launcher() -> None:
 
 
 def _read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
+    for task in request.tasks:
+        request.protocol.settings(task)  # raises for what is impossible
+    settings = _first_protocol(request).settings(request.first.task) if request.first else None
     found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
     first = None
-    if request.first is not None:
-        settings = _first_protocol(request).settings(request.first.task)
+    if request.first is not None and settings is not None:
         data = limited(read_task(request.first.task, request.first.data), request.first.max_train)
         rate = request.first.learning_rate or min(request.first.task.learning_rates)
         first = Intermediate(data, settings, rate)
     for data in found:
-        request.protocol.settings(data.task)  # raises for settings that are impossible
         if request.protocol.holds_out(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
     for data in [*found, *([first.data] if first else [])]:
@@ -198,7 +199,7 @@ def _raise_failures(reports: dict[str, Content], failures: Failures, refused: Se
     if errors := list(dict.fromkeys(text for texts in failures.values() for text in texts)):
         found.append(f"{len(errors)} run{'s' * (len(errors) > 1)} failed; all others are stored: {'; '.join(errors)}")
     if refused:
-        found.append(f"no row for {len(refused)} of the models: {'; '.join(dict.fromkeys(refused))}")
+        found.append(f"{len(refused)} row{'s' * (len(refused) > 1)} missing: {'; '.join(dict.fromkeys(refused))}")
     diverged = [
         f"{task}: {name} (learning rate {row['learning_rate']:g}, seed {', '.join(map(str, row['diverged_seeds']))})"
         for task, content in reports.items()
