@@ -22,6 +22,10 @@ MODEL = "model"
 logger = logging.getLogger(__name__)
 
 
+class IncompleteError(TaskError):
+    """Some runs failed or diverged. Everything else is done, and written."""
+
+
 @dataclass(frozen=True)
 class First:
     """Intermediate task of two-stage fine-tuning, and where it is. Others as in Request and Protocol."""
@@ -63,10 +67,10 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     """Fine-tune and evaluate models on tasks; returns the tables, which are also in the output folder.
 
     Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged runs, and
-    runs that failed in another process, raise TaskError after everything else is done and written.
+    runs that failed in another process, raise IncompleteError after everything else is done and written.
     """
     _leave_launcher()
-    data, first = _read(request)
+    data, first = read(request)
     points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
     store = RunStore(request.output)
     with _encoders([point.model for point in points] or models, request) as encoders:
@@ -123,7 +127,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     if folder.exists():
         raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
     _leave_launcher()
-    (task,), first = _read(request)
+    (task,), first = read(request)
     store = RunStore(request.output)
     with _encoders([model], request) as (encoder,):
         evaluator = Evaluator(store, task, replace(request.protocol, seeds=1), intermediate=first)
@@ -155,7 +159,8 @@ def _leave_launcher() -> None:
         os.environ.pop(name, None)
 
 
-def _read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
+def read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
+    """The files of a command's tasks. Raises TaskError for damaged ones and for settings that are impossible."""
     for task in request.tasks:
         request.protocol.settings(task)  # raises for what is impossible
     settings = _first_protocol(request).settings(request.first.task) if request.first else None
@@ -193,7 +198,7 @@ def _lengths(request: Request) -> dict[Kind, int]:
 
 
 def _raise_failures(reports: dict[str, Content], failures: Failures, refused: Sequence[str]) -> None:
-    """Raise TaskError for everything that has left a table without a row, or a row without a mean."""
+    """Raise IncompleteError for everything that has left a table without a row, or a row without a mean."""
     found = []
     # An intermediate model is missing in all tasks.
     if errors := list(dict.fromkeys(text for texts in failures.values() for text in texts)):
@@ -211,4 +216,4 @@ def _raise_failures(reports: dict[str, Content], failures: Failures, refused: Se
             f"final runs diverged: {'; '.join(diverged)}; all others are stored. Choose lower --learning-rates"
         )
     if found:
-        raise TaskError(". ".join(found))
+        raise IncompleteError(". ".join(found))
