@@ -9,12 +9,14 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import accelerate  # noqa: F401  # Trainer needs it, and would raise an error that names no extra
 import torch
+from safetensors import SafetensorError
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -238,7 +240,8 @@ def fine_tune(
         )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        trainer.train()
+        with _write_errors(Path(scratch)):
+            trainer.train()
         trainer.check()
         trained = time.perf_counter()
         predictions, truncated = {}, {"train": items.truncated}
@@ -247,7 +250,8 @@ def fine_tune(
             truncated[name] = found.truncated
             predictions[name] = predict(trainer, found, labels)
         if keep is not None:
-            _save(trainer.model if head else trainer.model.base_model, encoder.tokenizer, keep)
+            with _write_errors(keep):
+                _save(trainer.model if head else trainer.model.base_model, encoder.tokenizer, keep)
     seconds = trained - start, time.perf_counter() - trained
     stopping = None if stop is None else trainer.stopping()
     return Outcome(predictions, trainer.state.global_step, *seconds, truncated, stopping)
@@ -264,9 +268,22 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the new folder completely or not at all."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     discard(partial)  # of a killed process
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except BaseException:
+        discard(partial)  # perhaps the disk is full
+        raise
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """safetensors raises an error of its own if it cannot write: raise OSError naming the folder instead."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the model cannot be written ({error})") from None
 
 
 def _arguments(scratch: str, settings: Settings, learning_rate: float, seed: int) -> TrainingArguments:

@@ -81,7 +81,7 @@ def test_scores_by_strategy_and_seed(tmp_path: Path, config: RunConfig) -> None:
         ({"downstream": ["sst2"], "downstream_data": "nowhere"}, "nowhere"),
         (
             {"downstream": ["sst2"], "downstream_data": "glue"},
-            "sst2: reads 128 tokens, the model has 64 positions; low",
+            "sst2: reads 128 tokens, the model has 64 positions",
         ),
     ],
 )
