@@ -87,8 +87,10 @@ class Protocol:
         stride = spans.default_stride(length) if self.stride is None else self.stride
         if task.kind is Kind.SPAN:
             spans.check_stride(length, stride)
+        elif len(task.texts) == 2:
+            spans.check_stride(length, stride, "the other text", length)
         else:
-            spans.check_stride(length, stride, "the other text" if len(task.texts) == 2 else "special tokens", length)
+            spans.check_stride(length, stride, "special tokens", 0)
         return stride
 
     def rates(self, task: Task) -> tuple[float, ...]:

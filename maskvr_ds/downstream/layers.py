@@ -75,7 +75,7 @@ def check(encoder: Encoder, kind: Kind, frozen: int | None, decay: float | None)
     except ValueError as error:
         raise TaskError(f"{option}: {encoder.name}: {error}") from None
     if frozen is not None and frozen > layers:
-        raise TaskError(f"--freeze {frozen}: {encoder.name} has {layers} layers")
+        raise TaskError(f"--freeze {frozen}: {encoder.name} has {layers} layer{'s' * (layers != 1)}")
     if frozen == layers and decay is not None:
         raise TaskError(
             f"--layer-decay with --freeze {frozen}: all layers of {encoder.name} are frozen, so that there is nothing "

@@ -1,4 +1,4 @@
-"""Bad input of `maskvr evaluate` and `maskvr finetune`: one clear error, a status that is not zero, nothing half done."""
+"""Bad input of `maskvr evaluate` and `maskvr finetune`: one clear error, a status other than 0, nothing half done."""
 
 import json
 import resource

@@ -182,7 +182,7 @@ def test_the_first_stage_decides_a_run(model: Path, data: Path, tmp_path: Path) 
             "--tasks rte --long-texts windows --max-length 16 --stride 7",
             "--stride 7: windows of 16 tokens can share at most 6, beside the other text and one new token",
         ),
-        ("--tasks sst2 --max-length 16 --freeze 2", "--freeze 2: {model} has 1 layers"),
+        ("--tasks sst2 --max-length 16 --freeze 2", "--freeze 2: {model} has 1 layer"),
         ("--tasks sst2 --max-length 16 --freeze 1 --layer-decay 0.9", "--layer-decay with --freeze 1: all layers of"),
     ],
 )

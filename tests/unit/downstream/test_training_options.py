@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from maskvr_ds.downstream import fine_tuning, layers
+from maskvr_ds.downstream.baselines import main_score, targets
 from maskvr_ds.downstream.encoding import Encoded, TextWindows, window_means
 from maskvr_ds.downstream.examples import Split
 from maskvr_ds.downstream.fine_tuning import Outcome, Settings, fine_tune
 from maskvr_ds.downstream.losses import IGNORED, StepLoss, balanced_weights
 from maskvr_ds.downstream.models import Encoder, prepared
+from maskvr_ds.downstream.spans import final_answers
 from maskvr_ds.downstream.tasks import GLUE, OWN, SQUAD, Kind, Task
 from tests.support.architectures import INSTALLED, SMALL
 from tests.support.tasks import save_model
@@ -131,7 +133,7 @@ def test_learning_rates_by_depth(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("architecture", INSTALLED)
 def test_depths(architecture: str) -> None:
-    config = AutoConfig.for_model(architecture, vocab_size=100, **SMALL[architecture])
+    config = AutoConfig.for_model(architecture, vocab_size=100, pad_token_id=0, **SMALL[architecture])
     model = AutoModelForSequenceClassification.from_config(config)
     if architecture == "albert":
         with pytest.raises(ValueError, match="albert: its 3 layers share their weights"):
@@ -314,10 +316,10 @@ def test_early_stopping_scores_the_held_out_part(encoder: Encoder, tmp_path: Pat
         _, outcome = tuned(encoder, kind, how, tmp_path / kind.value, rate=5e-3)
         stopping = outcome.stopping
         assert stopping is not None
-        truth = fine_tuning.targets(task, labels, split)
+        truth = targets(task, labels, split)
         predictions = outcome.predictions["dev"]
         if kind is Kind.SPAN:
-            predictions = fine_tuning.spans.final_answers(predictions, None)
+            predictions = final_answers(predictions, None)
         score = dict(map(tuple, stopping["held_out_scores"]))[stopping["epoch"]]
-        assert score == pytest.approx(fine_tuning.main_score(task, truth, predictions))
+        assert score == pytest.approx(main_score(task, truth, predictions))
         assert score == max(score for _, score in stopping["held_out_scores"])
