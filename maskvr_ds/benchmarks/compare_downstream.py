@@ -34,7 +34,7 @@ def check(arguments: argparse.Namespace, configs: Sequence[RunConfig]) -> Any | 
     if arguments.downstream_data is None:
         raise ConfigError("--downstream: --downstream-data is required: the folder with the tasks' folders")
     from maskvr_ds.downstream import command
-    from maskvr_ds.downstream.evaluation import Protocol
+    from maskvr_ds.downstream.protocol import Protocol
 
     given = {name: value for name in _PROTOCOL if (value := getattr(arguments, f"downstream_{name}")) is not None}
     if "learning_rates" in given:

@@ -4,17 +4,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskvr_ds.cli import few_shot, fine_tuning
+from maskvr_ds.cli.fine_tuning import refuse
 from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.downstream import tasks
 from maskvr_ds.runtime.logs import add_verbosity_options, configure
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_STEPS, integer, number
 
 if TYPE_CHECKING:
-    from maskvr_ds.downstream.command import First, Request
+    from maskvr_ds.downstream.command import Request
 
 _MLM = "mlm"
 # Bounds of the command line only.
-_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS, _MAX_LAYERS = 1000, 10_000, 2**20, 1024, 1000
+_MAX_SEEDS, _MAX_EPOCHS, _MAX_LENGTH, _MAX_JOBS = 1000, 10_000, 2**20, 1024
 
 _DESCRIPTION = """\
 Evaluate models: runs (their newest checkpoint), checkpoints, folders saved by `maskvr export` or by
@@ -35,6 +37,9 @@ Other tasks fine-tune the models (needs the extra `evaluate`):
         your own train and dev files (.tsv, .csv, .jsonl, .parquet) with one or two columns of text
   conll token classification: token and tag in the first and last column, scored by entity
 
+With --shots, models are evaluated on episodes with few examples of classes that nothing was trained
+on: prototypical networks with and without a large-margin term, and baselines on the frozen encoder.
+
 The learning rate is chosen on a part of the training set, never on the evaluation set. The table
 has mean and standard deviation over seeds, the majority class and a bag of words as further rows,
 and says which differences are within noise. Finished runs are stored in the output folder: the same
@@ -44,6 +49,7 @@ maskvr evaluate runs/base --tasks mlm --data corpus
 maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
 maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
+maskvr evaluate runs/base --shots 1 5 --data sections.jsonl --output episodes
 maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
 maskvr evaluate runs/base --tasks rte --data glue --intermediate mnli --layer-decay 0.9 --output two_stages
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
@@ -62,10 +68,8 @@ def add_evaluate(commands: Commands) -> None:
         examples=_EXAMPLES,
         description=_DESCRIPTION,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], default=[_MLM], metavar="TASK", help="default: mlm"
-    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
+    parser.add_argument("--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], metavar="TASK", help="default: mlm")
     parser.add_argument(
         "--data",
         required=True,
@@ -83,7 +87,17 @@ def add_evaluate(commands: Commands) -> None:
         "(checkpoint.keep_best); scores against step, seconds and tokens are in OUTPUT/curve.json and curve.png",
     )
     _mlm_options(parser)
-    parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
+    parser.add_argument(
+        "--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5; with --shots 3)"
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=list(tasks.WEIGHTED_ROWS),
+        help="further bags of words, with other weights of the terms than TF–IDF: tf (none), information gain, χ², "
+        "relevance frequency, or learned by a network from the term's distribution over the classes (ltw, one run per "
+        "seed); with them, models may be left out",
+    )
     parser.add_argument(
         "--jobs",
         type=integer(1, _MAX_JOBS),
@@ -91,6 +105,7 @@ def add_evaluate(commands: Commands) -> None:
         help="processes that fine-tune at the same time, each on its own GPU while there are some (default: 1)",
     )
     _task_options(parser)
+    few_shot.add_options(parser)
     add_verbosity_options(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -171,103 +186,42 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
     group.add_argument(
-        "--long-texts",
-        choices=["truncate", "windows"],
-        help="texts of more than --max-length tokens: cut, or read in windows whose logits are averaged (default: "
-        "truncate). Contexts of questions are always read in windows",
-    )
-    group.add_argument(
-        "--accumulation",
-        type=integer(2, MAX_MICRO_SIZE),
-        metavar="A",
-        help="compute each batch in A equal parts, one after the other, to save memory",
-    )
-    group.add_argument(
-        "--early-stopping",
-        dest="patience",
-        type=integer(1, _MAX_EPOCHS),
-        metavar="P",
-        help="stop after P epochs without a better score on the held-out part of the training set, and take the best "
-        "epoch's weights; final runs then do not train on that part either",
-    )
-    group.add_argument(
-        "--class-weights",
-        choices=["balanced"],
-        help="balanced: weight the loss of an example by the inverse frequency of its class",
-    )
-    group.add_argument(
-        "--layer-decay",
-        type=number(0, 1, above=True),
-        metavar="D",
-        help="multiply the learning rate by D from each layer to the one below (ELECTRA: 0.8 for base models)",
-    )
-    group.add_argument(
-        "--freeze",
-        type=_frozen,
-        metavar="embeddings|N",
-        help="train neither the embeddings nor the lowest N layers",
-    )
-    group.add_argument(
         "--text-columns", nargs="+", metavar="NAME", help="columns of the text, or of two texts, in your own files"
     )
     group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
-    _intermediate_options(parser)
-
-
-def _intermediate_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("options of an intermediate task, on which models are fine-tuned first")
-    names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
-    group.add_argument(
-        "--intermediate",
-        choices=names,
-        metavar="TASK",
-        help="fine-tune on all of its training set first, once per seed; the head is new afterwards",
-    )
-    group.add_argument("--intermediate-data", metavar="DIR", help="folder with its files (default: --data)")
-    group.add_argument(
-        "--intermediate-learning-rate",
-        type=number(0, 1, above=True),
-        metavar="RATE",
-        help="default: the lowest of the task's publication, 2e-5",
-    )
-    group.add_argument(
-        "--intermediate-epochs", type=number(0, _MAX_EPOCHS, above=True), metavar="N", help="default: the task's, 3"
-    )
-    group.add_argument(
-        "--intermediate-max-train",
-        type=integer(1, MAX_STEPS),
-        metavar="N",
-        help="train on a fixed random subset of N of its examples",
-    )
-
-
-def _frozen(text: str) -> int:
-    """Layers that are frozen, besides the embeddings."""
-    return 0 if text == "embeddings" else integer(1, _MAX_LAYERS)(text)
+    fine_tuning.add_training_options(parser)
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_PROTOCOL += ("accumulation", "layer_decay", "freeze", "class_weights", "patience")
-_INTERMEDIATE = tuple(f"intermediate_{name}" for name in ("data", "learning_rate", "epochs", "max_train"))
-_OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
-_OF_TASKS += ("long_texts", "intermediate", *_INTERMEDIATE)
-# Options whose name is not that of their value.
-_NAMES = {"patience": "early_stopping"}
-
-
-def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
-    """Raise ValueError for an option that would be ignored."""
-    if given := [name for name in options if getattr(arguments, name, None) is not None]:
-        raise ValueError(f"--{_NAMES.get(given[0], given[0]).replace('_', '-')} {reason}")
+_PROTOCOL += fine_tuning.PROTOCOL
+_OF_TASKS = (
+    *_PROTOCOL,
+    *fine_tuning.OTHERS,
+    "baselines",
+    "jobs",
+    "checkpoints",
+    "learning_rates",
+    "max_train",
+    "text_columns",
+    "label_column",
+)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.shots is not None:
+        return _evaluate_episodes(arguments)
+    refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
+    arguments.tasks = arguments.tasks or [_MLM]
+    if not (arguments.models or arguments.baselines):
+        raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.tasks == [_MLM]:
-        _refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
+        refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
         return _evaluate_mlm(arguments)
     if _MLM in arguments.tasks:
         raise ValueError("mlm reads a corpus and other tasks read labelled files: evaluate them by two commands")
-    _refuse(arguments, ("rows", "micro_size"), "is an option of the task mlm")
+    refuse(arguments, ("rows", "micro_size"), "is an option of the task mlm")
+    if not arguments.models:
+        refuse(arguments, (*fine_tuning.PROTOCOL, *fine_tuning.OTHERS), "is an option of fine-tuning: name a MODEL")
     if arguments.output is None:
         raise ValueError("--output is required: the folder for the scores and the finished runs")
     request = _request(arguments, arguments.tasks)
@@ -275,6 +229,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     print(command.evaluate(arguments.models, request), end="")
     return 0
+
+
+def _evaluate_episodes(arguments: argparse.Namespace) -> int:
+    if arguments.tasks not in (None, ["classification"]):
+        raise ValueError("--shots: episodes are of the task classification; leave out --tasks")
+    others = tuple(name for name in ("rows", "micro_size", *_OF_TASKS) if name not in few_shot.SHARED)
+    refuse(arguments, others, "has no meaning with --shots")
+    if arguments.output is None:
+        raise ValueError("--output is required: the folder for the scores and the finished runs")
+    return few_shot.run(arguments)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
@@ -288,7 +252,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     chosen = tasks.resolve(names, arguments.text_columns or (), arguments.label_column)
     from maskvr_ds.downstream.command import Request
-    from maskvr_ds.downstream.evaluation import Protocol
+    from maskvr_ds.downstream.protocol import Protocol
 
     windows = arguments.long_texts == "windows"
     if arguments.stride is not None and not windows and all(task.kind is not tasks.Kind.SPAN for task in chosen):
@@ -297,6 +261,8 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         )
     configure(arguments.verbosity)
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
+    if getattr(arguments, "baselines", None) is not None:
+        given["baselines"] = tuple(dict.fromkeys(arguments.baselines))
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
     given["windows"] = windows
@@ -308,29 +274,7 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         arguments.max_train,
         getattr(arguments, "jobs", None) or 1,
         getattr(arguments, "checkpoints", None),
-        _first(arguments, [task.name for task in chosen]),
-    )
-
-
-def _first(arguments: argparse.Namespace, chosen: list[str]) -> "First | None":
-    if arguments.intermediate is None:
-        _refuse(arguments, _INTERMEDIATE, "describes an intermediate task: add --intermediate TASK, or omit it")
-        return None
-    from maskvr_ds.downstream.command import First
-
-    (task,) = tasks.resolve([arguments.intermediate])
-    data = Path(arguments.intermediate_data or arguments.data)
-    if task.name in chosen and data.resolve() == Path(arguments.data).resolve():
-        raise ValueError(
-            f"--intermediate {task.name}: is evaluated by this command on the same files, which it would be trained on "
-            "twice; name another task, or another --intermediate-data"
-        )
-    return First(
-        task,
-        data,
-        arguments.intermediate_learning_rate,
-        arguments.intermediate_epochs,
-        arguments.intermediate_max_train,
+        fine_tuning.first(arguments, [task.name for task in chosen]),
     )
 
 

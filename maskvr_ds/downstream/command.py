@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from maskvr_ds.downstream import along_run, layers, report
-from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Row
+from maskvr_ds.downstream.evaluation import Evaluator, Row
 from maskvr_ds.downstream.examples import TaskData, hold_out, limited
 from maskvr_ds.downstream.files import read_task
 from maskvr_ds.downstream.intermediate import Intermediate
 from maskvr_ds.downstream.jobs import Failures, Progress, compute_all
 from maskvr_ds.downstream.models import Encoder, prepared
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+from maskvr_ds.downstream.weighted_words import check_weightable
 
 MODEL = "model"
 
@@ -69,7 +71,7 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged runs, and
     runs that failed in another process, raise IncompleteError after everything else is done and written.
     """
-    _leave_launcher()
+    leave_launcher()
     data, first = read(request)
     points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
     store = RunStore(request.output)
@@ -102,7 +104,7 @@ def _report(
     text = ""
     for evaluator in evaluators:
         task = evaluator.data.task.name
-        rows = [evaluator.majority(), evaluator.bag_of_words()]
+        rows = evaluator.baselines()
         failed = {}
         for encoder in encoders:
             if errors := failures.get((task, encoder.name)):
@@ -114,7 +116,7 @@ def _report(
                 logger.warning("%s", error)
                 failed[encoder.name] = str(error)
                 refused.append(str(error))
-        reports[task] = report.task_report(evaluator.data, rows, evaluator.heading(), failed)
+        reports[task] = report.task_report(evaluator.data, rows, evaluator.heading() if encoders else "", failed)
         # After every task: an evaluation may take days.
         text = report.write(store, request.settings(), reports)
         logger.info("%s: %d runs, and %d stored before", task, evaluator.done, evaluator.reused)
@@ -126,7 +128,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     folder = request.output / MODEL
     if folder.exists():
         raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
-    _leave_launcher()
+    leave_launcher()
     (task,), first = read(request)
     store = RunStore(request.output)
     with _encoders([model], request) as (encoder,):
@@ -148,7 +150,7 @@ def _encoders(models: Sequence[str], request: Request) -> Iterator[list[Encoder]
         yield encoders
 
 
-def _leave_launcher() -> None:
+def leave_launcher() -> None:
     """Remove a launcher's variables of a single process, for which accelerate would open a process group.
 
     Raises TaskError for several processes: each would do the same.
@@ -171,6 +173,7 @@ def read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
         rate = request.first.learning_rate or min(request.first.task.learning_rates)
         first = Intermediate(data, settings, rate)
     for data in found:
+        check_weightable(data.task, request.protocol.baselines)
         if request.protocol.holds_out(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
     for data in [*found, *([first.data] if first else [])]:

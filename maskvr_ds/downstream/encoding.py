@@ -152,7 +152,7 @@ def predict(trainer: Trainer, encoded: Encoded | Windows, labels: Sequence[str])
     logits = np.asarray(raw[0] if isinstance(raw, tuple) else raw)[np.argsort(order)]
     if encoded.owners is not None:
         logits = window_means(logits, encoded.owners)
-    return [_PREDICTION[encoded.task.kind](row, encoded, labels, i) for i, row in enumerate(logits)]
+    return [prediction(row, encoded, labels, i) for i, row in enumerate(logits)]
 
 
 def window_means(logits: np.ndarray, owners: Sequence[int]) -> np.ndarray:
@@ -160,6 +160,14 @@ def window_means(logits: np.ndarray, owners: Sequence[int]) -> np.ndarray:
     ascending order, each of 0 … n − 1 at least once."""
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     return np.add.reduceat(logits, starts, axis=0) / np.diff([*starts, len(owners)])[:, None].astype(np.float32)
+
+
+def prediction(row: np.ndarray, encoded: Encoded, labels: Sequence[str], i: int) -> Any:
+    """That of example i, of any kind but questions: a class index, a number, or tags.
+
+    row: logits, [C] for C classes, [1], or for tokens [at least the example's tokens, C].
+    """
+    return _PREDICTION[encoded.task.kind](row, encoded, labels, i)
 
 
 def _predicted_tags(row: np.ndarray, encoded: Encoded, labels: Sequence[str], i: int) -> list[str]:

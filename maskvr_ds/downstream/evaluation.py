@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,86 +23,15 @@ import transformers
 from maskvr_ds.downstream import spans
 from maskvr_ds.downstream.baselines import BAG_OF_WORDS, MAJORITY, bag_of_words, main_score, majority, targets
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
-from maskvr_ds.downstream.fine_tuning import DivergenceError, Settings, fine_tune
+from maskvr_ds.downstream.fine_tuning import DivergenceError, fine_tune
 from maskvr_ds.downstream.intermediate import Intermediate
 from maskvr_ds.downstream.models import Encoder
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
-from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+from maskvr_ds.downstream.tasks import LEARNING_TO_WEIGHT, WEIGHTED_ROWS, Kind, TaskError
+from maskvr_ds.downstream.weighted_words import weighted_bag
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Repeats of an evaluation. None: the task's own. seeds: number, from 0. learning_rates: the grid; a single one
-    needs no choice, except for a threshold. max_length: tokens per example; stride: tokens that two windows share;
-    windows: of long texts, which are truncated otherwise. The others: of `Settings`."""
-
-    seeds: int = 5
-    selection_seeds: int = 1
-    learning_rates: tuple[float, ...] | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    max_length: int | None = None
-    precision: str = "fp32"
-    stride: int | None = None
-    windows: bool = False
-    accumulation: int | None = None
-    layer_decay: float | None = None
-    freeze: int | None = None
-    class_weights: str | None = None
-    patience: int | None = None
-
-    def settings(self, task: Task) -> Settings:
-        """Raises TaskError, naming the option, for one that is impossible on this task or would do nothing."""
-        epochs, batch_size = self.epochs or task.epochs, self.batch_size or task.batch_size
-        if self.accumulation is not None and batch_size % self.accumulation:
-            raise TaskError(
-                f"--accumulation {self.accumulation}: {task.name} has batches of {batch_size} examples, which cannot "
-                "be divided into as many equal parts; change it or --batch-size"
-            )
-        if self.patience is not None and self.patience >= epochs:
-            raise TaskError(
-                f"--early-stopping {self.patience}: {task.name} is trained for {epochs:g} epochs, so that nothing "
-                "would be stopped; lower it, or raise --epochs"
-            )
-        if self.class_weights is not None and task.kind not in (Kind.CLASSIFICATION, Kind.TOKENS):
-            raise TaskError(f"--class-weights: {task.name} has no classes; omit it, or evaluate this task by itself")
-        length = self.max_length or task.max_length
-        return Settings(
-            epochs, batch_size, length, self.precision, self._stride(task, length), self.accumulation,
-            self.layer_decay, self.freeze, self.class_weights, self.patience,
-        )  # fmt: skip
-
-    def _stride(self, task: Task, length: int) -> int | None:
-        """Tokens that successive windows share; None if texts are truncated."""
-        if self.windows and task.kind not in (Kind.CLASSIFICATION, Kind.REGRESSION):
-            raise TaskError(
-                f"--long-texts windows: {task.name} "
-                + ("reads contexts in windows anyway" if task.kind is Kind.SPAN else "has a label per token")
-                + "; omit it, or evaluate this task by itself"
-            )
-        if task.kind is not Kind.SPAN and not self.windows:
-            return None
-        stride = spans.default_stride(length) if self.stride is None else self.stride
-        if task.kind is Kind.SPAN:
-            spans.check_stride(length, stride)
-        elif len(task.texts) == 2:
-            spans.check_stride(length, stride, "the other text", length)
-        else:
-            spans.check_stride(length, stride, "special tokens", 0)
-        return stride
-
-    def rates(self, task: Task) -> tuple[float, ...]:
-        return tuple(sorted(set(self.learning_rates or task.learning_rates)))
-
-    def chooses(self, task: Task) -> bool:
-        """Whether something is chosen on the held-out part of the training set."""
-        return len(self.rates(task)) > 1 or task.unanswerable
-
-    def holds_out(self, task: Task) -> bool:
-        """Whether a part of the training set is held out, for a choice or for early stopping."""
-        return self.chooses(task) or self.patience is not None
 
 
 @dataclass(frozen=True)
@@ -162,7 +91,18 @@ class Evaluator:
 
     def rows(self, encoders: Sequence[Encoder]) -> list[Row]:
         """Baselines first, then the models in their order. Raises TaskError, or OSError if a run cannot be stored."""
-        return [self.majority(), self.bag_of_words(), *(self.encoder(encoder) for encoder in encoders)]
+        return [*self.baselines(), *(self.encoder(encoder) for encoder in encoders)]
+
+    def baselines(self) -> list[Row]:
+        """Rows without an encoder."""
+        weighted = [self.weighted_words(name) for name in self.protocol.baselines]
+        return [self.majority(), self.bag_of_words(), *weighted]
+
+    @property
+    def bags_of_words(self) -> int:
+        """Number of runs without an encoder."""
+        names = self.protocol.baselines
+        return 1 + sum(self.protocol.seeds if name == LEARNING_TO_WEIGHT else 1 for name in names)
 
     def majority(self) -> Row:
         return Row(MAJORITY, ({"predictions": majority(self.data), "diverged": None},))
@@ -176,6 +116,18 @@ class Evaluator:
         self._count(BAG_OF_WORDS, run, stored=stored)
         chosen = "minimum_cosine" if self.data.task.kind is Kind.SPAN else "inverse_regularisation"
         return Row(BAG_OF_WORDS, (run,), settings={chosen: run["strength"]})
+
+    def weighted_words(self, name: str) -> Row:
+        """A bag of words with other weights of the terms; learned ones once per seed."""
+        row = WEIGHTED_ROWS[name]
+        runs = []
+        for seed in range(self.protocol.seeds if name == LEARNING_TO_WEIGHT else 1):
+            identity = self._identity("final", self.data.train, self.data.dev) | {"baseline": name, "seed": seed}
+            label = f"{row}, seed {seed}" if name == LEARNING_TO_WEIGHT else row
+            run, stored = self.store.get(label, identity, partial(weighted_bag, self.data, name, seed))
+            self._count(label, run, stored=stored)
+            runs.append(run)
+        return Row(row, tuple(runs), settings={"inverse_regularisation": [run["strength"] for run in runs]})
 
     def encoder(self, encoder: Encoder) -> Row:
         """The choice of a learning rate, and one final run per seed."""

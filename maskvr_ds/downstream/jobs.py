@@ -18,10 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Run
+from maskvr_ds.downstream.evaluation import Evaluator, Run
 from maskvr_ds.downstream.examples import TaskData
 from maskvr_ds.downstream.intermediate import Intermediate
 from maskvr_ds.downstream.models import Encoder
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import TaskError
 from maskvr_ds.runtime.logs import is_quiet
@@ -34,8 +35,8 @@ class Progress:
     """A bar over the runs of a command, on a terminal only, and a line for each run that ends."""
 
     def __init__(self, evaluators: Sequence[Evaluator], models: int) -> None:
-        # And a bag of words of each task.
-        total = sum(1 + models * (len(e.selection()) + e.protocol.seeds) for e in evaluators)
+        # And the bags of words of each task.
+        total = sum(e.bags_of_words + models * (len(e.selection()) + e.protocol.seeds) for e in evaluators)
         first = evaluators[0]
         total += models * max(first.protocol.seeds, first.protocol.selection_seeds) * (first.intermediate is not None)
         self._bar = tqdm(total=total, desc="runs", unit="run", leave=False, disable=True if is_quiet() else None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from maskvr_ds.analysis.health.probe import layers_in
+from maskvr_ds.analysis.health.probe import layers_of
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.tasks import Kind, TaskError
 
@@ -21,7 +21,7 @@ def depths(model: Any) -> tuple[dict[str, int], int]:
     model: an encoder of transformers with a task head. Raises ValueError if its layers are in no list, or share their
     weights (ALBERT), so that a parameter has no depth.
     """
-    layers = layers_in(model.base_model)
+    layers = layers_of(model)
     known = getattr(model.config, "num_hidden_layers", len(layers))
     if len(layers) != known:
         raise ValueError(f"{model.config.model_type}: its {known} layers share their weights")

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from maskvr_ds.downstream import command, evaluation, jobs
-from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Row
+from maskvr_ds.downstream.evaluation import Evaluator, Row
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
 from maskvr_ds.downstream.files import read_task
 from maskvr_ds.downstream.fine_tuning import DivergenceError, Outcome
 from maskvr_ds.downstream.models import Encoder
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.report import tables, task_report
 from maskvr_ds.downstream.store import RunStore
 from maskvr_ds.downstream.tasks import GLUE, TaskError
