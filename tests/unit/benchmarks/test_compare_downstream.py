@@ -50,12 +50,9 @@ def test_scores_by_strategy_and_seed(tmp_path: Path, config: RunConfig) -> None:
     # Its second run diverged.
     assert span["difference"]["mean"] == pytest.approx(0.05)
     assert [run["seed"] for run in span["runs"]] == [0]
-    losses = {
-        "reached": 0,
-        "seeds": 0,
-        "runs": [],
-        **dict.fromkeys(("final", "difference", "fewer_steps", "less_time")),
-    }
+    figures = ("final", "difference", "fewer_steps", "less_time")
+    run = {"seed": 0, "curve": [(10, 1.0, 4.0), (20, 2.0, 3.0)], **dict.fromkeys(figures, 1.0)}
+    losses = {"reached": 1, "seeds": 1, "runs": [run], **dict.fromkeys(figures)}
     result = {"baseline": "uniform", "strategies": {"uniform": losses, "span": losses}, "downstream": found}
     text = table(result).splitlines()
     assert [line.split() for line in text[-4:-2]] == [
