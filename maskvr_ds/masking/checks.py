@@ -75,7 +75,7 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
     masking, longest = config.masking, corpus.sequence_length - 2
     check_rates(masking, longest)
     if masking.strategy in ("fully_explored", "auto"):
-        if masking.final_rate is not None:
+        if masking.final_rate is not None and masking.strategy == "fully_explored":
             for n in range(1, longest + 1):
                 if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
                     raise ConfigError(
