@@ -101,7 +101,7 @@ class FrequencyConfig(WeightedSampling):
     """Strategy frequency: π ∝ (tokens + 1)^−power · (passages + 1)^−document_power.
 
     tokens: occurrences of the token in the corpus; passages: pieces of documents within rows that contain it. Powers of
-    opposite sign favour tokens that occur often wherever they occur at all.
+    opposite sign favour tokens that occur often wherever they occur at all. With `scores`, π ∝ score instead.
     """
 
     power: SignedExponent = 0.5
@@ -110,6 +110,18 @@ class FrequencyConfig(WeightedSampling):
     """Exponent of the number of passages that contain the token."""
     floor: PositiveShare = 0.3
     """λ: share of uniform masking in π; importance weights are at most 1/λ."""
+    scores: PathSetting | None = None
+    """File with a score for each token, as written by `maskvr token-scores`, in place of the powers of frequencies."""
+
+    @model_validator(mode="after")
+    def _scores_or_powers(self) -> Self:
+        defaults = {"power": 0.5, "document_power": 0.0}
+        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if self.scores is not None and given:
+            raise ValueError(
+                f"{given[0]} does not apply with scores, which replace the frequencies; remove one of them"
+            )
+        return self
 
 
 class MapNetConfig(WeightedSampling):
@@ -266,6 +278,8 @@ class MaskingConfig(Section):
         del values["change_at_resume"]
         if values.get("span", {}).get("lengths") == "geometric":
             del values["span"]["lengths"]  # checkpoints of earlier versions lack it
+        if values.get("frequency", {}).get("scores", "") is None:
+            del values["frequency"]["scores"]  # as above
         for name, before in _ADDED.items():
             if values[name] == before:
                 del values[name]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig
+from maskvr_ds.data.token_scores import read_token_scores
 from maskvr_ds.data.vocabulary import word_starts
 
 # Rows read at a time in search of a token to predict.
@@ -97,6 +98,8 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
             )
     if masking.strategy == "auto" and masking.auto.rows > corpus.rows:
         raise ConfigError(f"masking.auto.rows {masking.auto.rows}: {corpus.folder} has only {corpus.rows} rows")
+    if masking.strategy == "frequency" and masking.frequency.scores is not None:
+        read_token_scores(masking.frequency.scores, corpus.manifest)
     if masking.strategy in ("whole_word", "span"):
         word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
 
