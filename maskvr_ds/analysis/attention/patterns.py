@@ -3,7 +3,8 @@
 A map A [L, L] has rows that sum to 1 (or to 0, for positions that attend to nothing). Features, each 0 for uniform and
 about 1 for pure patterns:
 
-- vertical: share of the attention on heavy columns, those with at least max(3/L, 0.1) of it, on which half of the rows agree;
+- vertical: share of the attention on heavy columns, those with at least max(3/L, 0.1) of it, on which
+  half of the rows agree;
 - diagonal: share on the best three neighbouring diagonals within ±3, above that of uniform attention;
 - block: share inside of the best 2 to 4 blocks along the diagonal, above that of uniform attention.
 
