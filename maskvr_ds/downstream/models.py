@@ -1,11 +1,10 @@
 """Models to be fine-tuned: runs and checkpoints (exported to a temporary folder), folders of transformers, and names on
 a hub (data_pipeline/hub.py)."""
 
-import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,16 +22,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from maskvr_ds.checkpoint.export import export
+from maskvr_ds.checkpoint.scores import model_digest
 from maskvr_ds.downstream.locate import locate
 from maskvr_ds.downstream.tasks import Kind, TaskError
-from maskvr_ds.runtime.files import sha256
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # Without one of them, transformers would make up an empty tokenizer for some architectures.
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-# Files that decide what the model computes.
-_DECISIVE = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 _SHOWN = 3
 # Other kinds: a head on the complete text.
 _CLASSES: dict[Kind, Any] = {Kind.TOKENS: AutoModelForTokenClassification, Kind.SPAN: AutoModelForQuestionAnswering}
@@ -199,11 +196,7 @@ def _prepare(name: str, exported: Path) -> Encoder:
         )
     # Positions of tokens are those of the unpadded text.
     tokenizer.padding_side = "right"
-    return Encoder(name, folder, _digest(sorted({p for glob in _DECISIVE for p in folder.glob(glob)})), tokenizer)
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    return hashlib.sha256(json.dumps([(path.name, sha256(path)) for path in paths]).encode()).hexdigest()
+    return Encoder(name, folder, model_digest(folder), tokenizer)
 
 
 @torch.no_grad()
