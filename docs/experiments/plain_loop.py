@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Threads that wait for another one, which may have lost its core to other programs, would count as busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from transformers import BertForMaskedLM

@@ -9,8 +9,8 @@ from torch import Tensor
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive
 from maskvr_ds.optim.variants import Variant
 
-# Elements updated at a time on a CPU: five tensors of 512 KiB stay in its cache between operations, for which launching
-# them takes little time.
+# Elements that a thread updates at a time on a CPU: five tensors of 512 KiB stay in its cache between operations, and
+# starting these takes little of their time.
 PIECE = 1 << 17
 
 
@@ -88,7 +88,8 @@ class AdamMoments(LayerwiseAdaptive):
 
 
 def _pieces(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut into views of PIECE elements; uncut if one of them is not contiguous."""
-    if tensors[0].numel() <= PIECE or not all(tensor.is_contiguous() for tensor in tensors):
+    """Tensors of one shape, cut into views of PIECE elements per thread; uncut if one of them is not contiguous."""
+    size = PIECE * torch.get_num_threads()
+    if tensors[0].numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
         return iter([tuple(tensors)])
-    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
