@@ -91,7 +91,8 @@ class Lamb(TrustRatioScaled, AdamMoments):
     dtype; `step`, a Python int. DeepSpeed's ZeRO and universal checkpoints know these names, and an int never makes the
     host wait for the device. `step()` does not synchronise host and device (unless the partitions are offloaded). While
     it runs it needs one extra buffer of the size of the parameters (the update u) and, on GPUs, one of the size of the
-    small parameters (their ratios). Gradients are not modified.
+    small parameters (their ratios). Gradients are not modified, unless an engine allows it (`overwrites_gradients`): on
+    CPUs they then are the buffer of large tensors.
 
     Args:
         params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, with dense gradients.
