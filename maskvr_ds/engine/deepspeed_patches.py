@@ -11,9 +11,9 @@
 | capture_saved_files   | checkpoint_engine.save, _copy_recovery_script | while a checkpoint is saved    |
 | free_memory           | nothing; empties two of DeepSpeed's caches    | after an engine was destroyed  |
 
-`streamline` is in engine/streamline.py, the next two are in engine/one_rank.py. A further one has to precede `deepspeed.init_distributed` and is therefore in
-runtime/distributed.py: `initialize` marks the shared-memory all-reduce for CPUs as unavailable, before DeepSpeed
-compiles it.
+`streamline` is in engine/streamline.py, the next two are in engine/one_rank.py. A further one has to precede
+`deepspeed.init_distributed` and is therefore in runtime/distributed.py: `initialize` marks the shared-memory all-reduce
+for CPUs as unavailable, before DeepSpeed compiles it.
 
 Patches rely on internals. Each of them checks that what it replaces exists and takes the arguments that it took in the
 version CHECKED, and raises RuntimeError otherwise; `check_deepspeed` does so before training for those that come late.

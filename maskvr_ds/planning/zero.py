@@ -1,7 +1,8 @@
 """What DeepSpeed does with a DeepSpeed configuration: precision, partitions, buffers, collectives. Loads no torch.
 
-Describes DeepSpeed 0.19.8 with the replacements of engine/streamline.py and engine/one_rank.py. P parameters, N ranks, e bytes per element of
-the model (4 in fp32, else 2), c bytes per communicated gradient, a bytes per accumulated gradient.
+Describes DeepSpeed 0.19.8 with the replacements of engine/streamline.py and engine/one_rank.py. P parameters, N ranks,
+e bytes per element of the model (4 in fp32, else 2), c bytes per communicated gradient, a bytes per accumulated
+gradient.
 """
 
 from dataclasses import dataclass

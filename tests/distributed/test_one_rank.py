@@ -94,7 +94,7 @@ def trained(cases: list[tuple[str, str, int, float]]) -> list[tuple[Any, Any]]:
 
     found = []
     for case in cases:
-        with mock.patch.object(engines, "streamline", lambda engine: None):
+        with mock.patch.object(engines, "streamline", return_value=None):
             theirs = run(*case)
         found.append((theirs, run(*case)))
     return found
