@@ -176,13 +176,19 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> None:
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Summed in float64 and rounded to fp32: scalar. Widened in pieces that stay in a CPU's cache."""
-    pieces = []
-    for tensor in tensors:
+    """Summed in DeepSpeed's dtype for norms, rounded to fp32: scalar. On CPUs large tensors are widened in pieces that
+    stay in the cache."""
+    dtype, large = get_norm_dtype(), []
+    if tensors[0].device.type == "cpu":
+        large = [tensor for tensor in tensors if tensor.numel() > _WIDENED_ON_CPU]
+        tensors = [tensor for tensor in tensors if tensor.numel() <= _WIDENED_ON_CPU]
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)) if tensors else torch.zeros(0, dtype=dtype)
+    total = norms.pow(2).sum()
+    for tensor in large:
         for piece in tensor.flatten().split(_WIDENED_ON_CPU):
-            wide = piece.double()
-            pieces.append(wide.dot(wide))
-    return torch.stack(pieces).sum().float()
+            wide = piece.to(dtype)
+            total = total + wide.dot(wide)
+    return total.float()
 
 
 @torch.no_grad()
@@ -192,11 +198,8 @@ def _partition_norm(self: Any, gradients: Any, params: Any, norm_type: float = 2
         raise NotImplementedError(f"norm of order {norm_type}; only 2 is used")
     mine = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     mine = [gradient for gradient, _ in zip(mine, params, strict=False)]
-    if mine and mine[0].device.type == "cpu":
+    if mine:
         squared = _sum_of_squares(mine).to(self.device)
-    elif mine:
-        norms = torch.stack(torch._foreach_norm(mine, 2, dtype=get_norm_dtype()))
-        squared = norms.pow(2).sum().float().to(self.device)
     else:
         squared = torch.zeros((), device=self.device)
     dist.all_reduce(squared, group=self.dp_process_group)
