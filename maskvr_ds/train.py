@@ -148,7 +148,7 @@ def train_phase(
             number, batch = next(reader)
             watchdog.mark(step, "step")
             set_learning_rate(context.engine, lr := phase.learning_rate(step))
-            context.masker.set_rate(phase.masking_rate(step))
+            context.set_rate(phase.masking_rate(step))
             torch.manual_seed(hashing.fold(phase.config.seed, DROPOUT, step, distributed.rank()) >> 1)
             scale, skipped = loss_scale(context.engine), context.engine.skipped_steps
             result = run_step(
@@ -156,7 +156,7 @@ def train_phase(
                 context.masker,
                 batch,
                 phase.config.batch.micro_size,
-                context.proposer,
+                context.learner,
                 objectives=phase.config.objectives,
                 guard=context.guard,
                 stop=stop is not None and stop.requested(here, fence.token),
@@ -200,6 +200,8 @@ def train_phase(
 
 
 def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
+    if context.state.step == phase.last_step:
+        return  # nothing is left to train
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
         logger.info("%s", line)
     for remark in remarks(phase.config, context.corpus):
@@ -237,7 +239,7 @@ def _record(
         grad_norm=DeferredTensor(norm) if isinstance(norm, torch.Tensor) else norm,
         trust_ratios=None if ratios is None else DeferredTensor(ratios),
         update_rms=None if rms is None else DeferredTensor(rms),
-        proposal=None if context.proposer is None else context.proposer.step(),
+        proposal=None if context.learner is None else context.learner.step(),
         extra={"skipped_updates": engine.skipped_steps}
         | ({} if scale is None else {"loss_scale": scale})
         | ({"phase": phase.name} if phase.name else {}),
@@ -293,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             train(config, arguments.resume, stop, arguments.launch)
         except StoppedError as stopped:
-            logger.info("%s; continue with --resume auto", stopped)
+            logger.info("%s", stopped)
             return EXIT_STOPPED
         return None
 

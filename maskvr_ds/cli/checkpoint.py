@@ -8,12 +8,13 @@ from pathlib import Path
 
 from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.run_folder import checkpoints, layout
+from maskvr_ds.telemetry.metrics_file import read_lines
 
 _DESCRIPTION = """\
 List, verify or inspect the checkpoints of a run.
 
-  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint, and with
-           checkpoint.keep_best its held-out loss
+  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint, and the
+           held-out loss where its step was evaluated
   verify   compare all files with their SHA-256; exit status 1 if a checkpoint is damaged
   inspect  manifest and files of the newest checkpoint"""
 _EXAMPLES = """\
@@ -54,22 +55,30 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _list(folder: Path) -> int:
     print(f"{'checkpoint':<16}{'step':>10}{'samples':>16}{'bytes':>18}  ranks  ZeRO  precision  held-out loss")
-    for path in _checkpoints(folder):
+    paths = _checkpoints(folder)
+    evaluated = _held_out_losses(paths[0].resolve().parent)
+    for path in paths:
         try:
             state = checkpoints.read_state(path)
         except checkpoints.CheckpointError as error:
             print(f"{path.name:<16}  {error}")
             continue
+        # A checkpoint of checkpoint.keep_best has it also where metrics.jsonl is not beside it.
+        loss = state.held_out.get("held_out_loss", evaluated.get(state.step))
         print(
             f"{path.name:<16}{state.step:>10,}{state.samples:>16,}{checkpoints.size(path):>18,}"
-            f"{state.world_size:>7}{state.zero_stage:>6}  {state.dtype:<9}{_held_out(state)}".rstrip()
+            f"{state.world_size:>7}{state.zero_stage:>6}  {state.dtype:<9}{'–' if loss is None else f'{loss:.4f}':>15}"
         )
     return 0
 
 
-def _held_out(state: checkpoints.CheckpointState) -> str:
-    """Known of runs with checkpoint.keep_best."""
-    return f"{state.held_out['held_out_loss']:>15.4f}" if "held_out_loss" in state.held_out else ""
+def _held_out_losses(folder: Path) -> dict[int, float]:
+    """By step, as far as the run evaluated; nothing of checkpoints that were copied out of their run."""
+    metrics = folder.parent / layout.METRICS
+    if folder.name != layout.CHECKPOINTS or not metrics.is_file():
+        return {}
+    lines = read_lines(metrics)
+    return {line["step"]: line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None}
 
 
 def _verify(folder: Path) -> int:
@@ -99,6 +108,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _EXPORT_EXAMPLES = """\
 maskvr export --checkpoint runs/base --output bert-base-mine
 maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-1000 --license apache-2.0 --check
+maskvr export --checkpoint runs/base --output bert-base-mine --scores scores
 maskvr export --checkpoint runs/base --output bert-base-mine --license mit --push my-lab/bert-base-mine --private"""
 
 
@@ -113,6 +123,11 @@ def add_export(commands: Commands) -> None:
         "--license",
         metavar="ID",
         help="licence of the model, for its card: an identifier as hubs use them, such as apache-2.0, or other",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="DIR",
+        help="output folder of `maskvr evaluate`, whose scores of this checkpoint are for the model's card",
     )
     parser.add_argument(
         "--check",
@@ -148,7 +163,8 @@ def _export(arguments: argparse.Namespace) -> int:
         # Before the export: what is wrong with the name or the token shows at once.
         name = check_push(arguments.push, private=arguments.private)
     output = arguments.output
-    exported = export(arguments.checkpoint, output, name=name, license=arguments.license, check=arguments.check)
+    given = {key: getattr(arguments, key) for key in ("license", "scores", "check")}
+    exported = export(arguments.checkpoint, output, name=name, **given)
     for remark in exported.remarks:
         print(f"warning: {output}: {remark}", file=sys.stderr)
     logits = f"logits within {exported.difference:.2g} of the engine's"

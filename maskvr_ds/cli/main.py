@@ -7,7 +7,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from data_pipeline.console import run_into_pipe
 from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
 from maskvr_ds.cli.attention import add_attention
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
@@ -16,11 +18,12 @@ from maskvr_ds.cli.configuration import add_config, add_recipes
 from maskvr_ds.cli.downstream import add_evaluate, add_finetune
 from maskvr_ds.cli.health import add_health
 from maskvr_ds.cli.plan import add_plan
+from maskvr_ds.cli.token_scores import add_token_scores
 from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
     *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_finetune, add_evaluate),
-    *(add_plot, add_health, add_attention, add_variance, add_compare, add_benchmark),
+    *(add_plot, add_health, add_attention, add_variance, add_compare, add_benchmark, add_token_scores),
 )
 # Optional package -> extra that installs it.
 _EXTRAS = {
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = command_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        return run_into_pipe(partial(run, arguments))
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

@@ -198,10 +198,7 @@ def _partition_norm(self: Any, gradients: Any, params: Any, norm_type: float = 2
         raise NotImplementedError(f"norm of order {norm_type}; only 2 is used")
     mine = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     mine = [gradient for gradient, _ in zip(mine, params, strict=False)]
-    if mine:
-        squared = _sum_of_squares(mine).to(self.device)
-    else:
-        squared = torch.zeros((), device=self.device)
+    squared = _sum_of_squares(mine).to(self.device) if mine else torch.zeros((), device=self.device)
     dist.all_reduce(squared, group=self.dp_process_group)
     norm = squared.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)

@@ -51,13 +51,13 @@ class EncoderSizes:
         """Number of parameters, P."""
         return sum(self.parameters.values())
 
-    def flops(self, length: int, predictions: int) -> float:
-        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation."""
-        return 3 * (length * self.token_flops + self.attention_flops(length) + predictions * self.prediction_flops)
+    def flops(self, length: int, predictions: int, pairs: float | None = None) -> float:
+        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation.
 
-    def attention_flops(self, length: int) -> float:
-        """FLOPs of QKᵀ and of the weighted sum of one sequence, forward."""
-        return length**2 * self.pair_flops
+        pairs: ordered pairs of positions of which one attends to the other; None: all, length².
+        """
+        attention = (length**2 if pairs is None else pairs) * self.pair_flops
+        return 3 * (length * self.token_flops + attention + predictions * self.prediction_flops)
 
 
 def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:
