@@ -60,7 +60,7 @@ def trained(cases: list[tuple[str, str, int, float]]) -> list[tuple[Any, Any]]:
             read_deepspeed_config(deepspeed_config_path(name)),
             model=model,
             batch=BatchConfig(global_size=accumulation * B, micro_size=B),
-            optimizer=OptimizerConfig(name=optimizer, lr=0.02, gradient_clipping=clipping),
+            optimizer=OptimizerConfig.model_validate({"name": optimizer, "lr": 0.02, "gradient_clipping": clipping}),
             accumulation=accumulation,
             seed=1,
         )
