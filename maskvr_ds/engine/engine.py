@@ -92,7 +92,7 @@ def create_engine(
         distributed.run_collectively(lambda: lamb.bind(engine))
     if loss_scale(engine) is not None:
         hold_loss_scale(engine.optimizer)
-    distributed.run_collectively(lambda: streamline(engine.optimizer))
+    distributed.run_collectively(lambda: streamline(engine))
     return engine
 
 

@@ -93,7 +93,7 @@ def update_bytes(sizes: EncoderSizes, zero: Zero, work: Pass, optimizer: str, *,
     P = sizes.total
     share = P / ranks if zero.stage else P
     summed = 0 if zero.element == zero.accumulated else (_FIRST_SUM + _LATER_SUM * (work.accumulation - 1)) * P
-    flattened = _FLATTEN * P if zero.stage < 3 else 0
+    flattened = _FLATTEN * P if zero.flattens(ranks) else 0
     return summed + flattened + (_UPDATE[optimizer, fused] + _REST) * share
 
 

@@ -85,7 +85,9 @@ def test_memory_grows_with_the_micro_batch_and_not_with_ranks(
     found = memory(LARGE, zero(name), work, ranks=ranks, fused=False)
     assert all(value >= 0 for value in vars(found).values())
     assert found.total <= memory(LARGE, zero(name), replace(work, micro=micro + more), ranks=ranks, fused=False).total
-    assert found.total >= memory(LARGE, zero(name), work, ranks=ranks + 1, fused=False).total
+    # A single rank makes no copies for a reduction, and may need less than two.
+    sharing = memory(LARGE, zero(name), work, ranks=max(2, ranks), fused=False)
+    assert sharing.total >= memory(LARGE, zero(name), work, ranks=max(2, ranks) + 1, fused=False).total
     if micro >= 16:
         without = memory(LARGE, zero(name), replace(work, checkpointing=False), ranks=ranks, fused=False)
         assert found.total <= without.total
