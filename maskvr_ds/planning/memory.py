@@ -35,8 +35,9 @@ class Pass:
     """What a rank computes at a time.
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
-    activations are recomputed. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of the model,
-    attention not fused if it has dropout, and only the used part of a buffer takes memory.
+    activations are recomputed. late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks
+    in the precision of the model, attention not fused if it has dropout, and only the used part of a buffer takes
+    memory.
     """
 
     length: int
@@ -45,6 +46,7 @@ class Pass:
     accumulation: int
     checkpointing: bool = False
     on_cpu: bool = False
+    late: tuple[int, int] = (0, 0)
 
 
 def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
@@ -64,7 +66,8 @@ def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
         layers, last = 1.0 * sizes.layers * sizes.hidden * element, last + tokens * layer
     else:
         layers = sizes.layers * layer
-    return tokens * (embedded + layers) + max(head, last)
+    in_layers = work.micro * sizes.positions(work.length, work.late)
+    return tokens * embedded + in_layers * layers + max(head, last)
 
 
 def memory(sizes: EncoderSizes, zero: Zero, work: Pass, *, ranks: int, fused: bool, factor: float = 1.0) -> Memory:

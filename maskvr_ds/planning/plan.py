@@ -10,6 +10,7 @@ from typing import Any
 from data_pipeline.manifest import read_manifest
 from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path, run_deepspeed_config
 from maskvr_ds.config.deepspeed import enabled, read_deepspeed_config
+from maskvr_ds.masking.checks import hidden_positions
 from maskvr_ds.planning.calibration import predictions
 from maskvr_ds.planning.communication import collectives
 from maskvr_ds.planning.hardware import USABLE, Cluster
@@ -108,13 +109,19 @@ class _Phase:
         self.sizes: EncoderSizes = encoder_sizes(config.model, corpus.vocabulary)
         masking = config.masking
         self.predictions = predictions(corpus.length, max(masking.rate, masking.final_rate or 0))
+        self.late = (masking.late_layer, hidden_positions(masking, corpus.length)) if masking.late_layer else (0, 0)
+        if self.late[0] >= self.sizes.layers:
+            raise ConfigError(
+                f"masking.late_layer {self.late[0]}: [MASK] must enter before the last of {self.sizes.layers} layers"
+            )
         self.checkpointing = config.model.activation_checkpointing
         # DeepSpeed's Adam is one kernel, too.
         self.fused = config.optimizer.fused or config.optimizer.name == "adamw"
 
     def work(self, micro: int, ranks: int, checkpointing: bool | None = None) -> Pass:
         again = self.checkpointing if checkpointing is None else checkpointing
-        return Pass(self.length, self.predictions, micro, self.config.batch.global_size // (micro * ranks), again)
+        accumulation = self.config.batch.global_size // (micro * ranks)
+        return Pass(self.length, self.predictions, micro, accumulation, again, late=self.late)
 
     def memory(self, zero: Zero, micro: int, ranks: int, checkpointing: bool | None = None) -> Memory:
         work, factor = self.work(micro, ranks, checkpointing), self.calibration.activations
@@ -233,7 +240,8 @@ def _plan_phase(phase: _Phase, zero: Zero, alternatives: Sequence[Zero]) -> Phas
         for other in alternatives
         for again in (False, True)
     )
-    rate = config.batch.global_size * phase.sizes.flops(phase.length, phase.predictions) / (step.total * ranks)
+    flops = phase.sizes.flops(phase.length, phase.predictions, phase.late)
+    rate = config.batch.global_size * flops / (step.total * ranks)
     peak = cluster.gpu.half if zero.element == 2 else cluster.gpu.single
     return PhasePlan(
         name=phase.name,

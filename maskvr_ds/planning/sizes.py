@@ -51,13 +51,23 @@ class EncoderSizes:
         """Number of parameters, P."""
         return sum(self.parameters.values())
 
-    def flops(self, length: int, predictions: int) -> float:
-        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation."""
-        return 3 * (length * self.token_flops + self.attention_flops(length) + predictions * self.prediction_flops)
+    def flops(self, length: int, predictions: int, late: tuple[int, int] = (0, 0)) -> float:
+        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation. late: as
+        for `positions`."""
+        of_tokens = self.positions(length, late) * self.token_flops
+        return 3 * (of_tokens + self.attention_flops(length, late) + predictions * self.prediction_flops)
 
-    def attention_flops(self, length: int) -> float:
-        """FLOPs of QKᵀ and of the weighted sum of one sequence, forward."""
-        return length**2 * self.pair_flops
+    def attention_flops(self, length: int, late: tuple[int, int] = (0, 0)) -> float:
+        """FLOPs of QKᵀ and of the weighted sum of one sequence, forward. late: as for `positions`."""
+        below, hidden = late
+        pairs = below * (length - hidden) ** 2 + (self.layers - below) * length**2
+        return pairs / self.layers * self.pair_flops
+
+    def positions(self, length: int, late: tuple[int, int] = (0, 0)) -> float:
+        """Positions of a sequence that a layer computes, the mean over the layers. late: layers below late mask tokens,
+        and positions that they have less of."""
+        below, hidden = late
+        return length - below / self.layers * hidden
 
 
 def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:
