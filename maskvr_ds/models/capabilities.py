@@ -42,12 +42,13 @@ def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype, de
     module.eval()
     try:
         with torch.random.fork_rng(devices=[]):
-            _check_padding(module)
-            check_length(module, length)
-            if module.separator is not None:
-                _check_documents(module, min(length, _BACKWARD))
-                if documents.has_varlen(device, dtype):
-                    _check_no_dropout(module)
+            with module.without_late_masks():
+                _check_padding(module)
+                check_length(module, length)
+                if module.separator is not None:
+                    _check_documents(module, min(length, _BACKWARD))
+                    if documents.has_varlen(device, dtype):
+                        _check_no_dropout(module)
             if module.late is not None:
                 check_late_masks(module, min(length, _BACKWARD))
             if dtype == torch.bfloat16:

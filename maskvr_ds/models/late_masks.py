@@ -167,7 +167,7 @@ class Passage:
             kwargs["document_positions"] = self._kept
         elif self._live is not None:
             seen = self._live[:, None, None]
-            mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) if self._eager else seen
+            mask = _added(seen, dtype) if self._eager else seen
             if "attention_mask" in kwargs:
                 kwargs["attention_mask"] = mask if (own := kwargs["attention_mask"]) is None else own
             elif args:
@@ -234,6 +234,11 @@ class _Stage:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
+
+
+def _added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask in floating point, as it is added to logits."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def _kept(input_ids: torch.Tensor, visible: torch.Tensor, width: int) -> torch.Tensor:

@@ -69,7 +69,7 @@ def reference(module: MaskedLanguageModel, hidden: torch.Tensor, attention_mask:
             if module.separator is not None:
                 return args, {**kwargs, "document_mask": kwargs["document_mask"] & mask}
             if config._attn_implementation == "eager":
-                mask = torch.where(mask, 0.0, torch.finfo(args[0].dtype).min).to(args[0].dtype)
+                mask = args[0].new_zeros(()).masked_fill(~mask, torch.finfo(args[0].dtype).min)
             if "attention_mask" in kwargs:
                 return args, {**kwargs, "attention_mask": mask}
             return (args[0], mask, *args[2:]), kwargs
