@@ -152,14 +152,19 @@ def check_late_masks(module: MaskedLanguageModel, length: int) -> None:
     not see [MASK] in the layers below, with the embeddings of [MASK] in their places."""
     late, kind = module.late, module.mlm.config.model_type
     assert late is not None
-    row, _ = _row(module, length)
+    # Different tokens: of equal ones, an average does not depend on which are seen.
+    row = (torch.arange(length) * 7919 % module.mlm.config.vocab_size)[None]
+    ids = (module.mlm.config.pad_token_id, module.separator, late.mask_id)
+    ordinary = next(token for token in range(4) if token not in ids)
+    row[torch.isin(row, torch.tensor([token for token in ids if token is not None]))] = ordinary
     chosen = torch.arange(length) % 3 == 1
-    row[:, chosen] = late.mask_id
-    positions = chosen.nonzero().T
     parts = [slice(0, length)]
     if module.separator is not None:
         row[0, half := length // 3 * 2] = module.separator
+        chosen[half] = False
         parts = [slice(0, half + 1), slice(half + 1, length)]
+    row[:, chosen] = late.mask_id
+    positions = chosen.nonzero().T
     module.late = replace(late, hidden=int(chosen.sum()))
     try:
         for module.trims_late in (True, False):

@@ -65,7 +65,7 @@ def staged_layers(encoder: PreTrainedModel, late: LateMasks) -> StagedLayers:
 
     Raises ConfigError if it has no list with one entry per layer, or no layer N.
     """
-    kind, count = encoder.config.model_type, encoder.config.num_hidden_layers
+    kind, count = encoder.config.model_type, getattr(encoder.config, "num_hidden_layers", 0)
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if len(lists) != 1:
         raise ConfigError(
