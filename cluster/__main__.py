@@ -3,10 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cluster import status
 from cluster.hosts import hostfile, launch, preflight
 from cluster.slurm import command
+from data_pipeline.console import run_into_pipe
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --submit
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = command_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        return run_into_pipe(partial(run, arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,9 +8,11 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from data_pipeline.console import run_into_pipe
 from data_pipeline.numbers import counted, integer, number
 from data_pipeline.options import (
     INPUT,
@@ -379,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Tokens and paths may not be printable in the encoding of the locale.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _run(arguments)
+        return run_into_pipe(partial(_run, arguments))
     except KeyboardInterrupt:
         print("error: interrupted. Rerun the same command to resume", file=sys.stderr)
         return 130
@@ -392,7 +394,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_pipeline.shards import Corpus
-from maskvr_ds.data.vocabulary import unigram_entropy
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.telemetry.held_out import held_out_sentence
 from maskvr_ds.telemetry.metrics_file import read_lines
 from maskvr_ds.telemetry.plots import plot_loss
 
@@ -77,8 +76,7 @@ def demo(output: Path) -> int:
     fill_masks(model)
 
     lines = read_lines(run / METRICS)
-    loss = next(line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line)
-    entropy = unigram_entropy(Corpus(corpus / "held_out"))
+    held_out = next(line for line in reversed(lines) if "held_out_loss" in line)
     plot_loss(run / METRICS, output / "loss.png")
     _title("Results")
     print(f"corpus            {corpus}")
@@ -86,8 +84,7 @@ def demo(output: Path) -> int:
     print(f"model             {model} (BertForMaskedLM)")
     print(f"loss curves       {output / 'loss.png'}")
     print(f"training          {lines[-1]['step']:,} steps, {lines[-1]['tokens']:,} tokens")
-    print(f"held-out loss     {loss:.3f} nats per masked token")
-    print(f"unigram entropy   {entropy:.3f} nats per held-out token ({entropy - loss:.3f} above the loss)")
+    print(f"held out          {held_out_sentence(held_out)}")
     print(f"time              {time.monotonic() - started:.0f} s")
     return 0
 

@@ -200,6 +200,8 @@ def train_phase(
 
 
 def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
+    if context.state.step == phase.last_step:
+        return  # nothing is left to train
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
         logger.info("%s", line)
     for remark in remarks(phase.config, context.corpus):
@@ -293,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             train(config, arguments.resume, stop, arguments.launch)
         except StoppedError as stopped:
-            logger.info("%s; continue with --resume auto", stopped)
+            logger.info("%s", stopped)
             return EXIT_STOPPED
         return None
 

@@ -49,7 +49,7 @@ def describe(
         "tokens": f"{manifest.tokens:,} ({total:,} of text)",
         "unigram entropy": f"{_entropy(found.counts, special.all):.3f} nats per token, the loss without context",
         "unknown": f"{unknown:,} ({unknown / total:.4%} of text)",
-        "bytes per token": f"{size / manifest.tokens:.4f} ({size:,} in total)",
+        "bytes on disk": f"{size:,} ({size / manifest.tokens:.4f} per token)",
         "sources": f"{len(manifest.sources):,} ({sum(s.bytes for s in manifest.sources):,} bytes)",
     }
     if found.hashes and (hashes := np.concatenate(found.hashes)).size:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.run_folder import checkpoints, layout
+from maskvr_ds.telemetry.metrics_file import read_lines
 
 _DESCRIPTION = """\
 List, verify or inspect the checkpoints of a run.
 
-  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint, and with
-           checkpoint.keep_best its held-out loss
+  list     step, samples, size, ranks, ZeRO stage and precision of each checkpoint, and the
+           held-out loss where its step was evaluated
   verify   compare all files with their SHA-256; exit status 1 if a checkpoint is damaged
   inspect  manifest and files of the newest checkpoint"""
 _EXAMPLES = """\
@@ -54,22 +55,30 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _list(folder: Path) -> int:
     print(f"{'checkpoint':<16}{'step':>10}{'samples':>16}{'bytes':>18}  ranks  ZeRO  precision  held-out loss")
-    for path in _checkpoints(folder):
+    paths = _checkpoints(folder)
+    evaluated = _held_out_losses(paths[0].resolve().parent)
+    for path in paths:
         try:
             state = checkpoints.read_state(path)
         except checkpoints.CheckpointError as error:
             print(f"{path.name:<16}  {error}")
             continue
+        # A checkpoint of checkpoint.keep_best has it also where metrics.jsonl is not beside it.
+        loss = state.held_out.get("held_out_loss", evaluated.get(state.step))
         print(
             f"{path.name:<16}{state.step:>10,}{state.samples:>16,}{checkpoints.size(path):>18,}"
-            f"{state.world_size:>7}{state.zero_stage:>6}  {state.dtype:<9}{_held_out(state)}".rstrip()
+            f"{state.world_size:>7}{state.zero_stage:>6}  {state.dtype:<9}{'–' if loss is None else f'{loss:.4f}':>15}"
         )
     return 0
 
 
-def _held_out(state: checkpoints.CheckpointState) -> str:
-    """Known of runs with checkpoint.keep_best."""
-    return f"{state.held_out['held_out_loss']:>15.4f}" if "held_out_loss" in state.held_out else ""
+def _held_out_losses(folder: Path) -> dict[int, float]:
+    """By step, as far as the run evaluated; nothing of checkpoints that were copied out of their run."""
+    metrics = folder.parent / layout.METRICS
+    if folder.name != layout.CHECKPOINTS or not metrics.is_file():
+        return {}
+    lines = read_lines(metrics)
+    return {line["step"]: line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None}
 
 
 def _verify(folder: Path) -> int:

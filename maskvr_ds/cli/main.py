@@ -7,7 +7,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from data_pipeline.console import run_into_pipe
 from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
 from maskvr_ds.cli.attention import add_attention
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = command_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        return run_into_pipe(partial(run, arguments))
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

@@ -124,8 +124,8 @@ def _supervise(
     launched.withdraw()
     if launched.completed(steps or 0):
         return 0
-    if (step := launched.stopped_at()) is not None:
-        terminal.alert(f"stopped at step {step} on request; resume with --resume auto")
+    if launched.stopped_at() is not None:
+        terminal.alert("continue with --resume auto")
         return EXIT_STOPPED
     resume = "; resume with --resume auto" if complete_checkpoints(run) else ""
     terminal.alert(f"error: the ranks ended before {f'step {steps}' if steps else 'the last step'}{resume}")

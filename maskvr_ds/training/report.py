@@ -2,12 +2,12 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from maskvr_ds.config import RunConfig
 from maskvr_ds.masking.checks import effective_predictions
 from maskvr_ds.run_folder.layout import METRICS
 from maskvr_ds.run_folder.retention import best_of_phases
+from maskvr_ds.telemetry.held_out import held_out_sentence
 from maskvr_ds.telemetry.metrics_file import read_lines
 from maskvr_ds.training.length import epoch_samples
 from maskvr_ds.training.phases import RunPhase
@@ -62,7 +62,7 @@ def end_lines(run: RunConfig, phase: RunPhase, checkpoint: Path) -> list[str]:
     lines = read_lines(run.output_dir / METRICS)
     found = [_line("done", f"step {phase.last_step:,}, {checkpoint}")]
     if (last := next((line for line in reversed(lines) if line.get("held_out_loss") is not None), None)) is not None:
-        found.append(_line("held out", _of_held_out(last)))
+        found.append(_line("held out", held_out_sentence(last)))
     if phase.config.checkpoint.keep_best and (best := best_of_phases(run.output_dir, checkpoint)):
         found.append(_line("best", f"{best[-1]}, the checkpoint with the lowest held-out loss"))
     folder = shlex.quote(str(run.output_dir))
@@ -74,20 +74,6 @@ def end_lines(run: RunConfig, phase: RunPhase, checkpoint: Path) -> list[str]:
         f"maskvr plot {folder}",
     )
     return [*found, *(_line("next" if not number else "", command) for number, command in enumerate(commands))]
-
-
-def _of_held_out(line: dict[str, Any]) -> str:
-    text = f"loss {line['held_out_loss']:.3f} nats per masked token at step {line['step']:,}"
-    if line.get("held_out_accuracy") is not None:
-        text += f", accuracy {line['held_out_accuracy']:.1%}"
-    if (entropy := line.get("held_out_unigram_entropy")) is not None:
-        gain = entropy - line["held_out_loss"]
-        text += f"; {abs(gain):.3f} {'below' if gain >= 0 else 'above'} the unigram entropy, {entropy:.3f}"
-        if gain <= 0:
-            text += (
-                ": the model predicts no better than token frequencies, it needs more steps or another learning rate"
-            )
-    return text
 
 
 def _line(name: str, text: str) -> str:

@@ -171,6 +171,8 @@ def test_a_finished_run_says_so(resumed: Resumed) -> None:
     assert resumed.said["finished"] == ["done", "done"]
     assert "trained to step 12 already, the configuration has 12 steps; nothing to do" in resumed.printed("finished")
     assert "nothing to do" not in resumed.printed("intact")
+    assert "\nmodel  " in resumed.printed("intact")
+    assert "\nmodel  " not in resumed.printed("finished"), "what it would train"
     assert [p.name[-2:] for p in complete_checkpoints(resumed.folder / "finished")] == ["04", "08", "12"]
 
 

@@ -123,7 +123,7 @@ def test_a_classifier_by_trainer(folder: Path) -> None:
     pytest.importorskip("accelerate")
     block = pages.blocks(DOCS / "how-to" / "export.md", "python")[1]
     printed = run(folder, f"python -c {shlex.quote(block.text.replace('report_to=[]', 'report_to=[], use_cpu=True'))}")
-    assert "eval_loss" in printed
+    assert 0 <= float(printed.splitlines()[-1]) <= 1, "the accuracy"
 
 
 def test_masks_in_trainer(folder: Path) -> None:

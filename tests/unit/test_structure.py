@@ -38,7 +38,7 @@ ROWS = {
         {"shard_files"},
         {"hub", "manifest"},
         {"checksums"},
-        {"files", "numbers"},
+        {"console", "files", "numbers"},
     ],
     "cluster": [{"__main__"}, {"hosts", "slurm", "status"}],
 }
@@ -144,7 +144,7 @@ def test_every_folder_is_a_package() -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("maskvr_ds.")])
 def test_training_needs_little_of_the_other_packages(module: str) -> None:
     others = {other for other in own_modules(imports(MODULES[module])) if not other.startswith("maskvr_ds")}
-    assert others <= {f"data_pipeline.{name}" for name in ("shards", "manifest", "files", "hub")}
+    assert others <= {f"data_pipeline.{name}" for name in ("shards", "manifest", "files", "hub", "console")}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("maskvr_ds")])
@@ -158,7 +158,7 @@ def test_pipeline_and_cluster_need_little_of_the_training(module: str) -> None:
     assert all(any(other == f or other.startswith(f"{f}.") for f in free) for other in training), training
     if module.startswith("cluster"):
         pipeline = {room(other)[1] for other in others if other.startswith("data_pipeline")}
-        assert pipeline <= (PIPELINE_OF_SLURM if module.startswith("cluster.slurm") else set())
+        assert pipeline <= (PIPELINE_OF_SLURM if module.startswith("cluster.slurm") else {"console"})
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,10 @@ def test_the_command_lists_verifies_and_inspects(tmp_path: Path, capsys: pytest.
     captured = capsys.readouterr()
     assert captured.out == "step-00000010: damaged\nstep-00000020: intact\n"
     assert "step-00000010/optimizer.pt: missing" in captured.err
+    lines = [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 1.0, "held_out_loss": 5.4321}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert main(["checkpoint", "list", str(tmp_path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]] == ["–", "5.4321"]
     assert main(["checkpoint", "list", str(tmp_path / "nothing")]) == 1
     assert "no such folder" in capsys.readouterr().err
 
