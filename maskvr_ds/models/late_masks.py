@@ -52,8 +52,8 @@ class StagedLayers(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         layers = self._modules.values()
         if self.passage is None:
-            return iter(layers)  # type: ignore[arg-type]
-        return (self.passage.stage(layer, number) for number, layer in enumerate(layers))  # type: ignore[misc, arg-type, union-attr]
+            return iter(layers)
+        return (self.passage.stage(layer, number) for number, layer in enumerate(layers))
 
     def __getitem__(self, index: Any) -> Any:
         # A slice of transformers' loops, of which a ModuleList would make another list of modules.
