@@ -39,6 +39,10 @@ class GradientNorms:
         losses.register_hook(lambda gradient: factors.append(gradient.detach()))
         hidden.register_hook(read)
 
+    def clear(self) -> None:
+        """Forget s of earlier backward passes."""
+        self._norms.clear()
+
     def take(self) -> torch.Tensor:
         """Return and clear s of all backward passes since the last call, in their order: float32 [B, K] with the rows
         of all of them, 0 in unused slots (weight 0).

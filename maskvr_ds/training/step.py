@@ -91,6 +91,9 @@ def run_step(
     pairs = len(batch.sample_ids) * distributed.world_size()
     pair_scale = weights.pair_weight * passes / pairs
     loss_sum = torch.zeros(1 if batch.pair_labels is None else 2, dtype=torch.float64, device=counters.device)
+    if proposer is not None:
+        # Of backward passes between two steps: compilation, probes.
+        proposer.norms.clear()
     for part, masked_part, of_part in zip(parts, masked_parts, micro_batches, strict=True):
         for masked in of_part:
             loss, pair_loss = objective_losses(engine, masked)
