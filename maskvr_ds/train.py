@@ -148,7 +148,7 @@ def train_phase(
             number, batch = next(reader)
             watchdog.mark(step, "step")
             set_learning_rate(context.engine, lr := phase.learning_rate(step))
-            context.masker.set_rate(phase.masking_rate(step))
+            context.set_rate(phase.masking_rate(step))
             torch.manual_seed(hashing.fold(phase.config.seed, DROPOUT, step, distributed.rank()) >> 1)
             scale, skipped = loss_scale(context.engine), context.engine.skipped_steps
             result = run_step(
@@ -156,7 +156,7 @@ def train_phase(
                 context.masker,
                 batch,
                 phase.config.batch.micro_size,
-                context.proposer,
+                context.learner,
                 objectives=phase.config.objectives,
                 guard=context.guard,
                 stop=stop is not None and stop.requested(here, fence.token),
@@ -239,7 +239,7 @@ def _record(
         grad_norm=DeferredTensor(norm) if isinstance(norm, torch.Tensor) else norm,
         trust_ratios=None if ratios is None else DeferredTensor(ratios),
         update_rms=None if rms is None else DeferredTensor(rms),
-        proposal=None if context.proposer is None else context.proposer.step(),
+        proposal=None if context.learner is None else context.learner.step(),
         extra={"skipped_updates": engine.skipped_steps}
         | ({} if scale is None else {"loss_scale": scale})
         | ({"phase": phase.name} if phase.name else {}),

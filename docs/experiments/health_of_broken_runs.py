@@ -4,7 +4,8 @@
 
 The healthy runs differ in size, seed, optimizer and batch. Each broken one changes one thing of the first healthy one.
 Text is synthetic (arithmetic progressions over a vocabulary): the context determines a masked token. One process, a few
-minutes on one core. Writes DIR/findings.json: name -> findings of the records and of the last checkpoint.
+minutes on one core per run, half an hour for the deep ones. The same command continues after an interruption. Writes
+DIR/findings.json: name -> findings of the records and of the last checkpoint.
 """
 
 import argparse
@@ -36,7 +37,7 @@ BASE: dict[str, Any] = {
     "optimizer": {"lr": 0.01},
     "schedule": {"warmup_share": 0.1},
     "evaluation": {"every_steps": 100, "rows": 64},
-    "checkpoint": {"every_steps": 0},
+    "checkpoint": {"every_steps": 50, "keep_last": 2},
     "monitor": {"tensorboard": False},
     "deepspeed": "zero1_fp32",
 }
@@ -130,7 +131,7 @@ def findings_of(name: str, run: RunConfig, *, at_checkpoint: bool) -> dict[str, 
     undo = INJECT[name](run) if name in INJECT else lambda: None
     ended = None
     try:
-        train.train(run)
+        train.train(run, resume="auto")
     except (FloatingPointError, ArithmeticError) as error:
         ended = f"{type(error).__name__}: {error}"
     finally:
@@ -164,15 +165,18 @@ def main() -> int:
         make_corpus(corpus / "held_out", rows=256, length=LENGTH, words=VOCABULARY, seed=1)
     train.plot_loss = lambda *_: None
     logging.disable(logging.WARNING)
-    results: dict[str, Any] = {}
+    stored = arguments.output / "findings.json"
+    results: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
 
     def run() -> None:
         for name in arguments.only:
+            if name in results:
+                continue
             folder = arguments.output / name.replace(" ", "_").replace(",", "")
             config = configuration(folder, corpus, arguments.steps, {**HEALTHY, **BROKEN}[name])
             results[name] = found = findings_of(name, config, at_checkpoint=True)
             print(f"{name}: loss {found['loss']}, {found['judged']} checks, {found['findings'] or 'ok'}", flush=True)
-            (arguments.output / "findings.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            stored.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     status = distributed.run_as_rank(run)
     false = sum(len(results[name]["findings"]) for name in HEALTHY if name in results)

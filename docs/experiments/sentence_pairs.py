@@ -14,10 +14,16 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import transformers
+
+from maskvr_ds.checkpoint.export import export
+from maskvr_ds.config.objectives import PAIR_CLASSES
 from maskvr_ds.run_folder.layout import METRICS
+from maskvr_ds.run_folder.status import completed
 from maskvr_ds.telemetry.metrics_file import read_lines
 
 BYTES, LENGTH, VOCABULARY = 8_000_000, 64, 4096
@@ -53,12 +59,15 @@ def prepare(text: Path, work: Path) -> None:
             run("data_pipeline", "build", "--input", source, *options, "--held-out", "0.05", "--output", work / packing)
 
 
+def run_folder(work: Path, architecture: str, seed: int, steps: int, *, pairs: bool) -> Path:
+    return work / f"{architecture}-{OBJECTIVE[architecture] if pairs else 'mlm'}-{seed}-{steps}"
+
+
 def train(work: Path, architecture: str, seed: int, steps: int, *, pairs: bool) -> dict[str, float]:
     """Held-out figures of the last step."""
     packing = OBJECTIVE[architecture]
-    folder = work / f"{architecture}-{packing if pairs else 'mlm'}-{seed}"
-    metrics = folder / METRICS
-    if not metrics.is_file() or (read_lines(metrics) or [{"step": 0}])[-1]["step"] != steps:
+    folder = run_folder(work, architecture, seed, steps, pairs=pairs)
+    if not completed(folder, steps):
         values = {
             "output_dir": str(folder),
             "data": {"path": str(work / packing)},
@@ -79,9 +88,36 @@ def train(work: Path, architecture: str, seed: int, steps: int, *, pairs: bool) 
         config = work / f"{folder.name}.yaml"
         config.write_text(json.dumps(values), encoding="utf-8")
         run("maskvr_ds.cli", "train", "--config", config, "--num-gpus", "2", "--resume", "auto")
-    last = read_lines(metrics)[-1]
+    last = read_lines(folder / METRICS)[-1]
     names = ("loss", "accuracy", "pair_loss", "pair_accuracy")
     return {name: round(last[f"held_out_{name}"], 4) for name in names if f"held_out_{name}" in last}
+
+
+def check_export(folder: Path, architecture: str) -> dict[str, Any]:
+    """Export the run with both heads and load it with transformers' class of both, which must miss nothing.
+
+    `export` writes nothing unless this class reproduces both logits that the engine stored with the checkpoint;
+    difference: its maximum.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        exported = export(folder, Path(place) / "export")
+        cls = getattr(transformers, PAIR_CLASSES[architecture])
+        _, report = cls.from_pretrained(Path(place) / "export", output_loading_info=True)
+    faults = {name: sorted(map(str, names)) for name, names in report.items() if names}
+    if exported.architecture != cls.__name__ or faults:
+        raise RuntimeError(f"{folder}: exported as {exported.architecture}, {cls.__name__} loads it with {faults}")
+    return {"class": cls.__name__, "difference": exported.difference}
+
+
+def summary(found: list[dict[str, Any]], objective: str) -> dict[str, Any]:
+    """Runs and the mean difference in held-out masked loss, with its interval if there is more than one seed."""
+    differences = [one[objective]["loss"] - one["mlm"]["loss"] for one in found]
+    mean = statistics.mean(differences)
+    result: dict[str, Any] = {"runs": found, "difference": round(mean, 4)}
+    if len(found) == len(SEEDS):
+        half = QUANTILE * statistics.stdev(differences) / len(differences) ** 0.5
+        result["interval"] = [round(mean - half, 4), round(mean + half, 4)]
+    return result
 
 
 def main() -> None:
@@ -94,19 +130,18 @@ def main() -> None:
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     prepare(arguments.text, work)
-    results: dict[str, Any] = {"steps": arguments.steps}
-    for architecture, objective in OBJECTIVE.items():
-        found: list[dict[str, Any]] = []
-        for seed in SEEDS:
+    found: dict[str, list[dict[str, Any]]] = {architecture: [] for architecture in OBJECTIVE}
+    # Seed by seed, so that whatever is complete can be read while the rest is running.
+    for seed in SEEDS:
+        for architecture, objective in OBJECTIVE.items():
             both = [train(work, architecture, seed, arguments.steps, pairs=pairs) for pairs in (True, False)]
-            found.append({"seed": seed, objective: both[0], "mlm": both[1]})
-            print(json.dumps(found[-1]), flush=True)
-        differences = [one[objective]["loss"] - one["mlm"]["loss"] for one in found]
-        half = QUANTILE * statistics.stdev(differences) / len(differences) ** 0.5
-        mean = statistics.mean(differences)
-        interval = [round(mean - half, 4), round(mean + half, 4)]
-        results[architecture] = {"runs": found, "difference": round(mean, 4), "interval": interval}
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            trained = run_folder(work, architecture, seed, arguments.steps, pairs=True)
+            exported = check_export(trained, architecture)
+            found[architecture].append({"seed": seed, objective: both[0], "mlm": both[1], "export": exported})
+            print(json.dumps({"architecture": architecture, **found[architecture][-1]}), flush=True)
+            results = {name: summary(runs, OBJECTIVE[name]) for name, runs in found.items() if runs}
+            text = json.dumps({"steps": arguments.steps} | results, indent=1)
+            arguments.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from maskvr_ds.run_folder.layout import CONFIG, METRICS
-from maskvr_ds.telemetry.metrics_file import AUTO_EVENT, read_events, read_lines
+from maskvr_ds.telemetry.metrics_file import AUTO_COSTS_EVENT, AUTO_EVENT, read_events, read_lines
 from maskvr_ds.training.length import with_steps
 from maskvr_ds.training.references import open_corpora
 
@@ -121,12 +122,13 @@ def train(job: Job, arguments: argparse.Namespace) -> bool:
 def curve(folder: Path) -> list[tuple[int, float, float]]:
     """(step, training seconds up to it, held-out loss) of every evaluation."""
     seconds, points = 0.0, []
-    measuring = {
-        event["step"]: event["seconds"] for event in read_events(folder / METRICS) if event["event"] == AUTO_EVENT
-    }
+    measuring: Counter[int] = Counter()
+    for event in read_events(folder / METRICS):
+        if event["event"] in (AUTO_EVENT, AUTO_COSTS_EVENT):
+            measuring[event["step"]] += event["seconds"]
     for line in read_lines(folder / METRICS):
         # The time of a measurement after a step counts from the next step on.
-        seconds += line["step_seconds"] + measuring.get(line["step"] - 1, 0.0)
+        seconds += line["step_seconds"] + measuring[line["step"] - 1]
         if line.get("held_out_loss") is not None:
             points.append((line["step"], seconds, line["held_out_loss"]))
     return points

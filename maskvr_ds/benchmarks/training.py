@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline.shards import Corpus
 from maskvr_ds.benchmarks.corpus import make_corpus, one_thread, rows_per_cpu_second
 from maskvr_ds.benchmarks.lamb import lamb_cost
+from maskvr_ds.benchmarks.mask_costs import run_costs
 from maskvr_ds.benchmarks.masks import masking_speed, strategy_cost
 from maskvr_ds.benchmarks.training_speed import PART_FIGURES, training_speed
 from maskvr_ds.data.loader import Loader
@@ -21,7 +22,9 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import check_output_file
 
 # Options of training-speed only.
-_OF_TRAINING = ("accumulation", "compile", "peak_tflops", "assignments")
+_OF_TRAINING = ("accumulation", "compile", "peak_tflops")
+# Options that a run's configuration replaces, with their defaults.
+_OF_NO_RUN = {"preset": "bert-base", "deepspeed": "zero1_bf16", "micro_size": [128], "sequence_length": 128}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,8 +35,15 @@ def run(arguments: argparse.Namespace) -> int:
     what, length = arguments.what, arguments.sequence_length
     given = [name for name in _OF_TRAINING if getattr(arguments, name)]
     if what != "training-speed" and given:
-        option = "set" if given[0] == "assignments" else given[0].replace("_", "-")
+        option = given[0].replace("_", "-")
         raise ValueError(f"--{option} is an option of training-speed; remove it, or measure that")
+    if arguments.config and what != "strategy-cost":
+        raise ValueError("--config is an option of strategy-cost; remove it, or measure that")
+    for name, default in _OF_NO_RUN.items() if arguments.config else ():
+        if getattr(arguments, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is set by the run that --config names; remove it")
+    if what != "training-speed" and arguments.assignments and not arguments.config:
+        raise ValueError("--set is an option of training-speed, and of strategy-cost with --config; remove it")
     if arguments.output:
         check_output_file(arguments.output, "--output")
     sizes = arguments.micro_size
@@ -44,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         results.append(loader_speed(sequence_length=length))
     elif what == "masking-speed":
         results.append(masking_speed(strategy=arguments.strategy, sequence_length=length))
+    elif arguments.config:
+        results.append(run_costs(arguments.config, arguments.assignments or (), arguments.rounds))
     elif what == "strategy-cost":
         options = {"micro_size": sizes[0], "rounds": arguments.rounds, "sequence_length": length}
         results.append(_on(arguments, strategy_cost, threads=arguments.threads, **options))

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export_check import check_fill_mask
 from maskvr_ds.checkpoint.model_card import MODEL_CARD, model_card
+from maskvr_ds.checkpoint.scores import model_digest, read_scores
 from maskvr_ds.models.documents import starts
 from maskvr_ds.models.encoder import auto_class, build, names_of_parameters, token_types
 from maskvr_ds.models.late_masks import LateMasks
@@ -54,15 +55,22 @@ class Exported:
 
 
 def export(
-    source: str | Path, output: str | Path, *, name: str | None = None, license: str | None = None, check: bool = False
+    source: str | Path,
+    output: str | Path,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    scores: str | Path | None = None,
+    check: bool = False,
 ) -> Exported:
     """Write the model of transformers (fp32, safetensors) with its tokenizer and a model card.
 
     source: a checkpoint, or a run (its newest complete checkpoint). output: must not exist, or be an empty folder.
     name: of the model in its card, by which users load it; None: the folder's.
-    license: for the card, a hub's identifier such as apache-2.0. check: run transformers' fill-mask on the result.
+    license: for the card, a hub's identifier such as apache-2.0. scores: folder of `maskvr evaluate`, whose rows of
+    this model are for the card. check: run transformers' fill-mask on the result.
     Raises CheckpointError for a missing or damaged checkpoint, ExportError if logits differ or output is in use,
-    CheckError if fill-mask fails; nothing is written then.
+    ScoresError if there are no scores of this model, CheckError if fill-mask fails; nothing is written then.
     """
     logging.disable_progress_bar()
     target = _target(Path(output))
@@ -82,6 +90,7 @@ def export(
             model.config,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             license=license,
+            scores=read_scores(Path(scores), model_digest(partial)) if scores is not None else (),
         )
         (partial / MODEL_CARD).write_text(card, encoding="utf-8")
         _share(partial)
@@ -115,7 +124,14 @@ def _target(output: Path) -> Path:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit."""
+    """A checkpoint's model in fp32, in training mode, on the CPU. Raises CheckpointError if weights do not fit, or the
+    model is none of transformers."""
+    if (other := checkpoints.read_state(folder).identity["model"].get("normalization")) is not None:
+        raise CheckpointError(
+            f"{folder}: was trained with model.normalization {other}, which no architecture of transformers has in "
+            "place of its LayerNorms: such a model can be neither exported nor loaded outside of training; its "
+            "held-out figures are in metrics.jsonl"
+        )
     model = build(AutoConfig.from_pretrained(folder / BERT))
     missing, unexpected = model.load_state_dict(load.read_weights(folder), strict=False)
     # Tied tensors are stored once; anything else that is missing would stay random.

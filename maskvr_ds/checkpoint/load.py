@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.probe import probe_logits
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
+from maskvr_ds.models.normalization import statistics
 from maskvr_ds.run_folder import launches
 from maskvr_ds.run_folder.checkpoints import Checkpoint, CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import MANIFEST, PROBE, WEIGHTS
@@ -70,7 +71,16 @@ def load(
     else:
         universal = distributed.run_on_rank0(lambda: reshard.convert(run, folder, state, expected))
         reshard.load(universal, engine)
+        _load_statistics(folder, engine)
     _check_loaded(run, folder, engine)
+
+
+def _load_statistics(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Running statistics of batch normalisations, which universal checkpoints lack."""
+    if found := statistics(engine.module.mlm):
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            for name, buffer in found.items():
+                buffer.copy_(file.get_tensor(name))
 
 
 def _check_loaded(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:

@@ -6,14 +6,16 @@ of earlier versions, the card says "not recorded" instead.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from data_pipeline.hub import snapshot_name
+from maskvr_ds.checkpoint.scores import Score
 from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.launches import read_launches
 from maskvr_ds.run_folder.layout import BERT, CHECKPOINTS, METRICS
@@ -22,17 +24,27 @@ from maskvr_ds.telemetry.metrics_file import read_lines
 MODEL_CARD = "README.md"
 _NOT_RECORDED = "not recorded"
 _HELD_OUT = "held_out_"
+# Hubs' names of what a task is; of others, text classification.
+_TASK_TYPES = {"conll": "token-classification", "squad": "question-answering", "squad_v2": "question-answering"}
 # Settings of a checkpoint that say where, not what.
 _PLACES = ("model.initialize_from",)
 
 
 def model_card(
-    name: str, folder: Path, state: CheckpointState, config: PretrainedConfig, *, parameters: int, license: str | None
+    name: str,
+    folder: Path,
+    state: CheckpointState,
+    config: PretrainedConfig,
+    *,
+    parameters: int,
+    license: str | None,
+    scores: Sequence[Score] = (),
 ) -> str:
     """The text of README.md.
 
     name: title. folder: of the checkpoint, in its run or alone. config: of the model. parameters: their number.
     license: a hub's identifier, such as apache-2.0; None: the card has no such field, and says so.
+    scores: of downstream tasks.
     """
     run = folder.parent.parent if folder.parent.name == CHECKPOINTS else None
     lines = [line for line in read_lines(run / METRICS) if line["step"] <= state.step] if run else []
@@ -47,14 +59,16 @@ def model_card(
         pipeline_tag="fill-mask",
         base_model=base[0] if base else None,
         tags=[config.model_type, "fill-mask", "masked-lm", "maskvr_ds"],
-        eval_results=_results(figures),
+        eval_results=[*_results(figures), *map(_result, scores)] or None,
     )
     sections = (
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {name}\n",
         f"`{type_name(config)}` of {parameters:,} parameters, pretrained as a masked language model with maskvr_ds.\n",
         _usage(name),
+        _section("Input", _input(folder / BERT, state)),
         _section("Evaluation", _evaluation(figures)),
+        *([f"### Downstream tasks\n\n{_downstream(scores)}\n"] if scores else []),
         _section("Training data", _data(launches, state)),
         *([_section("Base model", f"Initialised from `{base[0]}`, commit {base[1]}.")] if base else []),
         _section("Tokenizer", _tokenizer(folder / BERT, config)),
@@ -93,6 +107,33 @@ def _usage(name: str) -> str:
     )
 
 
+def _input(folder: Path, state: CheckpointState) -> str:
+    """With which attention the model was trained, and what that means for its users. folder: of the tokenizer."""
+    length = f"{state.identity['sequence_length']:,}"
+    separator = f"`{_token(folder, state.identity['special_tokens']['sep'])}`"
+    last = ", in its last phase" if len(state.phases) > 1 else ""
+    # Versions that did not have the setting attended over rows.
+    if state.identity.get("data.attention", "rows") == "rows":
+        return (
+            f"Trained with attention over rows (`data.attention: rows`) of {length} tokens{last}: a token attended to "
+            f"its complete row. Where a row held several documents, each closed by {separator}, tokens attended across "
+            f"them. Texts of more than {length} tokens are longer than what the model was trained on."
+        )
+    first = f"`{_token(folder, state.identity['special_tokens']['cls'])}`"
+    return (
+        f"Trained with attention within documents (`data.attention: documents`){last}: rows of {length} tokens held "
+        f"several documents, each closed by {separator}; a token attended to its own document only, and positions "
+        "started anew in each. Pass one text per row, as tokenizers do, with padding where texts of a batch differ in "
+        "length. Several texts in one row would attend to each other, which this model has never seen: `config.json` "
+        f"does not ask for another attention. Only the first document of a row started with {first}. Texts of more "
+        f"than {length} tokens are longer than what the model was trained on."
+    )
+
+
+def _token(folder: Path, index: int) -> str:
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(index) or str(index)
+
+
 def _held_out(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The last line's figures of the held-out split by name, with its step; empty if there are none."""
     line = next((line for line in reversed(lines) if line.get(f"{_HELD_OUT}loss") is not None), None)
@@ -106,7 +147,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _results(figures: dict[str, Any]) -> list[EvalResult] | None:
+def _results(figures: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="fill-mask",
@@ -118,7 +159,34 @@ def _results(figures: dict[str, Any]) -> list[EvalResult] | None:
         )
         for name, value in figures.items()
         if name != "step"
-    ] or None
+    ]
+
+
+def _result(score: Score) -> EvalResult:
+    return EvalResult(
+        task_type=_TASK_TYPES.get(score.task, "text-classification"),
+        dataset_type=score.task,
+        dataset_name=score.task,
+        metric_type=score.metric,
+        metric_name=f"{score.metric}, mean of {score.runs} seed{'s' * (score.runs != 1)}, fine-tuned",
+        metric_value=round(score.mean, 6),
+    )
+
+
+def _downstream(scores: Sequence[Score]) -> str:
+    """Table of scores beside what needs no encoder."""
+    baselines = list(dict.fromkeys(name for score in scores for name in score.baselines))
+    head = ["task", "metric", "training examples", *baselines, "this model", "seeds"]
+    rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for score in scores:
+        spread = "" if score.std is None else f" ± {100 * score.std:.1f}"
+        without = [f"{100 * score.baselines[name]:.1f}" if name in score.baselines else "–" for name in baselines]
+        mean = f"{100 * score.mean:.1f}{spread}"
+        rows.append([score.task, score.metric, f"{score.trained_on:,}", *without, mean, str(score.runs)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"Fine-tuned on each task by `maskvr evaluate`. Scores × 100, mean ± standard deviation over seeds.\n\n{table}"
+    )
 
 
 # What the model saw at the positions of a figure.

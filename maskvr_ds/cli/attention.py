@@ -4,8 +4,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from maskvr_ds.cli.options import Commands, add_command
+from maskvr_ds.downstream import tasks
 from maskvr_ds.runtime.numbers import integer
 
 _DESCRIPTION = """\
@@ -18,13 +20,17 @@ Attention heads of encoders (runs, checkpoints, or folders of transformers) on r
              importance by gradient (Michel et al. 2019)
   --prune N  switch off N of its heads, each time the one that is missed least; --export-pruned
              saves the result as an ordinary model with zeroed columns: not faster, equal logits
+  --task     of models from `maskvr finetune`: the score on the task's evaluation set without each
+             head and each layer's heads, with intervals; several models are seeds of one task
+             (needs the extra `evaluate`)
 
-Two or more models with heads of one number are also compared: cosine similarity of their maps."""
+Otherwise two or more models with heads of one number are also compared: cosine similarity of their maps."""
 _EXAMPLES = """\
 maskvr attention runs/base --data corpus --plot heads.png
 maskvr attention bert-base-uncased runs/domain --data corpus --json > heads.json
-maskvr attention runs/base --data corpus --off zero --prune 8 --export-pruned pruned"""
-_ROWS = 16
+maskvr attention runs/base --data corpus --off zero --prune 8 --export-pruned pruned
+maskvr attention sentiment0 sentiment1 sentiment2 --task sst2 --data glue --plot heads.png"""
+_ROWS, _MAX_ROWS = 16, 4096
 
 
 def add_attention(commands: Commands) -> None:
@@ -37,8 +43,23 @@ def add_attention(commands: Commands) -> None:
         description=_DESCRIPTION,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, or model folder")
-    parser.add_argument("--data", required=True, metavar="DIR", help="corpus; its held-out part is read if it has one")
-    parser.add_argument("--rows", type=integer(1, 4096), default=_ROWS, metavar="N", help=f"default: {_ROWS}")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="corpus; its held-out part is read if it has one. With --task: the task's folder, as of `maskvr finetune`",
+    )
+    parser.add_argument(
+        "--rows",
+        type=integer(1, 1_000_000),
+        metavar="N",
+        help=f"default: {_ROWS} of a corpus, all examples of a task's evaluation set",
+    )
+    names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
+    parser.add_argument("--task", choices=names, metavar="TASK", help="judge the heads of fine-tuned models by a task")
+    parser.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="of --task classification and regression")
+    parser.add_argument("--label-column", metavar="COLUMN", help="of --task classification and regression")
+    parser.add_argument("--max-length", type=integer(1, 2**20), metavar="N", help="tokens per example of --task")
     parser.add_argument("--off", choices=["zero", "uniform"], help="what a head gives that is off: nothing, or a mean")
     parser.add_argument("--prune", type=integer(1, 100_000), default=0, metavar="N", help="heads to switch off in turn")
     parser.add_argument("--export-pruned", metavar="DIR", help="save the pruned model there (zeroed columns)")
@@ -54,24 +75,51 @@ def _attention(arguments: argparse.Namespace) -> int:
         raise ValueError("--export-pruned zeroes columns, and --off uniform does not: choose --off zero")
     if len(set(arguments.models)) < len(arguments.models):
         raise ValueError("a MODEL is given twice")
+    if not arguments.task and (arguments.rows or 0) > _MAX_ROWS:
+        raise ValueError(f"--rows {arguments.rows}: of a corpus at most {_MAX_ROWS:,}, as they are one batch")
+    for name in ("text_columns", "label_column", "max_length"):
+        if getattr(arguments, name) and not arguments.task:
+            raise ValueError(f"--{name.replace('_', '-')} describes examples of --task: give --task TASK")
     from maskvr_ds.runtime import distributed
 
-    def run() -> None:
-        from maskvr_ds.downstream import attention
+    return distributed.run_as_rank(lambda: _of_task(arguments) if arguments.task else _of_corpus(arguments))
 
-        request = attention.Request(
-            rows=arguments.rows,
-            off=arguments.off,
-            prune=arguments.prune,
-            export=Path(arguments.export_pruned) if arguments.export_pruned else None,
-            plot=Path(arguments.plot) if arguments.plot else None,
-        )
-        result = attention.run(arguments.models, Path(arguments.data), request)
-        if arguments.json:
-            json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
-            print()
-        else:
-            print(f"{result['data']}: {result['rows']:,} rows\n")
-            print(attention.table(result))
 
-    return distributed.run_as_rank(run)
+def _of_corpus(arguments: argparse.Namespace) -> None:
+    from maskvr_ds.downstream import attention
+
+    request = attention.Request(
+        rows=arguments.rows or _ROWS,
+        off=arguments.off,
+        prune=arguments.prune,
+        export=Path(arguments.export_pruned) if arguments.export_pruned else None,
+        plot=Path(arguments.plot) if arguments.plot else None,
+    )
+    result = attention.run(arguments.models, Path(arguments.data), request)
+    _print(result, f"{result['data']}: {result['rows']:,} rows\n\n{attention.table(result)}", arguments)
+
+
+def _of_task(arguments: argparse.Namespace) -> None:
+    from maskvr_ds.downstream import task_heads
+
+    (task,) = tasks.resolve([arguments.task], arguments.text_columns or (), arguments.label_column)
+    request = task_heads.TaskRequest(
+        task=task,
+        data=Path(arguments.data),
+        how=arguments.off or "zero",
+        examples=arguments.rows,
+        max_length=arguments.max_length,
+        prune=arguments.prune,
+        export=Path(arguments.export_pruned) if arguments.export_pruned else None,
+        plot=Path(arguments.plot) if arguments.plot else None,
+    )
+    result = task_heads.run(arguments.models, request)
+    _print(result, task_heads.table(result), arguments)
+
+
+def _print(result: dict[str, Any], table: str, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
+        print()
+    else:
+        print(table)

@@ -11,12 +11,14 @@ Measure the speed of a component on this machine, with synthetic rows.
 
   loading-speed        rows per CPU-second that one thread reads from a corpus
   masking-speed        rows per CPU-second that one thread masks with --strategy
-  strategy-cost        time that each masking strategy adds to a training step
+  strategy-cost        time that each masking strategy adds to a training step; with --config, the
+                       seconds of a step of this run per candidate of masking.strategy auto
   optimizer-step-time  time and memory of an optimizer step of LAMB and of others
   training-speed       tokens per second and model FLOPs of training steps, kernels, waits and
                        collectives per step, memory, and the time of a step by part"""
 _BENCHMARK_EXAMPLES = """\
 maskvr benchmark masking-speed --strategy span
+maskvr benchmark masks --config run.yaml --output mask_costs.json
 maskvr benchmark training-speed --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json
 maskvr benchmark training-speed --preset bert-large --micro-size 64 128 256 --accumulation 4 --compile layers
 maskvr benchmark training-speed --deepspeed my_zero2.json --set masking.strategy=mapnet --set optimizer.fused=true"""
@@ -53,6 +55,12 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("what", type=_current_name, choices=list(_FORMER_NAMES.values()), help="see above")
     parser.add_argument("--output", metavar="FILE", help="also write the results as JSON")
+    parser.add_argument(
+        "--config",
+        metavar="FILE|RECIPE",
+        help="strategy-cost: measure the candidates of this run, whose masking.strategy is auto; the JSON is what "
+        "masking.auto.costs reads",
+    )
     parser.add_argument(
         "--preset",
         choices=list(BERT_PRESETS),
@@ -112,7 +120,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         action="append",
         metavar="SECTION.FIELD=VALUE",
-        help="training-speed: a further setting of the run",
+        help="training-speed, strategy-cost with --config: a further setting of the run",
     )
 
 

@@ -108,6 +108,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _EXPORT_EXAMPLES = """\
 maskvr export --checkpoint runs/base --output bert-base-mine
 maskvr export --checkpoint runs/base/checkpoints/step-00001000 --output bert-1000 --license apache-2.0 --check
+maskvr export --checkpoint runs/base --output bert-base-mine --scores scores
 maskvr export --checkpoint runs/base --output bert-base-mine --license mit --push my-lab/bert-base-mine --private"""
 
 
@@ -122,6 +123,11 @@ def add_export(commands: Commands) -> None:
         "--license",
         metavar="ID",
         help="licence of the model, for its card: an identifier as hubs use them, such as apache-2.0, or other",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="DIR",
+        help="output folder of `maskvr evaluate`, whose scores of this checkpoint are for the model's card",
     )
     parser.add_argument(
         "--check",
@@ -157,7 +163,8 @@ def _export(arguments: argparse.Namespace) -> int:
         # Before the export: what is wrong with the name or the token shows at once.
         name = check_push(arguments.push, private=arguments.private)
     output = arguments.output
-    exported = export(arguments.checkpoint, output, name=name, license=arguments.license, check=arguments.check)
+    given = {key: getattr(arguments, key) for key in ("license", "scores", "check")}
+    exported = export(arguments.checkpoint, output, name=name, **given)
     for remark in exported.remarks:
         print(f"warning: {output}: {remark}", file=sys.stderr)
     logits = f"logits within {exported.difference:.2g} of the engine's"

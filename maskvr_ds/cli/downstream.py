@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskvr_ds.cli import few_shot
 from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.downstream import tasks
 from maskvr_ds.runtime.logs import add_verbosity_options, configure
@@ -35,6 +36,9 @@ Other tasks fine-tune the models (needs the extra `evaluate`):
         your own train and dev files (.tsv, .csv, .jsonl, .parquet) with one or two columns of text
   conll token classification: token and tag in the first and last column, scored by entity
 
+With --shots, models are evaluated on episodes with few examples of classes that nothing was trained
+on: prototypical networks with and without a large-margin term, and baselines on the frozen encoder.
+
 The learning rate is chosen on a part of the training set, never on the evaluation set. The table
 has mean and standard deviation over seeds, the majority class and a bag of words as further rows,
 and says which differences are within noise. Finished runs are stored in the output folder: the same
@@ -44,6 +48,7 @@ maskvr evaluate runs/base --tasks mlm --data corpus
 maskvr evaluate google-bert/bert-base-uncased runs/domain --tasks mlm --data corpus --output figures.json
 maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --output scores
 maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
+maskvr evaluate runs/base --shots 1 5 --data sections.jsonl --output episodes
 maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
@@ -61,10 +66,8 @@ def add_evaluate(commands: Commands) -> None:
         examples=_EXAMPLES,
         description=_DESCRIPTION,
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], default=[_MLM], metavar="TASK", help="default: mlm"
-    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="run, checkpoint, model folder, or name on a hub")
+    parser.add_argument("--tasks", nargs="+", choices=[_MLM, *tasks.NAMES], metavar="TASK", help="default: mlm")
     parser.add_argument(
         "--data",
         required=True,
@@ -82,7 +85,17 @@ def add_evaluate(commands: Commands) -> None:
         "(checkpoint.keep_best); scores against step, seconds and tokens are in OUTPUT/curve.json and curve.png",
     )
     _mlm_options(parser)
-    parser.add_argument("--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5)")
+    parser.add_argument(
+        "--seeds", type=integer(1, _MAX_SEEDS), metavar="N", help="final runs per model (default: 5; with --shots 3)"
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=list(tasks.WEIGHTED_ROWS),
+        help="further bags of words, with other weights of the terms than TF–IDF: tf (none), information gain, χ², "
+        "relevance frequency, or learned by a network from the term's distribution over the classes (ltw, one run per "
+        "seed); with them, models may be left out",
+    )
     parser.add_argument(
         "--jobs",
         type=integer(1, _MAX_JOBS),
@@ -90,6 +103,7 @@ def add_evaluate(commands: Commands) -> None:
         help="processes that fine-tune at the same time, each on its own GPU while there are some (default: 1)",
     )
     _task_options(parser)
+    few_shot.add_options(parser)
     add_verbosity_options(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -176,7 +190,16 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 
 _PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_OF_TASKS = (*_PROTOCOL, "jobs", "checkpoints", "learning_rates", "max_train", "text_columns", "label_column")
+_OF_TASKS = (
+    *_PROTOCOL,
+    "baselines",
+    "jobs",
+    "checkpoints",
+    "learning_rates",
+    "max_train",
+    "text_columns",
+    "label_column",
+)
 
 
 def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
@@ -186,6 +209,12 @@ def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.shots is not None:
+        return _evaluate_episodes(arguments)
+    _refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
+    arguments.tasks = arguments.tasks or [_MLM]
+    if not (arguments.models or arguments.baselines):
+        raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.tasks == [_MLM]:
         _refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
         return _evaluate_mlm(arguments)
@@ -199,6 +228,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     print(command.evaluate(arguments.models, request), end="")
     return 0
+
+
+def _evaluate_episodes(arguments: argparse.Namespace) -> int:
+    if arguments.tasks not in (None, ["classification"]):
+        raise ValueError("--shots: episodes are of the task classification; leave out --tasks")
+    others = tuple(name for name in ("rows", "micro_size", *_OF_TASKS) if name not in few_shot.SHARED)
+    _refuse(arguments, others, "has no meaning with --shots")
+    if arguments.output is None:
+        raise ValueError("--output is required: the folder for the scores and the finished runs")
+    return few_shot.run(arguments)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
@@ -218,6 +257,8 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         raise ValueError("--stride is an option of squad and squad_v2: other tasks read no windows")
     configure(arguments.verbosity)
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
+    if getattr(arguments, "baselines", None) is not None:
+        given["baselines"] = tuple(dict.fromkeys(arguments.baselines))
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
     return Request(

@@ -169,7 +169,7 @@ def _at_init(arguments: argparse.Namespace) -> int:
         device = distributed.device()
         masker = Masker.for_corpus(corpus.manifest, seed=config.seed, device=device)
         masked = masker(to_device(read_rows(corpus, rows, np.zeros_like(rows)), device))
-        found = measure_initialisations(encoder, masked, seed=config.seed)
+        found = measure_initialisations(encoder, masked, seed=config.seed, normalization=config.model.normalization)
         vocabulary = corpus.manifest.vocab_size
         if arguments.json:
             content = [{"name": r.name, **r.figures(), "findings": r.findings(vocabulary)} for r in found]

@@ -18,11 +18,12 @@ from maskvr_ds.cli.configuration import add_config, add_recipes
 from maskvr_ds.cli.downstream import add_evaluate, add_finetune
 from maskvr_ds.cli.health import add_health
 from maskvr_ds.cli.plan import add_plan
+from maskvr_ds.cli.token_scores import add_token_scores
 from maskvr_ds.cli.train import add_train
 
 _COMMANDS = (
     *(add_demo, add_recipes, add_config, add_plan, add_train, add_checkpoint, add_export, add_finetune, add_evaluate),
-    *(add_plot, add_health, add_attention, add_variance, add_compare, add_benchmark),
+    *(add_plot, add_health, add_attention, add_variance, add_compare, add_benchmark, add_token_scores),
 )
 # Optional package -> extra that installs it.
 _EXTRAS = {

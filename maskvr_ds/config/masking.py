@@ -9,6 +9,7 @@ from maskvr_ds.config.base import (
     Count,
     LearningRate,
     OpenShare,
+    PathSetting,
     PositiveCount,
     PositiveRows,
     PositiveShare,
@@ -40,6 +41,8 @@ HELD_OUT_RATE = 0.15
 # then, or their checkpoints would not match.
 _ADDED: dict[str, Any] = {"rate_decay": "linear", "late_layer": 0}
 _ADDED_TO_MAPNET: dict[str, Any] = {"learn_every": 1}
+# The same of the subsection auto.
+_ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1}
 
 
 class SpanConfig(Section):
@@ -100,7 +103,7 @@ class FrequencyConfig(WeightedSampling):
     """Strategy frequency: π ∝ (tokens + 1)^−power · (passages + 1)^−document_power.
 
     tokens: occurrences of the token in the corpus; passages: pieces of documents within rows that contain it. Powers of
-    opposite sign favour tokens that occur often wherever they occur at all.
+    opposite sign favour tokens that occur often wherever they occur at all. With `scores`, π ∝ score instead.
     """
 
     power: SignedExponent = 0.5
@@ -109,6 +112,18 @@ class FrequencyConfig(WeightedSampling):
     """Exponent of the number of passages that contain the token."""
     floor: PositiveShare = 0.3
     """λ: share of uniform masking in π; importance weights are at most 1/λ."""
+    scores: PathSetting | None = None
+    """File with a score for each token, as written by `maskvr token-scores`, in place of the powers of frequencies."""
+
+    @model_validator(mode="after")
+    def _scores_or_powers(self) -> Self:
+        defaults = {"power": 0.5, "document_power": 0.0}
+        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if self.scores is not None and given:
+            raise ValueError(
+                f"{given[0]} does not apply with scores, which replace the frequencies; remove one of them"
+            )
+        return self
 
 
 class MapNetConfig(WeightedSampling):
@@ -134,8 +149,8 @@ class MapNetConfig(WeightedSampling):
     """gate auto: share of the gradient's variance that is due to the masks, as `maskvr variance` measures it; the rest
     gains nothing from the proposal, and pays for its time too."""
     cost: Ratio | None = None
-    """gate auto: time of the network relative to the rest of a step. null: measured; the run is then not reproducible
-    bit for bit, since the clock decides."""
+    """Time of the network relative to the rest of a step. gate auto: null: measured; the run is then not reproducible
+    bit for bit, since the clock decides. strategy auto: null: measured once, before the first step."""
     learn_every: PositiveSteps = 1
     """Learn at every n-th step only: between them the network proposes masks, or, while masks do not follow it, costs
     nothing; metrics.jsonl has its figures for the steps at which it learns."""
@@ -144,20 +159,29 @@ class MapNetConfig(WeightedSampling):
 
 
 class AutoConfig(Section):
-    """Strategy auto: how often the gradient's variance is measured, and on how much (training/auto_strategy.py)."""
+    """Strategy auto: how often the progress per second of the candidates is measured, and on how much
+    (training/auto_strategy.py)."""
 
     every_steps: PositiveSteps = 1000
     """Steps between measurements."""
-    rows: Annotated[PositiveRows, Field(ge=3)] = 32
-    """Sequences per measurement."""
+    rows: Annotated[PositiveRows, Field(ge=5)] = 32
+    """Sequences per measurement. An estimate takes products of four different ones, its interval one more."""
     draws: Annotated[PositiveCount, Field(ge=2, le=64)] = 4
     """Draws per sequence, of two masks each."""
     sketch_size: Annotated[PositiveRows, Field(ge=3, le=2**24)] = 4096
     """Numbers per layer to which gradients are compressed; the relative error of squared norms is √(2/size)."""
     confidence: OpenShare = 0.95
-    """Level of the intervals that must lie below 1 to leave the baseline."""
+    """Level of the intervals that must lie above 1 to change the masks."""
     proposal: bool = True
-    """Whether MAPNet (subsection mapnet) is trained as a candidate."""
+    """Whether MAPNet (subsection mapnet) is a candidate. It is trained only while it may pay for its time."""
+    proposal_saves: Share = 0.3
+    """Largest share of the mask variance that a proposal is expected to remove: MAPNet is trained only if that would
+    pay for its time."""
+    final_share: Share = 0.1
+    """With final_rate: share of the schedule's steps, at its end, that are trained at final_rate in any case."""
+    costs: PathSetting | None = None
+    """File with the seconds of a step per candidate, from `maskvr benchmark masks --config` or another run's
+    mask_costs.json on an equal machine; null: measured before the first step."""
 
 
 class MaskingConfig(Section):
@@ -167,11 +191,12 @@ class MaskingConfig(Section):
     """
 
     strategy: Literal["uniform", "whole_word", "span", "fully_explored", "frequency", "mapnet", "auto"] = "uniform"
-    """auto: fully_explored, replaced during training by masks that are measured to be better."""
+    """auto: rate, and one of uniform, fully_explored and mapnet, by measured progress per second."""
     rate: OpenShare = 0.15
-    """Fraction of the maskable positions to predict."""
+    """Fraction of the maskable positions to predict. auto: at the start; it may only fall."""
     final_rate: OpenShare | None = None
-    """The rate changes to this value by the schedule's last step; null: constant."""
+    """The rate changes to this value by the schedule's last step; null: constant. auto: the lowest rate, and that of
+    the last steps (auto.final_share)."""
     rate_decay: Literal["linear", "cosine", "step"] = "linear"
     """With final_rate: linear; cosine: half a period; step: at half of the schedule's steps, at once."""
     mask_probability: Share = 0.8
@@ -192,7 +217,7 @@ class MaskingConfig(Section):
     mapnet: MapNetConfig = MapNetConfig()
     """Strategies mapnet and auto: the mask proposal network."""
     auto: AutoConfig = AutoConfig()
-    """Strategy auto: measurements of the gradient's variance."""
+    """Strategy auto: measurements of progress per second."""
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:
@@ -214,6 +239,21 @@ class MaskingConfig(Section):
     def _decay_needs_final_rate(self) -> Self:
         if self.rate_decay != "linear" and self.final_rate is None:
             raise ValueError(f"rate_decay {self.rate_decay} belongs to final_rate, which is null; set final_rate")
+        return self
+
+    @model_validator(mode="after")
+    def _rate_falls_under_auto(self) -> Self:
+        if self.strategy != "auto" or self.final_rate is None:
+            return self
+        if self.final_rate > self.rate:
+            raise ValueError(
+                f"final_rate {self.final_rate:g} is above rate {self.rate:g}; under strategy auto the rate may only "
+                "fall: exchange the two, or remove final_rate"
+            )
+        if self.rate_decay != "linear":
+            raise ValueError(
+                f"rate_decay {self.rate_decay}: strategy auto decides itself when the rate falls; remove rate_decay"
+            )
         return self
 
     @model_validator(mode="after")
@@ -256,9 +296,14 @@ class MaskingConfig(Section):
         del values["change_at_resume"]
         if values.get("span", {}).get("lengths") == "geometric":
             del values["span"]["lengths"]  # checkpoints of earlier versions lack it
+        if values.get("frequency", {}).get("scores", "") is None:
+            del values["frequency"]["scores"]  # as above
         for name, before in _ADDED.items():
             if values[name] == before:
                 del values[name]
+        if (section := values.get("auto")) is not None:
+            del section["costs"]  # stored in the checkpoint itself
+            values["auto"] = {k: v for k, v in section.items() if v != _ADDED_TO_AUTO.get(k)}
         if not self.learns_proposal:
             values.pop("mapnet", None)
         else:

@@ -53,6 +53,9 @@ BERT_KEYS = (*_FIXED, *_FREE)
 Vocabulary = Literal["same", "extend", "match"]
 
 
+Normalization = Literal["layer", "rms", "batch", "population"]
+
+
 class ModelConfig(Section):
     """An encoder of transformers; the vocabulary comes from the corpus. The fields from num_hidden_layers on are those
     of BERT; for other architectures, and for further keys of BERT, `settings`."""
@@ -121,6 +124,12 @@ class ModelConfig(Section):
     """ε of LayerNorm."""
     initializer_range: PositiveRatio = 0.02
     """Standard deviation of the initial weights."""
+    normalization: Normalization = "layer"
+    """For studies, from random weights: what normalises in the encoder. layer: what the architecture has; rms, batch,
+    population: RMSNorm, batch normalisation, or normalisation by running statistics in place of its LayerNorms. Such
+    models exist in no release of transformers: they cannot be exported."""
+    gamma_decay: Share = 0.0
+    """With normalization population: ζ, the loss has ζ γ² added for every gain γ (Luo et al. 2019)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -138,11 +147,20 @@ class ModelConfig(Section):
         found = self.merged.get("max_position_embeddings")
         return found if isinstance(found, int) else None
 
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether rows depend on each other through statistics of the batch."""
+        return self.normalization in ("batch", "population")
+
     def identity(self) -> dict[str, Any]:
         """What must not change within a run, in the layout that checkpoints store: of BERT, its own fields."""
+        switch = {"normalization": self.normalization, "gamma_decay": self.gamma_decay}
+        # Checkpoints of earlier versions lack it.
+        more = switch if self.normalization != "layer" else {}
         if self.architecture != "bert":
-            return {"architecture": self.architecture, "config": self.merged}
-        return self.model_dump(include=set(BERT_KEYS)) | ({"settings": self.settings} if self.settings else {})
+            return {"architecture": self.architecture, "config": self.merged} | more
+        settings = {"settings": self.settings} if self.settings else {}
+        return self.model_dump(include=set(BERT_KEYS)) | settings | more
 
     @model_validator(mode="wrap")
     @classmethod
@@ -175,6 +193,20 @@ class ModelConfig(Section):
             )
         if self.new_head is not None and self.initialize_from is None:
             raise ValueError("new_head needs initialize_from: without it all weights are new")
+        if self.normalization != "layer" and self.initialize_from is not None:
+            raise ValueError(
+                f"normalization {self.normalization}: the weights of initialize_from were trained with LayerNorm; set "
+                "normalization to layer, or train from random weights"
+            )
+        if self.gamma_decay and self.normalization != "population":
+            raise ValueError(
+                f"gamma_decay {self.gamma_decay} belongs to normalization population, and it is {self.normalization}"
+            )
+        if self.uses_statistics and self.activation_checkpointing:
+            raise ValueError(
+                f"normalization {self.normalization}: activation_checkpointing would compute the statistics of a batch "
+                "twice; set it to false"
+            )
         if self.vocabulary != "same" and self.initialize_from is None:
             raise ValueError(
                 f"vocabulary {self.vocabulary} needs initialize_from: without it the vocabulary is the corpus'"

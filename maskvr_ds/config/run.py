@@ -98,6 +98,8 @@ class RunConfig(Section):
             )
         if late := self.masking.late_layer:
             check_late_layer(late, self.model, self.training.compile)
+        if self.model.uses_statistics:
+            self._check_statistics()
         if (pair := self.pair_objective) is not None:
             check_pair_model(self.model, pair)
             if self.data.attention == "documents":
@@ -121,6 +123,34 @@ class RunConfig(Section):
                 "batch"
             )
         return self
+
+    def _check_statistics(self) -> None:
+        """Raise ValueError for what does not work with statistics of the batch."""
+        refused = {
+            "training.compile": (self.training.compile, "none", "the statistics are summed over ranks within layers"),
+            "data.attention": (self.data.attention, "rows", "padding is not marked there"),
+            "masking.late_layer": (
+                self.masking.late_layer,
+                0,
+                "the lower layers have other positions than padding marks",
+            ),
+        }
+        for name, (value, needed, reason) in refused.items():
+            if value != needed:
+                raise ValueError(
+                    f"model.normalization {self.model.normalization}: {name} is {value}, and {reason}; set "
+                    f"it to {needed}"
+                )
+        if self.masking.strategy == "auto":
+            raise ValueError(
+                f"model.normalization {self.model.normalization}: masking.strategy auto measures gradients of single "
+                "rows, which depend on the others here; choose another strategy"
+            )
+        if self.batch.is_auto:
+            raise ValueError(
+                f"model.normalization {self.model.normalization}: the statistics are those of one pass, so that "
+                "batch.micro_size auto would change the training; set it to batch.global_size ÷ ranks"
+            )
 
     def phase(self, index: int) -> "RunConfig":
         """One phase resolved to a configuration without phases; the run itself if it has none.

@@ -51,6 +51,12 @@ def run(models: Sequence[str], data: Path, request: Request) -> dict[str, Any]:
     # Maps do not depend on the prediction head, which sentence encoders lack; losses do.
     new_head = False if request.off is not None or request.prune else None
     modules = {name: load_masked_lm(source, corpus, new_head=new_head) for name, source in sources.items()}
+    for name, module in modules.items():
+        if module.separator is not None:
+            raise ConfigError(
+                f"{name}: was trained with data.attention documents, and heads are measured on complete rows; measure "
+                "its export (`maskvr export`) on a corpus of single documents"
+            )
     loaded = {name: copy_for_analysis(module.mlm) for name, module in modules.items()}
     first = loaded[models[0]]
     figures = {name: measure_heads(model, rows) for name, model in loaded.items()}
@@ -86,12 +92,12 @@ def _switched_off(model: MaskedLanguageModel, rows: Rows, request: Request, sour
     if request.off is not None:
         increases, importance = heads.increases(how), heads.importance()
         found |= {"increase": increases.tolist(), "importance": importance.tolist()}
-        found["rank_correlation"] = rank_correlation(importance, increases) if importance.numel() > 2 else None
+        found["rank_correlation"] = rank_correlation(importance, increases)
     if request.prune:
         curve = heads.prune(request.prune, how)
         found["pruning"] = [{"layer": n, "head": h, "loss": loss} for n, h, loss in curve]
         if request.export is not None:
-            heads.zero_columns([(n, h) for n, h, _ in curve])
+            heads.switches.zero_columns([(n, h) for n, h, _ in curve])
             _export(model.mlm, source, request.export)
     return found
 

@@ -7,7 +7,7 @@ of regularisation on the same held-out part of the training set as models their 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from maskvr_ds.downstream.squad_scoring import normalise, true_answers
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 
 MAJORITY, BAG_OF_WORDS = "majority", "bag of words"
+# A word, or a punctuation mark.
+TOKEN_PATTERN = r"(?u)\b\w+\b|[^\w\s]"
 # Inverse strengths of L2 regularisation.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 _ITERATIONS = 1000
@@ -76,19 +78,25 @@ def bag_of_words(data: TaskData) -> tuple[Predictions, float | None]:
         return _tag_of_words(data), None
     if task.kind is Kind.SPAN:
         return _nearest_sentences(data)
-    fit, held_out = hold_out(data.train, task)
-    scores = {c: _held_out_score(data, fit, held_out, c) for c in _STRENGTHS}
+    return choose_linear(data, lambda train: _vectoriser(task, train, (1, 2)))
+
+
+def choose_linear(data: TaskData, vectorise: Callable[[Split], Any]) -> tuple[Predictions, float]:
+    """Predictions of a linear model on features of words, and its strength of regularisation.
+
+    vectorise: of a training set, → an object with `transform`, texts → sparse [n, V]. It is called without the held-out
+    part, on which the strength is chosen, and then with the complete training set.
+    """
+    fit, held_out = hold_out(data.train, data.task)
+    truth = targets(data.task, data.labels, held_out)
+    words = vectorise(fit)
+    predicted = {c: _linear(data, words, fit, {"held out": held_out}, c)["held out"] for c in _STRENGTHS}
+    scores = {c: main_score(data.task, truth, found) for c, found in predicted.items()}
     best = max(_STRENGTHS, key=lambda c: (scores[c], -c))
-    return _linear(data, data.train, data.dev, best), best
+    return _linear(data, vectorise(data.train), data.train, data.dev, best), best
 
 
-def _held_out_score(data: TaskData, fit: Split, held_out: Split, strength: float) -> float:
-    predicted = _linear(data, fit, {"held out": held_out}, strength)["held out"]
-    return main_score(data.task, targets(data.task, data.labels, held_out), predicted)
-
-
-def _linear(data: TaskData, train: Split, evaluate: dict[str, Split], strength: float) -> Predictions:
-    words = _vectoriser(data.task, train, (1, 2))
+def _linear(data: TaskData, words: Any, train: Split, evaluate: dict[str, Split], strength: float) -> Predictions:
     if data.task.kind is Kind.REGRESSION:
         model = Ridge(alpha=1 / strength)
     else:
@@ -101,15 +109,20 @@ def _linear(data: TaskData, train: Split, evaluate: dict[str, Split], strength: 
 
 
 def _vectoriser(task: Task, train: Split, ngrams: tuple[int, int]) -> TfidfVectorizer:
-    words = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
+    words = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=TOKEN_PATTERN)
+    return fitted(words, task, train)
+
+
+def fitted(words: TfidfVectorizer, task: Task, train: Split) -> TfidfVectorizer:
+    """The vectoriser, fitted on the training texts. Raises TaskError if they have no word."""
     try:
         return words.fit([text for texts in train.texts for text in texts])
     except ValueError:
         raise TaskError(f"{task.name}: the training texts have no word") from None
 
 
-def _features(words: TfidfVectorizer, split: Split) -> Any:
-    """Sparse matrix [n, features]."""
+def _features(words: Any, split: Split) -> Any:
+    """Sparse matrix [n, features]. words: has `transform`, texts → sparse [n, V]."""
     sides = [words.transform(texts) for texts in zip(*split.texts, strict=True)]
     if len(sides) == 1:
         return sides[0]

@@ -14,6 +14,7 @@ from maskvr_ds.downstream.jobs import Progress, compute_all
 from maskvr_ds.downstream.models import Encoder, prepared
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+from maskvr_ds.downstream.weighted_words import check_weightable
 
 MODEL = "model"
 
@@ -48,7 +49,7 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged final
     runs, and runs that failed in another process, raise TaskError after everything else is done and written.
     """
-    _leave_launcher()
+    leave_launcher()
     data = _read(request)
     points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
     store = RunStore(request.output)
@@ -99,7 +100,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     folder = request.output / MODEL
     if folder.exists():
         raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
-    _leave_launcher()
+    leave_launcher()
     (task,) = _read(request)
     store = RunStore(request.output)
     with prepared([model], _lengths(request)) as (encoder,):
@@ -111,7 +112,7 @@ def finetune(model: str, request: Request, seed: int) -> str:
     return text
 
 
-def _leave_launcher() -> None:
+def leave_launcher() -> None:
     """Remove a launcher's variables of a single process, for which accelerate would open a process group.
 
     Raises TaskError for several processes: each would do the same.
@@ -126,6 +127,7 @@ def _read(request: Request) -> list[TaskData]:
     found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
     for data in found:
         request.protocol.settings(data.task)  # raises if windows are impossible
+        check_weightable(data.task, request.protocol.baselines)
         if request.protocol.chooses(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
         if data.skipped:

@@ -62,6 +62,33 @@ def differences(
     return found
 
 
+def changes(
+    metric: str, truth: Sequence[Any], before: Sequence[Sequence[Any]], after: Sequence[Sequence[Sequence[Any]]]
+) -> list[tuple[float, float, float]]:
+    """Change of a metric by each of several changes of S models: mean over models, and its 95% interval.
+
+    before: predictions of n examples by each model. after: for each change, those of the changed models. A resample
+    draws examples, and models with replacement; a model's own score before is subtracted from that after.
+    """
+    function, n, models = METRICS[metric], len(truth), len(before)
+
+    def scores(runs: Sequence[Sequence[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack([function(truth, run, weights) for run in runs])  # [S, resamples of the chunk]
+
+    ones = np.ones((1, n))
+    measured = [float((scores(changed, ones) - scores(before, ones)).mean()) for changed in after]
+    resampled: list[list[NDArray[np.float64]]] = [[] for _ in after]
+    random = np.random.default_rng(_SEED)
+    for weights in _weights(n, RESAMPLES, random):
+        base = scores(before, weights)
+        drawn = random.integers(models, size=base.shape)
+        for parts, changed in zip(resampled, after, strict=True):
+            parts.append(np.take_along_axis(scores(changed, weights) - base, drawn, axis=0).mean(0))
+    tail = (1 - LEVEL) / 2
+    intervals = [np.quantile(np.concatenate(parts), [tail, 1 - tail]) for parts in resampled]
+    return [(mean, float(low), float(high)) for mean, (low, high) in zip(measured, intervals, strict=True)]
+
+
 def _weights(n: int, resamples: int, random: np.random.Generator) -> Iterator[NDArray[np.float64]]:
     """How often each of n examples is drawn, [resamples of the chunk, n]."""
     size = max(1, _CHUNK_ELEMENTS // n)

@@ -105,8 +105,16 @@ def predict(trainer: Trainer, encoded: Encoded | Windows, labels: Sequence[str])
     output: list[Any] = [None] * len(encoded)
     logits = np.asarray(raw[0] if isinstance(raw, tuple) else raw)
     for row, i in zip(logits, order, strict=True):
-        output[i] = _PREDICTION[encoded.task.kind](row, encoded, labels, i)
+        output[i] = prediction(row, encoded, labels, i)
     return output
+
+
+def prediction(row: np.ndarray, encoded: Encoded, labels: Sequence[str], i: int) -> Any:
+    """That of example i, of any kind but questions: a class index, a number, or tags.
+
+    row: logits, [C] for C classes, [1], or for tokens [at least the example's tokens, C].
+    """
+    return _PREDICTION[encoded.task.kind](row, encoded, labels, i)
 
 
 def _predicted_tags(row: np.ndarray, encoded: Encoded, labels: Sequence[str], i: int) -> list[str]:

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from maskvr_ds.downstream.examples import Split, TaskData, hold_out
 from maskvr_ds.downstream.fine_tuning import DivergenceError, Settings, fine_tune
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.store import Content, RunStore
-from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+from maskvr_ds.downstream.tasks import LEARNING_TO_WEIGHT, WEIGHTED_ROWS, Kind, Task, TaskError
+from maskvr_ds.downstream.weighted_words import weighted_bag
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Protocol:
     """Repeats of an evaluation. None: the task's own. seeds: number, from 0. learning_rates: the grid; a single one
-    needs no choice, except for a threshold. max_length: tokens per example; stride: tokens that two windows share."""
+    needs no choice, except for a threshold. max_length: tokens per example; stride: tokens that two windows share.
+    baselines: further rows, of WEIGHTED_ROWS."""
 
     seeds: int = 5
     selection_seeds: int = 1
@@ -43,6 +45,7 @@ class Protocol:
     max_length: int | None = None
     precision: str = "fp32"
     stride: int | None = None
+    baselines: tuple[str, ...] = ()
 
     def settings(self, task: Task) -> Settings:
         """Raises TaskError for windows of which two share more than they can."""
@@ -115,7 +118,18 @@ class Evaluator:
 
     def rows(self, encoders: Sequence[Encoder]) -> list[Row]:
         """Baselines first, then the models in their order. Raises TaskError, or OSError if a run cannot be stored."""
-        return [self.majority(), self.bag_of_words(), *(self.encoder(encoder) for encoder in encoders)]
+        return [*self.baselines(), *(self.encoder(encoder) for encoder in encoders)]
+
+    def baselines(self) -> list[Row]:
+        """Rows without an encoder."""
+        weighted = [self.weighted_words(name) for name in self.protocol.baselines]
+        return [self.majority(), self.bag_of_words(), *weighted]
+
+    @property
+    def bags_of_words(self) -> int:
+        """Number of runs without an encoder."""
+        names = self.protocol.baselines
+        return 1 + sum(self.protocol.seeds if name == LEARNING_TO_WEIGHT else 1 for name in names)
 
     def majority(self) -> Row:
         return Row(MAJORITY, ({"predictions": majority(self.data), "diverged": None},))
@@ -129,6 +143,18 @@ class Evaluator:
         self._count(BAG_OF_WORDS, run, stored=stored)
         chosen = "minimum_cosine" if self.data.task.kind is Kind.SPAN else "inverse_regularisation"
         return Row(BAG_OF_WORDS, (run,), settings={chosen: run["strength"]})
+
+    def weighted_words(self, name: str) -> Row:
+        """A bag of words with other weights of the terms; learned ones once per seed."""
+        row = WEIGHTED_ROWS[name]
+        runs = []
+        for seed in range(self.protocol.seeds if name == LEARNING_TO_WEIGHT else 1):
+            identity = self._identity("final", self.data.train, self.data.dev) | {"baseline": name, "seed": seed}
+            label = f"{row}, seed {seed}" if name == LEARNING_TO_WEIGHT else row
+            run, stored = self.store.get(label, identity, partial(weighted_bag, self.data, name, seed))
+            self._count(label, run, stored=stored)
+            runs.append(run)
+        return Row(row, tuple(runs), settings={"inverse_regularisation": [run["strength"] for run in runs]})
 
     def encoder(self, encoder: Encoder) -> Row:
         """The choice of a learning rate, and one final run per seed."""

@@ -67,6 +67,19 @@ def read_task(task: Task, folder: Path) -> TaskData:
     return data
 
 
+def read_labelled(task: Task, path: Path) -> Split:
+    """The examples of one file: STEM.tsv, .csv, .jsonl (also .gz) or .parquet. Raises TaskError or OSError."""
+    suffixes = (".tsv", ".csv", ".jsonl")
+    if not path.is_file():
+        raise TaskError(f"--data {path}: no such file; expected one labelled file ({', '.join(suffixes)}, .parquet)")
+    if Path(path.name.removesuffix(".gz")).suffix not in (*suffixes, ".parquet"):
+        raise TaskError(f"--data {path}: expected a name that ends with {', '.join(suffixes)} or .parquet")
+    split, _ = _read_part(task, path)
+    if not len(split):
+        raise TaskError(f"{path}: has no examples")
+    return split
+
+
 def _home(task: Task, folder: Path) -> Path:
     """The folder that has the task's training set."""
     if not folder.is_dir():

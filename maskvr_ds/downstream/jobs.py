@@ -33,8 +33,8 @@ class Progress:
     """A bar over the runs of a command, on a terminal only, and a line for each run that ends."""
 
     def __init__(self, evaluators: Sequence[Evaluator], models: int) -> None:
-        # And a bag of words of each task.
-        total = sum(1 + models * (len(e.selection()) + e.protocol.seeds) for e in evaluators)
+        # And the bags of words of each task.
+        total = sum(e.bags_of_words + models * (len(e.selection()) + e.protocol.seeds) for e in evaluators)
         self._bar = tqdm(total=total, desc="runs", unit="run", leave=False, disable=True if is_quiet() else None)
 
     def __call__(self, line: str) -> None:

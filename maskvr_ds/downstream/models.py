@@ -1,10 +1,10 @@
 """Models to be fine-tuned: runs and checkpoints (exported to a temporary folder), folders of transformers, and names on
 a hub (data_pipeline/hub.py)."""
 
-import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,27 +13,35 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from maskvr_ds.checkpoint.export import export
+from maskvr_ds.checkpoint.scores import model_digest
 from maskvr_ds.downstream.locate import locate
 from maskvr_ds.downstream.tasks import Kind, TaskError
-from maskvr_ds.runtime.files import sha256
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # Without one of them, transformers would make up an empty tokenizer for some architectures.
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-# Files that decide what the model computes.
-_DECISIVE = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 _SHOWN = 3
 # Other kinds: a head on the complete text.
 _CLASSES: dict[Kind, Any] = {Kind.TOKENS: AutoModelForTokenClassification, Kind.SPAN: AutoModelForQuestionAnswering}
+# Ends of the names of transformers' classes.
+_SUFFIXES = {
+    Kind.CLASSIFICATION: "ForSequenceClassification",
+    Kind.REGRESSION: "ForSequenceClassification",
+    Kind.TOKENS: "ForTokenClassification",
+    Kind.SPAN: "ForQuestionAnswering",
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,45 @@ class Encoder:
         _check_loaded(self.name, model, found)
         return model
 
+    def load_fine_tuned(self, kind: Kind, labels: Sequence[str]) -> Any:
+        """The model with the head that it was fine-tuned with, fp32, on the CPU, in eval mode.
+
+        labels: of the task's file. Raises TaskError if the model has no such head, or one for other labels.
+        """
+        cls, suffix = _CLASSES.get(kind, AutoModelForSequenceClassification), _SUFFIXES[kind]
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        found = next(iter(config.architectures or []), "no class")
+        if not found.endswith(suffix):
+            raise TaskError(
+                f"{self.name}: its config.json says {found}, a task of the kind {kind} needs a model ...{suffix}; "
+                "fine-tune it on the task with `maskvr finetune` first"
+            )
+        names = [config.id2label[i] for i in range(config.num_labels)]
+        unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
+        if kind is Kind.REGRESSION:
+            if len(names) != 1:
+                raise TaskError(f"{self.name}: has {len(names)} outputs, and a regression has one")
+        elif len(names) == 1 or (names != list(labels) and not (unnamed and len(names) == len(labels))):
+            raise TaskError(
+                f"{self.name}: was fine-tuned on the labels {', '.join(names[:_SHOWN])} ({len(names)}), the task's "
+                f"file has {', '.join(labels[:_SHOWN])} ({len(labels)}); give the file that it was fine-tuned on"
+            )
+        if unnamed and len(names) > 1:
+            logger.warning("%s: its labels have no names; taken as %s, in this order", self.name, ", ".join(labels))
+        try:
+            model, info = cls.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever a damaged file raises
+            raise TaskError(f"{self.name}: transformers cannot load it ({_first_line(error)})") from None
+        if info["missing_keys"]:
+            raise TaskError(f"{self.name}: its weights lack {', '.join(sorted(info['missing_keys'])[:_SHOWN])}")
+        return model.eval()
+
 
 def _check_loaded(name: str, model: Any, found: dict[str, Any]) -> None:
     """Raise TaskError if a tensor of the encoder was not in the file, or has another shape there."""
@@ -109,8 +156,8 @@ def prepared(models: Sequence[str], lengths: Mapping[Kind, int]) -> Iterator[lis
     models: run (its newest checkpoint), checkpoint, folder of transformers, or name on a hub. Raises TaskError,
     HubError, CheckpointError or ExportError before the first one is evaluated.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if len(set(models)) < len(models):
         raise TaskError("a MODEL is given twice")
     with tempfile.TemporaryDirectory(prefix="maskvr-") as exports:
@@ -149,11 +196,7 @@ def _prepare(name: str, exported: Path) -> Encoder:
         )
     # Positions of tokens are those of the unpadded text.
     tokenizer.padding_side = "right"
-    return Encoder(name, folder, _digest(sorted({p for glob in _DECISIVE for p in folder.glob(glob)})), tokenizer)
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    return hashlib.sha256(json.dumps([(path.name, sha256(path)) for path in paths]).encode()).hexdigest()
+    return Encoder(name, folder, model_digest(folder), tokenizer)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ def task_report(data: TaskData, rows: Sequence[Row]) -> Content:
     report: Content = {"data": describe(data), "rows": {}, "differences": {}}
     for row in rows:
         report["rows"][row.name] = {
+            # Digest of the files of the model (checkpoint/scores.py); baselines have none.
+            "model": row.runs[0].get("identity", {}).get("model"),
             "learning_rate": row.choice.learning_rate if row.choice else None,
             "selection": list(row.choice.tried) if row.choice else [],
             "threshold": row.choice.threshold if row.choice else None,

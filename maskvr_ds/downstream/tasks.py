@@ -173,6 +173,15 @@ OWN = {
         learning_rates=_OTHER_RATES,
     ),
 }
+# Rows of `--baselines`: option -> name in the table.
+LEARNING_TO_WEIGHT = "ltw"
+WEIGHTED_ROWS = {
+    "tf": "words, tf only",
+    "information_gain": "words, information gain",
+    "chi2": "words, χ²",
+    "relevance_frequency": "words, relevance frequency",
+    LEARNING_TO_WEIGHT: "words, learned weights",
+}
 GROUPS = {"glue": tuple(GLUE)}
 TASKS = {**GLUE, **SQUAD, **OWN}
 NAMES = (*GROUPS, *TASKS)

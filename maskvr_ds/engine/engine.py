@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
+from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.engine.deepspeed_patches import check_deepspeed, hold_loss_scale, import_muon, update_loss_scale
 from maskvr_ds.engine.ds_config import check_device, check_fused, complete_deepspeed_config, model_dtype
 from maskvr_ds.engine.master_weights import set_masters, undo_initial_step
@@ -22,6 +23,7 @@ from maskvr_ds.models.capabilities import check_buffers, check_model
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.initial_folder import InitialWeights
 from maskvr_ds.models.late_masks import LateMasks
+from maskvr_ds.models.normalization import replace_layer_norms
 from maskvr_ds.optim import lamb
 from maskvr_ds.optim.build_locks import check_build_lock
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive
@@ -70,6 +72,7 @@ def create_engine(
     if row_length is not None:
         dtype, device = model_dtype(deepspeed_config), distributed.device()
         _freeze(module, distributed.run_on_rank0(lambda: check_model(module, row_length, dtype, device)))
+    distributed.run_collectively(lambda: _replace_layer_norms(module, model, deepspeed_config, accumulation))
     if initial is not None:
         pretrained.load(module.mlm, initial)
     # DeepSpeed rounds the parameters before it copies them to the fp32 masters: restore the masters afterwards.
@@ -93,6 +96,25 @@ def create_engine(
         hold_loss_scale(engine.optimizer)
     distributed.run_collectively(lambda: streamline(engine.optimizer))
     return engine
+
+
+def _replace_layer_norms(
+    module: MaskedLanguageModel, model: ModelConfig, deepspeed_config: dict[str, Any], accumulation: int
+) -> None:
+    """Raises ConfigError for what statistics of the batch do not work with."""
+    if model.uses_statistics:
+        if (dtype := model_dtype(deepspeed_config)) != torch.float32 or zero_stage(deepspeed_config) == 3:
+            found = "ZeRO 3" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"model.normalization {model.normalization} keeps running statistics in each rank's module, in fp32, "
+                f"and deepspeed says {found}; choose fp32 at ZeRO 0, 1 or 2 (deepspeed: zero1_fp32)"
+            )
+        if accumulation > 1:
+            raise ConfigError(
+                f"model.normalization {model.normalization}: the statistics must be those of the global batch, and "
+                f"each rank takes it in {accumulation} micro-batches; set batch.micro_size to batch.global_size ÷ ranks"
+            )
+    replace_layer_norms(module.mlm, model.normalization, model.gamma_decay)
 
 
 def _check_build_locks(config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from deepspeed.utils import safe_get_full_fp32_param
 from torch._utils import _unflatten_dense_tensors
 
+from maskvr_ds.models.normalization import statistics
 from maskvr_ds.optim import lamb
 from maskvr_ds.optim.partitions import layout_of, trainable
 from maskvr_ds.runtime import distributed
@@ -26,7 +27,8 @@ def partition_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
 
 
 def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Parameter name → fp32 weights on the CPU: master weights in bf16 and fp16. Tied parameters appear once.
+    """Parameter name → fp32 weights on the CPU: master weights in bf16 and fp16. Tied parameters appear once. Running
+    statistics of batch normalisations too.
 
     Collective: call on all ranks; under ZeRO one collective per parameter over the data-parallel group. The result is
     on rank 0, empty on the others.
@@ -41,6 +43,8 @@ def full_fp32_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tens
         if distributed.rank() == 0:
             # Copied: safetensors rejects tensors that share storage, as DeepSpeed's flattened ones do.
             weights[name] = master.detach().to("cpu", copy=True)
+    if distributed.rank() == 0:
+        weights |= {name: buffer.to("cpu", copy=True) for name, buffer in statistics(engine.module.mlm).items()}
     return weights
 
 

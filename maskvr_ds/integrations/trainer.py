@@ -194,6 +194,8 @@ class MaskingCollator:
             (Path(folder) / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
             parameters = strategy_parameters(config, Path(folder), vocab_size)
         if config.strategy == "frequency":
+            if config.frequency.scores is not None:
+                raise ValueError("masking.frequency.scores: is a file for a corpus' tokenizer; use for_corpus")
             if counts is None or config.frequency.document_power:
                 raise ValueError(
                     "strategy frequency: needs counts, the occurrences of each token, and document_power 0; with a "

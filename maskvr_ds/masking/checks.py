@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, MaskingConfig, RunConfig
+from maskvr_ds.data.token_scores import read_token_scores
 from maskvr_ds.data.vocabulary import word_starts
 
 # Rows read at a time in search of a token to predict.
@@ -83,7 +84,7 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
     masking, longest = config.masking, corpus.sequence_length - 2
     check_rates(masking, longest)
     if masking.strategy in ("fully_explored", "auto"):
-        if masking.final_rate is not None:
+        if masking.final_rate is not None and masking.strategy == "fully_explored":
             for n in range(1, longest + 1):
                 if (before := segments(n, masking.rate)) != (after := segments(n, masking.final_rate)):
                     raise ConfigError(
@@ -106,6 +107,8 @@ def check_masking(config: RunConfig, corpus: Corpus) -> None:
             )
     if masking.strategy == "auto" and masking.auto.rows > corpus.rows:
         raise ConfigError(f"masking.auto.rows {masking.auto.rows}: {corpus.folder} has only {corpus.rows} rows")
+    if masking.strategy == "frequency" and masking.frequency.scores is not None:
+        read_token_scores(masking.frequency.scores, corpus.manifest)
     if masking.strategy in ("whole_word", "span"):
         word_starts(corpus.tokenizer_folder, corpus.manifest.vocab_size)
 

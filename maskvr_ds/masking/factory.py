@@ -6,6 +6,7 @@ import torch
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import MaskingConfig
+from maskvr_ds.data.token_scores import read_token_scores
 from maskvr_ds.data.vocabulary import token_counts
 from maskvr_ds.masking.masker import Corruption, Masker
 from maskvr_ds.masking.parameters import counts_passages, strategy_parameters, token_scores
@@ -21,10 +22,14 @@ def create_masker(
     proposal: for strategies mapnet and auto.
 
     Collectives (strategy frequency): one all-reduce of int64 [2, V], each rank's counts over its share of the shards;
-    one broadcast of the scores, since powers may round differently on other hardware.
+    one broadcast of the scores, since powers may round differently on other hardware. With a file of scores, the
+    broadcast only: a copy of the file on another node may differ.
     """
     parameters = strategy_parameters(masking, corpus.tokenizer_folder, corpus.manifest.vocab_size, proposal)
-    if masking.strategy == "frequency":
+    if masking.strategy == "frequency" and (path := masking.frequency.scores) is not None:
+        read = distributed.run_collectively(lambda: read_token_scores(path, corpus.manifest))
+        parameters = replace(parameters, token_scores=torch.from_numpy(distributed.broadcast_object(read)))
+    elif masking.strategy == "frequency":
         mine = range(distributed.rank(), len(corpus.manifest.shards), distributed.world_size())
         of_passages = counts_passages(masking)
         counted = distributed.run_collectively(lambda: token_counts(corpus, mine, of_passages=of_passages))

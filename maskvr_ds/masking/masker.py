@@ -99,6 +99,7 @@ class Masker:
         # Thresholds on 24 random bits.
         self._mask_below = round(corruption.mask_probability * 2**24)
         self._random_below = round((corruption.mask_probability + corruption.random_probability) * 2**24)
+        self.sequence_length = sequence_length
         self.maximum_predictions = maximum_predictions(sequence_length, self._maximum_rate)
         special = torch.zeros(vocab_size, dtype=torch.bool)
         special[list(special_ids)] = True
@@ -129,6 +130,12 @@ class Masker:
         """Set the masking rate for the following batches."""
         assert 0 < rate <= self._maximum_rate, (rate, self._maximum_rate)
         self.rate = rate
+
+    def fix_rate(self, rate: float) -> None:
+        """Set the rate of all following batches, and the width K of the results to what it needs."""
+        self._maximum_rate = rate
+        self.maximum_predictions = maximum_predictions(self.sequence_length, rate)
+        self.set_rate(rate)
 
     def maskable(self, batch: TokenBatch) -> torch.Tensor:
         """bool [B, L]: whether a position holds an ordinary (not a special) token."""

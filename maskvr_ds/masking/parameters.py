@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import MaskingConfig
+from maskvr_ds.data.token_scores import read_token_scores
 from maskvr_ds.data.vocabulary import frequency_scores, token_counts, word_ends, word_starts
 from maskvr_ds.masking.strategies import Parameters, Proposal, span_thresholds
 
@@ -50,7 +51,10 @@ def corpus_parameters(masking: MaskingConfig, corpus: Corpus) -> Parameters:
     """All parameters, with tokens counted in the whole corpus by this process (`create_masker` divides it among the
     ranks of a run)."""
     parameters = strategy_parameters(masking, corpus.tokenizer_folder, corpus.manifest.vocab_size)
-    if masking.strategy == "frequency":
+    if masking.strategy == "frequency" and (path := masking.frequency.scores) is not None:
+        scores = read_token_scores(path, corpus.manifest)
+        parameters = replace(parameters, token_scores=torch.from_numpy(scores))
+    elif masking.strategy == "frequency":
         shards = range(len(corpus.manifest.shards))
         counts = token_counts(corpus, shards, of_passages=counts_passages(masking))
         parameters = replace(parameters, token_scores=torch.from_numpy(token_scores(masking, counts)))

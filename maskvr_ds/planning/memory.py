@@ -35,9 +35,9 @@ class Pass:
     """What a rank computes at a time.
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
-    activations are recomputed. late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks
-    in the precision of the model, attention not fused if it has dropout, and only the used part of a buffer takes
-    memory.
+    activations are recomputed. pairs: ordered pairs of positions per sequence for which attention is computed; None:
+    all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
+    the model, attention not fused if it has dropout, and only the used part of a buffer takes memory.
     """
 
     length: int
@@ -45,6 +45,7 @@ class Pass:
     micro: int
     accumulation: int
     checkpointing: bool = False
+    pairs: float | None = None
     on_cpu: bool = False
     late: tuple[int, int] = (0, 0)
 

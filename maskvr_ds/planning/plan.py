@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import Manifest, read_manifest
 from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path, run_deepspeed_config
+from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.deepspeed import enabled, read_deepspeed_config
+from maskvr_ds.data.documents import check_borders, document_lengths
+from maskvr_ds.data.mixture import open_mixture
 from maskvr_ds.masking.checks import hidden_positions
 from maskvr_ds.planning.calibration import predictions
 from maskvr_ds.planning.communication import collectives
@@ -27,10 +30,16 @@ _STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is needed to know of a phase's corpus: tokens per row, entries of its vocabulary."""
+    """What is needed to know of a phase's corpus: positions per row, entries of its vocabulary.
+
+    padding: share of the positions that are padding; None without the corpus. pairs: with attention within documents,
+    ordered pairs of positions of the same document, mean over rows; None for attention over rows or without the corpus.
+    """
 
     length: int
     vocabulary: int
+    padding: float | None = None
+    pairs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,9 @@ class Scale:
 class PhasePlan:
     """One phase. micro: the largest micro-batch that fits; configured: batch.micro_size, with what it takes.
 
+    attention: data.attention. pairs_share: share of all pairs of a row's positions that are in one document; None if
+    unknown: then all are counted. computed_share: those that take time, all of them without Flash Attention. padding:
+    share of the positions that are padding, which are counted as tokens; None if unknown.
     stages: ZeRO stage, checkpointing → memory at `micro`, and the largest micro-batch. wire: bytes that a GPU sends per
     step, by collective. of_peak: model FLOPs per second relative to the GPU's data sheet.
     """
@@ -56,6 +68,10 @@ class PhasePlan:
     name: str
     sequence_length: int
     predictions: int
+    attention: str
+    pairs_share: float | None
+    computed_share: float
+    padding: float | None
     steps: int
     global_size: int
     micro: int
@@ -105,7 +121,7 @@ class _Phase:
 
     def __init__(self, config: RunConfig, corpus: Corpus, name: str, cluster: Cluster, calibration: Calibration):
         self.config, self.name, self.cluster, self.calibration = config, name, cluster, calibration
-        self.length = corpus.length
+        self.length, self.corpus = corpus.length, corpus
         self.sizes: EncoderSizes = encoder_sizes(config.model, corpus.vocabulary)
         masking = config.masking
         self.predictions = predictions(corpus.length, max(masking.rate, masking.final_rate or 0))
@@ -118,10 +134,14 @@ class _Phase:
         # DeepSpeed's Adam is one kernel, too.
         self.fused = config.optimizer.fused or config.optimizer.name == "adamw"
 
-    def work(self, micro: int, ranks: int, checkpointing: bool | None = None) -> Pass:
+    def computed_pairs(self, zero: Zero) -> float | None:
+        """Flash Attention, in half precision only, skips pairs of different documents; otherwise they are masked."""
+        return self.corpus.pairs if zero.element == 2 else None
+
+    def work(self, micro: int, ranks: int, checkpointing: bool | None = None, *, pairs: float | None = None) -> Pass:
         again = self.checkpointing if checkpointing is None else checkpointing
         accumulation = self.config.batch.global_size // (micro * ranks)
-        return Pass(self.length, self.predictions, micro, accumulation, again, late=self.late)
+        return Pass(self.length, self.predictions, micro, accumulation, again, pairs, late=self.late)
 
     def memory(self, zero: Zero, micro: int, ranks: int, checkpointing: bool | None = None) -> Memory:
         work, factor = self.work(micro, ranks, checkpointing), self.calibration.activations
@@ -131,13 +151,25 @@ class _Phase:
         return step_time(
             self.sizes,
             zero,
-            self.work(micro, cluster.ranks),
+            self.work(micro, cluster.ranks, pairs=self.computed_pairs(zero)),
             cluster,
             optimizer=self.config.optimizer.name,
             fused=self.fused,
             calibration=self.calibration,
             masks=mask_launches(self.config.masking),
         )
+
+    @property
+    def pairs_share(self) -> float | None:
+        """Share of all pairs of a row's positions that attend to each other; None if unknown."""
+        if self.config.data.attention == "rows":
+            return 1.0
+        return None if self.corpus.pairs is None else self.corpus.pairs / self.length**2
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of a sequence: of pairs within documents, whatever the kernel computes."""
+        return self.sizes.flops(self.length, self.predictions, self.corpus.pairs, self.late)
 
     def largest_micro(self, zero: Zero, ranks: int, checkpointing: bool | None = None) -> int | None:
         """The largest micro-batch that divides a rank's sequences and fits; None if none does."""
@@ -159,6 +191,7 @@ def _divisors(number: int) -> list[int]:
 def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int | None) -> list[Corpus]:
     """The corpora of all phases, from their manifests or from the command line.
 
+    A length from the command line describes a corpus that may be another one: nothing is read of its rows then.
     Raises ConfigError if a manifest is missing and the command line does not say what it would.
     """
     count = len(config.phases) or 1
@@ -166,22 +199,41 @@ def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int
         raise ConfigError(f"--sequence-length: {len(lengths)} values for {count} phases; give one, or one per phase")
     found = []
     for index in range(count):
+        data, size = config.phase(index).data, vocabulary
         length = None if lengths is None else lengths[index % len(lengths)]
-        size = vocabulary
+        padding = pairs = None
         if length is None or size is None:
-            path = config.phase(index).data.corpora[0].path
             try:
-                manifest = read_manifest(path)
+                manifests = [read_manifest(corpus.path) for corpus in data.corpora]
+                if length is None:
+                    padding, pairs = _padding(data, manifests), _pairs(data)
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     f"{error}\n  without the corpus, give --sequence-length and --vocab-size (30522 for BERT's)"
                 ) from None
-            length, size = length or manifest.sequence_length, size or manifest.vocab_size
+            length, size = length or manifests[0].sequence_length, size or manifests[0].vocab_size
         positions = config.model.positions
         if positions is not None and length > positions:
             raise ConfigError(f"sequences of {length} tokens exceed model.max_position_embeddings {positions}")
-        found.append(Corpus(length, size))
+        found.append(Corpus(length, size, padding, pairs))
     return found
+
+
+def _padding(data: DataConfig, manifests: Sequence[Manifest]) -> float:
+    """Share of the positions of an epoch that are padding."""
+    both = list(zip((corpus.weight for corpus in data.corpora), manifests, strict=True))
+    positions = sum(weight * one.rows * one.sequence_length for weight, one in both)
+    return 1 - sum(weight * one.tokens for weight, one in both) / positions
+
+
+def _pairs(data: DataConfig) -> float | None:
+    """Pairs of positions within documents per row, of a sample of rows; None for attention over rows."""
+    if data.attention == "rows":
+        return None
+    corpus = open_mixture([(one.path, one.weight) for one in data.corpora])
+    check_borders(corpus)
+    lengths, rows = document_lengths(corpus)
+    return int((lengths**2).sum()) / rows
 
 
 def make_plan(config: RunConfig, corpora: Sequence[Corpus], cluster: Cluster, calibration: Calibration) -> Plan:
@@ -240,13 +292,16 @@ def _plan_phase(phase: _Phase, zero: Zero, alternatives: Sequence[Zero]) -> Phas
         for other in alternatives
         for again in (False, True)
     )
-    flops = phase.sizes.flops(phase.length, phase.predictions, phase.late)
-    rate = config.batch.global_size * flops / (step.total * ranks)
+    rate = config.batch.global_size * phase.flops / (step.total * ranks)
     peak = cluster.gpu.half if zero.element == 2 else cluster.gpu.single
     return PhasePlan(
         name=phase.name,
         sequence_length=phase.length,
         predictions=phase.predictions,
+        attention=config.data.attention,
+        pairs_share=phase.pairs_share,
+        computed_share=(phase.computed_pairs(zero) or phase.length**2) / phase.length**2,
+        padding=phase.corpus.padding,
         steps=steps,
         global_size=config.batch.global_size,
         micro=micro,

@@ -9,6 +9,8 @@ from maskvr_ds.planning.memory import Memory
 from maskvr_ds.planning.plan import SCALES, PhasePlan, Plan
 
 _LABEL = 14
+# A smaller share of padding is rounding: the last row of a corpus.
+_NO_PADDING = 0.005
 
 
 def text(plan: Plan, *, source: str, measured: Sequence[str]) -> str:
@@ -62,6 +64,7 @@ def _phase(plan: Plan, phase: PhasePlan) -> list[str]:
         _line("micro-batch", f"{phase.micro} × accumulation {phase.accumulation}, the largest that fits"),
         _line("", _configured(phase, plan.usable_memory)),
         _line("memory", f"{_gb(phase.memory.total)} of {_gb(plan.usable_memory)} GB: {_parts(phase.memory)}"),
+        *([_line("rows", rows)] if (rows := _rows(phase)) else []),
         _line("step", f"{1e3 * step.total:,.1f} ms: {parts}"),
         _line("on the wire", f"GB per GPU and step: {wire}"),
         _line(
@@ -75,6 +78,31 @@ def _phase(plan: Plan, phase: PhasePlan) -> list[str]:
         "",
         *_scales(phase),
     ]
+
+
+def _rows(phase: PhasePlan) -> str:
+    """Padding, and attention within documents; empty for full rows with attention over rows."""
+    found = []
+    if phase.padding is None:
+        found.append("taken to be full: sizes of the command line, not of the corpus")
+    elif phase.padding >= _NO_PADDING:
+        real = phase.tokens_per_second * (1 - phase.padding)
+        found.append(
+            f"{phase.padding:.0%} of the positions are padding, which costs what tokens cost; "
+            f"{real:,.0f} tokens/s without it"
+        )
+    if phase.attention == "documents":
+        found.append(f"attention within documents, {_pairs(phase)}")
+    return "; ".join(found)
+
+
+def _pairs(phase: PhasePlan) -> str:
+    if phase.pairs_share is None:
+        return "whose lengths only the corpus knows: counted over complete rows, which takes longer"
+    share = f"{phase.pairs_share:.1%} of the pairs of positions"
+    if phase.computed_share == 1:
+        return f"{share}, in fp32 computed over complete rows"
+    return f"{share}, by Flash Attention"
 
 
 def _configured(phase: PhasePlan, usable: float) -> str:

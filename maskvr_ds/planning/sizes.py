@@ -51,23 +51,28 @@ class EncoderSizes:
         """Number of parameters, P."""
         return sum(self.parameters.values())
 
-    def flops(self, length: int, predictions: int, late: tuple[int, int] = (0, 0)) -> float:
-        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation. late: as
-        for `positions`."""
+    def flops(self, length: int, predictions: int, pairs: float | None = None, late: tuple[int, int] = (0, 0)) -> float:
+        """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation.
+
+        pairs: ordered pairs of positions of which one attends to the other; None: all, length². late: as for
+        `positions`.
+        """
         of_tokens = self.positions(length, late) * self.token_flops
-        return 3 * (of_tokens + self.attention_flops(length, late) + predictions * self.prediction_flops)
+        attention = self.attended(length, pairs, late) * self.pair_flops
+        return 3 * (of_tokens + attention + predictions * self.prediction_flops)
 
-    def attention_flops(self, length: int, late: tuple[int, int] = (0, 0)) -> float:
-        """FLOPs of QKᵀ and of the weighted sum of one sequence, forward. late: as for `positions`."""
-        below, hidden = late
-        pairs = below * (length - hidden) ** 2 + (self.layers - below) * length**2
-        return pairs / self.layers * self.pair_flops
-
-    def positions(self, length: int, late: tuple[int, int] = (0, 0)) -> float:
-        """Positions of a sequence that a layer computes, the mean over the layers. late: layers below late mask tokens,
-        and positions that they have less of."""
+    def positions(self, length: int, late: tuple[int, int]) -> float:
+        """Positions of a sequence that a layer computes, the mean over the layers. late: number of layers below late
+        mask tokens, and positions that they have less of."""
         below, hidden = late
         return length - below / self.layers * hidden
+
+    def attended(self, length: int, pairs: float | None, late: tuple[int, int]) -> float:
+        """Pairs of positions that a layer computes, the mean over the layers; those below late mask tokens have as many
+        of `pairs` (None: all, length²) as on average."""
+        below, hidden = late
+        missing = below / self.layers * (1 - (1 - hidden / length) ** 2)
+        return (1 - missing) * (length**2 if pairs is None else pairs)
 
 
 def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:

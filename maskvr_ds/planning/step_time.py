@@ -63,8 +63,11 @@ def _products_share(hidden: int) -> float:
     return 0.85 * hidden / (hidden + 160)
 
 
-def _attention_share(length: int) -> float:
-    """Share of that rate that fused attention reaches: 15% at 128 positions, 28% at 512, at most half (assumed)."""
+def _attention_share(length: float) -> float:
+    """Share of that rate that fused attention reaches: 15% at 128 positions, 28% at 512, at most half (assumed).
+
+    length: of what attends to itself: a row, or the mean over tokens of the lengths of their documents.
+    """
     return min(0.5, max(0.05, 0.15 + 0.065 * math.log2(length / 128)))
 
 
@@ -73,13 +76,13 @@ def pass_seconds(sizes: EncoderSizes, gpu: Gpu, element: int, work: Pass) -> flo
     B, L, K = work.micro, work.length, work.predictions
     rate, stream = gpu.product_rate(element), gpu.bandwidth * _STREAM
     again = 4 / 3 if work.checkpointing else 1.0
-    positions = sizes.positions(L, work.late)
+    positions, pairs = sizes.positions(L, work.late), sizes.attended(L, work.pairs, work.late)
     products = 3 * B * (positions * sizes.token_flops * again + K * sizes.prediction_flops)
-    attention = 3 * B * sizes.attention_flops(L, work.late) * again
+    attention = 3 * B * pairs * sizes.pair_flops * again
     # Fused attention computes QKᵀ once more in its backward pass: 7 products of matrices for 6.
     return (
         products / (rate * _products_share(sizes.hidden))
-        + attention * 7 / 6 / (rate * _attention_share(L))
+        + attention * 7 / 6 / (rate * _attention_share(pairs / positions))
         + B * positions * sizes.layers * sizes.moved * element * again / stream
         + B * K * sizes.vocabulary * _PER_LOGIT / stream
     )

@@ -8,6 +8,7 @@ RUN/
     metrics.jsonl             one line per step, plus events
     trust_ratios.jsonl        trust ratio of every tensor, every `monitor.histogram_every` steps
     loss.png                  plot of metrics.jsonl
+    mask_costs.json           masking.strategy auto: seconds of a step per candidate, of every phase
     tensorboard/, csv/        DeepSpeed's monitors; wandb_run_id: the run's id at Weights & Biases
     rollbacks.json            rollbacks after divergence, with the batches skipped since
     *.damaged-*, damaged-*    copies of metrics.jsonl and rollbacks.json from before damage in them was passed by
@@ -37,6 +38,7 @@ LAUNCHES = "launches.jsonl"
 METRICS = "metrics.jsonl"
 TRUST_RATIOS = "trust_ratios.jsonl"
 LOSS_PLOT = "loss.png"
+MASK_COSTS = "mask_costs.json"
 TENSORBOARD, CSV = "tensorboard", "csv"
 WANDB_ID = "wandb_run_id"
 ROLLBACKS = "rollbacks.json"

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Kind of the events that strategy `auto` writes for each measurement.
 AUTO_EVENT = "auto"
+# Kind of the event of the steps that measured its costs.
+AUTO_COSTS_EVENT = "auto_costs"
 # Kind of the event with the held-out figures before the first step.
 HELD_OUT_EVENT = "held_out"
 TRUST_RATIO_FIGURES = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")

@@ -1,4 +1,4 @@
-"""Plot of a run: loss curves, LAMB's trust ratios, metrics of the mask proposal network."""
+"""Plot of a run: loss curves, LAMB's trust ratios, masks chosen by auto, metrics of the mask proposal network."""
 
 import math
 from itertools import pairwise
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.telemetry.metrics_file import (
+    AUTO_EVENT,
     HELD_OUT_EVENT,
     PROPOSAL_FIGURES,
     TRUST_RATIO_FIGURES,
@@ -15,7 +16,8 @@ from maskvr_ds.telemetry.metrics_file import (
 
 
 def plot_loss(metrics: Path, output: Path) -> None:
-    """Plot training and held-out loss over steps as a PNG, with panels for trust ratios and MAPNet's metrics if logged.
+    """Plot training and held-out loss over steps as a PNG, with panels for trust ratios, the choices of
+    masking.strategy auto and MAPNet's metrics if logged.
 
     The unigram entropy of the held-out corpus is drawn with the held-out loss: a model that uses no context does not
     get below it.
@@ -29,11 +31,14 @@ def plot_loss(metrics: Path, output: Path) -> None:
     steps = [x["step"] for x in lines]
     with_ratios = any(TRUST_RATIO_FIGURES[0] in x for x in lines)
     with_proposal = any(PROPOSAL_FIGURES[0] in x for x in lines)
-    rows = 1 + with_ratios + with_proposal
+    events = read_events(metrics)
+    # Measurements of earlier versions have no rate.
+    choices = [x for x in events if x["event"] == AUTO_EVENT and "rate" in x]
+    rows = 1 + with_ratios + bool(choices) + with_proposal
     figure, panels = plt.subplots(rows, figsize=(7, 2 + 2.2 * rows), dpi=120, sharex=True, squeeze=False)
     axes = panels[0, 0]
     axes.plot(steps, _column(lines, "loss"), linewidth=0.8, alpha=0.7, label="training")
-    at_start = [x for x in read_events(metrics) if x["event"] == HELD_OUT_EVENT]
+    at_start = [x for x in events if x["event"] == HELD_OUT_EVENT]
     held_out = [x for x in (*at_start, *lines) if "held_out_loss" in x]
     if held_out:
         at = [x["step"] for x in held_out]
@@ -57,6 +62,8 @@ def plot_loss(metrics: Path, output: Path) -> None:
         # Room for the legend.
         axes.margins(y=0.12)
         axes.set_ylabel("LAMB's trust ratio:\nnorm of weights ÷ of update")
+    if choices:
+        _plot_choices(panels[1 + with_ratios, 0], choices, steps[-1] if steps else choices[-1]["step"])
     if with_proposal:
         axes = panels[-1, 0]
         for key in PROPOSAL_FIGURES:
@@ -70,6 +77,41 @@ def plot_loss(metrics: Path, output: Path) -> None:
     figure.tight_layout()
     figure.savefig(output)
     plt.close(figure)
+
+
+def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> None:
+    """Rate after every measurement, masks where they change, and the best other plan's progress per second relative to
+    that of the plan in use."""
+    at = [x["step"] for x in choices]
+    rates = [x["rate"] for x in choices]
+    axes.step([*at, max(last_step, at[-1])], [*rates, rates[-1]], where="post", linewidth=1.2, label="rate")
+    for before, event in zip((None, *choices), choices, strict=False):
+        plan = (event["strategy"], event["segments"])
+        if before is None or plan != (before["strategy"], before["segments"]):
+            name = plan[0] if plan[1] == 1 else f"{plan[0]}, {plan[1]} segments"
+            axes.annotate(name, (event["step"], event["rate"]), xytext=(3, 4), textcoords="offset points", fontsize=8)
+    axes.set_ylim(0, 1.4 * max(rates))
+    axes.set_ylabel("share of tokens\npredicted (auto)")
+    compared = [(x["step"], best) for x in choices if (best := _best_other(x)) is not None]
+    other = axes.twinx()
+    if compared:
+        values = [estimate for _, (estimate, _, _) in compared]
+        below = [max(0.0, estimate - (low or estimate)) for _, (estimate, low, _) in compared]
+        above = [max(0.0, (high or estimate) - estimate) for _, (estimate, _, high) in compared]
+        steps = [step for step, _ in compared]
+        options = {"fmt": ".", "color": "C1", "linewidth": 0.8, "markersize": 5}
+        bars = other.errorbar(steps, values, yerr=[below, above], **options)
+        axes.plot([], [], ".", color=bars[0].get_color(), label="best other plan, progress per second")
+    other.axhline(1, color="grey", linestyle=":", linewidth=0.8)
+    other.set_ylim(0, 2)  # outliers among estimates on few rows would hide the others
+    other.set_ylabel("relative to\nthe plan in use")
+
+
+def _best_other(event: dict[str, Any]) -> list[float | None] | None:
+    """[estimate, low, high] of progress per second of the best plan other than the one in use; None if unknown."""
+    others = [x["per_second"] for x in event.get("candidates", ()) if x["progress"] != [1.0, 1.0, 1.0]]
+    known = [x for x in others if x[0] is not None]
+    return max(known, key=lambda x: x[0]) if known else None
 
 
 def _column(lines: list[dict[str, Any]], key: str) -> list[float]:

@@ -41,7 +41,7 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
             f"{_count(size, 'row')} = {size * length:,} tokens: {_count(world_size, 'rank')} × "
             f"{_count(config.accumulation_steps(world_size), 'micro-batch')} of {config.batch.micro_size}",
         ),
-        _line("masks", f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)[0]}"),
+        _line("masks", _of_masks(config, context, length)),
         _line(
             "length",
             f"{where}{_count(steps, 'step')} = {steps * size * length:,} tokens = {about}{epochs:,.3g} epochs{done}",
@@ -52,6 +52,14 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
             "loss.png",
         ),
     ]
+
+
+def _of_masks(config: RunConfig, context: PhaseContext, length: int) -> str:
+    text = f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)[0]}"
+    if context.chooser is None:
+        return text
+    every = config.masking.auto.every_steps
+    return f"{text}; now {context.chooser.plan}, measured every {every:,} steps"
 
 
 def end_lines(run: RunConfig, phase: RunPhase, checkpoint: Path) -> list[str]:

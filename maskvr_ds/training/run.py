@@ -20,7 +20,7 @@ from maskvr_ds.run_folder.launched import seconds_since
 from maskvr_ds.run_folder.launches import CorpusCounts, append_launch
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import atomic_write, remove_partials
+from maskvr_ds.runtime.files import atomic_write, remove_partials, sha256
 from maskvr_ds.runtime.processes import process_age
 from maskvr_ds.training.phases import RunPhase
 
@@ -113,6 +113,14 @@ def run_settings(config: RunConfig) -> dict[str, Any]:
     return {"deepspeed": config.deepspeed, **nested}
 
 
+def _masking_identity(config: RunConfig) -> dict[str, Any]:
+    """Token scores by SHA-256: the file may move."""
+    values = config.masking.identity()
+    if config.masking.strategy == "frequency" and (path := config.masking.frequency.scores) is not None:
+        values["frequency"]["scores"] = sha256(path)
+    return values
+
+
 def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None) -> dict[str, Any]:
     """Settings that must not change within a phase, in JSON types. Initial weights by SHA-256: a folder may move."""
     config, manifest = phase.config, corpus.manifest
@@ -125,7 +133,7 @@ def run_identity(phase: RunPhase, corpus: Corpus, initial: InitialWeights | None
         "model": config.model.identity() | ({} if initial is None else {"initialize_from": initial.sha256}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
-        "masking": config.masking.identity(),
+        "masking": _masking_identity(config),
         "objectives": (config.objectives or Objectives()).model_dump(exclude_none=True),
         # Moments, decay and clipping come from the checkpoint: a change would be ignored, or be another optimizer. The
         # kernels may change: results are equal up to rounding.

@@ -4,7 +4,9 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 """
 
 import logging
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +22,16 @@ from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
-from maskvr_ds.data.mixture import real_share
+from maskvr_ds.data.mixture import real_share, shares
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.engine.master_weights import partition_sizes
-from maskvr_ds.masking import mapnet
-from maskvr_ds.masking.checks import hidden_positions, segments, sequence_copies
+from maskvr_ds.masking.checks import hidden_positions, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.strategies import maximum_predictions
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -42,10 +44,13 @@ from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
+from maskvr_ds.telemetry.metrics_file import AUTO_COSTS_EVENT
+from maskvr_ds.training.auto_measurement import distinct_rows
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
+from maskvr_ds.training.mask_costs import StepCosts, machine, resolve_costs
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
@@ -82,6 +87,16 @@ class PhaseContext:
     verification: BackgroundVerification
     health: HealthMonitor | None = None
 
+    @property
+    def learner(self) -> Proposer | None:
+        """MAPNet, while it is trained."""
+        return self.proposer if self.chooser is None or self.chooser.learning else None
+
+    def set_rate(self, rate: float) -> None:
+        """Set the masking rate of the schedule; strategy auto sets its own."""
+        if self.chooser is None:
+            self.masker.set_rate(rate)
+
 
 def setup_phase(
     run: RunConfig, phase: RunPhase, deepspeed_config: dict[str, Any], point: ResumePoint, fence: Fence
@@ -101,6 +116,13 @@ def setup_phase(
 
     manifest, pairs = corpus.manifest, config.pair_objective is not None
     encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
+    costs, measuring = None, 0.0
+    if config.masking.strategy == "auto":
+        separator = corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
+        distributed.run_on_rank0(lambda: _check_auto(config, encoder, separator, corpus))
+        here = machine(config, corpus, deepspeed_config)
+        trial = partial(trial_engine, phase, corpus, encoder, deepspeed_config)
+        costs, measuring = resolve_costs(phase, corpus, here, point, trial)
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, initial)
     state = _initial_state(phase, corpus, deepspeed_config, engine, point.initial)
     if point.checkpoint is not None:
@@ -125,15 +147,16 @@ def setup_phase(
     loader = _make_loader(phase, corpus)
     sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
-    if config.masking.strategy == "auto":
-        distributed.run_on_rank0(lambda: _check_auto(encoder, engine.module.separator))
-        chooser = make_chooser(phase, engine, masker, loader, proposer, sequence_flops)
+    if costs is not None:
+        chooser = make_chooser(phase, engine, masker, loader, proposer, costs)
         if state.auto:
-            chooser.restore(state.auto)
+            chooser.restore(state.auto, state.step)
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
     log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
+    if measuring:
+        log.event(event=AUTO_COSTS_EVENT, step=state.step, seconds=round(measuring, 3))
     if initial is not None:
         log.event(event="initialized", step=0, folder=str(initial.folder), sha256=initial.sha256, **_counts(initial))
     return PhaseContext(
@@ -325,8 +348,9 @@ def _make_log(
     )
 
 
-def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
-    """Raise ConfigError if auto could not measure the architecture, which would show after hours."""
+def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | None, corpus: Corpus) -> None:
+    """Raise ConfigError if auto could not measure the architecture or the corpus, which would show after hours."""
+    distinct_rows(shares(corpus), 0, config.masking.auto.rows)
     with torch.random.fork_rng(devices=[]):
         module = MaskedLanguageModel(encoder, separator=separator)
     try:
@@ -335,26 +359,31 @@ def _check_auto(encoder: PreTrainedConfig, separator: int | None) -> None:
         raise ConfigError(f"masking.strategy auto: {error}; choose another strategy") from None
 
 
+def trial_engine(phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, deepspeed_config: dict[str, Any]) -> Any:
+    """An engine like the run's, with random weights, for trial steps. Collective: call on all ranks."""
+    engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
+    _compile(phase, corpus, engine.module, maximum_predictions(corpus.sequence_length, phase.config.masking.rate))
+    return engine
+
+
 def make_chooser(
-    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, sequence_flops: float
+    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
 ) -> Chooser:
-    """sequence_flops: of the model's forward and backward pass over one sequence."""
-    config, length = phase.config, loader.corpus.sequence_length
-    most = segments(length - 2, config.masking.rate)
-    mapnet_config = config.masking.mapnet
-    cost = mapnet_config.cost
-    if cost is None:
-        network = {name: getattr(mapnet_config, name) for name in ("layers", "hidden", "reach")}
-        cost = mapnet.flops_per_sequence(**network, sequence_length=length) / sequence_flops
+    config = phase.config
+    masking = config.masking
+    final_step = None
+    if masking.final_rate is not None:
+        final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
     return Chooser(
-        config.masking.auto,
+        masking.auto,
         engine=engine,
         masker=masker,
         loader=loader,
         proposer=proposer,
-        # A global batch consists of complete rows.
-        most=next(j for j in range(most, 0, -1) if config.batch.global_size % j == 0),
-        proposal_cost=cost,
+        rate=masking.rate,
+        final_rate=masking.final_rate,
+        final_step=final_step,
+        costs=costs,
         micro_size=config.batch.micro_size,
         seed=phase.key(AUTO),
     )

@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from maskvr_ds.benchmarks.step_parts import PARTS
 from maskvr_ds.planning.calibration import read_measurements
-from tests.distributed.training import run_command
+from maskvr_ds.run_folder.layout import MASK_COSTS
+from tests.distributed.training import configuration, run_command
+from tests.support.corpora import make_corpus
 
 
 def test_lamb_takes_one_partition_of_extra_memory(tmp_path: Path) -> None:
@@ -74,12 +77,38 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
         (["strategy-cost", "--accumulation", 2], "--accumulation is an option of training-speed"),
         (["loading-speed", "--set", "seed=1"], "--set is an option of training-speed"),
         (["strategy-cost", "--micro-size", 2, 4], "--micro-size: 2 values"),
+        (["strategy-cost", "--config", "r", "--micro-size", 2], "--micro-size is set by the run that --config names"),
+        (["training-speed", "--config", "r"], "--config is an option of strategy-cost"),
     ],
 )
 def test_options_are_checked(words: list[object], message: str) -> None:
     result = run_command("benchmark", *words)
     assert result.returncode == 1
     assert message in result.stderr
+
+
+def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
+    """`benchmark masks --config`, and a training with its file, which measures nothing."""
+    values = configuration(tmp_path / "run", make_corpus(tmp_path / "corpus", rows=40), steps=2)
+    values |= {"deepspeed": "zero1_fp32", "evaluation": {"every_steps": 0}}
+    config, costs = tmp_path / "run.yaml", tmp_path / "costs.json"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    auto = ("--set", "masking.strategy=auto", "--set", "masking.auto.rows=6", "--set", "masking.final_rate=0.1")
+    words = ("benchmark", "masks", "--config", config, "--rounds", 1, "--output", costs)
+    refused = run_command(*words)
+    assert refused.returncode == 1
+    assert "masking.strategy is uniform, which has no candidates" in refused.stderr
+    result = run_command(*words, *auto)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(costs.read_text(encoding="utf-8"))
+    assert [rate for rate, _ in found["uniform"]] == [0.15, 0.1]
+    assert (found["machine"]["ranks"], found["machine"]["micro_size"]) == (1, 2)
+    imported = ("--set", f"masking.auto.costs={costs}")
+    result = run_command("train", "--config", config, "--num-gpus", 1, *auto, *imported)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / MASK_COSTS).read_text(encoding="utf-8")) == {"phases": {"0": found}}
+    assert "measuring the seconds" not in result.stderr
+    assert "masks     auto: 5 of 30 tokens of a full row, 3 at the end; now" in result.stderr
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_without_one() -> None:

@@ -122,6 +122,15 @@ def test_the_export_is_the_trained_model(runs: Path, architecture: str, tmp_path
     assert compared >= len(probe["positions"])
 
 
+def test_the_card_says_with_which_attention(runs: Path, tmp_path: Path) -> None:
+    for run, setting in (("one", "documents"), ("rows", "rows")):
+        export(runs / run / "roberta", tmp_path / run)
+        card = (tmp_path / run / "README.md").read_text(encoding="utf-8")
+        assert f"(`data.attention: {setting}`)" in card
+        assert "closed by `[SEP]`" in card
+        assert ("Pass one text per row" in card) == (setting == "documents")
+
+
 def test_another_attention_is_refused_on_resume(runs: Path, corpus: Path) -> None:
     rows = configuration(runs / "one" / "bert", corpus, steps=2 * STEPS, deepspeed="zero1_fp32")
     ((refused,),) = run_ranks(train_all, 1, [({**rows, "model": section("bert")}, "auto")])

@@ -1,9 +1,11 @@
 """Runs written by an earlier version resume: tests/data/acf4fb5, with flat settings of strategies and format 3.
 
 Steps 7 to 10 must be those that the version itself trained: with the run's stored config.yaml, which is migrated, and
-with a configuration in the present shape.
+with a configuration in the present shape. Strategy auto continues with the masks that the old version had chosen, and
+measures something else now: its steps are those of the old version up to the measurement after step 9.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,13 +18,16 @@ import yaml
 
 from maskvr_ds.config import RunConfig, dump_config, load_config
 from maskvr_ds.hashing import DIGEST_VERSION
-from maskvr_ds.run_folder.layout import CONFIG, METRICS
-from maskvr_ds.telemetry.metrics_file import read_lines
+from maskvr_ds.run_folder.checkpoints import read_manifest
+from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, MASK_COSTS, METRICS
+from maskvr_ds.telemetry.metrics_file import read_events, read_lines
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import ROOT, train_all
 
 OLD = ROOT / "tests" / "data" / "acf4fb5"
 STOPPED_AT = 6
+# Steps that are equal to those of the old version.
+EQUAL_UNTIL = {"run_auto": 9}
 CLOCK = {"tokens_per_second", "step_seconds", "model_tflops_per_rank", "mfu"}
 # Digests have had another version since.
 NOT_COMPARED = CLOCK | {"data_digest", "mask_digest"}
@@ -125,7 +130,8 @@ def test_an_old_run_resumes_exactly(resumed: Path, name: str, way: str) -> None:
     assert lines[:STOPPED_AT] == read_lines(OLD / name / METRICS), "history is kept"
     expected = read_lines(OLD / f"expected_{RUNS[name][0]}.jsonl")
     assert [line["step"] for line in lines[STOPPED_AT:]] == [line["step"] for line in expected]
-    for was, now in zip(expected, lines[STOPPED_AT:], strict=True):
+    equal = EQUAL_UNTIL.get(name, 10) - STOPPED_AT
+    for was, now in list(zip(expected, lines[STOPPED_AT:], strict=True))[:equal]:
         figures = {key: now.get(key) for key in was if key not in NOT_COMPARED}
         assert now["digest_version"] == DIGEST_VERSION
         if SAME_ROUNDING:
@@ -133,6 +139,16 @@ def test_an_old_run_resumes_exactly(resumed: Path, name: str, way: str) -> None:
         else:
             assert figures["samples"] == was["samples"]
             assert figures["loss"] == pytest.approx(was["loss"], rel=1e-3)
+
+
+def test_an_old_run_of_auto_measures_its_costs_once(resumed: Path) -> None:
+    run = resumed / "stored" / "run_auto"
+    costs = json.loads((run / MASK_COSTS).read_text(encoding="utf-8"))["phases"]["0"]
+    assert [rate for rate, _ in costs["uniform"]] == [0.2]
+    assert read_manifest(run / CHECKPOINTS / "step-00000010")["auto"]["costs"] == costs
+    (event,) = (e for e in read_events(run / METRICS) if e["event"] == "auto" and e["step"] == 9)
+    assert event["rate"] == 0.2
+    assert {tuple(c["plan"]) for c in event["candidates"]} >= {("fully_explored", j, 0.2) for j in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -6,14 +6,15 @@ projection, whose slice for the head is set to zero, or by uniform attention in 
 B rows, L positions, N layers as they are applied (ALBERT applies one several times), H heads, D hidden.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from maskvr_ds.analysis.health.probe import layers_of, mean_loss
 from maskvr_ds.data.batch import MaskedBatch
@@ -31,43 +32,45 @@ def attention_maps(model: MaskedLanguageModel, masked: MaskedBatch) -> torch.Ten
     inputs: dict[str, Any] = {"input_ids": masked.input_ids, "attention_mask": masked.attention_mask}
     if masked.segment_starts is not None:
         inputs["token_type_ids"] = token_types(masked.input_ids, masked.attention_mask, masked.segment_starts)
-    output = model.mlm.base_model(**inputs, output_attentions=True)
-    weights = getattr(output, "attentions", None)
-    kind, length = model.mlm.config.model_type, masked.input_ids.shape[1]
+    return maps_of(model.mlm, inputs)
+
+
+@torch.no_grad()
+def maps_of(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """As `attention_maps`, for the arguments of a forward pass, `input_ids` int64 [B, L] among them."""
+    weights = getattr(model.base_model(**inputs, output_attentions=True), "attentions", None)
+    kind, length = model.config.model_type, inputs["input_ids"].shape[1]
     if not weights or any(w is None or tuple(w.shape[-2:]) != (length, length) for w in weights):
         raise ValueError(f"{kind} of transformers returns no attention weights [heads, positions, positions]")
     return torch.stack([w.float().cpu() for w in weights])
 
 
-def output_projections(model: MaskedLanguageModel) -> list[nn.Linear]:
+def output_projections(model: PreTrainedModel) -> list[nn.Linear]:
     """The map behind the heads of each distinct layer. Raises ValueError if it is not found."""
     found = []
     for layer in layers_of(model):
         inside = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear) and n.endswith(_OUTPUTS)]
         if not inside:
             raise ValueError(
-                f"{model.mlm.config.model_type}: the output projection of its attention is not found (looked for "
+                f"{model.config.model_type}: the output projection of its attention is not found (looked for "
                 f"{', '.join(_OUTPUTS)}), so that no head can be switched off"
             )
         found.append(inside[0][1])
     return found
 
 
-class Heads:
-    """Switches for the heads of a model from `copy_for_analysis`.
+class Switches:
+    """Switches for the heads of a model of transformers with eager attention, whatever its task.
 
     Args:
-        model: the model. masked: rows on which the loss is measured.
+        model: the model. shape: N applications of a layer, H heads.
 
-    shape: N applications of a layer, H heads. Raises ValueError if the architecture has no attention weights, or the
-    output projection is not found.
+    Raises ValueError if the output projection of the attention is not found.
     """
 
-    def __init__(self, model: MaskedLanguageModel, masked: MaskedBatch) -> None:
-        self.model, self.masked = model, masked
+    def __init__(self, model: PreTrainedModel, shape: tuple[int, int]) -> None:
+        self.model, self.shape = model, shape
         self._outputs = output_projections(model)
-        maps = attention_maps(model, masked.map(lambda column: column[:1]))
-        self.shape = (maps.shape[0], maps.shape[2])
 
     @contextmanager
     def gated(self, gates: torch.Tensor) -> Iterator[None]:
@@ -84,7 +87,7 @@ class Heads:
             split = context.unflatten(-1, (len(gate), -1)) * gate[:, None]
             return (split.flatten(-2), *args[1:])
 
-        handles = [self.model.mlm.base_model.register_forward_pre_hook(restart)]
+        handles = [self.model.base_model.register_forward_pre_hook(restart)]
         handles += [output.register_forward_pre_hook(scale) for output in self._outputs]
         try:
             yield
@@ -92,49 +95,18 @@ class Heads:
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
-    def loss(self, off: torch.Tensor | None = None, how: How = "zero") -> float:
-        """Nats per prediction with the heads off that are true in bool [N, H]; None: with all heads."""
-        if off is None:
-            return mean_loss(self.model, self.masked).item()
-        if how == "uniform":
-            with _Uniform(off):
-                return mean_loss(self.model, self.masked).item()
-        with self.gated((~off).float()):
-            return mean_loss(self.model, self.masked).item()
+    @contextmanager
+    def _uniform(self, off: torch.Tensor) -> Iterator[None]:
+        with _Uniform(off) as mode:
+            handle = self.model.base_model.register_forward_pre_hook(lambda *_: mode.restart())
+            try:
+                yield
+            finally:
+                handle.remove()
 
-    def increases(self, how: How = "zero", off: torch.Tensor | None = None) -> torch.Tensor:
-        """Increase of the loss without each head, in addition to those that are off: float64 [N, H]; NaN for these."""
-        off = torch.zeros(self.shape, dtype=torch.bool) if off is None else off
-        base, found = self.loss(off, how), torch.full(self.shape, float("nan"), dtype=torch.float64)
-        for n, h in (~off).nonzero().tolist():
-            changed = off.clone()
-            changed[n, h] = True
-            found[n, h] = self.loss(changed, how) - base
-        return found
-
-    def importance(self) -> torch.Tensor:
-        """Mean over rows of |∂ℓ/∂ξ| at ξ = 1, ξ the head's gate (Michel et al. 2019, arXiv:1905.10650, equation 2):
-        float64 [N, H]. One forward and backward pass per row."""
-        found = torch.zeros(self.shape, dtype=torch.float64)
-        for row in self.masked.split(1):
-            gates = torch.ones(self.shape, requires_grad=True)
-            with self.gated(gates), torch.enable_grad():
-                (gradient,) = torch.autograd.grad(mean_loss(self.model, row), gates)
-            found += gradient.abs().double()
-        return found / len(self.masked.input_ids)
-
-    def prune(self, count: int, how: How = "zero") -> list[tuple[int, int, float]]:
-        """Switch heads off one after the other, each time that without which the loss is lowest: layer, head, loss."""
-        off = torch.zeros(self.shape, dtype=torch.bool)
-        curve = []
-        for _ in range(min(count, off.numel())):
-            increases = self.increases(how, off)
-            place = int(increases.nan_to_num(float("inf")).argmin())
-            n, h = divmod(place, self.shape[1])
-            off[n, h] = True
-            curve.append((n, h, self.loss(off, how)))
-        return curve
+    def switched_off(self, off: torch.Tensor, how: How) -> AbstractContextManager[None]:
+        """Within: the heads that are true in bool [N, H] give nothing, or attend uniformly."""
+        return self._uniform(off) if how == "uniform" else self.gated((~off).float())
 
     @torch.no_grad()
     def zero_columns(self, pruned: list[tuple[int, int]]) -> None:
@@ -142,8 +114,8 @@ class Heads:
         same as with these heads off. Raises ValueError if layers share their weights."""
         if len(self._outputs) != self.shape[0]:
             raise ValueError(
-                f"{self.model.mlm.config.model_type}: its layers share their weights, so that a head cannot be zeroed "
-                "in one of them alone"
+                f"{self.model.config.model_type}: its layers share their weights, so that a head cannot be zeroed in "
+                "one of them alone"
             )
         for n, h in pruned:
             weight = self._outputs[n].weight
@@ -151,13 +123,82 @@ class Heads:
             weight[:, h * size : (h + 1) * size] = 0.0
 
 
+def without_each(loss: Callable[[torch.Tensor], float], base: float, off: torch.Tensor) -> torch.Tensor:
+    """loss(heads off) − base with each head off in addition to `off` bool [N, H]: float64 [N, H]; NaN for these."""
+    found = torch.full(off.shape, float("nan"), dtype=torch.float64)
+    for n, h in (~off).nonzero().tolist():
+        changed = off.clone()
+        changed[n, h] = True
+        found[n, h] = loss(changed) - base
+    return found
+
+
+def prune(loss: Callable[[torch.Tensor], float], shape: tuple[int, int], count: int) -> list[tuple[int, int, float]]:
+    """Switch heads off one after the other, each time that without which the loss is lowest: layer, head, loss."""
+    off = torch.zeros(shape, dtype=torch.bool)
+    curve = []
+    for _ in range(min(count, off.numel())):
+        losses = without_each(loss, 0.0, off)
+        n, h = divmod(int(losses.nan_to_num(float("inf")).argmin()), shape[1])
+        off[n, h] = True
+        curve.append((n, h, float(losses[n, h])))
+    return curve
+
+
+class Heads:
+    """The heads of a model from `copy_for_analysis`, judged by its loss on masked tokens.
+
+    Args:
+        model: the model. masked: rows on which the loss is measured.
+
+    Raises ValueError if the architecture has no attention weights, or the output projection is not found.
+    """
+
+    def __init__(self, model: MaskedLanguageModel, masked: MaskedBatch) -> None:
+        self.model, self.masked = model, masked
+        maps = attention_maps(model, masked.map(lambda column: column[:1]))
+        self.shape = (maps.shape[0], maps.shape[2])
+        self.switches = Switches(model.mlm, self.shape)
+
+    @torch.no_grad()
+    def loss(self, off: torch.Tensor | None = None, how: How = "zero") -> float:
+        """Nats per prediction with the heads off that are true in bool [N, H]; None: with all heads."""
+        if off is None:
+            return mean_loss(self.model, self.masked).item()
+        with self.switches.switched_off(off, how):
+            return mean_loss(self.model, self.masked).item()
+
+    def increases(self, how: How = "zero") -> torch.Tensor:
+        """Increase of the loss without each head: float64 [N, H]."""
+        return without_each(lambda off: self.loss(off, how), self.loss(), torch.zeros(self.shape, dtype=torch.bool))
+
+    def importance(self) -> torch.Tensor:
+        """Mean over rows of |∂ℓ/∂ξ| at ξ = 1, ξ the head's gate (Michel et al. 2019, arXiv:1905.10650, equation 2):
+        float64 [N, H]. One forward and backward pass per row."""
+        found = torch.zeros(self.shape, dtype=torch.float64)
+        for row in self.masked.split(1):
+            gates = torch.ones(self.shape, requires_grad=True)
+            with self.switches.gated(gates), torch.enable_grad():
+                (gradient,) = torch.autograd.grad(mean_loss(self.model, row), gates)
+            found += gradient.abs().double()
+        return found / len(self.masked.input_ids)
+
+    def prune(self, count: int, how: How = "zero") -> list[tuple[int, int, float]]:
+        """See `prune`."""
+        return prune(lambda off: self.loss(off, how), self.shape, count)
+
+
 class _Uniform(TorchFunctionMode):
     """Replaces the weights of heads that are off, bool [N, H], by uniform ones over the positions that are not masked.
-    For a single forward pass."""
+    Call `restart` before each forward pass."""
 
     def __init__(self, off: torch.Tensor) -> None:
         super().__init__()
-        self._off = iter(off)
+        self._layers = off
+        self.restart()
+
+    def restart(self) -> None:
+        self._off = iter(self._layers)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -169,7 +210,16 @@ class _Uniform(TorchFunctionMode):
         return result
 
 
-def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's correlation of two tensors of one shape, without ties."""
-    ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Spearman's correlation of two tensors of one shape, ties at their mean rank; None if it is undefined: fewer than
+    three values, or all of one tensor equal."""
+    if a.numel() < 3 or any(bool((x == x.flatten()[0]).all()) for x in (a, b)):
+        return None
+    return float(torch.corrcoef(torch.stack([_ranks(x.flatten()) for x in (a, b)]))[0, 1])
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """float64 [n]."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[group]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.analysis.attention.heads import attention_maps
-from maskvr_ds.analysis.attention.patterns import CLASSES, classify, distance, entropy
+from maskvr_ds.analysis.attention.patterns import CLASSES, SHORTEST, classify, distance, entropy
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
 from maskvr_ds.data.permutation import KeyedPermutation
@@ -95,7 +95,9 @@ def _shares(names: list[str]) -> dict[str, float]:
 
 
 def measure_heads(model: MaskedLanguageModel, rows: Rows) -> HeadFigures:
-    """Raises ValueError if the architecture returns no attention weights, or a weight is not finite."""
+    """Rows of fewer than four tokens have no pattern and are skipped. Raises ValueError if all are, the architecture
+    returns no attention weights, or a weight is not finite."""
+    measured = 0
     classes: list[list[list[str]]] = []
     sums: dict[str, NDArray[np.float64]] = {}
     clearest: dict[str, tuple[float, int, int, NDArray[np.float64]]] = {}
@@ -108,6 +110,9 @@ def measure_heads(model: MaskedLanguageModel, rows: Rows) -> HeadFigures:
             classes = [[[] for _ in range(heads)] for _ in range(layers)]
             sums = {name: np.zeros((layers, heads)) for name in ("entropy", "distance", *TARGETS)}
         length = maps.shape[-1] if row.attention_mask is None else int(row.attention_mask.sum())
+        if length < SHORTEST:
+            continue
+        measured += 1
         columns = _columns(row.input_ids[0, :length].cpu().numpy(), rows)
         for n in range(layers):
             for h in range(heads):
@@ -120,7 +125,9 @@ def measure_heads(model: MaskedLanguageModel, rows: Rows) -> HeadFigures:
                     sums[target][n, h] += float((attention * chosen).sum(1).mean())
                 if name not in clearest or spread < clearest[name][0]:
                     clearest[name] = (spread, n, h, attention)
-    means = {name: total / len(rows.plain.input_ids) for name, total in sums.items()}
+    if not measured:
+        raise ValueError(f"all rows have fewer than {SHORTEST} tokens: there is no pattern to see")
+    means = {name: total / measured for name, total in sums.items()}
     return HeadFigures(
         classes=classes,
         entropy=means["entropy"],

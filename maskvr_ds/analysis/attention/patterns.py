@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+# Minimum number of positions of a map.
+SHORTEST = 4
 CLASSES = ("vertical", "diagonal", "vertical + diagonal", "block", "heterogeneous")
 
 _HEAVY, _HEAVY_BY_LENGTH, _AGREE = 0.1, 3.0, 0.7
@@ -28,8 +30,8 @@ _PLACES = 64
 
 def features(attention: Floats) -> tuple[float, float, float]:
     """Vertical, diagonal, block of a map [L, L]. Raises ValueError for maps that are not square or have L < 4."""
-    if attention.ndim != 2 or attention.shape[0] != attention.shape[1] or len(attention) < 4:
-        raise ValueError(f"a map of shape {attention.shape}: expected a square one of at least 4 positions")
+    if attention.ndim != 2 or attention.shape[0] != attention.shape[1] or len(attention) < SHORTEST:
+        raise ValueError(f"a map of shape {attention.shape}: expected a square one of at least {SHORTEST} positions")
     return _vertical(attention), _diagonal(attention), _block(attention)
 
 

@@ -54,3 +54,24 @@ def _label(axes: Any, title: str, shape: tuple[int, ...]) -> None:
     axes.set_ylabel("layer")
     axes.set_xticks(range(shape[1]))
     axes.set_yticks(range(shape[0]))
+
+
+def draw_changes(changes: list[list[tuple[float, float, float]]], title: str, output: Path) -> None:
+    """Write a PNG: a heat map of changes by layer and head, each (mean, low, high); a dot where the interval does not
+    contain 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    means = np.array([[mean for mean, *_ in layer] for layer in changes])
+    largest = float(np.abs(means).max()) or 1.0
+    figure, axes = plt.subplots(figsize=(1.5 + 0.5 * means.shape[1], 1.5 + 0.5 * means.shape[0]), layout="constrained")
+    shown = axes.imshow(means, cmap="coolwarm_r", vmin=-largest, vmax=largest)
+    certain = [(h, n) for n, layer in enumerate(changes) for h, (_, low, high) in enumerate(layer) if low * high > 0]
+    if certain:
+        axes.scatter(*zip(*certain, strict=True), s=12, c="black")
+    _label(axes, title, means.shape)
+    figure.colorbar(shown, ax=axes)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)

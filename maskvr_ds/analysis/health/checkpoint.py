@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from data_pipeline.shards import HELD_OUT, Corpus
 from maskvr_ds.analysis.gradient_variance.moments import Sample, measure
@@ -27,6 +28,7 @@ from maskvr_ds.analysis.health.probe import (
     norm_gains,
 )
 from maskvr_ds.analysis.health.spectra import (
+    Largest,
     hessian_product,
     largest_eigenvalue,
     largest_singular_value,
@@ -56,7 +58,8 @@ class Measurements:
 
     signals: by layer. updates: relative update by tensor. matrices: σ_max and stable rank by tensor. gains: of norms.
     embeddings: median norm of the embedding rows by token frequency, from the rarest tenth of the tokens in the corpus.
-    silent: ids of tokens of the corpus whose row has nearly no norm. sharpness: λ_max. noise: gradient noise scale.
+    silent: ids of tokens of the corpus whose row has nearly no norm. sharpness: λ_max; a lower bound unless converged.
+    noise: gradient noise scale.
     """
 
     signals: Signals
@@ -67,6 +70,7 @@ class Measurements:
     lr: float | None
     global_size: int | None
     sharpness: float | None = None
+    converged: bool = True
     updates: dict[str, float] | None = None
     noise: NoiseScale | None = None
     missing: dict[str, str] | None = None
@@ -112,7 +116,7 @@ def measure_checkpoint(folder: Path, corpus_folder: Path, *, rows: int, lr: floa
             "judge the records of its run, without --at"
         )
     corpus = open_corpus(corpus_folder, state, folder)
-    model = copy_for_analysis(load_model(folder))
+    model = copy_for_analysis(_finite(load_model(folder), folder))
     check_length(model, corpus.sequence_length)
     found = measure_model(model, corpus, rows=rows, seed=state.step)
     found.lr, found.global_size = lr, state.identity.get("batch.global_size")
@@ -130,6 +134,16 @@ def measure_checkpoint(folder: Path, corpus_folder: Path, *, rows: int, lr: floa
     return found
 
 
+def _finite(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Checks would compare NaN with thresholds, and call it ok."""
+    if bad := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        raise CheckpointError(
+            f"{folder}: {len(bad)} tensors have values that are not finite ({', '.join(bad[:3])}): the model is damaged; "
+            "judge an earlier checkpoint"
+        )
+    return model
+
+
 def measure_model(model: MaskedLanguageModel, corpus: Corpus, *, rows: int, seed: int = 0) -> Measurements:
     """Measure a model from `copy_for_analysis` on `rows` rows of a corpus, chosen by the seed."""
     rows = min(rows, corpus.rows)
@@ -140,6 +154,7 @@ def measure_model(model: MaskedLanguageModel, corpus: Corpus, *, rows: int, seed
     masked = masker(to_device(read_rows(corpus, chosen, np.zeros_like(chosen), pairs=pairs), device))
     counts = token_counts(corpus, range(len(corpus.manifest.shards)), of_passages=False)[0]
     embeddings, silent = _embedding_rows(model, counts)
+    largest = sharpness(model, masked)
     found = Measurements(
         signals=measure_signals(model, masked),
         matrices=_matrices(model),
@@ -148,7 +163,8 @@ def measure_model(model: MaskedLanguageModel, corpus: Corpus, *, rows: int, seed
         silent=silent,
         lr=None,
         global_size=None,
-        sharpness=sharpness(model, masked),
+        sharpness=largest.value,
+        converged=largest.converged,
         missing={},
     )
     assert found.missing is not None
@@ -164,11 +180,11 @@ def measure_model(model: MaskedLanguageModel, corpus: Corpus, *, rows: int, seed
     return found
 
 
-def sharpness(model: MaskedLanguageModel, masked: MaskedBatch) -> float:
+def sharpness(model: MaskedLanguageModel, masked: MaskedBatch) -> Largest:
     """λ_max of the mean loss' Hessian in all parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     product = hessian_product(lambda: mean_loss(model, masked), parameters)
-    return largest_eigenvalue(product, [p.detach() for p in parameters], tolerance=1e-3, iterations=40).value
+    return largest_eigenvalue(product, [p.detach() for p in parameters], tolerance=1e-3, iterations=40)
 
 
 @torch.no_grad()
@@ -307,8 +323,10 @@ def _sharpness(found: Measurements) -> Finding:
     if found.sharpness is None:
         return Finding(name, "not judged", "not measured")
     of_lr = "" if found.lr is None else f", lr · λ_max {found.lr * found.sharpness:.3g}"
-    values = {"lambda_max": found.sharpness, "lr": found.lr}
-    return Finding(name, "not judged", f"λ_max {found.sharpness:.3g}{of_lr}: for comparison, no threshold", (), values)
+    values = {"lambda_max": found.sharpness, "lr": found.lr, "converged": found.converged}
+    bound = "" if found.converged else "≥ "  # Lanczos approaches it from below
+    text = f"λ_max {bound}{found.sharpness:.3g}{of_lr}: for comparison, no threshold"
+    return Finding(name, "not judged", text, (), values)
 
 
 def _noise(found: Measurements, missing: dict[str, str]) -> Finding:

@@ -3,7 +3,8 @@
 Rows of the table: the model as configured; other initializer ranges; a depth-scaled initialisation, in which the maps
 that end each sublayer are divided by √(2N) for N layers (Radford et al. 2019, GPT-2, section 2.3); for BERT its
 pre-LayerNorm counterpart, `roberta-prelayernorm` of transformers with the same sizes, and itself as the
-post-LayerNorm one. All with the same seed and the same rows.
+post-LayerNorm one; and RMSNorm and batch normalisation in place of LayerNorm (models/normalization.py). All with the
+same seed and the same rows, whose own statistics batch normalisation uses.
 """
 
 import math
@@ -17,14 +18,17 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from maskvr_ds.analysis.health.checks import CHECKS
 from maskvr_ds.analysis.health.probe import Signals, copy_for_analysis, layers_of, measure_signals
+from maskvr_ds.config.model import Normalization
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.models.encoder import MaskedLanguageModel, build
+from maskvr_ds.models.normalization import BatchNorm, replace_layer_norms
 
 _FACTORS = (0.5, 1.0, 2.0, 5.0)
 _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "initializer_range"),
 )
+_OTHER_NORMS: dict[str, Normalization] = {"LayerNorm": "layer", "RMSNorm": "rms", "batch normalisation": "batch"}
 _PRE_NORM = {"bert": "roberta-prelayernorm"}
 
 
@@ -67,40 +71,61 @@ def _exceeds(values: list[float], factor: float) -> bool:
     return not max(values) <= factor * min(values)
 
 
-def variants(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig, bool]]:
-    """Name, configuration, whether depth-scaled."""
+@dataclass(frozen=True)
+class Variant:
+    """scaled: whether depth-scaled. normalization: as `model.normalization`; population is batch before training."""
+
+    name: str
+    config: PreTrainedConfig
+    scaled: bool = False
+    normalization: Normalization = "layer"
+
+
+def variants(config: PreTrainedConfig, normalization: Normalization = "layer") -> Iterator[Variant]:
+    """normalization: of the model as configured, and of all variants that do not say otherwise."""
     given = float(getattr(config, "initializer_range", 0.02))
     for factor in _FACTORS:
         changed = deepcopy(config)
         changed.initializer_range = factor * given
-        yield ("as configured" if factor == 1 else f"initializer_range {factor * given:g}"), changed, False
-    yield "depth-scaled", deepcopy(config), True
+        name = "as configured" if factor == 1 else f"initializer_range {factor * given:g}"
+        yield Variant(name, changed, normalization=normalization)
+    yield Variant("depth-scaled", deepcopy(config), scaled=True, normalization=normalization)
     if (other := _PRE_NORM.get(config.model_type)) is not None and other in CONFIG_MAPPING:
         sizes: dict[str, Any] = {key: getattr(config, key) for key in _SIZES}
         sizes["pad_token_id"] = config.pad_token_id
         # RoBERTa counts positions from pad_token_id + 1.
         sizes["max_position_embeddings"] += (config.pad_token_id or 0) + 1
-        yield f"pre-LayerNorm ({other})", CONFIG_MAPPING[other](**sizes), False
+        yield Variant(f"pre-LayerNorm ({other})", CONFIG_MAPPING[other](**sizes))
+    for name, kind in _OTHER_NORMS.items():
+        if kind != normalization and config.model_type in _PRE_NORM:
+            yield Variant(name, deepcopy(config), normalization=kind)
 
 
-def measure_initialisations(config: PreTrainedConfig, masked: MaskedBatch, *, seed: int) -> list[Row]:
+def measure_initialisations(
+    config: PreTrainedConfig, masked: MaskedBatch, *, seed: int, normalization: Normalization = "layer"
+) -> list[Row]:
     """All variants on the same rows. Raises ValueError for architectures whose signals cannot be read."""
-    return [_measure(name, changed, scaled, masked, seed) for name, changed, scaled in variants(config)]
+    return [_measure(variant, masked, seed) for variant in variants(config, normalization)]
 
 
-def _measure(name: str, config: PreTrainedConfig, scaled: bool, masked: MaskedBatch, seed: int) -> Row:
+def _measure(variant: Variant, masked: MaskedBatch, seed: int) -> Row:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = copy_for_analysis(build(config))
-    if scaled:
+        model = copy_for_analysis(build(variant.config))
+    if variant.scaled:
         scale_by_depth(model)
-    return Row(name, measure_signals(model.to(masked.input_ids.device), masked))
+    replace_layer_norms(model.mlm, variant.normalization)
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            # With the rows' statistics: there are no running ones yet.
+            module.train()
+    return Row(variant.name, measure_signals(model.to(masked.input_ids.device), masked))
 
 
 @torch.no_grad()
 def scale_by_depth(model: MaskedLanguageModel) -> None:
     """Divide the maps that end each attention and feed-forward part by √(2N)."""
-    layers = layers_of(model)
+    layers = layers_of(model.mlm)
     depth = int(getattr(model.mlm.config, "num_hidden_layers", len(layers)))
     for layer in layers:
         for name, module in layer.named_modules():

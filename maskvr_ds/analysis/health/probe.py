@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from maskvr_ds.analysis.health.spectra import Jacobian, jacobian
 from maskvr_ds.data.batch import MaskedBatch
@@ -28,19 +29,19 @@ _MASKED = -1e30
 _NORMS = ("LayerNorm", "RMSNorm")
 
 
-def layers_of(model: MaskedLanguageModel) -> list[nn.Module]:
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The distinct layer modules of the encoder: children of the longest innermost nn.ModuleList.
 
     Raises ValueError if there is none.
     """
     inner: list[list[nn.Module]] = []
-    for module in model.mlm.base_model.modules():
+    for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList):
             children = list(module)
             if not any(isinstance(m, nn.ModuleList) for child in children for m in child.modules()):
                 inner.append(children)
     if not inner:
-        raise ValueError(f"{model.mlm.config.model_type}: its layers are in no list, so that none can be read")
+        raise ValueError(f"{model.config.model_type}: its layers are in no list, so that none can be read")
     return max(inner, key=len)
 
 
@@ -87,15 +88,20 @@ class Signals:
     dead: list[float] = field(default_factory=list)
 
 
-def copy_for_analysis(mlm: Any) -> MaskedLanguageModel:
-    """The model in fp32 and eval mode with eager attention; changed in place. Raises ValueError without one."""
+def use_eager_attention(model: PreTrainedModel) -> None:
+    """Raises ValueError if the architecture has none."""
     try:
-        mlm.set_attn_implementation("eager")
+        model.set_attn_implementation("eager")
     except Exception as error:  # whatever an architecture without it raises
         raise ValueError(
-            f"{mlm.config.model_type} of transformers has no eager attention ({' '.join(str(error).split())}), which "
+            f"{model.config.model_type} of transformers has no eager attention ({' '.join(str(error).split())}), which "
             "the analysis needs"
         ) from None
+
+
+def copy_for_analysis(mlm: Any) -> MaskedLanguageModel:
+    """The model in fp32 and eval mode with eager attention; changed in place. Raises ValueError without one."""
+    use_eager_attention(mlm)
     return MaskedLanguageModel(mlm.float()).eval()
 
 
@@ -120,7 +126,7 @@ def _recorded(model: MaskedLanguageModel) -> Iterator[tuple[list[torch.Tensor], 
         size = args[0].detach().flatten(0, -2).square().mean(0).sqrt()
         dead.append((size <= _DEAD * size.median()).float().mean().item())
 
-    for layer in layers_of(model):
+    for layer in layers_of(model.mlm):
         handles.append(layer.register_forward_hook(read, with_kwargs=True))
         if (inner := _second_linear(layer)) is not None:
             handles.append(inner.register_forward_pre_hook(read_units))

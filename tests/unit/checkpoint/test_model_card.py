@@ -90,6 +90,8 @@ def test_the_card_of_an_old_run(run: Path) -> None:
     assert f"| loss, nats per masked token | {last:.4f} |" in card.text
     for said in ("Corpora: not recorded. 144 sequences were consumed, 2,304 tokens", "Command: not recorded", "lamb"):
         assert said in card.text
+    # What that version did not record was the only one there was.
+    assert "attention over rows (`data.attention: rows`) of 16 tokens: a token attended to its complete" in card.text
 
 
 def test_figures_after_the_checkpoint_are_not_its_own(run: Path) -> None:

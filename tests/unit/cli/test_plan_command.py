@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from maskvr_ds.cli.main import main
@@ -14,7 +15,8 @@ from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_mea
 from maskvr_ds.planning.hardware import GPUS
 from maskvr_ds.planning.memory import memory
 from maskvr_ds.planning.step_time import Calibration
-from tests.support.corpora import make_corpus
+from tests.support.corpora import SPECIAL, make_corpus
+from tests.support.documents import rows_of
 
 GPU_RESULT = Path(__file__).parents[3] / "docs/results/gpu/train_bert_base.json"
 WORDS = ["plan", "--config", "bert_base_4k", "--gpu", "h100", "--gpus-per-node", "8"]
@@ -57,6 +59,35 @@ def test_sizes_come_from_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixtur
     (phase,) = plan_json(capsys, "--nodes", "1", "--set", f"data.path={corpus}")["phases"]
     assert (phase["sequence_length"], phase["predictions"]) == (64, 9)
     assert "--vocab-size" in fault(capsys, "--nodes", "1", "--set", f"data.path={tmp_path / 'none'}")
+
+
+def test_padding_and_documents_are_those_of_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted over a mixture whose second corpus is read twice; without the corpus, the output says so."""
+    first = make_corpus(tmp_path / "first", rows=6, padded_last_row=True)
+    second = make_corpus(tmp_path / "second", rows=3, seed=1)
+    words = ["--nodes", "1", "--set", "batch.global_size=64", "--set", "data.path=null"]
+    words += ["--set", f"data.mixture=[{{path: {first}}}, {{path: {second}, weight: 2}}]"]
+    rows = plan_json(capsys, *words)["phases"][0]
+    assert (rows["attention"], rows["pairs_share"]) == ("rows", 1)
+    # 16 of the 12 rows' 384 positions.
+    assert rows["padding"] == pytest.approx(16 / 384)
+    documents = plan_json(capsys, *words, "--set", "data.attention=documents")["phases"][0]
+    pairs, separator = 0, SPECIAL.index("[SEP]")
+    for folder in (first, second):
+        _, ids, _ = rows_of(folder)
+        for row in ids.tolist():
+            # Padding is a document of its own behind the last separator.
+            number = np.cumsum([0, *(token == separator for token in row[:-1])])
+            pairs += sum(a == b for a in number for b in number)
+    assert documents["pairs_share"] == pytest.approx(pairs / (9 * 32**2))
+    assert documents["padding"] == rows["padding"]
+    assert run(*words, "--set", "data.attention=documents") == 0
+    text = capsys.readouterr().out
+    assert "rows          4% of the positions are padding, which costs what tokens cost; " in text
+    assert f"{documents['tokens_per_second'] * (1 - 16 / 384):,.0f} tokens/s without it" in text
+    assert f"attention within documents, {pairs / (9 * 32**2):.1%} of the pairs of positions, by Flash Attent" in text
+    assert run("--nodes", "1", *SIZES, "--set", "data.attention=documents") == 0
+    assert "whose lengths only the corpus knows: counted over complete rows" in capsys.readouterr().out
 
 
 def test_picture(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def test_all_fields_are_found() -> None:
     assert {"seed", "optimizer.betas.1", "data.mixture.0.weight", "divergence.margin", "hangs.timeout"} <= names
     paths = {".".join(map(str, where)) for where in PATHS}
     of_model = {"model.config", "model.initialize_from"}
-    assert paths == {"output_dir", "data.path", "data.mixture.0.path", "data.held_out_path", *of_model}
+    of_data = {"data.path", "data.mixture.0.path", "data.held_out_path"}
+    assert paths == {"output_dir", "masking.auto.costs", *of_data, *of_model}
 
 
 @pytest.mark.parametrize("where", NUMBERS, ids=lambda where: ".".join(map(str, where)))

@@ -36,7 +36,14 @@ def masking(strategy: str, *, named: bool) -> st.SearchStrategy[dict[str, Any]]:
     if strategy == "auto":
         sections["mapnet"] = some(**NETWORK)
     common = {"rate": rates, "final_rate": rates, "mask_probability": st.floats(0, 0.9)}
-    return some(**common, **sections).map(lambda values: {**values, "strategy": strategy} if named else values)
+    given_always: dict[str, Any] = {}
+    if strategy == "auto":
+        # The rate may not rise, also not to one that a phase inherits from the run.
+        given_always = {"rate": st.floats(0.5, 0.9), "final_rate": st.floats(0.01, 0.1)}
+    if named:
+        given_always["strategy"] = st.just(strategy)
+    both = st.tuples(some(**common, **sections), st.fixed_dictionaries(given_always))
+    return both.map(lambda parts: {**parts[0], **parts[1]})
 
 
 masks = st.sampled_from(list(SUBSECTIONS)).flatmap(lambda strategy: masking(strategy, named=True))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_figures(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_of_three_tokens_have_no_pattern(folder: Path) -> None:
+    model = copy_for_analysis(AutoModelForMaskedLM.from_pretrained(folder / "a"))
+    rows = choose_rows(Corpus(folder / "corpus"), ROWS, torch.device("cpu"))
+    plain, mask = rows.plain, torch.ones_like(rows.plain.input_ids, dtype=torch.bool)
+    mask[1, 3:] = False
+    found = measure_heads(model, replace(rows, plain=replace(plain, attention_mask=mask)))
+    assert len(found.classes[0][0]) == ROWS - 1
+    four = replace(plain.map(lambda column: column[[0, 2, 3, 4]]), attention_mask=None)
+    torch.testing.assert_close(found.entropy, measure_heads(model, replace(rows, plain=four)).entropy)
+    mask[:, 3:] = False
+    with pytest.raises(ValueError, match="all rows have fewer than 4 tokens"):
+        measure_heads(model, replace(rows, plain=replace(plain, attention_mask=mask)))
+
+
 def test_shares_to_kinds_of_tokens_are_sums_of_weights(folder: Path) -> None:
     model = copy_for_analysis(AutoModelForMaskedLM.from_pretrained(folder / "a"))
     rows = choose_rows(Corpus(folder / "corpus"), 40, torch.device("cpu"))  # with the padded one
@@ -89,7 +104,7 @@ def test_the_pruned_model_has_the_logits_of_the_model_with_heads_off(
     rows = choose_rows(Corpus(folder / "corpus"), ROWS, torch.device("cpu"))
     heads, batch = Heads(model, rows.masked), rows.masked
     assert heads.loss(off) == pytest.approx(found["pruning"][-1]["loss"], rel=1e-5)
-    with heads.gated((~off).float()), torch.no_grad():
+    with heads.switches.gated((~off).float()), torch.no_grad():
         expected = model.mlm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     pruned = AutoModelForMaskedLM.from_pretrained(target).eval()
     logits = pruned(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits

@@ -114,6 +114,27 @@ FAULTS = [
     ),
     sets("a rate above 1", "masking.rate=1.5", "masking.rate: Input should be less than 1 (given: 1.5)"),
     sets(
+        "a rate that rises under auto",
+        "masking.strategy=auto --set masking.final_rate=0.5",
+        "masking: final_rate 0.5 is above rate 0.15; under strategy auto the rate may only fall: exchange the two, or "
+        "remove final_rate",
+    ),
+    sets(
+        "a rate that falls below one prediction per row",
+        "masking.strategy=auto --set masking.final_rate=0.01",
+        "masking.final_rate 0.01: less than one prediction in a row of 14 tokens; set it to at least 0.0357",
+    ),
+    sets(
+        "a corpus too small to measure on",
+        "masking.strategy=auto --set masking.auto.rows=100000",
+        "masking.auto.rows 100000: …corpus has only … rows",
+    ),
+    sets(
+        "too few rows to measure on",
+        "masking.strategy=auto --set masking.auto.rows=4",
+        "masking.auto.rows: Input should be greater than or equal to 5 (given: 4)",
+    ),
+    sets(
         "an unknown strategy",
         "masking.strategy=half",
         "masking.strategy: Input should be 'uniform', 'whole_word', 'span', 'fully_explored', "

@@ -189,6 +189,25 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
+def test_a_generator_without_tied_embeddings(tmp_path: Path) -> None:
+    """ELECTRA's generator is taken as its config.json says; a decoder that is then missing, or a second one, is an
+    error."""
+    model = saved(tmp_path, "electra", config={"tie_word_embeddings": False})
+    decoder, table = "generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"
+    module, lines = loaded(tmp_path)
+    assert torch.equal(module.get_parameter(decoder), model.get_parameter(decoder))
+    assert torch.equal(module.get_parameter(table), model.get_parameter(table))
+    assert not torch.equal(module.get_parameter(decoder), module.get_parameter(table))
+    assert len(lines) == 1
+    change(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match=f"{decoder} and {table} differ, but are one tensor.*(tie_word_embeddings)"):
+        loaded(tmp_path)
+    change(tmp_path, tie_word_embeddings=False)
+    edit(tmp_path, lambda tensors: tensors.pop(decoder))
+    with pytest.raises(ConfigError, match=rf"1 missing \({decoder}\); set model.new_head=true"):
+        loaded(tmp_path)
+
+
 def test_settings_must_be_those_of_the_folder(tmp_path: Path) -> None:
     saved(tmp_path, "roberta")
     model = ModelConfig(initialize_from=tmp_path, settings={"hidden_dropout_prob": 0.3, "hidden_size": 32})

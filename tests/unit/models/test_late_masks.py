@@ -226,7 +226,7 @@ def test_flops_of_bert_are_the_formula_and_those_of_a_plan() -> None:
     expected = 3 * (N * layer(L - h) + (n - N) * layer(L) + K * (2 * D * D + 2 * D * V))
     assert flops_per_sequence(config, L, K, batch=B, late=LateMasks(N, MASK, h)) == expected
     sizes = encoder_sizes(ModelConfig.model_validate(section("bert")), V)
-    assert sizes.flops(L, K, (N, h)) == pytest.approx(expected)
+    assert sizes.flops(L, K, late=(N, h)) == pytest.approx(expected)
 
 
 def test_flops_of_windows_below_are_of_the_pairs_left_on_average() -> None:

@@ -15,7 +15,7 @@ from maskvr_ds.planning.hardware import GPUS, LINKS, USABLE, Cluster, link_bytes
 from maskvr_ds.planning.memory import Pass, memory
 from maskvr_ds.planning.plan import Corpus, Plan, make_plan
 from maskvr_ds.planning.sizes import encoder_sizes
-from maskvr_ds.planning.step_time import Calibration, mask_launches, step_time
+from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time
 from maskvr_ds.planning.zero import Zero, zero_settings
 
 LARGE = encoder_sizes(ModelConfig(preset="bert-large"), 30_522)
@@ -167,6 +167,41 @@ def test_an_upper_bound_of_speed() -> None:
         slower = step_time(LARGE, zero("zero1_bf16"), work, cluster, **{**options, "calibration": Calibration(2, 2)})
         assert slower.forward_backward == 2 * found.forward_backward
         assert slower.reduction == found.reduction
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_documents_in_a_row_cost_what_they_cost_in_rows_of_their_own(again: bool) -> None:
+    """Four documents of 128 tokens per row of 512: as many FLOPs and seconds as four rows of 128."""
+    gpu, pairs = GPUS["h100"], 4 * 128**2
+    rows = pass_seconds(LARGE, gpu, 2, Pass(512, 76, 8, 1, again))
+    packed = pass_seconds(LARGE, gpu, 2, Pass(512, 76, 8, 1, again, pairs))
+    assert packed == pytest.approx(pass_seconds(LARGE, gpu, 2, Pass(128, 19, 32, 1, again)))
+    assert packed < rows
+    assert LARGE.flops(512, 76, pairs) == 4 * LARGE.flops(128, 19)
+
+
+def test_documents_are_skipped_in_half_precision_only() -> None:
+    """In fp32 pairs of different documents are masked: model FLOPs fall, the time does not."""
+    for name in ("zero1_bf16", "zero1_fp32"):
+        plans = []
+        for attention, pairs in (("rows", None), ("documents", 4 * 128**2), ("documents", None)):
+            data = {"path": "corpus", "attention": attention}
+            config = run_config(deepspeed=name, data=data, batch={"global_size": 4096, "micro_size": 32})
+            corpus = Corpus(512, 30_522, pairs=pairs)
+            cluster = Cluster(4, 8, GPUS["h100"], link_bytes("1x400G"))
+            plans.append(make_plan(config, [corpus], cluster, Calibration()).phases[0])
+        rows, documents, unknown = plans
+        assert unknown.step == rows.step
+        assert (rows.pairs_share, documents.pairs_share, unknown.pairs_share) == (1, 0.25, None)
+        assert documents.memory == rows.memory
+        flops = [plan.model_tflops * plan.step.total for plan in (documents, rows)]
+        expected = LARGE.flops(512, rows.predictions, 4 * 128**2) / LARGE.flops(512, rows.predictions)
+        assert flops[0] / flops[1] == pytest.approx(expected)
+        if name.endswith("fp32"):
+            assert (documents.computed_share, documents.step) == (1, rows.step)
+        else:
+            assert documents.computed_share == 0.25
+            assert documents.step.forward_backward < 0.95 * rows.step.forward_backward
 
 
 def test_launches_of_masks_by_strategy() -> None:

@@ -363,6 +363,39 @@ def test_plot_has_the_loss_before_training_and_the_entropy(tmp_path: Path, monke
     assert drawn["held-out unigram entropy"] == [[0, 2], [5.0, 5.0]]
 
 
+def test_plot_has_the_choices_of_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rate after each measurement, the strategy where it changes, and the best other plan with its interval."""
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, Any] = {}
+    step, errorbar, annotate = Axes.step, Axes.errorbar, Axes.annotate
+
+    def record(name: str, original: Any) -> Any:
+        def call(axes: Axes, *args: Any, **options: Any) -> Any:
+            drawn.setdefault(name, []).append((args, options))
+            return original(axes, *args, **options)
+
+        return call
+
+    for name, original in (("step", step), ("errorbar", errorbar), ("annotate", annotate)):
+        monkeypatch.setattr(Axes, name, record(name, original))
+    now, better, unknown = [1.0, 1.0, 1.0], [1.5, 1.2, 2.0], [None, None, None]
+    candidates = [{"progress": x, "per_second": x} for x in (now, [0.5, 0.4, 0.6], better, unknown)]
+    event = {"event": "auto", "segments": 1, "strategy": "uniform", "candidates": candidates}
+    lines: list[dict[str, Any]] = [{"step": s, "loss": 5 - s / 10} for s in range(1, 9)]
+    lines += [{"event": "auto", "step": 1, "strategy": "fully_explored", "segments": 1}]  # of an earlier version
+    lines += [{**event, "step": 2, "rate": 0.45}, {**event, "step": 4, "rate": 0.3, "candidates": []}]
+    lines += [{**event, "step": 6, "rate": 0.3, "segments": 3, "candidates": [{"progress": now, "per_second": now}]}]
+    (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    plot_loss(tmp_path / METRICS, tmp_path / "loss.png")
+    ((at, rates), _) = drawn["step"][0]
+    assert (at, rates) == ([2, 4, 6, 8], [0.45, 0.3, 0.3, 0.3])
+    assert [args[0] for args, _ in drawn["annotate"]] == ["uniform", "uniform, 3 segments"]
+    ((where, values), options) = drawn["errorbar"][0]
+    assert (where, values) == ([2], [1.5])
+    assert np.ravel(options["yerr"]) == pytest.approx([0.3, 0.5])
+
+
 def test_plot_is_a_png_of_some_size(tmp_path: Path) -> None:
     lines = [{"step": s, "loss": 5 - s / 10, **({"held_out_loss": 5.0} if s % 5 == 0 else {})} for s in range(1, 20)]
     (tmp_path / METRICS).write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -33,9 +33,9 @@ def test_heads_of_every_architecture(architecture: str) -> None:
     assert heads.loss() == pytest.approx(plain, rel=1e-6)  # nothing is left of the hooks
     if architecture == "albert":
         with pytest.raises(ValueError, match="its layers share their weights"):
-            heads.zero_columns([(1, 2)])
+            heads.switches.zero_columns([(1, 2)])
         return
-    heads.zero_columns([(1, 2)])
+    heads.switches.zero_columns([(1, 2)])
     assert heads.loss() == pytest.approx(without, rel=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_importance_is_the_slope_of_the_loss() -> None:
             for sign in (1, -1):
                 gates = torch.ones(3, 4, dtype=torch.float64)
                 gates[n, h] += sign * step
-                with heads.gated(gates), torch.no_grad():
+                with heads.switches.gated(gates), torch.no_grad():
                     losses.append(mean_loss(model, row).item())
             slopes.append(abs(losses[0] - losses[1]) / (2 * step))
         # The loss is formed in fp32.
@@ -95,7 +95,7 @@ def test_pruning_takes_the_cheapest_head_first() -> None:
     curve = heads.prune(3)
     assert curve[0][2] == pytest.approx(heads.loss() + single.min().item(), rel=1e-5)
     assert len({(n, h) for n, h, _ in curve}) == 3
-    heads.zero_columns([(n, h) for n, h, _ in curve])
+    heads.switches.zero_columns([(n, h) for n, h, _ in curve])
     assert heads.loss() == pytest.approx(curve[-1][2], rel=1e-5)
 
 
@@ -103,6 +103,15 @@ def test_rank_correlation() -> None:
     a = torch.tensor([[1.0, 5.0], [3.0, 2.0]])
     assert rank_correlation(a, a.exp()) == pytest.approx(1)
     assert rank_correlation(a, -a) == pytest.approx(-1)
+    assert rank_correlation(a, torch.ones(2, 2)) is None
+    assert rank_correlation(a[:1], a[:1]) is None
+
+
+def test_rank_correlation_with_ties_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(5, (4, 6), generator=random).double() for _ in range(2))
+    assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a.flatten(), b.flatten()).statistic)
 
 
 def test_a_model_without_an_output_projection() -> None:
@@ -110,4 +119,4 @@ def test_a_model_without_an_output_projection() -> None:
     for layer in model.mlm.get_submodule("bert.encoder.layer"):  # type: ignore[union-attr]
         layer.attention.output.dense = torch.nn.Identity()
     with pytest.raises(ValueError, match="output projection of its attention is not found"):
-        output_projections(model)
+        output_projections(model.mlm)

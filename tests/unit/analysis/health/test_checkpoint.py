@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.health import checkpoint
 from maskvr_ds.analysis.health.checkpoint import (
     Measurements,
     find_checkpoint,
@@ -15,6 +16,8 @@ from maskvr_ds.analysis.health.checkpoint import (
     sharpness,
 )
 from maskvr_ds.analysis.health.probe import copy_for_analysis, mean_loss
+from maskvr_ds.analysis.health.spectra import Largest
+from maskvr_ds.checkpoint.export import load_model
 from maskvr_ds.cli.main import main
 from maskvr_ds.models.encoder import MaskedLanguageModel, build
 from maskvr_ds.run_folder.checkpoints import CheckpointError
@@ -54,6 +57,25 @@ def test_a_step_without_a_checkpoint() -> None:
         find_checkpoint(RUN, "5")
 
 
+def test_a_checkpoint_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(folder: Path) -> object:
+        model = load_model(folder)
+        model.get_parameter("bert.encoder.layer.0.output.dense.weight").data[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(checkpoint, "load_model", damaged)
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors have values that are not finite \(bert.encoder.layer.0.output"
+    ):
+        measure_checkpoint(find_checkpoint(RUN, "6"), CORPUS, rows=4, lr=0.02)
+
+
+def test_an_eigenvalue_that_has_not_converged_is_a_bound(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "sharpness", lambda *_: Largest(3.0, 40, converged=False))
+    texts = {f.check: f.text for f in judge_checkpoint(measured(model_of("bert"), corpus))}
+    assert texts["sharpness"].startswith("λ_max ≥ 3")
+
+
 def test_a_random_model_is_healthy(corpus: Path) -> None:
     assert findings(measured(model_of("bert"), corpus)) == set()
 
@@ -76,7 +98,7 @@ def test_sharpness_is_that_of_the_full_hessian(corpus: Path) -> None:
         pairs = zip(row, used, strict=True)
         rows.append(torch.cat([torch.zeros(p.numel()) if r is None else r.flatten() for r, (p, _) in pairs]))
     expected = torch.linalg.eigvalsh(torch.stack(rows).double())[-1].item()
-    assert sharpness(model, batch) == pytest.approx(expected, rel=1e-3)
+    assert sharpness(model, batch).value == pytest.approx(expected, rel=1e-3)
 
 
 def test_dead_rows_are_named(corpus: Path) -> None:

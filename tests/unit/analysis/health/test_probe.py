@@ -44,7 +44,7 @@ def test_every_architecture_has_its_signals(architecture: str) -> None:
     assert all(0 < entropy <= 1.0001 for heads in found.entropy for entropy in heads)
     assert all(len(heads) == 4 for heads in found.entropy)
     # Analysis leaves no hooks.
-    assert not any(layer._forward_hooks for layer in layers_of(model))
+    assert not any(layer._forward_hooks for layer in layers_of(model.mlm))
 
 
 def test_activations_and_gradients_are_those_of_hidden_states() -> None:
@@ -78,7 +78,7 @@ def test_attention_figures_are_those_of_the_weights() -> None:
 def test_a_layer_that_multiplies_has_that_jacobian() -> None:
     model = model_of("bert")
     plain = measure_signals(model, masked()).jacobians
-    for layer in layers_of(model):
+    for layer in layers_of(model.mlm):
         layer.register_forward_hook(lambda _, args, output: output * 3 if torch.is_tensor(output) else None)
     tripled = measure_signals(model, masked()).jacobians
     # The first layer has the same input.
@@ -87,7 +87,7 @@ def test_a_layer_that_multiplies_has_that_jacobian() -> None:
 
 def test_dead_units_are_counted() -> None:
     model = model_of("bert")
-    dense = layers_of(model)[1].intermediate.dense  # type: ignore[union-attr]
+    dense = layers_of(model.mlm)[1].intermediate.dense  # type: ignore[union-attr]
     dense.weight.data[:12], dense.bias.data[:12] = 0.0, -20.0  # type: ignore[union-attr,index]
     found = measure_signals(model, masked(), jacobians=False)
     assert found.dead == pytest.approx([0, 12 / 48, 0])
@@ -95,7 +95,7 @@ def test_dead_units_are_counted() -> None:
 
 def test_large_queries_collapse_the_entropy() -> None:
     model = model_of("bert")
-    attention = layers_of(model)[2].attention.self  # type: ignore[union-attr]
+    attention = layers_of(model.mlm)[2].attention.self  # type: ignore[union-attr]
     attention.query.weight.data.mul_(300)  # type: ignore[union-attr]
     attention.key.weight.data.mul_(300)  # type: ignore[union-attr]
     found = measure_signals(model, masked(), jacobians=False)
@@ -114,6 +114,18 @@ def test_initialisations_of_bert() -> None:
     assert by_name["initializer_range 0.1"]["logit"] > 5 * by_name["as configured"]["logit"]
     assert by_name["initializer_range 0.1"]["loss"] > by_name["as configured"]["loss"]
     assert table(rows, V).count("\n") == len(rows)
+    assert {"RMSNorm", "batch normalisation"} < set(names)
+
+
+def test_initialisations_take_the_normalisation_of_the_run() -> None:
+    config, batch = model_of("bert").mlm.config, masked()
+    plain, batched = (
+        {row.name: row.figures() for row in measure_initialisations(config, batch, seed=1, normalization=kind)}
+        for kind in ("layer", "batch")
+    )
+    assert batched["as configured"] == plain["batch normalisation"]
+    assert batched["LayerNorm"] == plain["as configured"]
+    assert batched["as configured"]["loss"] != plain["as configured"]["loss"]
 
 
 def test_depth_scaling_divides_two_maps_of_each_layer() -> None:

@@ -1,0 +1,342 @@
+"""Seconds of a training step per candidate of masking.strategy auto: measured once, stored, never measured again.
+
+Choices must not depend on a clock that is read while training: ranks would differ, and so would a resumed run. The
+costs of a phase are taken, in this order, from
+
+1. the checkpoint that the run resumes from,
+2. RUN/mask_costs.json, written before the first step,
+3. the file masking.auto.costs, which must come from an equal machine and run,
+4. steps of an engine that is made for this purpose and destroyed before the run's own one is made. Its learning rate is
+   0, and its weights are not those of the run. Candidates take turns; of each, the median over rounds counts, and of
+   the ranks' medians the highest.
+
+A resume on other ranks or another machine keeps the costs: 1 comes first.
+
+Model of the costs: uniform masks are measured at every rate; disjoint segments and the proposal (with its training) add
+to that what they add at the highest rate. Seconds are those of the clock on GPUs, and those of the process's CPU time
+without one, where other programs would disturb the clock.
+
+Collectives: those of training steps; `run_on_rank0` and one `gather_objects`.
+"""
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from data_pipeline.shards import Corpus
+from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config.deepspeed import zero_stage
+from maskvr_ds.data.loader import Loader
+from maskvr_ds.engine.deepspeed_patches import free_memory
+from maskvr_ds.engine.ds_config import model_dtype
+from maskvr_ds.engine.engine import set_learning_rate
+from maskvr_ds.masking.factory import create_masker
+from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.strategies import STRATEGIES
+from maskvr_ds.run_folder.checkpoints import CheckpointError
+from maskvr_ds.run_folder.layout import MASK_COSTS
+from maskvr_ds.runtime import distributed
+from maskvr_ds.runtime.files import atomic_write, parse_json
+from maskvr_ds.training.auto_choice import PROPOSAL, SEGMENTS, UNIFORM, MaskingPlan, ladder, plain, segment_counts
+from maskvr_ds.training.phases import RunPhase
+from maskvr_ds.training.resume import ResumePoint
+from maskvr_ds.training.step import run_step
+
+# Timed rounds, after one that is not.
+_ROUNDS = 5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """uniform: rate -> seconds of a step with uniform masks. added: strategy -> seconds that it adds. machine: what the
+    seconds depend on, by name."""
+
+    uniform: dict[float, float]
+    added: dict[str, float]
+    machine: dict[str, Any]
+
+    def seconds(self, plan: MaskingPlan) -> float:
+        """Seconds of a step."""
+        return self.uniform[plan.rate] + self.added.get(plan.strategy, 0.0)
+
+    def stored(self) -> dict[str, Any]:
+        """In JSON types."""
+        return {**asdict(self), "uniform": [[rate, seconds] for rate, seconds in self.uniform.items()]}
+
+    @classmethod
+    def read(cls, stored: Any) -> Self:
+        """Raises ValueError if the content has another form."""
+        try:
+            uniform = {float(rate): float(seconds) for rate, seconds in stored["uniform"]}
+            added = {str(name): float(seconds) for name, seconds in stored["added"].items()}
+            machine = dict(stored["machine"])
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"not the seconds of masking strategies ({type(error).__name__}: {error})") from None
+        if not uniform or not all(0 < x < float("inf") for x in uniform.values()):
+            raise ValueError(f"seconds of uniform masks must be positive, found {list(uniform.values())}")
+        if not all(0 <= x < float("inf") for x in added.values()):
+            raise ValueError(f"seconds that a strategy adds must not be negative, found {added}")
+        return cls(uniform, added, machine)
+
+    def lacks(self, needed: "Needed") -> str | None:
+        """A candidate whose costs are missing, in words; None if all are known."""
+        for rate in needed.rates:
+            if rate not in self.uniform:
+                return f"uniform masks at rate {rate:g}"
+        missing = [strategy for strategy in needed.strategies if strategy not in self.added]
+        return missing[0] if missing else None
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{seconds:.4g} s at rate {rate:.4g}" for rate, seconds in self.uniform.items())
+        added = "".join(f"; {name} adds {seconds:.2g} s" for name, seconds in self.added.items())
+        return f"uniform masks {rates}{added}"
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Candidates whose costs a run needs. strategies: besides uniform."""
+
+    rates: tuple[float, ...]
+    strategies: tuple[str, ...]
+
+
+def needed(config: RunConfig, corpus: Corpus) -> Needed:
+    """config: of a phase."""
+    masking, n = config.masking, corpus.sequence_length - 2
+    rates = ladder(masking.rate, masking.final_rate)
+    divided = any(
+        segment_counts(n, rate, config.batch.global_size) or plain(n, rate).strategy == SEGMENTS for rate in rates
+    )
+    return Needed(rates, (*((SEGMENTS,) if divided else ()), *((PROPOSAL,) if masking.auto.proposal else ())))
+
+
+def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """What the seconds of a step depend on besides the masks, of rank 0, in JSON types. Collective: call on all
+    ranks."""
+
+    def describe() -> dict[str, Any]:
+        found = {
+            "device": distributed.device_name(),
+            "ranks": distributed.world_size(),
+            "global_size": config.batch.global_size,
+            "micro_size": config.batch.micro_size,
+            "sequence_length": corpus.sequence_length,
+            "vocab_size": corpus.manifest.vocab_size,
+            "zero_stage": zero_stage(deepspeed_config),
+            "dtype": str(model_dtype(deepspeed_config)).removeprefix("torch."),
+            "compile": config.training.compile,
+            "attention": config.data.attention,
+            "model": config.model.identity(),
+        }
+        return dict(json.loads(json.dumps(found)))
+
+    return distributed.run_on_rank0(describe)
+
+
+def resolve_costs(
+    phase: RunPhase, corpus: Corpus, here: Mapping[str, Any], point: ResumePoint, make_engine: Callable[[], Any]
+) -> tuple[StepCosts, float]:
+    """Costs of a phase's candidates: stored ones, or measured now; written into the run's folder. Also the seconds that
+    measuring took, 0 for stored ones. Collective: call on all ranks."""
+    config, started, took = phase.config, time.perf_counter(), 0.0
+    wanted = needed(config, corpus)
+    state = None if point.checkpoint is None else point.checkpoint.state
+    # A phase that starts from the last checkpoint of the previous one has none yet.
+    auto = {} if state is None or len(state.phases) == phase.index > 0 else state.auto
+
+    def find() -> StepCosts | None:
+        check_plan_of_checkpoint(config, auto)
+        return stored_costs(config, phase.index, wanted, here, auto.get("costs"))
+
+    costs = distributed.run_on_rank0(find)
+    if costs is None:
+        logger.info("masking.strategy auto: measuring the seconds of a step with each candidate")
+        costs = measure_costs(config, corpus, wanted, here, make_engine)
+        took = time.perf_counter() - started
+    elif costs.machine != here:
+        differ = [name for name in here if costs.machine.get(name) != here[name]]
+        logger.info("masking.strategy auto: costs of another machine or layout (%s) are kept", ", ".join(differ))
+    found = costs
+    logger.info("masking.strategy auto: seconds of a step: %s", found)
+    distributed.run_on_rank0(lambda: write_costs(config.output_dir, phase.index, found))
+    return costs, took
+
+
+def check_plan_of_checkpoint(config: RunConfig, auto: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the run could not continue with the masks that a checkpoint had chosen. auto: its
+    state."""
+    masking = config.masking
+    if auto and "rate" not in auto and masking.final_rate is not None:
+        raise CheckpointError(
+            f"masking.final_rate {masking.final_rate:g}: the checkpoint is of an earlier version, whose strategy auto "
+            "followed a linear schedule of the rate; this version decides by measurements when it falls, and could not "
+            "continue it. Start a new run, or resume with that version"
+        )
+    rates = ladder(masking.rate, masking.final_rate)
+    if (rate := auto.get("rate", masking.rate)) not in rates:
+        raise CheckpointError(
+            f"masking.rate {masking.rate:g}: strategy auto trains at {rate:g}, which is not among the rates "
+            f"{', '.join(f'{x:g}' for x in rates)} from masking.rate to final_rate; restore both"
+        )
+    if auto.get("strategy") == PROPOSAL and not masking.auto.proposal:
+        raise CheckpointError(
+            "masking.auto.proposal false: strategy auto trains with the proposal at this checkpoint; set it to true"
+        )
+
+
+def stored_costs(
+    config: RunConfig, phase: int, needed: Needed, here: Mapping[str, Any], in_checkpoint: Any
+) -> StepCosts | None:
+    """Costs that need not be measured. Call on one rank. Raises ConfigError for a file that does not apply.
+
+    in_checkpoint: content of the checkpoint, None if it has none. here: `machine`.
+    """
+    file = config.masking.auto.costs
+    own = _of_run(config.output_dir, phase) if in_checkpoint is None else StepCosts.read(in_checkpoint)
+    if own is not None and own.lacks(needed) is None:
+        if file is not None and file.is_file() and _imported(file).stored() != own.stored():
+            raise ConfigError(
+                f"masking.auto.costs {file}: differs from the costs that the run has followed so far, and a run keeps "
+                "its costs; remove the setting, or start a new run"
+            )
+        return own
+    if file is None:
+        return None
+    costs = _imported(file)
+    for name, value in here.items():
+        if costs.machine.get(name) != value:
+            raise ConfigError(
+                f"masking.auto.costs {file}: measured with {name} {costs.machine.get(name)!r}, this run has {value!r}, "
+                "and seconds of another machine or batch say nothing about this one's; remove the setting to measure "
+                "them here, or measure them by `maskvr benchmark masks --config`"
+            )
+    if (missing := costs.lacks(needed)) is not None:
+        raise ConfigError(
+            f"masking.auto.costs {file}: no seconds of {missing}, which is a candidate; measure them with this "
+            "configuration (`maskvr benchmark masks --config`), or remove the setting"
+        )
+    return costs
+
+
+def _imported(file: Path) -> StepCosts:
+    try:
+        content = parse_json(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"masking.auto.costs {file}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ConfigError(f"masking.auto.costs {file}: not valid JSON") from None
+    # Of a run, those of its first phase.
+    if isinstance(content, dict) and "phases" in content:
+        content = next(iter(content["phases"].values()), None) if isinstance(content["phases"], dict) else None
+    try:
+        return StepCosts.read(content)
+    except ValueError as error:
+        raise ConfigError(f"masking.auto.costs {file}: {error}") from None
+
+
+def _of_run(run: Path, phase: int) -> StepCosts | None:
+    """Costs in the run's folder; None if it has none, or none that can be read."""
+    try:
+        return StepCosts.read(parse_json((run / MASK_COSTS).read_bytes())["phases"][str(phase)])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_costs(run: Path, phase: int, costs: StepCosts) -> None:
+    """Add the phase's costs to RUN/mask_costs.json. Call on one rank."""
+    try:
+        phases = dict(parse_json((run / MASK_COSTS).read_bytes())["phases"])
+    except (OSError, ValueError, KeyError, TypeError):
+        phases = {}
+    phases[str(phase)] = costs.stored()
+    atomic_write(run / MASK_COSTS, json.dumps({"phases": phases}, indent=1) + "\n")
+
+
+def measure_costs(
+    config: RunConfig,
+    corpus: Corpus,
+    needed: Needed,
+    here: Mapping[str, Any],
+    make_engine: Callable[[], Any],
+    rounds: int = _ROUNDS,
+) -> StepCosts:
+    """Measure the candidates' costs. Collective: call on all ranks.
+
+    make_engine: an engine like the run's; it is destroyed. rounds: timed steps of every candidate.
+    """
+    engine = make_engine()
+    engine.train()
+    device, masking = distributed.device(), config.masking
+    proposer = None
+    if PROPOSAL in needed.strategies and masking.mapnet.cost is None:
+        proposer = Proposer(
+            # Of steps at which it learns: with learn_every, more than on average.
+            masking.mapnet.model_copy(update={"learn_every": 1}),
+            vocab_size=corpus.manifest.vocab_size,
+            max_length=engine.module.mlm.config.max_position_embeddings,
+            seed=0,
+            device=device,
+        )
+        proposer.gate = "always"
+    masker = create_masker(
+        masking, corpus, seed=0, device=device, proposal=None if proposer is None else proposer.propose
+    )
+    loader = Loader(
+        corpus,
+        seed=0,
+        global_size=config.batch.global_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=device,
+    )
+    cases = [(UNIFORM, rate) for rate in needed.rates]
+    cases += [(s, needed.rates[0]) for s in needed.strategies if s != PROPOSAL or proposer is not None]
+    times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    set_learning_rate(engine, 0.0)
+    batches = loader.batches()
+    for round_ in range(rounds + 1):
+        # Rotate the order: the state of the caches depends on the previous step.
+        for strategy, rate in _rotated(cases, round_):
+            learner = proposer if strategy == PROPOSAL else None
+            masker.strategy = STRATEGIES[strategy]
+            masker.fix_rate(rate)
+            engine.module.observer = None if learner is None else learner.norms.watch
+            seconds = _step_seconds(engine, masker, next(batches), config, learner)
+            if round_:
+                times[strategy, rate].append(seconds)
+    batches.close()
+    engine.destroy()
+    free_memory()
+    ranks = distributed.gather_objects({case: statistics.median(found) for case, found in times.items()})
+    of_case = {case: max(each[case] for each in ranks) for case in cases}
+    uniform = {rate: of_case[UNIFORM, rate] for rate in needed.rates}
+    highest = needed.rates[0]
+    added = {s: max(0.0, of_case[s, highest] - uniform[highest]) for s, _ in cases if s != UNIFORM}
+    if PROPOSAL in needed.strategies and masking.mapnet.cost is not None:
+        added[PROPOSAL] = masking.mapnet.cost * uniform[highest]
+    return StepCosts(uniform, added, dict(here))
+
+
+def _rotated(cases: Sequence[tuple[str, float]], by: int) -> Sequence[tuple[str, float]]:
+    first = by % len(cases)
+    return [*cases[first:], *cases[:first]]
+
+
+def _step_seconds(engine: Any, masker: Any, batch: Any, config: RunConfig, proposer: Proposer | None) -> float:
+    on_cpu = distributed.device().type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    distributed.barrier()
+    distributed.wait_for_device()
+    start = clock()
+    run_step(engine, masker, batch, config.batch.micro_size, proposer, objectives=config.objectives)
+    if proposer is not None:
+        proposer.step()
+    distributed.wait_for_device()
+    return clock() - start
