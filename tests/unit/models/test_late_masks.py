@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskvr_ds.config import ConfigError, MaskingConfig, ModelConfig
 from maskvr_ds.masking.checks import hidden_positions
+from maskvr_ds.models import documents
 from maskvr_ds.models.architectures import check_settings
 from maskvr_ds.models.capabilities import check_model
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -21,6 +22,7 @@ from maskvr_ds.models.late_masks import LateMasks, Passage, StagedLayers
 from maskvr_ds.planning.sizes import encoder_sizes
 from tests.support.architectures import INSTALLED, section
 from tests.unit.models.test_architectures import PAD, V, config_of
+from tests.unit.models.test_documents import varlen_on_cpu
 
 B, L, K, N, MASK, SEP = 3, 24, 7, 2, 4, 2
 CANNOT = {"albert": "has no list of its 3 layers", "deberta-v2": "does not compute the layers below"}
@@ -131,6 +133,22 @@ def test_documents_and_their_windows_are_kept(architecture: str, trimmed: bool) 
     hidden = batch[0] == MASK
     batch[1][hidden.gather(1, batch[1]).logical_not()] = 0
     compare(module, batch, hidden)
+
+
+@torch.no_grad()
+def test_flash_attention_by_document_computes_the_layers_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers below have a mask: their documents do not lie side by side."""
+    module = model("modernbert", LateMasks(N, MASK, K - 1), separator=SEP)
+    module.trims_late = True
+    batch = rows()
+    batch[0][:, 10] = batch[0][:, -1] = SEP
+    expected, calls = module(*batch), []
+    monkeypatch.setattr(documents, "has_varlen", lambda *_: True)
+    monkeypatch.setattr(
+        documents, "varlen_attn", lambda *args, **options: calls.append(0) or varlen_on_cpu(*args, **options)
+    )
+    torch.testing.assert_close(module(*batch), expected)
+    assert len(calls) == 3 - N
 
 
 def test_a_row_with_few_masks_gives_up_padding_and_then_tokens_of_its_own() -> None:
