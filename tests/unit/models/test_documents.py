@@ -271,7 +271,7 @@ def test_costs_of_strategies_count_the_pairs_within_documents(tmp_path: Path) ->
     options |= {"common": {"rate": 0.25}, "state": SimpleNamespace(identity={"masking": {}})}
     found = [
         Measurement.flops(
-            cast("Measurement", SimpleNamespace(model=measured, **options)), parse_strategies("uniform")[0]
+            cast("Measurement", SimpleNamespace(model=measured, **options)), parse_strategies(["uniform"])[0]
         )
         for measured in (MaskedLanguageModel(config), MaskedLanguageModel(config, separator=SEP))
     ]
