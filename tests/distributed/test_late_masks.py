@@ -1,7 +1,7 @@
 """Training with late mask tokens: stages and ranks, a kill, exports, evaluation, refusals. More architectures and
 settings with --whole-matrix."""
 
-import json
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export import export
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training import Life, column, configuration, free_ports, live, metrics, run_command, train_all
+from tests.distributed.training import Life, column, configuration, free_ports, live, metrics, train_all
 from tests.support.architectures import INSTALLED, section
 from tests.support.corpora import PAD_IS_1, make_corpus
 
@@ -118,27 +118,31 @@ def test_another_layer_is_refused_on_resume(runs: Path, corpus: Path) -> None:
     assert "belongs to another run" in refused
 
 
-def test_evaluation_of_a_checkpoint_is_that_of_its_run(runs: Path, corpus: Path, tmp_path: Path) -> None:
-    options = ["--tasks", "mlm", "--data", corpus, "--rows", 40, "--output", tmp_path / "f.json"]
-    result = run_command("evaluate", runs / "one" / "bert", *options)
-    assert result.returncode == 0, result.stderr
-    (found,) = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["mlm"].values()
-    assert found["held_out_loss"] == pytest.approx(metrics(runs / "one" / "bert")[-1]["held_out_loss"], abs=1e-5)
+def measure_all(folder: str, corpus: str, output: str) -> tuple[float, list[float]]:
+    """On a rank: held-out loss of the checkpoint of bert; mask variance of modernbert, late and plain."""
+    from data_pipeline.shards import Corpus
+    from maskvr_ds.analysis.gradient_variance import measure
+    from maskvr_ds.downstream.mlm import evaluate
+    from maskvr_ds.runtime import distributed
 
-
-def test_variance_is_that_with_late_mask_tokens(runs: Path, corpus: Path, tmp_path: Path) -> None:
-    totals, costs = [], []
+    distributed.initialize()
+    (figures,) = evaluate([f"{folder}/one/bert"], Corpus(Path(corpus) / "held_out"), rows=50, micro_size=4).values()
+    found = []
     for run in ("one", "plain"):
-        options: list[Any] = ["--checkpoint", runs / "one" / "modernbert", "--corpus", corpus, "--sequences", 8]
-        options += ["--masks", 2, "--sketch-size", 300, "--output", tmp_path / run, "--strategies", "uniform"]
-        options[1] = runs / run / "modernbert"
-        result = run_command("variance", *options)
-        assert result.returncode == 0, result.stderr
-        report = json.loads((tmp_path / run / "variance.json").read_text(encoding="utf-8"))
-        totals.append(report["strategies"]["uniform"]["layers"]["whole"]["mask"][0])
-        costs.append(report["masking"])
-    assert totals[0] > 0
-    assert totals[0] != totals[1]
+        options = ["--checkpoint", f"{folder}/{run}/modernbert", "--corpus", corpus, "--sequences", "8", "--masks", "2"]
+        parser = argparse.ArgumentParser()
+        measure.add_variance_options(parser)
+        report = measure.run(parser.parse_args([*options, "--sketch-size", "300", "--output", f"{output}/{run}"]))
+        found.append(report["strategies"]["uniform"]["layers"]["whole"]["mask"][0])
+    return figures["held_out_loss"], found
+
+
+def test_checkpoints_are_measured_with_late_mask_tokens(runs: Path, corpus: Path, tmp_path: Path) -> None:
+    """Held-out loss as in the run; variance as without them is another."""
+    ((loss, variances),) = run_ranks(measure_all, 1, str(runs), str(corpus), str(tmp_path), timeout=300)
+    assert loss == pytest.approx(metrics(runs / "one" / "bert")[-1]["held_out_loss"], abs=1e-5)
+    assert variances[0] > 0
+    assert variances[0] != variances[1]
 
 
 def test_schedules_networks_precisions_and_compiled_layers(
