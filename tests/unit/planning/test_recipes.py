@@ -9,7 +9,8 @@ from maskvr_ds.planning.step_time import Calibration
 
 # Lengths by phase, for which the recipes say to build corpora, and the vocabulary of the tokenizer that they name.
 BERT, ROBERTA = 30_522, 50_265
-LENGTHS = {"bert_large_64k_32k": (128, 512), "bert_large_64k_32k_deepspeed": (128, 512), "roberta_domain": (512,)}
+TWO = dict.fromkeys((f"bert_large_64k_32k{kind}" for kind in ("", "_deepspeed", "_nsp")), (128, 512))
+LENGTHS = {**TWO, "roberta_domain": (512,)}
 # For a CPU; of architectures whose sizes `maskvr plan` does not know.
 NOT_PLANNED = {"demo_cpu", "albert_base_4k", "modernbert_base", "modernbert_domain"}
 
