@@ -3,7 +3,9 @@
 Each micro-batch contributes the sum of its examples' losses, divided by the number (or total weight) of the examples,
 or tokens, of the step: the gradients of A micro-batches add up to that of the undivided batch, also if these have
 different numbers of tokens. transformers' Trainer does not normalise this way: most encoders' heads accept the step's
-number of items, for which it trusts them to divide by it, and average over the micro-batch instead.
+number of items, for which it trusts them to divide by it, and average over the micro-batch instead. Of questions the
+softmax includes padding, as in transformers, and its amount depends on the micro-batch: there the gradients differ a
+little.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
