@@ -212,7 +212,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_episodes(arguments)
     refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
     arguments.tasks = arguments.tasks or [_MLM]
-    if not (arguments.models or arguments.baselines):
+    if not arguments.models and (arguments.checkpoints or not arguments.baselines):
         raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.tasks == [_MLM]:
         refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
@@ -236,6 +236,8 @@ def _evaluate_episodes(arguments: argparse.Namespace) -> int:
         raise ValueError("--shots: episodes are of the task classification; leave out --tasks")
     others = tuple(name for name in ("rows", "micro_size", *_OF_TASKS) if name not in few_shot.SHARED)
     refuse(arguments, others, "has no meaning with --shots")
+    if not arguments.models:
+        raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.output is None:
         raise ValueError("--output is required: the folder for the scores and the finished runs")
     return few_shot.run(arguments)
