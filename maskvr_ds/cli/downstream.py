@@ -192,8 +192,8 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
     fine_tuning.add_training_options(parser)
 
 
-_PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
-_PROTOCOL += fine_tuning.PROTOCOL
+_OWN = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
+_PROTOCOL = (*_OWN, *fine_tuning.PROTOCOL)
 _OF_TASKS = (
     *_PROTOCOL,
     *fine_tuning.OTHERS,

@@ -185,8 +185,10 @@ def read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
 def _first_protocol(request: Request) -> Protocol:
     """The intermediate task is trained as the tasks are, except for what is named in docs/how-to/evaluate.md."""
     assert request.first is not None
-    own = {"epochs": request.first.epochs, "stride": None, "windows": False}
-    return replace(request.protocol, **own, freeze=None, class_weights=None, patience=None)
+    return replace(
+        request.protocol, epochs=request.first.epochs, stride=None, windows=False, freeze=None, class_weights=None,
+        patience=None,
+    )  # fmt: skip
 
 
 def _lengths(request: Request) -> dict[Kind, int]:

@@ -323,6 +323,6 @@ class Evaluator:
 
     def line(self, label: str, content: Content, *, stored: bool, task: str | None = None) -> str:
         """How a run ended. task: its name, by default that of this one."""
-        how = "stored" if stored else f"{content.get('train_seconds', 0):.0f} s"
+        how = "stored" if stored else f"{content.get('train_seconds') or 0:.0f} s"
         failed = f": {content['diverged']}" if content["diverged"] else ""
         return f"{task or self.data.task.name}: {label} ({how}){failed}"

@@ -23,6 +23,7 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
+    TrainerControl,
     TrainingArguments,
     set_seed,
 )
@@ -117,6 +118,7 @@ class _Trainer(Trainer):
     held-out part, for early stopping.
     """
 
+    control: TrainerControl
     _total: torch.Tensor | float = 0.0
 
     def __init__(

@@ -3,7 +3,9 @@
 Each micro-batch contributes the sum of its examples' losses, divided by the number (or total weight) of the examples,
 or tokens, of the step: the gradients of A micro-batches add up to that of the undivided batch, also if these have
 different numbers of tokens. transformers' Trainer does not normalise this way: most encoders' heads accept the step's
-number of items, for which it trusts them to divide by it, and average over the micro-batch instead.
+number of items, for which it trusts them to divide by it, and average over the micro-batch instead. Of questions the
+softmax includes padding, as in transformers, and its amount depends on the micro-batch: there the gradients differ a
+little.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,8 +53,8 @@ class StepLoss:
     def __call__(self, output: Any, batch: Mapping[str, Tensor], items: Tensor) -> Tensor:
         """Scalar. output: of a model with a task head; batch: its inputs, with labels."""
         if self.kind is Kind.SPAN:
-            sides = (output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])
-            total = sum(F.cross_entropy(logits.float(), target, reduction="sum") for logits, target in sides) / 2
+            start = F.cross_entropy(output.start_logits.float(), batch["start_positions"], reduction="sum")
+            total = (start + F.cross_entropy(output.end_logits.float(), batch["end_positions"], reduction="sum")) / 2
         elif self.kind is Kind.REGRESSION:
             total = F.mse_loss(output.logits.float().squeeze(-1), batch["labels"], reduction="sum")
         else:
