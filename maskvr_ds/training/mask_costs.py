@@ -133,6 +133,8 @@ def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any])
             "dtype": str(model_dtype(deepspeed_config)).removeprefix("torch."),
             "compile": config.training.compile,
             "attention": config.data.attention,
+            "late_layer": config.masking.late_layer,
+            "mapnet": config.masking.mapnet.model_dump(include={"layers", "hidden", "reach", "cost"}),
             "model": config.model.identity(),
         }
         return dict(json.loads(json.dumps(found)))
