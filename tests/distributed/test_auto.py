@@ -31,7 +31,7 @@ ONE, ALL, PROPOSAL = ("fully_explored", 1, 0.2), ("fully_explored", 5, 0.2), ("m
 LAST = ("fully_explored", 1, 0.15)
 MEASURED = [ALL, ALL, PROPOSAL, PROPOSAL, ONE, ONE]
 COURSE = [ONE, ALL, ALL, PROPOSAL, PROPOSAL, ONE, LAST]
-SLOW = 0.02
+SLOW = 0.08
 EXACT = ("step", "loss", "grad_norm", "data_digest", "mask_digest", "predictions")
 
 
@@ -67,7 +67,7 @@ def train_by_course(jobs: list[tuple[dict[str, Any], str | None]], strict: bool)
 
 
 def train_with_slow_network(jobs: list[tuple[dict[str, Any], str | None]]) -> list[str | None]:
-    """On a rank: `train_all` with a MAPNet that takes SLOW CPU-seconds more per micro-batch."""
+    """On a rank: `train_all` with a MAPNet that takes SLOW CPU-seconds more per step."""
     from maskvr_ds.masking.proposer import Proposer
 
     observe = Proposer.observe
@@ -241,7 +241,7 @@ def test_mapnet_costs_what_it_takes_and_is_not_trained_until_it_may_pay(runs: Ru
     """Its cost is that of the clock, not a share of FLOPs, which a slow network does not change."""
     run = runs(f"measured-{ranks}")
     costs = json.loads((run / MASK_COSTS).read_text(encoding="utf-8"))["phases"]["0"]
-    assert costs["added"]["mapnet"] > 0.8 * SLOW * 60 / 15 / ranks
+    assert costs["added"]["mapnet"] > 0.8 * SLOW
     assert not [key for line in metrics(run)[:EVERY] for key in line if key in ("mapnet_loss", "proposal_cost")]
     (event,) = events(run)
     # Far more than the mask variance that a proposal could remove.
