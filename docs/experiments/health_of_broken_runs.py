@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -69,6 +70,7 @@ BROKEN: dict[str, Sections] = {
     "post-LayerNorm, depth 24, no warm-up": {**_POST_NORM, "model": _model(24, 64, initializer_range=0.07)},
     "dead embedding rows": {},
     "spike in the data": {},
+    "fp16 overflows": {"deepspeed": "fp16", "training": {"steps": 220}},
 }
 # Fixed before the runs: one of these findings must be there.
 EXPECTED: dict[str, set[str]] = {
@@ -77,17 +79,34 @@ EXPECTED: dict[str, set[str]] = {
     "post-LayerNorm, depth 24, no warm-up": {"context is used", "gradients over depth", "layer Jacobians"},
     "dead embedding rows": {"embedding rows"},
     "spike in the data": {"loss spikes"},
+    "fp16 overflows": {"fp16 loss scale"},
 }
 _SPIKE = range(300, 306)
 _DEAD = range(len(SPECIAL), len(SPECIAL) + 8)
 
 
 def configuration(folder: Path, corpus: Path, steps: int, sections: Sections) -> RunConfig:
-    values = json.loads(json.dumps(BASE))
+    values = {**json.loads(json.dumps(BASE)), "training": {"steps": steps}}
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
-    values.update(output_dir=str(folder), data={"path": str(corpus)}, training={"steps": steps})
+    values.update(output_dir=str(folder), data={"path": str(corpus)})
+    if values["deepspeed"] == "fp16":
+        values["deepspeed"] = str(_impatient_fp16(folder.parent / "fp16.json"))
     return RunConfig.model_validate(values)
+
+
+def _impatient_fp16(path: Path) -> Path:
+    """fp16 that doubles the loss scale every ten steps, so that gradients overflow again and again."""
+    content = json.loads((Path(__file__).parents[2] / "ds_configs/zero1_fp16.json").read_text(encoding="utf-8"))
+    content["fp16"]["loss_scale_window"] = 10
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def allow_fp16_on_cpus(_: RunConfig) -> Any:
+    """DeepSpeed asks for fast fp16 matrix products, which few CPUs have; torch's slow ones do."""
+    get_accelerator().is_fp16_supported = lambda: True
+    return lambda: None
 
 
 def damage_batches(run: RunConfig) -> Any:
@@ -123,7 +142,11 @@ def freeze_rows(run: RunConfig) -> Any:
     return lambda: setattr(encoder, "build", original)
 
 
-INJECT = {"spike in the data": damage_batches, "dead embedding rows": freeze_rows}
+INJECT = {
+    "spike in the data": damage_batches,
+    "dead embedding rows": freeze_rows,
+    "fp16 overflows": allow_fp16_on_cpus,
+}
 
 
 def findings_of(name: str, run: RunConfig, *, at_checkpoint: bool) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Pass:
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
     activations are recomputed. pairs: ordered pairs of positions per sequence for which attention is computed; None:
-    all, L². on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of the model,
-    attention not fused if it has dropout, and only the used part of a buffer takes memory.
+    all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
+    the model, attention not fused if it has dropout, and only the used part of a buffer takes memory.
     """
 
     length: int
@@ -47,6 +47,7 @@ class Pass:
     checkpointing: bool = False
     pairs: float | None = None
     on_cpu: bool = False
+    late: tuple[int, int] = (0, 0)
 
 
 def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
@@ -66,7 +67,8 @@ def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
         layers, last = 1.0 * sizes.layers * sizes.hidden * element, last + tokens * layer
     else:
         layers = sizes.layers * layer
-    return tokens * (embedded + layers) + max(head, last)
+    in_layers = work.micro * sizes.positions(work.length, work.late)
+    return tokens * embedded + in_layers * layers + max(head, last)
 
 
 def memory(sizes: EncoderSizes, zero: Zero, work: Pass, *, ranks: int, fused: bool, factor: float = 1.0) -> Memory:

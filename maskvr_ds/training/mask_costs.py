@@ -277,7 +277,8 @@ def measure_costs(
     proposer = None
     if PROPOSAL in needed.strategies and masking.mapnet.cost is None:
         proposer = Proposer(
-            masking.mapnet,
+            # Of steps at which it learns: with learn_every, more than on average.
+            masking.mapnet.model_copy(update={"learn_every": 1}),
             vocab_size=corpus.manifest.vocab_size,
             max_length=engine.module.mlm.config.max_position_embeddings,
             seed=0,

@@ -253,7 +253,7 @@ class _Trial:
         return to_device(batch, distributed.device())
 
     def _make_engine(self) -> Any:
-        from maskvr_ds.training.setup import encoder_config
+        from maskvr_ds.training.setup import encoder_config, late_masks
 
         config = self._config
         encoder = encoder_config(config.model, self.corpus, None, pair_head=config.pair_objective is not None)
@@ -267,6 +267,7 @@ class _Trial:
             seed=0,
             row_length=self.corpus.sequence_length,
             separator=self.corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+            late=late_masks(config, self.corpus),
         )
         engine.train()
         return engine

@@ -138,7 +138,7 @@ def _finite(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Checks would compare NaN with thresholds, and call it ok."""
     if bad := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
         raise CheckpointError(
-            f"{folder}: {len(bad)} tensors have values that are not finite ({', '.join(bad[:3])}): the model is damaged; "
+            f"{folder}: {len(bad)} tensors have values that are not finite ({', '.join(bad[:3])}): it is damaged; "
             "judge an earlier checkpoint"
         )
     return model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.analysis.attention.heads import Heads
@@ -59,6 +59,22 @@ def test_figures(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert similarity.shape == (2, 4)
     assert ((similarity > 0) & (similarity < 1)).all()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fine_tuned_model_beside_its_encoder(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Before and after: a folder with another head is read without it."""
+    before = AutoModelForMaskedLM.from_pretrained(folder / "a")
+    tuned = BertForSequenceClassification(before.config)
+    tuned.bert.load_state_dict(before.bert.state_dict(), strict=False)
+    tuned.bert.encoder.layer[1].attention.self.query.weight.data.mul_(-1)
+    tuned.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "a/tokenizer.json").read_bytes())
+    found = attention(capsys, folder / "a", tmp_path, "--data", folder / "corpus", "--rows", ROWS)
+    similarity = torch.tensor(found["similarity_to_first"][str(tmp_path)])
+    torch.testing.assert_close(similarity[0], torch.ones(4))
+    assert (similarity[1] < 0.999).all()
 
 
 def test_rows_of_three_tokens_have_no_pattern(folder: Path) -> None:

@@ -1,8 +1,5 @@
 """Normalisations in place of LayerNorm: against torch's own modules, with padding; the split of batch normalisation."""
 
-import importlib.util
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
@@ -11,19 +8,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.models.normalization import MOMENTUM, BatchNorm, Places, replace_layer_norms, statistics
-from tests.support.documents import ROOT
+from tests.support.experiments import load_experiment
 
 B, L, D = 4, 6, 8
-
-
-def load_script(name: str) -> ModuleType:
-    """A script of docs/experiments."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/experiments/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def norm_of(places: Places, **more: object) -> BatchNorm:
@@ -146,7 +133,7 @@ def test_identity_of_runs_with_layer_norm_is_that_of_earlier_versions() -> None:
 def test_what_remains_of_batch_normalisation_falls_with_the_batch(unit: str) -> None:
     """Luo et al. 2019, equation 3: without gamma decay, the difference from batch normalisation is of order 1/M; with
     it, of the next order."""
-    script = load_script("batch_norm_decomposition")
+    script = load_experiment("batch_norm_decomposition")
     sizes = np.array([8, 16, 32, 64, 128, 256, 512])
     alone, remaining = script.differences(unit, sizes)
     assert script.slope(sizes, alone) == pytest.approx(-1, abs=0.05)
@@ -156,7 +143,7 @@ def test_what_remains_of_batch_normalisation_falls_with_the_batch(unit: str) -> 
 
 @pytest.mark.parametrize("unit", ["linear", "relu"])
 def test_the_quadrature_is_the_mean_over_batches_of_the_module(unit: str) -> None:
-    script = load_script("batch_norm_decomposition")
+    script = load_experiment("batch_norm_decomposition")
     exact, _ = script.differences(unit, np.array([8]))
     mean, error = script.sampled(unit, 8, batches=20_000)
     assert abs(mean - exact[0]) < 4 * error
