@@ -84,7 +84,7 @@ def demo(output: Path) -> int:
     print(f"model             {model} (BertForMaskedLM)")
     print(f"loss curves       {output / 'loss.png'}")
     print(f"training          {lines[-1]['step']:,} steps, {lines[-1]['tokens']:,} tokens")
-    print(f"held out          {held_out_sentence(held_out)}")
+    print("held out         ", held_out_sentence(held_out).replace("; ", ";\n" + 18 * " "))
     print(f"time              {time.monotonic() - started:.0f} s")
     return 0
 

@@ -59,6 +59,7 @@ _OPTIONS = {
     "mem": "memory per node",
     "dependency": "job that must end first, e.g. afterok:1234",
 }
+_BUILD_CPUS = 16
 _NODES = re.compile(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", re.ASCII)
 # Minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<rest>\d+(?::\d+){0,2})")
@@ -135,7 +136,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         "--build-data", metavar="ARGUMENTS", help="first run a job `data_pipeline build` with these arguments"
     )
     parser.add_argument(
-        "--build-cpus", type=integer(1, MAX_SLOTS), default=16, metavar="C", help="CPUs of the build job (16)"
+        "--build-cpus", type=integer(1, MAX_SLOTS), metavar="C", help=f"CPUs of the build job ({_BUILD_CPUS})"
     )
     parser.add_argument("--build-time", metavar="TIME", help="time limit of the build job")
     parser.add_argument("--build-mem", metavar="MEM", help="memory of the build job; default: Slurm's")
@@ -222,6 +223,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         options["gpus-per-node"] = str(gpus)
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise SlurmError(f"--seeds {' '.join(map(str, arguments.seeds))}: expected different numbers")
+    for name in ("cpus", "time", "mem", "partition", "qos"):
+        if arguments.build_data is None and getattr(arguments, f"build_{name}") is not None:
+            raise SlurmError(f"--build-{name}: there is no build job; add --build-data ARGUMENTS, or omit it")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     check_corpora(config, build)
     check_options(arguments)
@@ -270,7 +274,7 @@ def _data_script(
         raise SlurmError(f"--build-data: {parent}: no such folder, so it cannot be bound into a container; create it")
     options = {
         "job-name": f"{arguments.job_name or run.name}-data",
-        "cpus-per-task": str(arguments.build_cpus),
+        "cpus-per-task": str(arguments.build_cpus or _BUILD_CPUS),
         "partition": arguments.build_partition or arguments.partition,
         "account": arguments.account,
         "qos": arguments.build_qos or arguments.qos,

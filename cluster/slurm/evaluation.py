@@ -70,11 +70,14 @@ def parse_evaluation(text: str, run: Path) -> Evaluation:
         raise SlurmError(f"--evaluate {text!r}: {said.getvalue().strip().splitlines()[-1]}") from None
     if arguments.output is None and arguments.tasks != ["mlm"]:
         raise SlurmError("--evaluate: --output is required: the folder for the scores and the finished runs")
-    data = Path(arguments.data).absolute()
-    if not data.exists() and not data.is_relative_to(run.absolute()):
-        raise SlurmError(f"--evaluate: --data {data}: no such file or folder; correct the path")
+    folders = [Path(arguments.data).absolute()]
+    if arguments.intermediate_data is not None:
+        folders.append(Path(arguments.intermediate_data).absolute())
+    for option, data in zip(("--data", "--intermediate-data"), folders, strict=False):
+        if not data.exists() and not data.is_relative_to(run.absolute()):
+            raise SlurmError(f"--evaluate: {option} {data}: no such file or folder; correct the path")
     # A model that the training will write, or the name of one, does not exist here.
-    reads = [path for name in (*arguments.models, data) if (path := Path(name).absolute()).exists()]
+    reads = [path for name in (*arguments.models, *folders) if (path := Path(name).absolute()).exists()]
     output = None if arguments.output is None else Path(arguments.output).absolute()
     return Evaluation(tuple(given), tuple(reads), output)
 

@@ -18,13 +18,13 @@ _logger = logging.getLogger(__name__)
 
 
 def describe_documents(tokens: TokenManifest) -> str:
-    """Documents, tokens per document and files: "from 3 files, 120 documents read, 85 tokens each"."""
+    """Documents, tokens per document and files: "from 3 files, 120 documents of 85 tokens on average read"."""
     documents, length = _counts(tokens, None)
-    each = f"{counted(round(length / documents), 'token')} each" if documents else "no tokens"
+    each = f" of {counted(round(length / documents), 'token')} on average" if documents else ""
     files = len(tokens.sources)
     held_out = sum(shard.sides["held_out"].documents for shard in tokens.shards if "held_out" in shard.sides)
     split = f", {held_out:,} of them held out" if held_out else ""
-    return f"from {counted(files, 'file')}, {counted(documents, 'document')} read{split}, {each}"
+    return f"from {counted(files, 'file')}, {counted(documents, 'document')}{each} read{split}"
 
 
 def warn_of_paragraphs(

@@ -1,8 +1,8 @@
 """DeepSpeed's ways to reduce gradients in bf16: collectives and bytes of a step, and what they do to the losses.
 
-    python docs/experiments/communication_paths.py --output communication.json
+    python docs/experiments/communication_paths.py --output docs/results/communication/paths.json
 
-Each way trains the same small model for 20 steps without dropout on 1, 2 and 4 gloo ranks. The collectives of the third
+Each way trains the same small model for 20 steps without dropout on 1 to 4 gloo ranks. The collectives of the third
 step are counted; losses are compared with those of zero1_fp32 on one rank. Then what the model of `maskvr plan` expects
 of BERT-large on 8, 64 and 512 H100 (docs/explanation/planning.md). Five minutes on two cores.
 """
@@ -26,8 +26,9 @@ from maskvr_ds.planning.sizes import encoder_sizes
 from maskvr_ds.planning.step_time import Calibration, step_time
 from maskvr_ds.planning.zero import zero_settings
 
-RANKS = (1, 2, 4)
-STEPS, ACCUMULATION, MICRO, L = 20, 2, 4, 32
+RANKS = (1, 2, 3, 4)
+# Rows of a pass over all ranks: a multiple of every number of them.
+STEPS, ACCUMULATION, ROWS, L = 20, 2, 12, 32
 VOCABULARY = 2_304
 SMALL = {"num_hidden_layers": 2, "hidden_size": 320, "num_attention_heads": 5, "max_position_embeddings": L}
 BUCKET = {"reduce_bucket_size": 1_000_000}
@@ -81,7 +82,7 @@ def train_path(folder: Path, corpus: Path, deepspeed: Path) -> dict[str, Any]:
         "deepspeed": str(deepspeed),
         "data": {"path": str(corpus)},
         "model": {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        "batch": {"global_size": MICRO * ACCUMULATION * 4, "micro_size": MICRO * 4 // ranks},
+        "batch": {"global_size": ROWS * ACCUMULATION, "micro_size": ROWS // ranks},
         "optimizer": {"lr": 0.01},
         "schedule": {"warmup_steps": 5},
         "training": {"steps": STEPS},

@@ -8,6 +8,7 @@ evaluation and checkpointing.
 
     OUTPUT/runs/STRATEGY/seed-0/     run folders
     OUTPUT/compare.json, compare.png updated after every run
+    OUTPUT/downstream/               of --downstream (compare_downstream.py)
 
 A run with its last checkpoint is not repeated; an interrupted one is resumed. No collectives.
 """
@@ -28,6 +29,7 @@ from typing import Any
 
 from data_pipeline.files import write_json
 from maskvr_ds.analysis.gradient_variance.report import wrapped_label
+from maskvr_ds.benchmarks import compare_downstream
 from maskvr_ds.config import ConfigError, RunConfig, load_config
 from maskvr_ds.config.strategy_spec import ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
@@ -200,12 +202,19 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line per strategy: mean and, in brackets, minimum and maximum over seeds."""
+    """One line per strategy: mean and, in brackets, minimum and maximum over seeds; scores after fine-tuning below."""
     lines = [("strategy", "held-out loss", "− baseline", "reached", "fewer steps ×", "less time ×")]
     for name, strategy in result["strategies"].items():
         cells = [_cell(strategy[key], digits) for key, digits in (("final", 3), ("difference", 3))]
         speed = [_cell(strategy[key], 2) for key in ("fewer_steps", "less_time")]
         lines.append((name, *cells, f"{strategy['reached']}/{strategy['seeds']}", *speed))
+    text = _aligned(lines)
+    if result.get("downstream"):
+        text += "\n\n" + _aligned(compare_downstream.lines(result["downstream"]))
+    return text
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -222,14 +231,23 @@ def _losses(run: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def plot(result: dict[str, Any], output: Path) -> None:
-    """Plot held-out loss (mean and range over seeds), its difference from the baseline, and speed-ups as a PNG."""
+    """Plot held-out loss (mean and range over seeds), its difference from the baseline, speed-ups, and scores after
+    fine-tuning as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     names = [name for name, strategy in result["strategies"].items() if strategy["runs"]]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, max(5.0, 1.5 + 0.6 * len(names))), dpi=120)
+    downstream = result.get("downstream") or {}
+    rows = 1 + math.ceil(len(downstream) / 3)
+    height = rows * max(5.0, 1.5 + 0.6 * len(names))
+    figure, panels = plt.subplots(rows, 3, figsize=(17, height), dpi=120, squeeze=False)
+    left, middle, right = panels[0]
+    others = [panel for row in panels[1:] for panel in row]
+    compare_downstream.draw(others, downstream, names, [wrapped_label(name) for name in names])
+    for panel in others[len(downstream) :]:
+        panel.set_axis_off()
     baseline = {run["seed"]: dict(_losses(run)) for run in result["strategies"][result["baseline"]]["runs"]}
     for place, name in enumerate(names):
         runs = result["strategies"][name]["runs"]
@@ -269,7 +287,8 @@ def plot(result: dict[str, Any], output: Path) -> None:
     plt.close(figure)
 
 
-def _write(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[str, Any]:
+def _write(jobs: Sequence[Job], arguments: argparse.Namespace, request: Any | None = None) -> dict[str, Any]:
+    """request: of the fine-tuning that is done."""
     config = jobs[0].config.model_dump(mode="json", exclude={"seed", "output_dir", "masking"})
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
@@ -277,6 +296,9 @@ def _write(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[str, Any]
         "config": config,
         **compare(jobs, arguments.target),
     }
+    if request is not None:
+        runs = {(job.spec.text, job.seed): job.folder for job in jobs if job.is_done()}
+        result["downstream"] = compare_downstream.scores(request, runs, result["baseline"])
     output = Path(arguments.output)
     plot(result, output / PLOT)
     write_json(output / RESULT, result)
@@ -286,6 +308,7 @@ def _write(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[str, Any]
 def run(arguments: argparse.Namespace) -> int:
     """Train and compare all runs. Returns 1 if a run failed; the others are trained and compared nevertheless."""
     jobs = plan(arguments)
+    request = compare_downstream.check(arguments, [job.config for job in jobs])
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     failed = []
     for number, job in enumerate(jobs, 1):
@@ -299,7 +322,12 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             failed.append(job)
             print(f"error: {what}: failed; see {job.folder.with_suffix('.log')}", file=sys.stderr, flush=True)
-    print(table(_write(jobs, arguments)))
+    fault = None
+    if done := [job.folder for job in jobs if job.is_done()]:
+        fault = compare_downstream.evaluate(request, done) if request else None
+    print(table(_write(jobs, arguments, request if done else None)))
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} runs failed; repeat the command to retry them", file=sys.stderr)
-    return 1 if failed else 0
+    if fault:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if failed or fault else 0

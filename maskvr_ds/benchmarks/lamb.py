@@ -69,14 +69,15 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
             f"--deepspeed {deepspeed}: ZeRO 3 partitions tensors one by one and is not supported; use stage 0, 1 or 2"
         )
     torch.manual_seed(0)
-    for p in partitions:
-        p.grad = torch.randn_like(p).mul_(1e-3)
+    gradients = [torch.randn_like(p).mul_(1e-3) for p in partitions]
+    restore_gradients = partial(_set_gradients, partitions, gradients)
     optimizers = {"lamb": engine.basic_optimizer}
     for name in against:
         optimizers[name] = _peer(name, [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups])
 
     steps = {name: partial(_step_as_zero_does, optimizer) for name, optimizer in optimizers.items()}
     for step in steps.values():
+        restore_gradients()
         step()  # allocates the optimizer's state
     figures: dict[str, Any] = {
         "what": f"optimizer step, {preset}, {deepspeed}, rank 0 of {distributed.world_size()}",
@@ -93,6 +94,7 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
     cpu_time: dict[str, list[float]] = {name: [] for name in optimizers}
     for _ in range(rounds):
         for name, step in steps.items():
+            restore_gradients()
             distributed.barrier()
             distributed.wait_for_device()
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -117,6 +119,12 @@ def _step_as_zero_does(optimizer: torch.optim.Optimizer) -> None:
         optimizer.param_groups = [group]
         optimizer.step()
     optimizer.param_groups = groups
+
+
+def _set_gradients(partitions: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+    """LAMB may have overwritten them."""
+    for p, gradient in zip(partitions, gradients, strict=True):
+        p.grad = gradient.clone() if p.grad is None else p.grad.copy_(gradient)
 
 
 def _quotients(ours: list[float], theirs: list[float]) -> list[float]:

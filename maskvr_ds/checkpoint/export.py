@@ -23,6 +23,7 @@ from maskvr_ds.checkpoint.model_card import MODEL_CARD, model_card
 from maskvr_ds.checkpoint.scores import model_digest, read_scores
 from maskvr_ds.models.documents import starts
 from maskvr_ds.models.encoder import auto_class, build, names_of_parameters, token_types
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
 from maskvr_ds.run_folder.layout import BERT
@@ -146,6 +147,13 @@ def separator_of(state: CheckpointState) -> int | None:
     """Id of the token that ends a document if the checkpoint was trained with attention within documents, else None."""
     documents = state.identity.get("data.attention") == "documents"
     return int(state.identity["special_tokens"]["sep"]) if documents else None
+
+
+def late_masks_of(state: CheckpointState, hidden: int = 0) -> LateMasks | None:
+    """Where [MASK] entered the model in training; None: at the first layer. hidden: positions that the layers below
+    have less of; evaluation shortens no row."""
+    layer = state.identity["masking"].get("late_layer", 0)
+    return LateMasks(layer, int(state.identity["special_tokens"]["mask"]), hidden) if layer else None
 
 
 def _write_tokenizer(source: Path, output: Path) -> list[str]:

@@ -42,5 +42,5 @@ def check_fill_mask(folder: Path, input_ids: list[int], position: int, positions
         raise CheckError(f"{folder}: truncation leaves {length} tokens, the model has {positions} positions")
     if not all(math.isfinite(entry["score"]) for entry in found):
         raise CheckError(f"{folder}: fill-mask predicts {found} for {prompt!r}: not finite")
-    guesses = ", ".join(f"{entry['token_str'].strip()} ({entry['score']:.2f})" for entry in found)
+    guesses = ", ".join(f"{entry['token_str'].strip()!r} ({entry['score']:.2f})" for entry in found)
     return f"{prompt}: {guesses}"

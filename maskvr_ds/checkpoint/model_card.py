@@ -110,7 +110,9 @@ def _usage(name: str) -> str:
 def _input(folder: Path, state: CheckpointState) -> str:
     """With which attention the model was trained, and what that means for its users. folder: of the tokenizer."""
     length = f"{state.identity['sequence_length']:,}"
-    separator = f"`{_token(folder, state.identity['special_tokens']['sep'])}`"
+    # Checkpoints of earlier versions do not name the tokens.
+    special = state.identity.get("special_tokens")
+    separator = f"`{_token(folder, special['sep'])}`" if special else "a separator"
     last = ", in its last phase" if len(state.phases) > 1 else ""
     # Versions that did not have the setting attended over rows.
     if state.identity.get("data.attention", "rows") == "rows":
@@ -119,7 +121,8 @@ def _input(folder: Path, state: CheckpointState) -> str:
             f"its complete row. Where a row held several documents, each closed by {separator}, tokens attended across "
             f"them. Texts of more than {length} tokens are longer than what the model was trained on."
         )
-    first = f"`{_token(folder, state.identity['special_tokens']['cls'])}`"
+    assert special is not None, "versions with this setting name the tokens"
+    first = f"`{_token(folder, special['cls'])}`"
     return (
         f"Trained with attention within documents (`data.attention: documents`){last}: rows of {length} tokens held "
         f"several documents, each closed by {separator}; a token attended to its own document only, and positions "
@@ -259,7 +262,9 @@ def _training(lines: list[dict[str, Any]], launches: list[dict[str, Any]], state
 
 def _hardware(launch: dict[str, Any]) -> str:
     hosts = -(-launch["ranks"] // launch["ranks_per_host"])
-    return f"{launch['ranks']} × {launch['device']}" + (f" on {hosts} hosts" if hosts > 1 else "")
+    number = launch["ranks"]
+    hosts_ = f", {hosts} hosts" if hosts > 1 else ""
+    return f"{number} rank{'s' * (number != 1)} on {launch['device']}{hosts_}"
 
 
 def _settings(state: CheckpointState) -> dict[str, Any]:

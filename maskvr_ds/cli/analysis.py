@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from maskvr_ds.cli.options import Commands, add_command, check_ranks_here, visible_gpus
-from maskvr_ds.runtime.numbers import MAX_SEED, MAX_SLOTS, integer, number
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_SLOTS, MAX_STEPS, integer, number
 
 _PLOT_EXAMPLES = """\
 maskvr plot runs/base
@@ -88,7 +88,9 @@ seconds needed to reach the final held-out loss of the first strategy, the basel
 _COMPARE_EXAMPLES = """\
 maskvr compare --config run.yaml --set data.path=corpus --seeds 0 1 2 --output comparison \\
     --strategies uniform mapnet:gate=auto fully_explored fully_explored:placement=same_batch
-maskvr compare --config run.yaml --strategies uniform uniform:optimizer.lr=0.02 --target 2.5 --output rates"""
+maskvr compare --config run.yaml --strategies uniform uniform:optimizer.lr=0.02 --target 2.5 --output rates
+maskvr compare --config run.yaml --strategies uniform span --output comparison --downstream sst2 mrpc \\
+    --downstream-data glue"""
 
 
 def add_compare(commands: Commands) -> None:
@@ -133,6 +135,50 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         type=integer(1, MAX_SLOTS),
         metavar="N",
         help="ranks of each run (default: as for `maskvr train`)",
+    )
+    _downstream_options(parser)
+
+
+def _downstream_options(parser: argparse.ArgumentParser) -> None:
+    from maskvr_ds.downstream import tasks
+
+    group = parser.add_argument_group("scores after fine-tuning (needs the extra `evaluate`)")
+    names = [name for name in tasks.NAMES if name not in tasks.OWN]
+    group.add_argument(
+        "--downstream",
+        nargs="+",
+        choices=names,
+        metavar="TASK",
+        help="fine-tune every run's last checkpoint on these tasks, as `maskvr evaluate`: " + ", ".join(names),
+    )
+    group.add_argument("--downstream-data", metavar="DIR", help="folder with the tasks' folders, required")
+    group.add_argument(
+        "--downstream-seeds", type=integer(1, 1000), metavar="N", help="final runs per checkpoint (default: 5)"
+    )
+    group.add_argument(
+        "--downstream-learning-rates",
+        nargs="+",
+        type=number(0, 1, above=True),
+        metavar="RATE",
+        help="grid to choose from, for each checkpoint (default: of the task's publication)",
+    )
+    group.add_argument(
+        "--downstream-epochs", type=number(0, 10_000, above=True), metavar="N", help="default: the task's, 3"
+    )
+    group.add_argument(
+        "--downstream-batch-size", type=integer(1, MAX_MICRO_SIZE), metavar="N", help="default: the task's, 32"
+    )
+    group.add_argument(
+        "--downstream-max-length",
+        type=integer(8, 2**20),
+        metavar="N",
+        help="tokens per example (default: 128; of questions, per window: 384)",
+    )
+    group.add_argument(
+        "--downstream-max-train", type=integer(1, MAX_STEPS), metavar="N", help="fixed random subset of N examples"
+    )
+    group.add_argument(
+        "--downstream-jobs", type=integer(1, 1024), metavar="N", help="processes that fine-tune (default: 1)"
     )
 
 

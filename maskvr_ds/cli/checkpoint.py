@@ -167,7 +167,7 @@ def _export(arguments: argparse.Namespace) -> int:
     exported = export(arguments.checkpoint, output, name=name, **given)
     for remark in exported.remarks:
         print(f"warning: {output}: {remark}", file=sys.stderr)
-    logits = f"logits within {exported.difference:.2g} of the engine's"
+    logits = f"logits {f'within {exported.difference:.2g} of' if exported.difference else 'equal to'} the engine's"
     print(f"{output}: {exported.architecture} and tokenizer; {logits}")
     if exported.predictions is not None:
         print(f"fill-mask: {exported.predictions}")

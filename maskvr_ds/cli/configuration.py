@@ -84,4 +84,8 @@ def _config(arguments: argparse.Namespace) -> int:
     for kind, lines in (("warning", checked.remarks), ("error", faults)):
         for line in lines:
             print(f"{kind}: {line}", file=sys.stderr)
+    if not faults:
+        steps = checked.config.training.steps
+        length = "" if steps is None else f": {steps:,} step{'s' * (steps != 1)}"
+        print(f"{arguments.config}: valid{length}", file=sys.stderr)
     return 1 if faults else 0

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskvr_ds.cli import few_shot
+from maskvr_ds.cli import few_shot, fine_tuning
+from maskvr_ds.cli.fine_tuning import refuse
 from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.downstream import tasks
 from maskvr_ds.runtime.logs import add_verbosity_options, configure
@@ -50,6 +51,7 @@ maskvr evaluate runs/base bert-base-uncased --tasks cola sst2 rte --data glue --
 maskvr evaluate runs/base --tasks squad squad_v2 --data squad --jobs 4 --output answers
 maskvr evaluate runs/base --shots 1 5 --data sections.jsonl --output episodes
 maskvr evaluate runs/base --checkpoints every:1000 --tasks sst2 --data glue --output curve
+maskvr evaluate runs/base --tasks rte --data glue --intermediate mnli --layer-decay 0.9 --output two_stages
 maskvr evaluate runs/base --tasks classification --text-columns title body --label-column topic \\
     --data tickets --output scores"""
 _FINETUNE_EXAMPLES = """\
@@ -177,7 +179,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=integer(0, _MAX_LENGTH),
         metavar="N",
-        help="tokens that successive windows of a long context share (default: a third of --max-length)",
+        help="tokens that successive windows of a long context or text share (default: a third of --max-length)",
     )
     group.add_argument(
         "--max-train", type=integer(1, MAX_STEPS), metavar="N", help="train on a fixed random subset of N examples"
@@ -187,11 +189,14 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
         "--text-columns", nargs="+", metavar="NAME", help="columns of the text, or of two texts, in your own files"
     )
     group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
+    fine_tuning.add_training_options(parser)
 
 
-_PROTOCOL = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
+_OWN = ("seeds", "selection_seeds", "epochs", "batch_size", "max_length", "stride", "precision")
+_PROTOCOL = (*_OWN, *fine_tuning.PROTOCOL)
 _OF_TASKS = (
     *_PROTOCOL,
+    *fine_tuning.OTHERS,
     "baselines",
     "jobs",
     "checkpoints",
@@ -202,25 +207,21 @@ _OF_TASKS = (
 )
 
 
-def _refuse(arguments: argparse.Namespace, options: tuple[str, ...], reason: str) -> None:
-    """Raise ValueError for an option that would be ignored."""
-    if given := [name for name in options if getattr(arguments, name, None) is not None]:
-        raise ValueError(f"--{given[0].replace('_', '-')} {reason}")
-
-
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.shots is not None:
         return _evaluate_episodes(arguments)
-    _refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
+    refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
     arguments.tasks = arguments.tasks or [_MLM]
-    if not (arguments.models or arguments.baselines):
+    if not arguments.models and (arguments.checkpoints or not arguments.baselines):
         raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.tasks == [_MLM]:
-        _refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
+        refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
         return _evaluate_mlm(arguments)
     if _MLM in arguments.tasks:
         raise ValueError("mlm reads a corpus and other tasks read labelled files: evaluate them by two commands")
-    _refuse(arguments, ("rows", "micro_size"), "is an option of the task mlm")
+    refuse(arguments, ("rows", "micro_size"), "is an option of the task mlm")
+    if not arguments.models:
+        refuse(arguments, (*fine_tuning.PROTOCOL, *fine_tuning.OTHERS), "is an option of fine-tuning: name a MODEL")
     if arguments.output is None:
         raise ValueError("--output is required: the folder for the scores and the finished runs")
     request = _request(arguments, arguments.tasks)
@@ -234,7 +235,9 @@ def _evaluate_episodes(arguments: argparse.Namespace) -> int:
     if arguments.tasks not in (None, ["classification"]):
         raise ValueError("--shots: episodes are of the task classification; leave out --tasks")
     others = tuple(name for name in ("rows", "micro_size", *_OF_TASKS) if name not in few_shot.SHARED)
-    _refuse(arguments, others, "has no meaning with --shots")
+    refuse(arguments, others, "has no meaning with --shots")
+    if not arguments.models:
+        raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.output is None:
         raise ValueError("--output is required: the folder for the scores and the finished runs")
     return few_shot.run(arguments)
@@ -251,16 +254,20 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     chosen = tasks.resolve(names, arguments.text_columns or (), arguments.label_column)
     from maskvr_ds.downstream.command import Request
-    from maskvr_ds.downstream.evaluation import Protocol
+    from maskvr_ds.downstream.protocol import Protocol
 
-    if arguments.stride is not None and all(task.kind is not tasks.Kind.SPAN for task in chosen):
-        raise ValueError("--stride is an option of squad and squad_v2: other tasks read no windows")
+    windows = arguments.long_texts == "windows"
+    if arguments.stride is not None and not windows and all(task.kind is not tasks.Kind.SPAN for task in chosen):
+        raise ValueError(
+            "--stride is an option of squad and squad_v2, and of --long-texts windows: other tasks read no windows"
+        )
     configure(arguments.verbosity)
     given: dict[str, Any] = {name: value for name in _PROTOCOL if (value := getattr(arguments, name, None)) is not None}
     if getattr(arguments, "baselines", None) is not None:
         given["baselines"] = tuple(dict.fromkeys(arguments.baselines))
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
+    given["windows"] = windows
     return Request(
         chosen,
         Path(arguments.data),
@@ -269,6 +276,7 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
         arguments.max_train,
         getattr(arguments, "jobs", None) or 1,
         getattr(arguments, "checkpoints", None),
+        fine_tuning.first(arguments, [task.name for task in chosen]),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from maskvr_ds.config.base import (
+    Count,
     LearningRate,
     OpenShare,
     PathSetting,
@@ -38,7 +39,8 @@ MAPNET_MAY_CHANGE = {"lr", "check_every", "mask_share"}
 HELD_OUT_RATE = 0.15
 # Settings that earlier versions did not have, with the value that continues what they did: not part of the identity
 # then, or their checkpoints would not match.
-_ADDED: dict[str, Any] = {"rate_decay": "linear"}
+_ADDED: dict[str, Any] = {"rate_decay": "linear", "late_layer": 0}
+_ADDED_TO_MAPNET: dict[str, Any] = {"learn_every": 1}
 # The same of the subsection auto.
 _ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1}
 
@@ -149,6 +151,9 @@ class MapNetConfig(WeightedSampling):
     cost: Ratio | None = None
     """Time of the network relative to the rest of a step. gate auto: null: measured; the run is then not reproducible
     bit for bit, since the clock decides. strategy auto: null: measured once, before the first step."""
+    learn_every: PositiveSteps = 1
+    """Learn at every n-th step only: between them the network proposes masks, or, while masks do not follow it, costs
+    nothing; metrics.jsonl has its figures for the steps at which it learns."""
     check_every: PositiveSteps = 100
     """Steps between comparisons of the network's parameters across ranks; the host waits for each."""
 
@@ -198,6 +203,9 @@ class MaskingConfig(Section):
     """Fraction of the predicted positions that show [MASK]."""
     random_probability: Share = 0.1
     """Fraction of the predicted positions that show a random token; the remaining ones are unchanged."""
+    late_layer: Count = 0
+    """Layer, counted from 0, at which [MASK] enters: the layers below it compute the other positions only (arXiv
+    2211.04898); needs mask_probability 1. 0: at the first layer, as the other tokens do."""
     change_at_resume: bool = False
     """Resume from a checkpoint whose run had other masking settings, instead of refusing it."""
     span: SpanConfig = SpanConfig()
@@ -215,6 +223,16 @@ class MaskingConfig(Section):
     def _probabilities(self) -> Self:
         if (total := self.mask_probability + self.random_probability) > 1:
             raise ValueError(f"mask_probability + random_probability is {total:g}, more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _late_positions_are_masks(self) -> Self:
+        if self.late_layer and self.mask_probability < 1:
+            raise ValueError(
+                f"late_layer {self.late_layer}: all predicted positions must be [MASK], which the layers below do not "
+                f"see, and mask_probability is {self.mask_probability:g}; set mask_probability to 1 and "
+                "random_probability to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -289,7 +307,11 @@ class MaskingConfig(Section):
         if not self.learns_proposal:
             values.pop("mapnet", None)
         else:
-            values["mapnet"] = {k: v for k, v in values["mapnet"].items() if k not in MAPNET_MAY_CHANGE}
+            values["mapnet"] = {
+                key: value
+                for key, value in values["mapnet"].items()
+                if key not in MAPNET_MAY_CHANGE and _ADDED_TO_MAPNET.get(key, ...) != value
+            }
         return values
 
 

@@ -96,6 +96,8 @@ class RunConfig(Section):
                 "training.compile model: transformers' encoders cannot be compiled as a whole with "
                 "model.activation_checkpointing; set it to layers"
             )
+        if late := self.masking.late_layer:
+            check_late_layer(late, self.model, self.training.compile)
         if self.model.uses_statistics:
             self._check_statistics()
         if (pair := self.pair_objective) is not None:
@@ -127,6 +129,11 @@ class RunConfig(Section):
         refused = {
             "training.compile": (self.training.compile, "none", "the statistics are summed over ranks within layers"),
             "data.attention": (self.data.attention, "rows", "padding is not marked there"),
+            "masking.late_layer": (
+                self.masking.late_layer,
+                0,
+                "the lower layers have other positions than padding marks",
+            ),
         }
         for name, (value, needed, reason) in refused.items():
             if value != needed:
@@ -191,6 +198,23 @@ class RunConfig(Section):
                 f"{per_pass}; set batch.global_size to {' or '.join(map(str, nearest))}, or change batch.micro_size"
             )
         return size // (micro * world_size)
+
+
+def check_late_layer(late: int, model: ModelConfig, how: str) -> None:
+    """Raise ValueError if [MASK] cannot enter at layer `late`. Of other architectures than BERT, the model itself knows
+    (models/late_masks.py). how: training.compile."""
+    if how == "model":
+        raise ValueError(
+            "training.compile model: an encoder cannot be compiled as a whole with masking.late_layer; set it to layers"
+        )
+    count = model.num_hidden_layers
+    # If the folder is gone, only the checkpoint knows the number.
+    known = model.initialize_from is None or "num_hidden_layers" in model.model_fields_set
+    if model.architecture == "bert" and known and late >= count:
+        raise ValueError(
+            f"masking.late_layer {late}: [MASK] must enter before the last layer, and bert has {count} layers; set it "
+            f"to at most {count - 1}"
+        )
 
 
 def _check_length(training: TrainingConfig, schedule: ScheduleConfig) -> None:

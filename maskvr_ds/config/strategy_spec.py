@@ -61,6 +61,10 @@ class StrategySpec:
         if self.strategy == "auto":
             raise ConfigError(f"{self.text}: auto changes strategies during training; name the strategies themselves")
         values = {**common, **sections["masking"]}
+        if "late_layer" in values:
+            raise ConfigError(
+                f"{self.text}: late_layer is that of the checkpoint, which was trained with it; remove it"
+            )
         if self.strategy in (*ORACLES, "mapnet"):
             values["strategy"] = "mapnet"
             section = values.get("mapnet", {})

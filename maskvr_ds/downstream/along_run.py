@@ -95,10 +95,14 @@ def _progress(metrics: Path) -> dict[int, tuple[float, int]]:
 
 
 def curve(points: Sequence[Point], reports: dict[str, Content]) -> Content:
-    """Scores by run and point, and those of the baselines. Tasks without a report are absent."""
+    """Scores by run and point, and those of the baselines. A point lacks tasks on which its evaluation failed."""
     runs: dict[str, list[Content]] = {}
     for point in points:
-        scores = {task: report["rows"][point.model]["scores"] for task, report in reports.items()}
+        scores = {
+            task: report["rows"][point.model]["scores"]
+            for task, report in reports.items()
+            if point.model in report["rows"]
+        }
         entry = {"step": point.step, "seconds": point.seconds, "tokens": point.tokens, "checkpoint": point.model}
         runs.setdefault(point.run, []).append({**entry, "scores": scores})
     baselines = {
@@ -123,7 +127,10 @@ def table(found: Content) -> str:
         for point in points:
             seconds = "–" if point["seconds"] is None else f"{point['seconds']:,.1f}"
             tokens = "–" if point["tokens"] is None else f"{point['tokens']:,}"
-            cells = [score_cell(point["scores"][task][metric]) for task, metric in columns]
+            cells = [
+                score_cell(point["scores"][task][metric]) if task in point["scores"] else "failed"
+                for task, metric in columns
+            ]
             body.append([run, f"{point['step']:,}", seconds, tokens, *cells])
     for name in (MAJORITY, BAG_OF_WORDS):
         cells = [score_cell(found["baselines"][task][name][metric]) for task, metric in columns]
@@ -146,7 +153,8 @@ def plot(found: Content, path: Path) -> None:
                 shown = [
                     (point[key], point["scores"][task][metric])
                     for point in points
-                    if point[key] is not None and point["scores"][task][metric]["mean"] is not None
+                    if point[key] is not None
+                    if task in point["scores"] and point["scores"][task][metric]["mean"] is not None
                 ]
                 means = [100 * entry["mean"] for _, entry in shown]
                 spread = [100 * (entry["std"] or 0) for _, entry in shown]

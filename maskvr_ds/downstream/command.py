@@ -2,16 +2,19 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from maskvr_ds.downstream import along_run, report
-from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Row
+from maskvr_ds.downstream import along_run, layers, report
+from maskvr_ds.downstream.evaluation import Evaluator, Row
 from maskvr_ds.downstream.examples import TaskData, hold_out, limited
 from maskvr_ds.downstream.files import read_task
-from maskvr_ds.downstream.jobs import Progress, compute_all
+from maskvr_ds.downstream.intermediate import Intermediate
+from maskvr_ds.downstream.jobs import Failures, Progress, compute_all
 from maskvr_ds.downstream.models import Encoder, prepared
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 from maskvr_ds.downstream.weighted_words import check_weightable
@@ -21,10 +24,26 @@ MODEL = "model"
 logger = logging.getLogger(__name__)
 
 
+class IncompleteError(TaskError):
+    """Some runs failed or diverged. Everything else is done, and written."""
+
+
+@dataclass(frozen=True)
+class First:
+    """Intermediate task of two-stage fine-tuning, and where it is. Others as in Request and Protocol."""
+
+    task: Task
+    data: Path
+    learning_rate: float | None = None
+    epochs: float | None = None
+    max_train: int | None = None
+
+
 @dataclass(frozen=True)
 class Request:
     """Tasks of a command and where they are. max_train: maximum number of training examples per task; None for all.
-    jobs: processes that compute runs. checkpoints: of runs, by `along_run.select`; None for models as they are."""
+    jobs: processes that compute runs. checkpoints: of runs, by `along_run.select`; None for models as they are. first:
+    intermediate task."""
 
     tasks: Sequence[Task]
     data: Path
@@ -33,43 +52,42 @@ class Request:
     max_train: int | None = None
     jobs: int = 1
     checkpoints: str | None = None
+    first: First | None = None
 
     def settings(self) -> Content:
+        first = self.first and {**asdict(self.first), "task": self.first.task.name, "data": str(self.first.data)}
         return {
             "data": str(self.data),
             "max_train": self.max_train,
             "checkpoints": self.checkpoints,
             **asdict(self.protocol),
+            "intermediate": first,
         }
 
 
 def evaluate(models: Sequence[str], request: Request) -> str:
     """Fine-tune and evaluate models on tasks; returns the tables, which are also in the output folder.
 
-    Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged final
-    runs, and runs that failed in another process, raise TaskError after everything else is done and written.
+    Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored. Diverged runs, and
+    runs that failed in another process, raise IncompleteError after everything else is done and written.
     """
     leave_launcher()
-    data = _read(request)
+    data, first = read(request)
     points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
     store = RunStore(request.output)
-    with prepared([point.model for point in points] or models, _lengths(request)) as encoders:
-        evaluators = [Evaluator(store, task, request.protocol) for task in data]
+    with _encoders([point.model for point in points] or models, request) as encoders:
+        evaluators = [Evaluator(store, task, request.protocol, intermediate=first) for task in data]
         progress = Progress(evaluators, len(encoders))
         try:
             for evaluator in evaluators:
                 evaluator.report = progress
-            errors = compute_all(evaluators, encoders, request.jobs, progress) if request.jobs > 1 else []
-            reports, text = _report(store, request, evaluators, encoders, errors)
+            failures = compute_all(evaluators, encoders, request.jobs, progress) if request.jobs > 1 else {}
+            reports, text, refused = _report(store, request, evaluators, encoders, failures)
         finally:
             progress.close()
-        if points and reports:
+        if points:
             text = along_run.write(store, points, reports, text)
-    if errors:
-        raise TaskError(
-            f"{len(errors)} run{'s' * (len(errors) > 1)} failed; all others are stored: {'; '.join(errors)}"
-        )
-    _refuse_diverged(reports)
+    _raise_failures(reports, failures, refused)
     return text
 
 
@@ -78,21 +96,31 @@ def _report(
     request: Request,
     evaluators: Sequence[Evaluator],
     encoders: Sequence[Encoder],
-    errors: Sequence[str],
-) -> tuple[dict[str, Content], str]:
-    """Reports and tables of the tasks without errors."""
+    failures: Failures,
+) -> tuple[dict[str, Content], str, list[str]]:
+    """Reports and tables of the tasks; what is wrong with models that have no row although no run failed."""
     reports: dict[str, Content] = {}
+    refused: list[str] = []
     text = ""
     for evaluator in evaluators:
-        name = evaluator.data.task.name
-        if any(error.startswith(f"{name}: ") for error in errors):
-            logger.warning("%s: no table, as runs failed", name)
-            continue
-        reports[name] = report.task_report(evaluator.data, evaluator.rows(encoders))
+        task = evaluator.data.task.name
+        rows = evaluator.baselines()
+        failed = {}
+        for encoder in encoders:
+            if errors := failures.get((task, encoder.name)):
+                failed[encoder.name] = "; ".join(errors)
+                continue
+            try:
+                rows.append(evaluator.encoder(encoder))
+            except TaskError as error:
+                logger.warning("%s", error)
+                failed[encoder.name] = str(error)
+                refused.append(str(error))
+        reports[task] = report.task_report(evaluator.data, rows, evaluator.heading() if encoders else "", failed)
         # After every task: an evaluation may take days.
         text = report.write(store, request.settings(), reports)
-        logger.info("%s: %d runs, and %d stored before", name, evaluator.done, evaluator.reused)
-    return reports, text
+        logger.info("%s: %d runs, and %d stored before", task, evaluator.done, evaluator.reused)
+    return reports, text, refused
 
 
 def finetune(model: str, request: Request, seed: int) -> str:
@@ -101,15 +129,25 @@ def finetune(model: str, request: Request, seed: int) -> str:
     if folder.exists():
         raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
     leave_launcher()
-    (task,) = _read(request)
+    (task,), first = read(request)
     store = RunStore(request.output)
-    with prepared([model], _lengths(request)) as (encoder,):
-        evaluator = Evaluator(store, task, replace(request.protocol, seeds=1))
+    with _encoders([model], request) as (encoder,):
+        evaluator = Evaluator(store, task, replace(request.protocol, seeds=1), intermediate=first)
         rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, folder)]
-    reports = {task.task.name: report.task_report(task, rows)}
+    reports = {task.task.name: report.task_report(task, rows, evaluator.heading())}
     text = report.write(store, request.settings() | {"seed": seed}, reports)
-    _refuse_diverged(reports)
+    _raise_failures(reports, {}, [])
     return text
+
+
+@contextmanager
+def _encoders(models: Sequence[str], request: Request) -> Iterator[list[Encoder]]:
+    """The models, checked for the tasks and settings of a command (`models.prepared`)."""
+    protocol = request.protocol
+    with prepared(models, _lengths(request)) as encoders:
+        for encoder in encoders:
+            layers.check(encoder, request.tasks[0].kind, protocol.freeze, protocol.layer_decay)
+        yield encoders
 
 
 def leave_launcher() -> None:
@@ -123,27 +161,55 @@ def leave_launcher() -> None:
         os.environ.pop(name, None)
 
 
-def _read(request: Request) -> list[TaskData]:
+def read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
+    """The files of a command's tasks. Raises TaskError for damaged ones and for settings that are impossible."""
+    for task in request.tasks:
+        request.protocol.settings(task)  # raises for what is impossible
+    settings = _first_protocol(request).settings(request.first.task) if request.first else None
     found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
+    first = None
+    if request.first is not None and settings is not None:
+        data = limited(read_task(request.first.task, request.first.data), request.first.max_train)
+        rate = request.first.learning_rate or min(request.first.task.learning_rates)
+        first = Intermediate(data, settings, rate)
     for data in found:
-        request.protocol.settings(data.task)  # raises if windows are impossible
         check_weightable(data.task, request.protocol.baselines)
-        if request.protocol.chooses(data.task):
+        if request.protocol.holds_out(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
+    for data in [*found, *([first.data] if first else [])]:
         if data.skipped:
             logger.warning("%s: %d damaged rows of its files are skipped", data.task.name, data.skipped)
-    return found
+    return found, first
+
+
+def _first_protocol(request: Request) -> Protocol:
+    """The intermediate task is trained as the tasks are, except for what is named in docs/how-to/evaluate.md."""
+    assert request.first is not None
+    return replace(
+        request.protocol, epochs=request.first.epochs, stride=None, windows=False, freeze=None, class_weights=None,
+        patience=None,
+    )  # fmt: skip
 
 
 def _lengths(request: Request) -> dict[Kind, int]:
     """Kind -> maximum number of tokens of an example."""
+    settings = [(task.kind, request.protocol.settings(task)) for task in request.tasks]
+    if request.first is not None:
+        settings.append((request.first.task.kind, _first_protocol(request).settings(request.first.task)))
     found: dict[Kind, int] = {}
-    for task in request.tasks:
-        found[task.kind] = max(found.get(task.kind, 0), request.protocol.settings(task).max_length)
+    for kind, each in settings:
+        found[kind] = max(found.get(kind, 0), each.max_length)
     return found
 
 
-def _refuse_diverged(reports: dict[str, Content]) -> None:
+def _raise_failures(reports: dict[str, Content], failures: Failures, refused: Sequence[str]) -> None:
+    """Raise IncompleteError for everything that has left a table without a row, or a row without a mean."""
+    found = []
+    # An intermediate model is missing in all tasks.
+    if errors := list(dict.fromkeys(text for texts in failures.values() for text in texts)):
+        found.append(f"{len(errors)} run{'s' * (len(errors) > 1)} failed; all others are stored: {'; '.join(errors)}")
+    if refused:
+        found.append(f"{len(refused)} row{'s' * (len(refused) > 1)} missing: {'; '.join(dict.fromkeys(refused))}")
     diverged = [
         f"{task}: {name} (learning rate {row['learning_rate']:g}, seed {', '.join(map(str, row['diverged_seeds']))})"
         for task, content in reports.items()
@@ -151,6 +217,8 @@ def _refuse_diverged(reports: dict[str, Content]) -> None:
         if row["diverged_seeds"]
     ]
     if diverged:
-        raise TaskError(
+        found.append(
             f"final runs diverged: {'; '.join(diverged)}; all others are stored. Choose lower --learning-rates"
         )
+    if found:
+        raise IncompleteError(". ".join(found))

@@ -3,7 +3,8 @@
 For each model and task: every learning rate of the grid is tried on the training set without its held-out part
 (`examples.hold_out`) with the first `selection_seeds` seeds; the one with the highest mean score on the held-out part
 is used for the final runs on the complete training set, one per seed. Only final runs see the evaluation sets, and
-their labels are compared with predictions that are stored already. Where questions may have no answer, the threshold
+their labels are compared with predictions that are stored already. With early stopping, final runs train without the
+held-out part as well, which says when to stop. Where questions may have no answer, the threshold
 for giving none is chosen on the held-out part, too, by the same runs, which a single learning rate therefore needs as
 well.
 """
@@ -22,46 +23,15 @@ import transformers
 from maskvr_ds.downstream import spans
 from maskvr_ds.downstream.baselines import BAG_OF_WORDS, MAJORITY, bag_of_words, main_score, majority, targets
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
-from maskvr_ds.downstream.fine_tuning import DivergenceError, Settings, fine_tune
+from maskvr_ds.downstream.fine_tuning import DivergenceError, fine_tune
+from maskvr_ds.downstream.intermediate import Intermediate
 from maskvr_ds.downstream.models import Encoder
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
-from maskvr_ds.downstream.tasks import LEARNING_TO_WEIGHT, WEIGHTED_ROWS, Kind, Task, TaskError
+from maskvr_ds.downstream.tasks import LEARNING_TO_WEIGHT, WEIGHTED_ROWS, Kind, TaskError
 from maskvr_ds.downstream.weighted_words import weighted_bag
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Repeats of an evaluation. None: the task's own. seeds: number, from 0. learning_rates: the grid; a single one
-    needs no choice, except for a threshold. max_length: tokens per example; stride: tokens that two windows share.
-    baselines: further rows, of WEIGHTED_ROWS."""
-
-    seeds: int = 5
-    selection_seeds: int = 1
-    learning_rates: tuple[float, ...] | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    max_length: int | None = None
-    precision: str = "fp32"
-    stride: int | None = None
-    baselines: tuple[str, ...] = ()
-
-    def settings(self, task: Task) -> Settings:
-        """Raises TaskError for windows of which two share more than they can."""
-        length = self.max_length or task.max_length
-        stride = None
-        if task.kind is Kind.SPAN:
-            stride = spans.default_stride(length) if self.stride is None else self.stride
-            spans.check_stride(length, stride)
-        return Settings(self.epochs or task.epochs, self.batch_size or task.batch_size, length, self.precision, stride)
-
-    def rates(self, task: Task) -> tuple[float, ...]:
-        return tuple(sorted(set(self.learning_rates or task.learning_rates)))
-
-    def chooses(self, task: Task) -> bool:
-        """Whether something is chosen on the held-out part of the training set."""
-        return len(self.rates(task)) > 1 or task.unanswerable
 
 
 @dataclass(frozen=True)
@@ -91,7 +61,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning of a model. purpose: selection (without the held-out part, which is predicted) or final."""
+    """One fine-tuning of a model. purpose: selection (without the held-out part, which is predicted), final, or
+    intermediate (`intermediate.py`)."""
 
     purpose: str
     learning_rate: float
@@ -111,8 +82,10 @@ class Evaluator:
         data: TaskData,
         protocol: Protocol,
         report: Callable[[str], None] = logger.info,
+        intermediate: Intermediate | None = None,
     ) -> None:
         self.store, self.data, self.protocol, self.report = store, data, protocol, report
+        self.intermediate = intermediate
         self.done = self.reused = 0
         self.computed: set[tuple[Encoder, Run]] = set()
 
@@ -160,7 +133,16 @@ class Evaluator:
         """The choice of a learning rate, and one final run per seed."""
         choice = self.choose(encoder)
         runs = tuple(self._answered(self.run(encoder, run), choice) for run in self.final(choice))
-        return Row(encoder.name, runs, choice, asdict(self.protocol.settings(self.data.task)))
+        return Row(encoder.name, runs, choice, self._settings())
+
+    def _settings(self) -> Content:
+        first = {} if self.intermediate is None else {"intermediate": self.intermediate.identity()}
+        return {**asdict(self.protocol.settings(self.data.task)), **first}
+
+    def heading(self) -> str:
+        """How all models are fine-tuned."""
+        first = "" if self.intermediate is None else f"first on {self.intermediate.described()}, then "
+        return f"Fine-tuning: {first}{self.protocol.settings(self.data.task).described()}."
 
     def kept(self, encoder: Encoder, seed: int, folder: Path) -> Row:
         """The choice of a learning rate, and a single final run, whose model is saved as the new folder `folder`.
@@ -169,7 +151,15 @@ class Evaluator:
         """
         choice = self.choose(encoder)
         run = self.run(encoder, Run("final", choice.learning_rate, seed), keep=folder)
-        return Row(encoder.name, (self._answered(run, choice),), choice, asdict(self.protocol.settings(self.data.task)))
+        return Row(encoder.name, (self._answered(run, choice),), choice, self._settings())
+
+    def missing_intermediate(self, encoder: Encoder) -> list[Run]:
+        """Intermediate models of a model that are not stored: the same ones for all tasks of a command."""
+        if (first := self.intermediate) is None:
+            return []
+        seeds = range(max(self.protocol.seeds, self.protocol.selection_seeds))
+        runs = [Run("intermediate", first.learning_rate, seed) for seed in seeds]
+        return [run for run in runs if first.stored(self.store, encoder, run.seed) is None]
 
     def selection(self) -> list[Run]:
         """Runs that a model's learning rate, or threshold, is chosen by."""
@@ -186,9 +176,10 @@ class Evaluator:
 
         Raises TaskError if no learning rate can be chosen.
         """
-        if absent := [run for run in self.selection() if self._stored(encoder, run) is None]:
+        stored = {run: self._stored(encoder, run) for run in self.selection()}
+        if absent := [run for run, content in stored.items() if content is None]:
             return absent
-        choice = self.choose(encoder, lambda run: self._stored(encoder, run) or {})
+        choice = self.choose(encoder, lambda run: stored[run] or {})
         return [run for run in self.final(choice) if self._stored(encoder, run) is None]
 
     def choose(self, encoder: Encoder, get: Callable[[Run], Content] | None = None) -> Choice:
@@ -240,7 +231,7 @@ class Evaluator:
     def _splits(self, run: Run) -> tuple[Split, dict[str, Split]]:
         """What a run trains on, and what it predicts."""
         if run.purpose == "final":
-            return self.data.train, self.data.dev
+            return self.data.train if self.protocol.patience is None else self._held_out[0], self.data.dev
         fit, held_out = self._held_out
         return fit, {"held_out": held_out}
 
@@ -267,6 +258,8 @@ class Evaluator:
                     learning_rate=run.learning_rate,
                     seed=run.seed,
                     keep=keep,
+                    held_out=None if self.protocol.patience is None else self._held_out[1],
+                    weights=self.start(encoder, run.seed),
                 )
             except DivergenceError as error:
                 return {"diverged": str(error), "predictions": {}}
@@ -287,12 +280,24 @@ class Evaluator:
             self._count(label, content, stored=stored)
         return content
 
+    def start(self, encoder: Encoder, seed: int) -> Path | None:
+        """Folder with the weights that runs of a seed start from; None for the encoder's own."""
+        if self.intermediate is None:
+            return None
+
+        def report(label: str, content: Content, stored: bool) -> None:
+            self.report(self.line(label, content, stored=stored, task=first.name))
+
+        first = self.intermediate
+        return first.weights(self.store, encoder, seed, report)
+
     def _run_identity(self, encoder: Encoder, run: Run) -> Content:
         return self._identity(run.purpose, *self._splits(run)) | {
             "model": encoder.digest,
             "learning_rate": run.learning_rate,
             "seed": run.seed,
             **self.protocol.settings(self.data.task).identity(),
+            **({} if self.intermediate is None else {"intermediate": self.intermediate.identity()}),
         }
 
     def _identity(self, purpose: str, train: Split, evaluate: dict[str, Split]) -> Content:
@@ -312,8 +317,12 @@ class Evaluator:
         self.done += not stored
         self.report(self.line(label, content, stored=stored))
 
-    def line(self, label: str, content: Content, *, stored: bool) -> str:
-        """How a run ended."""
-        how = "stored" if stored else f"{content.get('train_seconds', 0):.0f} s"
+    def task_of(self, run: Run) -> str:
+        """Name of the task that a run trains on."""
+        return self.intermediate.name if self.intermediate and run.purpose == "intermediate" else self.data.task.name
+
+    def line(self, label: str, content: Content, *, stored: bool, task: str | None = None) -> str:
+        """How a run ended. task: its name, by default that of this one."""
+        how = "stored" if stored else f"{content.get('train_seconds') or 0:.0f} s"
         failed = f": {content['diverged']}" if content["diverged"] else ""
-        return f"{self.data.task.name}: {label} ({how}){failed}"
+        return f"{task or self.data.task.name}: {label} ({how}){failed}"

@@ -75,6 +75,8 @@ def tables(settings: Content, data: Content, reports: Mapping[int, Content]) -> 
             )
         lines += [*aligned(body), "", "Differences, paired by episode, 95% interval:", ""]
         for entry in found["differences"]:
+            if not _comparable(entry["first"], entry["second"]):
+                continue
             verdict = "within noise" if entry["within_noise"] else "beyond noise"
             lines.append(
                 f"- {entry['first']} − {entry['second']} = {100 * entry['difference']:+.1f} "
@@ -82,6 +84,12 @@ def tables(settings: Content, data: Content, reports: Mapping[int, Content]) -> 
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _comparable(first: str, second: str) -> bool:
+    """Whether two rows differ in the model or in the method alone; results.json has all differences."""
+    (model, _, method), (other_model, _, other_method) = first.rpartition(": "), second.rpartition(": ")
+    return not model or not other_model or model == other_model or method == other_method
 
 
 def _chosen(validation: Sequence[Content]) -> int:

@@ -18,9 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Run
+from maskvr_ds.downstream.evaluation import Evaluator, Run
 from maskvr_ds.downstream.examples import TaskData
+from maskvr_ds.downstream.intermediate import Intermediate
 from maskvr_ds.downstream.models import Encoder
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import TaskError
 from maskvr_ds.runtime.logs import is_quiet
@@ -35,6 +37,8 @@ class Progress:
     def __init__(self, evaluators: Sequence[Evaluator], models: int) -> None:
         # And the bags of words of each task.
         total = sum(e.bags_of_words + models * (len(e.selection()) + e.protocol.seeds) for e in evaluators)
+        first = evaluators[0]
+        total += models * max(first.protocol.seeds, first.protocol.selection_seeds) * (first.intermediate is not None)
         self._bar = tqdm(total=total, desc="runs", unit="run", leave=False, disable=True if is_quiet() else None)
 
     def __call__(self, line: str) -> None:
@@ -44,6 +48,10 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+# (Task, model) -> the errors of its runs, each naming the run.
+Failures = dict[tuple[str, str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ _encoders: list[Encoder] = []
 
 def _start(
     parent: int, device: str | None, threads: int | None, store: RunStore, tasks: list[TaskData], protocol: Protocol,
-    encoders: list[Encoder],
+    intermediate: Intermediate | None, encoders: list[Encoder],
 ) -> None:  # fmt: skip
     """Prepare a worker process. device: the GPU that it sees; threads: of PyTorch on CPUs."""
     die_with_parent(parent)
@@ -76,13 +84,21 @@ def _start(
         torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    _evaluators[:] = [Evaluator(store, data, protocol, lambda line: None) for data in tasks]
+    _evaluators[:] = [Evaluator(store, data, protocol, lambda line: None, intermediate) for data in tasks]
     _encoders[:] = encoders
 
 
 def _compute(job: _Job) -> Content:
     """Compute and store a run; → how it ended."""
-    content = _evaluators[job.task].run(_encoders[job.model], job.run)
+    evaluator, encoder = _evaluators[job.task], _encoders[job.model]
+    content: Content | None
+    if job.run.purpose == "intermediate":
+        assert evaluator.intermediate is not None
+        evaluator.start(encoder, job.run.seed)
+        content = evaluator.intermediate.stored(evaluator.store, encoder, job.run.seed)
+    else:
+        content = evaluator.run(encoder, job.run)
+    assert content is not None
     return {key: content.get(key) for key in ("diverged", "train_seconds")}
 
 
@@ -98,8 +114,8 @@ def visible_devices() -> list[str]:
 
 def compute_all(
     evaluators: Sequence[Evaluator], encoders: Sequence[Encoder], processes: int, progress: Progress
-) -> list[str]:
-    """Compute every run that is not stored, by several processes; → errors, each naming the task and the run.
+) -> Failures:
+    """Compute every run that is not stored, by several processes; → what failed.
 
     Of a model and task without an error all runs are stored then, except if it diverges at every learning rate.
     """
@@ -107,7 +123,8 @@ def compute_all(
     cores = len(os.sched_getaffinity(0))
     own = None if devices or "OMP_NUM_THREADS" in os.environ else max(1, cores // processes)
     first = evaluators[0]
-    common = (first.store, [evaluator.data for evaluator in evaluators], first.protocol, list(encoders))
+    data = [evaluator.data for evaluator in evaluators]
+    common = (first.store, data, first.protocol, first.intermediate, list(encoders))
     arguments = [(os.getpid(), devices[i % len(devices)] if devices else None, own, *common) for i in range(processes)]
     children = set(multiprocessing.active_children())
     pool = _Pool(arguments)
@@ -158,19 +175,28 @@ class _Pool:
 
 
 class _Schedule:
-    """Which runs are next: those of the selection first, and final ones once a learning rate can be chosen."""
+    """Which runs are next: intermediate models of all seeds first, those of the selection next, and final ones once a
+    learning rate can be chosen."""
 
     def __init__(self, evaluators: Sequence[Evaluator], encoders: Sequence[Encoder], progress: Progress) -> None:
         self._evaluators, self._encoders, self._progress = evaluators, encoders, progress
         self._queue: deque[_Job] = deque()
         self._open: dict[tuple[int, int], set[Run]] = {}
-        self._errors: list[str] = []
-        self._failed: set[tuple[int, int]] = set()
+        self._failures: Failures = {}
 
-    def work(self, pool: _Pool) -> list[str]:
+    def work(self, pool: _Pool) -> Failures:
+        # Of the first task: they are the same ones for all.
+        for model, encoder in enumerate(self._encoders):
+            self._add(0, model, self._evaluators[0].missing_intermediate(encoder))
+        self._drain(pool)
         for task in range(len(self._evaluators)):
             for model in range(len(self._encoders)):
-                self._extend(task, model)
+                if not self._failed(task, model):
+                    self._extend(task, model)
+        self._drain(pool)
+        return self._failures
+
+    def _drain(self, pool: _Pool) -> None:
         running: dict[Future[Content], _Job] = {}
         while self._queue or running:
             while self._queue and pool.idle:
@@ -180,7 +206,10 @@ class _Schedule:
             for future in ended:
                 pool.release(future)
                 self._end(running.pop(future), future)
-        return self._errors
+
+    def _add(self, task: int, model: int, runs: Sequence[Run]) -> None:
+        self._open[task, model] = set(runs)
+        self._queue.extend(_Job(task, model, run) for run in runs)
 
     def _extend(self, task: int, model: int) -> None:
         """Queue the runs of a task and model that can be computed now."""
@@ -188,26 +217,40 @@ class _Schedule:
             runs = self._evaluators[task].missing(self._encoders[model])
         except TaskError:
             return  # raised again by the protocol, which then names the model
-        self._open[task, model] = set(runs)
-        self._queue.extend(_Job(task, model, run) for run in runs)
+        self._add(task, model, runs)
+
+    def _failed(self, task: int, model: int) -> list[str]:
+        key = self._evaluators[task].data.task.name, self._encoders[model].name
+        return self._failures.get(key, [])
+
+    def _fail(self, job: _Job, text: str) -> None:
+        """Of an intermediate model, for every task."""
+        tasks = range(len(self._evaluators)) if job.run.purpose == "intermediate" else [job.task]
+        for task in tasks:
+            key = self._evaluators[task].data.task.name, self._encoders[job.model].name
+            self._failures.setdefault(key, []).append(text)
 
     def _end(self, job: _Job, future: Future[Content]) -> None:
         evaluator, encoder = self._evaluators[job.task], self._encoders[job.model]
         pair = job.task, job.model
         label = job.run.label(encoder)
+        name = evaluator.task_of(job.run)
         if error := future.exception():
             logger.debug("%s", label, exc_info=error)
-            reason = _describe(error)
-            self._errors.append(f"{evaluator.data.task.name}: {label}: {reason}")
-            self._failed.add(pair)
-            self._progress(f"{evaluator.data.task.name}: {label} failed: {reason}")
+            text = f"{name}: {label}: {_describe(error)}"
+            self._fail(job, text)
+            self._progress(f"{name}: {label} failed: {_describe(error)}")
         else:
             evaluator.computed.add((encoder, job.run))
-            self._progress(evaluator.line(label, future.result(), stored=False))
+            self._progress(evaluator.line(label, future.result(), stored=False, task=name))
         self._open[pair].discard(job.run)
         # With an error the choice would not be complete.
-        if not self._open[pair] and job.run.purpose == "selection" and pair not in self._failed:
+        if not self._open[pair] and job.run.purpose == "selection" and not self._failed(*pair):
             self._extend(*pair)
+            if vanished := [run for run in self._open[pair] if run.purpose == "selection"]:
+                # Not again: what deletes or damages files would do the same to the next ones.
+                self._queue = deque(queued for queued in self._queue if (queued.task, queued.model) != pair)
+                self._fail(job, f"{name}: {vanished[0].label(encoder)}: its file is gone from {evaluator.store.folder}")
 
 
 def _describe(error: BaseException) -> str:

@@ -5,9 +5,9 @@ A network f maps the statistics of a term t to its weight, and is trained with a
     w_t = softplus(f(tpr_t, fpr_t)),   x_dt = (1 + log tf_dt) · w_t / ‖·‖₂,   logits = W x_d + b,   cross-entropy
 
 f has one hidden layer of ReLUs with dropout 0.2; its inputs are tpr and fpr of all C classes (of two, those of the
-second). Adam; after each epoch the accuracy on held-out examples is measured, and training stops once it has not
-improved for some epochs, with f of the best one. Then W is thrown away, and a linear model of scikit-learn is trained
-on the weighted texts, as with any other weights.
+second). Adam; after each round of at least 50 steps the accuracy on held-out examples is measured, and training stops
+once it has not improved for six rounds, with f of the best one. Then W is thrown away, and a linear model of
+scikit-learn is trained on the weighted texts, as with any other weights.
 
 Differences from the paper: it has one function per binary problem, with tpr and fpr of one class; here one function
 serves all classes of a task. Features are words and word pairs, not words. Its statistics are those of the training
@@ -16,6 +16,7 @@ examples that the classifier sees as well, as in the paper.
 Shapes: n examples, V terms, C classes, B examples of a batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ from maskvr_ds.downstream.term_weights import Array, TermCounts
 
 _HIDDEN, _DROPOUT = 64, 0.2
 _LEARNING_RATE, _BATCH = 5e-3, 128
-_EPOCHS, _PATIENCE = 60, 6
+# A round is an epoch, or of a small training set as many epochs as have this many steps.
+_ROUNDS, _PATIENCE, _STEPS = 60, 6, 50
 
 
 def statistics(counts: TermCounts) -> Array:
@@ -67,10 +69,10 @@ def _scaled(values: Array) -> Array:
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained function, the epoch it is of, and the accuracy on the held-out examples then."""
+    """A trained function, the round it is of, and the accuracy on the held-out examples then."""
 
     function: WeightFunction
-    epoch: int
+    round: int
     accuracy: float
 
 
@@ -100,9 +102,10 @@ def _learn(
     labels = torch.from_numpy(classes).long()
     best = Learned(function, 0, -1.0)
     state = {name: value.clone() for name, value in function.state_dict().items()}
-    for epoch in range(1, _EPOCHS + 1):
+    epochs = math.ceil(_STEPS / math.ceil(len(labels) / _BATCH))
+    for number_of_round in range(1, _ROUNDS + 1):
         function.train()
-        order = torch.randperm(len(classes)).numpy()
+        order = torch.cat([torch.randperm(len(labels)) for _ in range(epochs)]).numpy()
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
             loss = F.cross_entropy(logits(features[chosen], function, values, classifier), labels[chosen])
@@ -111,9 +114,9 @@ def _learn(
             optimizer.step()
         accuracy = _accuracy(held_out, truth, function, classifier, values)
         if accuracy > best.accuracy:
-            best = Learned(function, epoch, accuracy)
+            best = Learned(function, number_of_round, accuracy)
             state = {name: value.clone() for name, value in function.state_dict().items()}
-        elif epoch - best.epoch >= _PATIENCE:
+        elif number_of_round - best.round >= _PATIENCE:
             break
     function.load_state_dict(state)
     return best

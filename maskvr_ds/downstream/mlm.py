@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.shards import HELD_OUT, Corpus
-from maskvr_ds.checkpoint.export import load_model, separator_of
+from maskvr_ds.checkpoint.export import late_masks_of, load_model, separator_of
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
 from maskvr_ds.config.objectives import PAIR_CLASSES
@@ -89,10 +89,11 @@ def load_masked_lm(source: Source, corpus: Corpus, *, new_head: bool | None = Fa
     """
     if source.is_checkpoint:
         checkpoints.verify(source.folder)
-        separator = separator_of(checkpoints.read_state(source.folder))
+        state = checkpoints.read_state(source.folder)
+        separator = separator_of(state)
         if separator is not None:
             check_borders(corpus)
-        module = MaskedLanguageModel(load_model(source.folder), separator=separator)
+        module = MaskedLanguageModel(load_model(source.folder), separator=separator, late=late_masks_of(state))
     else:
         config = ModelConfig(initialize_from=source.folder)
         # A run's export keeps the head for sentence pairs: the same figures as of the run.

@@ -63,10 +63,11 @@ class Encoder:
         """The words of a sentence as they are in running text."""
         return [f" {token}" if i and self._reads_spaces else token for i, token in enumerate(tokens)]
 
-    def load(self, kind: Kind, labels: Sequence[str]) -> Any:
+    def load(self, kind: Kind, labels: Sequence[str], weights: Path | None = None) -> Any:
         """The encoder with a new head, fp32, on the CPU; the head is drawn from torch's global generator.
 
-        Raises TaskError if the folder lacks weights of the encoder itself, which would stay random.
+        weights: folder of the encoder's weights; by default its own. Raises TaskError if it lacks weights of the
+        encoder itself, which would stay random.
         """
         cls = _CLASSES.get(kind, AutoModelForSequenceClassification)
         names = dict(enumerate(("start", "end") if kind is Kind.SPAN else labels)) or {0: "score"}
@@ -77,7 +78,7 @@ class Encoder:
         }
         try:
             model, found = cls.from_pretrained(
-                self.folder,
+                weights or self.folder,
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=torch.float32,

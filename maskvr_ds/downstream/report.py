@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskvr_ds.downstream.baselines import targets
@@ -14,12 +14,16 @@ from maskvr_ds.downstream.store import RESULTS, TABLES, Content, RunStore
 from maskvr_ds.runtime.files import atomic_write
 
 
-def task_report(data: TaskData, rows: Sequence[Row]) -> Content:
+def task_report(
+    data: TaskData, rows: Sequence[Row], heading: str = "", failed: Mapping[str, str] | None = None
+) -> Content:
     """Scores (fractions) of every run with mean and sample standard deviation, chosen settings, and differences.
 
-    A row with a diverged run has no mean and takes part in no comparison.
+    A row with a diverged run has no mean and takes part in no comparison. heading: how all models are fine-tuned;
+    failed: models without a row, and why.
     """
-    report: Content = {"data": describe(data), "rows": {}, "differences": {}}
+    report: Content = {"data": describe(data), "heading": heading, "rows": {}, "failed": dict(failed or {})}
+    report["differences"] = {}
     for row in rows:
         report["rows"][row.name] = {
             # Digest of the files of the model (checkpoint/scores.py); baselines have none.
@@ -31,6 +35,7 @@ def task_report(data: TaskData, rows: Sequence[Row]) -> Content:
             "diverged_seeds": row.diverged,
             "truncated": row.runs[0].get("truncated"),
             "seconds": [run.get("train_seconds") for run in row.runs],
+            "early_stopping": [run.get("stopping") for run in row.runs] if row.choice else None,
             "scores": {},
         }
     for name, split in data.dev.items():
@@ -63,7 +68,8 @@ def tables(task: str, report: Content) -> str:
     columns = list(report["differences"])
     counts = report["data"]
     sizes = ", ".join(f"{counts[key]:,} {key}" for key in counts if isinstance(counts[key], int) and counts[key])
-    lines = [f"### {task}", "", f"Examples: {sizes.replace('_', ' ')}. Scores × 100, mean ± standard deviation.", ""]
+    lines = [f"### {task}", "", f"Examples: {sizes.replace('_', ' ')}. Scores × 100, mean ± standard deviation."]
+    lines += [report["heading"]] * bool(report["heading"]) + [""]
     body = [["row", "learning rate", "runs", *columns]]
     for name, row in report["rows"].items():
         rate = row["learning_rate"]
@@ -86,9 +92,9 @@ def _notes(report: Content) -> list[str]:
     notes = []
     for name, row in report["rows"].items():
         if row["truncated"] and (total := sum(row["truncated"].values())):
-            # Of a text, or of a question; contexts are read in windows.
+            # Of a text, of a question, or of the shorter text of a pair; others are read in windows.
             what = (
-                "questions are shortened"
+                "questions, or shorter texts, are shortened to fit into windows"
                 if row["settings"].get("stride") is not None
                 else (f"examples are truncated to {row['settings']['max_length']} tokens")
             )
@@ -99,6 +105,9 @@ def _notes(report: Content) -> list[str]:
             )
         if len(row["seconds"]) == 1 and row["learning_rate"] is not None:
             notes.append(f"{name}: a single seed, so that the intervals do not cover the choice of seeds.")
+        if row["early_stopping"] and (kept := [run["epoch"] for run in row["early_stopping"] if run]):
+            notes.append(f"{name}: weights of epoch {', '.join(f'{epoch:g}' for epoch in kept)} (by seed).")
+    notes += [f"{name}: no row: {reason}" for name, reason in report["failed"].items()]
     return [*notes, ""] if notes else []
 
 

@@ -38,12 +38,15 @@ def default_stride(max_length: int) -> int:
     return max_length // 3
 
 
-def check_stride(max_length: int, stride: int) -> None:
-    """Raise TaskError if a window might have no room for new tokens beside a question and those that it shares."""
-    longest = max_length - min(MAX_QUESTION, max_length // 3) - _SPECIAL - 1
+def check_stride(max_length: int, stride: int, beside: str = "a question", maximum: int = MAX_QUESTION) -> None:
+    """Raise TaskError if a window might have no room for new tokens beside those that it shares.
+
+    beside: what else is in each window, of at most `maximum` tokens and a third of the window.
+    """
+    longest = max_length - min(maximum, max_length // 3) - _SPECIAL - 1
     if stride > longest:
         raise TaskError(
-            f"--stride {stride}: windows of {max_length} tokens can share at most {longest}, beside a question and one "
+            f"--stride {stride}: windows of {max_length} tokens can share at most {longest}, beside {beside} and one "
             "new token; lower it, or raise --max-length"
         )
 

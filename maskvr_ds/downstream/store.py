@@ -2,6 +2,7 @@
 
 OUTPUT/
     runs/TASK/*.json    a run: `identity`, and what came of it
+    intermediate/       encoders fine-tuned on an intermediate task
     results.json        all tasks and rows of the last command
     results.md          the same as tables
 """
@@ -17,7 +18,7 @@ from typing import Any
 from maskvr_ds.downstream.tasks import TaskError
 from maskvr_ds.runtime.files import atomic_write, keep_copy, read_json
 
-RUNS, RESULTS, TABLES = "runs", "results.json", "results.md"
+RUNS, RESULTS, TABLES, INTERMEDIATE = "runs", "results.json", "results.md", "intermediate"
 # Raised if the same identity would lead to another result.
 FORMAT = 1
 
@@ -67,9 +68,17 @@ class RunStore:
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
+    def intermediate(self, identity: Content) -> Path:
+        """The folder of an encoder that a run of this identity has trained."""
+        return self.folder / INTERMEDIATE / f"{identity['task']}-{_digest({'format': FORMAT, **identity})}"
+
     def _path(self, identity: Content, label: str) -> Path:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        digest = _digest(identity)
         folder = self.folder / RUNS / identity["task"]
         name = re.sub(r"[^\w.-]+", "_", label)[-80:]
         # Perhaps under another label: the same model in another folder.
         return next(iter(sorted(folder.glob(f"*-{digest}.json"))), folder / f"{name}-{digest}.json")
+
+
+def _digest(identity: Content) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -25,11 +25,11 @@ from maskvr_ds.downstream.baselines import targets
 from maskvr_ds.downstream.command import MODEL
 from maskvr_ds.downstream.comparison import changes
 from maskvr_ds.downstream.encoding import Encoded, encoded, prediction
-from maskvr_ds.downstream.evaluation import Protocol
 from maskvr_ds.downstream.examples import Split, TaskData
 from maskvr_ds.downstream.files import read_task
 from maskvr_ds.downstream.metrics import score
 from maskvr_ds.downstream.models import Encoder, prepared
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import folder_in_progress

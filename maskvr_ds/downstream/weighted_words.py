@@ -65,7 +65,7 @@ def difference(sides: Sequence[sparse.csr_matrix]) -> sparse.csr_matrix:
 
 
 def weighted_bag(data: TaskData, name: str, seed: int) -> Content:
-    """Predictions of a bag of words with the weights of this name; strength of regularisation; for `ltw` the epoch and
+    """Predictions of a bag of words with the weights of this name; strength of regularisation; for `ltw` the round and
     held-out accuracy of the learned function. seed: of `ltw`."""
     learned = learn_weights(data, seed) if name == LEARNING_TO_WEIGHT else None
 
@@ -76,7 +76,7 @@ def weighted_bag(data: TaskData, name: str, seed: int) -> Content:
         return words
 
     predictions, strength = choose_linear(data, vectorise)
-    how = {"epoch": learned.epoch, "held_out_accuracy": learned.accuracy} if learned else {}
+    how = {"round": learned.round, "held_out_accuracy": learned.accuracy} if learned else {}
     return {"predictions": predictions, "strength": strength, "diverged": None, **how}
 
 

@@ -6,12 +6,14 @@
 | hold_loss_scale       | _update_scale of fp16's optimizers            | once per engine                |
 | gate_optimizer_step   | step of the optimizer that DeepSpeed wraps    | once per engine                |
 | streamline            | loops over tensors in ZeRO's optimizers       | once per engine                |
+| skip_reduction        | buffered_allreduce_fallback of the engine     | once per engine, on one rank   |
+| hold_gradients        | reduction and step of ZeRO 1 and 2 in fp32    | once per engine, on one rank   |
 | capture_saved_files   | checkpoint_engine.save, _copy_recovery_script | while a checkpoint is saved    |
 | free_memory           | nothing; empties two of DeepSpeed's caches    | after an engine was destroyed  |
 
-`streamline` is in engine/streamline.py. A further one has to precede `deepspeed.init_distributed` and is therefore in
-runtime/distributed.py: `initialize` marks the shared-memory all-reduce for CPUs as unavailable, before DeepSpeed
-compiles it.
+`streamline` is in engine/streamline.py, the next two are in engine/one_rank.py. A further one has to precede
+`deepspeed.init_distributed` and is therefore in runtime/distributed.py: `initialize` marks the shared-memory all-reduce
+for CPUs as unavailable, before DeepSpeed compiles it.
 
 Patches rely on internals. Each of them checks that what it replaces exists and takes the arguments that it took in the
 version CHECKED, and raises RuntimeError otherwise; `check_deepspeed` does so before training for those that come late.

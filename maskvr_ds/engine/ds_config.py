@@ -69,10 +69,11 @@ def complete_deepspeed_config(
         timers={**(config.get("timers") or {}), "throughput": {"enabled": False}},
     )
     if optimizer.name == "adamw":
-        # FusedAdam on GPUs; torch's on CPUs, since DeepSpeed's would be compiled at first use.
+        # FusedAdam on GPUs; torch's on CPUs, since DeepSpeed's would be compiled at first use. Fused: one pass over
+        # memory, where torch's default makes two temporary tensors of the size of the model.
         on_cpu = distributed.device().type == "cpu"
-        params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}
-        config["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": on_cpu}}
+        params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps, "torch_adam": on_cpu}
+        config["optimizer"] = {"type": "AdamW", "params": {**params, **({"fused": True} if on_cpu else {})}}
     else:
         config["zero_allow_untested_optimizer"] = True
         # With offload DeepSpeed would otherwise accept only its own optimizer.

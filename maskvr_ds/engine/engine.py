@@ -22,6 +22,7 @@ from maskvr_ds.models import pretrained
 from maskvr_ds.models.capabilities import check_buffers, check_model
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.initial_folder import InitialWeights
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.models.normalization import replace_layer_norms
 from maskvr_ds.optim import lamb
 from maskvr_ds.optim.build_locks import check_build_lock
@@ -43,6 +44,7 @@ def create_engine(
     seed: int,
     row_length: int | None = None,
     separator: int | None = None,
+    late: LateMasks | None = None,
     initial: InitialWeights | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Build model, optimizer and engine. Collective: call on all ranks.
@@ -50,7 +52,7 @@ def create_engine(
     deepspeed_config: as returned by `read_deepspeed_config`. accumulation: micro-batches per step and rank.
     seed: of the random initial weights, which `initial` (a pretrained model) replaces. row_length: positions of the
     rows that will be trained, for which rank 0 checks the model (`check_model`); None: no check. separator: id of the
-    token that ends a document, to attend within documents; None: within rows.
+    token that ends a document, to attend within documents; None: within rows. late: late mask tokens.
 
     Raises ConfigError on all ranks if this machine does not support the precision, the architecture not what is asked
     of it, or the weights do not fit the model, RuntimeError if DeepSpeed is not the one that the patches expect.
@@ -64,7 +66,7 @@ def create_engine(
     torch.manual_seed(hashing.fold(seed) >> 1)
     module = distributed.run_collectively(
         lambda: MaskedLanguageModel(
-            encoder, activation_checkpointing=model.activation_checkpointing, separator=separator
+            encoder, activation_checkpointing=model.activation_checkpointing, separator=separator, late=late
         )
     )
     if row_length is not None:
@@ -92,7 +94,7 @@ def create_engine(
         distributed.run_collectively(lambda: lamb.bind(engine))
     if loss_scale(engine) is not None:
         hold_loss_scale(engine.optimizer)
-    distributed.run_collectively(lambda: streamline(engine.optimizer))
+    distributed.run_collectively(lambda: streamline(engine))
     return engine
 
 

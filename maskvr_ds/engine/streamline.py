@@ -20,10 +20,14 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
+from maskvr_ds.engine.one_rank import check_one_rank, hold_gradients, skip_reduction
 from maskvr_ds.engine.patch_checks import check_part, part
+from maskvr_ds.optim.layerwise import LayerwiseAdaptive
 
 # Elements of fp32 that gradients of later micro-batches are widened to at a time: 128 MiB.
 _WIDENED = 1 << 25
+# Elements that a CPU widens to float64 at a time: 512 KiB.
+_WIDENED_ON_CPU = 1 << 16
 _METHODS = ("update_hp_grads", "step", "get_grads_for_norm", "update_lp_params", "clear_hp_grads", "clear_lp_grads")
 _STATE = (
     "bf16_groups",
@@ -44,17 +48,22 @@ def check_streamlined() -> None:
     check_part("streamline", bf16, "step", "self", "closure")
     zero = part("streamline", "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer")
     check_part("streamline", zero, "get_grad_norm_direct", "self", "gradients", "params", "norm_type")
+    check_one_rank()
 
 
-def streamline(optimizer: Any) -> None:
-    """Replace what loops over tensors in the optimizer of an engine; does nothing for optimizers without such loops.
+def streamline(engine: Any) -> None:
+    """Replace what loops over tensors in the optimizer of an engine, and on one rank what reduces gradients
+    (one_rank.py); does nothing for optimizers without such loops.
 
     BF16_Optimizer: `update_hp_grads` and `step`, unless one of its special cases is used (gradients accumulated in
     bf16, immediate updates, model or expert parallelism). Adds the attribute `norm_reader`: called once per step with
     the global gradient norm before clipping (scalar tensor), returns it as a float.
-    DeepSpeedZeroOptimizer: `get_grad_norm_direct`.
+    DeepSpeedZeroOptimizer: `get_grad_norm_direct`. An optimizer of this project may use the memory of the gradients if
+    nothing reads them after its step.
     """
+    optimizer = engine.optimizer
     name = type(optimizer).__name__
+    skip_reduction(engine)
     if name == "BF16_Optimizer" and _is_plain(optimizer):
         for attribute in _STATE:
             check_part("streamline", optimizer, attribute)
@@ -63,6 +72,19 @@ def streamline(optimizer: Any) -> None:
         optimizer.step = MethodType(_step, optimizer)
     elif name == "DeepSpeedZeroOptimizer" and optimizer.mpu is None:
         optimizer.get_grad_norm_direct = MethodType(_partition_norm, optimizer)
+        hold_gradients(optimizer)
+    basic = engine.basic_optimizer
+    if isinstance(basic, LayerwiseAdaptive):
+        basic.overwrites_gradients = not _keeps_gradients(engine)
+
+
+def _keeps_gradients(engine: Any) -> bool:
+    """Whether gradients are read again after the optimizer's step, or might be."""
+    optimizer = engine.optimizer
+    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
+        return bool(optimizer.cpu_offload)
+    # Both clear them next: BF16_Optimizer its sums, the engine the gradients of the model at ZeRO 0 in fp32.
+    return type(optimizer).__name__ != "BF16_Optimizer" and optimizer is not engine.basic_optimizer
 
 
 def _is_plain(optimizer: Any) -> bool:
@@ -153,6 +175,22 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> None:
     self.clear_hp_grads()
 
 
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Summed in DeepSpeed's dtype for norms, rounded to fp32: scalar. On CPUs large tensors are widened in pieces that
+    stay in the cache."""
+    dtype, large = get_norm_dtype(), []
+    if tensors[0].device.type == "cpu":
+        large = [tensor for tensor in tensors if tensor.numel() > _WIDENED_ON_CPU]
+        tensors = [tensor for tensor in tensors if tensor.numel() <= _WIDENED_ON_CPU]
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)) if tensors else torch.zeros(0, dtype=dtype)
+    total = norms.pow(2).sum()
+    for tensor in large:
+        for piece in tensor.flatten().split(_WIDENED_ON_CPU):
+            wide = piece.to(dtype)
+            total = total + wide.dot(wide)
+    return total.float()
+
+
 @torch.no_grad()
 def _partition_norm(self: Any, gradients: Any, params: Any, norm_type: float = 2) -> torch.Tensor:
     """DeepSpeedZeroOptimizer.get_grad_norm_direct: L2 norm over the partitions of all ranks; -1 if it is not finite."""
@@ -160,11 +198,7 @@ def _partition_norm(self: Any, gradients: Any, params: Any, norm_type: float = 2
         raise NotImplementedError(f"norm of order {norm_type}; only 2 is used")
     mine = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     mine = [gradient for gradient, _ in zip(mine, params, strict=False)]
-    if mine:
-        norms = torch.stack(torch._foreach_norm(mine, 2, dtype=get_norm_dtype()))
-        squared = norms.pow(2).sum().float().to(self.device)
-    else:
-        squared = torch.zeros((), device=self.device)
+    squared = _sum_of_squares(mine).to(self.device) if mine else torch.zeros((), device=self.device)
     dist.all_reduce(squared, group=self.dp_process_group)
     norm = squared.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)

@@ -278,6 +278,8 @@ def _masking_config(masking: dict[str, Any]) -> MaskingConfig:
         raise ValueError(f"strategy {config.strategy}: needs gradients of the run, which Trainer has; use maskvr train")
     if config.fully_explored.placement != "across_epochs":
         raise ValueError("placement same_batch: needs a row several times in a batch; use maskvr train")
+    if config.late_layer:
+        raise ValueError("late_layer: needs the model of the run, which Trainer has; use maskvr train")
     if config.final_rate is not None:
         raise ValueError("final_rate: the collator does not know the step; use maskvr train")
     return config

@@ -60,6 +60,15 @@ def effective_predictions(masking: MaskingConfig, n: int) -> tuple[str, str | No
     )
 
 
+def hidden_positions(masking: MaskingConfig, length: int) -> int:
+    """Positions of a full row of `length` tokens that are [MASK] in every mask and at every rate of the schedule: what
+    the layers below masking.late_layer do not compute."""
+    n, rate = length - 2, min(masking.rate, masking.final_rate or masking.rate)
+    if masking.strategy in ("fully_explored", "auto"):
+        return n // segments(n, rate)
+    return max(1, round_half_up(n * rate))
+
+
 def check_rates(masking: MaskingConfig, longest: int) -> None:
     """Raise ConfigError if a rate predicts less than one of `longest` maskable positions."""
     for name, rate in (("rate", masking.rate), ("final_rate", masking.final_rate)):

@@ -20,11 +20,11 @@ import torch
 class GradientNorms:
     """Records s of each forward and backward pass.
 
-    Set `watch` as MaskedLanguageModel.observer; `take` returns the norms after the backward pass.
+    Set `watch` as MaskedLanguageModel.observer; `take` returns the norms after one or more backward passes.
     """
 
     def __init__(self) -> None:
-        self._norms: torch.Tensor | None = None
+        self._norms: list[torch.Tensor] = []
 
     def watch(self, hidden: torch.Tensor, losses: torch.Tensor) -> None:
         """hidden: h [B, K, D], any float dtype; losses: ℓ, float32 [B, K], computed from it. Both require gradients."""
@@ -34,16 +34,21 @@ class GradientNorms:
             factor = factors.pop().abs()
             # Accumulate in fp32 whatever the model's dtype.
             norms = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float32)
-            self._norms = torch.where(factor > 0, norms / factor, 0.0)
+            self._norms.append(torch.where(factor > 0, norms / factor, 0.0))
 
         losses.register_hook(lambda gradient: factors.append(gradient.detach()))
         hidden.register_hook(read)
 
+    def clear(self) -> None:
+        """Forget s of earlier backward passes."""
+        self._norms.clear()
+
     def take(self) -> torch.Tensor:
-        """Return and clear s of the last backward pass: float32 [B, K], 0 in unused slots (weight 0).
+        """Return and clear s of all backward passes since the last call, in their order: float32 [B, K] with the rows
+        of all of them, 0 in unused slots (weight 0).
 
         In fp16, non-finite if gradients overflowed.
         """
-        norms, self._norms = self._norms, None
-        assert norms is not None, "no backward pass since the last call, or the model's observer is not set"
-        return norms
+        norms, self._norms = self._norms, []
+        assert norms, "no backward pass since the last call, or the model's observer is not set"
+        return norms[0] if len(norms) == 1 else torch.cat(norms)

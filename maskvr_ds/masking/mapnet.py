@@ -47,6 +47,31 @@ class Layer(nn.Module):
         return x + self.output(F.gelu(self.intermediate(self.norm(x))))
 
 
+class Neighbours(nn.Linear):
+    """Linear map of the `reach` vectors on either side of a position, without its own: [B, L, D] → [B, L, D].
+
+    Places beyond the ends of a row are 0. weight [D, D · 2 reach]: of an input channel, first the neighbours on the
+    left, in the order of the row.
+    """
+
+    def __init__(self, hidden: int, reach: int) -> None:
+        super().__init__(2 * reach * hidden, hidden)
+        self.reach = reach
+
+    def forward(self, e: torch.Tensor) -> torch.Tensor:
+        """e float32 [B, L, D] → float32 [B, L, D]."""
+        D, r, L = self.out_features, self.reach, e.shape[1]
+        weight = self.weight.view(D, D, 2 * r)
+        if e.device.type == "cpu":
+            # Half the time of forming the windows, although the centre's weights, 0, are multiplied too.
+            kernel = F.pad(torch.stack(weight.split(r, 2), 2), (0, 1)).flatten(2)[..., : 2 * r + 1]
+            return F.conv1d(e.transpose(1, 2), kernel, self.bias, padding=r).transpose(1, 2)
+        # cuDNN's convolutions would be neither deterministic nor, by default, float32.
+        padded = F.pad(e, (0, 0, r, r))
+        windows = torch.cat([padded[:, place : place + L] for place in range(2 * r + 1) if place != r], -1)
+        return F.linear(windows, weight.transpose(1, 2).flatten(1), self.bias)
+
+
 class MapNet(nn.Module):
     """Embeddings, `layers` transformer layers, one score per position. Scores are 0 initially: a uniform proposal.
 
@@ -56,10 +81,9 @@ class MapNet(nn.Module):
 
     def __init__(self, *, vocab_size: int, max_length: int, layers: int, hidden: int, reach: int) -> None:
         super().__init__()
-        self.reach = reach
         self.tokens = nn.Embedding(vocab_size, hidden)
         self.positions = nn.Embedding(max_length, hidden)
-        self.expected = nn.Linear(2 * reach * hidden, hidden)
+        self.expected = Neighbours(hidden, reach)
         self.confront = nn.Linear(3 * hidden, hidden)
         self.layers = nn.ModuleList(Layer(hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
@@ -74,12 +98,11 @@ class MapNet(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """ŝ: unmasked input_ids int64 [B, L], attention_mask bool [B, L] or None → float32 [B, L]."""
-        r, e = self.reach, self.tokens(input_ids)
+        e = self.tokens(input_ids)
         if attention_mask is not None:
             # Treat padding like positions beyond the ends of the row: scores do not depend on the padded length.
             e = e * attention_mask[:, :, None]
-        windows = F.pad(e, (0, 0, r, r)).unfold(1, 2 * r + 1, 1)  # [B, L, D, 2r + 1]
-        c = F.gelu(self.expected(torch.cat([windows[..., :r], windows[..., r + 1 :]], -1).flatten(2)))
+        c = F.gelu(self.expected(e))
         x = self.confront(torch.cat([e, c, e * c], -1)) + self.positions.weight[: input_ids.shape[1]]
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
         for layer in self.layers:

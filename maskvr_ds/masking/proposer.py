@@ -4,10 +4,14 @@ B sequences, L positions, K predictions per sequence, W ranks, P parameters of t
 The network is replicated: initial weights are equal on all ranks (from the run's seed), gradients by the reduction,
 hence parameters stay bit-identical, which is verified periodically.
 
-Collectives, over the world group: one all-reduce of float32 [_SUMS + 2W + P] per optimizer step (sums, one slot per
-rank for the largest weight and for non-finite scores, the gradients of the unnormalised objective); one of int64 [W]
-every `check_every` steps (hashes of the replicas), for which the host waits. No other host-device synchronisation: s̄
-and the state of the gate stay in tensors, and non-finite scores are reported one step later.
+The network learns at the steps of the run that `learn_every` divides: between them it only proposes, and neither
+observes nor reduces anything. Its cost is dominated by the backward pass, and the scores change slowly.
+
+Collectives, over the world group: one all-reduce of float32 [_SUMS + 2W + P] per step at which it learns (sums, one
+slot per rank for the largest weight and for non-finite scores, the gradients of the unnormalised objective); one of
+int64 [W] every `check_every` steps (hashes of the replicas), for which the host waits. No other host-device
+synchronisation: s̄ and the state of the gate stay in tensors, and non-finite scores are reported one step after the
+next one at which the network learns.
 """
 
 import json
@@ -41,8 +45,8 @@ _NAMES = (
 # Σ over the global batch: w s, w s², w u s², loss, weights of the losses, their squares, entropies, rows, predictions;
 # over ranks: seconds of MAPNet, of the complete step.
 _SUMS = 11
-# Positions of the micro-batches of a step whose scores are kept between `propose` and `observe`, with what their
-# gradient needs: about 3 KB each at the default sizes. Further ones are computed twice.
+# Positions of a step whose scores are kept between `propose` and `observe`, with what their gradient needs: about 3 KB
+# each at the default sizes. Further parts are computed twice.
 _KEPT_POSITIONS = 1 << 17
 # Decay per step of the gate's moving averages.
 _DECAY = 0.99
@@ -54,8 +58,8 @@ _WEIGHT_DECAY = 0.01
 class Proposer:
     """MAPNet with its optimizer, gate and telemetry.
 
-    An optimizer step calls `propose` (a strategies.Proposal) for every micro-batch, `observe` after each backward pass,
-    and `step` at the end.
+    An optimizer step calls `propose` (a strategies.Proposal) for every part of the local batch, `observe` for each part
+    after the backward passes over its rows, and `step` at the end.
 
     Args:
         config: the config section.
@@ -104,7 +108,7 @@ class Proposer:
         self._largest = torch.zeros((), dtype=torch.float64, device=device)
         self._faulty = torch.zeros((), dtype=torch.float64, device=device)
         self._unchecked: tuple[int, DeferredTensor] | None = None
-        # Tokens of a micro-batch, its scores and π, by address of the tokens: what `observe` would compute once more.
+        # Tokens of a part, its scores and π, by address of the tokens: what `observe` would compute once more.
         self._proposed: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # Whether `observe` follows: not while masks are only measured.
         self.learning = True
@@ -118,7 +122,16 @@ class Proposer:
 
     def attach(self, model: torch.nn.Module) -> None:
         """Observe the gradient norms of a MaskedLanguageModel."""
-        model.observer = self.norms.watch  # type: ignore[assignment]
+        model.observer = self._watch  # type: ignore[assignment]
+
+    def _watch(self, hidden: torch.Tensor, losses: torch.Tensor) -> None:
+        if self.learns:
+            self.norms.watch(hidden, losses)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the network learns from the step that follows: the same on all ranks."""
+        return (self.run_step + 1) % self.config.learn_every == 0
 
     def _open(self) -> torch.Tensor:
         """Whether masks are drawn by the proposal: bool [], the same on all ranks.
@@ -151,7 +164,7 @@ class Proposer:
         with self._timed():
             counts = (share[:, 0] * maskable.sum(1)).round().long()
             kept = sum(ids.numel() for ids, _, _ in self._proposed.values()) + batch.input_ids.numel()
-            keep = self.learning and kept <= _KEPT_POSITIONS
+            keep = self.learning and self.learns and kept <= _KEPT_POSITIONS
             with torch.set_grad_enabled(keep):
                 scores, inclusion = self._inclusion(batch, maskable, counts)
             if keep:
@@ -160,11 +173,14 @@ class Proposer:
             return torch.where(self._open(), inclusion.detach(), share)
 
     def observe(self, batch: TokenBatch, maskable: torch.Tensor, masked: MaskedBatch) -> None:
-        """Accumulate sums and gradients from a micro-batch's gradient norms; call after its backward pass.
+        """Accumulate sums and gradients from the gradient norms of a part; call after the backward passes over its
+        rows, in their order, and over no others.
 
         batch: as given to `propose`; maskable: bool [B, L]; masked: the drawn masks. Predictions with a non-finite norm
         are skipped (fp16 overflow, for which the model's update is skipped too).
         """
+        if not self.learns:
+            return
         norms = self.norms.take()
         with self._timed():
             predicted = masked.weights != 0
@@ -194,14 +210,21 @@ class Proposer:
                 self._largest = torch.maximum(self._largest, weights.max())
 
     @torch.no_grad()
-    def step(self) -> DeferredFigures:
-        """Reduce, update the network and the gate; → the step's metrics. Collective: call on all ranks, once per
-        optimizer step.
+    def step(self) -> DeferredFigures | None:
+        """Reduce, update the network and the gate; → the step's metrics, None if the network does not learn from it.
+        Collective: call on all ranks, once per optimizer step.
 
-        Raises on all ranks: FloatingPointError if scores of the previous step were not finite; ReplicaError.
+        Raises on all ranks: FloatingPointError if scores up to the previous step were not finite; ReplicaError.
         """
         self.check()
+        learns = self.learns
         self.run_step += 1
+        figures = self._learn() if learns else None
+        if self.run_step % self.config.check_every == 0:
+            self.check_replicas()
+        return figures
+
+    def _learn(self) -> DeferredFigures:
         world_size, rank = distributed.world_size(), distributed.rank()
         if self._clock is not None:
             own, total = self._clock.read()
@@ -249,12 +272,11 @@ class Proposer:
         self._sums.zero_()
         self._largest = torch.zeros_like(self._largest)
         self._faulty = torch.zeros_like(self._faulty)
-        if self.run_step % self.config.check_every == 0:
-            self.check_replicas()
         return DeferredFigures(_NAMES, figures)
 
     def check(self) -> None:
-        """Raise FloatingPointError, on all ranks, if scores of the last step were not finite."""
+        """Raise FloatingPointError, on all ranks, if scores up to the last step that the network learnt from were not
+        finite."""
         if self._unchecked is None:
             return
         step, faulty = self._unchecked

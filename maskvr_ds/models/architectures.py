@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.config.architectures import TESTED
 from maskvr_ds.models.encoder import MaskedLanguageModel, ask_for_pair_head
+from maskvr_ds.models.late_masks import LateMasks
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,11 @@ def _transformers_config(
     return _make(cls, {**values, "vocab_size": vocab_size, "pad_token_id": pad_id})
 
 
-def check_settings(model: ModelConfig, *, pair_head: bool = False, documents: bool = False) -> None:
+def check_settings(
+    model: ModelConfig, *, pair_head: bool = False, documents: bool = False, late_layer: int = 0
+) -> None:
     """Raise ConfigError as `transformers_config` and MaskedLanguageModel do, before a corpus is known; allocates no
-    weights. documents: whether attention is within documents."""
+    weights. documents: whether attention is within documents. late_layer: masking.late_layer."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"), 1)
     rows = model.settings.get("vocab_size", 1024)
     config = transformers_config(model, vocab_size=rows, pad_id=0, token_ids=special, pair_head=pair_head)
@@ -84,6 +87,7 @@ def check_settings(model: ModelConfig, *, pair_head: bool = False, documents: bo
             config,
             activation_checkpointing=model.activation_checkpointing,
             separator=special["sep_token_id"] if documents else None,
+            late=LateMasks(late_layer, special["mask_token_id"], 1) if late_layer else None,
         )
 
 

@@ -8,12 +8,17 @@ L: positions of a row. No collectives.
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from maskvr_ds.config import ConfigError
 from maskvr_ds.models import documents
 from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.late_masks import REMEDY
 
 # Positions of the row of the backward pass: enough for what a longer row reaches, at bounded cost. Longer
 # rows go through a single layer.
@@ -29,20 +34,23 @@ def check_model(module: MaskedLanguageModel, length: int, dtype: torch.dtype, de
     """Run the fp32 module on rows of `length` tokens; returns the names of parameters that get no gradient.
 
     dtype, device: in which and where the engine will compute. Raises ConfigError naming value, rule and remedy if a row
-    is too long, the architecture takes another token for padding, does not run in bf16, or does not attend within
-    documents as asked.
+    is too long, the architecture takes another token for padding, does not run in bf16, does not attend within
+    documents as asked, or computes the layers below late mask tokens otherwise than with [MASK] hidden from attention.
     """
     config = module.mlm.config
     training = module.training
     module.eval()
     try:
         with torch.random.fork_rng(devices=[]):
-            _check_padding(module)
-            check_length(module, length)
-            if module.separator is not None:
-                _check_documents(module, min(length, _BACKWARD))
-                if documents.has_varlen(device, dtype):
-                    _check_no_dropout(module)
+            with module.without_late_masks():
+                _check_padding(module)
+                check_length(module, length)
+                if module.separator is not None:
+                    _check_documents(module, min(length, _BACKWARD))
+                    if documents.has_varlen(device, dtype):
+                        _check_no_dropout(module)
+            if module.late is not None:
+                check_late_masks(module, min(length, _BACKWARD))
             if dtype == torch.bfloat16:
                 _check_bf16(module, min(length, _BACKWARD))
             return _without_gradient(module, min(length, _BACKWARD))
@@ -136,6 +144,73 @@ def _check_documents(module: MaskedLanguageModel, length: int) -> None:
             f"row than for each by itself (difference {difference:.2g}, largest {largest:.2g}): its attention or its "
             f"positions cross their borders; {documents.REMEDY}"
         )
+
+
+@torch.no_grad()
+def check_late_masks(module: MaskedLanguageModel, length: int) -> None:
+    """Raise ConfigError unless the hidden states that enter layer N are those of transformers' own attention that does
+    not see [MASK] in the layers below, with the embeddings of [MASK] in their places."""
+    late, kind = module.late, module.mlm.config.model_type
+    assert late is not None
+    # Different tokens: of equal ones, an average does not depend on which are seen.
+    row = (torch.arange(length) * 7919 % module.mlm.config.vocab_size)[None]
+    ids = (module.mlm.config.pad_token_id, module.separator, late.mask_id)
+    ordinary = next(token for token in range(4) if token not in ids)
+    row[torch.isin(row, torch.tensor([token for token in ids if token is not None]))] = ordinary
+    chosen = torch.arange(length) % 3 == 1
+    parts = [slice(0, length)]
+    if module.separator is not None:
+        row[0, half := length // 3 * 2] = module.separator
+        chosen[half] = False
+        parts = [slice(0, half + 1), slice(half + 1, length)]
+    row[:, chosen] = late.mask_id
+    positions = chosen.nonzero().T
+    module.late = replace(late, hidden=int(chosen.sum()))
+    try:
+        for module.trims_late in (True, False):
+            with _entering(module, late.layer) as states:
+                module.hidden(row, positions)
+            found = states[late.layer][0]
+            expected = torch.cat([_without_masks(module, row[:, part], chosen[part], late.layer) for part in parts])
+            difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+            if not difference <= _AGREEMENT * largest:
+                raise ValueError(f"difference {difference:.2g}, largest {largest:.2g}")
+    # Whatever an architecture raises for shorter rows, attention masks that it does not take, or no layer called.
+    except Exception as error:
+        raise ConfigError(
+            f"masking.late_layer {late.layer}: {kind} of transformers does not compute the layers below for the "
+            f"positions that are not [MASK] alone ({' '.join(str(error).split())}); {REMEDY}"
+        ) from error
+    finally:
+        module.late, module.trims_late = late, None
+
+
+def _without_masks(module: MaskedLanguageModel, row: torch.Tensor, masked: torch.Tensor, layer: int) -> torch.Tensor:
+    """What enters a layer, [L, D], if the layers below do not attend to masked positions; there, their embeddings."""
+    rows = nullcontext() if module.separator is None else documents.of_rows(module.mlm)
+    with module.without_late_masks(), rows, _entering(module, layer) as states:
+        module.mlm.base_model(input_ids=row, attention_mask=~masked[None])
+    return torch.where(masked[:, None], states[0][0], states[layer][0])
+
+
+@contextmanager
+def _entering(module: MaskedLanguageModel, layer: int) -> Iterator[dict[int, torch.Tensor]]:
+    """Within: the hidden states with which the first layer and `layer` are called, by number."""
+    found: dict[int, torch.Tensor] = {}
+
+    def reading(number: int) -> Callable[..., None]:
+        def read(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[number] = args[0] if args else kwargs["hidden_states"]
+
+        return read
+
+    layers = list(module.layers)
+    hooks = [layers[n].register_forward_pre_hook(reading(n), with_kwargs=True) for n in (0, layer)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

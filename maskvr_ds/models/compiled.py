@@ -71,8 +71,8 @@ def compile_model(module: MaskedLanguageModel, how: Compile) -> None:
                 "to model or none"
             )
         # Layers share their code. Those of the same kind share a graph; at worst each has its own, with and without
-        # padding.
-        limits.recompile_limit = max(limits.recompile_limit, 2 * len(layers))
+        # padding, and there are rows of two lengths if mask tokens are late.
+        limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
         for layer in layers:
             layer.compile(fullgraph=True, dynamic=False)
     heads = [child for child in mlm.children() if child is not encoder]

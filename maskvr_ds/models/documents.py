@@ -139,19 +139,21 @@ def attend(
     sliding_window: int | None = None,
     document_mask: torch.Tensor | None = None,
     document_offsets: torch.Tensor | None = None,
+    document_positions: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a layer, called by transformers: query [B, H, L, d], key and value [B, H' ≤ H, L, d] → [B, L, H, d].
 
     sliding_window: w, the layer attends to |i − j| < w; None: to all. document_mask: from `block_mask`.
-    document_offsets: from `offsets`. Raises ConfigError for dropout with `document_offsets`.
+    document_offsets: from `offsets`. document_positions: int64 [B, L], the numbers i of the positions in their row;
+    None: from 0. Raises ConfigError for dropout with `document_offsets`.
     """
     if document_offsets is not None:
         if dropout:
             raise ConfigError(_no_dropout(dropout))
         return _by_offsets(query, key, value, document_offsets, scaling, sliding_window), None
     assert document_mask is not None, "checked at the start: the architecture passes arguments on to its attention"
-    mask = _in_window(document_mask, sliding_window)
+    mask = _in_window(document_mask, sliding_window, document_positions)
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False, **others
     )
@@ -168,6 +170,7 @@ def attend_eagerly(
     sliding_window: int | None = None,
     document_mask: torch.Tensor | None = None,
     document_offsets: torch.Tensor | None = None,
+    document_positions: torch.Tensor | None = None,
     **__: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attend`, without dropout, by a softmax over float32 [B, H, L, L], -inf outside of the documents. Returns the
@@ -178,16 +181,21 @@ def attend_eagerly(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     logits = (query @ key.transpose(2, 3)).float() * (query.shape[3] ** -0.5 if scaling is None else scaling)
-    weights = torch.softmax(logits.masked_fill(~_in_window(document_mask, sliding_window), -torch.inf), dim=-1)
+    mask = _in_window(document_mask, sliding_window, document_positions)
+    weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2), weights
 
 
-def _in_window(document_mask: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
-    """bool [B, 1, L, L]: `document_mask`, restricted to |i − j| < sliding_window if given."""
+def _in_window(
+    document_mask: torch.Tensor, sliding_window: int | None, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """bool [B, 1, L, L]: `document_mask`, restricted to |i − j| < sliding_window if given. places: i, int64 [B, L];
+    None: from 0."""
     if sliding_window is None:
         return document_mask
-    places = torch.arange(document_mask.shape[3], device=document_mask.device)
-    return document_mask & ((places[:, None] - places).abs() < sliding_window)
+    if places is None:
+        places = torch.arange(document_mask.shape[3], device=document_mask.device)[None]
+    return document_mask & ((places[:, :, None] - places[:, None]).abs() < sliding_window)[:, None]
 
 
 def _mask_of_offsets(document_offsets: torch.Tensor, rows: int, length: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ The model is transformers' own, whatever its architecture: a forward hook on its
 last hidden state [B, L, D] by its K gathered rows [B, K, D], and the model's own forward applies its own head to them.
 The head processes each position independently, so the logits are those of the untouched model at these positions.
 
-Rows attend over all of their tokens, or within documents (models/documents.py).
+Rows attend over all of their tokens, or within documents (models/documents.py). [MASK] may enter at a middle layer
+(models/late_masks.py).
 
 For sentence pairs the model is the architecture's ...ForPreTraining: a pooler, which reads the complete last hidden
 state inside of the encoder, and a binary head on it.
@@ -15,7 +16,7 @@ state inside of the encoder, and a binary head on it.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrain
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.objectives import PAIR_CLASSES
 from maskvr_ds.models import documents
+from maskvr_ds.models.late_masks import LateMasks, Passage, StagedLayers, passing, staged_layers
 
 
 class MaskedLanguageModel(nn.Module):
@@ -35,18 +37,21 @@ class MaskedLanguageModel(nn.Module):
         model: transformers' configuration, for random weights, or a model, which is used as it is.
         activation_checkpointing: recompute activations in the backward pass.
         separator: id of the token that ends a document, to attend within documents (models/documents.py); None: rows.
+        late: layer at which [MASK] enters (models/late_masks.py); None: at the first one, as the others.
 
     mlm: transformers' model. has_pair_head: whether it classifies sentence pairs (`ask_for_pair_head`).
     observer: called in every training forward pass with h [B, K, D], the input of the prediction head, and the losses
     [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
     is_compiled: whether parts of it were compiled (models/compiled.py).
+    trims_late: whether the layers below `late` get rows of the same shorter length; None: in training only.
 
     Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing, or
-    cannot attend within documents.
+    cannot attend within documents, or has no list of layers or no layer for late mask tokens.
     """
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     is_compiled: bool = False
+    trims_late: bool | None = None
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class MaskedLanguageModel(nn.Module):
         *,
         activation_checkpointing: bool = False,
         separator: int | None = None,
+        late: LateMasks | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
@@ -72,6 +78,9 @@ class MaskedLanguageModel(nn.Module):
         if separator is not None:
             documents.use_document_attention(self.mlm)
             self._first_position = documents.first_position(self.mlm.base_model)
+        self.late = late
+        if late is not None:
+            self._staged = [staged_layers(self.mlm.base_model, late)]  # in a list: registered once
 
     def _checkpoint_activations(self) -> None:
         kind = self.mlm.config.model_type
@@ -97,12 +106,47 @@ class MaskedLanguageModel(nn.Module):
         return output
 
     @contextmanager
-    def _gathering(self, positions: torch.Tensor) -> Iterator[None]:
+    def _gathering(
+        self, positions: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Within: a forward pass over the rows."""
         self._positions = positions
+        try:
+            with self._late_masks(positions, input_ids, attention_mask):
+                yield
+        finally:
+            self._positions = self._hidden = None
+
+    def _late_masks(
+        self, positions: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> AbstractContextManager[None]:
+        if self.late is None:
+            return nullcontext()
+        numbers = None if self.separator is None else documents.starts(input_ids, self.separator).cumsum(1)
+        passage = Passage(
+            self.late,
+            input_ids,
+            attention_mask,
+            predictions=positions.shape[1],
+            trimmed=self.training if self.trims_late is None else self.trims_late,
+            eager=self.mlm.config._attn_implementation == "eager",
+            document_numbers=numbers,
+        )
+        return passing(self.layers, passage)
+
+    @property
+    def layers(self) -> StagedLayers:
+        """The encoder's layers; only of a model with late mask tokens."""
+        return self._staged[0]
+
+    @contextmanager
+    def without_late_masks(self) -> Iterator[None]:
+        """Within: [MASK] enters at the first layer, as in the exported model."""
+        late, self.late = self.late, None
         try:
             yield
         finally:
-            self._positions = self._hidden = None
+            self.late = late
 
     def _inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, Any]:
         """Arguments of transformers' model."""
@@ -117,7 +161,7 @@ class MaskedLanguageModel(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Input of the head, h [B, K, D], for input_ids int64 [B, L], positions int64 [B, K], mask bool [B, L]."""
-        with self._gathering(positions):
+        with self._gathering(positions, input_ids, attention_mask):
             return self.mlm.base_model(**self._inputs(input_ids, attention_mask))[0]
 
     def forward(
@@ -135,7 +179,7 @@ class MaskedLanguageModel(nn.Module):
         Under ZeRO 3 all computation must go through this method: the hooks that gather a module's parameters expect a
         complete forward pass.
         """
-        with self._gathering(positions):
+        with self._gathering(positions, input_ids, attention_mask):
             inputs = self._inputs(input_ids, attention_mask)
             if segment_starts is not None:
                 inputs["token_type_ids"] = token_types(input_ids, attention_mask, segment_starts)
@@ -157,6 +201,11 @@ class MaskedLanguageModel(nn.Module):
             yield
         finally:
             self._detach = False
+
+
+def ordinary(module: nn.Module) -> AbstractContextManager[None]:
+    """Within: a MaskedLanguageModel computes without late mask tokens, as other modules do anyway."""
+    return module.without_late_masks() if isinstance(module, MaskedLanguageModel) else nullcontext()
 
 
 def names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:

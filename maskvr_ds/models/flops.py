@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.late_masks import LateMasks
 
 
 def flops_per_sequence(
@@ -18,6 +19,7 @@ def flops_per_sequence(
     *,
     batch: int,
     documents: tuple[NDArray[np.int64], int] | None = None,
+    late: LateMasks | None = None,
 ) -> float:
     """Floating-point operations per sequence, forward and backward (backward = 2 × forward).
 
@@ -30,12 +32,14 @@ def flops_per_sequence(
     batch: sequences per forward pass, which share what depends on no sequence (DeBERTa's relative positions).
     documents: lengths of the documents of some rows, int64 [·], and the number of these rows, if attention is within
     documents: then only pairs within a document are counted, the mean over the rows.
+    late: late mask tokens: the layers below them count the positions of a training step that they get, and of pairs
+    outside of documents or windows as many as on average.
     """
     L, K = sequence_length, predictions
-    one, two = _count(config, L, K)
+    one, two = _count(config, L, K, late)
     each, shared = two - one, 2 * one - two
     lengths, rows = (np.array([L]), 1) if documents is None else documents
-    return 3.0 * (each + shared / batch - _not_attended(config, L, lengths, rows))
+    return 3.0 * (each + shared / batch - _not_attended(config, L, lengths, rows, late))
 
 
 def pairs_in_documents(lengths: NDArray[np.int64], reach: int | None = None) -> int:
@@ -45,32 +49,41 @@ def pairs_in_documents(lengths: NDArray[np.int64], reach: int | None = None) -> 
     return int((lengths * (2 * reaches + 1) - reaches * (reaches + 1)).sum())
 
 
-def _not_attended(config: PreTrainedConfig, length: int, lengths: NDArray[np.int64], rows: int) -> float:
+def _not_attended(
+    config: PreTrainedConfig, length: int, lengths: NDArray[np.int64], rows: int, late: LateMasks | None
+) -> float:
     """FLOPs of attention (QKᵀ and the weighted sum), forward, that a count of all pairs of a row has too many: of pairs
     outside of the documents, and outside of the windows of `layer_types`."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     reach = getattr(config, "sliding_window", None)
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    attended = sum(pairs_in_documents(lengths, reach if kind == "sliding_attention" else None) / rows for kind in kinds)
-    return 4.0 * width * (len(kinds) * length**2 - attended)
+    below, share = (0, 1.0) if late is None else (late.layer, (1 - late.hidden / length) ** 2)
+    missing = 0.0
+    for number, kind in enumerate(kinds):
+        attended = pairs_in_documents(lengths, reach if kind == "sliding_attention" else None) / rows
+        missing += (length**2 - attended) * (share if number < below else 1.0)
+    return 4.0 * width * missing
 
 
 @torch.no_grad()
-def _count(config: PreTrainedConfig, length: int, predictions: int) -> tuple[int, int]:
+def _count(config: PreTrainedConfig, length: int, predictions: int, late: LateMasks | None) -> tuple[int, int]:
     """FLOPs of a forward pass over one sequence, and over two. The counter knows no fused attention on CPUs."""
     eager = copy.deepcopy(config)
     eager._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         try:
-            return _forward(eager, length, predictions, torch.device("meta"))
+            return _forward(eager, length, predictions, late, torch.device("meta"))
         # Models that read values in their forward pass (DeBERTa-v2) cannot run without data.
         except RuntimeError:
-            return _forward(eager, length, predictions, torch.device("cpu"))
+            return _forward(eager, length, predictions, late, torch.device("cpu"))
 
 
-def _forward(config: PreTrainedConfig, length: int, predictions: int, device: torch.device) -> tuple[int, int]:
+def _forward(
+    config: PreTrainedConfig, length: int, predictions: int, late: LateMasks | None, device: torch.device
+) -> tuple[int, int]:
     with device:
-        model = MaskedLanguageModel(config).eval()
+        model = MaskedLanguageModel(config, late=late).eval()
+        model.trims_late = True
         # Any token but [PAD], whose positions some models do not count.
         ids = torch.full((2, length), 0 if config.pad_token_id else 1)
         positions = torch.zeros((2, predictions), dtype=torch.long)

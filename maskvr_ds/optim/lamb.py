@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from maskvr_ds.optim.adam_moments import AdamMoments
+from maskvr_ds.optim.adam_moments import PIECE, AdamMoments
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive, Update, squared_norms
 from maskvr_ds.optim.partitions import Partition, layout_of
 from maskvr_ds.optim.variants import VARIANTS, Variant
@@ -91,7 +91,8 @@ class Lamb(TrustRatioScaled, AdamMoments):
     dtype; `step`, a Python int. DeepSpeed's ZeRO and universal checkpoints know these names, and an int never makes the
     host wait for the device. `step()` does not synchronise host and device (unless the partitions are offloaded). While
     it runs it needs one extra buffer of the size of the parameters (the update u) and, on GPUs, one of the size of the
-    small parameters (their ratios). Gradients are not modified.
+    small parameters (their ratios). Gradients are not modified, unless an engine allows it (`overwrites_gradients`): on
+    CPUs they then are the buffer of large tensors.
 
     Args:
         params: tensors, `(name, tensor)` pairs, or groups of them; all on one device, with dense gradients.
@@ -125,6 +126,17 @@ class Lamb(TrustRatioScaled, AdamMoments):
             raise ValueError("fused = True: Triton is not installed; install triton, or set fused to False")
         self.fused = fused
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, variant)
+
+    def _piecewise(
+        self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor], step: int
+    ) -> list[Tensor] | None:
+        if partitions[0].device.type != "cpu" or max(p.numel() for p in partitions) <= PIECE:
+            return None
+        # Gradients that were scaled are copies.
+        own = self.overwrites_gradients or gradients[0] is not partitions[0].grad
+        updates = gradients if own else [torch.empty_like(p) for p in partitions]
+        self._update_pieces(group, partitions, gradients, updates, step)
+        return updates
 
     def _corrections(self, group: dict[str, Any], step: int) -> tuple[float, float]:
         """As in AdamMoments; 1 if the variant does not correct the moments."""

@@ -59,6 +59,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     """Base class. Subclasses define the state, u, and its scales; this class scales u and subtracts it."""
 
     fused = False
+    # Whether `step` may use the memory of the gradients: set if nothing reads them afterwards (engine/streamline.py).
+    overwrites_gradients = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
         if defaults["lr"] < 0.0:
@@ -132,6 +134,12 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _scales(self, sums: Tensor, pending: list[Update]) -> Tensor:
         """Factor of each tensor's u, from the completed sums: fp32 [T]. NaN stays NaN: divergence must be visible."""
+
+    def _piecewise(
+        self, group: dict[str, Any], partitions: list[Tensor], gradients: list[Tensor], step: int
+    ) -> list[Tensor] | None:
+        """What `_advance` and `_updates` do, for pieces that stay in a CPU's cache: u; None if they shall do it."""
+        return None
 
     def _fuse(
         self, group: dict[str, Any], partitions: list[Tensor], layouts: list[Partition], step: int, scale: Tensor | None
@@ -250,11 +258,14 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
                 gradients = [cast(Tensor, p.grad) for p in chosen]
                 if scale is not None:
                     gradients = list(torch._foreach_mul(gradients, scale))
-                self._advance(group, chosen, gradients)
-                if (measured := self._measure(group, chosen, gradients, step)) is not None:
-                    sums = self._sum_squares(layouts, measured)
-                del gradients, measured  # scaled copies would otherwise be alive together with u
-                updates = self._updates(group, chosen, step)
+                if (piecewise := self._piecewise(group, chosen, gradients, step)) is not None:
+                    updates = piecewise
+                else:
+                    self._advance(group, chosen, gradients)
+                    if (measured := self._measure(group, chosen, gradients, step)) is not None:
+                        sums = self._sum_squares(layouts, measured)
+                    del gradients, measured  # scaled copies would otherwise be alive together with u
+                    updates = self._updates(group, chosen, step)
             rate, adapted = self._rate(group, step), self._adapts(group)
             self._pending.append(Update(chosen, updates, layouts, rate, adapted, fused, sums))
 

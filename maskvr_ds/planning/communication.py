@@ -21,8 +21,8 @@ _ENGINE_BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class Collective:
-    """size: bytes of the complete tensor. times: calls per step. bucket: elements at a time. kind: "all-reduce",
-    "all-gather", "reduce-scatter" or "reduce". hidden: whether it runs during a backward pass."""
+    """size: bytes of the complete tensor. times: calls per step. messages: pieces of a call, for one owner. kind:
+    "all-reduce", "all-gather", "reduce-scatter" or "reduce". hidden: whether it runs during a backward pass."""
 
     kind: str
     what: str
@@ -35,6 +35,11 @@ class Collective:
         """Bytes that a GPU sends per step."""
         factor = 2 if self.kind == "all-reduce" else 1
         return factor * (ranks - 1) / ranks * self.size * self.times
+
+    def calls(self, ranks: int) -> int:
+        """Collectives per step. A bucket that is reduced to owners is one for each owner whose share it has parts of:
+        the buckets cut the sequence of shares into as many more pieces."""
+        return self.times * (self.messages + (ranks - 1 if self.kind == "reduce" else 0))
 
 
 def collectives(sizes: EncoderSizes, zero: Zero, accumulation: int) -> list[Collective]:
@@ -69,7 +74,7 @@ def seconds(found: list[Collective], cluster: Cluster, passes: float) -> float:
         return 0.0
     exposed = hideable = 0.0
     for one in found:
-        time = one.wire(ranks) / cluster.bus() + one.times * one.messages * LATENCY * math.log2(ranks)
+        time = one.wire(ranks) / cluster.bus() + one.calls(ranks) * LATENCY * math.log2(ranks)
         exposed += time
         hideable += time if one.hidden else 0.0
     return exposed - _HIDDEN * min(hideable, passes)

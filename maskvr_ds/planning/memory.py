@@ -36,8 +36,8 @@ class Pass:
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
     activations are recomputed. pairs: ordered pairs of positions per sequence for which attention is computed; None:
-    all, L². on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of the model,
-    attention not fused if it has dropout, and only the used part of a buffer takes memory.
+    all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
+    the model, attention not fused if it has dropout, and only the used part of a buffer takes memory.
     """
 
     length: int
@@ -47,6 +47,7 @@ class Pass:
     checkpointing: bool = False
     pairs: float | None = None
     on_cpu: bool = False
+    late: tuple[int, int] = (0, 0)
 
 
 def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
@@ -66,7 +67,8 @@ def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
         layers, last = 1.0 * sizes.layers * sizes.hidden * element, last + tokens * layer
     else:
         layers = sizes.layers * layer
-    return tokens * (embedded + layers) + max(head, last)
+    in_layers = work.micro * sizes.positions(work.length, work.late)
+    return tokens * embedded + in_layers * layers + max(head, last)
 
 
 def memory(sizes: EncoderSizes, zero: Zero, work: Pass, *, ranks: int, fused: bool, factor: float = 1.0) -> Memory:
@@ -74,12 +76,12 @@ def memory(sizes: EncoderSizes, zero: Zero, work: Pass, *, ranks: int, fused: bo
     factor: of the activations, measured."""
     P, e = sizes.total, zero.element
     share = P / ranks if zero.stage else P
-    update = 0 if fused or zero.offload else 4 * share
+    update = 0 if fused or zero.offload or _overwrites_gradients(zero, work) else 4 * share
     moments = 8 * share
     masters = 0.0 if zero.stage == 0 and e == 4 else 4 * share
     optimizer = 0.0 if zero.offload else moments + masters
     weights = e * (share if zero.stage == 3 else P)
-    gradients = _gradients(sizes, zero, work, share)
+    gradients = _gradients(sizes, zero, work, share, ranks)
     # The decoder's gradient is the first one of a backward pass; held ones are added to only after that.
     first = e * sizes.largest
     kept = factor * activations(sizes, e, work)
@@ -101,19 +103,27 @@ class _Gradients:
     updating: float
 
 
-def _gradients(sizes: EncoderSizes, zero: Zero, work: Pass, share: float) -> _Gradients:
-    """share: elements of a rank's partition."""
+def _overwrites_gradients(zero: Zero, work: Pass) -> bool:
+    """Whether LAMB, on a CPU, keeps its update where the gradients were (engine/streamline.py)."""
+    return work.on_cpu and (zero.stage in (1, 2) or (zero.stage == 0 and zero.element == 4))
+
+
+def _gradients(sizes: EncoderSizes, zero: Zero, work: Pass, share: float, ranks: int) -> _Gradients:
+    """share: elements of a rank's partition. One rank makes no copies for a reduction (engine/one_rank.py)."""
     P, e, a = sizes.total, zero.element, zero.accumulated
     later = work.accumulation > 1
+    if zero.holds_gradients(ranks):
+        return _Gradients(4 * P, 0.0, 4 * P, 0.0, 4 * P)
     if zero.stage == 0:
         # Flattened for the reduction; in bf16 copied to fp32 for the update.
-        flat = max(e, zero.communicated) * P
+        flat = max(e, zero.communicated) * P if ranks > 1 else 0.0
         return _Gradients(e * P if later else 0.0, 0.0, e * P, flat, (e + (4 if e == 2 else 0)) * P)
     if zero.flat_gradients:
         # The buffer of all gradients exists always; those of a pass are zeroed, not freed, before the next one.
         widened = 4.0 * min(P, max(sizes.largest, _WIDENED)) if later else 0.0
         held = 4.0 * P + (e * P if later else 0)
-        return _Gradients(held, widened, (4 + e) * P, 4 * P + widened, 4 * P)
+        flat = 4.0 * P if ranks > 1 else 0.0
+        return _Gradients(held, widened, (4 + e) * P, flat + widened, 4 * P)
     partition = 0.0 if zero.offload else 4 * share
     bucket = 1.0 * zero.buckets * zero.bucket * (a if zero.stage == 1 else e)
     # On a CPU, a buffer takes memory as it is filled.

@@ -13,6 +13,7 @@ from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.deepspeed import enabled, read_deepspeed_config
 from maskvr_ds.data.documents import check_borders, document_lengths
 from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.masking.checks import hidden_positions
 from maskvr_ds.planning.calibration import predictions
 from maskvr_ds.planning.communication import collectives
 from maskvr_ds.planning.hardware import USABLE, Cluster
@@ -124,6 +125,11 @@ class _Phase:
         self.sizes: EncoderSizes = encoder_sizes(config.model, corpus.vocabulary)
         masking = config.masking
         self.predictions = predictions(corpus.length, max(masking.rate, masking.final_rate or 0))
+        self.late = (masking.late_layer, hidden_positions(masking, corpus.length)) if masking.late_layer else (0, 0)
+        if self.late[0] >= self.sizes.layers:
+            raise ConfigError(
+                f"masking.late_layer {self.late[0]}: [MASK] must enter before the last of {self.sizes.layers} layers"
+            )
         self.checkpointing = config.model.activation_checkpointing
         # DeepSpeed's Adam is one kernel, too.
         self.fused = config.optimizer.fused or config.optimizer.name == "adamw"
@@ -135,7 +141,7 @@ class _Phase:
     def work(self, micro: int, ranks: int, checkpointing: bool | None = None, *, pairs: float | None = None) -> Pass:
         again = self.checkpointing if checkpointing is None else checkpointing
         accumulation = self.config.batch.global_size // (micro * ranks)
-        return Pass(self.length, self.predictions, micro, accumulation, again, pairs)
+        return Pass(self.length, self.predictions, micro, accumulation, again, pairs, late=self.late)
 
     def memory(self, zero: Zero, micro: int, ranks: int, checkpointing: bool | None = None) -> Memory:
         work, factor = self.work(micro, ranks, checkpointing), self.calibration.activations
@@ -163,7 +169,7 @@ class _Phase:
     @property
     def flops(self) -> float:
         """Model FLOPs of a sequence: of pairs within documents, whatever the kernel computes."""
-        return self.sizes.flops(self.length, self.predictions, self.corpus.pairs)
+        return self.sizes.flops(self.length, self.predictions, self.corpus.pairs, self.late)
 
     def largest_micro(self, zero: Zero, ranks: int, checkpointing: bool | None = None) -> int | None:
         """The largest micro-batch that divides a rank's sequences and fits; None if none does."""

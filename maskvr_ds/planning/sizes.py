@@ -51,13 +51,28 @@ class EncoderSizes:
         """Number of parameters, P."""
         return sum(self.parameters.values())
 
-    def flops(self, length: int, predictions: int, pairs: float | None = None) -> float:
+    def flops(self, length: int, predictions: int, pairs: float | None = None, late: tuple[int, int] = (0, 0)) -> float:
         """Model FLOPs of one sequence, forward and backward (backward = 2 × forward), without recomputation.
 
-        pairs: ordered pairs of positions of which one attends to the other; None: all, length².
+        pairs: ordered pairs of positions of which one attends to the other; None: all, length². late: as for
+        `positions`.
         """
-        attention = (length**2 if pairs is None else pairs) * self.pair_flops
-        return 3 * (length * self.token_flops + attention + predictions * self.prediction_flops)
+        of_tokens = self.positions(length, late) * self.token_flops
+        attention = self.attended(length, pairs, late) * self.pair_flops
+        return 3 * (of_tokens + attention + predictions * self.prediction_flops)
+
+    def positions(self, length: int, late: tuple[int, int]) -> float:
+        """Positions of a sequence that a layer computes, the mean over the layers. late: number of layers below late
+        mask tokens, and positions that they have less of."""
+        below, hidden = late
+        return length - below / self.layers * hidden
+
+    def attended(self, length: int, pairs: float | None, late: tuple[int, int]) -> float:
+        """Pairs of positions that a layer computes, the mean over the layers; those below late mask tokens have as many
+        of `pairs` (None: all, length²) as on average."""
+        below, hidden = late
+        missing = below / self.layers * (1 - (1 - hidden / length) ** 2)
+        return (1 - missing) * (length**2 if pairs is None else pairs)
 
 
 def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:

@@ -76,14 +76,14 @@ def pass_seconds(sizes: EncoderSizes, gpu: Gpu, element: int, work: Pass) -> flo
     B, L, K = work.micro, work.length, work.predictions
     rate, stream = gpu.product_rate(element), gpu.bandwidth * _STREAM
     again = 4 / 3 if work.checkpointing else 1.0
-    products = 3 * B * (L * sizes.token_flops * again + K * sizes.prediction_flops)
-    pairs = L**2 if work.pairs is None else work.pairs
+    positions, pairs = sizes.positions(L, work.late), sizes.attended(L, work.pairs, work.late)
+    products = 3 * B * (positions * sizes.token_flops * again + K * sizes.prediction_flops)
     attention = 3 * B * pairs * sizes.pair_flops * again
     # Fused attention computes QKᵀ once more in its backward pass: 7 products of matrices for 6.
     return (
         products / (rate * _products_share(sizes.hidden))
-        + attention * 7 / 6 / (rate * _attention_share(pairs / L))
-        + B * L * sizes.layers * sizes.moved * element * again / stream
+        + attention * 7 / 6 / (rate * _attention_share(pairs / positions))
+        + B * positions * sizes.layers * sizes.moved * element * again / stream
         + B * K * sizes.vocabulary * _PER_LOGIT / stream
     )
 
@@ -93,7 +93,7 @@ def update_bytes(sizes: EncoderSizes, zero: Zero, work: Pass, optimizer: str, *,
     P = sizes.total
     share = P / ranks if zero.stage else P
     summed = 0 if zero.element == zero.accumulated else (_FIRST_SUM + _LATER_SUM * (work.accumulation - 1)) * P
-    flattened = _FLATTEN * P if zero.stage < 3 else 0
+    flattened = _FLATTEN * P if zero.flattens(ranks) else 0
     return summed + flattened + (_UPDATE[optimizer, fused] + _REST) * share
 
 

@@ -1,7 +1,8 @@
 """What DeepSpeed does with a DeepSpeed configuration: precision, partitions, buffers, collectives. Loads no torch.
 
-Describes DeepSpeed 0.19.8 with the replacements of engine/streamline.py. P parameters, N ranks, e bytes per element of
-the model (4 in fp32, else 2), c bytes per communicated gradient, a bytes per accumulated gradient.
+Describes DeepSpeed 0.19.8 with the replacements of engine/streamline.py and engine/one_rank.py. P parameters, N ranks,
+e bytes per element of the model (4 in fp32, else 2), c bytes per communicated gradient, a bytes per accumulated
+gradient.
 """
 
 from dataclasses import dataclass
@@ -42,6 +43,16 @@ class Zero:
     def buckets(self) -> int:
         """Buffers of `bucket` elements that exist at once."""
         return 2 if self.overlap and self.stage == 2 else 1
+
+    def holds_gradients(self, ranks: int) -> bool:
+        """Whether gradients lie in the optimizer's flat buffers from the start: one rank, stages 1 and 2, all fp32."""
+        whole = {self.element, self.accumulated, self.communicated} == {4}
+        return ranks == 1 and self.stage in (1, 2) and whole and not self.offload
+
+    def flattens(self, ranks: int) -> bool:
+        """Whether gradients are copied to flat buffers before the update, and from them."""
+        alone = ranks == 1 and (self.stage == 0 or self.flat_gradients or self.holds_gradients(ranks))
+        return self.stage < 3 and not alone
 
 
 def zero_settings(config: dict[str, Any]) -> Zero:

@@ -125,7 +125,7 @@ def _supervise(
     if launched.completed(steps or 0):
         return 0
     if launched.stopped_at() is not None:
-        terminal.alert("continue with --resume auto")
+        terminal.alert("to continue, repeat the command with --resume auto")
         return EXIT_STOPPED
     resume = "; resume with --resume auto" if complete_checkpoints(run) else ""
     terminal.alert(f"error: the ranks ended before {f'step {steps}' if steps else 'the last step'}{resume}")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 OUT, ERR = 1, 2
+_END_OF_LINE = "\n"
 
 
 @contextlib.contextmanager
@@ -31,6 +32,6 @@ def say(text: str, descriptor: int = OUT, *, end: str = "\n") -> None:
 
 def alert(text: str) -> None:
     """Print a line to standard error, bypassing Python's streams: a signal handler may have interrupted a print, and a
-    thread that hangs may hold their lock."""
+    thread that hangs may hold their lock. On a terminal it does not continue the line of a progress bar, or of ^C."""
     with _outlived(ERR):
-        os.write(ERR, f"{text}\n".encode())
+        os.write(ERR, f"{_END_OF_LINE * os.isatty(ERR)}{text}\n".encode())

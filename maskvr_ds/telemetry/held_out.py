@@ -14,7 +14,8 @@ def held_out_sentence(line: dict[str, Any]) -> str:
     behind_mask = loss is not None and math.isfinite(loss)
     suffix = "_mask" if behind_mask else ""
     loss = line[f"held_out_loss{suffix}"]
-    text = f"loss {loss:.3f} nats {'behind [MASK]' if behind_mask else 'per masked token'} at step {line['step']:,}"
+    what = f"behind [MASK] ({line['held_out_loss']:.3f} over all predictions)" if behind_mask else "per masked token"
+    text = f"loss {loss:.3f} nats {what} at step {line['step']:,}"
     if (accuracy := line.get(f"held_out_accuracy{suffix}")) is not None:
         text += f", accuracy {accuracy:.1%}"
     if (entropy := line.get("held_out_unigram_entropy")) is not None:

@@ -294,10 +294,13 @@ class MetricsLog:
             text += f"  {self._time_left(line['step'])} left"
         if "held_out_loss" in line:
             text += f"  held-out {line['held_out_loss']:.4f}"
+            if math.isfinite(behind_mask := line.get("held_out_loss_mask", math.nan)):
+                text += f" ([MASK] {behind_mask:.4f})"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.perf_counter()
-        if self._bar.disable and (now - self._last_line > _LINE_EVERY or "held_out_loss" in line):
+        # A bar shows the held-out loss for a step only: it stays as a line.
+        if "held_out_loss" in line or (self._bar.disable and now - self._last_line > _LINE_EVERY):
             self._last_line = now
             logger.info("step %d/%d  %s", line["step"], self._bar.total, text)
 

@@ -19,8 +19,8 @@ def plot_loss(metrics: Path, output: Path) -> None:
     """Plot training and held-out loss over steps as a PNG, with panels for trust ratios, the choices of
     masking.strategy auto and MAPNet's metrics if logged.
 
-    The unigram entropy of the held-out corpus is drawn with the held-out loss: a model that uses no context does not
-    get below it.
+    The unigram entropy of the held-out corpus is drawn with the held-out losses: a model that uses no context does not
+    get below it behind [MASK].
     """
     import matplotlib
 
@@ -43,6 +43,9 @@ def plot_loss(metrics: Path, output: Path) -> None:
     if held_out:
         at = [x["step"] for x in held_out]
         axes.plot(at, _column(held_out, "held_out_loss"), marker="o", markersize=3, label="held-out")
+        behind_mask = _column(held_out, "held_out_loss_mask")
+        if not all(map(math.isnan, behind_mask)):
+            axes.plot(at, behind_mask, linewidth=0.9, label="held-out, behind [MASK]")
         # Changes where a phase has another held-out corpus.
         entropy = _column(held_out, "held_out_unigram_entropy")
         if not all(map(math.isnan, entropy)):

@@ -246,7 +246,7 @@ class Chooser:
         weights = full_fp32_weights(self._engine)
         with torch.random.fork_rng(devices=[]):
             module = self._engine.module
-            copied = MaskedLanguageModel(module.mlm.config, separator=module.separator).float()
+            copied = MaskedLanguageModel(module.mlm.config, separator=module.separator, late=module.late).float()
         copied.to(distributed.device())
         for name, parameter in copied.mlm.named_parameters():
             if distributed.rank() == 0:

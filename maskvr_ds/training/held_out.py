@@ -49,13 +49,14 @@ class HeldOut:
         micro_size: sequences per forward pass.
         rank, world_size, device: as for the loader.
 
-    rows: the number of rows used.
+    rows: the number of rows used. described: that number and, if it is smaller, out of how many.
     """
 
     def __init__(
         self, corpus: Corpus, *, rows: int, micro_size: int, rank: int, world_size: int, device: torch.device
     ) -> None:
         self.rows = min(rows, corpus.rows)
+        self.described = f"{self.rows:,}{f' of {corpus.rows:,}' if self.rows < corpus.rows else ''} rows"
         chosen = held_out_rows(corpus, rows)
         self._mine = chosen[rank::world_size]
         # Under ZeRO 3 a forward pass is a collective: every rank runs as many as the rank with the most rows. A rank

@@ -133,6 +133,8 @@ def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any])
             "dtype": str(model_dtype(deepspeed_config)).removeprefix("torch."),
             "compile": config.training.compile,
             "attention": config.data.attention,
+            "late_layer": config.masking.late_layer,
+            "mapnet": config.masking.mapnet.model_dump(include={"layers", "hidden", "reach", "cost"}),
             "model": config.model.identity(),
         }
         return dict(json.loads(json.dumps(found)))
@@ -277,7 +279,8 @@ def measure_costs(
     proposer = None
     if PROPOSAL in needed.strategies and masking.mapnet.cost is None:
         proposer = Proposer(
-            masking.mapnet,
+            # Of steps at which it learns: with learn_every, more than on average.
+            masking.mapnet.model_copy(update={"learn_every": 1}),
             vocab_size=corpus.manifest.vocab_size,
             max_length=engine.module.mlm.config.max_position_embeddings,
             seed=0,

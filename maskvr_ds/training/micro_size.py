@@ -3,7 +3,8 @@
 Candidates are the divisors of a rank's share of the global batch, so that the global batch stays what it is. They are
 tried by doubling until one does not fit, then by bisection. All ranks try the same one at the same time, and it fits if
 it does on all of them. A trial is two micro-batches of the corpus' rows and an update, at ZeRO stages 0 to 2, without
-communication (engine/silent.py) and without torch.compile, which needs less memory, within `_USABLE` of the memory.
+communication (engine/silent.py) and without torch.compile, which needs less memory, within `_USABLE` of the memory. In
+fp16 DeepSpeed skips updates until the loss scale is low enough: a trial goes on until there was one.
 
 The number goes into config.yaml of the run: a resume takes it from there and tries nothing.
 
@@ -29,7 +30,7 @@ from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
 from maskvr_ds.data.mixture import open_mixture
 from maskvr_ds.engine.deepspeed_patches import free_memory
-from maskvr_ds.engine.engine import create_engine, step_and_norm
+from maskvr_ds.engine.engine import create_engine, loss_scale, step_and_norm
 from maskvr_ds.engine.silent import without_communication
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.models.losses import objective_losses
@@ -218,16 +219,26 @@ class _Trial:
                 self._engine = self._make_engine()
             with without_communication():
                 batch = self._batch(rows)
-                # The second micro-batch finds the sums of the first one in memory.
-                for last in (False, True):
-                    loss, pair_loss = objective_losses(self._engine, self._masker(batch))
-                    self._engine.backward(loss if pair_loss is None else loss + pair_loss)
-                    if not last:
-                        self._engine.step()
-                step_and_norm(self._engine)
+                while not self._updates(batch):
+                    pass
         except torch.OutOfMemoryError:
             return False
         return True
+
+    def _updates(self, batch: TokenBatch) -> bool:
+        """One step; whether the optimizer updated the weights, and so had all of its memory. If it did not, the loss
+        scale is lower now, or at its minimum, for which `step_and_norm` raises FloatingPointError."""
+        masked = self._masker(batch)
+        # The second micro-batch finds the sums of the first one in memory.
+        for last in (False, True):
+            loss, pair_loss = objective_losses(self._engine, masked)
+            total = loss if pair_loss is None else loss + pair_loss
+            # Means, as in training: in fp16 sums over many rows would overflow at any scale.
+            self._engine.backward(total / masked.weights.numel())
+            if not last:
+                self._engine.step()
+        step_and_norm(self._engine)
+        return loss_scale(self._engine) is None or not self._engine.optimizer.overflow
 
     def _batch(self, rows: int) -> TokenBatch:
         corpus = self.corpus
@@ -242,7 +253,7 @@ class _Trial:
         return to_device(batch, distributed.device())
 
     def _make_engine(self) -> Any:
-        from maskvr_ds.training.setup import encoder_config
+        from maskvr_ds.training.setup import encoder_config, late_masks
 
         config = self._config
         encoder = encoder_config(config.model, self.corpus, None, pair_head=config.pair_objective is not None)
@@ -256,6 +267,7 @@ class _Trial:
             seed=0,
             row_length=self.corpus.sequence_length,
             separator=self.corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+            late=late_masks(config, self.corpus),
         )
         engine.train()
         return engine

@@ -121,15 +121,16 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
 
 
 def _check_architecture(config: RunConfig) -> None:
-    """Raise ConfigError if transformers refuses the section, or attention within documents. BERT's own fields are
-    checked without it; a login node may not have it, and the ranks check again."""
+    """Raise ConfigError if transformers refuses the section, attention within documents, or late mask tokens. BERT's
+    own fields are checked without it; a login node may not have it, and the ranks check again."""
     model, pair_head = config.model, config.pair_objective is not None
     documents = any(phase.data.attention == "documents" for _, phase in _phases(config))
+    late_layer = max(phase.masking.late_layer for _, phase in _phases(config))
     if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
         return
     from maskvr_ds.models.architectures import check_settings
 
-    check_settings(model, pair_head=pair_head, documents=documents)
+    check_settings(model, pair_head=pair_head, documents=documents, late_layer=late_layer)
 
 
 def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

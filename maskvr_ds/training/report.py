@@ -24,9 +24,9 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
     epochs = steps * size / epoch_samples(config, corpus)
     # Strategy auto may repeat rows, each repetition with other masks.
     about = "up to " if config.masking.strategy == "auto" else ""
-    held_out = "none" if context.evaluation is None else _count(context.evaluation.rows, "row")
+    held_out = "none" if context.evaluation is None else context.evaluation.described
     where = f"phase {phase.name!r}, {phase.index + 1} of {phases}: " if phase.name else ""
-    done = f" from step {state.step:,}" if state.step else ""
+    done = f" from step {state.step:,}, {phase.last_step - state.step:,} to go" if state.step else ""
     folders = len(config.data.corpora)
     saves = config.checkpoint.every_steps
     return [

@@ -27,7 +27,7 @@ from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.engine.master_weights import partition_sizes
-from maskvr_ds.masking.checks import sequence_copies
+from maskvr_ds.masking.checks import hidden_positions, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
@@ -37,6 +37,7 @@ from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.fence import Fence
@@ -211,6 +212,14 @@ def encoder_config(
     return transformers_config(model, vocab_size=rows, pad_id=special.pad, token_ids=token_ids, pair_head=pair_head)
 
 
+def late_masks(config: RunConfig, corpus: Corpus) -> LateMasks | None:
+    """Where [MASK] enters the model, for the corpus' rows; None: at the first layer."""
+    if not config.masking.late_layer:
+        return None
+    hidden = hidden_positions(config.masking, corpus.sequence_length)
+    return LateMasks(config.masking.late_layer, corpus.manifest.special_tokens.mask, hidden)
+
+
 def _make_engine(
     phase: RunPhase,
     corpus: Corpus,
@@ -229,6 +238,7 @@ def _make_engine(
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
         separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+        late=late_masks(config, corpus),
         initial=initial,
     )
 
@@ -254,7 +264,8 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
 def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
     documents = document_lengths(corpus) if config.data.attention == "documents" else None
     size = config.batch.micro_size
-    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents)
+    late = late_masks(config, corpus)
+    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents, late=late)
 
 
 def _initial_state(

@@ -22,6 +22,8 @@ from maskvr_ds.runtime import distributed
 
 # Tokens masked at a time; in int64 a few buffers of 4 MiB each.
 _TOKENS_AT_ONCE = 1 << 19
+# The same for masks of the proposal network, which needs about 3 KB per token.
+_PROPOSED_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def run_step(
     A batch that has pairs needs the weight of their objective. stop: whether this rank was asked to stop. writing:
     whether it is writing a checkpoint. verifying: `BackgroundVerification.flags`; None: not, on all ranks.
     """
-    # Masks of the proposal network take memory: one micro-batch at a time.
-    parts = list(batch.split(micro_size if proposer is not None else _rows_at_once(batch, micro_size)))
+    tokens = _TOKENS_AT_ONCE if proposer is None else _PROPOSED_AT_ONCE
+    parts = list(batch.split(_rows_at_once(batch, micro_size, tokens)))
     masked_parts = [masker(part) for part in parts]
     flags = (stop, writing, *(verifying or ()))
     counters = torch.stack(
@@ -78,26 +80,31 @@ def run_step(
         ]
     )
     distributed.all_reduce_sum(counters)
-    micro_batches = list(batch.split(micro_size))
-    masked_batches = [micro for masked in masked_parts for micro in masked.split(micro_size)]
+    micro_batches = [list(masked.split(micro_size)) for masked in masked_parts]
     # DeepSpeed averages over micro-batches and ranks; this turns its mean of sums into Σ w ℓ / Σ k over the global
     # batch, however the predictions are spread over micro-batches and ranks.
     weights = objectives or Objectives()
-    passes = len(micro_batches) * distributed.world_size()
+    number = sum(map(len, micro_batches))
+    passes = number * distributed.world_size()
     scale = weights.mlm * passes / counters[2].clamp(min=1).double()
     # Every row is a pair, and every rank has the same number of rows.
     pairs = len(batch.sample_ids) * distributed.world_size()
     pair_scale = weights.pair_weight * passes / pairs
     loss_sum = torch.zeros(1 if batch.pair_labels is None else 2, dtype=torch.float64, device=counters.device)
-    for number, (micro, masked) in enumerate(zip(micro_batches, masked_batches, strict=True), 1):
-        loss, pair_loss = objective_losses(engine, masked)
-        total = loss * scale.float()
-        engine.backward(total if pair_loss is None else total + pair_loss * pair_scale)
-        loss_sum += loss.detach() if pair_loss is None else torch.stack([loss.detach(), pair_loss.detach()])
+    if proposer is not None:
+        # Of backward passes between two steps: compilation, probes.
+        proposer.norms.clear()
+    for part, masked_part, of_part in zip(parts, masked_parts, micro_batches, strict=True):
+        for masked in of_part:
+            loss, pair_loss = objective_losses(engine, masked)
+            total = loss * scale.float()
+            engine.backward(total if pair_loss is None else total + pair_loss * pair_scale)
+            loss_sum += loss.detach() if pair_loss is None else torch.stack([loss.detach(), pair_loss.detach()])
+            number -= 1
+            if number:
+                engine.step()
         if proposer is not None:
-            proposer.observe(micro, masker.maskable(micro), masked)
-        if number < len(masked_batches):
-            engine.step()
+            proposer.observe(part, masker.maskable(part), masked_part)
     distributed.all_reduce_sum(loss_sum)
     mean_pair_loss = loss_sum[1:] / pairs if len(loss_sum) == 2 else None
     loss_sum = loss_sum[:1]
@@ -118,9 +125,10 @@ def run_step(
     )
 
 
-def _rows_at_once(batch: TokenBatch, micro_size: int) -> int:
-    """Rows to mask at a time, whole micro-batches: masking launches as many kernels for few rows as for many."""
-    return max(1, _TOKENS_AT_ONCE // (batch.input_ids.shape[1] * micro_size)) * micro_size
+def _rows_at_once(batch: TokenBatch, micro_size: int, tokens: int) -> int:
+    """Rows to mask at a time, whole micro-batches of at most `tokens` tokens, at least one: masking launches as many
+    kernels for few rows as for many."""
+    return max(1, tokens // (batch.input_ids.shape[1] * micro_size)) * micro_size
 
 
 def _total(terms: Any) -> torch.Tensor:

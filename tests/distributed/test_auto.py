@@ -31,7 +31,7 @@ ONE, ALL, PROPOSAL = ("fully_explored", 1, 0.2), ("fully_explored", 5, 0.2), ("m
 LAST = ("fully_explored", 1, 0.15)
 MEASURED = [ALL, ALL, PROPOSAL, PROPOSAL, ONE, ONE]
 COURSE = [ONE, ALL, ALL, PROPOSAL, PROPOSAL, ONE, LAST]
-SLOW = 0.02
+SLOW = 0.1
 EXACT = ("step", "loss", "grad_norm", "data_digest", "mask_digest", "predictions")
 
 
@@ -67,7 +67,7 @@ def train_by_course(jobs: list[tuple[dict[str, Any], str | None]], strict: bool)
 
 
 def train_with_slow_network(jobs: list[tuple[dict[str, Any], str | None]]) -> list[str | None]:
-    """On a rank: `train_all` with a MAPNet that takes SLOW CPU-seconds more per micro-batch."""
+    """On a rank: `train_all` with a MAPNet that takes SLOW CPU-seconds more per step."""
     from maskvr_ds.masking.proposer import Proposer
 
     observe = Proposer.observe
@@ -84,7 +84,7 @@ def train_with_slow_network(jobs: list[tuple[dict[str, Any], str | None]]) -> li
 
 class Runs:
     """course-*, parts, elastic: by MEASURED. measured-*: as measured. killed: two kills, and its costs; undisturbed-*:
-    with costs at which the highest rate is the slowest, of the same machine."""
+    with costs at which 0.312 is by far the fastest rate, of the same machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -114,7 +114,7 @@ class Runs:
         crafted = {}
         for ranks in (1, 2):
             costs = json.loads((self(f"measured-{ranks}") / MASK_COSTS).read_text(encoding="utf-8"))["phases"]["0"]
-            costs["uniform"] = [[rate, 1.0 if rate < 0.4 else 5.0] for rate in (0.45, 0.312, 0.2163, 0.15)]
+            costs["uniform"] = [[rate, 1.0 if rate == 0.312 else 5.0] for rate in (0.45, 0.312, 0.2163, 0.15)]
             crafted[ranks] = self.folder / f"costs-{ranks}.json"
             crafted[ranks].write_text(json.dumps(costs), encoding="utf-8")
         given = with_costs(killed, crafted[2])
@@ -241,7 +241,7 @@ def test_mapnet_costs_what_it_takes_and_is_not_trained_until_it_may_pay(runs: Ru
     """Its cost is that of the clock, not a share of FLOPs, which a slow network does not change."""
     run = runs(f"measured-{ranks}")
     costs = json.loads((run / MASK_COSTS).read_text(encoding="utf-8"))["phases"]["0"]
-    assert costs["added"]["mapnet"] > 0.8 * SLOW * 60 / 15 / ranks
+    assert costs["added"]["mapnet"] > 0.8 * SLOW
     assert not [key for line in metrics(run)[:EVERY] for key in line if key in ("mapnet_loss", "proposal_cost")]
     (event,) = events(run)
     # Far more than the mask variance that a proposal could remove.
@@ -253,10 +253,8 @@ def test_mapnet_costs_what_it_takes_and_is_not_trained_until_it_may_pay(runs: Ru
 def test_ranks_and_repeats_choose_alike_and_the_rate_falls(runs: Runs) -> None:
     course = choices(runs("undisturbed-2"))
     assert choices(runs("undisturbed-1")) == course
-    rates = [rate for *_, rate in course]
-    # Steps 4 and 8 agree; the last tenth of 16 steps starts after step 14.
-    assert rates[0] == 0.45 > rates[1] >= rates[2] >= rates[3] == 0.15
-    assert [step for step, *_ in course] == [4, 8, 12, 14]
+    # The measurements after steps 4 and 8 agree; the last tenth of 16 steps starts after step 14.
+    assert [(step, rate) for step, *_, rate in course] == [(4, 0.45), (8, 0.312), (12, 0.312), (14, 0.15)]
     assert "in two measurements" in events(runs("undisturbed-2"))[1]["reason"]
     assert "final_rate 0.15" in events(runs("undisturbed-2"))[3]["reason"]
 

@@ -7,6 +7,7 @@ import yaml
 
 from tests.distributed.training import SMALL, column, metrics, run_command
 from tests.support.corpora import make_corpus
+from tests.support.tasks import write_sst2
 
 AGAIN = "uniform:checkpoint.keep_last=2"
 DIVERGES = "uniform:optimizer.lr=1.0e+6"
@@ -46,6 +47,24 @@ def test_runs_differ_only_in_strategy_and_are_not_repeated(tmp_path: Path) -> No
     assert run["target"] == result["strategies"]["uniform"]["runs"][0]["final"]
     assert result["strategies"][AGAIN]["difference"]["mean"] == 0
     assert (output / "compare.png").stat().st_size > 10_000
+
+    # Fine-tuned scores of the same runs: none is trained again; equal weights have equal scores.
+    glue = write_sst2(tmp_path / "glue")
+    words += ["span", AGAIN, "--downstream", "sst2", "--downstream-data", glue, "--downstream-max-length", 16]
+    words += ["--downstream-seeds", 2, "--downstream-learning-rates", "1e-3", "--downstream-epochs", 1]
+    for _ in range(2):
+        third = run_command(*words, timeout=900)
+        assert third.returncode == 0, third.stderr
+        assert third.stdout.count("already completed") == 3
+        files = {path: path.stat().st_mtime_ns for path in (output / "downstream" / "runs").rglob("*.json")}
+    assert len(files) == 1 + 2 * 2
+    assert all(time < (output / "compare.json").stat().st_mtime_ns for time in files.values())
+    assert third.stdout.count("(stored)") == 1 + 2 * 3
+    found = json.loads((output / "compare.json").read_text())["downstream"]["sst2 accuracy"]["strategies"]
+    assert found[AGAIN]["difference"] == {"mean": 0, "min": 0, "max": 0}
+    assert found["span"]["runs"][0]["seed"] == 3
+    assert "sst2 accuracy" in third.stdout
+    words = words[: words.index("span")]
 
     # A run of another length is not reused.
     other = run_command(*words, "--set", "training.steps=20")

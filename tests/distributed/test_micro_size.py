@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from maskvr_ds.config import deepspeed_config_path
 from maskvr_ds.run_folder.layout import CONFIG, METRICS
 from maskvr_ds.telemetry.metrics_file import read_lines
 from tests.distributed.ranks import run_ranks
@@ -115,3 +116,56 @@ def test_refused(tmp_path: Path, corpus: Path) -> None:
     for (answer,) in answers:
         assert "a single sequence of 16 tokens does not fit into 1.0 GiB at ZeRO stage 1" in answer
     assert not (tmp_path / "full").exists()
+
+
+def search_in_fp16(values: dict[str, Any], limit: int) -> tuple[list[int], list[bool]]:
+    """On a rank: micro-batches tried, if updates run out of memory above `limit` rows; of each, whether one took place
+    or was attempted."""
+    import torch
+
+    from maskvr_ds.config import RunConfig
+    from maskvr_ds.optim.lamb import Lamb
+    from maskvr_ds.runtime import distributed
+    from maskvr_ds.training import micro_size
+    from tests.distributed.training import allow_fp16
+
+    distributed.initialize()
+    allow_fp16()
+    tried: list[int] = []
+    updated: list[bool] = []
+    objective_losses, accumulate = micro_size.objective_losses, Lamb._accumulate
+
+    def recorded(engine: Any, batch: Any) -> Any:
+        if not tried or tried[-1] != len(batch.input_ids):
+            tried.append(len(batch.input_ids))
+            updated.append(False)
+        return objective_losses(engine, batch)
+
+    def limited(self: Any, *arguments: Any) -> None:
+        updated[-1] = True
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        accumulate(self, *arguments)
+
+    micro_size.objective_losses = recorded
+    Lamb._accumulate = limited  # type: ignore[method-assign]
+    micro_size._device = lambda: GPU
+    micro_size._memory_limit = nullcontext
+    micro_size._check = lambda *_: None
+    point: Any = type("Point", (), {"folder": None})
+    micro_size.resolve_micro_sizes(RunConfig.model_validate(values), point)
+    return tried, updated
+
+
+def test_skipped_updates_of_fp16_do_not_count(tmp_path: Path, corpus: Path) -> None:
+    """The first steps overflow: they need no memory for an update, which a step with a lower loss scale needs."""
+    settings = json.loads(deepspeed_config_path("zero1_fp16").read_text(encoding="utf-8"))
+    settings["fp16"]["initial_scale_power"] = 24
+    file = tmp_path / "zero1_fp16.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    batch = {"global_size": 12, "micro_size": "auto"}
+    values = configuration(tmp_path / "run", corpus, steps=2, batch=batch, deepspeed=str(file), evaluation=NONE)
+    values["schedule"] = {"warmup_steps": 1}
+    ((tried, updated),) = run_ranks(search_in_fp16, 1, values, 4)
+    assert tried == [1, 2, 4, 12, 6]
+    assert all(updated)

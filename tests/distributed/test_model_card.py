@@ -27,6 +27,6 @@ def test_what_a_run_records_for_its_card(tmp_path: Path) -> None:
     assert "36 sequences were consumed, 1,152 tokens." in text
     for steps in (2, 3):
         assert f"\nmaskvr train --config {config} --set training.steps={steps} --resume auto\n" in text
-    assert text.count("2 × ") == 1
+    assert text.count("2 ranks on ") == 1
     assert "torch 2." in text
     assert "| steps | 3 |" in text

@@ -1,5 +1,6 @@
 """Bytes on the wire that `maskvr plan` expects, against collectives counted on real ranks."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,10 +16,20 @@ B, L, K, V = 2, 16, 3, 5000
 # Matrices of 320 × 320 are above stage3_param_persistence_threshold, as in any real model.
 MODEL = {"num_hidden_layers": 1, "hidden_size": 320, "num_attention_heads": 5, "max_position_embeddings": L}
 CONFIGS = ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_fp32", "zero2_bf16", "zero3_fp32", "zero3_bf16"]
+# Stage 2, reduced to the owners of partitions, in one bucket and in several.
+TO_OWNERS = {"use_multi_rank_bucket_allreduce": False}
+OWNERS = [("zero2_bf16", TO_OWNERS), ("zero2_fp32", {**TO_OWNERS, "reduce_bucket_size": 400_000})]
 
 
-def sent(names: list[str], accumulation: int) -> list[dict[str, float]]:
-    """On a rank: bytes that it sends in the third step with each configuration, by collective, as a ring sends them."""
+def deepspeed_config(name: str, zero: dict[str, Any]) -> dict[str, Any]:
+    """A file of ds_configs/, with changes in its section zero_optimization."""
+    found = read_deepspeed_config(deepspeed_config_path(name))
+    return {**found, "zero_optimization": {**found["zero_optimization"], **zero}}
+
+
+def sent(cases: list[tuple[str, dict[str, Any]]], accumulation: int) -> list[tuple[dict[str, float], Counter[str]]]:
+    """On a rank: bytes that it sends in the third step with each configuration, by collective, as a ring sends them;
+    and the number of these collectives."""
     import inspect
 
     import torch
@@ -31,6 +42,7 @@ def sent(names: list[str], accumulation: int) -> list[dict[str, float]]:
     from maskvr_ds.runtime import distributed
 
     found: dict[str, float] = {}
+    calls: Counter[str] = Counter()
     counting = False
 
     def size(tensors: Any) -> float:
@@ -46,6 +58,7 @@ def sent(names: list[str], accumulation: int) -> list[dict[str, float]]:
                 tensor = inspect.signature(function).bind(*args, **kwargs).arguments[argument]
                 ranks = distributed.world_size()
                 found[name] = found.get(name, 0.0) + factor * (ranks - 1) / ranks * size(tensor)
+                calls[name] += 1
             return function(*args, **kwargs)
 
         setattr(torch.distributed, name, counted)
@@ -60,10 +73,10 @@ def sent(names: list[str], accumulation: int) -> list[dict[str, float]]:
     distributed.initialize()
     model = ModelConfig(**MODEL)
     results = []
-    for name in names:
+    for name, zero in cases:
         engine = engines.create_engine(
             transformers_config(model, vocab_size=V, pad_id=0),
-            read_deepspeed_config(deepspeed_config_path(name)),
+            deepspeed_config(name, zero),
             model=model,
             batch=BatchConfig(global_size=accumulation * B * distributed.world_size(), micro_size=B),
             optimizer=OptimizerConfig(lr=0.01),
@@ -85,19 +98,26 @@ def sent(names: list[str], accumulation: int) -> list[dict[str, float]]:
                     engine.step()
             engines.step_and_norm(engine)
         counting = False
-        results.append(dict(found))
+        results.append((dict(found), Counter(calls)))
         found.clear()
+        calls.clear()
         engine.destroy()
     return results
 
 
-def test_bytes_on_the_wire() -> None:
+def test_collectives_of_a_step() -> None:
     ranks, accumulation = 3, 2
     sizes = encoder_sizes(ModelConfig(**MODEL), V)
-    counted = run_ranks(sent, ranks, CONFIGS, accumulation)
-    for place, name in enumerate(CONFIGS):
-        zero = zero_settings(read_deepspeed_config(deepspeed_config_path(name)))
-        planned = sum(one.wire(ranks) for one in collectives(sizes, zero, accumulation))
+    cases: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in CONFIGS), *OWNERS]
+    counted = run_ranks(sent, ranks, cases, accumulation)
+    for place, (name, changes) in enumerate(cases):
+        planned = collectives(sizes, zero_settings(deepspeed_config(name, changes)), accumulation)
         for of_rank in counted:
+            found, calls = of_rank[place]
             # Partitions are padded, and digests and norms are reduced.
-            assert sum(of_rank[place].values()) == pytest.approx(planned, rel=0.02), name
+            assert sum(found.values()) == pytest.approx(sum(one.wire(ranks) for one in planned), rel=0.02), name
+            reduces = sum(one.calls(ranks) for one in planned if one.kind == "reduce")
+            assert (calls["reduce"] > 0) == bool(changes)
+            # Parameters are not cut, so that buckets are not full: at most one more piece for each parameter group.
+            assert reduces <= calls["reduce"] <= 1.5 * reduces, (name, calls)
+            print(name, changes, dict(calls), reduces)

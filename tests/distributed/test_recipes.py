@@ -1,4 +1,4 @@
-"""Recipes of other architectures than BERT, shrunk: what is left of them trains, and the model is the one they name."""
+"""Recipes of other architectures than BERT, and of pairs, shrunk: they train, and the model is the one they name."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,13 @@ from tests.support.pairs import make_pairs
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"vocab_size": 25, "pad_token_id": 1, "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
-STEPS = {"albert_base_4k": 6, "modernbert_base": 18, "modernbert_domain": 12, "roberta_domain": 6}
+STEPS = {
+    "albert_base_4k": 6,
+    "bert_large_64k_32k_nsp": 6,
+    "modernbert_base": 18,
+    "modernbert_domain": 12,
+    "roberta_domain": 6,
+}
 COMMON = (
     "batch.global_size=8",
     "batch.micro_size=4",
@@ -59,6 +65,16 @@ def shrunk(recipe: str, folder: Path) -> dict[str, Any]:
             changes += [f"{where}.batch.global_size={max(8, size // 192)}", f"{where}.batch.micro_size=4"]
         changes += ["phases.batch_768.schedule.warmup_steps=1"]
         changes = [change for change in changes if not change.startswith("batch.")]
+    elif recipe == "bert_large_64k_32k_nsp":
+        # Sizes of the preset are fields of their own.
+        changes += ["model.preset=null", *(f"model.{key}={size}" for key, size in SIZES.items())]
+        changes = [change for change in changes if not change.startswith("batch.")]
+        for phase in ("length_128", "length_512"):
+            corpus = make_pairs(folder / phase, "nsp", rows=60)
+            make_pairs(corpus / "held_out", "nsp", rows=20, seed=1)
+            where = f"phases.{phase}"
+            changes += [f"{where}.data.path={corpus}", f"{where}.training.steps=3"]
+            changes += [f"{where}.batch.global_size=8", f"{where}.batch.micro_size=4"]
     elif recipe == "albert_base_4k":
         corpus = make_pairs(folder / "corpus", "sop", rows=60)
         make_pairs(corpus / "held_out", "sop", rows=20, seed=1)
@@ -74,7 +90,7 @@ def shrunk(recipe: str, folder: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("recipe", ["albert_base_4k", "modernbert_base", "modernbert_domain", "roberta_domain"])
+@pytest.mark.parametrize("recipe", STEPS)
 def test_a_shrunk_recipe_trains(tmp_path: Path, recipe: str) -> None:
     values = shrunk(recipe, tmp_path)
     assert run_ranks(train_all, 1, [(values, None)], timeout=600) == [[None]]
@@ -82,8 +98,7 @@ def test_a_shrunk_recipe_trains(tmp_path: Path, recipe: str) -> None:
     assert [line["step"] for line in lines] == [*range(1, STEPS[recipe] + 1)]
     assert all(line["loss"] < 5 for line in lines)
     assert "held_out_loss" in lines[-1]
-    if recipe == "albert_base_4k":
-        assert "held_out_pair_accuracy" in lines[-1]
+    assert ("held_out_pair_accuracy" in lines[-1]) == (recipe in ("albert_base_4k", "bert_large_64k_32k_nsp"))
     if recipe.startswith("modernbert"):
         # Warm-up, stable part, decay to 0 by 1 − √t.
         rates = [line["lr"] for line in lines]

@@ -67,7 +67,8 @@ def test_lines_after_the_last_step(folder: Path) -> None:
     assert done == f"done      step {STEPS}, {folder / 'two' / 'checkpoints' / f'step-{STEPS:08d}'}"
     last = metrics(folder / "two")[-1]
     loss, entropy = last["held_out_loss_mask"], last["held_out_unigram_entropy"]
-    assert held_out.startswith(f"held out  loss {loss:.3f} nats behind [MASK] at step {STEPS}, accuracy ")
+    both = f"{loss:.3f} nats behind [MASK] ({last['held_out_loss']:.3f} over all predictions)"
+    assert held_out.startswith(f"held out  loss {both} at step {STEPS}, accuracy ")
     assert f"{abs(entropy - loss):.3f} {'below' if loss <= entropy else 'above'} the unigram entropy" in held_out
     assert commands[0].startswith("next      maskvr export")
     # They are commands as they stand.

@@ -81,7 +81,7 @@ def trained(cases: list[tuple[str, int, float]]) -> list[tuple[Any, Any]]:
 
     found = []
     for case in cases:
-        engines.streamline = lambda optimizer: None
+        engines.streamline = lambda engine: None
         theirs = run(*case)
         engines.streamline = streamline
         ours = run(*case)

@@ -24,11 +24,11 @@ def test_a_run_with_token_scores(tmp_path: Path) -> None:
 
     def run(folder: str, name: str | None, steps: int) -> dict[str, Any]:
         masking = {"strategy": "frequency", "frequency": {"scores": str(tmp_path / f"{name}.json")} if name else {}}
-        sections = {"evaluation": {"every_steps": 0}, "training": {"steps": steps, "schedule_steps": 4}}
-        return configuration(tmp_path / folder, corpus, steps=steps, model=NO_DROPOUT, masking=masking) | {
-            "evaluation": sections["evaluation"],
-            "training": sections["training"],
-        }
+        values = configuration(
+            tmp_path / folder, corpus, steps=steps, model=NO_DROPOUT, masking=masking, schedule={"warmup_steps": 1},
+            evaluation={"every_steps": 0},
+        )  # fmt: skip
+        return values | {"training": {"steps": steps, "schedule_steps": 4}}
 
     jobs = [
         (run("whole", "scores", 4), None),

@@ -51,8 +51,9 @@ def write_conll(folder: Path, *, train: int = 60, dev: int = 30, seed: int = 0) 
 
 
 def save_model(
-    folder: Path, *, masked_lm: bool = True, tokenizer: bool = True, seed: int = 0, positions: int = 32
-) -> Path:
+    folder: Path, *, masked_lm: bool = True, tokenizer: bool = True, seed: int = 0, positions: int = 32,
+    layers: int = 1,
+) -> Path:  # fmt: skip
     """A tiny BERT of random weights, with a tokenizer of w0 … w39."""
     import torch
 
@@ -61,7 +62,7 @@ def save_model(
     config = BertConfig(
         vocab_size=vocabulary,
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=positions,

@@ -44,13 +44,13 @@ from maskvr_ds.analysis.gradient_variance.random_effects import (
 from maskvr_ds.analysis.gradient_variance.report import plot, table
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.checkpoint import load
-from maskvr_ds.checkpoint.export import load_model, separator_of
+from maskvr_ds.checkpoint.export import late_masks_of, load_model, separator_of
 from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig
 from maskvr_ds.config.masking import HELD_OUT_RATE
 from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACLES, StrategySpec, parse_strategies
 from maskvr_ds.data.documents import check_borders, document_lengths
 from maskvr_ds.data.permutation import KeyedPermutation
-from maskvr_ds.masking.checks import segments, sequence_copies
+from maskvr_ds.masking.checks import hidden_positions, segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
@@ -120,7 +120,7 @@ class Measurement:
         corpus = distributed.run_collectively(lambda: self._open(Path(arguments.corpus)))
         rows = KeyedPermutation(corpus.rows, self._key(_ROWS))(np.arange(arguments.sequences))
         mlm = distributed.run_collectively(lambda: load_model(self.folder))
-        self.model = MaskedLanguageModel(mlm, separator=separator_of(self.state))
+        self.model = MaskedLanguageModel(mlm, separator=separator_of(self.state), late=late_masks_of(self.state))
         # For token types; the gradient measured is that of the masked tokens.
         pairs = self.model.has_pair_head and "pair_label" in corpus.manifest.columns
         self.sample = Sample(corpus, rows, arguments.seed, arguments.micro_size, device, pairs)
@@ -238,10 +238,11 @@ class Measurement:
 
     def flops(self, spec: StrategySpec) -> float:
         """FLOPs of a step per sequence at the strategy's rate, without those of drawing masks."""
-        corpus, size = self.sample.corpus, self.sample.micro_size
-        L, K = corpus.sequence_length, maximum_predictions(corpus.sequence_length, self.rate(spec))
+        corpus, L = self.sample.corpus, self.sample.corpus.sequence_length
+        K, size = maximum_predictions(L, self.rate(spec)), self.sample.micro_size
         documents = None if self.model.separator is None else document_lengths(corpus)
-        return flops_per_sequence(self.model.mlm.config, L, K, batch=size, documents=documents)
+        late = late_masks_of(self.state, hidden_positions(spec.masking(self.common), L))
+        return flops_per_sequence(self.model.mlm.config, L, K, batch=size, documents=documents, late=late)
 
     def progress(
         self, moments: VarianceComponents, baseline: VarianceComponents, goal: VarianceComponents, *, cost: float
@@ -336,12 +337,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "mapnet_of_oracle_head": shares,
     }
     if arguments.hamming_rounds:
-        uniform = MaskingConfig.model_validate(measurement.common)
         report["hamming_rounds"] = arguments.hamming_rounds
         report["hamming"] = measure_covariance(
             measurement.sample,
             measurement.sketcher,
-            measurement.masker(uniform, _HAMMING),
+            measurement.masker(MaskingConfig.model_validate(measurement.common), _HAMMING),
             arguments.hamming_rounds,
             resampling,
         )

@@ -241,7 +241,7 @@ def test_a_valid_configuration(good: Path, tmp_path: Path, capsys: pytest.Captur
     config.write_text(yaml.safe_dump(values_of(tmp_path / "run", good)))
     assert main(["config", "--config", str(config), "--num-gpus", "2"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert captured.err == f"{config}: valid: 800 steps\n"
     (tmp_path / "printed.yaml").write_text(captured.out)
     assert load_config(tmp_path / "printed.yaml") == load_config(config)
     # Several faults, a line each; without files only those of the settings.
@@ -265,7 +265,8 @@ def test_a_tokenizer_that_pads(good: Path, tmp_path: Path, capsys: pytest.Captur
     config.write_text(yaml.safe_dump(values_of(tmp_path / "run", path)))
     assert main(["config", "--config", str(config)]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert lines[2] == f"{config}: valid: 800 steps"
     assert "warning: " in lines[0]
     assert "has truncation, used by neither corpus nor training" in lines[0]
     assert "special tokens with the ids 4 are not registered" in lines[1]
@@ -277,9 +278,9 @@ def test_a_corpus_of_an_earlier_version(good: Path, tmp_path: Path, capsys: pyte
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values_of(tmp_path / "run", path)), encoding="utf-8")
     assert main(["config", "--config", str(config)]) == 0
-    assert not capsys.readouterr().err
+    assert capsys.readouterr().err == f"{config}: valid: 800 steps\n"
     for part in (path, path / "held_out"):
         change_manifest(part, lambda _: None, hashed=False)
     assert main(["config", "--config", str(config)]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    line, _ = capsys.readouterr().err.splitlines()
     assert f"warning: {path / 'manifest.json'}: not hashed (written by an earlier version)" in line

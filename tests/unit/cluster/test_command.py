@@ -246,14 +246,31 @@ def test_an_evaluation_follows_the_training(
     assert f"arguments=({words})" in text
 
 
-@pytest.mark.parametrize("option", ["--evaluate-cpus", "--evaluate-gpus", "--evaluate-time", "--evaluate-mem"])
-def test_options_of_an_evaluation_need_one(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        *(
+            (f"--evaluate-{name}", "no evaluation; add --evaluate ARGUMENTS")
+            for name in ("cpus", "gpus", "time", "mem")
+        ),
+        *(
+            (f"--build-{name}", "no build job; add --build-data ARGUMENTS")
+            for name in ("cpus", "time", "mem", "partition", "qos")
+        ),
+    ],
+)
+def test_options_of_another_job_need_one(
+    option: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    corpus: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [*on(corpus), "--set", "output_dir=run", "--nodes", "1", *ON_CPUS, option, "1"]
     assert main(words) == 1
-    assert f"{option}: there is no evaluation; add --evaluate ARGUMENTS" in capsys.readouterr().err
+    assert f"{option}: there is {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

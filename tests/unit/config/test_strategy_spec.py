@@ -46,6 +46,7 @@ def test_names_of_files() -> None:
         ("unifrom", "unifrom: strategy: Input should be 'uniform'"),
         ("uniform:colour=red", "uniform:colour=red: colour: unknown key; known keys are strategy"),
         ("uniform:optimizer.lr=1", "optimizer cannot be changed here"),
+        ("uniform:late_layer=2", "uniform:late_layer=2: late_layer is that of the checkpoint"),
         ("auto", "auto: auto changes strategies during training"),
         ("uniform:rate=2", "rate: Input should be less than 1"),
         ("span:span_maximum=3", "span:span_maximum=3: masking.span_maximum is now masking.span.max_length"),

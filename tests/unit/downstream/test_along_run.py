@@ -64,6 +64,19 @@ def entry(*runs: float) -> dict[str, Any]:
     return {"mean": sum(runs) / len(runs), "std": spread, "runs": list(runs)}
 
 
+def test_a_checkpoint_whose_fine_tuning_failed(run: str, tmp_path: Path) -> None:
+    """It has no score in the table, and no point in the picture; the others have theirs."""
+    points = select([run], "all")
+    rows = {name: {"scores": {"accuracy": entry(0.5)}} for name in ("majority", "bag of words")}
+    rows |= {point.model: {"scores": {"accuracy": entry(0.75)}} for point in points[1:]}
+    found = curve(points, {"sst2": {"rows": rows, "failed": {points[0].model: "killed"}}})
+    assert [bool(point["scores"]) for point in found["runs"][run]] == [False, *[True] * (len(points) - 1)]
+    lines = [line for line in table(found).splitlines() if line.startswith(f"| {run}")]
+    assert [line.split("|")[-2].strip() for line in lines] == ["failed", *["75.0"] * (len(points) - 1)]
+    along_run.plot(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5_000
+
+
 def test_the_curve(run: str, tmp_path: Path) -> None:
     """Scores are those of the reports, by checkpoint; a diverged one and unknown seconds have no point."""
     points = [*select([run], "all"), Point("other", "other/step-7", 7, None, None)]

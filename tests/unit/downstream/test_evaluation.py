@@ -1,7 +1,10 @@
 """The protocol, with a fine-tuning that is computed from its arguments: choices, storage, resumption, divergence."""
 
 import hashlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskvr_ds.downstream import evaluation
-from maskvr_ds.downstream.evaluation import Evaluator, Protocol, Row
-from maskvr_ds.downstream.examples import Split, TaskData
+from maskvr_ds.downstream import command, evaluation, jobs
+from maskvr_ds.downstream.evaluation import Evaluator, Row
+from maskvr_ds.downstream.examples import Split, TaskData, hold_out
 from maskvr_ds.downstream.files import read_task
 from maskvr_ds.downstream.fine_tuning import DivergenceError, Outcome
 from maskvr_ds.downstream.models import Encoder
+from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.report import tables, task_report
 from maskvr_ds.downstream.store import RunStore
 from maskvr_ds.downstream.tasks import GLUE, TaskError
-from tests.support.tasks import write_sst2
+from tests.support.tasks import results, write_sst2
 
 RATES = (1e-5, 2e-5, 3e-5)
 # Share of examples that the stand-in predicts correctly.
@@ -38,6 +42,7 @@ class StandIn:
         self.skill = skill or SKILL
         self.calls: list[tuple[float, int, tuple[str, ...], int]] = []
         self.kill_at: int | None = None
+        self.held_out: list[Split | None] = []
 
     def __call__(
         self, encoder: Encoder, task: Any, labels: Any, train: Split, evaluate: dict[str, Split], *_: Any, **given: Any
@@ -46,6 +51,7 @@ class StandIn:
         if len(self.calls) == self.kill_at:
             raise KeyboardInterrupt
         self.calls.append((rate, seed, tuple(evaluate), len(train)))
+        self.held_out.append(given.get("held_out"))
         if self.skill[rate] < 0:
             raise DivergenceError("the loss is not finite at step 7")
         digest = hashlib.sha256(f"{encoder.digest} {rate} {seed}".encode()).digest()
@@ -97,6 +103,20 @@ def test_which_runs_are_made(data: TaskData, run: Evaluated) -> None:
     # With the best learning rate, on the complete training set.
     assert final == [(2e-5, seed, ("dev",), 300) for seed in range(3)]
     assert [row.name for row in rows] == ["majority", "bag of words", "model"]
+
+
+def test_early_stopping_never_sees_the_evaluation_set(
+    data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Final runs train without the held-out part as well, and stop by it."""
+    stand_in = StandIn(data)
+    monkeypatch.setattr(evaluation, "fine_tune", stand_in)
+    evaluator = Evaluator(RunStore(tmp_path / "o"), data, replace(PROTOCOL, patience=1))
+    evaluator.encoder(encoder())
+    fit, held_out = hold_out(data.train, data.task)
+    assert {call[3] for call in stand_in.calls} == {len(fit)}
+    assert all(found is not None and found.digest == held_out.digest for found in stand_in.held_out)
+    assert not set(held_out.texts) & {*fit.texts, *data.dev["dev"].texts}
 
 
 def test_dev_labels_choose_nothing(data: TaskData, run: Evaluated) -> None:
@@ -193,6 +213,15 @@ def test_changes_that_need_new_runs(data: TaskData, tmp_path: Path, monkeypatch:
         (data, replace(one, batch_size=8), encoder()),
         (data, replace(one, max_length=16), encoder()),
         (data, replace(one, precision="bf16"), encoder()),
+        (data, replace(one, accumulation=2), encoder()),
+        (data, replace(one, layer_decay=0.9), encoder()),
+        (data, replace(one, freeze=0), encoder()),
+        (data, replace(one, freeze=1), encoder()),
+        (data, replace(one, class_weights="balanced"), encoder()),
+        (data, replace(one, windows=True), encoder()),
+        (data, replace(one, windows=True, stride=5), encoder()),
+        (data, replace(one, patience=1), encoder()),
+        (data, replace(one, patience=2), encoder()),
         (data, replace(one, learning_rates=(3e-5,)), encoder()),
         (replace(data, train=train.subset(range(299))), one, encoder()),
         (replace(data, train=replace(train, labels=train.labels[1:] + train.labels[:1])), one, encoder()),
@@ -221,6 +250,85 @@ def test_divergence(data: TaskData, run: Evaluated, tmp_path: Path, monkeypatch:
     assert report["rows"]["model"]["scores"]["accuracy"] == {"mean": None, "std": None, "runs": []}
     assert [d["first"] for d in report["differences"]["accuracy"]] == ["majority"]
     assert "diverged (seed 0, 1)" in tables("sst2", report)
+
+
+def request(data: TaskData, output: Path, **given: Any) -> command.Request:
+    """Of two tasks on the same files."""
+    tasks = [data.task, replace(data.task, name="cola")]
+    return command.Request(tasks, output, output, Protocol(seeds=2, learning_rates=RATES), **given)
+
+
+def test_a_model_that_always_diverges_leaves_the_others_their_rows(
+    data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both tasks; it is named in the table, in the JSON and in the error, which comes at the end."""
+
+    class Diverging(StandIn):
+        def __call__(self, encoder: Encoder, *given: Any, **more: Any) -> Outcome:
+            if encoder.name == "broken":
+                raise DivergenceError("the loss is not finite at step 7")
+            return super().__call__(encoder, *given, **more)
+
+    @contextmanager
+    def models(names: Sequence[str], *_: object) -> Iterator[list[Encoder]]:
+        yield [encoder(name) for name in names]
+
+    monkeypatch.setattr(evaluation, "fine_tune", Diverging(data))
+    monkeypatch.setattr(command, "prepared", models)
+    monkeypatch.setattr(command, "read_task", lambda task, _: replace(data, task=task))
+    output = tmp_path / "o"
+    with pytest.raises(TaskError) as raised:
+        command.evaluate(["first", "broken", "last"], request(data, output))
+    reason = "broken diverges at every learning rate (1e-05, 2e-05, 3e-05); try lower ones with --learning-rates"
+    assert str(raised.value) == f"2 rows missing: sst2: {reason}; cola: {reason}"
+    for task in ("sst2", "cola"):
+        found = results(output, task)
+        assert list(found["rows"]) == ["majority", "bag of words", "first", "last"]
+        assert list(found["failed"]) == ["broken"]
+        assert len(found["differences"]["accuracy"]) == 6
+    text = (output / "results.md").read_text(encoding="utf-8")
+    assert text.count("broken: no row: ") == 2
+
+
+def test_a_stored_run_that_vanishes(data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the other processes work: a failure that names it, instead of an endless repetition or a KeyError."""
+    stand_in = StandIn(data)
+    monkeypatch.setattr(evaluation, "fine_tune", stand_in)
+    evaluator = Evaluator(RunStore(tmp_path / "o"), data, PROTOCOL)
+    model = encoder()
+
+    class Pool:
+        """Computes at once; the first run of the selection is deleted after each."""
+
+        def __init__(self) -> None:
+            self.idle = deque([0])
+
+        def submit(self, job: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(evaluator.run(model, job.run))
+            for path in (tmp_path / "o" / "runs" / "sst2").glob("model-selection-1e-05-seed0*"):
+                path.unlink()
+            return future
+
+        def release(self, future: Future[Any]) -> None:
+            pass
+
+    schedule = jobs._Schedule([evaluator], [model], jobs.Progress([evaluator], 1))
+    failures = schedule.work(Pool())  # type: ignore[arg-type]
+    assert failures == {
+        ("sst2", "model"): [f"sst2: model-selection-1e-05-seed0: its file is gone from {tmp_path / 'o'}"]
+    }
+    assert len(stand_in.calls) == 6
+    # Between two looks at it.
+    evaluator.encoder(model)
+    stored, looks = evaluator._stored, []
+
+    def vanishing(of: Encoder, run: Any) -> Any:
+        looks.append(run)
+        return stored(of, run) if looks.count(run) == 1 else None
+
+    monkeypatch.setattr(evaluator, "_stored", vanishing)
+    assert all(run.purpose == "final" for run in evaluator.missing(model))
 
 
 def test_report(data: TaskData, run: Evaluated) -> None:

@@ -297,5 +297,7 @@ def test_faults(
 
 
 def test_options_of_episodes_need_shots(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word for word in WORDS if word != "model"]) == 1
+    assert "nothing to evaluate: name a MODEL" in capsys.readouterr().err
     assert main(["evaluate", "model", "--data", "corpus", "--ways", "3"]) == 1
     assert "--ways is an option of episodes; give the number of examples with --shots" in capsys.readouterr().err

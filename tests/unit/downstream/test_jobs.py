@@ -117,9 +117,12 @@ def test_a_killed_worker(model: Path, data: Path, undisturbed: Path, tmp_path: P
     task = error.split(": ")[2]
     assert f"{task}: tiny-" in error
     assert "its process was killed" in error
-    # The other task is complete.
+    # The other task is complete, and of this one the rows that need no model.
     (other,) = {"sst2", "cola"} - {task}
-    assert scores(tmp_path / "o") == {other: scores(undisturbed)[other]}
+    found = scores(tmp_path / "o")
+    assert found[other] == scores(undisturbed)[other]
+    assert list(found[task]["rows"]) == ["majority", "bag of words"]
+    assert "its process was killed" in found[task]["failed"][str(model)]
     assert main(words(model, data, tmp_path / "o", "--jobs", "2")) == 0
     assert scores(tmp_path / "o") == scores(undisturbed)
 

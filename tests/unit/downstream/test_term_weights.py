@@ -98,12 +98,12 @@ def test_logits_by_hand() -> None:
     function = WeightFunction(3).eval()
     found = logits(features, function, values, classifier)
     for row, dense in zip(found, features.toarray(), strict=True):
-        weights = [float(function(values[t : t + 1])) for t in range(4)]
+        weights = [function(values[t : t + 1]).item() for t in range(4)]
         x = [value * weight for value, weight in zip(dense, weights, strict=True)]
         length = math.sqrt(sum(y * y for y in x))
         for c in range(2):
-            expected = sum(float(classifier.weight[c, t]) * x[t] / length for t in range(4)) + float(classifier.bias[c])
-            assert float(row[c]) == pytest.approx(expected, abs=1e-6)
+            expected = sum(classifier.weight[c, t].item() * x[t] / length for t in range(4)) + classifier.bias[c].item()
+            assert row[c].item() == pytest.approx(expected, abs=1e-6)
     found.sum().backward()
     assert all(p.grad is not None and bool((p.grad != 0).any()) for p in function.parameters())
 
@@ -210,7 +210,7 @@ def test_scores_for_masking(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert telling.min() > 2 * np.median(table)
     values = configuration(
         tmp_path / "run", corpus, steps=2, masking={"strategy": "frequency", "frequency": {"scores": str(scores)}},
-        evaluation={"every_steps": 0},
+        evaluation={"every_steps": 0}, schedule={"warmup_steps": 1},
     )  # fmt: skip
     config = RunConfig.model_validate(values)
     opened, _ = open_corpora(config)

@@ -232,6 +232,14 @@ ALLOWED = {
     ("engine.streamline", "optimizer.update_hp_grads"),
     ("engine.streamline", "optimizer.step"),
     ("engine.streamline", "optimizer.get_grad_norm_direct"),
+    # One rank: nothing to reduce; see the table in deepspeed_patches.py.
+    ("engine.one_rank", "engine.buffered_allreduce_fallback"),
+    ("engine.one_rank", "optimizer.process_gradients"),
+    ("engine.one_rank", "optimizer.reduce_gradients"),
+    ("engine.one_rank", "optimizer.overlapping_partition_gradients_reduce_epilogue"),
+    ("engine.one_rank", "optimizer.zero_grad"),
+    ("engine.one_rank", "optimizer.held_gradients"),
+    ("engine.one_rank", "optimizer.step"),
     # Counters and the loss scale of a checkpoint.
     ("checkpoint.reshard", "setattr(engine)"),
     # Times methods of the project's own classes.

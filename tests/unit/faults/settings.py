@@ -290,6 +290,31 @@ FAULTS = [
         "data.attention is documents, and deberta-v2 of transformers computes attention by code of its own, which "
         "knows no documents; set data.attention to rows, or choose another architecture",
     ),
+    sets(
+        "late mask tokens beside kept and random tokens",
+        "masking.late_layer=1",
+        "masking: late_layer 1: all predicted positions must be [MASK], which the layers below do not see, and "
+        "mask_probability is 0.8; set mask_probability to 1 and random_probability to 0",
+    ),
+    sets(
+        "late mask tokens beyond the layers",
+        "masking.late_layer=9 --set masking.mask_probability=1 --set masking.random_probability=0",
+        "masking.late_layer 9: [MASK] must enter before the last layer, and bert has 1 layers; set it to at most 0",
+    ),
+    sets(
+        "late mask tokens in an architecture with one layer for all",
+        "masking.late_layer=1 --set masking.mask_probability=1 --set masking.random_probability=0 --set "
+        "'model={architecture: albert, settings: {max_position_embeddings: 16, hidden_size: 8, num_attention_heads: 2, "
+        "num_hidden_layers: 2, intermediate_size: 8}}'",
+        "masking.late_layer 1: albert of transformers has no list of its 2 layers, which are called one by one; set "
+        "masking.late_layer to 0, or choose another architecture",
+    ),
+    sets(
+        "late mask tokens in an encoder that is compiled as a whole",
+        "masking.late_layer=1 --set masking.mask_probability=1 --set masking.random_probability=0 --set "
+        "training.compile=model",
+        "training.compile model: an encoder cannot be compiled as a whole with masking.late_layer; set it to layers",
+    ),
     Fault(
         "attention within documents on rows without separators",
         f"{CONFIG} --set data.path=endless --set data.attention=documents",

@@ -174,6 +174,7 @@ def test_a_tokenizer_gives_the_masks_of_its_corpus(corpus: Path, name: str) -> N
         ({"strategy": "auto"}, "auto: needs gradients"),
         ({"strategy": "fully_explored", "fully_explored": {"placement": "same_batch"}}, "same_batch"),
         ({"final_rate": 0.3}, "final_rate"),
+        ({"late_layer": 1, "mask_probability": 1, "random_probability": 0}, "late_layer"),
         ({"rate": 2}, "masking.rate"),
         ({"strategy": "none"}, "masking.strategy"),
         ({"ratio": 0.2}, "masking.ratio"),

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, flops_per_sequence, inclusion_from_scores
+from maskvr_ds.masking import mapnet
+from maskvr_ds.masking.mapnet import OBJECTIVES, MapNet, Neighbours, flops_per_sequence, inclusion_from_scores
 from maskvr_ds.masking.pareto import proposal_to_inclusion
 from maskvr_ds.masking.strategies import prediction_counts
 
@@ -129,6 +130,31 @@ def test_network_starts_uniform_and_sees_both_sides() -> None:
     torch.testing.assert_close(net(ids[:, :12]), before)
 
 
+@pytest.mark.parametrize("reach", [1, 3])
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_neighbours_are_a_linear_map_of_the_windows(reach: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients by indexing each window, on either path."""
+    torch.manual_seed(0)
+    B, L, D = 2, 7, 4
+    layer = Neighbours(D, reach).double()
+    e = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    expected = torch.stack([layer.bias.expand(D) for _ in range(B * L)]).view(B, L, D).clone()
+    weight = layer.weight.view(D, D, 2 * reach)
+    for place in range(L):
+        for number, offset in enumerate([*range(-reach, 0), *range(1, reach + 1)]):
+            if 0 <= place + offset < L:
+                expected[:, place] = expected[:, place] + e[:, place + offset] @ weight[..., number].T
+    if device == "gpu":
+        monkeypatch.setattr(mapnet.F, "conv1d", None)
+        monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))
+    found = layer(e)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, expected)
+    inputs = (e, layer.weight, layer.bias)
+    ours, theirs = (torch.autograd.grad(each.sin().sum(), inputs) for each in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_expected_does_not_see_the_token() -> None:
     """`expected` sees the neighbours in order, and not the token: with it, the network would only learn to repeat."""
     torch.manual_seed(0)
@@ -152,5 +178,6 @@ def test_flops_are_those_that_torch_counts() -> None:
     # On a CPU the counter supports only the math kernel of attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.randint(0, 50, (3, 16)))
-    counted = counter.get_total_flops() - 3 * 16 * 2 * 64  # without the score
+    # Without the score, and without the zeros in the centre of the windows.
+    counted = counter.get_total_flops() - 3 * 16 * 2 * 64 - 3 * 16 * 2 * 64**2
     assert 4 * counted / 3 == flops_per_sequence(**sizes, sequence_length=16)

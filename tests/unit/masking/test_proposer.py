@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from maskvr_ds.config import ConfigError, MapNetConfig, load_config
+from maskvr_ds.config import ConfigError, MapNetConfig, MaskingConfig, load_config
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.masking import proposer as module
 from maskvr_ds.masking.gradient_norms import GradientNorms
@@ -175,6 +175,74 @@ def test_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch, gate: str) ->
     assert lines[0] == lines[1] == lines[2]
     assert len(set(hashes)) == 1
     assert passes == ([8, 8, 8] if gate == "never" else [16, 12, 8])
+
+
+def test_a_part_of_several_micro_batches_is_learnt_as_each_of_them() -> None:
+    """Figures and gradients of one step, whatever the number of passes over the rows of a part."""
+    found = []
+    for size in (B, B // 4):
+        of = proposer(lr=3e-3)
+        train(of, 3)
+        batch = tokens(9)
+        masked = masker(of.propose)(batch)
+        s = root_mean_square(batch).gather(1, masked.positions)
+        for part, weights in zip(s.split(size), masked.weights.split(size), strict=True):
+            give(of.norms, part, weights)
+        of.observe(batch, masker(of.propose).maskable(batch), masked)
+        gradients = of._buffer.clone()
+        found.append((gradients, torch.tensor(list(of.step().values().values()))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("gate", ["always", "never"])
+def test_it_learns_at_every_nth_step_of_the_run(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between, parameters stay, nothing is reduced, and with gate never the network does not run; a resume between
+    changes nothing."""
+    calls: list[str] = []
+    reduce = module.distributed.all_reduce_sum
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append("reduce")
+        return reduce(tensor)
+
+    monkeypatch.setattr(module.distributed, "all_reduce_sum", counted)
+
+    def steps(of: Proposer, first: int, last: int) -> list[int]:
+        draw, hashes = masker(of.propose), []
+        of.net.register_forward_hook(lambda *_: calls.append("forward"))
+        for step in range(first, last):
+            batch = tokens(step)
+            calls.clear()
+            masked, learns = draw(batch), of.learns
+            watched = torch.zeros(*masked.positions.shape, 3, requires_grad=True)
+            inner = watched * 1
+            losses = (inner * root_mean_square(batch).gather(1, masked.positions)[..., None]).sum(-1)
+            of._watch(inner, losses)
+            (losses * masked.weights).sum().backward()
+            of.observe(batch, draw.maskable(batch), masked)
+            figures = of.step()
+            assert learns == ((step + 1) % 3 == 0) == (figures is not None)
+            assert calls.count("reduce") == learns
+            assert calls.count("forward") == (1 if learns or gate == "always" else 0)
+            hashes.append(int(bits_hash(of.parameters.detach())))
+        return hashes
+
+    full, first, second = (proposer(learn_every=3, gate=gate) for _ in range(3))
+    expected = steps(full, 0, 9)
+    assert expected[2] == expected[3] == expected[4] != expected[5]
+    assert expected[1] != expected[2]
+    steps(first, 0, 4)
+    second.load(first.state())
+    second.run_step = 4
+    assert steps(second, 4, 9) == expected[4:]
+
+
+def test_learning_at_every_step_is_no_new_setting_of_a_run() -> None:
+    """Checkpoints of earlier versions lack it."""
+    sections = [{"strategy": "mapnet", "mapnet": {"learn_every": n}} for n in (1, 2)]
+    one, two = (MaskingConfig.model_validate(section).identity()["mapnet"] for section in sections)
+    assert "learn_every" not in one
+    assert two == {**one, "learn_every": 2}
 
 
 def test_overflowed_norms_are_skipped() -> None:

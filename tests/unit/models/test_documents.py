@@ -267,11 +267,11 @@ def test_costs_of_strategies_count_the_pairs_within_documents(tmp_path: Path) ->
     """As `maskvr variance` compares them."""
     corpus, config = Corpus(make_corpus(tmp_path / "corpus", rows=60, padded_last_row=True)), config_of("bert")
     lengths, number = document_lengths(corpus)
-    sample = SimpleNamespace(corpus=corpus, micro_size=2)
+    options: dict[str, Any] = {"sample": SimpleNamespace(corpus=corpus, micro_size=2), "rate": lambda _: 0.25}
+    options |= {"common": {"rate": 0.25}, "state": SimpleNamespace(identity={"masking": {}})}
     found = [
         Measurement.flops(
-            cast("Measurement", SimpleNamespace(sample=sample, model=measured, rate=lambda _: 0.25)),
-            parse_strategies("uniform")[0],
+            cast("Measurement", SimpleNamespace(model=measured, **options)), parse_strategies(["uniform"])[0]
         )
         for measured in (MaskedLanguageModel(config), MaskedLanguageModel(config, separator=SEP))
     ]

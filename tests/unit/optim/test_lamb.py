@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskvr_ds.lamb import VARIANTS, Lamb, Lars, Variant, parameter_groups
+from maskvr_ds.optim import adam_moments, lamb
 from maskvr_ds.optim.layerwise import NORM_CHUNK
 from tests.reference import lamb as reference_of
 from tests.reference.lamb import ReferenceLamb
@@ -89,6 +90,32 @@ def test_equals_the_reference(name: str, tensors: Any, betas: tuple[float, float
     assert optimizer.trust_ratios is not None
     expected_ratios = torch.tensor([reference.ratios[i] for i in order])  # loose: m may cancel
     torch.testing.assert_close(optimizer.trust_ratios, expected_ratios, rtol=1e-2, atol=1e-12)
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_pieces_are_equal_to_whole_tensors(overwrites: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: large tensors are updated by pieces on CPUs; tensors with gaps in memory as they are."""
+    torch.manual_seed(0)
+    shapes = [(5_000,), (37, 41), (64,)]
+    ends = []
+    for piece in (1 << 8, 1 << 30):
+        monkeypatch.setattr(lamb, "PIECE", piece)
+        monkeypatch.setattr(adam_moments, "PIECE", piece)
+        generator = torch.Generator().manual_seed(1)
+        weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        weights.append(nn.Parameter(torch.randn(50, 30, generator=generator).t()))
+        optimizer = Lamb(groups_by_decay(weights, [0.1, 0.0, 0.1, 0.1]), 0.01)
+        optimizer.overwrites_gradients = overwrites
+        for _ in range(3):
+            # Laid out as the weights: else u has the layout of the gradient, and its norm another order of sums.
+            gradients = [torch.empty_like(w.data).normal_(generator=generator) for w in weights]
+            set_gradients(weights, [g.clone() for g in gradients])
+            optimizer.step()
+            kept = [torch.equal(w.grad, g) for w, g in zip(weights, gradients, strict=True) if w.grad is not None]
+            # Where there are pieces, u is written to the gradient.
+            assert all(kept) == (not overwrites or piece == 1 << 30)
+        ends.append([*weights, *(m for state in optimizer.state.values() for m in list(state.values())[1:])])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_variants_differ_as_documented() -> None:

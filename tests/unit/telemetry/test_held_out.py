@@ -15,12 +15,14 @@ ALL = {"step": 1200, "held_out_loss": 5.0, "held_out_accuracy": 0.25, "held_out_
         # Copying the tokens in plain sight brings the loss over all predictions below the entropy, not this one.
         (
             {"held_out_loss_mask": 6.25, "held_out_accuracy_mask": 0.125},
-            "loss 6.250 nats behind [MASK] at step 1,200, accuracy 12.5%; 0.250 above the unigram entropy, 6.000: the "
-            "model predicts no better than token frequencies, it needs more steps or another learning rate",
+            "loss 6.250 nats behind [MASK] (5.000 over all predictions) at step 1,200, "
+            "accuracy 12.5%; 0.250 above the unigram entropy, 6.000: the model "
+            "predicts no better than token frequencies, it needs more steps or another learning rate",
         ),
         (
             {"held_out_loss_mask": 5.5, "held_out_accuracy_mask": 0.125},
-            "loss 5.500 nats behind [MASK] at step 1,200, accuracy 12.5%; 0.500 below the unigram entropy, 6.000",
+            "loss 5.500 nats behind [MASK] (5.000 over all predictions) at step 1,200, "
+            "accuracy 12.5%; 0.500 below the unigram entropy, 6.000",
         ),
         # No prediction of the held-out rows had a [MASK]; figures of older versions.
         (

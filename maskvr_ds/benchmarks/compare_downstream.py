@@ -1,0 +1,159 @@
+"""`maskvr compare --downstream`: fine-tuned scores of the runs of a comparison, by `maskvr evaluate`.
+
+Each run's last checkpoint is a model. Of a strategy and seed of the pretraining, the score is the mean over its final
+runs; mean, minimum and maximum are over the seeds of the pretraining, as of held-out losses. What is fine-tuned is
+stored in OUTPUT/downstream, an evaluation's folder, and not repeated.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.downstream import tasks
+from maskvr_ds.runtime.files import read_json
+
+FOLDER = "downstream"
+_OPTIONS = ("data", "seeds", "learning_rates", "epochs", "batch_size", "max_length", "max_train", "jobs")
+_PROTOCOL = ("seeds", "learning_rates", "epochs", "batch_size", "max_length")
+_BASELINES = ("majority", "bag of words")
+
+
+def check(arguments: argparse.Namespace, configs: Sequence[RunConfig]) -> Any | None:
+    """The evaluation that is asked for (`command.Request`), None without one; reads the files of all tasks.
+
+    Raises ConfigError for options without --downstream or a model that is too short, TaskError as `maskvr evaluate`.
+    """
+    if arguments.downstream is None:
+        for name in _OPTIONS:
+            if getattr(arguments, f"downstream_{name}") is not None:
+                option = f"--downstream-{name.replace('_', '-')}"
+                raise ConfigError(f"{option}: no task is evaluated; add --downstream TASK, or omit it")
+        return None
+    if arguments.downstream_data is None:
+        raise ConfigError("--downstream: --downstream-data is required: the folder with the tasks' folders")
+    from maskvr_ds.downstream import command
+    from maskvr_ds.downstream.protocol import Protocol
+
+    given = {name: value for name in _PROTOCOL if (value := getattr(arguments, f"downstream_{name}")) is not None}
+    if "learning_rates" in given:
+        given["learning_rates"] = tuple(given["learning_rates"])
+    request = command.Request(
+        tasks.resolve(arguments.downstream),
+        Path(arguments.downstream_data),
+        Path(arguments.output) / FOLDER,
+        Protocol(**given),
+        arguments.downstream_max_train,
+        arguments.downstream_jobs or 1,
+    )
+    command.read(request)
+    for config in configs:
+        for task in request.tasks:
+            length, positions = request.protocol.settings(task).max_length, config.model.positions
+            if positions is not None and length > positions:
+                raise ConfigError(
+                    f"--downstream {task.name}: reads {length} tokens, the model has {positions} positions; lower "
+                    "--downstream-max-length"
+                )
+    return request
+
+
+def evaluate(request: Any, folders: Sequence[Path]) -> str | None:
+    """Fine-tune the runs in these folders; → what failed, while all else is done.
+
+    Raises OSError, or TaskError for a model that cannot be evaluated.
+    """
+    from maskvr_ds.downstream import command
+
+    try:
+        command.evaluate([str(folder) for folder in folders], request)
+    except command.IncompleteError as error:
+        return str(error)
+    return None
+
+
+def scores(request: Any, runs: dict[tuple[str, int], Path], baseline: str) -> dict[str, Any]:
+    """Columns "TASK METRIC" -> `baselines`: scores of the rows without an encoder; `strategies`: name -> mean, minimum
+    and maximum of the `score` and of its `difference` from the baseline strategy, and `runs`, one mapping per seed with
+    the score and the standard deviation over final runs.
+
+    runs: (strategy, seed) -> folder, of completed runs. A run without a score, as its fine-tuning failed, is absent.
+    """
+    found: dict[str, Any] = {}
+    content = read_json(request.output / "results.json")
+    for task in request.tasks:
+        rows = content["tasks"][task.name]["rows"]
+        for metric in rows[_BASELINES[0]]["scores"]:
+            title = metric if metric == task.name else f"{task.name} {metric}"
+            known = {
+                key: entry
+                for key, folder in runs.items()
+                if (entry := rows.get(str(folder), {}).get("scores", {}).get(metric)) and entry["mean"] is not None
+            }
+            found[title] = {
+                "baselines": {name: rows[name]["scores"][metric]["mean"] for name in _BASELINES},
+                "strategies": {
+                    name: _of_strategy(name, known, baseline) for name in dict.fromkeys(name for name, _ in runs)
+                },
+            }
+    return found
+
+
+def _of_strategy(name: str, known: dict[tuple[str, int], Any], baseline: str) -> dict[str, Any]:
+    runs = [
+        {
+            "seed": seed,
+            "score": entry["mean"],
+            "std": entry["std"],
+            "difference": entry["mean"] - known[baseline, seed]["mean"] if (baseline, seed) in known else None,
+        }
+        for (strategy, seed), entry in known.items()
+        if strategy == name
+    ]
+    return {key: _spread([run[key] for run in runs]) for key in ("score", "difference")} | {"runs": runs}
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    return {"mean": sum(known) / len(known), "min": min(known), "max": max(known)} if known else None
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of a table: scores × 100, mean and, in brackets, minimum and maximum over seeds, and the difference from
+    the baseline strategy; the rows without an encoder last."""
+    first = next(iter(found.values()))
+    table = [("strategy", *(cell for title in found for cell in (title, "− baseline")))]
+    for name in first["strategies"]:
+        entries = [column["strategies"][name] for column in found.values()]
+        table.append((name, *(_cell(entry[key]) for entry in entries for key in ("score", "difference"))))
+    for name in _BASELINES:
+        table.append((name, *(c for column in found.values() for c in (f"{100 * column['baselines'][name]:.1f}", "–"))))
+    return table
+
+
+def _cell(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "–"
+    mean, low, high = (f"{100 * spread[key]:.1f}" for key in ("mean", "min", "max"))
+    return f"{mean} [{low}, {high}]"
+
+
+def draw(axes: Sequence[Any], found: dict[str, Any], names: Sequence[str], labels: Sequence[str]) -> None:
+    """One panel per column: a mark per seed, a bar for the mean, lines for the rows without an encoder."""
+    for panel, (title, column) in zip(axes, found.items(), strict=False):
+        for place, name in enumerate(names):
+            entry = column["strategies"][name]
+            values = [100 * run["score"] for run in entry["runs"]]
+            (marks,) = panel.plot(values, [place] * len(values), "o", markersize=5)
+            if entry["score"]:
+                panel.plot([100 * entry["score"]["mean"]], [place], "|", markersize=18, color=marks.get_color())
+        for name, style in zip(_BASELINES, (":", "--"), strict=True):
+            panel.axvline(100 * column["baselines"][name], color="grey", linestyle=style, linewidth=1, label=name)
+        panel.set_yticks(range(len(names)), labels, fontsize=9)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+        panel.set_title(f"{title} after fine-tuning: by seed, and mean", fontsize=10)
+        panel.set_xlabel(f"{title} × 100")
+        panel.set_ylabel("masking strategy")
+        panel.legend(fontsize=9)
+        panel.grid(alpha=0.3)
