@@ -12,6 +12,7 @@ from maskvr_ds.analysis.health.picture import draw
 from maskvr_ds.analysis.health.records import judge, read_records
 from maskvr_ds.analysis.health.report import compare, content, finite, table
 from maskvr_ds.run_folder.layout import METRICS, TRUST_RATIOS
+from tests.support.documents import ROOT
 from tests.unit.analysis.health.runs import Line, healthy, write_run
 
 Change = Callable[[list[Line]], None]
@@ -144,6 +145,16 @@ def fp16(lines: list[Line], overflows: list[int], scale: float = 65536.0) -> lis
 def test_fp16(tmp_path: Path, overflows: list[int], finding: bool) -> None:
     findings = found(write_run(tmp_path / "run", fp16(healthy(), overflows)))
     assert set(findings) == ({"fp16 loss scale"} if finding else set())
+
+
+def test_recorded_overflows() -> None:
+    """Of a run whose loss scale was doubled every ten steps: nothing else is wrong with it."""
+    records = read_records(ROOT / "tests/data/fp16_overflows")
+    assert records.config is not None
+    findings = {f.check: f for f in judge(records) if f.status == "finding"}
+    assert set(findings) == {"fp16 loss scale"}
+    assert findings["fp16 loss scale"].steps[0] == 103
+    assert findings["fp16 loss scale"].values["share"] == pytest.approx(10 / 120)
 
 
 def write_ratios(run: Path, ratios: dict[str, float]) -> None:
