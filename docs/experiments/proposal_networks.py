@@ -53,13 +53,12 @@ class Candidate(nn.Module):
             net.confront = nn.Linear(2 * hidden, hidden)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        net, r = self.net, self.net.reach
+        net = self.net
         e = x = net.tokens(ids)
         if self.map is not None and self.words is not None:
             e = x = e + self.map(self.words[ids])
         if self.neighbours:
-            windows = F.pad(e, (0, 0, r, r)).unfold(1, 2 * r + 1, 1)
-            c = F.gelu(net.expected(torch.cat([windows[..., :r], windows[..., r + 1 :]], -1).flatten(2)))
+            c = F.gelu(net.expected(e))
             x = net.confront(torch.cat([e, c, e * c] if self.product else [e, c], -1))
         x = x + net.positions.weight[: ids.shape[1]]
         for layer in net.layers:

@@ -57,7 +57,7 @@ def write(request: Request) -> str:
     weights, seen = token_weights(data, tokenizer, request.weights, request.seed)
     origin = {"weights": request.weights, "task": request.task.name, "data": str(request.data), "seed": request.seed}
     write_token_scores(request.output, positive(weights, seen), sha256(path), origin)
-    highest = [tokenizer.id_to_token(int(i)) for i in np.argsort(-np.where(seen, weights, -1))[:_SHOWN]]
+    highest = [str(tokenizer.id_to_token(int(i))) for i in np.argsort(-np.where(seen, weights, -1))[:_SHOWN]]
     return (
         f"{request.output}: scores of {len(weights):,} tokens, of which the training set has {int(seen.sum()):,}; "
         f"highest: {' '.join(highest)}\n"

@@ -98,9 +98,9 @@ def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> N
     compared = [(x["step"], best) for x in choices if (best := _best_other(x)) is not None]
     other = axes.twinx()
     if compared:
-        values = [estimate for _, (estimate, _, _) in compared]
-        below = [max(0.0, estimate - (low or estimate)) for _, (estimate, low, _) in compared]
-        above = [max(0.0, (high or estimate) - estimate) for _, (estimate, _, high) in compared]
+        values, lows, highs = zip(*(best for _, best in compared), strict=True)
+        below = [0.0 if low is None else max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
+        above = [0.0 if high is None else max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
         steps = [step for step, _ in compared]
         options = {"fmt": ".", "color": "C1", "linewidth": 0.8, "markersize": 5}
         bars = other.errorbar(steps, values, yerr=[below, above], **options)
@@ -110,7 +110,7 @@ def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> N
     other.set_ylabel("relative to\nthe plan in use")
 
 
-def _best_other(event: dict[str, Any]) -> list[float | None] | None:
+def _best_other(event: dict[str, Any]) -> list[Any] | None:
     """[estimate, low, high] of progress per second of the best plan other than the one in use; None if unknown."""
     others = [x["per_second"] for x in event.get("candidates", ()) if x["progress"] != [1.0, 1.0, 1.0]]
     known = [x for x in others if x[0] is not None]
