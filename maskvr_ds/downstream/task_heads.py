@@ -89,6 +89,7 @@ class TaskHeads:
     def _batches(self, size: int, order: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         items = [self._examples.items[i] for i in order]
         device = next(self.model.parameters()).device
+        loader: DataLoader[dict[str, torch.Tensor]]
         loader = DataLoader(items, batch_size=size, collate_fn=self._collate)  # type: ignore[arg-type]
         return [{key: value.to(device) for key, value in batch.items()} for batch in loader]
 

@@ -111,6 +111,10 @@ class BatchNorm(nn.Module):
     running_mean, running_var float32 [D], batches float32 []: used in eval mode. Identical on all ranks.
     """
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    batches: torch.Tensor
+
     def __init__(self, norm: nn.LayerNorm, places: Places, *, population: bool, decay: float = 0.0) -> None:
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
