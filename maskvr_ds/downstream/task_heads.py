@@ -8,7 +8,7 @@ judged on the rest. One process.
 N applications of a layer, H heads.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class TaskHeads:
     def _batches(self, size: int, order: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         items = [self._examples.items[i] for i in order]
         device = next(self.model.parameters()).device
-        loader: Iterable[dict[str, torch.Tensor]] = DataLoader(items, batch_size=size, collate_fn=self._collate)  # type: ignore[arg-type]
+        loader: DataLoader[dict[str, torch.Tensor]]
+        loader = DataLoader(items, batch_size=size, collate_fn=self._collate)  # type: ignore[arg-type]
         return [{key: value.to(device) for key, value in batch.items()} for batch in loader]
 
     @torch.no_grad()

@@ -291,7 +291,7 @@ FAULTS = [
         "knows no documents; set data.attention to rows, or choose another architecture",
     ),
     sets(
-        "late mask tokens beside kept and random tokens",
+        "late mask tokens with kept and random tokens",
         "masking.late_layer=1",
         "masking: late_layer 1: all predicted positions must be [MASK], which the layers below do not see, and "
         "mask_probability is 0.8; set mask_probability to 1 and random_probability to 0",
