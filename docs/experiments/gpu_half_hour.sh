@@ -14,7 +14,7 @@ speed() { # name, options of `maskvr benchmark training-speed`
 
 case ${1:?block 0 to 5} in
 0) # correctness
-    python -m pytest tests/gpu -q -x -k "masks or resumed" ;;
+    python -m pytest tests/gpu -q -x -k "masks or resumed or flash" ;;
 1) # settings: ZeRO, fused LAMB, compiled layers, at the baseline's micro-batch
     speed base_zero1 --micro-size 256 --steps 40
     speed base_zero2 --micro-size 256 --steps 40 --deepspeed zero2_bf16
