@@ -17,12 +17,14 @@ from typing import Any
 import accelerate  # noqa: F401  # Trainer needs it, and would raise an error that names no extra
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainingArguments,
     set_seed,
@@ -37,6 +39,7 @@ from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.spans import Windows
 from maskvr_ds.downstream.tasks import Kind, Task
 from maskvr_ds.runtime.files import PARTIAL, discard
+from maskvr_ds.runtime.logs import is_quiet
 
 WARMUP_SHARE, WEIGHT_DECAY, MAX_GRADIENT_NORM = 0.1, 0.01, 1.0
 _PREDICTION_BATCH = 64
@@ -184,6 +187,20 @@ class _Trainer(Trainer):
         return {"epoch": kept, "held_out_scores": [[epoch, score] for _, epoch, score in self.scores]}
 
 
+class _StepBar(TrainerCallback):
+    """A bar over the steps of a run, on a terminal only; not in the processes of --jobs, whose loggers are quiet."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        hidden = True if is_quiet() else None
+        self._bar = tqdm(total=state.max_steps, desc="steps", unit="step", leave=False, disable=hidden)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.close()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A fine-tuned model: predictions per evaluation set (`predict`), optimizer steps, seconds of training and of
@@ -241,6 +258,7 @@ def fine_tune(
             score=stop,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_StepBar())
         start = time.perf_counter()
         with _write_errors(Path(scratch)):
             trainer.train()

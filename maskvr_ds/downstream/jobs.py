@@ -39,6 +39,7 @@ class Progress:
         total = sum(e.bags_of_words + models * (len(e.selection()) + e.protocol.seeds) for e in evaluators)
         first = evaluators[0]
         total += models * max(first.protocol.seeds, first.protocol.selection_seeds) * (first.intermediate is not None)
+        logger.info("at most %d runs, less those that are stored", total)
         self._bar = tqdm(total=total, desc="runs", unit="run", leave=False, disable=True if is_quiet() else None)
 
     def __call__(self, line: str) -> None:
