@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from maskvr_ds.cli.options import Commands, add_command, check_ranks_here, visible_gpus
+from maskvr_ds.runtime import logs
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_SLOTS, MAX_STEPS, integer, number
 
 _PLOT_EXAMPLES = """\
@@ -187,4 +188,6 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     if arguments.num_gpus:
         check_ranks_here(arguments.num_gpus)
+    if arguments.downstream:
+        logs.configure()  # lines of fine-tuning; the runs are other processes
     return compare.run(arguments)

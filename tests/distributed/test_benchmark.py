@@ -62,7 +62,8 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
     assert figures["kernels_by_part"]["mapnet"] > 100
     assert figures["peak_tflops"] is None
     assert figures["mfu"] is None
-    assert figures["collectives_per_step"]["all_reduce"]["calls"] >= 2
+    # The digests and counts; gradients of one rank need no reduction.
+    assert figures["collectives_per_step"]["all_reduce"]["calls"] >= 1
     assert figures["gigabytes_sent_per_rank_and_step"] == 0, "one rank"
     assert "unknown" in result.stdout
     assert re.search(r"^  backward +[\d.,]+ +[\d.,]+", result.stdout, re.MULTILINE)
@@ -90,7 +91,7 @@ def test_options_are_checked(words: list[object], message: str) -> None:
 def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
     """`benchmark masks --config`, and a training with its file, which measures nothing."""
     values = configuration(tmp_path / "run", make_corpus(tmp_path / "corpus", rows=40), steps=2)
-    values |= {"deepspeed": "zero1_fp32", "evaluation": {"every_steps": 0}}
+    values |= {"deepspeed": "zero1_fp32", "evaluation": {"every_steps": 0}, "schedule": {"warmup_steps": 1}}
     config, costs = tmp_path / "run.yaml", tmp_path / "costs.json"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     auto = ("--set", "masking.strategy=auto", "--set", "masking.auto.rows=6", "--set", "masking.final_rate=0.1")
@@ -107,8 +108,8 @@ def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
     result = run_command("train", "--config", config, "--num-gpus", 1, *auto, *imported)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / MASK_COSTS).read_text(encoding="utf-8")) == {"phases": {"0": found}}
-    assert "measuring the seconds" not in result.stderr
-    assert "masks     auto: 5 of 30 tokens of a full row, 3 at the end; now" in result.stderr
+    assert "measuring the seconds" not in result.stdout + result.stderr
+    assert "masks     auto: 5 of 30 tokens of a full row, 3 at the end; now" in result.stdout
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_without_one() -> None:

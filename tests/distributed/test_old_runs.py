@@ -28,6 +28,8 @@ OLD = ROOT / "tests" / "data" / "acf4fb5"
 STOPPED_AT = 6
 # Steps that are equal to those of the old version.
 EQUAL_UNTIL = {"run_auto": 9}
+# MAPNet computes its windows as a convolution now, and the whole local batch at once: sums have another order.
+ROUNDED = {"run_zero2"}
 CLOCK = {"tokens_per_second", "step_seconds", "model_tflops_per_rank", "mfu"}
 # Digests have had another version since.
 NOT_COMPARED = CLOCK | {"data_digest", "mask_digest"}
@@ -134,7 +136,11 @@ def test_an_old_run_resumes_exactly(resumed: Path, name: str, way: str) -> None:
     for was, now in list(zip(expected, lines[STOPPED_AT:], strict=True))[:equal]:
         figures = {key: now.get(key) for key in was if key not in NOT_COMPARED}
         assert now["digest_version"] == DIGEST_VERSION
-        if SAME_ROUNDING:
+        if name in ROUNDED:
+            # The smallest ratio is of a bias of keys, whose gradient consists of rounding errors.
+            del figures["trust_ratio_min"]
+            assert figures == pytest.approx({key: was[key] for key in figures}, rel=1e-5)
+        elif SAME_ROUNDING:
             assert figures == {key: value for key, value in was.items() if key not in NOT_COMPARED}
         else:
             assert figures["samples"] == was["samples"]
@@ -148,7 +154,7 @@ def test_an_old_run_of_auto_measures_its_costs_once(resumed: Path) -> None:
     assert read_manifest(run / CHECKPOINTS / "step-00000010")["auto"]["costs"] == costs
     (event,) = (e for e in read_events(run / METRICS) if e["event"] == "auto" and e["step"] == 9)
     assert event["rate"] == 0.2
-    assert {tuple(c["plan"]) for c in event["candidates"]} >= {("fully_explored", j, 0.2) for j in (1, 2, 3, 4)}
+    assert {tuple(c["plan"]) for c in event["candidates"]} >= {("fully_explored", j, 0.2) for j in (2, 3, 4)}
 
 
 @pytest.mark.parametrize("name", RUNS)
