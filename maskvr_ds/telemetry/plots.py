@@ -98,7 +98,7 @@ def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> N
     compared = [(x["step"], best) for x in choices if (best := _best_other(x)) is not None]
     other = axes.twinx()
     if compared:
-        values, lows, highs = zip(*(best for _, best in compared), strict=True)
+        values, lows, highs = map(list, zip(*(best for _, best in compared), strict=True))
         below = [0.0 if low is None else max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
         above = [0.0 if high is None else max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
         steps = [step for step, _ in compared]

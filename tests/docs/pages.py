@@ -77,9 +77,11 @@ def headings(text: str) -> list[str]:
 def section(page: Path, heading: str) -> str:
     """The text under a heading, subsections included."""
     text = read(page)
-    start = re.search(rf"^(#+) {re.escape(heading)}$", text, re.MULTILINE)
+    # A comment of a shell is no heading.
+    plain = _FENCE.sub(lambda block: block[0].replace("\n#", "\n "), text)
+    start = re.search(rf"^(#+) {re.escape(heading)}$", plain, re.MULTILINE)
     assert start is not None, f"{name(page)}: no heading {heading!r}"
-    end = re.compile(rf"^#{{1,{len(start[1])}}} ", re.MULTILINE).search(text, start.end())
+    end = re.compile(rf"^#{{1,{len(start[1])}}} ", re.MULTILINE).search(plain, start.end())
     return text[start.end() : end.start() if end else None]
 
 

@@ -75,7 +75,7 @@ def test_all_fields_are_found() -> None:
     paths = {".".join(map(str, where)) for where in PATHS}
     of_model = {"model.config", "model.initialize_from"}
     of_data = {"data.path", "data.mixture.0.path", "data.held_out_path"}
-    assert paths == {"output_dir", "masking.auto.costs", *of_data, *of_model}
+    assert paths == {"output_dir", "masking.auto.costs", "masking.frequency.scores", *of_data, *of_model}
 
 
 @pytest.mark.parametrize("where", NUMBERS, ids=lambda where: ".".join(map(str, where)))

@@ -240,6 +240,9 @@ ALLOWED = {
     ("engine.one_rank", "optimizer.zero_grad"),
     ("engine.one_rank", "optimizer.held_gradients"),
     ("engine.one_rank", "optimizer.step"),
+    # A module of a transformers model is replaced by another one; parameter groups of Trainer's optimizer are split.
+    ("models.normalization", "setattr(parent)"),
+    ("downstream.fine_tuning", "optimizer.param_groups"),
     # Counters and the loss scale of a checkpoint.
     ("checkpoint.reshard", "setattr(engine)"),
     # Times methods of the project's own classes.
