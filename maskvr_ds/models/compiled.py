@@ -76,7 +76,8 @@ def compile_model(module: MaskedLanguageModel, how: Compile) -> None:
         for layer in layers:
             layer.compile(fullgraph=True, dynamic=False)
     heads = [child for child in mlm.children() if child is not encoder]
-    if len(heads) == 1:
+    # Of a product alone (EuroBERT's head) nothing can be fused, and the compiler refuses torch's own modules.
+    if len(heads) == 1 and not isinstance(heads[0], nn.Linear):
         heads[0].compile(fullgraph=True, dynamic=False)
     module.is_compiled = True
 

@@ -58,6 +58,16 @@ def test_layers_are_found_in_every_architecture(architecture: str) -> None:
     assert not any(word in name for name in outside for word in ("query", "key", "value", ".q.", "qkv")), outside
 
 
+def test_a_head_that_is_a_product_alone_is_not_compiled() -> None:
+    """The compiler refuses torch's own modules."""
+    module = model("eurobert")
+    compiled.compile_model(module, "layers")
+    assert module.mlm.lm_head._compiled_call_impl is None
+    module = model("bert")
+    compiled.compile_model(module, "layers")
+    assert module.mlm.cls._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize("how", ["layers", "model"])
 @pytest.mark.parametrize("architecture", INSTALLED)
 def test_training_step_is_that_of_the_model(architecture: str, how: Compile, request: pytest.FixtureRequest) -> None:
