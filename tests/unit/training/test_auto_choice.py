@@ -71,6 +71,11 @@ def test_the_plain_plan_of_the_present_rate_needs_no_proof() -> None:
     assert best(PROPOSED, MIDDLE=((1.01, 0.8, 1.3), 1.0)) == PROPOSED
 
 
+def test_a_higher_rate_does_not_hide_a_lower_one_that_is_better() -> None:
+    better = {"HIGH": ((2.0, 1.9, 2.1), 1.0), "LOW": ((1.3, 1.2, 1.4), 1.0)}
+    assert best(MIDDLE, **better) == LOW
+
+
 def course(measured: list[MaskingPlan], start: MaskingPlan = HIGH) -> list[MaskingPlan]:
     plan, before, taken = start, start, []
     for each in measured:
