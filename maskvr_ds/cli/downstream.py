@@ -186,7 +186,10 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
     group.add_argument(
-        "--text-columns", nargs="+", metavar="NAME", help="columns of the text, or of two texts, in your own files"
+        "--text-columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of the text, or of two texts, in your own files (default: sentence, or text)",
     )
     group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
     fine_tuning.add_training_options(parser)

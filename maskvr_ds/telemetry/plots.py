@@ -55,6 +55,8 @@ def plot_loss(metrics: Path, output: Path) -> None:
             axes.axvline(before["step"], color="grey", linestyle=":", linewidth=1)
             top = axes.get_xaxis_transform()  # y in axes coordinates
             axes.text(before["step"], 0.98, f" {after['phase']}", transform=top, va="top", fontsize=9, color="grey")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the start of the curves
     axes.set_ylabel("loss per masked token (nats)")
     if with_ratios:
         axes = panels[1, 0]
