@@ -96,7 +96,7 @@ def add_evaluate(commands: Commands) -> None:
         choices=list(tasks.WEIGHTED_ROWS),
         help="further bags of words, with other weights of the terms than TF–IDF: tf (none), information gain, χ², "
         "relevance frequency, or learned by a network from the term's distribution over the classes (ltw, one run per "
-        "seed); with them, models may be left out",
+        "seed); with them, models are optional",
     )
     parser.add_argument(
         "--jobs",

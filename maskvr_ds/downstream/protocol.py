@@ -44,7 +44,9 @@ class Protocol:
                 "would be stopped; lower it, or raise --epochs"
             )
         if self.class_weights is not None and task.kind not in (Kind.CLASSIFICATION, Kind.TOKENS):
-            raise TaskError(f"--class-weights: {task.name} has no classes; omit it, or evaluate this task by itself")
+            raise TaskError(
+                f"--class-weights: {task.name} has no classes; omit it, or evaluate this task in a command of its own"
+            )
         length = self.max_length or task.max_length
         return Settings(
             epochs, batch_size, length, self.precision, self._stride(task, length), self.accumulation,
@@ -57,7 +59,7 @@ class Protocol:
             raise TaskError(
                 f"--long-texts windows: {task.name} "
                 + ("reads contexts in windows anyway" if task.kind is Kind.SPAN else "has a label per token")
-                + "; omit it, or evaluate this task by itself"
+                + "; omit it, or evaluate this task in a command of its own"
             )
         if task.kind is not Kind.SPAN and not self.windows:
             return None

@@ -37,8 +37,8 @@ class Collective:
         return factor * (ranks - 1) / ranks * self.size * self.times
 
     def calls(self, ranks: int) -> int:
-        """Collectives per step. A bucket that is reduced to owners is one for each owner whose share it has parts of:
-        the buckets cut the sequence of shares into as many more pieces."""
+        """Collectives per step. A bucket that is reduced to owners is one for each owner of a part of it: over all
+        buckets, their number + N − 1."""
         return self.times * (self.messages + (ranks - 1 if self.kind == "reduce" else 0))
 
 

@@ -4,7 +4,7 @@ Candidates are the divisors of a rank's share of the global batch, so that the g
 tried by doubling until one does not fit, then by bisection. All ranks try the same one at the same time, and it fits if
 it does on all of them. A trial is two micro-batches of the corpus' rows and an update, at ZeRO stages 0 to 2, without
 communication (engine/silent.py) and without torch.compile, which needs less memory, within `_USABLE` of the memory. In
-fp16 DeepSpeed skips updates until the loss scale is low enough: a trial goes on until there was one.
+fp16 DeepSpeed skips updates until the loss scale is low enough: a trial continues until one took place.
 
 The number goes into config.yaml of the run: a resume takes it from there and tries nothing.
 

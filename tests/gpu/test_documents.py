@@ -1,4 +1,4 @@
-"""Attention within documents by Flash Attention, against each document by itself in fp32 on the CPU; skipped without a
+"""Attention within documents by Flash Attention, against each document alone in fp32 on the CPU; skipped without a
 GPU. Elsewhere a stand-in for the kernel is tested (tests/unit/models/test_documents.py)."""
 
 import copy

@@ -89,7 +89,7 @@ def settings(kind: Kind = Kind.CLASSIFICATION, **given: object) -> Settings:
 
 def assert_close(found: Weights, expected: Weights, tolerance: float = 1e-5) -> None:
     """Except for what has no gradient, whose rounding Adam amplifies: the biases of keys and, of questions, those that
-    shift all positions alike."""
+    shift all positions equally."""
     assert set(found) == set(expected)
     shifts = ("qa_outputs.bias", "layer.1.output.LayerNorm.bias") if "qa_outputs.bias" in found else ()
     for name in found:
