@@ -135,8 +135,8 @@ def _optimizer_config(assignments: Sequence[str]) -> OptimizerConfig:
     try:
         config = OptimizerConfig.model_validate({**values["optimizer"], "lr": _LR})
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        raise ConfigError("; ".join(describe(fault, OptimizerConfig) for fault in faults)) from None
+        faults = [describe(fault, OptimizerConfig) for fault in error.errors(include_url=False)]
+        raise ConfigError(f"--set: optimizer: {'; '.join(faults)}") from None
     if config.name != "lamb":
         raise ConfigError(f"--set optimizer.name={config.name}: optimizer-step-time compares LAMB with others")
     return config

@@ -78,7 +78,7 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
         (["strategy-cost", "--accumulation", 2], "--accumulation is an option of training-speed"),
         (["loading-speed", "--set", "seed=1"], "--set is an option of training-speed"),
         (["optimizer-step-time", "--set", "seed=1"], "takes settings of the section optimizer only"),
-        (["optimizer-step-time", "--set", "optimizer.fused=3"], "optimizer.fused"),
+        (["optimizer-step-time", "--set", "optimizer.fused=3"], "optimizer: fused"),
         (["optimizer-step-time", "--set", "optimizer.name=adamw"], "compares LAMB with others"),
         (["strategy-cost", "--micro-size", 2, 4], "--micro-size: 2 values"),
         (["strategy-cost", "--config", "r", "--micro-size", 2], "--micro-size is set by the run that --config names"),

@@ -15,7 +15,7 @@ from maskvr_ds.planning.hardware import GPUS, LINKS, USABLE, Cluster, link_bytes
 from maskvr_ds.planning.memory import Pass, memory
 from maskvr_ds.planning.plan import Corpus, Plan, make_plan
 from maskvr_ds.planning.sizes import encoder_sizes
-from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time
+from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time, update_bytes
 from maskvr_ds.planning.zero import Zero, zero_settings
 
 LARGE = encoder_sizes(ModelConfig(preset="bert-large"), 30_522)
@@ -115,6 +115,17 @@ def test_time_of_a_run_on_an_h100() -> None:
         assert 0.7 < found.total / measured < 1
     # The device computed for 45 of them, by torch's profiler.
     assert found.forward_backward + found.optimizer == pytest.approx(0.045, rel=0.35)
+
+
+@pytest.mark.parametrize(("name", "fused", "expected"), [("zero1_bf16", True, 52), ("zero1_bf16", False, 130),
+                                                         ("zero2_bf16", True, 64)])  # fmt: skip
+def test_kernels_that_clip_and_copy_save_memory_traffic(name: str, fused: bool, expected: int) -> None:
+    """Only those of BF16_Optimizer; on one of 8 ranks, without what is moved for sums and the reduction."""
+    found = {
+        ranks: update_bytes(LARGE, zero(name), Pass(128, 19, 8, 1), "lamb", ranks=ranks, fused=fused)
+        for ranks in (8, 4)
+    }
+    assert found[4] - found[8] == pytest.approx(expected * P / 8)
 
 
 # Communication
