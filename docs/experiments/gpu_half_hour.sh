@@ -64,7 +64,7 @@ case ${1:?block 0 to 5} in
     speed large_512 --preset $large --sequence-length $long --micro-size $long_rows "${fused[@]}"
     speed large_512_layers --preset $large --sequence-length $long --micro-size $long_rows --accumulation 4 \
         "${fused[@]}" --compile layers ;;
-3) # masks and optimizers
+3) # masks, optimizers, single products
     run masks_128 maskvr benchmark strategy-cost --preset $base --micro-size "${rows[0]}" --rounds $rounds \
         --output "$OUT/masks_128.json"
     run masks_512 maskvr benchmark strategy-cost --preset $base --sequence-length $long --micro-size $long_rows \
@@ -77,7 +77,8 @@ print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() 
     run lamb_base_fused maskvr benchmark optimizer-step-time --preset $base --rounds $rounds "${fused[@]}" \
         --output "$OUT/lamb_base_fused.json"
     run lamb_large_fused maskvr benchmark optimizer-step-time --preset $large --rounds $rounds "${fused[@]}" \
-        --output "$OUT/lamb_large_fused.json" ;;
+        --output "$OUT/lamb_large_fused.json"
+    run products "$PYTHON" docs/experiments/gpu_products.py --output "$OUT/products.json" ${SMALL:+--small} ;;
 4) # micro-batches; MAPNet and exact sampling in the training command
     speed base_sizes --preset $base --micro-size "${rows[@]:1}" "${fused[@]}"
     speed large_sizes --preset $large --micro-size "${large_rows[@]:1}" "${fused[@]}"

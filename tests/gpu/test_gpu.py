@@ -192,7 +192,7 @@ def bf16_copies(steps: int) -> list[bool]:
     engine.train()
     for step in range(steps):
         batch = random_masked(step, rows=4, length=32, predictions=5, vocabulary=3_000)
-        engine.backward(weighted_loss(engine, batch.to(distributed.device())) / 20)
+        engine.backward(weighted_loss(engine, batch.map(lambda t: t.to(distributed.device()))) / 20)
         step_and_norm(engine)
     return [torch.equal(copy, masters.bfloat16()) for masters, copy in engine.basic_optimizer.copies.items()]
 
