@@ -35,8 +35,8 @@ class Pass:
     """What a rank computes at a time.
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
-    activations are recomputed. pairs: ordered pairs of positions per sequence for which attention is computed; None:
-    all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
+    activations are recomputed, of all layers or of so many, the lowest. pairs: ordered pairs of positions per sequence
+    for which attention is computed; None: all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
     the model, attention not fused if it has dropout, and only the used part of a buffer takes memory.
     """
 
@@ -44,10 +44,14 @@ class Pass:
     predictions: int
     micro: int
     accumulation: int
-    checkpointing: bool = False
+    checkpointing: bool | int = False
     pairs: float | None = None
     on_cpu: bool = False
     late: tuple[int, int] = (0, 0)
+
+    def recomputed(self, layers: int) -> int:
+        """Of `layers`, those whose activations are recomputed."""
+        return layers if self.checkpointing is True else min(layers, self.checkpointing)
 
 
 def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
@@ -62,11 +66,12 @@ def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
     head = rows * (_PER_LOGIT * sizes.vocabulary + sizes.of_head * element)
     # Gradients of a layer's widest tensor and of its input.
     last = 2.0 * tokens * sizes.widest * element
-    if work.checkpointing:
-        # The inputs of all layers; one layer is recomputed when the logits no longer exist.
-        layers, last = 1.0 * sizes.layers * sizes.hidden * element, last + tokens * layer
-    else:
-        layers = sizes.layers * layer
+    again = work.recomputed(sizes.layers)
+    # Of recomputed layers their inputs; the others are the upper ones, whose activations are gone before one is
+    # recomputed. If there are none, the logits are.
+    layers = again * sizes.hidden * element + (sizes.layers - again) * layer
+    if again == sizes.layers:
+        last += tokens * layer
     in_layers = work.micro * sizes.positions(work.length, work.late)
     return tokens * embedded + in_layers * layers + max(head, last)
 

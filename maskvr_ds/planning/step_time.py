@@ -75,7 +75,7 @@ def pass_seconds(sizes: EncoderSizes, gpu: Gpu, element: int, work: Pass) -> flo
     """Seconds in which a GPU computes one micro-batch forward and backward."""
     B, L, K = work.micro, work.length, work.predictions
     rate, stream = gpu.product_rate(element), gpu.bandwidth * _STREAM
-    again = 4 / 3 if work.checkpointing else 1.0
+    again = 1 + work.recomputed(sizes.layers) / (3 * sizes.layers)
     positions, pairs = sizes.positions(L, work.late), sizes.attended(L, work.pairs, work.late)
     products = 3 * B * (positions * sizes.token_flops * again + K * sizes.prediction_flops)
     attention = 3 * B * pairs * sizes.pair_flops * again
@@ -140,7 +140,7 @@ def step_time(
     masks. Raises ConfigError if a bandwidth between nodes is needed and not known.
     """
     A, compute, host = work.accumulation, calibration.compute, calibration.host * LAUNCH
-    launches = (_PER_LAYER * sizes.layers + _AROUND_LAYERS) * (1.3 if work.checkpointing else 1)
+    launches = (_PER_LAYER * sizes.layers + _AROUND_LAYERS) * (1 + 0.3 * work.recomputed(sizes.layers) / sizes.layers)
     if zero.stage == 3:
         launches *= 2  # hooks that gather and release parameters
     passes = A * max(pass_seconds(sizes, cluster.gpu, zero.element, work) * compute, launches * host)

@@ -12,7 +12,7 @@ from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, deepspeed_conf
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.planning.communication import collectives, seconds
 from maskvr_ds.planning.hardware import GPUS, LINKS, USABLE, Cluster, link_bytes
-from maskvr_ds.planning.memory import Pass, memory
+from maskvr_ds.planning.memory import Pass, activations, memory
 from maskvr_ds.planning.plan import Corpus, Plan, make_plan
 from maskvr_ds.planning.sizes import encoder_sizes
 from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time, update_bytes
@@ -92,6 +92,21 @@ def test_memory_grows_with_the_micro_batch_and_not_with_ranks(
         without = memory(LARGE, zero(name), replace(work, checkpointing=False), ranks=ranks, fused=False)
         assert found.total <= without.total
     assert memory(LARGE, zero(name), work, ranks=ranks, fused=True).total <= found.total
+
+
+def test_recomputed_layers_trade_memory_for_time() -> None:
+    """Layer by layer, from none to all 24, as a number or as true."""
+    gpu, numbers = GPUS["h100"], [False, 1, 12, 23, 24]
+    works = [Pass(512, 77, 64, 1, number) for number in numbers]
+    bytes_kept = [activations(LARGE, 2, work) for work in works]
+    times = [pass_seconds(LARGE, gpu, 2, work) for work in works]
+    assert bytes_kept == sorted(bytes_kept, reverse=True)
+    assert bytes_kept[0] - bytes_kept[2] == pytest.approx(12 * (bytes_kept[0] - bytes_kept[1]))
+    assert times == sorted(times)
+    assert times[2] - times[0] == pytest.approx((times[4] - times[0]) / 2)
+    for last in (True, 100):
+        whole = Pass(512, 77, 64, 1, last)
+        assert (activations(LARGE, 2, whole), pass_seconds(LARGE, gpu, 2, whole)) == (bytes_kept[4], times[4])
 
 
 def test_memory_of_a_run_on_an_h100() -> None:
