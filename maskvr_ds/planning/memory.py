@@ -36,8 +36,9 @@ class Pass:
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
     activations are recomputed, of all layers or of so many, the lowest. pairs: ordered pairs of positions per sequence
-    for which attention is computed; None: all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
-    the model, attention not fused if it has dropout, and only the used part of a buffer takes memory.
+    for which attention is computed; None: all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for
+    CPUs: dropout masks in the precision of the model, attention not fused if it has dropout, and only the used part of
+    a buffer takes memory.
     """
 
     length: int
