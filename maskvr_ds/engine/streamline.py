@@ -77,7 +77,7 @@ def streamline(engine: Any) -> None:
     DeepSpeedZeroOptimizer: `get_grad_norm_direct`. An optimizer of this project may use the memory of the gradients if
     nothing reads them after its step.
     """
-    optimizer = engine.optimizer
+    optimizer, basic = engine.optimizer, engine.basic_optimizer
     name = type(optimizer).__name__
     skip_reduction(engine)
     if name == "BF16_Optimizer" and _is_plain(optimizer):
@@ -86,12 +86,11 @@ def streamline(engine: Any) -> None:
         optimizer.norm_reader = float
         optimizer.update_hp_grads = _Gradients(optimizer).accumulate
         optimizer.step = MethodType(_step, optimizer)
-        if isinstance(engine.basic_optimizer, Lamb) and engine.basic_optimizer.fused:
-            engine.basic_optimizer.copies = _model_partitions(optimizer)
+        if isinstance(basic, Lamb) and basic.fused:
+            basic.copies = _model_partitions(optimizer)
     elif name == "DeepSpeedZeroOptimizer" and optimizer.mpu is None:
         optimizer.get_grad_norm_direct = MethodType(_partition_norm, optimizer)
         hold_gradients(optimizer)
-    basic = engine.basic_optimizer
     if isinstance(basic, LayerwiseAdaptive):
         basic.overwrites_gradients = not _keeps_gradients(engine)
 
@@ -181,17 +180,17 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> None:
         self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True
     ):
         weights.grad = gradient
-    fused = bool(getattr(self.optimizer, "copies", ()))
-    factor = None
+    basic, factor = self.optimizer, None
+    fused = isinstance(basic, Lamb) and bool(basic.copies)
     # Rounding decides near the limit, so do it on the device; there the factor is at most 1.
     if self.clip_grad > 0 and self._global_grad_norm > self.clip_grad * (1 - 1e-4):
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1)
     if fused:
-        self.optimizer.gradient_factor = factor
+        basic.gradient_factor = factor
     elif factor is not None:
         for gradient in self.fp32_groups_gradient_flat_partition:
             gradient.mul_(factor)
-    self.optimizer.step()
+    basic.step()
     # Possible only after the first update, which creates the state.
     self._lazy_init_hp_params_optimizer_state()
     if fused:

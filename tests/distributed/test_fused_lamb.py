@@ -49,7 +49,8 @@ def trained(names: list[str]) -> dict[str, Any]:
         engine.train()
         for step in range(STEPS):
             engine.backward(weighted_loss(engine, masked(step)) / (B * K))
-            assert step_and_norm(engine) > CLIPPING
+            norm = step_and_norm(engine)
+            assert norm is None or norm > CLIPPING
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled="3" in name):
             weights = [p.detach().float().numpy().copy() for p in engine.module.parameters()]
         lamb = engine.basic_optimizer
