@@ -104,8 +104,22 @@ def lamb_cost(
     size = sum(p.numel() * p.element_size() for p in partitions)
     for name, step in steps.items():
         figures[f"{name}_extra_partitions"] = _peak_bytes(step, device) / size
-    elapsed: dict[str, list[float]] = {name: [] for name in optimizers}
-    cpu_time: dict[str, list[float]] = {name: [] for name in optimizers}
+    elapsed, cpu_time = _timed(steps, restore_gradients, rounds)
+    for name in optimizers:
+        figures |= _spread(f"{name}_milliseconds", [1e3 * t for t in elapsed[name]])
+    for name in against:
+        figures |= _spread(f"lamb_over_{name}", _quotients(elapsed["lamb"], elapsed[name]))
+        if not on_gpu:
+            figures |= _spread(f"lamb_over_{name}_cpu_time", _quotients(cpu_time["lamb"], cpu_time[name]))
+    return figures
+
+
+def _timed(
+    steps: dict[str, Callable[[], None]], restore_gradients: Callable[[], None], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each step in turn, elapsed and of CPU time, by name and round. Collective: call on all ranks."""
+    elapsed: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_time: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             restore_gradients()
@@ -116,13 +130,7 @@ def lamb_cost(
             distributed.wait_for_device()
             elapsed[name].append(time.perf_counter() - start)
             cpu_time[name].append(time.process_time() - cpu_start)
-    for name in optimizers:
-        figures |= _spread(f"{name}_milliseconds", [1e3 * t for t in elapsed[name]])
-    for name in against:
-        figures |= _spread(f"lamb_over_{name}", _quotients(elapsed["lamb"], elapsed[name]))
-        if not on_gpu:
-            figures |= _spread(f"lamb_over_{name}_cpu_time", _quotients(cpu_time["lamb"], cpu_time[name]))
-    return figures
+    return elapsed, cpu_time
 
 
 def _optimizer_config(assignments: Sequence[str]) -> OptimizerConfig:
