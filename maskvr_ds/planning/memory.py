@@ -118,17 +118,19 @@ def _gradients(sizes: EncoderSizes, zero: Zero, work: Pass, share: float, ranks:
     """share: elements of a rank's partition. One rank makes no copies for a reduction (engine/one_rank.py)."""
     P, e, a = sizes.total, zero.element, zero.accumulated
     later = work.accumulation > 1
+    # At the end of a backward pass the token embeddings have a gradient as embeddings, one as decoder, and their sum.
+    tied = 1.0 * e * sizes.largest
     if zero.holds_gradients(ranks):
-        return _Gradients(4 * P, 0.0, 4 * P, 0.0, 4 * P)
+        return _Gradients(4 * P, 0.0, 4 * P, 3 * tied, 4 * P)
     if zero.stage == 0:
         # Flattened for the reduction; in bf16 copied to fp32 for the update.
-        flat = max(e, zero.communicated) * P if ranks > 1 else 0.0
+        flat = max(2 * tied, max(e, zero.communicated) * P if ranks > 1 else 0.0)
         return _Gradients(e * P if later else 0.0, 0.0, e * P, flat, (e + (4 if e == 2 else 0)) * P)
     if zero.flat_gradients:
         # The buffer of all gradients exists always; those of a pass are zeroed, not freed, before the next one.
         widened = 4.0 * min(P, max(sizes.largest, _WIDENED)) if later else 0.0
         held = 4.0 * P + (e * P if later else 0)
-        flat = 4.0 * P if ranks > 1 else 0.0
+        flat = max(2 * tied, 4.0 * P if ranks > 1 else 0.0)
         return _Gradients(held, widened, (4 + e) * P, flat + widened, 4 * P)
     partition = 0.0 if zero.offload else 4 * share
     bucket = 1.0 * zero.buckets * zero.bucket * (a if zero.stage == 1 else e)

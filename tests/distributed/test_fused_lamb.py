@@ -10,8 +10,9 @@ from tests.distributed.ranks import run_ranks
 B, L, K, V, STEPS = 2, 16, 4, 60, 8
 # The norm of the gradients is above the limit, so that they are clipped.
 CLIPPING = 0.05
-# DeepSpeed configuration → bound of the difference of weights. In bf16 gradients are those of rounded weights.
-BOUNDS = {"zero0_fp32": 1e-6, "zero1_fp32": 1e-6, "zero2_fp32": 1e-6, "zero3_fp32": 1e-6, "zero1_bf16": 2e-4}
+# DeepSpeed configuration → bound of the difference of weights. In bf16 gradients are those of rounded weights; one unit
+# in the last place below 1/8.
+BOUNDS = {"zero0_fp32": 1e-6, "zero1_fp32": 1e-6, "zero2_fp32": 1e-6, "zero3_fp32": 1e-6, "zero1_bf16": 5e-4}
 
 
 def trained(names: list[str]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
             calls[number] += 1
 
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(partial(count, number=number))
+            layer.attention.register_forward_pre_hook(partial(count, number=number))
         weighted_loss(ours, batch(False)).backward()
         gradients.append([p.grad for p in ours.parameters()])
         passes.append(calls)
