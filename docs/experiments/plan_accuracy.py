@@ -1,7 +1,8 @@
 """Accuracy of `maskvr plan` on a CPU: peak memory and seconds of training steps against what is planned.
 
-    python docs/experiments/plan_accuracy.py --output docs/results/plan/cpu.json
-    python docs/experiments/plan_accuracy.py --judge docs/results/plan/cpu.json --output docs/results/plan/cpu_judged.json
+    cd docs/results/plan
+    python ../../experiments/plan_accuracy.py --output cpu.json
+    python ../../experiments/plan_accuracy.py --judge cpu.json --output cpu_judged.json
 
 Each case is trained in processes of its own, one thread each. Memory: the largest resident set during three steps, less
 that of the process when everything was imported. malloc maps every block separately, so that the resident set is
