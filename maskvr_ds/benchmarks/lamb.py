@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def lamb_cost(
 
 
 def _timed(
-    steps: dict[str, Callable[[], None]], restore_gradients: Callable[[], None], rounds: int
+    steps: Mapping[str, Callable[[], None]], restore_gradients: Callable[[], None], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of each step in turn, elapsed and of CPU time, by name and round. Collective: call on all ranks."""
     elapsed: dict[str, list[float]] = {name: [] for name in steps}
