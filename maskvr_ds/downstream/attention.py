@@ -77,10 +77,10 @@ def run(models: Sequence[str], data: Path, request: Request) -> dict[str, Any]:
         sure = _sure_maps(loaded.values(), rows)
         classifier = sure.train().classify
         result |= {"classifier": "network", "trained_on": sure.counts}
+    loaded[CONTROL] = _control(first)
     figures = {name: measure_heads(model, rows, classifier) for name, model in loaded.items()}
-    figures[CONTROL] = measure_heads(_control(first), rows, classifier)
     result["models"] = {name: found.dump() for name, found in figures.items()}
-    for name in models[1:]:
+    for name in (*models[1:], CONTROL) if len(models) > 1 else ():
         found = similarity(first, loaded[name], rows)
         result.setdefault("similarity_to_first", {})[name] = None if found is None else found.tolist()
         weights = weight_similarity(first, loaded[name])

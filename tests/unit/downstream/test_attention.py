@@ -58,6 +58,7 @@ def test_figures(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     similarity = torch.tensor(found["similarity_to_first"][str(folder / "b")])
     assert similarity.shape == (2, 4)
     assert ((similarity > 0) & (similarity < 1)).all()
+    assert list(found["similarity_to_first"]) == [str(folder / "b"), "random weights"]
     weights = found["weight_similarity_to_first"][str(folder / "b")]
     assert len(weights) == 2
     for n, layer in enumerate(weights):
