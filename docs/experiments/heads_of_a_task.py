@@ -206,6 +206,7 @@ def summary(found: dict[str, dict[str, Measured]], truth: dict[str, list[Any]], 
                 "importance": m["importance"],
                 "rank_correlation": {
                     "loss": _correlation(importance, losses),
+                    "loss, either way": _correlation(importance, [abs(x) for x in losses]),
                     "accuracy": _correlation(importance, drops),
                 },
             }
@@ -252,22 +253,25 @@ def _correlation(a: list[float], b: list[float]) -> float | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """In percentage points."""
-    lines = [
-        "| model | half | accuracy | heads without which it is higher | lower | rank correlation, loss | accuracy |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    """Heads that matter, rank correlations of importance with what is lost, and changes in percentage points."""
+    lines = ["| model | half | accuracy, loss | accuracy without a head: higher | lower | loss: lower | higher "]
+    lines[0] += "| rank correlation with accuracy | with loss | with the size of the loss' change |"
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for model, found in result["models"].items():
         for half in HALVES:
             if (figures := found.get(f"chosen on {half}")) is None:
                 continue
             base, correlations = found["accuracy"][half], figures["rank_correlation"]
-            without = figures["accuracy_without"].values()
-            higher, lower = sum(x > base for x in without), sum(x < base for x in without)
-            lines.append(
-                f"| {model} | {half} | {base:.1%} | {higher} | {lower} | {correlations['loss']:.2f} "
-                f"| {correlations['accuracy']:.2f} |"
-            )
+            without, losses = figures["accuracy_without"].values(), figures["loss_increase"].values()
+            counts = [
+                sum(x > base for x in without),
+                sum(x < base for x in without),
+                sum(x < 0 for x in losses),
+                sum(x > 0 for x in losses),
+            ]
+            values = [f"{base:.1%}, {figures['loss']:.3f}", *map(str, counts)]
+            values += [f"{correlations[key]:.2f}" for key in ("accuracy", "loss", "loss, either way")]
+            lines.append(f"| {model} | {half} | " + " | ".join(values) + " |")
     lines += ["", "| chosen by | heads off | change of the accuracy | 95% interval | by model | where chosen |"]
     lines.append("|---|---:|---:|---|---|---:|")
     for row in result["choices"]:
