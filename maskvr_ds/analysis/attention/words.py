@@ -40,7 +40,7 @@ def read_word_list(text: str) -> WordList:
 
 class WordFinder:
     """Finds the words of lists in rows of a corpus. A word is what its tokenizer takes for one: BERT's splits "don't"
-    at the apostrophe, byte-level ones at spaces only. Punctuation at its ends is not part of it, and case does not matter.
+    at the apostrophe, byte-level ones at spaces only. Punctuation at its ends is not part of it; case does not matter.
 
     Raises ConfigError if the tokenizer does not mark words.
     """
