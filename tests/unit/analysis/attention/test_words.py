@@ -13,7 +13,10 @@ from maskvr_ds.config import ConfigError
 
 TEXT = "The cats never sleep, and the cat's never-ending song (sung nightly) is NEVER over; neverland is not."
 SPECIAL = ["[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"]
-LISTS = (WordList("nouns", frozenset({"cats", "cat", "song"})), WordList("negation", frozenset({"never", "not", "no"})))
+LISTS = (
+    WordList("nouns", frozenset({"cats", "cat", "song", "sep"})),
+    WordList("negation", frozenset({"never", "not", "no"})),
+)
 
 
 def corpus_of(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
@@ -68,7 +71,7 @@ def test_positions_are_those_of_the_words_in_the_text(tmp_path: Path, kind: str)
     tail = len(encoding.ids) + 2
     assert found["negation"][tail:-2].all()
     assert not found["negation"][[0, tail - 1, -2, -1]].any()
-    assert not found["nouns"][tail:].any()
+    assert not found["nouns"][tail - 1 :].any()  # [SEP] is not the word "sep"
 
 
 def test_files_of_words(tmp_path: Path) -> None:
