@@ -26,6 +26,7 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics_file import read_lines
 
 SEEDS = (0, 1, 2)
+STUDENT = 4.303  # 97.5% quantile of Student's t for three seeds
 STEPS, BATCH = 300, 32
 # ζ of gamma decay: that of the paper for a linear unit of unit Fisher information, 3/4 M, at 32 rows of 64 tokens is
 # 0.0004; and a hundred times as much.
@@ -76,20 +77,25 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Means over seeds; differences from LayerNorm are paired by seed."""
-    lines = ["| normalisation | runs | training loss | held-out loss | held-out − LayerNorm, by seed |"]
-    lines.append("|---|---:|---:|---:|---|")
+    """Means over seeds; differences from LayerNorm are paired by seed, with Student's 95% interval of their mean."""
+    lines = ["| normalisation | runs | training loss | held-out loss | held-out − LayerNorm, 95% interval | by seed |"]
+    lines.append("|---|---:|---:|---:|---|---|")
     for kind in KINDS:
         runs = {s: results[f"{kind}/{s}"] for s in SEEDS if f"{kind}/{s}" in results}
         finished = {s: r for s, r in runs.items() if r["held_out_loss"] is not None}
         if not finished:
-            lines.append(f"| {kind} | {len(runs)} | – | {'diverged' if runs else '–'} | |")
+            lines.append(f"| {kind} | {len(runs)} | – | {'diverged' if runs else '–'} | | |")
             continue
         loss, held = (statistics.fmean(r[key] for r in finished.values()) for key in ("loss", "held_out_loss"))
         base = {s: results.get(f"LayerNorm/{s}", {}).get("held_out_loss") for s in SEEDS}
-        pairs = ", ".join(f"{r['held_out_loss'] - base[s]:+.3f}" for s, r in finished.items() if base[s] is not None)
+        pairs = [r["held_out_loss"] - base[s] for s, r in finished.items() if base[s] is not None]
+        each = ", ".join(f"{difference:+.3f}" for difference in pairs)
+        mean = ""
+        if len(pairs) == len(SEEDS) and kind != "LayerNorm":
+            middle, half = statistics.fmean(pairs), STUDENT * statistics.stdev(pairs) / len(pairs) ** 0.5
+            mean = f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
         diverged = f" ({len(runs) - len(finished)} diverged)" if len(runs) > len(finished) else ""
-        lines.append(f"| {kind} | {len(runs)}{diverged} | {loss:.3f} | {held:.3f} | {pairs} |")
+        lines.append(f"| {kind} | {len(runs)}{diverged} | {loss:.3f} | {held:.3f} | {mean} | {each} |")
     return "\n".join(lines)
 
 

@@ -2,17 +2,21 @@
 
     python docs/experiments/real_maps.py draw --model all-MiniLM-L6-v2 --sheets DIR
     python docs/experiments/real_maps.py table
+    python docs/experiments/real_maps.py network
 
 `draw` chooses 200 maps of five sentences (the same ones each time), writes them to
 docs/results/attention/real_maps.npz, and contact sheets of 25 maps each, which show a map's number and nothing of what
-the rule says. `table` compares the labels in docs/results/attention/labels.json with the rule. It needs no model. The
-rule's thresholds were chosen on the maps with even numbers; those with odd ones test them.
+the rule says. `table` compares the labels in docs/results/attention/labels.json with the rule, `network` with the
+network of `maskvr attention --classifier network`, trained, as there, on the maps of which the rule is sure; it sees no
+label. They need no model. The rule's thresholds, and the noise of the network's constructed maps, were chosen on the
+maps with even numbers; those with odd ones test them.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +85,13 @@ def read() -> tuple[list[np.ndarray], list[str], list[dict[str, Any]]]:
     return [a / a.sum(1, keepdims=True) for a in maps], [e["label"] for e in content["labels"]], content["labels"]
 
 
-def confusion(first: int = 0, step: int = 1) -> tuple[np.ndarray, float]:
-    """Counts by label (rows) and rule (columns), in the order of CLASSES, and the share that agrees; of every `step`-th
-    map from `first` on."""
+def confusion(
+    first: int = 0, step: int = 1, classifier: Callable[[np.ndarray], str] = classify
+) -> tuple[np.ndarray, float]:
+    """Counts by label (rows) and classifier (columns), in the order of CLASSES, and the share that agrees; of every
+    `step`-th map from `first` on."""
     maps, labels, _ = read()
-    counts = Counter(zip(labels[first::step], map(classify, maps[first::step]), strict=True))
+    counts = Counter(zip(labels[first::step], map(classifier, maps[first::step]), strict=True))
     table = np.array([[counts[label, rule] for rule in CLASSES] for label in CLASSES])
     return table, float(np.trace(table) / table.sum())
 
@@ -97,16 +103,22 @@ def main() -> None:
     drawing.add_argument("--model", required=True)
     drawing.add_argument("--sheets", required=True, type=Path)
     commands.add_parser("table")
+    commands.add_parser("network")
     arguments = parser.parse_args()
     if arguments.command == "draw":
         draw(arguments.model, arguments.sheets)
         return
-    table, agreement = confusion()
-    print("| by eye \\ rule | " + " | ".join(CLASSES) + " | agrees |\n|---|" + "---:|" * (len(CLASSES) + 1))
+    classifier, by = classify, "rule"
+    if arguments.command == "network":
+        from maskvr_ds.analysis.attention.network import train_on
+
+        classifier, by = train_on(read()[0]).classify, "network"
+    table, agreement = confusion(classifier=classifier)
+    print(f"| by eye \\ {by} | " + " | ".join(CLASSES) + " | agrees |\n|---|" + "---:|" * (len(CLASSES) + 1))
     for name, row in zip(CLASSES, table, strict=True):
         share = f"{row[CLASSES.index(name)] / row.sum():.0%}" if row.sum() else "–"
         print(f"| {name} | " + " | ".join(map(str, row)) + f" | {share} |")
-    even, odd = confusion(0, 2)[1], confusion(1, 2)[1]
+    even, odd = confusion(0, 2, classifier)[1], confusion(1, 2, classifier)[1]
     print(f"\n{agreement:.1%} of {table.sum()} maps; even numbers {even:.1%}, odd numbers {odd:.1%}")
 
 

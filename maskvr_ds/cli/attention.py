@@ -14,20 +14,24 @@ _DESCRIPTION = """\
 Attention heads of encoders (runs, checkpoints, or folders of transformers) on rows of a corpus:
 
   patterns   every map is vertical, diagonal, vertical + diagonal, block or heterogeneous (Kovaleva
-             et al. 2019); shares by layer, and those of random weights as the control
-  attention  entropy, distance, and the shares that go to [CLS], [SEP], punctuation and equal tokens
-  --off      the held-out masked-token loss without each head of the first model, beside its
-             importance by gradient (Michel et al. 2019)
+             et al. 2019); shares by layer, and those of random weights as the control. By a rule, or by a
+             convolutional network that is trained on the maps of which the rule is sure (--classifier)
+  attention  entropy, distance, and the shares that go to [CLS], [SEP], punctuation, equal tokens, and
+             the words of your own lists (--words)
+  --off      the held-out masked-token loss without each head, and each layer's heads, of the first
+             model, beside importance by gradient (Michel et al. 2019)
   --prune N  switch off N of its heads, each time the one that is missed least; --export-pruned
              saves the result as an ordinary model with zeroed columns: not faster, equal logits
   --task     of models from `maskvr finetune`: the score on the task's evaluation set without each
              head and each layer's heads, with intervals; several models are seeds of one task
              (needs the extra `evaluate`)
 
-Otherwise two or more models with heads of one number are also compared: cosine similarity of their maps."""
+Two or more models of one shape on a corpus are also compared with the first, layer by layer: cosine
+similarity of each head's maps, and of the weights."""
 _EXAMPLES = """\
 maskvr attention runs/base --data corpus --plot heads.png
 maskvr attention bert-base-uncased runs/domain --data corpus --json > heads.json
+maskvr attention runs/base --data corpus --words nouns=nouns.txt --words negation=negation.txt
 maskvr attention runs/base --data corpus --off zero --prune 8 --export-pruned pruned
 maskvr attention sentiment0 sentiment1 sentiment2 --task sst2 --data glue --plot heads.png"""
 _ROWS, _MAX_ROWS = 16, 4096
@@ -55,6 +59,16 @@ def add_attention(commands: Commands) -> None:
         metavar="N",
         help=f"default: {_ROWS} of a corpus, all examples of a task's evaluation set",
     )
+    parser.add_argument(
+        "--classifier", choices=["rule", "network"], help="what names the class of a map (default: rule)"
+    )
+    parser.add_argument(
+        "--words",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="also measure attention to the words in FILE, one per line, such as nouns or negations; may be repeated",
+    )
     names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
     parser.add_argument("--task", choices=names, metavar="TASK", help="judge the heads of fine-tuned models by a task")
     parser.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="of --task classification and regression")
@@ -77,6 +91,9 @@ def _attention(arguments: argparse.Namespace) -> int:
         raise ValueError("a MODEL is given twice")
     if not arguments.task and (arguments.rows or 0) > _MAX_ROWS:
         raise ValueError(f"--rows {arguments.rows}: of a corpus at most {_MAX_ROWS:,}, as they are one batch")
+    for name in ("words", "classifier"):
+        if getattr(arguments, name) and arguments.task:
+            raise ValueError(f"--{name} is an option of the rows of a corpus: give no --task with it")
     for name in ("text_columns", "label_column", "max_length"):
         if getattr(arguments, name) and not arguments.task:
             raise ValueError(f"--{name.replace('_', '-')} describes examples of --task: give --task TASK")
@@ -86,10 +103,13 @@ def _attention(arguments: argparse.Namespace) -> int:
 
 
 def _of_corpus(arguments: argparse.Namespace) -> None:
+    from maskvr_ds.analysis.attention.words import read_word_list
     from maskvr_ds.downstream import attention
 
     request = attention.Request(
         rows=arguments.rows or _ROWS,
+        words=tuple(read_word_list(text) for text in arguments.words),
+        network=arguments.classifier == "network",
         off=arguments.off,
         prune=arguments.prune,
         export=Path(arguments.export_pruned) if arguments.export_pruned else None,

@@ -172,6 +172,15 @@ class Heads:
         """Increase of the loss without each head: float64 [N, H]."""
         return without_each(lambda off: self.loss(off, how), self.loss(), torch.zeros(self.shape, dtype=torch.bool))
 
+    def layer_increases(self, how: How = "zero") -> list[float]:
+        """Increase of the loss with all heads of a layer off, one layer at a time: N values."""
+        plain, found = self.loss(), []
+        for n in range(self.shape[0]):
+            off = torch.zeros(self.shape, dtype=torch.bool)
+            off[n] = True
+            found.append(self.loss(off, how) - plain)
+        return found
+
     def importance(self) -> torch.Tensor:
         """Mean over rows of |∂ℓ/∂ξ| at ξ = 1, ξ the head's gate (Michel et al. 2019, arXiv:1905.10650, equation 2):
         float64 [N, H]. One forward and backward pass per row."""

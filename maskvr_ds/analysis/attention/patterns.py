@@ -26,6 +26,7 @@ _HEAVY, _HEAVY_BY_LENGTH, _AGREE = 0.1, 3.0, 0.5
 _FURTHEST, _BAND = 3, 3
 _BLOCKS, _SMALLEST_BLOCK = 4, 0.12
 _EACH, _TOGETHER, _ALONE, _BLOCK = 0.15, 0.4, 0.25, 0.45
+_SCALES = (0.8, 1.25)
 # Boundaries of blocks are looked for at so many places at most.
 _PLACES = 64
 
@@ -39,7 +40,18 @@ def features(attention: Floats) -> tuple[float, float, float]:
 
 def classify(attention: Floats) -> str:
     """One of CLASSES for a map [L, L]."""
-    vertical, diagonal, block = features(attention)
+    return _class_of(features(attention), 1.0)
+
+
+def classify_surely(attention: Floats) -> str | None:
+    """As `classify`; None if the class of a map [L, L] depends on the thresholds: if it is another one with thresholds
+    that are a quarter higher, or lower by a fifth."""
+    found = {_class_of(features(attention), scale) for scale in (1.0, *_SCALES)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _class_of(found: tuple[float, float, float], scale: float) -> str:
+    vertical, diagonal, block = (feature / scale for feature in found)
     if min(vertical, diagonal) >= _EACH and vertical + diagonal >= _TOGETHER:
         return "vertical + diagonal"
     if max(vertical, diagonal) >= _ALONE:

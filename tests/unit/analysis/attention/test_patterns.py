@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from maskvr_ds.analysis.attention.constructed import MAKERS, noisy
 from maskvr_ds.analysis.attention.patterns import CLASSES, classify, distance, entropy, features
-from tests.unit.analysis.attention.made_up import MAKERS, noisy
 
 
 @pytest.mark.parametrize("length", [16, 32, 64, 128, 256, 512])
