@@ -3,8 +3,9 @@
     python docs/experiments/communication_paths.py --output docs/results/communication/paths.json
 
 Each way trains the same small model for 20 steps without dropout on 1 to 4 gloo ranks. The collectives of the third
-step are counted; losses are compared with those of zero1_fp32 on one rank. Then what the model of `maskvr plan` expects
-of BERT-large on 8, 64 and 512 H100 (docs/explanation/planning.md). Five minutes on two cores.
+step are counted; losses are compared with those of zero1_fp32 on one rank. How inexact sums in bf16 are is measured by
+more micro-batches in one process. Then what the model of `maskvr plan` expects of BERT-large on 8, 64 and 512 H100
+(docs/explanation/planning.md). Ten minutes on two cores.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,34 @@ def run_ranks(names: list[str], ranks: int) -> dict[str, Any]:
         return found
 
 
+def errors_of_sums(accumulations: Sequence[int]) -> dict[int, float]:
+    """‖sum in bf16 − sum in fp32‖ / ‖sum in fp32‖ of so many micro-batches' bf16 gradients of the small model."""
+    import torch
+
+    from maskvr_ds.data.batch import MaskedBatch
+    from maskvr_ds.models.architectures import transformers_config
+    from maskvr_ds.models.encoder import MaskedLanguageModel
+    from maskvr_ds.models.losses import weighted_loss
+
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate({**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    module = MaskedLanguageModel(transformers_config(config, vocab_size=VOCABULARY, pad_id=0)).bfloat16()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    exact, rounded = ([torch.zeros_like(p, dtype=d) for p in parameters] for d in (torch.float32, torch.bfloat16))
+    found, predictions = {}, round(0.15 * L)
+    for number in range(1, max(accumulations) + 1):
+        tokens = torch.randint(1000, VOCABULARY, (ROWS, L))
+        positions = torch.stack([torch.randperm(L)[:predictions] for _ in range(ROWS)])
+        batch = MaskedBatch(tokens, positions, tokens.gather(1, positions), torch.ones(ROWS, predictions))
+        gradients = torch.autograd.grad(weighted_loss(module, batch) / positions.numel(), parameters)
+        torch._foreach_add_(rounded, gradients)
+        torch._foreach_add_(exact, [gradient.float() for gradient in gradients])
+        if number in accumulations:
+            apart = torch.cat([(a - b).flatten() for a, b in zip(rounded, exact, strict=True)])
+            found[number] = float(apart.norm() / torch.cat([a.flatten() for a in exact]).norm())
+    return found
+
+
 def expected(accumulations: dict[int, int]) -> list[dict[str, Any]]:
     """What the model of `maskvr plan` expects of BERT-large, L = 128, micro-batches of 128 on nodes of 8 H100.
 
@@ -200,6 +230,8 @@ def main() -> None:
                 f"{ranks} ranks, {name}: {calls}; {result['megabytes_sent']:.2f} MB sent, within backward "
                 f"{result['in_backward']}, losses differ by at most {result['largest_loss_difference']:.1e}"
             )
+    sums = errors_of_sums((2, 8, 64, 512))
+    print("errors of sums in bf16 by micro-batches:", sums)
     # A global batch of 65,536.
     planned = expected({8: 64, 64: 8, 512: 1})
     for one in planned:
@@ -210,6 +242,7 @@ def main() -> None:
             "accumulation": ACCUMULATION,
             "parameters": encoder_sizes(ModelConfig.model_validate(SMALL), VOCABULARY).total,
             "counted": counted,
+            "errors_of_sums_in_bf16": sums,
             "expected": planned,
         }
         arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

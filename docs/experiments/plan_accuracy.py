@@ -1,12 +1,13 @@
 """Accuracy of `maskvr plan` on a CPU: peak memory and seconds of training steps against what is planned.
 
-    python docs/experiments/plan_accuracy.py --output docs/results/plan/cpu.json
-    python docs/experiments/plan_accuracy.py --judge --output docs/results/plan/cpu_judged.json
+    cd docs/results/plan
+    python ../../experiments/plan_accuracy.py --output cpu.json
+    python ../../experiments/plan_accuracy.py --judge cpu.json --output cpu_judged.json
 
 Each case is trained in processes of its own, one thread each. Memory: the largest resident set during three steps, less
 that of the process when everything was imported. malloc maps every block separately, so that the resident set is
 what is allocated. Seconds: least CPU time of a step after the first, so that other programs matter little; cases in
-fp32 on one rank. Times are predicted without calibration, and calibrated on the first two cases.
+fp32 on one rank. Times are predicted without calibration, and calibrated on the first two cases of the first list.
 """
 
 import argparse
@@ -46,7 +47,7 @@ JUDGED: list[dict[str, Any]] = [
     {"layers": 2, "hidden": 1024, "length": 128, "micro": 2, "deepspeed": "zero2_bf16", "accumulation": 2},
     {"layers": 12, "hidden": 256, "length": 512, "micro": 2, "deepspeed": "zero3_fp32", "ranks": 2},
 ]
-# Cases that times are calibrated on, of either list.
+# Cases that times are calibrated on, of the first list.
 CALIBRATED_ON = (0, 1)
 VOCABULARY = 30_522
 BLOCK_BY_BLOCK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -186,11 +187,16 @@ def as_measurement(case: dict[str, Any], seconds: float, product_rate: float) ->
     )
 
 
-def summarize(results: list[dict[str, Any]], product_rate: float, copy_rate: float) -> None:
-    """Add predictions and their relative errors to the results."""
+def summarize(
+    results: list[dict[str, Any]],
+    product_rate: float,
+    copy_rate: float,
+    calibrating: list[dict[str, Any]],
+) -> None:
+    """Add predictions and their relative errors to the results. calibrating: the results to calibrate times on."""
     cpu = Gpu("CPU", 0, product_rate, product_rate, copy_rate, 0, 0)
     ones = [as_measurement(one, one.get("step_seconds", 0), product_rate) for one in results]
-    fitted = [ones[n] for n in CALIBRATED_ON]
+    fitted = [as_measurement(one, one["step_seconds"], product_rate) for one in calibrating]
     settings = {"uncalibrated": (replace(cpu, products=1.0), Calibration()), "calibrated": fit(fitted, cpu)}
     for one, result in zip(ones, results, strict=True):
         planned = memory(one.sizes, one.zero, one.work, ranks=one.ranks, fused=False).total
@@ -204,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--judge", action="store_true", help="measure the cases of JUDGED")
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="measure JUDGED; calibrate on the results in FILE")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(sys.argv[1:] if "--case" not in sys.argv else [*sys.argv[1:], "--output", ""])
     if arguments.case:
@@ -219,7 +225,8 @@ def main() -> None:
             result["step_seconds"] = in_processes(case, arguments.steps, {})["step_seconds"]
         results.append(result)
         print(json.dumps(result), flush=True)
-    summarize(results, product_rate, copy_rate)
+    first = json.loads(arguments.judge.read_text(encoding="utf-8"))["cases"] if arguments.judge else results
+    summarize(results, product_rate, copy_rate, [first[n] for n in CALIBRATED_ON])
     content = {
         "product_flops_per_second": product_rate,
         "copied_bytes_per_second": copy_rate,

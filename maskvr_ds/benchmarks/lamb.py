@@ -11,16 +11,19 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
-from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig, deepspeed_config_path
+from maskvr_ds.config.base import describe
 from maskvr_ds.config.deepspeed import read_deepspeed_config
+from maskvr_ds.config.loading import assign
 from maskvr_ds.engine.engine import create_engine
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.runtime import distributed
@@ -31,7 +34,15 @@ _VOCABULARY = 30_522
 _LR = 1e-6  # so low that weights hardly change
 
 
-def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds: int, threads: int | None) -> Any:
+def lamb_cost(
+    *,
+    preset: str,
+    deepspeed: str,
+    against: list[str] | None,
+    rounds: int,
+    threads: int | None,
+    assignments: Sequence[str] = (),
+) -> Any:
     """Milliseconds per step of Lamb and its peers, their ratios round by round, and the extra memory of a step.
 
     On CPUs also ratios of the CPU time of all threads, which is less sensitive to other load than elapsed time.
@@ -39,10 +50,11 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
     of the partitions.
 
     against: names in PEERS; None for all that can run on this machine. threads: CPU threads per rank; None for the
-    machine's cores divided by the number of ranks.
+    machine's cores divided by the number of ranks. assignments: settings of LAMB, as for `--set`: optimizer.fused=true.
 
-    Raises ValueError if a peer needs a GPU and there is none, and for ZeRO stage 3.
+    Raises ConfigError for other settings; ValueError if a peer needs a GPU and there is none, and for ZeRO stage 3.
     """
+    optimizer_config = _optimizer_config(assignments)
     distributed.initialize()
     device = distributed.device()
     on_gpu = device.type == "cuda"
@@ -58,7 +70,7 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
         read_deepspeed_config(deepspeed_config_path(deepspeed)),
         model=model,
         batch=BatchConfig(global_size=distributed.world_size(), micro_size=1),
-        optimizer=OptimizerConfig(lr=_LR),
+        optimizer=optimizer_config,
         accumulation=1,
         seed=0,
     )
@@ -75,7 +87,8 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
     for name in against:
         optimizers[name] = _peer(name, [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups])
 
-    steps = {name: partial(_step_as_zero_does, optimizer) for name, optimizer in optimizers.items()}
+    step_of = _step_by_groups if _steps_by_groups(engine.optimizer) else _step
+    steps = {name: partial(step_of, optimizer) for name, optimizer in optimizers.items()}
     for step in steps.values():
         restore_gradients()
         step()  # allocates the optimizer's state
@@ -85,13 +98,28 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
         "tensors": len(engine.basic_optimizer.tensor_names),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}",
+        "settings": " ".join(assignments) or "none",
         "rounds": rounds,
     }
     size = sum(p.numel() * p.element_size() for p in partitions)
     for name, step in steps.items():
         figures[f"{name}_extra_partitions"] = _peak_bytes(step, device) / size
-    elapsed: dict[str, list[float]] = {name: [] for name in optimizers}
-    cpu_time: dict[str, list[float]] = {name: [] for name in optimizers}
+    elapsed, cpu_time = _timed(steps, restore_gradients, rounds)
+    for name in optimizers:
+        figures |= _spread(f"{name}_milliseconds", [1e3 * t for t in elapsed[name]])
+    for name in against:
+        figures |= _spread(f"lamb_over_{name}", _quotients(elapsed["lamb"], elapsed[name]))
+        if not on_gpu:
+            figures |= _spread(f"lamb_over_{name}_cpu_time", _quotients(cpu_time["lamb"], cpu_time[name]))
+    return figures
+
+
+def _timed(
+    steps: Mapping[str, Callable[[], None]], restore_gradients: Callable[[], None], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each step in turn, elapsed and of CPU time, by name and round. Collective: call on all ranks."""
+    elapsed: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_time: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             restore_gradients()
@@ -102,18 +130,39 @@ def lamb_cost(*, preset: str, deepspeed: str, against: list[str] | None, rounds:
             distributed.wait_for_device()
             elapsed[name].append(time.perf_counter() - start)
             cpu_time[name].append(time.process_time() - cpu_start)
-    for name in optimizers:
-        figures |= _spread(f"{name}_milliseconds", [1e3 * t for t in elapsed[name]])
-    for name in against:
-        figures |= _spread(f"lamb_over_{name}", _quotients(elapsed["lamb"], elapsed[name]))
-        if not on_gpu:
-            figures |= _spread(f"lamb_over_{name}_cpu_time", _quotients(cpu_time["lamb"], cpu_time[name]))
-    return figures
+    return elapsed, cpu_time
 
 
-def _step_as_zero_does(optimizer: torch.optim.Optimizer) -> None:
-    """One parameter group at a time with the others hidden, as ZeRO 1 and 2 do. LAMB then copies again into the model
-    what it changes after a group's turn."""
+def _optimizer_config(assignments: Sequence[str]) -> OptimizerConfig:
+    """Raises ConfigError."""
+    values: dict[str, Any] = {"optimizer": {}}
+    for assignment in assignments:
+        if not assignment.strip().startswith("optimizer."):
+            raise ConfigError(f"--set {assignment}: optimizer-step-time takes settings of the section optimizer only")
+        assign(values, assignment)
+    try:
+        config = OptimizerConfig.model_validate({**values["optimizer"], "lr": _LR})
+    except ValidationError as error:
+        faults = [describe(fault, OptimizerConfig) for fault in error.errors(include_url=False)]
+        raise ConfigError(f"--set: optimizer: {'; '.join(faults)}") from None
+    if config.name != "lamb":
+        raise ConfigError(f"--set optimizer.name={config.name}: optimizer-step-time compares LAMB with others")
+    return config
+
+
+def _steps_by_groups(optimizer: Any) -> bool:
+    """Whether an engine's optimizer makes a step for each group: ZeRO 1 and 2, unless it is BF16_Optimizer, or one rank
+    holds the gradients (engine/one_rank.py)."""
+    return type(optimizer).__name__ == "DeepSpeedZeroOptimizer" and not hasattr(optimizer, "held_gradients")
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+
+
+def _step_by_groups(optimizer: torch.optim.Optimizer) -> None:
+    """One parameter group at a time with the others hidden. LAMB then copies again into the model what it changes after
+    a group's turn."""
     groups = optimizer.param_groups
     for group in groups:
         optimizer.param_groups = [group]

@@ -42,8 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, default in _OF_NO_RUN.items() if arguments.config else ():
         if getattr(arguments, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} is set by the run that --config names; remove it")
-    if what != "training-speed" and arguments.assignments and not arguments.config:
-        raise ValueError("--set is an option of training-speed, and of strategy-cost with --config; remove it")
+    if what not in ("training-speed", "optimizer-step-time") and arguments.assignments and not arguments.config:
+        raise ValueError(
+            "--set is an option of training-speed, of optimizer-step-time, and of strategy-cost with --config; "
+            "remove it"
+        )
     if arguments.output:
         check_output_file(arguments.output, "--output")
     sizes = arguments.micro_size
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = {"micro_size": sizes[0], "rounds": arguments.rounds, "sequence_length": length}
         results.append(_on(arguments, strategy_cost, threads=arguments.threads, **options))
     elif what == "optimizer-step-time":
-        options = {"against": arguments.against, "rounds": arguments.rounds}
+        options = {"against": arguments.against, "rounds": arguments.rounds, "assignments": arguments.assignments or ()}
         results.append(_on(arguments, lamb_cost, threads=arguments.threads, **options))
     else:
         for size in sizes:

@@ -18,7 +18,8 @@ Measure the speed of a component on this machine, with synthetic rows.
                        collectives per step, memory, and the time of a step by part"""
 _BENCHMARK_EXAMPLES = """\
 maskvr benchmark masking-speed --strategy span
-maskvr benchmark masks --config run.yaml --output mask_costs.json
+maskvr benchmark strategy-cost --config run.yaml --output mask_costs.json
+maskvr benchmark optimizer-step-time --set optimizer.fused=true --output lamb.json
 maskvr benchmark training-speed --preset bert-base --deepspeed zero1_bf16 --micro-size 128 --output train.json
 maskvr benchmark training-speed --preset bert-large --micro-size 64 128 256 --accumulation 4 --compile layers
 maskvr benchmark training-speed --deepspeed my_zero2.json --set masking.strategy=mapnet --set optimizer.fused=true"""
@@ -120,7 +121,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         action="append",
         metavar="SECTION.FIELD=VALUE",
-        help="training-speed, strategy-cost with --config: a further setting of the run",
+        help="training-speed, strategy-cost with --config: a further setting of the run; optimizer-step-time: of LAMB",
     )
 
 

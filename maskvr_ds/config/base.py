@@ -75,6 +75,15 @@ def _whole_number(value: Any) -> Any:
 
 
 _Number = BeforeValidator(_no_truth_value)
+
+
+def _all_or_some(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, int) and 1 <= value <= 10_000):
+        return value
+    raise ValueError(f"expected true, false, or a number of layers from 1 to 10,000, found {shown(value)}")
+
+
+AllOrSome = Annotated[bool | int, BeforeValidator(_all_or_some)]
 PathSetting = Annotated[Path, BeforeValidator(readable_path)]
 # A file, or what it says.
 PathOrMapping = Annotated[Path | dict[str, Any] | None, BeforeValidator(_readable_path_or_mapping)]

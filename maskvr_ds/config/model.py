@@ -20,6 +20,7 @@ from maskvr_ds.config.architectures import (
     settings_of,
 )
 from maskvr_ds.config.base import (
+    AllOrSome,
     Epsilon,
     PathOrMapping,
     PathSetting,
@@ -130,8 +131,8 @@ class ModelConfig(Section):
     models exist in no release of transformers: they cannot be exported."""
     gamma_decay: Share = 0.0
     """With normalization population: ζ, the loss has ζ γ² added for every gain γ (Luo et al. 2019)."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    activation_checkpointing: AllOrSome = False
+    """Recompute activations in the backward pass: less memory, more time. A number: of so many layers, the lowest."""
 
     @property
     def merged(self) -> dict[str, Any]:

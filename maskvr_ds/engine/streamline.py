@@ -18,10 +18,12 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+from deepspeed.runtime import utils as deepspeed_utils
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from maskvr_ds.engine.one_rank import check_one_rank, hold_gradients, skip_reduction
 from maskvr_ds.engine.patch_checks import check_part, part
+from maskvr_ds.optim.lamb import Lamb
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive
 
 # Elements of fp32 that gradients of later micro-batches are widened to at a time: 128 MiB.
@@ -35,7 +37,19 @@ _STATE = (
     "fp32_groups_has_gradients",
     "fp32_groups_flat_partition",
     "fp32_groups_gradient_flat_partition",
+    "bf16_groups_flat",
+    "bf16_partitioned_groups",
+    "real_dp_process_group",
+    "nccl_start_alignment_factor",
+    "allgather_bucket_size",
     "_lazy_init_hp_params_optimizer_state",
+)
+_GATHERED = (
+    "groups_flat",
+    "partitioned_param_groups",
+    "dp_process_group",
+    "start_alignment_factor",
+    "allgather_bucket_size",
 )
 
 
@@ -46,6 +60,7 @@ def check_streamlined() -> None:
         check_part("streamline", bf16, name)
     check_part("streamline", bf16, "update_hp_grads", "self", "clear_lp_grads")
     check_part("streamline", bf16, "step", "self", "closure")
+    check_part("streamline", deepspeed_utils, "all_gather_dp_groups", *_GATHERED)
     zero = part("streamline", "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer")
     check_part("streamline", zero, "get_grad_norm_direct", "self", "gradients", "params", "norm_type")
     check_one_rank()
@@ -57,11 +72,12 @@ def streamline(engine: Any) -> None:
 
     BF16_Optimizer: `update_hp_grads` and `step`, unless one of its special cases is used (gradients accumulated in
     bf16, immediate updates, model or expert parallelism). Adds the attribute `norm_reader`: called once per step with
-    the global gradient norm before clipping (scalar tensor), returns it as a float.
+    the global gradient norm before clipping (scalar tensor), returns it as a float. Fused LAMB clips the gradients as
+    it reads them, and writes the weights of the model.
     DeepSpeedZeroOptimizer: `get_grad_norm_direct`. An optimizer of this project may use the memory of the gradients if
     nothing reads them after its step.
     """
-    optimizer = engine.optimizer
+    optimizer, basic = engine.optimizer, engine.basic_optimizer
     name = type(optimizer).__name__
     skip_reduction(engine)
     if name == "BF16_Optimizer" and _is_plain(optimizer):
@@ -70,10 +86,11 @@ def streamline(engine: Any) -> None:
         optimizer.norm_reader = float
         optimizer.update_hp_grads = _Gradients(optimizer).accumulate
         optimizer.step = MethodType(_step, optimizer)
+        if isinstance(basic, Lamb) and basic.fused:
+            basic.copies = _model_partitions(optimizer)
     elif name == "DeepSpeedZeroOptimizer" and optimizer.mpu is None:
         optimizer.get_grad_norm_direct = MethodType(_partition_norm, optimizer)
         hold_gradients(optimizer)
-    basic = engine.basic_optimizer
     if isinstance(basic, LayerwiseAdaptive):
         basic.overwrites_gradients = not _keeps_gradients(engine)
 
@@ -163,16 +180,43 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> None:
         self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True
     ):
         weights.grad = gradient
+    basic, factor = self.optimizer, None
+    fused = isinstance(basic, Lamb) and bool(basic.copies)
     # Rounding decides near the limit, so do it on the device; there the factor is at most 1.
     if self.clip_grad > 0 and self._global_grad_norm > self.clip_grad * (1 - 1e-4):
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1)
+    if fused:
+        basic.gradient_factor = factor
+    elif factor is not None:
         for gradient in self.fp32_groups_gradient_flat_partition:
             gradient.mul_(factor)
-    self.optimizer.step()
+    basic.step()
     # Possible only after the first update, which creates the state.
     self._lazy_init_hp_params_optimizer_state()
-    self.update_lp_params()
+    if fused:
+        deepspeed_utils.all_gather_dp_groups(
+            groups_flat=self.bf16_groups_flat,
+            partitioned_param_groups=self.bf16_partitioned_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+    else:
+        self.update_lp_params()
     self.clear_hp_grads()
+
+
+def _model_partitions(optimizer: Any) -> dict[torch.Tensor, torch.Tensor]:
+    """Of a BF16_Optimizer: this rank's fp32 partitions → the same elements of the model in bf16."""
+    return {
+        partition: parts[dist.get_rank(group=group)].data
+        for partition, parts, group in zip(
+            optimizer.fp32_groups_flat_partition,
+            optimizer.bf16_partitioned_groups,
+            optimizer.real_dp_process_group,
+            strict=True,
+        )
+    }
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:

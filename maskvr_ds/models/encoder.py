@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.objectives import PAIR_CLASSES
@@ -35,7 +36,7 @@ class MaskedLanguageModel(nn.Module):
 
     Args:
         model: transformers' configuration, for random weights, or a model, which is used as it is.
-        activation_checkpointing: recompute activations in the backward pass.
+        activation_checkpointing: recompute activations in the backward pass; a number: of so many layers, the lowest.
         separator: id of the token that ends a document, to attend within documents (models/documents.py); None: rows.
         late: layer at which [MASK] enters (models/late_masks.py); None: at the first one, as the others.
 
@@ -46,7 +47,8 @@ class MaskedLanguageModel(nn.Module):
     trims_late: whether the layers below `late` get rows of the same shorter length; None: in training only.
 
     Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing, or
-    cannot attend within documents, or has no list of layers or no layer for late mask tokens.
+    fewer layers than that number, or cannot attend within documents, or has no list of layers or no layer for late
+    mask tokens.
     """
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
@@ -57,7 +59,7 @@ class MaskedLanguageModel(nn.Module):
         self,
         model: PreTrainedConfig | PreTrainedModel,
         *,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int = False,
         separator: int | None = None,
         late: LateMasks | None = None,
     ) -> None:
@@ -73,7 +75,7 @@ class MaskedLanguageModel(nn.Module):
         self._detach = False
         self.mlm.base_model.register_forward_hook(self._gather)
         if activation_checkpointing:
-            self._checkpoint_activations()
+            self._checkpoint_activations(activation_checkpointing)
         self.separator = separator
         if separator is not None:
             documents.use_document_attention(self.mlm)
@@ -82,14 +84,25 @@ class MaskedLanguageModel(nn.Module):
         if late is not None:
             self._staged = [staged_layers(self.mlm.base_model, late)]  # in a list: registered once
 
-    def _checkpoint_activations(self) -> None:
+    def _checkpoint_activations(self, number: int) -> None:
+        """number: of layers; True: all."""
         kind = self.mlm.config.model_type
         if not self.mlm.supports_gradient_checkpointing:
             raise ConfigError(
-                f"model.activation_checkpointing is true, and {kind} of transformers does not support gradient "
-                "checkpointing; set it to false, and lower batch.micro_size if memory is short"
+                f"model.activation_checkpointing is {str(number).lower()}, and {kind} of transformers does not support "
+                "gradient checkpointing; set it to false, and lower batch.micro_size if memory is short"
             )
         self.mlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if number is True:
+            return
+        layers = [module for module in self.mlm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if number > len(layers):
+            raise ConfigError(
+                f"model.activation_checkpointing is {number}, and this {kind} has {len(layers)} layers; set it to true "
+                "for all of them"
+            )
+        for layer in layers[number:]:
+            layer.gradient_checkpointing = False
 
     def _gather(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the encoder."""

@@ -9,9 +9,12 @@ from torch import Tensor
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive
 from maskvr_ds.optim.variants import Variant
 
-# Elements that a thread updates at a time on a CPU: five tensors of 512 KiB stay in its cache between operations, and
+# Elements that a CPU updates at a time: five tensors of 512 KiB stay in a thread's cache between operations, and
 # starting these takes little of their time.
 PIECE = 1 << 17
+# Of several threads each has so many pieces at a time, since they wait for each other at every operation: long, if
+# other programs take a core.
+_PER_THREAD = 8
 
 
 class AdamMoments(LayerwiseAdaptive):
@@ -88,8 +91,10 @@ class AdamMoments(LayerwiseAdaptive):
 
 
 def _pieces(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut into views of PIECE elements per thread; uncut if one of them is not contiguous."""
-    size = PIECE * torch.get_num_threads()
+    """Tensors of one shape, cut into views of PIECE elements, of several threads 8 times as many for each; uncut if one
+    of them is not contiguous."""
+    threads = torch.get_num_threads()
+    size = PIECE if threads == 1 else _PER_THREAD * PIECE * threads
     if tensors[0].numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
         return iter([tuple(tensors)])
     return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)

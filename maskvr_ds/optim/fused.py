@@ -1,7 +1,8 @@
 """LAMB's update in two Triton kernels: 42 bytes of memory traffic per parameter instead of 108, and no buffer for u.
 
-The first kernel updates the moments and sums the squares of weights and of u; after the norms were summed over the
-ranks (layerwise.py), the second computes u again and subtracts it. Both run over blocks of at most BLOCK elements, each
+The first kernel scales the gradients, updates the moments and sums the squares of weights and of u; after the norms
+were summed over the ranks (layerwise.py), the second computes u again, subtracts it, and writes the weights in bf16 too
+where the model trains in it. Both run over blocks of at most BLOCK elements, each
 of which lies in one fragment of one tensor, so that the sums of a block belong to one tensor. Sums are taken by a table
 in a fixed order: results do not depend on scheduling.
 
@@ -66,11 +67,20 @@ def _advance(
 
 
 @triton.jit
+def _bfloat16_bits(x):
+    """fp32 rounded to bf16, ties to even, as int16. By integers, since Triton's interpreter truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
+
+
+@triton.jit
 def _subtract(
-    weights, firsts, seconds, blocks, tensors, ratios, count, lr, root, eps, decay,
-    BLOCK: tl.constexpr,
+    weights, firsts, seconds, copies, blocks, tensors, ratios, count, lr, root, eps, decay,
+    COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """w ← w − lr · ratio · u in one block. tensors: int64 [count], index of each block's tensor in `ratios`."""
+    """w ← w − lr · ratio · u in one block, and its bf16 copy. tensors: int64 [count], index of each block's tensor in
+    `ratios`."""
     block = tl.program_id(0).to(tl.int64)
     partition = tl.load(blocks + block)
     start, length = tl.load(blocks + count + block), tl.load(blocks + 2 * count + block)
@@ -84,7 +94,11 @@ def _subtract(
     v = tl.load(v_at, mask=inside, other=0.0)
     u = tl.where(inside, m / (root * tl.sqrt(v) + eps) + decay * w, 0.0)
     ratio = tl.load(ratios + tl.load(tensors + block))
-    tl.store(w_at, w - lr * (ratio * u), mask=inside)
+    w = w - lr * (ratio * u)
+    tl.store(w_at, w, mask=inside)
+    if COPY:
+        copy_at = tl.load(copies + partition).to(tl.pointer_type(tl.int16)) + offsets
+        tl.store(copy_at, _bfloat16_bits(w), mask=inside)
 
 
 class FusedUpdate:
@@ -99,11 +113,16 @@ class FusedUpdate:
         layouts: Sequence[Partition],
         coefficients: Coefficients,
         scale: Tensor | None,
+        copies: Sequence[Tensor] = (),
     ) -> None:
-        """Update the moments. All tensors fp32 and contiguous, on one device. scale: of the gradients, fp32 scalar."""
+        """Update the moments. All tensors fp32 and contiguous, on one device. scale: of the gradients, fp32 scalar.
+        copies: of the partitions, bf16 and contiguous, written by `subtract`; none or one for each."""
         device = partitions[0].device
         check_tensors([*partitions, *gradients, *firsts, *seconds])
-        self._tensors = (partitions, firsts, seconds)  # keeps the memory of the addresses
+        if any(c.dtype != torch.bfloat16 or not c.is_contiguous() for c in copies):
+            raise RuntimeError("fused LAMB writes copies of the weights in contiguous bf16 tensors only")
+        self._tensors = (partitions, firsts, seconds, copies or partitions)  # keeps the memory of the addresses
+        self._copies = bool(copies)
         self._coefficients = coefficients
         self._addresses = [_addresses(tuple(t.data_ptr() for t in tensors), device) for tensors in self._tensors]
         key = tuple(tuple((f.tensor, f.partition_start, f.length) for f in layout.fragments) for layout in layouts)
@@ -126,12 +145,12 @@ class FusedUpdate:
             squares[:, present] += self._sums[:, table].sum(2)
 
     def subtract(self, ratios: Tensor, lr: float) -> None:
-        """w ← w − lr · ratio · u. ratios: fp32 [T]."""
+        """w ← w − lr · ratio · u, also in the copies. ratios: fp32 [T]."""
         if self._count:
             c = self._coefficients
             _subtract[(self._count,)](
                 *self._addresses, self._blocks, self._owners, ratios, self._count, lr, c.root, c.eps, c.decay,
-                BLOCK=BLOCK,
+                COPY=self._copies, BLOCK=BLOCK,
             )  # fmt: skip
 
 

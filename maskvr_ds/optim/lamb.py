@@ -25,7 +25,9 @@ ranks, with one all-reduce per step (layerwise.py).
 """
 
 import importlib.util
+from collections.abc import Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -108,6 +110,9 @@ class Lamb(TrustRatioScaled, AdamMoments):
             and tensors are not fp32 on a GPU.
     """
 
+    # Partition → tensor of the model in bf16 that the fused kernels write too (engine/streamline.py).
+    copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+
     def __init__(
         self,
         params: Any,
@@ -161,6 +166,7 @@ class Lamb(TrustRatioScaled, AdamMoments):
             layouts,
             coefficients,
             scale,
+            [self.copies[p] for p in partitions] if self.copies else (),
         )
 
     def _rate(self, group: dict[str, Any], step: int) -> float:

@@ -61,6 +61,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     fused = False
     # Whether `step` may use the memory of the gradients: set if nothing reads them afterwards (engine/streamline.py).
     overwrites_gradients = False
+    # Of the gradients, applied by `step`: fp32 scalar. Set by an engine that clips this way (engine/streamline.py).
+    gradient_factor: Tensor | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
         if defaults["lr"] < 0.0:
@@ -229,9 +231,10 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         return state
 
     def _gradient_scale(self) -> Tensor | None:
-        """Factor that limits the global gradient norm to `max_grad_norm`: fp32 scalar; None if DeepSpeed clips."""
+        """Factor that limits the global gradient norm to `max_grad_norm`: fp32 scalar; None if DeepSpeed clips.
+        That of the engine after `bind`."""
         if self._bound or self.variant.max_grad_norm == 0:
-            return None
+            return self.gradient_factor
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return None

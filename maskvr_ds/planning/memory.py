@@ -35,19 +35,24 @@ class Pass:
     """What a rank computes at a time.
 
     length, predictions: L and K. micro: sequences per forward pass. accumulation: passes per step. checkpointing:
-    activations are recomputed. pairs: ordered pairs of positions per sequence for which attention is computed; None:
-    all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for CPUs: dropout masks in the precision of
-    the model, attention not fused if it has dropout, and only the used part of a buffer takes memory.
+    activations are recomputed, of all layers or of so many, the lowest. pairs: ordered pairs of positions per sequence
+    for which attention is computed; None: all, L². late: as for EncoderSizes.positions. on_cpu: PyTorch's kernels for
+    CPUs: dropout masks in the precision of the model, attention not fused if it has dropout, and only the used part of
+    a buffer takes memory.
     """
 
     length: int
     predictions: int
     micro: int
     accumulation: int
-    checkpointing: bool = False
+    checkpointing: bool | int = False
     pairs: float | None = None
     on_cpu: bool = False
     late: tuple[int, int] = (0, 0)
+
+    def recomputed(self, layers: int) -> int:
+        """Of `layers`, those whose activations are recomputed."""
+        return layers if self.checkpointing is True else min(layers, self.checkpointing)
 
 
 def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
@@ -62,11 +67,12 @@ def activations(sizes: EncoderSizes, element: int, work: Pass) -> float:
     head = rows * (_PER_LOGIT * sizes.vocabulary + sizes.of_head * element)
     # Gradients of a layer's widest tensor and of its input.
     last = 2.0 * tokens * sizes.widest * element
-    if work.checkpointing:
-        # The inputs of all layers; one layer is recomputed when the logits no longer exist.
-        layers, last = 1.0 * sizes.layers * sizes.hidden * element, last + tokens * layer
-    else:
-        layers = sizes.layers * layer
+    again = work.recomputed(sizes.layers)
+    # Of recomputed layers their inputs; the others are the upper ones, whose activations are gone before one is
+    # recomputed. If there are none, the logits are.
+    layers = again * sizes.hidden * element + (sizes.layers - again) * layer
+    if again == sizes.layers:
+        last += tokens * layer
     in_layers = work.micro * sizes.positions(work.length, work.late)
     return tokens * embedded + in_layers * layers + max(head, last)
 
@@ -112,17 +118,19 @@ def _gradients(sizes: EncoderSizes, zero: Zero, work: Pass, share: float, ranks:
     """share: elements of a rank's partition. One rank makes no copies for a reduction (engine/one_rank.py)."""
     P, e, a = sizes.total, zero.element, zero.accumulated
     later = work.accumulation > 1
+    # At the end of a backward pass the token embeddings have a gradient as embeddings, one as decoder, and their sum.
+    tied = 1.0 * e * sizes.largest
     if zero.holds_gradients(ranks):
-        return _Gradients(4 * P, 0.0, 4 * P, 0.0, 4 * P)
+        return _Gradients(4 * P, 0.0, 4 * P, 3 * tied, 4 * P)
     if zero.stage == 0:
         # Flattened for the reduction; in bf16 copied to fp32 for the update.
-        flat = max(e, zero.communicated) * P if ranks > 1 else 0.0
+        flat = max(2 * tied, max(e, zero.communicated) * P if ranks > 1 else 0.0)
         return _Gradients(e * P if later else 0.0, 0.0, e * P, flat, (e + (4 if e == 2 else 0)) * P)
     if zero.flat_gradients:
         # The buffer of all gradients exists always; those of a pass are zeroed, not freed, before the next one.
         widened = 4.0 * min(P, max(sizes.largest, _WIDENED)) if later else 0.0
         held = 4.0 * P + (e * P if later else 0)
-        flat = 4.0 * P if ranks > 1 else 0.0
+        flat = max(2 * tied, 4.0 * P if ranks > 1 else 0.0)
         return _Gradients(held, widened, (4 + e) * P, flat + widened, 4 * P)
     partition = 0.0 if zero.offload else 4 * share
     bucket = 1.0 * zero.buckets * zero.bucket * (a if zero.stage == 1 else e)

@@ -29,9 +29,9 @@ _DIGESTS, _PER_LAYER, _AROUND_LAYERS = 99, 50, 50
 # Bytes that the update moves per parameter, by optimizer, and whether it is fused into kernels. StableAdamW's are
 # counted from its list operations, not measured.
 _UPDATE = {("lamb", False): 108, ("lamb", True): 42, ("adamw", True): 28, ("stable_adamw", False): 148}
-# Then: clipping, zeroing, norm, copy to the model; flattening for the reduction; summing gradients in fp32, of the
-# first micro-batch and of each later one.
-_REST, _FLATTEN, _FIRST_SUM, _LATER_SUM = 22, 24, 6, 18
+# Then: norm 4, clipping 8, zeroing 4, copy to the model 6; of these what is left if LAMB's kernels clip and copy
+# (BF16_Optimizer); flattening for the reduction; summing gradients in fp32, of the first micro-batch and of each later.
+_REST, _REST_OF_KERNELS, _FLATTEN, _FIRST_SUM, _LATER_SUM = 22, 10, 24, 6, 18
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def pass_seconds(sizes: EncoderSizes, gpu: Gpu, element: int, work: Pass) -> flo
     """Seconds in which a GPU computes one micro-batch forward and backward."""
     B, L, K = work.micro, work.length, work.predictions
     rate, stream = gpu.product_rate(element), gpu.bandwidth * _STREAM
-    again = 4 / 3 if work.checkpointing else 1.0
+    again = 1 + work.recomputed(sizes.layers) / (3 * sizes.layers)
     positions, pairs = sizes.positions(L, work.late), sizes.attended(L, work.pairs, work.late)
     products = 3 * B * (positions * sizes.token_flops * again + K * sizes.prediction_flops)
     attention = 3 * B * pairs * sizes.pair_flops * again
@@ -94,7 +94,8 @@ def update_bytes(sizes: EncoderSizes, zero: Zero, work: Pass, optimizer: str, *,
     share = P / ranks if zero.stage else P
     summed = 0 if zero.element == zero.accumulated else (_FIRST_SUM + _LATER_SUM * (work.accumulation - 1)) * P
     flattened = _FLATTEN * P if zero.flattens(ranks) else 0
-    return summed + flattened + (_UPDATE[optimizer, fused] + _REST) * share
+    rest = _REST_OF_KERNELS if fused and optimizer == "lamb" and zero.flat_gradients else _REST
+    return summed + flattened + (_UPDATE[optimizer, fused] + rest) * share
 
 
 def update_seconds(moved: float, sizes: EncoderSizes, zero: Zero, cluster: Cluster) -> float:
@@ -139,7 +140,7 @@ def step_time(
     masks. Raises ConfigError if a bandwidth between nodes is needed and not known.
     """
     A, compute, host = work.accumulation, calibration.compute, calibration.host * LAUNCH
-    launches = (_PER_LAYER * sizes.layers + _AROUND_LAYERS) * (1.3 if work.checkpointing else 1)
+    launches = (_PER_LAYER * sizes.layers + _AROUND_LAYERS) * (1 + 0.3 * work.recomputed(sizes.layers) / sizes.layers)
     if zero.stage == 3:
         launches *= 2  # hooks that gather and release parameters
     passes = A * max(pass_seconds(sizes, cluster.gpu, zero.element, work) * compute, launches * host)

@@ -8,13 +8,17 @@ import pytest
 from tests.distributed.ranks import run_ranks
 
 B, L, K, V, STEPS = 2, 16, 4, 60, 8
-# DeepSpeed configuration → bound of the difference of weights. In bf16 gradients are those of rounded weights.
-BOUNDS = {"zero0_fp32": 1e-6, "zero1_fp32": 1e-6, "zero2_fp32": 1e-6, "zero3_fp32": 1e-6, "zero1_bf16": 2e-4}
+# The norm of the gradients is above the limit, so that they are clipped.
+CLIPPING = 0.05
+# DeepSpeed configuration → bound of the difference of weights. In bf16 gradients are those of rounded weights; one unit
+# in the last place below 1/8.
+BOUNDS = {"zero0_fp32": 1e-6, "zero1_fp32": 1e-6, "zero2_fp32": 1e-6, "zero3_fp32": 1e-6, "zero1_bf16": 5e-4}
 
 
 def trained(names: list[str]) -> dict[str, Any]:
     """On a rank: for each configuration the weights and trust ratios of both kinds, or the error of an offload."""
     import deepspeed
+    import torch
 
     from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
     from maskvr_ds.config.deepspeed import read_deepspeed_config
@@ -39,17 +43,22 @@ def trained(names: list[str]) -> dict[str, Any]:
             read_deepspeed_config(deepspeed_config_path(name)),
             model=model,
             batch=BatchConfig(global_size=B * distributed.world_size(), micro_size=B),
-            optimizer=OptimizerConfig(lr=0.02, fused=fused),
+            optimizer=OptimizerConfig(lr=0.02, fused=fused, gradient_clipping=CLIPPING),
             accumulation=1,
             seed=1,
         )
         engine.train()
         for step in range(STEPS):
             engine.backward(weighted_loss(engine, masked(step)) / (B * K))
-            step_and_norm(engine)
+            norm = step_and_norm(engine)
+            assert norm is None or norm > CLIPPING
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled="3" in name):
             weights = [p.detach().float().numpy().copy() for p in engine.module.parameters()]
         lamb = engine.basic_optimizer
+        # The kernels write the model's weights where DeepSpeed would copy them: this rank's, rounded to nearest.
+        assert bool(lamb.copies) == (fused and name == "zero1_bf16")
+        for partition, copy in lamb.copies.items():
+            assert torch.equal(copy, partition.to(copy.dtype))
         # The loss does not depend on the bias of keys: its gradient is rounding, and so is its ratio.
         ratios = [r for n, r in zip(lamb.tensor_names, lamb.trust_ratios.tolist(), strict=True) if "key.bias" not in n]
         engine.destroy()

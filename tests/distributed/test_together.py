@@ -66,11 +66,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(folder, rows=200, words=20, special=PAD_IS_1, padded_last_row=True)
 
 
-def test_losses_are_equal(tmp_path: Path, corpus: Path, request: pytest.FixtureRequest) -> None:
-    whole = request.config.getoption("--whole-matrix")
-    cases = WHOLE if whole else part()
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The complete product as one test for each kind of masks and attention, so that a part of it can be run."""
+    if "cases" in metafunc.fixturenames:
+        groups = {"part": part()}
+        if metafunc.config.getoption("--whole-matrix"):
+            groups = {f"{m}-{a}": [case for case in WHOLE if case[:2] == (m, a)] for m, a in product(MASKS, ATTENTION)}
+        metafunc.parametrize("cases", groups.values(), ids=groups)
+
+
+def test_losses_are_equal(tmp_path: Path, corpus: Path, cases: list[Case], request: pytest.FixtureRequest) -> None:
     references = sorted({(masks, attention, "none", "zero1") for masks, attention, *_ in cases})
-    for ranks in (1, 2) if whole else (1,):
+    for ranks in (1, 2) if request.config.getoption("--whole-matrix") else (1,):
         here = [*references, *(case for case in cases if case not in references)] if ranks == 1 else cases
         jobs = [(values(tmp_path, corpus, case, ranks), None) for case in here]
         assert run_ranks(train_all, ranks, jobs, timeout=3600) == [[None] * len(jobs)] * ranks

@@ -97,10 +97,11 @@ def test_strategies_that_measure_gradients(folder: Path, name: str) -> None:
             assert lines[0][figure] == pytest.approx(theirs[0][figure], rel=1e-3), figure
 
 
-@pytest.mark.parametrize("engine", ["zero1_bf16", "zero3_bf16"])
-def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str) -> None:
-    more: dict[str, Any] = {**MAPNET, "model": {}, "deepspeed": engine}
-    runs = [values(folder, f"{engine}-{name}", "cuda", **more) for name in ("uninterrupted", "again")]
+@pytest.mark.parametrize(("engine", "how"), [("zero1_bf16", "none"), ("zero3_bf16", "none"), ("zero1_bf16", "layers")])
+def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str, how: str) -> None:
+    more: dict[str, Any] = {**MAPNET, "model": {}, "deepspeed": engine, "training": {"compile": how}}
+    more["optimizer"] = {"name": "lamb", "lr": 0.01, "fused": how == "layers"}
+    runs = [values(folder, f"{engine}-{how}-{name}", "cuda", **more) for name in ("uninterrupted", "again")]
     outcome = run_ranks(train_and_resume, 1, runs[:1], True, [(runs[1], None)], timeout=300, accelerator="cuda")
     assert outcome == [[None] * 3]
     uninterrupted, again = (Path(run["output_dir"]) for run in runs)
@@ -112,7 +113,7 @@ def test_resume_differs_no_more_than_a_repetition(folder: Path, engine: str) -> 
         torch.tensor(column(run, "loss")) - torch.tensor(column(uninterrupted, "loss")) for run in (resumed, again)
     ]
     most = [each.abs().max().item() for each in apart]
-    print(f"{engine}: difference of a resumed run {most[0]:.3g}, of a repeated one {most[1]:.3g}")
+    print(f"{engine}, {how}: difference of a resumed run {most[0]:.3g}, of a repeated one {most[1]:.3g}")
     assert most[0] <= max(1e-3, 3 * most[1])
 
 
@@ -165,6 +166,39 @@ def test_fused_lamb_on_the_gpu() -> None:
         torch.testing.assert_close(our, their, rtol=0, atol=2e-6)
         assert torch.equal(our, repeated)
     torch.testing.assert_close(ratios, theirs[1], rtol=1e-4, atol=0)
+
+
+def bf16_copies(steps: int) -> list[bool]:
+    """On a rank: whether, after training, the model's weights in bf16 are the fp32 masters rounded to nearest."""
+    from maskvr_ds.config import BatchConfig, ModelConfig, OptimizerConfig, deepspeed_config_path
+    from maskvr_ds.config.deepspeed import read_deepspeed_config
+    from maskvr_ds.engine.engine import create_engine, step_and_norm
+    from maskvr_ds.models.architectures import transformers_config
+    from maskvr_ds.models.losses import weighted_loss
+    from maskvr_ds.runtime import distributed
+    from tests.support.batches import random_masked
+
+    distributed.initialize()
+    model = ModelConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, max_position_embeddings=32)
+    engine = create_engine(
+        transformers_config(model, vocab_size=3_000, pad_id=0),
+        read_deepspeed_config(deepspeed_config_path("zero1_bf16")),
+        model=model,
+        batch=BatchConfig(global_size=4, micro_size=4),
+        optimizer=OptimizerConfig(lr=0.01, fused=True, gradient_clipping=0.05),
+        accumulation=1,
+        seed=0,
+    )
+    engine.train()
+    for step in range(steps):
+        batch = random_masked(step, rows=4, length=32, predictions=5, vocabulary=3_000)
+        engine.backward(weighted_loss(engine, batch.map(lambda t: t.to(distributed.device()))) / 20)
+        step_and_norm(engine)
+    return [torch.equal(copy, masters.bfloat16()) for masters, copy in engine.basic_optimizer.copies.items()]
+
+
+def test_fused_lamb_writes_the_weights_of_the_model() -> None:
+    assert run_ranks(bf16_copies, 1, 5, accelerator="cuda") == [[True, True]]
 
 
 def test_micro_size_auto_fits_and_is_stored(folder: Path, tmp_path: Path) -> None:

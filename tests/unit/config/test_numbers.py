@@ -55,6 +55,8 @@ def raw(where: Location, value: Any) -> dict[str, Any]:
     return values
 
 
+# Numbers in whose place true and false stand too.
+TRUTH_TOO = {("model", "activation_checkpointing")}
 LEAVES = list(dict.fromkeys(leaves(RunConfig, ())))
 NUMBERS = [where for where, kind in LEAVES if kind in (int, float)]
 PATHS = [where for where, kind in LEAVES if kind not in (int, float)]
@@ -81,6 +83,8 @@ def test_all_fields_are_found() -> None:
 @pytest.mark.parametrize("where", NUMBERS, ids=lambda where: ".".join(map(str, where)))
 def test_a_number_is_finite_and_bounded(where: Location) -> None:
     for value in BAD_NUMBERS:
+        if value is True and where in TRUTH_TOO:
+            continue
         assert where in locations_of_faults(raw(where, value)), f"{value!r} is accepted"
 
 

@@ -1,11 +1,14 @@
 """The loss at K positions against transformers' loss at all positions; FLOPs against torch's counter."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM
 
-from maskvr_ds.config import ModelConfig
+from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -67,12 +70,28 @@ def test_unused_slots_have_no_gradient() -> None:
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
-    gradients = []
-    for checkpointing in (False, True):
+    gradients, passes = [], []
+    for checkpointing in (False, True, 1):
         ours = model(activation_checkpointing=checkpointing).train()
+        layers = ours.mlm.base_model.encoder.layer
+        calls = [0] * len(layers)
+
+        def count(*_: Any, calls: list[int] = calls, number: int) -> None:
+            calls[number] += 1
+
+        for number, layer in enumerate(layers):
+            layer.attention.register_forward_pre_hook(partial(count, number=number))
         weighted_loss(ours, batch(False)).backward()
         gradients.append([p.grad for p in ours.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+        passes.append(calls)
+    for other in gradients[1:]:
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients[0], other, strict=True))
+    assert passes == [[1, 1], [2, 2], [2, 1]]
+
+
+def test_more_recomputed_layers_than_there_are_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="activation_checkpointing is 3, and this bert has 2 layers; set it to true"):
+        model(activation_checkpointing=3)
 
 
 def test_flops_equal_torchs_count() -> None:

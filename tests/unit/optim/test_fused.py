@@ -102,6 +102,29 @@ def test_partition_with_gaps_and_padding() -> None:
         assert torch.equal(tensor[~used], original[~used])
 
 
+def test_copies_are_rounded_to_the_nearest_even() -> None:
+    """Also halfway between two numbers, at the edges of the range; NaN stays NaN."""
+    exact = torch.tensor([1.0, -1.0, 0.0, -0.0, 3.3895e38, -3.3895e38, 1e-40, -1e-45])
+    ties = (torch.arange(-300, 300, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
+    others = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    strange = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    weights = torch.cat([exact, ties, -ties, others, strange])
+    n = len(weights)
+    copies = torch.full((n + 2,), 7.0, dtype=torch.bfloat16)
+    c = fused.Coefficients(beta1=0.9, beta2=0.99, root=1.0, eps=1e-3, decay=0.0)
+    states = [torch.zeros(n + 2) for _ in range(3)]
+    whole = torch.cat([weights, torch.ones(2)])
+    update = fused.FusedUpdate(
+        [whole], states[:1], states[1:2], states[2:], [Partition([Fragment(0, 0, 0, n)], [0])], c, None, [copies]
+    )
+    update.subtract(torch.ones(1), lr=0.0)
+    kept, expected = copies[:n].view(torch.int16), weights.to(torch.bfloat16).view(torch.int16)
+    number = ~weights.isnan()
+    assert torch.equal(kept[number], expected[number])
+    assert copies[:n][~number].isnan().all()
+    assert torch.equal(copies[n:], torch.full((2,), 7.0, dtype=torch.bfloat16)), "padding is not written"
+
+
 def test_other_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     weight.grad = torch.ones_like(weight)

@@ -12,10 +12,10 @@ from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, deepspeed_conf
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.planning.communication import collectives, seconds
 from maskvr_ds.planning.hardware import GPUS, LINKS, USABLE, Cluster, link_bytes
-from maskvr_ds.planning.memory import Pass, memory
+from maskvr_ds.planning.memory import Pass, activations, memory
 from maskvr_ds.planning.plan import Corpus, Plan, make_plan
 from maskvr_ds.planning.sizes import encoder_sizes
-from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time
+from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time, update_bytes
 from maskvr_ds.planning.zero import Zero, zero_settings
 
 LARGE = encoder_sizes(ModelConfig(preset="bert-large"), 30_522)
@@ -94,6 +94,21 @@ def test_memory_grows_with_the_micro_batch_and_not_with_ranks(
     assert memory(LARGE, zero(name), work, ranks=ranks, fused=True).total <= found.total
 
 
+def test_recomputed_layers_trade_memory_for_time() -> None:
+    """Layer by layer, from none to all 24, as a number or as true."""
+    gpu, numbers = GPUS["h100"], [False, 1, 12, 23, 24]
+    works = [Pass(512, 77, 64, 1, number) for number in numbers]
+    bytes_kept = [activations(LARGE, 2, work) for work in works]
+    times = [pass_seconds(LARGE, gpu, 2, work) for work in works]
+    assert bytes_kept == sorted(bytes_kept, reverse=True)
+    assert bytes_kept[0] - bytes_kept[2] == pytest.approx(12 * (bytes_kept[0] - bytes_kept[1]))
+    assert times == sorted(times)
+    assert times[2] - times[0] == pytest.approx((times[4] - times[0]) / 2)
+    for last in (True, 100):
+        whole = Pass(512, 77, 64, 1, last)
+        assert (activations(LARGE, 2, whole), pass_seconds(LARGE, gpu, 2, whole)) == (bytes_kept[4], times[4])
+
+
 def test_memory_of_a_run_on_an_h100() -> None:
     """docs/results/gpu/train_bert_base.json: 13.295 GiB."""
     base = encoder_sizes(ModelConfig(preset="bert-base"), 30_522)
@@ -115,6 +130,17 @@ def test_time_of_a_run_on_an_h100() -> None:
         assert 0.7 < found.total / measured < 1
     # The device computed for 45 of them, by torch's profiler.
     assert found.forward_backward + found.optimizer == pytest.approx(0.045, rel=0.35)
+
+
+@pytest.mark.parametrize(("name", "fused", "expected"), [("zero1_bf16", True, 52), ("zero1_bf16", False, 130),
+                                                         ("zero2_bf16", True, 64)])  # fmt: skip
+def test_kernels_that_clip_and_copy_save_memory_traffic(name: str, fused: bool, expected: int) -> None:
+    """Only those of BF16_Optimizer; on one of 8 ranks, without what is moved for sums and the reduction."""
+    found = {
+        ranks: update_bytes(LARGE, zero(name), Pass(128, 19, 8, 1), "lamb", ranks=ranks, fused=fused)
+        for ranks in (8, 4)
+    }
+    assert found[4] - found[8] == pytest.approx(expected * P / 8)
 
 
 # Communication

@@ -86,8 +86,8 @@ def test_a_setting_that_is_no_size_is_refused(value: Any) -> None:
         encoder_sizes(ModelConfig(architecture="roberta", settings={"num_hidden_layers": value}), 100)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_are_what_autograd_saves(dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "recomputed"), [(0.0, 0), (0.1, 0), (0.0, 2)])
+def test_activations_are_what_autograd_saves(dropout: float, recomputed: int) -> None:
     """The bytes of all distinct storages that autograd keeps, without the weights."""
     model = ModelConfig(
         num_hidden_layers=3,
@@ -97,7 +97,8 @@ def test_activations_are_what_autograd_saves(dropout: float) -> None:
         attention_probs_dropout_prob=dropout,
     )
     B, L, K, V = 4, 48, 7, 50
-    encoder = MaskedLanguageModel(transformers_config(model, vocab_size=V, pad_id=0)).train()
+    config = transformers_config(model, vocab_size=V, pad_id=0)
+    encoder = MaskedLanguageModel(config, activation_checkpointing=recomputed or False).train()
     weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -111,7 +112,7 @@ def test_activations_are_what_autograd_saves(dropout: float) -> None:
         encoder(torch.randint(5, V, (B, L)), torch.zeros(B, K, dtype=torch.long), torch.zeros(B, K, dtype=torch.long))
     kept = sum(size for size, _ in saved.values())
     sizes = encoder_sizes(model, V)
-    planned = activations(sizes, 4, Pass(L, K, B, 1, on_cpu=True))
+    planned = activations(sizes, 4, Pass(L, K, B, 1, recomputed, on_cpu=True))
     # Less what exists at the start of the backward pass only: two of the three tensors of logits, or a layer's.
     temporary = max(B * K * (12 * V + 16 * 64), 2 * B * L * 256 * 4)
     head = B * K * (4 * V + 16 * 64)
