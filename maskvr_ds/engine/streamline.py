@@ -4,7 +4,7 @@ ZeRO 1 in bf16 with fp32 accumulation (ds_configs/zero1_bf16.json) runs DeepSpee
 it launches a cast and an addition in each micro-batch, a norm and a multiplication in each step: 808 of the 2,073
 kernels of a BERT-base step; and it reads the norm three times on the host. Here the same arithmetic is done on lists of
 tensors or on the flat partition, and the norm is read once, together with the loss (`norm_reader`). The other
-optimizers of stages 1 and 2 get a norm without casts and loops.
+optimizers of stages 1 and 2 get a norm without casts and loops, and clip without reading it on the host.
 
 Same results: every element is computed by the same operations, and norms are summed in the same order. On GPUs the
 norms of a list of tensors may be rounded differently from single norms.
@@ -63,6 +63,7 @@ def check_streamlined() -> None:
     check_part("streamline", deepspeed_utils, "all_gather_dp_groups", *_GATHERED)
     zero = part("streamline", "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer")
     check_part("streamline", zero, "get_grad_norm_direct", "self", "gradients", "params", "norm_type")
+    check_part("streamline", zero, "unscale_and_clip_grads", "self", "grad_groups_flat", "total_norm")
     check_one_rank()
 
 
@@ -74,8 +75,8 @@ def streamline(engine: Any) -> None:
     bf16, immediate updates, model or expert parallelism). Adds the attribute `norm_reader`: called once per step with
     the global gradient norm before clipping (scalar tensor), returns it as a float. Fused LAMB clips the gradients as
     it reads them, and writes the weights of the model.
-    DeepSpeedZeroOptimizer: `get_grad_norm_direct`. An optimizer of this project may use the memory of the gradients if
-    nothing reads them after its step.
+    DeepSpeedZeroOptimizer: `get_grad_norm_direct` and `unscale_and_clip_grads`. An optimizer of this project may use
+    the memory of the gradients if nothing reads them after its step.
     """
     optimizer, basic = engine.optimizer, engine.basic_optimizer
     name = type(optimizer).__name__
@@ -90,6 +91,7 @@ def streamline(engine: Any) -> None:
             basic.copies = _model_partitions(optimizer)
     elif name == "DeepSpeedZeroOptimizer" and optimizer.mpu is None:
         optimizer.get_grad_norm_direct = MethodType(_partition_norm, optimizer)
+        optimizer.unscale_and_clip_grads = MethodType(_unscale_and_clip, optimizer)
         hold_gradients(optimizer)
     if isinstance(basic, LayerwiseAdaptive):
         basic.overwrites_gradients = not _keeps_gradients(engine)
@@ -246,3 +248,17 @@ def _partition_norm(self: Any, gradients: Any, params: Any, norm_type: float = 2
     dist.all_reduce(squared, group=self.dp_process_group)
     norm = squared.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)
+
+
+@torch.no_grad()
+def _unscale_and_clip(self: Any, grad_groups_flat: Any, total_norm: torch.Tensor) -> None:
+    """DeepSpeedZeroOptimizer.unscale_and_clip_grads; a norm that is negative or NaN counts as infinite, as there."""
+    factor = self.loss_scale
+    if self.clip_grad > 0:
+        norm = torch.where(total_norm >= 0, total_norm, math.inf)
+        factor = ((norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(min=1.0) * self.loss_scale
+    elif factor == 1.0:
+        return
+    for found in grad_groups_flat:
+        for gradient in found if isinstance(found, list) else [found]:
+            gradient.mul_(1.0 / factor)

@@ -86,8 +86,7 @@ def test_kernels_of_a_step(tmp_path: Path, deepspeed: str, bound: int) -> None:
     kernels, waits = counts(tmp_path, deepspeed)
     print(deepspeed, dict(kernels), kernels.total(), dict(waits))
     assert kernels.total() <= bound
-    if deepspeed == "zero1_bf16":
-        assert waits.total() <= 1
+    assert waits.total() <= 1
 
 
 def test_masks_and_digests_do_not_grow_with_accumulation(tmp_path: Path) -> None:
