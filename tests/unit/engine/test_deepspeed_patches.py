@@ -232,6 +232,7 @@ ALLOWED = {
     ("engine.streamline", "optimizer.update_hp_grads"),
     ("engine.streamline", "optimizer.step"),
     ("engine.streamline", "optimizer.get_grad_norm_direct"),
+    ("engine.streamline", "optimizer.unscale_and_clip_grads"),
     # One rank: nothing to reduce; see the table in deepspeed_patches.py.
     ("engine.one_rank", "engine.buffered_allreduce_fallback"),
     ("engine.one_rank", "optimizer.process_gradients"),
