@@ -13,8 +13,9 @@ costs of a phase are taken, in this order, from
 A resume on other ranks or another machine keeps the costs: 1 comes first.
 
 Model of the costs: uniform masks are measured at every rate; disjoint segments and the proposal (with its training) add
-to that what they add at the highest rate. Seconds are those of the clock on GPUs, and those of the process's CPU time
-without one, where other programs would disturb the clock.
+to that what they add at the highest rate. A proposal that learns at every n-th step only (mapnet.learn_every) adds the
+mean over n steps, of which one learns and n − 1 propose alone; both kinds are measured. Seconds are those of the clock
+on GPUs, and those of the process's CPU time without one, where other programs would disturb the clock.
 
 Collectives: those of training steps; `run_on_rank0` and one `gather_objects`.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config import ConfigError, MapNetConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import free_memory
@@ -49,6 +50,8 @@ from maskvr_ds.training.step import run_step
 
 # Timed rounds, after one that is not.
 _ROUNDS = 5
+# A case besides the strategies: a step at which MAPNet proposes the masks and does not learn.
+_BETWEEN = "mapnet without learning"
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +137,21 @@ def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any])
             "compile": config.training.compile,
             "attention": config.data.attention,
             "late_layer": config.masking.late_layer,
-            "mapnet": config.masking.mapnet.model_dump(include={"layers", "hidden", "reach", "cost"}),
+            "mapnet": _network(config.masking.mapnet),
             "model": config.model.identity(),
         }
         return dict(json.loads(json.dumps(found)))
 
     return distributed.run_on_rank0(describe)
+
+
+def _network(mapnet: MapNetConfig) -> dict[str, Any]:
+    """What the time of MAPNet depends on. Without learn_every 1, which costs of earlier versions do not name: those of
+    other values were measured as if it were 1."""
+    found = mapnet.model_dump(include={"layers", "hidden", "reach", "cost", "learn_every"})
+    if found["learn_every"] == 1:
+        del found["learn_every"]
+    return found
 
 
 def resolve_costs(
@@ -276,11 +288,10 @@ def measure_costs(
     engine = make_engine()
     engine.train()
     device, masking = distributed.device(), config.masking
-    proposer = None
+    highest, learn_every, proposer = needed.rates[0], masking.mapnet.learn_every, None
     if PROPOSAL in needed.strategies and masking.mapnet.cost is None:
         proposer = Proposer(
-            # Of steps at which it learns: with learn_every, more than on average.
-            masking.mapnet.model_copy(update={"learn_every": 1}),
+            masking.mapnet,
             vocab_size=corpus.manifest.vocab_size,
             max_length=engine.module.mlm.config.max_position_embeddings,
             seed=0,
@@ -299,28 +310,37 @@ def measure_costs(
         device=device,
     )
     cases = [(UNIFORM, rate) for rate in needed.rates]
-    cases += [(s, needed.rates[0]) for s in needed.strategies if s != PROPOSAL or proposer is not None]
+    cases += [(s, highest) for s in needed.strategies if s != PROPOSAL or proposer is not None]
+    if proposer is not None and learn_every > 1:
+        cases.append((_BETWEEN, highest))
     times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
     set_learning_rate(engine, 0.0)
     batches = loader.batches()
     for round_ in range(rounds + 1):
         # Rotate the order: the state of the caches depends on the previous step.
-        for strategy, rate in _rotated(cases, round_):
+        for name, rate in _rotated(cases, round_):
+            strategy = PROPOSAL if name == _BETWEEN else name
             learner = proposer if strategy == PROPOSAL else None
             masker.strategy = STRATEGIES[strategy]
             masker.fix_rate(rate)
-            engine.module.observer = None if learner is None else learner.norms.watch
+            engine.module.observer = None
+            if learner is not None:
+                # The step before one at which it learns, or before one at which it does not.
+                learner.run_step = learn_every - 1 if name == PROPOSAL else 0
+                learner.attach(engine.module)
             seconds = _step_seconds(engine, masker, next(batches), config, learner)
             if round_:
-                times[strategy, rate].append(seconds)
+                times[name, rate].append(seconds)
     batches.close()
     engine.destroy()
     free_memory()
     ranks = distributed.gather_objects({case: statistics.median(found) for case, found in times.items()})
     of_case = {case: max(each[case] for each in ranks) for case in cases}
     uniform = {rate: of_case[UNIFORM, rate] for rate in needed.rates}
-    highest = needed.rates[0]
-    added = {s: max(0.0, of_case[s, highest] - uniform[highest]) for s, _ in cases if s != UNIFORM}
+    added = {name: of_case[name, highest] - uniform[highest] for name, _ in cases if name != UNIFORM}
+    if _BETWEEN in added:
+        added[PROPOSAL] = (added[PROPOSAL] + (learn_every - 1) * added.pop(_BETWEEN)) / learn_every
+    added = {name: max(0.0, seconds) for name, seconds in added.items()}
     if PROPOSAL in needed.strategies and masking.mapnet.cost is not None:
         added[PROPOSAL] = masking.mapnet.cost * uniform[highest]
     return StepCosts(uniform, added, dict(here))

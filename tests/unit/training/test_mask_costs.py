@@ -2,6 +2,8 @@
 tests/distributed/test_auto.py."""
 
 import json
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from maskvr_ds.training.mask_costs import (
     Needed,
     StepCosts,
     check_plan_of_checkpoint,
+    machine,
     measure_costs,
     needed,
     stored_costs,
@@ -154,8 +157,8 @@ def test_settings_that_auto_refuses(tmp_path: Path, masking: dict[str, Any], tex
 def measured(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, **more: Any
 ) -> tuple[StepCosts, list[tuple[int, bool]]]:
-    """Costs from steps that take `rate` seconds, with MAPNet half a second more; and (width of the masks, whether
-    MAPNet is trained) of the steps, in order."""
+    """Costs from steps that take `rate` seconds, half a second more if MAPNet learns and 0.2 if it only proposes; and
+    (width of the masks, whether MAPNet runs) of the steps, in order."""
     steps: list[tuple[int, bool]] = []
 
     mlm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
@@ -172,7 +175,8 @@ def measured(
         steps.append((masker.maximum_predictions, proposer is not None))
         # The first round is slow, and one step of each later round is disturbed.
         disturbed = len(steps) <= 3 or len(steps) == 8
-        return masker.rate + 0.5 * (proposer is not None) + 9 * disturbed
+        own = 0.0 if proposer is None else 0.5 if proposer.learns else 0.2
+        return masker.rate + own + 9 * disturbed
 
     monkeypatch.setattr(mask_costs, "_step_seconds", step)
     run = config(tmp_path, auto={"proposal": True}, **more)
@@ -194,6 +198,26 @@ def test_the_networks_cost_can_be_given(tmp_path: Path, corpus: Corpus, monkeypa
     costs, steps = measured(tmp_path, corpus, monkeypatch, mapnet={"cost": 0.2})
     assert costs.added == {"mapnet": pytest.approx(0.09)}
     assert not any(trained for _, trained in steps)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_steps_between_those_that_learn_cost_less(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    costs, steps = measured(tmp_path, corpus, monkeypatch, mapnet={"learn_every": every})
+    of_training = [0.5 if step % every == 0 else 0.2 for step in range(1, 1 + 6 * every)]
+    assert costs.added == {"mapnet": pytest.approx(statistics.fmean(of_training))}
+    assert len(steps) == 4 * 6 + 1
+
+
+def test_costs_of_another_learn_every_are_another_machine(tmp_path: Path, corpus: Corpus) -> None:
+    """Those of earlier versions, which do not name it, are costs of a network that learns at every step."""
+    one, two = (machine(config(tmp_path, mapnet={"learn_every": n}), corpus, {}) for n in (1, 2))
+    assert one["mapnet"] == {"layers": 1, "reach": 4, "hidden": 96, "cost": None}
+    assert two["mapnet"] == {**one["mapnet"], "learn_every": 2}
+    (tmp_path / "costs.json").write_text(json.dumps(replace(COSTS, machine=one).stored()), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"measured with mapnet .*'cost': None}, this run has .*'learn_every': 2}"):
+        stored_costs(importing(tmp_path, tmp_path / "costs.json"), 0, NEEDED, two, None)
 
 
 def test_what_a_checkpoint_cannot_continue_with(tmp_path: Path) -> None:
