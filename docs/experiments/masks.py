@@ -1,7 +1,7 @@
 """Strategies, rates, schedules, late mask tokens and auto at equal seconds: steps and seconds to uniform's last loss.
 
     python docs/experiments/masks.py --text wikitext.txt python.txt --work DIR --seeds 0 1 2 3 4
-    python docs/experiments/masks.py --work DIR --report docs/results/masks
+    python docs/experiments/masks_report.py DIR docs/results/masks
 
 The first command builds tokenizer and corpus, tunes the learning rate of uniform masks on a seed of its own, measures
 the CPU-seconds of a step of every case in one process, cases taking turns, and trains every case once per seed. It
