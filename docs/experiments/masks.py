@@ -20,18 +20,26 @@ measurements. Ratios are paired by seed, intervals are Student's t over seeds.
 import argparse
 import itertools
 import json
+import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
 from masks_steps import measure
 
+from maskvr_ds import train as training
+from maskvr_ds.benchmarks.mask_costs import run_costs
+from maskvr_ds.config import load_config
 from maskvr_ds.run_folder.layout import COMPLETED, METRICS
+from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics_file import AUTO_EVENT, read_events, read_lines
 from maskvr_ds.training.auto_choice import ladder
 
@@ -62,6 +70,7 @@ AUTO: dict[str, Any] = {
     "masking.rate": 0.45,
     "masking.final_rate": 0.15,
     "masking.auto.every_steps": STEPS // (MEASUREMENTS + 1),
+    "masking.auto.late_layers": f"[{LAYERS // 2}]",
 }
 CASES: dict[str, dict[str, Any]] = {
     BASELINE: {"masking.rate": 0.15},
@@ -74,37 +83,33 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def command(words: list[str | Path]) -> float:
-    """Run it; returns the CPU-seconds that it and its children took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in words], check=True, env=environment, stdout=sys.stderr)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def in_child(action: Callable[[], None]) -> float:
+    """Run `action` as one rank in a fork of this process, which has imported everything and computed nothing; returns
+    its CPU-seconds."""
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        os._exit(distributed.run_as_rank(action))
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"a run failed (status {os.waitstatus_to_exitcode(status)}); the same command continues")
+    return usage.ru_utime + usage.ru_stime
 
 
-def settings(work: Path, **more: Any) -> dict[str, Any]:
-    """All runs' settings, and `more` of them."""
+def settings(work: Path, **more: Any) -> list[str]:
+    """All runs' settings, and `more` of them, as assignments."""
     corpus = work / "corpus"
-    return {"data.path": corpus, "data.held_out_path": corpus / "held_out", **COMMON, **more}
-
-
-def assignments(values: dict[str, Any]) -> list[str]:
+    values = {"data.path": corpus, "data.held_out_path": corpus / "held_out", **COMMON, **more}
     return [f"{key}={value}" for key, value in values.items()]
-
-
-def maskvr(verb: list[str], values: dict[str, Any]) -> float:
-    given = [word for assignment in assignments(values) for word in ("--set", assignment)]
-    return command([sys.executable, "-m", "maskvr_ds.cli", *verb, "--config", "demo_cpu", *given])
 
 
 def build(work: Path, texts: list[Path]) -> None:
     pipeline = [sys.executable, "-m", "data_pipeline"]
     tokenizer = work / "tokenizer"
     if not tokenizer.exists():
-        command([*pipeline, "tokenizer", "--input", *texts, "--vocab-size", str(VOCABULARY), "--output", tokenizer])
-    options = ["--tokenizer", tokenizer, "--sequence-length", str(LENGTH), "--held-out", "0.1"]
-    command([*pipeline, "build", "--input", *texts, *options, "--output", work / "corpus"])
+        options = ["--vocab-size", str(VOCABULARY), "--output", str(tokenizer)]
+        subprocess.run([*pipeline, "tokenizer", "--input", *map(str, texts), *options], check=True)
+    options = ["--tokenizer", str(tokenizer), "--sequence-length", str(LENGTH), "--held-out", "0.1"]
+    subprocess.run([*pipeline, "build", "--input", *map(str, texts), *options, "--output", work / "corpus"], check=True)
 
 
 def train(work: Path, name: str, seed: int, values: dict[str, Any]) -> None:
@@ -116,7 +121,8 @@ def train(work: Path, name: str, seed: int, values: dict[str, Any]) -> None:
     if values.get("masking.strategy") == "auto":
         # Measured once: the five runs are of one machine.
         values = {**values, "masking.auto.costs": auto_costs(work, name, values)}
-    cpu = maskvr(["train", "--num-gpus", "1"], settings(work, output_dir=folder, seed=seed, **values))
+    config = load_config("demo_cpu", settings(work, output_dir=folder, seed=seed, **values))
+    cpu = in_child(lambda: training.train(config, None))
     assert (folder / COMPLETED).exists(), f"{folder}: the run did not end"
     lines = read_lines(folder / METRICS)
     events = [event for event in read_events(folder / METRICS) if event["event"] == AUTO_EVENT]
@@ -134,10 +140,12 @@ def train(work: Path, name: str, seed: int, values: dict[str, Any]) -> None:
 
 
 def auto_costs(work: Path, name: str, values: dict[str, Any]) -> Path:
-    """Seconds of auto's candidates, by `maskvr benchmark masks`; WORK/NAME.cpu has the CPU-seconds that it took."""
+    """Seconds of auto's candidates, as `maskvr benchmark masks` measures them; WORK/NAME_costs_took.json has the
+    CPU-seconds that it took."""
     file = work / f"{name}_costs.json"
     if not file.exists():
-        cpu = maskvr(["benchmark", "masks", "--output", str(file)], settings(work, output_dir=work / "none", **values))
+        assignments = settings(work, output_dir=work / "none", **values)
+        cpu = in_child(lambda: write(file, run_costs("demo_cpu", assignments, 5)))
         write(work / f"{name}_costs_took.json", {"cpu_seconds": cpu})
     return file
 
@@ -163,13 +171,16 @@ def tuned(work: Path) -> float:
 
 
 def measure_steps(work: Path, rounds: int) -> None:
-    """WORK/step_seconds.json: CPU-seconds of a step of every case, and of uniform masks at every rate of auto."""
-    if (work / "step_seconds.json").exists():
+    """WORK/step_seconds.json: CPU-seconds of a step of every case, and of uniform masks at every rate and layer of
+    auto."""
+    file = work / "step_seconds.json"
+    if file.exists():
         return
     rates = ladder(AUTO["masking.rate"], AUTO["masking.final_rate"])
     cases = {name: values for name, values in CASES.items() if values is not AUTO}
-    cases |= {f"auto at {rate:g}": {"masking.rate": rate} for rate in rates}
-    write(work / "step_seconds.json", measure(settings(work, output_dir=work / "none"), cases, rounds))
+    for rate, layer in itertools.product(rates, (0, LAYERS // 2)):
+        cases[f"auto at {rate:g}, layer {layer}"] = {"masking.rate": rate, "masking.late_layer": layer}
+    in_child(lambda: write(file, measure(settings(work, output_dir=work / "none"), cases, rounds)))
 
 
 def hours(work: Path) -> float:
@@ -196,6 +207,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     parser.add_argument("--rounds", type=int, default=40, help="timed steps of each case (default: 40)")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    training.plot_loss = lambda *_: None  # type: ignore[attr-defined,assignment]
     work = arguments.work.resolve()
     if not (work / "corpus").exists():
         if not arguments.text:

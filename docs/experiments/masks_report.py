@@ -24,10 +24,10 @@ LABELS = {
     "schedule_45_15": "uniform, 0.45 → 0.15",
     "late_45": "uniform, 0.45, late mask tokens",
     "fully_explored_15": "fully_explored, 0.15",
-    "auto": "auto, 0.45 ≥ rate ≥ 0.15",
+    "auto": "auto: rate 0.45 to 0.15, late mask tokens",
 }
-# Cost per step at rate r, of uniform masks of auto.
-_AUTO_RATE = "auto at {:g}"
+# A step of uniform masks at a rate and layer of auto.
+_AUTO_STEP = "auto at {:g}, layer {}"
 
 Point = tuple[float, float]
 
@@ -43,12 +43,13 @@ def spent(run: dict[str, Any], of_step: Callable[[str], float], added: dict[str,
         return [of_step(run["case"]) * step for step in range(run["steps"] + 1)]
     events = {event["step"]: event for event in run["auto"]}
     # Before the first measurement: the highest rate, one mask of a row per batch, MAPNet off.
-    rate, strategy, trained, total = run["settings"]["masking.rate"], "", False, [0.0]
+    rate, layer, strategy, trained, total = run["settings"]["masking.rate"], 0, "", False, [0.0]
     for step in range(run["steps"]):
         if (event := events.get(step)) is not None:
-            rate, strategy, trained = event["rate"], event["strategy"], event["proposal_trained"]
+            rate, layer = event["rate"], event.get("late_layer", 0)
+            strategy, trained = event["strategy"], event["proposal_trained"]
         more = added.get("mapnet", 0.0) if trained else added.get(strategy, 0.0)
-        total.append(total[-1] + of_step(_AUTO_RATE.format(rate)) + more)
+        total.append(total[-1] + of_step(_AUTO_STEP.format(rate, layer)) + more)
     return total
 
 
@@ -127,7 +128,9 @@ def _of_run(run: dict[str, Any], target: float, steps: dict[str, Any], added: di
         found[key] = reached([(of_step[step], loss) for step, loss in curve], target)
     found["all_seconds"], found["measuring"] = seconds[-1], extra[-1]
     found["at"] = [seconds[step] + extra[step] for step, _ in curve]
-    found["course"] = [[e["step"], e["strategy"], e["segments"], e["rate"], e["reason"]] for e in run["auto"]]
+    found["course"] = [
+        [e["step"], e["strategy"], e["segments"], e["rate"], e.get("late_layer", 0), e["reason"]] for e in run["auto"]
+    ]
     # The target is the baseline's own last loss: it reaches it there, though it may have been as low before.
     if run["case"] == BASELINE:
         found |= {"steps": run["steps"], "seconds": seconds[-1], "seconds_with_measurements": seconds[-1]}

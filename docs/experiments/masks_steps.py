@@ -27,17 +27,16 @@ class Case(NamedTuple):
     flops: float
 
 
-def measure(common: dict[str, Any], cases: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Name → median and quartiles of the CPU-seconds of a step, and its FLOPs.
+def measure(common: list[str], cases: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """Name → median and quartiles of the CPU-seconds of a step, and its FLOPs. On one rank.
 
     Steps of an engine like the run's at learning rate 0, each on the next rows of the corpus; the order rotates. With a
     schedule, rows have as many slots at every step as at the highest rate: it is measured in the middle of its rates.
     """
-    distributed.initialize()
     engines: dict[int, Any] = {}
     prepared, loader = {}, None
     for name, values in cases.items():
-        run = load_config("demo_cpu", [f"{key}={value}" for key, value in {**common, **values}.items()])
+        run = load_config("demo_cpu", [*common, *(f"{key}={value}" for key, value in values.items())])
         phase = plan(run)[0]
         corpus, _ = open_and_verify(phase)
         prepared[name] = _prepare(phase, corpus, run_deepspeed_config(run), engines)
