@@ -209,7 +209,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    training.plot_loss = lambda *_: None  # type: ignore[attr-defined,assignment]
+    training.plot_loss = lambda *_: None
     work = arguments.work.resolve()
     if not (work / "corpus").exists():
         if not arguments.text:

@@ -50,7 +50,7 @@ class MaskingPlan:
     def read(cls, stored: Sequence[Any], rate: float) -> Self:
         """From `stored`. rate: if it lacks one, as in checkpoints of earlier versions."""
         strategy, count, *more = stored
-        at_rate, late = (*more, *(rate, 0)[len(more) :])
+        at_rate, late = [*more, *[rate, 0][len(more) :]]
         return cls(str(strategy), int(count), float(at_rate), int(late))
 
     def __str__(self) -> str:
