@@ -260,16 +260,19 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
             _print_not_hashed([Path(arguments.folder)])
             return
         size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)
+        held_out = Path(arguments.folder) / HELD_OUT
         if command == "stats":
             with ProgressBar(size, "stats", arguments.progress) as bar:
                 text = describe(arguments.folder, arguments.top, bar.update, arguments.png and Path(arguments.png))
             print(text)
         else:
+            size += sum(path.stat().st_size for path in held_out.glob("*.arrow"))
             # Each shard is read twice: for its SHA-256, and for its rows.
             with ProgressBar(2 * size, "verify", arguments.progress) as bar:
                 manifests = verify(arguments.folder, bar.update)
-            shards, held_out = sum(len(manifest.shards) for manifest in manifests), Path(arguments.folder) / HELD_OUT
-            print(f"{arguments.folder}: OK, {counted(shards, 'shard')} checked")
+            shards, *of_held_out = (counted(len(manifest.shards), "shard") for manifest in manifests)
+            also = "".join(f" and {found} of its held-out split" for found in of_held_out)
+            print(f"{arguments.folder}: OK, {shards}{also} checked")
             _print_not_hashed([Path(arguments.folder), *([held_out] if held_out.exists() else [])])
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Bounds of the command line only.
 _MAX_EPOCHS, _MAX_LAYERS = 10_000, 1000
 # Fields of `Protocol`.
-PROTOCOL = ("accumulation", "layer_decay", "freeze", "class_weights", "patience")
+PROTOCOL = ("accumulation", "layer_decay", "freeze", "class_weights", "patience", "group_by_length")
 _INTERMEDIATE = tuple(f"intermediate_{name}" for name in ("data", "learning_rate", "epochs", "max_train"))
 OTHERS = ("long_texts", "intermediate", *_INTERMEDIATE)
 # Options whose name is not that of their value.
@@ -58,6 +58,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         type=number(0, 1, above=True),
         metavar="D",
         help="multiply the learning rate by D from each layer to the one below (ELECTRA: 0.8 for base models)",
+    )
+    group.add_argument(
+        "--group-by-length",
+        action="store_const",
+        const=True,
+        help="make each batch of examples of like length: less padding, less time; batches are less random",
     )
     group.add_argument(
         "--freeze",

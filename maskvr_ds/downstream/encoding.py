@@ -145,7 +145,12 @@ def predict(trainer: Trainer, encoded: Encoded | Windows, labels: Sequence[str])
     # By length: batches with little padding.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded.items[i]["input_ids"]))
     items = [encoded.items[i] for i in order]
-    raw = trainer.predict(items).predictions
+    # Trainer groups evaluated examples by length as those of training, and returns predictions in that order.
+    strategy, trainer.args.train_sampling_strategy = trainer.args.train_sampling_strategy, "random"
+    try:
+        raw = trainer.predict(items).predictions
+    finally:
+        trainer.args.train_sampling_strategy = strategy
     if isinstance(encoded, Windows):
         starts, ends = (side[np.argsort(order)] for side in raw[:2])
         return encoded.answers(starts, ends)

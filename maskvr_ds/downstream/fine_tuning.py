@@ -60,7 +60,8 @@ class Settings:
     epochs may be a fraction; batch_size: examples of a step, in `accumulation` micro-batches; max_length in tokens;
     precision: fp32 or bf16 (autocast). stride: tokens that windows of a context, or of a long text, share; None if
     texts are truncated. layer_decay: of `layers.decayed`; freeze: of `layers.freeze`; class_weights: balanced;
-    patience: epochs without a better score on the held-out part after which training stops. None: not used.
+    patience: epochs without a better score on the held-out part after which training stops. group_by_length: batches of
+    examples of like length. None: not used.
     """
 
     epochs: float
@@ -73,6 +74,7 @@ class Settings:
     freeze: int | None = None
     class_weights: str | None = None
     patience: int | None = None
+    group_by_length: bool | None = None
 
     def identity(self) -> dict[str, Any]:
         """What decides a run's result. Without what is None, so that runs stored by earlier versions are found."""
@@ -93,6 +95,7 @@ class Settings:
             lowest,
             f"{self.class_weights} class weights" if self.class_weights else "",
             stop if self.patience is not None else "",
+            "batches of like lengths" if self.group_by_length else "",
         )
         return ", ".join(part for part in found if part)
 
@@ -329,6 +332,7 @@ def _arguments(scratch: str, settings: Settings, learning_rate: float, seed: int
         learning_rate=learning_rate,
         warmup_steps=WARMUP_SHARE,
         lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRADIENT_NORM,
         bf16=settings.precision == "bf16",

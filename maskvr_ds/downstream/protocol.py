@@ -28,6 +28,7 @@ class Protocol:
     freeze: int | None = None
     class_weights: str | None = None
     patience: int | None = None
+    group_by_length: bool | None = None
     baselines: tuple[str, ...] = ()
 
     def settings(self, task: Task) -> Settings:
@@ -50,7 +51,7 @@ class Protocol:
         length = self.max_length or task.max_length
         return Settings(
             epochs, batch_size, length, self.precision, self._stride(task, length), self.accumulation,
-            self.layer_decay, self.freeze, self.class_weights, self.patience,
+            self.layer_decay, self.freeze, self.class_weights, self.patience, self.group_by_length,
         )  # fmt: skip
 
     def _stride(self, task: Task, length: int) -> int | None:

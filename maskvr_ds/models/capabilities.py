@@ -66,6 +66,15 @@ def _row(module: MaskedLanguageModel, length: int) -> tuple[torch.Tensor, torch.
     return torch.full((1, length), token), torch.full((1, 1), length - 1)
 
 
+def _text(module: MaskedLanguageModel, length: int, mask_id: int | None = None) -> torch.Tensor:
+    """A row of different tokens, int64 [L], none of them special. Of equal ones an average does not depend on which are
+    seen: with rotary positions, attention across any border would go unnoticed."""
+    special = [token for token in (module.mlm.config.pad_token_id, module.separator, mask_id) if token is not None]
+    row = torch.arange(length) * 7919 % module.mlm.config.vocab_size
+    ordinary = next(token for token in range(4) if token not in special)
+    return torch.where(torch.isin(row, torch.tensor(special)), ordinary, row)
+
+
 def _check_padding(module: MaskedLanguageModel) -> None:
     """The embedding of padding gets no gradient, and some architectures count positions from other tokens only."""
     pad = module.mlm.config.pad_token_id
@@ -122,8 +131,8 @@ def _check_documents(module: MaskedLanguageModel, length: int) -> None:
     transformers' own attention."""
     separator, kind = module.separator, module.mlm.config.model_type
     assert separator is not None
-    row = torch.cat([_row(module, length)[0][0, 1:], torch.tensor([separator])])
-    row[length // 3] = separator
+    row = _text(module, length)
+    row[length // 3] = row[-1] = separator
     parts = row.tensor_split([length // 3 + 1])
     try:
         found = module.hidden(row[None], torch.arange(length)[None])[0]
@@ -151,11 +160,7 @@ def check_late_masks(module: MaskedLanguageModel, length: int) -> None:
     not see [MASK] in the layers below, with the embeddings of [MASK] in their places."""
     late, kind = module.late, module.mlm.config.model_type
     assert late is not None
-    # Different tokens: of equal ones, an average does not depend on which are seen.
-    row = (torch.arange(length) * 7919 % module.mlm.config.vocab_size)[None]
-    ids = (module.mlm.config.pad_token_id, module.separator, late.mask_id)
-    ordinary = next(token for token in range(4) if token not in ids)
-    row[torch.isin(row, torch.tensor([token for token in ids if token is not None]))] = ordinary
+    row = _text(module, length, late.mask_id)[None]
     chosen = torch.arange(length) % 3 == 1
     parts = [slice(0, length)]
     if module.separator is not None:

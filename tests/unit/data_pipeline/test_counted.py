@@ -22,7 +22,12 @@ def test_a_corpus_of_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["build", *words, "--output", str(tmp_path / "corpus")]) == 0
     assert main(["stats", str(tmp_path / "corpus")]) == 0
     assert main(["verify", str(tmp_path / "corpus")]) == 0
+    split = ["--held-out", "0.5", "--output", str(tmp_path / "split")]
+    write_text(tmp_path / "a.txt", ["the of and to in", "of the to"] * 4)
+    assert main(["build", *words, *split]) == 0
+    assert main(["verify", str(tmp_path / "split")]) == 0
     out = capsys.readouterr().out
+    assert "OK, 1 shard and 1 shard of its held-out split checked" in out
     assert ": 1 document, " in out
     assert "1 row of 16, 1 shard, from 1 file, 1 document of 5 tokens on average read, " in out
     assert "OK, 1 shard checked" in out

@@ -295,6 +295,47 @@ def test_windows_of_pairs(encoder: Encoder) -> None:
     assert windows.truncated == 1
 
 
+def test_batches_of_like_lengths(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every epoch reads each example once, with less padding; runs with the option have an identity of their own."""
+    split, seen = sentences(64), []
+    step = fine_tuning._Trainer.training_step
+
+    def recorded(trainer: object, model: object, inputs: Weights, *others: object) -> torch.Tensor:
+        seen.append(inputs["input_ids"])
+        return step(trainer, model, inputs, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fine_tuning._Trainer, "training_step", recorded)
+    positions = []
+    for grouped in (None, True):
+        how = settings(group_by_length=grouped)
+        tuned(encoder, Kind.CLASSIFICATION, how, tmp_path / str(grouped), train=split)
+        pad = encoder.tokenizer.pad_token_id
+        rows = sorted(tuple(row[row != pad].tolist()) for batch in seen for row in batch)
+        expected = [tuple(encoder.tokenizer(text)["input_ids"]) for (text,) in split.texts]
+        assert rows == sorted(2 * expected)
+        positions.append(sum(batch.numel() for batch in seen))
+        seen.clear()
+    assert positions[1] < 0.95 * positions[0]
+    assert settings().identity() != settings(group_by_length=True).identity()
+
+
+def test_predictions_of_batches_of_like_lengths(encoder: Encoder, tmp_path: Path) -> None:
+    """In the order of the examples: those of the saved model, one example after the other. Early stopping reads them
+    while it trains."""
+    task, labels, split = of_kind(Kind.REGRESSION)
+    how = settings(Kind.REGRESSION, group_by_length=True, patience=1, epochs=4)
+    _, outcome = tuned(encoder, Kind.REGRESSION, how, tmp_path / "m", rate=5e-3)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        inputs = [encoder.tokenizer(text, return_tensors="pt") for (text,) in split.texts]
+        expected = [model(**each).logits.item() for each in inputs]
+    assert np.std(expected) > 1e-5
+    assert outcome.predictions["dev"] == pytest.approx(expected, rel=0, abs=1e-6)
+    assert outcome.stopping is not None
+    score = dict(map(tuple, outcome.stopping["held_out_scores"]))[outcome.stopping["epoch"]]
+    assert score == pytest.approx(main_score(task, targets(task, labels, split), outcome.predictions["dev"]))
+
+
 def test_early_stopping_takes_the_best_epoch(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of the epochs are given: the second one is the best; two without a better one end the training."""
     script, states = [0.2, 0.5, 0.5, 0.3, 0.9, 0.9], []

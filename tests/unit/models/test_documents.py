@@ -165,6 +165,20 @@ def test_the_check_at_the_start_finds_positions_and_attention_across_borders(mon
             check_model(model("roberta"), L, torch.float32)
 
 
+def test_the_check_at_the_start_tells_tokens_of_different_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions: a token seen in place of another one of the same kind changes next to nothing."""
+    right = documents.block_mask
+
+    def exchanged(first: torch.Tensor) -> torch.Tensor:
+        keys = torch.arange(L)
+        keys[[1, L // 2]] = keys[[L // 2, 1]]
+        return right(first)[..., keys]
+
+    monkeypatch.setattr(documents, "block_mask", exchanged)
+    with pytest.raises(ConfigError, match=r"nomic_bert of transformers computes other hidden states"):
+        check_model(MaskedLanguageModel(config_of("nomic_bert"), separator=SEP), L, torch.float32)
+
+
 def test_dropout_of_attention_weights_is_refused_for_varlen_only() -> None:
     module = MaskedLanguageModel(config_of("bert", attention_probs_dropout_prob=0.1), separator=SEP)
     assert check_model(module, L, torch.float32, torch.device("cuda")) == []
