@@ -50,8 +50,7 @@ class MaskingPlan:
     def read(cls, stored: Sequence[Any], rate: float) -> Self:
         """From `stored`. rate: if it lacks one, as in checkpoints of earlier versions."""
         strategy, count, *more = stored
-        at_rate, late = [*more, *[rate, 0][len(more) :]]
-        return cls(str(strategy), int(count), float(at_rate), int(late))
+        return cls(str(strategy), int(count), float(more[0] if more else rate), int(more[1] if len(more) > 1 else 0))
 
     def __str__(self) -> str:
         several = f", {self.segments} segments of a row per batch" if self.segments > 1 else ""
