@@ -249,7 +249,7 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
     else:
         from data_pipeline.execution.progress import ProgressBar
         from data_pipeline.reports.describe import describe
-        from data_pipeline.reports.scan import verify
+        from data_pipeline.reports.scan import shards_of, verify
         from data_pipeline.shards import HELD_OUT, read_manifest
         from data_pipeline.tokenization.token_shards import is_tokens, read_tokens, verify_tokens
 
@@ -270,9 +270,7 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
             # Each shard is read twice: for its SHA-256, and for its rows.
             with ProgressBar(2 * size, "verify", arguments.progress) as bar:
                 manifests = verify(arguments.folder, bar.update)
-            shards, *of_held_out = (counted(len(manifest.shards), "shard") for manifest in manifests)
-            also = "".join(f" and {found} of its held-out split" for found in of_held_out)
-            print(f"{arguments.folder}: OK, {shards}{also} checked")
+            print(f"{arguments.folder}: OK, {shards_of(manifests)} checked")
             _print_not_hashed([Path(arguments.folder), *([held_out] if held_out.exists() else [])])
 
 
@@ -334,8 +332,7 @@ def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> N
         print(
             f"{output}: {counted(manifest.documents, 'document')}, {counted(manifest.tokens, 'token')}, "
             f"{counted(manifest.rows, 'row')} of {manifest.sequence_length}, {counted(len(manifest.shards), 'shard')}"
-            f"{''.join(f', {note}' for note in notes)}"
-            f"{_dropped(manifest.dropped)}"
+            f"{''.join(f', {note}' for note in notes)}{_dropped(manifest.dropped)}"
         )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.checksums import is_hashed
 from data_pipeline.files import CorpusError
+from data_pipeline.numbers import counted
 from data_pipeline.packing.source_counts import sample_modulus
 from data_pipeline.shards import (
     HELD_OUT,
@@ -170,6 +171,12 @@ def verify(folder: str | Path, progress: Callable[[int], object] | None = None) 
     return manifests
 
 
+def shards_of(manifests: list[Manifest]) -> str:
+    """How many shards `verify` has checked, in words."""
+    found, *held_out = (counted(len(manifest.shards), "shard") for manifest in manifests)
+    return found + "".join(f" and {others} of its held-out split" for others in held_out)
+
+
 def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manifest:
     manifest = read_manifest(folder)
     faults = []
@@ -186,14 +193,14 @@ def _verify_one(folder: Path, progress: Callable[[int], object] | None) -> Manif
         found = scan(Corpus(folder), progress)
         faults += found.faults
         tokens = int(found.counts.sum() - found.counts[manifest.special_tokens.pad])
-        for name, stated, counted in (
+        for name, stated, number in (
             ("tokens", manifest.tokens, tokens),
             ("documents", manifest.documents, found.documents),
         ):
             known = name != "documents" or manifest.packing not in ("nsp", "sop")
-            if known and stated != counted and not found.faults:
+            if known and stated != number and not found.faults:
                 faults.append(
-                    f"{folder / MANIFEST}: {stated:,} {name} stated, {counted:,} found in the shards. "
+                    f"{folder / MANIFEST}: {stated:,} {name} stated, {number:,} found in the shards. "
                     "Restore the manifest or build the corpus again"
                 )
     if faults:
