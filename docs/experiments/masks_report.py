@@ -95,8 +95,10 @@ def evaluate(work: Path) -> dict[str, Any]:
         case["difference"] = interval([a["final_loss"] - b["final_loss"] for a, b in zip(own, of_base, strict=True)])
         case["reached"] = sum(run["steps"] is not None for run in own)
         for key in ("steps", "seconds", "seconds_with_measurements", "flops"):
-            pairs = [(b[key], a[key]) for a, b in zip(own, of_base, strict=True)]
-            case[f"fewer_{key}"] = interval([b / a for b, a in pairs]) if case["reached"] == len(own) else None
+            # A run that never reaches the target takes more than all that it has spent.
+            taken = [run["total"][key] if run[key] is None else run[key] for run in own]
+            found = interval([b[key] / a for a, b in zip(taken, of_base, strict=True)])
+            case[f"fewer_{key}"] = {**found, "bound": case["reached"] < len(own)}
         if name in steps:
             case["step"] = steps[name]
     tuning = {n: r["held_out"][-1][1] for (n, _), r in runs.items() if n.startswith("lr_")}
@@ -119,29 +121,28 @@ def _of_run(run: dict[str, Any], target: float, steps: dict[str, Any], added: di
     extra = measuring(run)
     curve = [(step, loss) for step, loss, _ in run["held_out"]]
     found: dict[str, Any] = {"seed": run["seed"], "target": target, "final_loss": curve[-1][1], "held_out": curve}
-    found["steps"] = reached(curve, target)
-    for key, of_step in (
-        ("seconds", seconds),
-        ("seconds_with_measurements", [a + b for a, b in zip(seconds, extra, strict=True)]),
-        ("flops", flops),
-    ):
-        found[key] = reached([(of_step[step], loss) for step, loss in curve], target)
-    found["all_seconds"], found["measuring"] = seconds[-1], extra[-1]
+    units = {
+        "steps": [float(step) for step in range(run["steps"] + 1)],
+        "seconds": seconds,
+        "seconds_with_measurements": [a + b for a, b in zip(seconds, extra, strict=True)],
+        "flops": flops,
+    }
+    found |= {key: reached([(of[step], loss) for step, loss in curve], target) for key, of in units.items()}
+    found["total"], found["measuring"] = {key: of[-1] for key, of in units.items()}, extra[-1]
     found["at"] = [seconds[step] + extra[step] for step, _ in curve]
     found["course"] = [
         [e["step"], e["strategy"], e["segments"], e["rate"], e.get("late_layer", 0), e["reason"]] for e in run["auto"]
     ]
     # The target is the baseline's own last loss: it reaches it there, though it may have been as low before.
     if run["case"] == BASELINE:
-        found |= {"steps": run["steps"], "seconds": seconds[-1], "seconds_with_measurements": seconds[-1]}
-        found["flops"] = flops[-1]
+        found |= found["total"]
     return found
 
 
-def cell(x: dict[str, Any] | None, digits: int) -> str:
-    """Mean and interval."""
-    if x is None:
-        return "not in all"
+def cell(x: dict[str, Any], digits: int) -> str:
+    """Mean and interval; of a bound, the mean alone."""
+    if x.get("bound"):
+        return f"≤ {x['mean']:.{digits}f}"
     bounds = f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if math.isfinite(x["low"]) else ""
     return f"{x['mean']:.{digits}f}{bounds}" if max(x["values"]) > min(x["values"]) else f"{x['mean']:.{digits}f}"
 
