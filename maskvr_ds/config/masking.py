@@ -1,6 +1,6 @@
 """Section `masking`: which tokens are predicted, with one subsection per strategy. Loads no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -42,7 +42,7 @@ HELD_OUT_RATE = 0.15
 _ADDED: dict[str, Any] = {"rate_decay": "linear", "late_layer": 0}
 _ADDED_TO_MAPNET: dict[str, Any] = {"learn_every": 1}
 # The same of the subsection auto.
-_ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1}
+_ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1, "late_layers": []}
 
 
 class SpanConfig(Section):
@@ -178,7 +178,11 @@ class AutoConfig(Section):
     """Largest share of the mask variance that a proposal is expected to remove: MAPNet is trained only if that would
     pay for its time."""
     final_share: Share = 0.1
-    """With final_rate: share of the schedule's steps, at its end, that are trained at final_rate in any case."""
+    """With final_rate or late_layers: share of the schedule's steps, at its end, that are trained at final_rate and
+    with [MASK] from the first layer in any case."""
+    late_layers: tuple[PositiveCount, ...] = ()
+    """Layers at which [MASK] may enter instead of at the first, as with masking.late_layer; needs mask_probability 1.
+    In the last steps (final_share) it enters at the first, as in the exported model. Empty: masking.late_layer."""
     costs: PathSetting | None = None
     """File with the seconds of a step per candidate, from `maskvr benchmark masks --config` or another run's
     mask_costs.json on an equal machine; null: measured before the first step."""
@@ -227,9 +231,18 @@ class MaskingConfig(Section):
 
     @model_validator(mode="after")
     def _late_positions_are_masks(self) -> Self:
-        if self.late_layer and self.mask_probability < 1:
+        candidates = self.auto.late_layers
+        if self.late_layer and candidates:
             raise ValueError(
-                f"late_layer {self.late_layer}: all predicted positions must be [MASK], which the layers below do not "
+                f"late_layer {self.late_layer} is fixed, and of auto.late_layers {_listed(candidates)} one is to be "
+                "chosen; set only one of the two"
+            )
+        if len(set(candidates)) < len(candidates):
+            raise ValueError(f"auto.late_layers {_listed(candidates)}: a layer is named twice; name each once")
+        if (self.late_layer or candidates) and self.mask_probability < 1:
+            name = f"late_layer {self.late_layer}" if self.late_layer else f"auto.late_layers {_listed(candidates)}"
+            raise ValueError(
+                f"{name}: all predicted positions must be [MASK], which the layers below do not "
                 f"see, and mask_probability is {self.mask_probability:g}; set mask_probability to 1 and "
                 "random_probability to 0"
             )
@@ -313,6 +326,10 @@ class MaskingConfig(Section):
                 if key not in MAPNET_MAY_CHANGE and _ADDED_TO_MAPNET.get(key, ...) != value
             }
         return values
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def subsections() -> set[str]:

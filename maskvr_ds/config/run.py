@@ -98,6 +98,8 @@ class RunConfig(Section):
             )
         if late := self.masking.late_layer:
             check_late_layer(late, self.model, self.training.compile)
+        if self.masking.auto.late_layers:
+            check_late_layers(self.masking.auto.late_layers, self.model, self.training.compile)
         if self.model.uses_statistics:
             self._check_statistics()
         if (pair := self.pair_objective) is not None:
@@ -200,9 +202,19 @@ class RunConfig(Section):
         return size // (micro * world_size)
 
 
-def check_late_layer(late: int, model: ModelConfig, how: str) -> None:
+def check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:
+    """Raise ValueError if strategy auto could not let [MASK] enter at one of `layers`. how: training.compile."""
+    if how != "none":
+        raise ValueError(
+            f"training.compile {how}: compiled layers have rows of fixed lengths, which change with "
+            "masking.auto.late_layers; set it to none, or fix the layer by masking.late_layer"
+        )
+    check_late_layer(max(layers), model, how, "masking.auto.late_layers")
+
+
+def check_late_layer(late: int, model: ModelConfig, how: str, name: str = "masking.late_layer") -> None:
     """Raise ValueError if [MASK] cannot enter at layer `late`. Of other architectures than BERT, the model itself knows
-    (models/late_masks.py). how: training.compile."""
+    (models/late_masks.py). how: training.compile. name: of the setting."""
     if how == "model":
         raise ValueError(
             "training.compile model: an encoder cannot be compiled as a whole with masking.late_layer; set it to layers"
@@ -212,7 +224,7 @@ def check_late_layer(late: int, model: ModelConfig, how: str) -> None:
     known = model.initialize_from is None or "num_hidden_layers" in model.model_fields_set
     if model.architecture == "bert" and known and late >= count:
         raise ValueError(
-            f"masking.late_layer {late}: [MASK] must enter before the last layer, and bert has {count} layers; set it "
+            f"{name} {late}: [MASK] must enter before the last layer, and bert has {count} layers; set it "
             f"to at most {count - 1}"
         )
 

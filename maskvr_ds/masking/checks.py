@@ -63,10 +63,13 @@ def effective_predictions(masking: MaskingConfig, n: int) -> tuple[str, str | No
 def hidden_positions(masking: MaskingConfig, length: int) -> int:
     """Positions of a full row of `length` tokens that are [MASK] in every mask and at every rate of the schedule: what
     the layers below masking.late_layer do not compute."""
-    n, rate = length - 2, min(masking.rate, masking.final_rate or masking.rate)
-    if masking.strategy in ("fully_explored", "auto"):
-        return n // segments(n, rate)
-    return max(1, round_half_up(n * rate))
+    rate = min(masking.rate, masking.final_rate or masking.rate)
+    return hidden_at(length - 2, rate, disjoint=masking.strategy in ("fully_explored", "auto"))
+
+
+def hidden_at(n: int, rate: float, *, disjoint: bool) -> int:
+    """`hidden_positions` at one rate, in a row of n maskable positions. disjoint: whether masks are segments."""
+    return n // segments(n, rate) if disjoint else max(1, round_half_up(n * rate))
 
 
 def check_rates(masking: MaskingConfig, longest: int) -> None:

@@ -75,10 +75,16 @@ def _transformers_config(
 
 
 def check_settings(
-    model: ModelConfig, *, pair_head: bool = False, documents: bool = False, late_layer: int = 0
+    model: ModelConfig,
+    *,
+    pair_head: bool = False,
+    documents: bool = False,
+    late_layer: int = 0,
+    late_setting: str = "masking.late_layer",
 ) -> None:
     """Raise ConfigError as `transformers_config` and MaskedLanguageModel do, before a corpus is known; allocates no
-    weights. documents: whether attention is within documents. late_layer: masking.late_layer."""
+    weights. documents: whether attention is within documents. late_layer: at which [MASK] enters, by `late_setting`;
+    0: at the first."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"), 1)
     rows = model.settings.get("vocab_size", 1024)
     config = transformers_config(model, vocab_size=rows, pad_id=0, token_ids=special, pair_head=pair_head)
@@ -87,7 +93,7 @@ def check_settings(
             config,
             activation_checkpointing=model.activation_checkpointing,
             separator=special["sep_token_id"] if documents else None,
-            late=LateMasks(late_layer, special["mask_token_id"], 1) if late_layer else None,
+            late=LateMasks(late_layer, special["mask_token_id"], 1, late_setting) if late_layer else None,
         )
 
 

@@ -18,7 +18,6 @@ import torch
 from maskvr_ds.config import ConfigError
 from maskvr_ds.models import documents
 from maskvr_ds.models.encoder import MaskedLanguageModel
-from maskvr_ds.models.late_masks import REMEDY
 
 # Positions of the row of the backward pass: enough for what a longer row reaches, at bounded cost. Longer
 # rows go through a single layer.
@@ -183,8 +182,8 @@ def check_late_masks(module: MaskedLanguageModel, length: int) -> None:
     # Whatever an architecture raises for shorter rows, attention masks that it does not take, or no layer called.
     except Exception as error:
         raise ConfigError(
-            f"masking.late_layer {late.layer}: {kind} of transformers does not compute the layers below for the "
-            f"positions that are not [MASK] alone ({' '.join(str(error).split())}); {REMEDY}"
+            f"{late.setting} {late.layer}: {kind} of transformers does not compute the layers below for the "
+            f"positions that are not [MASK] alone ({' '.join(str(error).split())}); {late.remedy}"
         ) from error
     finally:
         module.late, module.trims_late = late, None

@@ -44,6 +44,8 @@ class MaskedLanguageModel(nn.Module):
     observer: called in every training forward pass with h [B, K, D], the input of the prediction head, and the losses
     [B, K], to register hooks on both (masking/gradient_norms.py); None to disable.
     is_compiled: whether parts of it were compiled (models/compiled.py).
+    late_in_training: in training, in place of `late`; only of a model that was made with a `late` of its layer or a
+    higher one. None: `late`.
     trims_late: whether the layers below `late` get rows of the same shorter length; None: in training only.
 
     Raises ConfigError if transformers cannot build the model or the architecture has no activation checkpointing, or
@@ -52,6 +54,7 @@ class MaskedLanguageModel(nn.Module):
     """
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    late_in_training: LateMasks | None = None
     is_compiled: bool = False
     trims_late: bool | None = None
 
@@ -133,11 +136,12 @@ class MaskedLanguageModel(nn.Module):
     def _late_masks(
         self, positions: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> AbstractContextManager[None]:
-        if self.late is None:
+        late = self.late_in_training if self.training and self.late_in_training is not None else self.late
+        if late is None:
             return nullcontext()
         numbers = None if self.separator is None else documents.starts(input_ids, self.separator).cumsum(1)
         passage = Passage(
-            self.late,
+            late,
             input_ids,
             attention_mask,
             predictions=positions.shape[1],
@@ -155,11 +159,12 @@ class MaskedLanguageModel(nn.Module):
     @contextmanager
     def without_late_masks(self) -> Iterator[None]:
         """Within: [MASK] enters at the first layer, as in the exported model."""
-        late, self.late = self.late, None
+        before = self.late, self.late_in_training
+        self.late = self.late_in_training = None
         try:
             yield
         finally:
-            self.late = late
+            self.late, self.late_in_training = before
 
     def _inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, Any]:
         """Arguments of transformers' model."""

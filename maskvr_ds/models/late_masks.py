@@ -31,17 +31,23 @@ from transformers import PreTrainedModel
 from maskvr_ds import hashing
 from maskvr_ds.config import ConfigError
 
-REMEDY = "set masking.late_layer to 0, or choose another architecture"
+# Settings that name the layer.
+FIXED, CANDIDATES = "masking.late_layer", "masking.auto.late_layers"
 
 
 @dataclass(frozen=True)
 class LateMasks:
     """layer: N ≥ 1, layers that see no [MASK]. mask_id: of [MASK]. hidden: positions that each row has less of in these
-    layers in training."""
+    layers in training. setting: for error messages, FIXED or CANDIDATES."""
 
     layer: int
     mask_id: int
     hidden: int
+    setting: str = FIXED
+
+    @property
+    def remedy(self) -> str:
+        return f"set {self.setting} to {0 if self.setting == FIXED else []}, or choose another architecture"
 
 
 class StagedLayers(nn.ModuleList):
@@ -69,12 +75,12 @@ def staged_layers(encoder: PreTrainedModel, late: LateMasks) -> StagedLayers:
     lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if len(lists) != 1:
         raise ConfigError(
-            f"masking.late_layer {late.layer}: {kind} of transformers has no list of its {count} layers, which are "
-            f"called one by one; {REMEDY}"
+            f"{late.setting} {late.layer}: {kind} of transformers has no list of its {count} layers, which are "
+            f"called one by one; {late.remedy}"
         )
     if not 1 <= late.layer < count:
         raise ConfigError(
-            f"masking.late_layer {late.layer}: [MASK] must enter before the last layer, and {kind} has {count} layers; "
+            f"{late.setting} {late.layer}: [MASK] must enter before the last layer, and {kind} has {count} layers; "
             f"set it to at most {count - 1}"
         )
     lists[0].__class__ = StagedLayers

@@ -91,9 +91,10 @@ def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> N
     rates = [x["rate"] for x in choices]
     axes.step([*at, max(last_step, at[-1])], [*rates, rates[-1]], where="post", linewidth=1.2, label="rate")
     for before, event in zip((None, *choices), choices, strict=False):
-        plan = (event["strategy"], event["segments"])
-        if before is None or plan != (before["strategy"], before["segments"]):
+        plan = _kind(event)
+        if before is None or plan != _kind(before):
             name = plan[0] if plan[1] == 1 else f"{plan[0]}, {plan[1]} segments"
+            name += f", [MASK] from layer {plan[2]}" if plan[2] else ""
             axes.annotate(name, (event["step"], event["rate"]), xytext=(3, 4), textcoords="offset points", fontsize=8)
     axes.set_ylim(0, 1.4 * max(rates))
     axes.set_ylabel("share of tokens\npredicted (auto)")
@@ -110,6 +111,11 @@ def _plot_choices(axes: Any, choices: list[dict[str, Any]], last_step: int) -> N
     other.axhline(1, color="grey", linestyle=":", linewidth=0.8)
     other.set_ylim(0, 2)  # outliers among estimates on few rows would hide the others
     other.set_ylabel("relative to\nthe plan in use")
+
+
+def _kind(event: dict[str, Any]) -> tuple[str, int, int]:
+    """Strategy, segments of a row per batch, layer at which [MASK] enters."""
+    return event["strategy"], event["segments"], event.get("late_layer", 0)
 
 
 def _best_other(event: dict[str, Any]) -> list[Any] | None:

@@ -1,11 +1,12 @@
 """Decisions of masking.strategy auto, as pure functions of measurements and costs. Loads no torch, calls no collective.
 
-A plan is a strategy, the number J of segments of a row per global batch, and a rate. Plans are rated by the progress of
-a step (analysis/gradient_variance/progress.py) divided by its seconds, relative to the plan in use:
+A plan is a strategy, the number J of segments of a row per global batch, a rate, and the layer at which [MASK] enters.
+Plans are rated by the progress of a step (analysis/gradient_variance/progress.py) divided by its seconds, relative to
+the plan in use:
 
 - another plan is better if the confidence interval of its ratio lies above 1;
-- the plain plan of the present rate, one mask of a row per batch without a proposal, is better than segments or a
-  proposal if its estimate is above 1: what is more complicated must prove itself, not what is simple;
+- the plain plan of the present rate, one mask of a row per batch without a proposal or late mask tokens, is better than
+  what has more if its estimate is above 1: what is more complicated must prove itself, not what is simple;
 - the best of these is taken once two consecutive measurements agree: among many measurements on few rows some are far
   off, and a plan taken by chance would stay for long. Two that find different lower rates agree on the higher one;
 - the rate never rises, so that a run ends at the rate of its goal. A rate that has fallen too early would cost the rest
@@ -13,7 +14,7 @@ a step (analysis/gradient_variance/progress.py) divided by its seconds, relative
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -33,19 +34,28 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True, order=True)
 class MaskingPlan:
-    """strategy: uniform, fully_explored or mapnet. segments: J of a row per global batch. rate: share predicted."""
+    """strategy: uniform, fully_explored or mapnet. segments: J of a row per global batch. rate: share predicted.
+    late: layer at which [MASK] enters in training; 0: at the first, or at masking.late_layer."""
 
     strategy: str
     segments: int
     rate: float
+    late: int = 0
 
     def stored(self) -> list[Any]:
         """For JSON."""
-        return [self.strategy, self.segments, self.rate]
+        return [self.strategy, self.segments, self.rate, *([self.late] if self.late else [])]
+
+    @classmethod
+    def read(cls, stored: Sequence[Any], rate: float) -> Self:
+        """From `stored`. rate: if it lacks one, as in checkpoints of earlier versions."""
+        strategy, count, *more = stored
+        return cls(str(strategy), int(count), float(more[0] if more else rate), int(more[1] if len(more) > 1 else 0))
 
     def __str__(self) -> str:
         several = f", {self.segments} segments of a row per batch" if self.segments > 1 else ""
-        return f"{self.strategy} at rate {self.rate:.4g}{several}"
+        late = f", [MASK] from layer {self.late}" if self.late else ""
+        return f"{self.strategy} at rate {self.rate:.4g}{several}{late}"
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,10 @@ class Rating:
         return estimate / self.seconds, low / self.seconds, high / self.seconds
 
 
-def plain(n: int, rate: float) -> MaskingPlan:
+def plain(n: int, rate: float, late: int = 0) -> MaskingPlan:
     """One mask of a row of n maskable positions per batch: `fully_explored` across epochs if its segments are as long
     as uniform masks (within a step it is uniform masks then), `uniform` otherwise."""
-    return MaskingPlan(SEGMENTS if predictions_lost(n, rate) <= _LOSS_ALLOWED else UNIFORM, 1, rate)
+    return MaskingPlan(SEGMENTS if predictions_lost(n, rate) <= _LOSS_ALLOWED else UNIFORM, 1, rate, late)
 
 
 def ladder(rate: float, final_rate: float | None) -> tuple[float, ...]:

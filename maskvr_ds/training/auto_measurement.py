@@ -20,7 +20,11 @@ rate.
 Rows are drawn as training draws them, from a mixture by weight; each at most once, since products of different rows
 must be independent.
 
-Cost: `rows` · `draws` · 2 forward and backward passes for the goal, each rate, segments and the proposal. Collectives:
+[MASK] enters at the layer of the present plan; the plain plan of the present rate is also measured with [MASK] from
+each other layer. The goal is as held-out losses are: [MASK] from the first layer, or from masking.late_layer.
+
+Cost: `rows` · `draws` · 2 forward and backward passes for the goal, each rate and each other layer, segments and the
+proposal. Collectives:
 those of moments.py.
 """
 
@@ -61,12 +65,14 @@ _ROWS_AT_ONCE = 1024
 @dataclass(frozen=True)
 class Candidates:
     """What is measured: the plain plans of the rates from the present one down, under uniform masks; `counts` of
-    segments, of rows with `of_row` segments; the proposal, if it is trained."""
+    segments, of rows with `of_row` segments; the proposal, if it is trained; plain plans of the present rate with
+    [MASK] from other layers than in the present plan."""
 
     plain: tuple[MaskingPlan, ...]
     counts: tuple[int, ...]
     of_row: int
     proposal: bool
+    late: tuple[MaskingPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,40 +118,48 @@ def measure_candidates(
     masker: Masker,
     proposer: Proposer | None,
     batch: int,
+    enter: Callable[[int], None] | None = None,
 ) -> Found:
     """Measure all candidates on the sample. Collective: call on all ranks.
 
-    masker: with the seed of this measurement; it is copied. batch: B.
+    masker: with the seed of this measurement; it is copied. batch: B. enter: sets the layer at which [MASK] enters the
+    sketcher's model, 0 as for the goal; None if no plan differs in it.
     """
 
-    def measured(strategy: str, rate: float, goal: Any = None, **options: Any) -> Measured:
+    def measured(strategy: str, rate: float, late: int, goal: Any = None, **options: Any) -> Measured:
+        assert enter is not None or not late
+        if enter is not None:
+            enter(late)
         own = copy.copy(masker)
         own.strategy = STRATEGIES[strategy]
         own.fix_rate(rate)
         return measure_gradients(sample, sketcher, own, goal=goal, **options)
 
     single = {"draws": 2 * config.draws, "copies": 1}
-    goal = measured(UNIFORM, HELD_OUT_RATE, **single)
+    goal = measured(UNIFORM, HELD_OUT_RATE, 0, **single)
     of_goal = replace(goal.moments, cross=(goal.means @ goal.means.T).numpy())
     uniform = {
-        plan: of_goal if plan.rate == HELD_OUT_RATE else measured(UNIFORM, plan.rate, goal.means, **single).moments
-        for plan in candidates.plain
+        plan: of_goal
+        if (plan.rate, plan.late) == (HELD_OUT_RATE, 0)
+        else measured(UNIFORM, plan.rate, plan.late, goal.means, **single).moments
+        for plan in (*candidates.plain, *candidates.late)
     }
     gains: dict[MaskingPlan, Gain] = {plan: partial(_gain, moments, batch=batch) for plan, moments in uniform.items()}
-    calls, rate = len({HELD_OUT_RATE, *(plan.rate for plan in uniform)}), candidates.plain[0].rate
+    calls = len({(HELD_OUT_RATE, 0), *((plan.rate, plan.late) for plan in uniform)})
+    rate, late = candidates.plain[0].rate, candidates.plain[0].late
     if candidates.counts:
-        pairs = measured(SEGMENTS, rate, goal.means, draws=config.draws, copies=2, one_round=True)
+        pairs = measured(SEGMENTS, rate, late, goal.means, draws=config.draws, copies=2, one_round=True)
         calls += 1
         for count in candidates.counts:
             share = same_round_share(count, candidates.of_row)
             total = partial(total_variance, pairs.moments, pairs.single, count, together=share)
-            gains[MaskingPlan(SEGMENTS, count, rate)] = partial(_gain, pairs.moments, batch=batch, total=total)
+            gains[MaskingPlan(SEGMENTS, count, rate, late)] = partial(_gain, pairs.moments, batch=batch, total=total)
     if candidates.proposal:
         assert proposer is not None
         gate, learning = proposer.gate, proposer.learning
         proposer.gate, proposer.learning = "always", False
-        gains[MaskingPlan(PROPOSAL, 1, rate)] = partial(
-            _gain, measured(PROPOSAL, rate, goal.means, **single).moments, batch=batch
+        gains[MaskingPlan(PROPOSAL, 1, rate, late)] = partial(
+            _gain, measured(PROPOSAL, rate, late, goal.means, **single).moments, batch=batch
         )
         proposer.gate, proposer.learning = gate, learning
         calls += 1

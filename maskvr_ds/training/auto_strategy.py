@@ -1,11 +1,13 @@
 """masking.strategy auto: continues with the masks that make the most progress per second, measured at intervals.
 
 Candidates: at the present rate one mask of a row per batch (the plain plan), J disjoint segments of a row in one batch
-for every J that divides the global batch, and MAPNet's proposal while it is trained; and the plain plan of every lower
-rate. Measurement: auto_measurement.py; costs: mask_costs.py; decisions: auto_choice.py.
+for every J that divides the global batch, and MAPNet's proposal while it is trained; the plain plan of every lower
+rate; and at the present rate the plain plan with [MASK] from every other layer of `masking.auto.late_layers`, or from
+the first. Measurement: auto_measurement.py; costs: mask_costs.py; decisions: auto_choice.py.
 
 The run starts with the plain plan of `masking.rate`, the highest rate. The rate falls when measurements say so, never
-rises, and is `masking.final_rate` in the last part of the schedule in any case.
+rises, and is `masking.final_rate` in the last part of the schedule in any case. In that part [MASK] enters at the first
+layer, as in the exported model, of which the goal and held-out losses are.
 
 MAPNet is neither trained nor paid for until a measurement says that a proposal could pay for its time; it then has two
 measurements to prove itself.
@@ -37,6 +39,7 @@ from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
 from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.runtime import distributed
 from maskvr_ds.telemetry.metrics_file import AUTO_EVENT
 from maskvr_ds.training.auto_choice import (
@@ -53,7 +56,8 @@ from maskvr_ds.training.auto_choice import (
     segment_counts,
 )
 from maskvr_ds.training.auto_measurement import Candidates, distinct_rows, measure_candidates, rate_plans
-from maskvr_ds.training.mask_costs import StepCosts
+from maskvr_ds.training.mask_costs import late_masks_of
+from maskvr_ds.training.step_costs import StepCosts
 
 # Purposes of keys: no two uses share random numbers.
 _ROWS, _MASKS, _SKETCH = range(3)
@@ -96,6 +100,7 @@ class Chooser:
         self._n = loader.corpus.sequence_length - 2
         self._rates, self._final_step = ladder(rate, final_rate), final_step
         self._trial = ProposalTrial()
+        self._late_layers: tuple[int, ...] = ()  # candidates of a measurement
         self.plan = self._best = plain(self._n, rate)  # _best: by the last measurement
         self._apply(0)
 
@@ -110,6 +115,7 @@ class Chooser:
             "strategy": self.plan.strategy,
             "stretch": asdict(self._loader.repeats),
             "rate": self.plan.rate,
+            **self._entry(),
             "best": self._best.stored(),
             "trial": asdict(self._trial),
             "costs": self._costs.stored(),
@@ -123,9 +129,9 @@ class Chooser:
         """
         self._loader.repeats = RepeatSchedule(**state["stretch"])
         rate = float(state.get("rate", self._rates[0]))
-        self.plan = MaskingPlan(str(state["strategy"]), self._loader.repeats.copies, rate)
-        strategy, count, *at_rate = state.get("best", (self.plan.strategy, self.plan.segments))
-        self._best = MaskingPlan(str(strategy), int(count), float(at_rate[0]) if at_rate else rate)
+        late = int(state.get("late_layer", 0))
+        self.plan = MaskingPlan(str(state["strategy"]), self._loader.repeats.copies, rate, late)
+        self._best = MaskingPlan.read(state.get("best", self.plan.stored()), rate)
         trained = self._proposer is not None and "trial" not in state
         self._trial = ProposalTrial(**state.get("trial", {"learning": trained}))
         self._apply(step)
@@ -134,6 +140,8 @@ class Chooser:
         """Set masker and MAPNet to the plan."""
         self._masker.strategy = STRATEGIES[self.plan.strategy]
         self._masker.fix_rate(self.plan.rate)
+        if self._config.late_layers:
+            self._engine.module.late_in_training = late_masks_of(self.plan, self._loader.corpus)
         if self._proposer is None:
             return
         self._proposer.gate = "always" if self.plan.strategy == PROPOSAL else "never"
@@ -145,7 +153,12 @@ class Chooser:
             self._engine.module.observer = None
 
     def _falls_now(self, step: int) -> bool:
-        return self._final_step is not None and step >= self._final_step and self.plan.rate > self._rates[-1]
+        ahead = self.plan.rate > self._rates[-1] or self.plan.late > 0
+        return self._ends(step) and ahead
+
+    def _ends(self, step: int) -> bool:
+        """Whether the last part of the schedule has begun."""
+        return self._final_step is not None and step >= self._final_step
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether to measure or to change the plan after `step` steps."""
@@ -160,10 +173,13 @@ class Chooser:
         measured: dict[str, Any] = {"passes": 0}
         if self._falls_now(step):
             chosen = best = plain(self._n, self._rates[-1])
-            why = f"the last part of the schedule is trained at masking.final_rate {self._rates[-1]:g}"
+            rate = f"masking.final_rate {self._rates[-1]:g}" if len(self._rates) > 1 else f"rate {self._rates[-1]:g}"
+            late = ", [MASK] from the first layer" if self._config.late_layers else ""
+            why = f"the last part of the schedule is trained at {rate}{late}"
             # The network may be used again at this rate, but has to prove itself there.
             self._trial = ProposalTrial()
         else:
+            self._late_layers = () if self._ends(step) else (0, *self._config.late_layers)
             ratings, ideal, measured = self._measure(hashing.fold(self._seed, step))
             best, ideal = distributed.broadcast_object((best_plan(ratings, before, self._plain(before.rate)), ideal))
             chosen = next_plan(best, self._best, before)
@@ -186,6 +202,7 @@ class Chooser:
             "strategy": chosen.strategy,
             "segments": chosen.segments,
             "rate": chosen.rate,
+            **self._entry(),
             "best": best.stored(),
             "reason": why,
             "proposal_trained": self.learning,
@@ -194,10 +211,15 @@ class Chooser:
             "cpu_seconds": round(time.process_time() - cpu_started, 3),
         }
 
-    def _plain(self, rate: float) -> MaskingPlan:
-        """The plain plan of a rate; the present plan, if it is one."""
-        own = self.plan.rate == rate and self.plan.segments == 1 and self.plan.strategy != PROPOSAL
-        return self.plan if own else plain(self._n, rate)
+    def _entry(self) -> dict[str, int]:
+        """Layer at which [MASK] enters, for states and events, if it is to be chosen."""
+        return {"late_layer": self.plan.late} if self._config.late_layers else {}
+
+    def _plain(self, rate: float, late: int = 0) -> MaskingPlan:
+        """The plain plan of a rate and layer; the present plan, if it is one."""
+        present = (self.plan.rate, self.plan.late) == (rate, late)
+        own = present and self.plan.segments == 1 and self.plan.strategy != PROPOSAL
+        return self.plan if own else plain(self._n, rate, late)
 
     def _measure(self, key: int) -> tuple[dict[MaskingPlan, Rating], float, dict[str, Any]]:
         """Ratings of all plans; the progress per second of the best proposal that is expected, relative to the present
@@ -205,18 +227,32 @@ class Chooser:
         config, corpus, now = self._config, self._loader.corpus, self.plan
         rows = distinct_rows(self._loader.shares, hashing.fold(key, _ROWS), config.rows)
         sample = Sample(corpus, rows, key, self._micro_size, distributed.device())
-        sketcher = Sketcher(self._full_precision_copy(), size=config.sketch_size, seed=hashing.fold(key, _SKETCH))
+        module = self._full_precision_copy()
+        sketcher = Sketcher(module, size=config.sketch_size, seed=hashing.fold(key, _SKETCH))
         masker = copy.copy(self._masker)
         masker.seed = hashing.fold(key, _MASKS)
         candidates = Candidates(
-            tuple(self._plain(rate) for rate in self._rates if rate <= now.rate),
+            tuple(self._plain(rate, now.late) for rate in self._rates if rate <= now.rate),
             segment_counts(self._n, now.rate, self._loader.global_size),
             segments(self._n, now.rate),
             self.learning,
+            tuple(self._plain(now.rate, late) for late in self._late_layers if late != now.late),
         )
+
+        def enter(late: int) -> None:
+            # In evaluation mode as many positions are hidden as there are [MASK].
+            module.late = self._staged(late) if late else self._engine.module.late
+
         batch = self._loader.global_size
         found = measure_candidates(
-            candidates, config, sample=sample, sketcher=sketcher, masker=masker, proposer=self._proposer, batch=batch
+            candidates,
+            config,
+            sample=sample,
+            sketcher=sketcher,
+            masker=masker,
+            proposer=self._proposer,
+            batch=batch,
+            enter=enter if config.late_layers else None,
         )
         seconds = {plan: self._costs.seconds(plan) for plan in found.gains}
         ratings = rate_plans(found.gains, seconds, now, config.rows, config.confidence)
@@ -235,18 +271,24 @@ class Chooser:
         }
         ideal = math.nan
         if self._proposer is not None:
-            reference, proposal = found.gains[now], MaskingPlan(PROPOSAL, 1, now.rate)
+            reference, proposal = found.gains[now], MaskingPlan(PROPOSAL, 1, now.rate, now.late)
             progress = jackknife(lambda c: found.ideal(c) / reference(c), config.rows, config.confidence)[0]
             ideal = progress * self._costs.seconds(now) / self._costs.seconds(proposal)
             figures["best_expected_proposal"] = ideal if math.isfinite(ideal) else None
         return ratings, ideal, figures
+
+    def _staged(self, layer: int | None = None) -> LateMasks:
+        """[MASK] from `layer`, in evaluation mode; None: from the highest candidate."""
+        mask_id = self._loader.corpus.manifest.special_tokens.mask
+        return LateMasks(layer or max(self._config.late_layers), mask_id, hidden=0)
 
     def _full_precision_copy(self) -> MaskedLanguageModel:
         """The model with its full fp32 weights, on this rank's device."""
         weights = full_fp32_weights(self._engine)
         with torch.random.fork_rng(devices=[]):
             module = self._engine.module
-            copied = MaskedLanguageModel(module.mlm.config, separator=module.separator, late=module.late).float()
+            late = module.late if not self._config.late_layers else self._staged()
+            copied = MaskedLanguageModel(module.mlm.config, separator=module.separator, late=late).float()
         copied.to(distributed.device())
         for name, parameter in copied.mlm.named_parameters():
             if distributed.rank() == 0:

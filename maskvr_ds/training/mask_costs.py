@@ -12,9 +12,11 @@ costs of a phase are taken, in this order, from
 
 A resume on other ranks or another machine keeps the costs: 1 comes first.
 
-Model of the costs: uniform masks are measured at every rate; disjoint segments and the proposal (with its training) add
-to that what they add at the highest rate. Seconds are those of the clock on GPUs, and those of the process's CPU time
-without one, where other programs would disturb the clock.
+Model of the costs: uniform masks are measured at every rate and at every layer at which [MASK] may enter; disjoint
+segments and the proposal (with its training) add to that what they add at the highest rate. A proposal that learns at
+every n-th step only (mapnet.learn_every) adds the mean over n steps, of which one learns and n − 1 propose alone; both
+kinds are measured. Seconds are those of the clock on GPUs, and those of the process's CPU time without one, where other
+programs would disturb the clock.
 
 Collectives: those of training steps; `run_on_rank0` and one `gather_objects`.
 """
@@ -24,20 +26,21 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config import ConfigError, MapNetConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import set_learning_rate
+from maskvr_ds.masking.checks import hidden_at
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import MASK_COSTS
 from maskvr_ds.runtime import distributed
@@ -46,65 +49,16 @@ from maskvr_ds.training.auto_choice import PROPOSAL, SEGMENTS, UNIFORM, MaskingP
 from maskvr_ds.training.phases import RunPhase
 from maskvr_ds.training.resume import ResumePoint
 from maskvr_ds.training.step import run_step
+from maskvr_ds.training.step_costs import Needed, StepCosts
 
 # Timed rounds, after one that is not.
 _ROUNDS = 5
+# A case besides the strategies: a step at which MAPNet proposes the masks and does not learn.
+_BETWEEN = "mapnet without learning"
+# Strategy or _BETWEEN, rate, layer at which [MASK] enters.
+_Case = tuple[str, float, int]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """uniform: rate -> seconds of a step with uniform masks. added: strategy -> seconds that it adds. machine: what the
-    seconds depend on, by name."""
-
-    uniform: dict[float, float]
-    added: dict[str, float]
-    machine: dict[str, Any]
-
-    def seconds(self, plan: MaskingPlan) -> float:
-        """Seconds of a step."""
-        return self.uniform[plan.rate] + self.added.get(plan.strategy, 0.0)
-
-    def stored(self) -> dict[str, Any]:
-        """In JSON types."""
-        return {**asdict(self), "uniform": [[rate, seconds] for rate, seconds in self.uniform.items()]}
-
-    @classmethod
-    def read(cls, stored: Any) -> Self:
-        """Raises ValueError if the content has another form."""
-        try:
-            uniform = {float(rate): float(seconds) for rate, seconds in stored["uniform"]}
-            added = {str(name): float(seconds) for name, seconds in stored["added"].items()}
-            machine = dict(stored["machine"])
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"not the seconds of masking strategies ({type(error).__name__}: {error})") from None
-        if not uniform or not all(0 < x < float("inf") for x in uniform.values()):
-            raise ValueError(f"seconds of uniform masks must be positive, found {list(uniform.values())}")
-        if not all(0 <= x < float("inf") for x in added.values()):
-            raise ValueError(f"seconds that a strategy adds must not be negative, found {added}")
-        return cls(uniform, added, machine)
-
-    def lacks(self, needed: "Needed") -> str | None:
-        """A candidate whose costs are missing, in words; None if all are known."""
-        for rate in needed.rates:
-            if rate not in self.uniform:
-                return f"uniform masks at rate {rate:g}"
-        missing = [strategy for strategy in needed.strategies if strategy not in self.added]
-        return missing[0] if missing else None
-
-    def __str__(self) -> str:
-        rates = ", ".join(f"{seconds:.4g} s at rate {rate:.4g}" for rate, seconds in self.uniform.items())
-        added = "".join(f"; {name} adds {seconds:.2g} s" for name, seconds in self.added.items())
-        return f"uniform masks {rates}{added}"
-
-
-@dataclass(frozen=True)
-class Needed:
-    """Candidates whose costs a run needs. strategies: besides uniform."""
-
-    rates: tuple[float, ...]
-    strategies: tuple[str, ...]
 
 
 def needed(config: RunConfig, corpus: Corpus) -> Needed:
@@ -114,7 +68,17 @@ def needed(config: RunConfig, corpus: Corpus) -> Needed:
     divided = any(
         segment_counts(n, rate, config.batch.global_size) or plain(n, rate).strategy == SEGMENTS for rate in rates
     )
-    return Needed(rates, (*((SEGMENTS,) if divided else ()), *((PROPOSAL,) if masking.auto.proposal else ())))
+    strategies = (*((SEGMENTS,) if divided else ()), *((PROPOSAL,) if masking.auto.proposal else ()))
+    return Needed(rates, strategies, masking.auto.late_layers)
+
+
+def late_masks_of(plan: MaskingPlan, corpus: Corpus) -> LateMasks | None:
+    """Where [MASK] enters in the steps of a plan; None: at the first layer, or at masking.late_layer."""
+    if not plan.late:
+        return None
+    n = corpus.sequence_length - 2
+    hidden = hidden_at(n, plan.rate, disjoint=plan.strategy == SEGMENTS)
+    return LateMasks(plan.late, corpus.manifest.special_tokens.mask, hidden)
 
 
 def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
@@ -134,12 +98,21 @@ def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any])
             "compile": config.training.compile,
             "attention": config.data.attention,
             "late_layer": config.masking.late_layer,
-            "mapnet": config.masking.mapnet.model_dump(include={"layers", "hidden", "reach", "cost"}),
+            "mapnet": _network(config.masking.mapnet),
             "model": config.model.identity(),
         }
         return dict(json.loads(json.dumps(found)))
 
     return distributed.run_on_rank0(describe)
+
+
+def _network(mapnet: MapNetConfig) -> dict[str, Any]:
+    """What the time of MAPNet depends on. Without learn_every 1, which costs of earlier versions do not name: those of
+    other values were measured as if it were 1."""
+    found = mapnet.model_dump(include={"layers", "hidden", "reach", "cost", "learn_every"})
+    if found["learn_every"] == 1:
+        del found["learn_every"]
+    return found
 
 
 def resolve_costs(
@@ -186,6 +159,10 @@ def check_plan_of_checkpoint(config: RunConfig, auto: Mapping[str, Any]) -> None
         raise CheckpointError(
             f"masking.rate {masking.rate:g}: strategy auto trains at {rate:g}, which is not among the rates "
             f"{', '.join(f'{x:g}' for x in rates)} from masking.rate to final_rate; restore both"
+        )
+    if (late := auto.get("late_layer", 0)) not in (0, *masking.auto.late_layers):
+        raise CheckpointError(
+            f"masking.auto.late_layers: strategy auto trains with [MASK] from layer {late} at this checkpoint; add it"
         )
     if auto.get("strategy") == PROPOSAL and not masking.auto.proposal:
         raise CheckpointError(
@@ -276,11 +253,10 @@ def measure_costs(
     engine = make_engine()
     engine.train()
     device, masking = distributed.device(), config.masking
-    proposer = None
+    highest, learn_every, proposer = needed.rates[0], masking.mapnet.learn_every, None
     if PROPOSAL in needed.strategies and masking.mapnet.cost is None:
         proposer = Proposer(
-            # Of steps at which it learns: with learn_every, more than on average.
-            masking.mapnet.model_copy(update={"learn_every": 1}),
+            masking.mapnet,
             vocab_size=corpus.manifest.vocab_size,
             max_length=engine.module.mlm.config.max_position_embeddings,
             seed=0,
@@ -298,35 +274,48 @@ def measure_costs(
         world_size=distributed.world_size(),
         device=device,
     )
-    cases = [(UNIFORM, rate) for rate in needed.rates]
-    cases += [(s, needed.rates[0]) for s in needed.strategies if s != PROPOSAL or proposer is not None]
-    times: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    cases = [(UNIFORM, rate, late) for late in (0, *needed.late_layers) for rate in needed.rates]
+    cases += [(s, highest, 0) for s in needed.strategies if s != PROPOSAL or proposer is not None]
+    if proposer is not None and learn_every > 1:
+        cases.append((_BETWEEN, highest, 0))
+    times: dict[_Case, list[float]] = {case: [] for case in cases}
     set_learning_rate(engine, 0.0)
     batches = loader.batches()
     for round_ in range(rounds + 1):
         # Rotate the order: the state of the caches depends on the previous step.
-        for strategy, rate in _rotated(cases, round_):
+        for case in _rotated(cases, round_):
+            name, rate, late = case
+            strategy = PROPOSAL if name == _BETWEEN else name
             learner = proposer if strategy == PROPOSAL else None
             masker.strategy = STRATEGIES[strategy]
             masker.fix_rate(rate)
-            engine.module.observer = None if learner is None else learner.norms.watch
+            engine.module.observer = None
+            engine.module.late_in_training = late_masks_of(MaskingPlan(strategy, 1, rate, late), corpus)
+            if learner is not None:
+                # The step before one at which it learns, or before one at which it does not.
+                learner.run_step = learn_every - 1 if name == PROPOSAL else 0
+                learner.attach(engine.module)
             seconds = _step_seconds(engine, masker, next(batches), config, learner)
             if round_:
-                times[strategy, rate].append(seconds)
+                times[case].append(seconds)
     batches.close()
     engine.destroy()
     free_memory()
     ranks = distributed.gather_objects({case: statistics.median(found) for case, found in times.items()})
     of_case = {case: max(each[case] for each in ranks) for case in cases}
-    uniform = {rate: of_case[UNIFORM, rate] for rate in needed.rates}
-    highest = needed.rates[0]
-    added = {s: max(0.0, of_case[s, highest] - uniform[highest]) for s, _ in cases if s != UNIFORM}
+    uniform, *others = (
+        {rate: of_case[UNIFORM, rate, late] for rate in needed.rates} for late in (0, *needed.late_layers)
+    )
+    added = {name: of_case[name, highest, 0] - uniform[highest] for name, _, _ in cases if name != UNIFORM}
+    if _BETWEEN in added:
+        added[PROPOSAL] = (added[PROPOSAL] + (learn_every - 1) * added.pop(_BETWEEN)) / learn_every
+    added = {name: max(0.0, seconds) for name, seconds in added.items()}
     if PROPOSAL in needed.strategies and masking.mapnet.cost is not None:
         added[PROPOSAL] = masking.mapnet.cost * uniform[highest]
-    return StepCosts(uniform, added, dict(here))
+    return StepCosts(uniform, added, dict(here), dict(zip(needed.late_layers, others, strict=True)))
 
 
-def _rotated(cases: Sequence[tuple[str, float]], by: int) -> Sequence[tuple[str, float]]:
+def _rotated(cases: Sequence[_Case], by: int) -> Sequence[_Case]:
     first = by % len(cases)
     return [*cases[first:], *cases[:first]]
 

@@ -125,12 +125,17 @@ def _check_architecture(config: RunConfig) -> None:
     own fields are checked without it; a login node may not have it, and the ranks check again."""
     model, pair_head = config.model, config.pair_objective is not None
     documents = any(phase.data.attention == "documents" for _, phase in _phases(config))
-    late_layer = max(phase.masking.late_layer for _, phase in _phases(config))
+    phases = [phase.masking for _, phase in _phases(config)]
+    late_layer, setting = max(
+        *((masking.late_layer, "masking.late_layer") for masking in phases),
+        *((layer, "masking.auto.late_layers") for masking in phases for layer in masking.auto.late_layers),
+        (0, ""),
+    )
     if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
         return
     from maskvr_ds.models.architectures import check_settings
 
-    check_settings(model, pair_head=pair_head, documents=documents, late_layer=late_layer)
+    check_settings(model, pair_head=pair_head, documents=documents, late_layer=late_layer, late_setting=setting)
 
 
 def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -37,7 +37,7 @@ from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus
-from maskvr_ds.models.late_masks import LateMasks
+from maskvr_ds.models.late_masks import CANDIDATES, LateMasks
 from maskvr_ds.reliability.divergence import Guard
 from maskvr_ds.run_folder.checkpoints import CheckpointState
 from maskvr_ds.run_folder.fence import Fence
@@ -50,11 +50,12 @@ from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
-from maskvr_ds.training.mask_costs import StepCosts, machine, resolve_costs
+from maskvr_ds.training.mask_costs import machine, resolve_costs
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
+from maskvr_ds.training.step_costs import StepCosts
 from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
@@ -227,8 +228,12 @@ def _make_engine(
     deepspeed_config: dict[str, Any],
     initial: InitialWeights | None,
 ) -> Any:
-    config = phase.config
-    return create_engine(
+    config, candidates = phase.config, phase.config.masking.auto.late_layers
+    late = late_masks(config, corpus)
+    if candidates:
+        # Of the highest layer, for which the model is checked and prepared; then strategy auto sets it.
+        late = LateMasks(max(candidates), corpus.manifest.special_tokens.mask, 0, CANDIDATES)
+    engine = create_engine(
         encoder,
         deepspeed_config,
         model=config.model,
@@ -238,9 +243,12 @@ def _make_engine(
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
         separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
-        late=late_masks(config, corpus),
+        late=late,
         initial=initial,
     )
+    if candidates:
+        engine.module.late = None
+    return engine
 
 
 def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predictions: int) -> None:
@@ -372,7 +380,7 @@ def make_chooser(
     config = phase.config
     masking = config.masking
     final_step = None
-    if masking.final_rate is not None:
+    if masking.final_rate is not None or masking.auto.late_layers:
         final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
     return Chooser(
         masking.auto,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from maskvr_ds.run_folder.checkpoints import read_manifest
+from maskvr_ds.checkpoint import load
+from maskvr_ds.run_folder.checkpoints import complete_checkpoints, read_manifest
 from maskvr_ds.run_folder.layout import CHECKPOINTS, MASK_COSTS, METRICS
 from maskvr_ds.telemetry.metrics_file import read_events
 from tests.distributed.ranks import run_ranks
@@ -41,7 +43,7 @@ def train_by_course(jobs: list[tuple[dict[str, Any], str | None]], strict: bool)
     from maskvr_ds.training import mask_costs
     from maskvr_ds.training.auto_choice import MaskingPlan, Rating
     from maskvr_ds.training.auto_strategy import Chooser
-    from maskvr_ds.training.mask_costs import StepCosts
+    from maskvr_ds.training.step_costs import StepCosts
 
     def measure(self: Chooser, key: int) -> Any:
         best = MaskingPlan(*MEASURED[asked.pop(0)])
@@ -84,7 +86,8 @@ def train_with_slow_network(jobs: list[tuple[dict[str, Any], str | None]]) -> li
 
 class Runs:
     """course-*, parts, elastic: by MEASURED. measured-*: as measured. killed: two kills, and its costs; undisturbed-*:
-    with costs at which 0.312 is by far the fastest rate, of the same machine."""
+    with costs at which 0.312 is by far the fastest rate, of the same machine. late-*: with costs at which [MASK] from
+    layer 1 is by far faster, one of them killed and resumed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,11 +129,28 @@ class Runs:
             Life([(with_costs(self.falling("undisturbed-2"), crafted[2]), None)]),
             Life([(with_costs(self.falling("elsewhere"), crafted[1]), None)]),
         ]
+        late = {ranks: self._cheap_layer(costs) for ranks, costs in crafted.items()}
+        often = {"checkpoint": {"every_steps": 5}}
+        lives += [
+            Life([(with_costs(self.late("late-killed"), late[2]) | often, None)], kill=("step", 11)),
+            Life([(with_costs(self.late("late-killed"), late[2]) | often, "auto")]),
+            Life([(with_costs(self.late("late-2"), late[2]), None)]),
+        ]
         answers = run_ranks(live, 2, lives, free_ports(len(lives)))
-        assert [answer[:4] for answer in answers] == [["killed", "killed", [None], [None]]] * 2
+        expected = ["killed", "killed", [None], [None], "killed", [None], [None]]
+        assert [[*answer[:4], *answer[5:]] for answer in answers] == [expected] * 2, answers
         self.elsewhere = [str(answer[4][0]) for answer in answers]
         one = with_costs(self.falling("undisturbed-1"), crafted[1])
-        assert run_ranks(train_all, 1, [(one, None)]) == [[None]]
+        jobs = [(one, None), (with_costs(self.late("late-1"), late[1]), None)]
+        assert run_ranks(train_all, 1, jobs) == [[None, None]]
+
+    def _cheap_layer(self, costs: Path) -> Path:
+        """Costs of `late`: a step takes a fifth of the seconds with [MASK] from layer 1."""
+        of_rates = [[0.45, 5.0]]
+        content = {**json.loads(costs.read_text(encoding="utf-8")), "uniform": of_rates, "late": [[1, [[0.45, 1.0]]]]}
+        file = costs.with_name(f"late-{costs.name}")
+        file.write_text(json.dumps(content), encoding="utf-8")
+        return file
 
     def values(self, name: str, **masking: Any) -> dict[str, Any]:
         return configuration(
@@ -155,6 +175,14 @@ class Runs:
         values = self.values(name, rate=0.45)
         values["masking"]["auto"] |= {"rows": 16, "proposal": False}
         return values | {"training": {"steps": 16}}
+
+    def late(self, name: str) -> dict[str, Any]:
+        """A run of 16 steps, in which [MASK] may enter at layer 1."""
+        values = self.falling(name)
+        del values["masking"]["final_rate"]
+        values["masking"] |= {"mask_probability": 1, "random_probability": 0}
+        values["masking"]["auto"] |= {"late_layers": [1]}
+        return values
 
     def __call__(self, name: str) -> Path:
         return self.folder / name
@@ -268,6 +296,25 @@ def test_killed_and_resumed_equals_undisturbed(runs: Runs) -> None:
     ]
     assert timeless[0] == timeless[1]
     assert not [e for e in read_events(runs("killed") / METRICS) if e["event"] == "auto_costs"]
+
+
+def test_late_masks_are_chosen_alike_and_resumed_exactly(runs: Runs) -> None:
+    one, two, killed = (events(runs(f"late-{name}")) for name in ("1", "2", "killed"))
+    assert [(e["step"], e["late_layer"]) for e in two] == [(4, 0), (8, 1), (12, 1), (14, 0)]
+    assert [(e["step"], e["late_layer"], e["strategy"]) for e in one] == [
+        (e["step"], e["late_layer"], e["strategy"]) for e in two
+    ]
+    measured = [[e["candidates"] for e in found if e["passes"]] for found in (killed, two)]
+    assert measured[0] == measured[1]
+    assert column(runs("late-killed"), *EXACT) == column(runs("late-2"), *EXACT)
+    ends = [load.read_weights(complete_checkpoints(runs(f"late-{name}"))[-1]) for name in ("killed", "2")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    # The layer changes what is computed, not what is masked: as on one rank, up to rounding.
+    assert column(runs("late-1"), "mask_digest") == column(runs("late-2"), "mask_digest")
+    losses = [[loss for (loss,) in column(runs(f"late-{ranks}"), "loss")] for ranks in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    # Five candidates of one rate; the other layer is one of them.
+    assert {tuple(each["plan"][2:]) for each in two[0]["candidates"]} == {(0.45,), (0.45, 1)}
 
 
 def test_costs_of_another_machine_and_small_corpora_are_refused(runs: Runs) -> None:

@@ -310,6 +310,27 @@ FAULTS = [
         "masking.late_layer to 0, or choose another architecture",
     ),
     sets(
+        "late mask tokens among the choices of auto, with kept and random tokens",
+        "masking.strategy=auto --set masking.auto.late_layers=[1]",
+        "masking: auto.late_layers 1: all predicted positions must be [MASK], which the layers below do not see, and "
+        "mask_probability is 0.8; set mask_probability to 1 and random_probability to 0",
+    ),
+    sets(
+        "late mask tokens among the choices of auto, beyond the layers",
+        "masking.strategy=auto --set masking.auto.late_layers=[9] --set masking.mask_probability=1 --set "
+        "masking.random_probability=0",
+        "masking.auto.late_layers 9: [MASK] must enter before the last layer, and bert has 1 layers; set it to at most "
+        "0",
+    ),
+    sets(
+        "late mask tokens among the choices of auto, in an architecture with one layer for all",
+        "masking.strategy=auto --set masking.auto.late_layers=[1] --set masking.mask_probability=1 --set "
+        "masking.random_probability=0 --set 'model={architecture: albert, settings: {max_position_embeddings: 16, "
+        "hidden_size: 8, num_attention_heads: 2, num_hidden_layers: 2, intermediate_size: 8}}'",
+        "masking.auto.late_layers 1: albert of transformers has no list of its 2 layers, which are called one by one; "
+        "set masking.auto.late_layers to [], or choose another architecture",
+    ),
+    sets(
         "late mask tokens in an encoder that is compiled as a whole",
         "masking.late_layer=1 --set masking.mask_probability=1 --set masking.random_probability=0 --set "
         "training.compile=model",

@@ -123,6 +123,25 @@ def test_losses_and_gradients_are_those_of_masked_attention(architecture: str, k
     assert widths[0] == (L - module.late.hidden if trimmed else L)
 
 
+@pytest.mark.parametrize("layer", range(1, N + 1))
+def test_a_layer_in_training_alone(layer: int) -> None:
+    """A model prepared for layer N takes any lower one, in training only; in evaluation it is the ordinary model."""
+    late = LateMasks(layer, MASK, K)
+    module, other = model("bert", LateMasks(N, MASK, 0)), model("bert", late)
+    other.load_state_dict(module.state_dict())
+    module.late, module.late_in_training = None, late
+    batch = rows()
+    trained = module.train()(*batch)
+    torch.testing.assert_close(trained, other.train()(*batch), rtol=0, atol=0)
+    evaluated = module.eval()(*batch)
+    assert (evaluated - trained).abs().max() > 1e-3
+    with other.without_late_masks():
+        torch.testing.assert_close(evaluated, other.eval()(*batch), rtol=0, atol=0)
+    with module.train().without_late_masks():
+        torch.testing.assert_close(module(*batch), evaluated, rtol=0, atol=0)
+    assert module.late_in_training == late
+
+
 @pytest.mark.parametrize("trimmed", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "roberta"])
 def test_documents_and_their_windows_are_kept(architecture: str, trimmed: bool) -> None:

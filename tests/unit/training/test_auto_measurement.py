@@ -138,7 +138,7 @@ def test_straddling_copies_complement_each_other_less(together: float) -> None:
 
 class Norms:
     """In place of a Sketcher: the gradient of a prediction has a direction of its own (of its token), and a norm of 1
-    or 4. Records what it saw."""
+    or 4; with [MASK] from layer n it is 1 + n times as long. Records what it saw."""
 
     layers: ClassVar = ["all"]
     size = 24
@@ -146,11 +146,17 @@ class Norms:
     def __init__(self, heavy: torch.Tensor) -> None:
         self.scale = torch.where(heavy, 4.0, 1.0)
         self.seen: list[tuple[int, int]] = []
+        self.layer = 0
+        self.at: list[int] = []
+
+    def enter(self, layer: int) -> None:
+        self.layer = layer
 
     def __call__(self, masked: Any) -> torch.Tensor:
         out = torch.zeros(len(masked.labels), 1, self.size)
         sides = masked.labels % self.size
-        values = masked.weights * self.scale[masked.labels]
+        values = masked.weights * self.scale[masked.labels] * (1 + self.layer)
+        self.at.append(self.layer)
         out[:, 0].scatter_add_(1, sides, values)
         self.seen.append((len(masked.labels), int((masked.weights != 0).sum())))
         return out
@@ -186,6 +192,7 @@ def measured(
         masker=masker,
         proposer=stand_in,
         batch=64,
+        enter=sketcher.enter,
     )
     assert (stand_in.gate, stand_in.learning) == ("never", True)
     assert vars(masker) == vars(before)
@@ -249,6 +256,22 @@ def test_plans_make_as_many_predictions_as_in_training(long_rows: Corpus) -> Non
         *(MaskingPlan(SEGMENTS, count, 0.15) for count in (2, 4)),
         PROPOSED,
     }
+
+
+def test_late_masks_are_measured_against_the_goal_of_ordinary_ones(long_rows: Corpus) -> None:
+    """Every plan by the model in which [MASK] enters at its layer. Twice as long gradients make the same progress."""
+    late, plain = MaskingPlan(UNIFORM, 1, 0.15, 1), MaskingPlan(UNIFORM, 1, 0.15)
+    candidates = Candidates((late, MaskingPlan(UNIFORM, 1, 0.1, 1)), (2,), 7, proposal=True, late=(plain,))
+    found, sketcher = measured(long_rows, 0, rows=8, draws=2, candidates=candidates, scores=torch.ones(200))
+    # Goal, which the plain plan is; the two late ones, segments and the proposal.
+    assert sketcher.at == [0] * 8 + [1] * 4 * 8
+    assert found.passes == 2 * 5 * 8 * 2
+    of_segments, of_proposal = MaskingPlan(SEGMENTS, 2, 0.15, 1), MaskingPlan(PROPOSAL, 1, 0.15, 1)
+    assert set(found.gains) == {*candidates.plain, plain, of_segments, of_proposal}
+    every = np.ones((1, 8))
+    own, _ = measured(long_rows, 0, rows=8, draws=2, candidates=Candidates((NOW,), (), 7, proposal=False))
+    assert found.gains[plain](every) == pytest.approx(own.gains[NOW](every))
+    assert found.gains[late](every) == pytest.approx(found.gains[plain](every), rel=1e-5)
 
 
 def test_straddling_is_counted(long_rows: Corpus) -> None:

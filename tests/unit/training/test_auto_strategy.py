@@ -1,6 +1,7 @@
 """Strategy auto: its effect on masker, loader and MAPNet, its state, and whether it finds the best known masks."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +13,18 @@ from maskvr_ds.data.loader import Loader, RepeatSchedule
 from maskvr_ds.data.mixture import Share
 from maskvr_ds.masking.masker import Corruption, Masker
 from maskvr_ds.masking.strategies import STRATEGIES
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.training import auto_strategy
 from maskvr_ds.training.auto_choice import PROPOSAL, SEGMENTS, UNIFORM, MaskingPlan, Rating, ladder
 from maskvr_ds.training.auto_strategy import Chooser
-from maskvr_ds.training.mask_costs import StepCosts
+from maskvr_ds.training.step_costs import StepCosts
 from tests.unit.analysis.test_progress import GOAL, Toy, n
 
 
 class Double:
     """Test double for masker, loader, proposer and engine."""
 
-    corpus: Any = SimpleNamespace(sequence_length=8)
+    corpus: Any = SimpleNamespace(sequence_length=8, manifest=SimpleNamespace(special_tokens=SimpleNamespace(mask=4)))
     shares = (Share(50, 50),)
     global_size = 12
     strategy: Any = None
@@ -32,7 +34,7 @@ class Double:
 
     def __init__(self) -> None:
         self.repeats = RepeatSchedule()
-        self.module = SimpleNamespace(observer=None)
+        self.module = SimpleNamespace(observer=None, late_in_training=None)
         self.rate = 0.0
 
     def fix_rate(self, rate: float) -> None:
@@ -76,6 +78,8 @@ PLANS = {
     "halves": MaskingPlan(SEGMENTS, 2, 0.5),
     "proposal": MaskingPlan(PROPOSAL, 1, 0.5),
     "lower": MaskingPlan(UNIFORM, 1, 0.3684),
+    "late": MaskingPlan(SEGMENTS, 1, 0.5, 2),
+    "lower_late": MaskingPlan(UNIFORM, 1, 0.3684, 2),
 }
 
 
@@ -169,6 +173,72 @@ def test_due_every_n_steps_except_the_last_and_where_the_rate_must_fall() -> Non
     assert [step for step in range(35, 41) if parts.chooser.due(step, 40)] == []
     # Rounds of segments start anew: those of another rate are divided otherwise.
     assert parts.loader.repeats.base > 0
+
+
+def test_late_masks_reach_the_model_and_end_before_the_run_does(monkeypatch: Any) -> None:
+    parts = Parts(final_step=70, late_layers=(2,), rows=8)
+    chooser, module = parts.chooser, parts.engine.module
+
+    def hidden() -> int | None:
+        late = module.late_in_training
+        return None if late is None else late.hidden
+
+    parts.measured(monkeypatch, late=SURE)
+    entries = [chooser.choose(step, 12 * step) for step in (10, 20)]
+    assert [entry["late_layer"] for entry in entries] == [0, 2]
+    assert module.late_in_training == LateMasks(2, 4, hidden=3), "halves of six positions"
+    # The state has the layer; a resume sets the model's.
+    resumed = Parts(final_step=70, late_layers=(2,), rows=8)
+    resumed.chooser.restore(json.loads(json.dumps(chooser.state())), 25)
+    assert resumed.chooser.state() == chooser.state()
+    assert resumed.engine.module.late_in_training == LateMasks(2, 4, hidden=3)
+    assert [entry["best"] for entry in entries] == 2 * [[SEGMENTS, 1, 0.5, 2]]
+    # A lower rate keeps the layer: 2 of six positions.
+    parts.measured(monkeypatch, lower_late=SURE)
+    found = []
+    for step in (30, 40):
+        chooser.choose(step, 12 * step)
+        found.append((chooser.plan, hidden()))
+    assert found == [(PLANS["late"], 3), (PLANS["lower_late"], 2)]
+    # In the last part of the schedule [MASK] enters at the first layer, whatever was measured, and stays there.
+    assert chooser.due(70, 100)
+    entry = chooser.choose(70, 840)
+    assert (entry["rate"], entry["late_layer"], hidden()) == (0.2, 0, None)
+    assert (
+        entry["reason"]
+        == "the last part of the schedule is trained at masking.final_rate 0.2, [MASK] from the first layer"
+    )
+    assert not chooser.due(75, 100)
+    chooser.choose(80, 960)
+    assert chooser._late_layers == ()
+
+
+def test_late_layers_are_candidates_at_the_present_rate(monkeypatch: Any) -> None:
+    """Lower rates keep the present layer; the goal is measured with [MASK] from the first."""
+    seen: list[Any] = []
+
+    def measure(candidates: Any, *_: Any, enter: Any, **__: Any) -> Any:
+        layers = []
+        for layer in (0, 2, 4):
+            enter(layer)
+            layers.append(module.late and module.late.layer)
+        seen.append((candidates, layers))
+        raise StopIteration
+
+    module: Any = SimpleNamespace(late=None)
+    monkeypatch.setattr(auto_strategy, "measure_candidates", measure)
+    monkeypatch.setattr(auto_strategy, "Sketcher", lambda *_, **__: None)
+    monkeypatch.setattr(Chooser, "_full_precision_copy", lambda self: module)
+    parts = Parts(late_layers=(2, 4), rows=8)
+    parts.engine.module.late = None
+    for now in (0, 4):
+        parts.chooser.plan = replace(parts.chooser.plan, late=now)
+        with pytest.raises(StopIteration):
+            parts.chooser.choose(10, 120)
+        candidates, layers = seen.pop()
+        assert layers == [None, 2, 4]
+        assert [(plan.rate, plan.late) for plan in candidates.plain] == [(r, now) for r in ladder(0.5, 0.2)]
+        assert {(plan.rate, plan.late) for plan in candidates.late} == {(0.5, n) for n in (0, 2, 4) if n != now}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 tests/distributed/test_auto.py."""
 
 import json
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +17,19 @@ from maskvr_ds.run_folder.layout import MASK_COSTS
 from maskvr_ds.training import mask_costs
 from maskvr_ds.training.auto_choice import MaskingPlan
 from maskvr_ds.training.mask_costs import (
-    Needed,
-    StepCosts,
     check_plan_of_checkpoint,
+    machine,
     measure_costs,
     needed,
     stored_costs,
     write_costs,
 )
+from maskvr_ds.training.step_costs import Needed, StepCosts
 from tests.support.corpora import make_corpus
 
 HERE = {"device": "GPU A", "ranks": 2, "micro_size": 8}
 NEEDED = Needed((0.45, 0.15), ("mapnet",))
+ONLY_MASK = {"mask_probability": 1, "random_probability": 0}
 COSTS = StepCosts({0.45: 2.0, 0.15: 1.5}, {"mapnet": 0.25}, HERE)
 
 
@@ -52,6 +55,16 @@ def test_seconds_add_up() -> None:
     assert COSTS.seconds(MaskingPlan("mapnet", 1, 0.45)) == 2.25
     assert COSTS.seconds(MaskingPlan("fully_explored", 3, 0.45)) == 2.0
     assert StepCosts.read(json.loads(json.dumps(COSTS.stored()))) == COSTS
+    late = replace(COSTS, late={2: {0.45: 1.0, 0.15: 1.25}})
+    assert late.seconds(MaskingPlan("mapnet", 1, 0.45, 2)) == 1.25
+    assert late.seconds(MaskingPlan("uniform", 1, 0.45)) == 2.0
+    assert StepCosts.read(json.loads(json.dumps(late.stored()))) == late
+    assert late.lacks(Needed((0.45,), (), (2,))) is None
+    assert (
+        late.lacks(Needed((0.45,), (), (3,)))
+        == COSTS.lacks(Needed((0.45,), (), (3,)))
+        == "[MASK] from layer 3 at rate 0.45"
+    )
     assert str(COSTS) == "uniform masks 2 s at rate 0.45, 1.5 s at rate 0.15; mapnet adds 0.25 s"
 
 
@@ -144,6 +157,13 @@ def test_a_faulty_file_is_refused(tmp_path: Path, content: str | None, text: str
         ),
         ({"rate_decay": "cosine"}, "rate_decay cosine: strategy auto decides itself when the rate falls; remove"),
         ({"auto": {"rows": 4}}, "masking.auto.rows"),
+        ({"auto": {"late_layers": [1]}}, r"auto\.late_layers 1: all predicted positions must be \[MASK\]"),
+        (
+            ONLY_MASK | {"auto": {"late_layers": [1]}, "late_layer": 2},
+            r"late_layer 2 is fixed, .* 1 one is to be chosen",
+        ),
+        (ONLY_MASK | {"auto": {"late_layers": [3, 3]}}, r"auto\.late_layers 3, 3: a layer is named twice"),
+        (ONLY_MASK | {"auto": {"late_layers": [1, 12]}}, r"masking\.auto\.late_layers 12: .* at most 11"),
     ],
 )
 def test_settings_that_auto_refuses(tmp_path: Path, masking: dict[str, Any], text: str) -> None:
@@ -152,10 +172,10 @@ def test_settings_that_auto_refuses(tmp_path: Path, masking: dict[str, Any], tex
 
 
 def measured(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, **more: Any
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, wanted: Needed = NEEDED, **more: Any
 ) -> tuple[StepCosts, list[tuple[int, bool]]]:
-    """Costs from steps that take `rate` seconds, with MAPNet half a second more; and (width of the masks, whether
-    MAPNet is trained) of the steps, in order."""
+    """Costs from steps that take `rate` seconds, half a second more if MAPNet learns and 0.2 if it only proposes; and
+    (width of the masks, whether MAPNet runs) of the steps, in order."""
     steps: list[tuple[int, bool]] = []
 
     mlm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
@@ -172,11 +192,16 @@ def measured(
         steps.append((masker.maximum_predictions, proposer is not None))
         # The first round is slow, and one step of each later round is disturbed.
         disturbed = len(steps) <= 3 or len(steps) == 8
-        return masker.rate + 0.5 * (proposer is not None) + 9 * disturbed
+        own = 0.0 if proposer is None else 0.5 if proposer.learns else 0.2
+        if (late := engine.module.late_in_training) is not None:
+            # 30 positions, of which at 0.45 and 0.15 14 and 5 are [MASK].
+            assert late.hidden == {0.45: 14, 0.15: 5}[masker.rate]
+            own -= 0.01 * late.layer
+        return masker.rate + own + 9 * disturbed
 
     monkeypatch.setattr(mask_costs, "_step_seconds", step)
     run = config(tmp_path, auto={"proposal": True}, **more)
-    return measure_costs(run, corpus, NEEDED, HERE, lambda: engine), steps
+    return measure_costs(run, corpus, wanted, HERE, lambda: engine), steps
 
 
 def test_candidates_take_turns_and_the_median_counts(
@@ -196,6 +221,38 @@ def test_the_networks_cost_can_be_given(tmp_path: Path, corpus: Corpus, monkeypa
     assert not any(trained for _, trained in steps)
 
 
+@pytest.mark.parametrize("every", [2, 4])
+def test_steps_between_those_that_learn_cost_less(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    costs, steps = measured(tmp_path, corpus, monkeypatch, mapnet={"learn_every": every})
+    of_training = [0.5 if step % every == 0 else 0.2 for step in range(1, 1 + 6 * every)]
+    assert costs.added == {"mapnet": pytest.approx(statistics.fmean(of_training))}
+    assert len(steps) == 4 * 6 + 1
+
+
+def test_every_layer_at_which_masks_may_enter_is_measured(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs, steps = measured(tmp_path, corpus, monkeypatch, replace(NEEDED, late_layers=(2, 4)))
+    assert len(steps) == 7 * 6 + 1
+    assert costs.uniform == {0.45: 0.45, 0.15: 0.15}
+    assert costs.late == {n: {rate: pytest.approx(rate - 0.01 * n) for rate in NEEDED.rates} for n in (2, 4)}
+    assert costs.added == {"mapnet": pytest.approx(0.5)}
+    run = config(tmp_path, **ONLY_MASK, auto={"late_layers": [2, 4]})
+    assert needed(run, corpus).late_layers == (2, 4)
+
+
+def test_costs_of_another_learn_every_are_another_machine(tmp_path: Path, corpus: Corpus) -> None:
+    """Those of earlier versions, which do not name it, are costs of a network that learns at every step."""
+    one, two = (machine(config(tmp_path, mapnet={"learn_every": n}), corpus, {}) for n in (1, 2))
+    assert one["mapnet"] == {"layers": 1, "reach": 4, "hidden": 96, "cost": None}
+    assert two["mapnet"] == {**one["mapnet"], "learn_every": 2}
+    (tmp_path / "costs.json").write_text(json.dumps(replace(COSTS, machine=one).stored()), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"measured with mapnet .*'cost': None}, this run has .*'learn_every': 2}"):
+        stored_costs(importing(tmp_path, tmp_path / "costs.json"), 0, NEEDED, two, None)
+
+
 def test_what_a_checkpoint_cannot_continue_with(tmp_path: Path) -> None:
     old, constant = {"strategy": "fully_explored", "stretch": {}}, config(tmp_path, final_rate=None)
     with pytest.raises(CheckpointError, match=r"final_rate 0\.15: the checkpoint is of an earlier version.*new run"):
@@ -206,6 +263,10 @@ def test_what_a_checkpoint_cannot_continue_with(tmp_path: Path) -> None:
     # With masking.change_at_resume.
     with pytest.raises(CheckpointError, match=r"masking\.rate 0\.45: strategy auto trains at 0\.3, .*0\.45, 0\.312,"):
         check_plan_of_checkpoint(config(tmp_path), {**old, "rate": 0.3})
+    late = config(tmp_path, **ONLY_MASK, auto={"late_layers": [2]})
+    check_plan_of_checkpoint(late, {**old, "rate": 0.312, "late_layer": 2})
+    with pytest.raises(CheckpointError, match=r"auto\.late_layers: .* from layer 4 at this checkpoint; add it"):
+        check_plan_of_checkpoint(late, {**old, "rate": 0.312, "late_layer": 4})
     without, proposed = config(tmp_path, auto={"proposal": False}), {"strategy": "mapnet", "rate": 0.45}
     with pytest.raises(CheckpointError, match=r"auto\.proposal false: .*set it to true"):
         check_plan_of_checkpoint(without, proposed)
