@@ -70,7 +70,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from maskvr_ds.config import load_config
+    from maskvr_ds.config import load_config, with_local_model
+    from maskvr_ds.config.architectures import CONFIG_FILE
     from maskvr_ds.planning import report
     from maskvr_ds.planning.calibration import calibrate, read_measurements
     from maskvr_ds.planning.hardware import GPUS, Cluster, link_bytes
@@ -81,7 +82,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     if arguments.plot:
         check_output_file(arguments.plot, "--plot")
-    config = load_config(arguments.config, arguments.assignments)
+    # Of a model to start from, its sizes.
+    assignments = with_local_model(arguments.config, arguments.assignments, (CONFIG_FILE,))
+    config = load_config(arguments.config, assignments)
     if not arguments.sequence_length or not arguments.vocab_size:
         config = with_steps(config)
     gpu, calibration = GPUS[arguments.gpu], Calibration()

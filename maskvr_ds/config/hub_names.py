@@ -17,8 +17,9 @@ from maskvr_ds.run_folder.layout import CONFIG
 logger = logging.getLogger(__name__)
 
 
-def with_local_model(config: str | Path, assignments: Sequence[str]) -> list[str]:
-    """`assignments`, followed by the folder if model.initialize_from is a name. Call in one process.
+def with_local_model(config: str | Path, assignments: Sequence[str], files: tuple[str, ...] = MODEL_FILES) -> list[str]:
+    """`assignments`, followed by the folder if model.initialize_from is a name. Call in one process. files: what is
+    needed of the model.
 
     A run that has resolved the name before keeps its commit, without asking the hub, unless the name has another one. A
     text that a run was started with is left to it: it may be a folder that is gone, which a resume does not need.
@@ -30,13 +31,13 @@ def with_local_model(config: str | Path, assignments: Sequence[str]) -> list[str
     given = _initial(values)
     if given is None or (parsed := parse_name(given)) is None:
         if given is not None:
-            local_folder(given, MODEL_FILES, "model.initialize_from", logger)
+            local_folder(given, files, "model.initialize_from", logger)
         return list(assignments)
     stored = _initial_of_run(values.get("output_dir"))
     if stored == given:
         return list(assignments)
     folder = stored if stored is not None and _is_of(stored, *parsed) else None
-    folder = folder or str(local_folder(given, MODEL_FILES, "model.initialize_from", logger))
+    folder = folder or str(local_folder(given, files, "model.initialize_from", logger))
     return [*assignments, f"model.initialize_from={json.dumps(folder)}"]
 
 

@@ -141,6 +141,13 @@ class ModelConfig(Section):
         return {**content, **self.settings}
 
     @property
+    def has_sizes(self) -> bool:
+        """Whether the sizes are known here. If the folder of initialize_from is gone, or a name that has not been
+        resolved, only a checkpoint knows them."""
+        known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
+        return known or self.architecture != "bert"
+
+    @property
     def positions(self) -> int | None:
         """max_position_embeddings; None: only transformers knows its default."""
         if self.architecture == "bert":
@@ -212,9 +219,7 @@ class ModelConfig(Section):
             raise ValueError(
                 f"vocabulary {self.vocabulary} needs initialize_from: without it the vocabulary is the corpus'"
             )
-        # If the folder is gone, only the checkpoint knows the sizes.
-        known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
-        if self.architecture == "bert" and known and self.hidden_size % self.num_attention_heads:
+        if self.architecture == "bert" and self.has_sizes and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )

@@ -1,6 +1,7 @@
 """Sizes of an encoder that memory and time depend on, from its configuration. Loads no torch.
 
 Symbols: n layers, L positions, K predictions per sequence, D hidden size, I intermediate size, H heads, V vocabulary.
+FLOPs are those of the model: of sliding windows, what lies inside of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ class EncoderSizes:
     before the first layer. of_head: elements kept per prediction before the logits. widest: elements per token of a
     layer's widest tensor.
     moved: elements that a layer's pointwise operations read or write per token, forward and backward, not fused.
+    windowed: share of the layers that attend to at most `reach` positions on either side.
     """
 
     parameters: Mapping[str, int]
@@ -45,6 +47,8 @@ class EncoderSizes:
     of_head: float
     widest: float
     moved: float
+    windowed: float = 0.0
+    reach: int = 0
 
     @property
     def total(self) -> int:
@@ -67,16 +71,27 @@ class EncoderSizes:
         below, hidden = late
         return length - below / self.layers * hidden
 
-    def attended(self, length: int, pairs: float | None, late: tuple[int, int]) -> float:
+    def attended(self, length: int, pairs: float | None, late: tuple[int, int], windows: bool = True) -> float:
         """Pairs of positions that a layer computes, the mean over the layers; those below late mask tokens have as many
-        of `pairs` (None: all, length²) as on average."""
+        of `pairs` (None: all, length²) as on average. windows: of layers with sliding windows, only pairs inside."""
         below, hidden = late
         missing = below / self.layers * (1 - (1 - hidden / length) ** 2)
-        return (1 - missing) * (length**2 if pairs is None else pairs)
+        found = length**2 if pairs is None else pairs
+        if windows and self.windowed:
+            r = min(self.reach, length - 1)
+            # Of documents, at most: no pair of a document shorter than a window is outside of it.
+            found += self.windowed * (min(found, length * (2 * r + 1) - r * (r + 1)) - found)
+        return (1 - missing) * found
 
 
 def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:
-    """The sizes of the encoder that `model` describes. Raises ConfigError for an architecture that has no entry."""
+    """The sizes of the encoder that `model` describes. Raises ConfigError for an architecture that has no entry, and
+    for a model to start from whose config.json has not been read."""
+    if not model.has_sizes:
+        raise ConfigError(
+            f"model.initialize_from {model.initialize_from}: the sizes are in its config.json, which this folder does "
+            "not have; give the folder of the model"
+        )
     if model.architecture not in _SIZES:
         raise ConfigError(
             f"model.architecture {model.architecture!r}: `maskvr plan` knows the sizes of {', '.join(_SIZES)} only; "
@@ -147,9 +162,78 @@ def _post_norm(values: Mapping[str, Any], vocabulary: int) -> EncoderSizes:
     )
 
 
+def _modernbert(model: ModelConfig, vocabulary: int) -> EncoderSizes:
+    """ModernBERT (Warner et al. 2024, arXiv 2412.13663): pre-norm, rotary positions, gated feed-forward layers, sliding
+    windows in most layers, no biases but the decoder's."""
+    given = {**_MODERNBERT, **{key: model.merged[key] for key in _MODERNBERT if key in model.merged}}
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+            raise ConfigError(f"model.settings.{key} is {shown(value)}; a whole number from 1 to {_LARGEST:,} expected")
+    for key in _MODERNBERT_WITHOUT:
+        if model.merged.get(key):
+            raise ConfigError(
+                f"model.settings.{key} is {shown(model.merged[key])}: `maskvr plan` knows ModernBERT without it"
+            )
+    n, D, I = (given[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))  # noqa: E741
+    every, V = given["global_attn_every_n_layers"], vocabulary
+    kinds = model.merged.get("layer_types")
+    everywhere = -(-n // every) if kinds is None else sum(kind == "full_attention" for kind in kinds)
+    return EncoderSizes(
+        parameters={
+            "token embeddings": V * D,
+            "other embeddings": D,
+            # Q, K, V, output; both halves of the gated layer, the one after it; two LayerNorms, of which the first
+            # layer lacks one and the last one is followed by another.
+            "layers": n * (4 * D * D + 3 * D * I + 2 * D),
+            "head": D * D + D + V,
+        },
+        tensors=2 + 6 * n + 3,
+        largest=max(V * D, 2 * D * I),
+        layers=n,
+        hidden=D,
+        heads=given["num_attention_heads"],
+        vocabulary=V,
+        token_flops=n * (8 * D * D + 6 * D * I),
+        pair_flops=n * 4 * D,
+        prediction_flops=2 * D * D + 2 * D * V,
+        # Inputs of: both LayerNorms; Q, K, V; attention (rotated Q and K, and V, which holds the product that all three
+        # are parts of: 5); its output layer; the gated layer (D); activation and gate (2 I); the activation's output,
+        # and the last layer's input (2 I).
+        saved=10 * D + 4 * I,
+        masked=0,
+        embedded=D,
+        of_head=4 * D,
+        widest=2 * I,
+        # Forward 26 D + 5 I, of which rotations 16, LayerNorm 4, residuals 6; backward 30 D + 13 I.
+        moved=56 * D + 18 * I,
+        windowed=1 - everywhere / n,
+        reach=given["local_attention"] // 2,
+    )
+
+
+# Defaults of transformers' ModernBertConfig.
+_MODERNBERT = {
+    "num_hidden_layers": 22,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 1152,
+    "global_attn_every_n_layers": 3,
+    "local_attention": 128,
+}
+_MODERNBERT_WITHOUT = (
+    "norm_bias",
+    "attention_bias",
+    "mlp_bias",
+    "classifier_bias",
+    "embedding_dropout",
+    "mlp_dropout",
+    "attention_dropout",
+)
+
 _SIZES: dict[str, Callable[[ModelConfig, int], EncoderSizes]] = {
     "bert": _bert,
     "roberta": _roberta,
     "xlm-roberta": _roberta,
     "camembert": _roberta,
+    "modernbert": _modernbert,
 }

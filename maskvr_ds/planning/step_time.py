@@ -76,7 +76,9 @@ def pass_seconds(sizes: EncoderSizes, gpu: Gpu, element: int, work: Pass) -> flo
     B, L, K = work.micro, work.length, work.predictions
     rate, stream = gpu.product_rate(element), gpu.bandwidth * _STREAM
     again = 1 + work.recomputed(sizes.layers) / (3 * sizes.layers)
-    positions, pairs = sizes.positions(L, work.late), sizes.attended(L, work.pairs, work.late)
+    # Without documents, whose kernel skips what is outside of a window, all pairs are computed and masked.
+    pairs = sizes.attended(L, work.pairs, work.late, windows=work.pairs is not None)
+    positions = sizes.positions(L, work.late)
     products = 3 * B * (positions * sizes.token_flops * again + K * sizes.prediction_flops)
     attention = 3 * B * pairs * sizes.pair_flops * again
     # Fused attention computes QKᵀ once more in its backward pass: 7 products of matrices for 6.

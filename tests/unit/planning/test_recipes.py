@@ -8,20 +8,31 @@ from maskvr_ds.planning.plan import Corpus, make_plan
 from maskvr_ds.planning.step_time import Calibration
 
 # Lengths by phase, for which the recipes say to build corpora, and the vocabulary of the tokenizer that they name.
-BERT, ROBERTA = 30_522, 50_265
+BERT, ROBERTA, MODERNBERT = 30_522, 50_265, 50_368
 TWO = dict.fromkeys((f"bert_large_64k_32k{kind}" for kind in ("", "_deepspeed", "_nsp")), (128, 512))
-LENGTHS = {**TWO, "roberta_domain": (512,)}
-# For a CPU; of architectures whose sizes `maskvr plan` does not know.
-NOT_PLANNED = {"demo_cpu", "albert_base_4k", "modernbert_base", "modernbert_domain"}
+LENGTHS = {
+    **TWO,
+    "roberta_domain": (512,),
+    "modernbert_base": (1024, 1024, 1024, 1024, 8192, 8192),
+    "modernbert_domain": (8192,),
+}
+VOCABULARIES = {"roberta_domain": ROBERTA, "modernbert_base": MODERNBERT, "modernbert_domain": MODERNBERT}
+# The sizes of the models that are continued.
+CONTINUED = {"roberta_domain": "roberta-base", "modernbert_domain": "modernbert-base"}
+# Their micro-batches are those of their source, for 80 GB.
+LARGER = {"modernbert_base", "modernbert_domain"}
+# For a CPU; of an architecture whose sizes `maskvr plan` does not know.
+NOT_PLANNED = {"demo_cpu", "albert_base_4k"}
 
 
 @pytest.mark.parametrize("name", sorted(set(recipes()) - NOT_PLANNED))
 def test_recipe_fits_into_40_gb(name: str) -> None:
     """GPUs, on one node of 8, at a speed close to that of the largest micro-batch."""
-    config = load_config(name)
-    vocabulary = ROBERTA if name == "roberta_domain" else BERT
-    corpora = [Corpus(length, vocabulary) for length in LENGTHS.get(name, (128,))]
-    plan = make_plan(config, corpora, Cluster(1, 8, GPUS["a100-40"], None), Calibration())
+    preset = CONTINUED.get(name)
+    config = load_config(name, ["model.initialize_from=null", f"model.preset={preset}"] if preset else [])
+    corpora = [Corpus(length, VOCABULARIES.get(name, BERT)) for length in LENGTHS.get(name, (128,))]
+    gpu = GPUS["a100-80" if name in LARGER else "a100-40"]
+    plan = make_plan(config, corpora, Cluster(1, 8, gpu, None), Calibration())
     assert len(plan.phases) == (len(config.phases) or 1)
     for phase in plan.phases:
         assert phase.configured_memory.total <= plan.usable_memory, phase.name

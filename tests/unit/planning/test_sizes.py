@@ -1,5 +1,6 @@
 """Sizes computed from a configuration against transformers' models."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskvr_ds.config import ConfigError, ModelConfig
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.encoder import MaskedLanguageModel
+from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.planning.memory import Pass, activations
 from maskvr_ds.planning.sizes import encoder_sizes
 
@@ -30,8 +32,23 @@ RELATIVES: list[dict[str, Any]] = [
     for name in ("roberta", "xlm-roberta", "camembert")
 ]
 
+MODERNBERT: list[dict[str, Any]] = [
+    {"preset": "modernbert-base"},
+    {"preset": "modernbert-large"},
+    {
+        "architecture": "modernbert",
+        "settings": {
+            "num_hidden_layers": 4,
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "intermediate_size": 80,
+            "local_attention": 10,
+        },
+    },
+]
 
-@pytest.mark.parametrize("values", [*SMALL, *LARGE, *RELATIVES])
+
+@pytest.mark.parametrize("values", [*SMALL, *LARGE, *RELATIVES, *MODERNBERT])
 def test_parameters_are_those_of_the_model(values: dict[str, object]) -> None:
     model = ModelConfig.model_validate(values)
     sizes = encoder_sizes(model, 30_522)
@@ -41,12 +58,11 @@ def test_parameters_are_those_of_the_model(values: dict[str, object]) -> None:
     assert sizes.total == sum(p.numel() for p in parameters)
     assert sizes.tensors == len(parameters)
     assert sizes.largest == max(p.numel() for p in parameters)
-    by_group = {
-        "token embeddings": found.mlm.base_model.embeddings.word_embeddings,
-        "layers": found.mlm.base_model.encoder,
-    }
-    for name, module in by_group.items():
-        assert sizes.parameters[name] == sum(p.numel() for p in module.parameters())
+    encoder = found.mlm.base_model
+    layers = (encoder.encoder,) if hasattr(encoder, "encoder") else (encoder.layers, encoder.final_norm)
+    by_group = {"token embeddings": (found.mlm.get_input_embeddings(),), "layers": layers}
+    for name, modules in by_group.items():
+        assert sizes.parameters[name] == sum(p.numel() for module in modules for p in module.parameters())
 
 
 @settings(max_examples=10, deadline=None)
@@ -75,9 +91,60 @@ def test_flops_are_those_that_torch_counts(
     assert encoder_sizes(model, vocabulary).flops(length, predictions) == 3 * counter.get_total_flops()
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    n=st.integers(1, 5),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 6),
+    inner=st.integers(1, 40),
+    every=st.integers(1, 4),
+    window=st.integers(1, 12).map(lambda reach: 2 * reach),
+    length=st.integers(2, 24),
+    predictions=st.integers(1, 6),
+)
+def test_flops_of_modernbert_with_sliding_windows(
+    n: int, heads: int, width: int, inner: int, every: int, window: int, length: int, predictions: int
+) -> None:
+    """Windows leave out the pairs that training does not count either."""
+    values = {
+        "num_hidden_layers": n,
+        "hidden_size": 2 * heads * width,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "global_attn_every_n_layers": every,
+        "local_attention": window,
+    }
+    model = ModelConfig(architecture="modernbert", settings=values)
+    config = transformers_config(model, vocab_size=50, pad_id=0)
+    expected = flops_per_sequence(config, length, predictions, batch=1)
+    assert encoder_sizes(model, 50).flops(length, predictions) == pytest.approx(expected, rel=1e-9)
+
+
+def test_windows_of_documents_are_at_most_the_documents() -> None:
+    sizes = encoder_sizes(ModelConfig(preset="modernbert-base"), 100)
+    # Global layers: 8 of 22. Documents of 50 tokens, all within 64 positions.
+    assert sizes.attended(1000, 20 * 50**2, (0, 0)) == 20 * 50**2
+    # Each position of a long row sees 64 on either side of itself, at the ends fewer.
+    inside = sum(min(i + 64, 999) - max(i - 64, 0) + 1 for i in range(1000))
+    assert sizes.attended(1000, None, (0, 0)) == pytest.approx((8 * 1000**2 + 14 * inside) / 22)
+    assert sizes.attended(1000, None, (0, 0), windows=False) == 1000**2
+
+
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'modernbert': `maskvr plan` knows the sizes of bert, roberta"):
-        encoder_sizes(ModelConfig(preset="modernbert-base"), 100)
+    with pytest.raises(ConfigError, match="'deberta-v2': `maskvr plan` knows the sizes of bert, roberta"):
+        encoder_sizes(ModelConfig(architecture="deberta-v2"), 100)
+
+
+def test_a_model_whose_sizes_are_not_known_here_is_refused(tmp_path: Path) -> None:
+    """Not planned as BERT-base."""
+    with pytest.raises(ConfigError, match=r"initialize_from .*: the sizes are in its config\.json"):
+        encoder_sizes(ModelConfig(initialize_from=tmp_path), 100)
+
+
+def test_dropout_of_modernbert_is_refused() -> None:
+    model = ModelConfig(architecture="modernbert", settings={"mlp_dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"settings\.mlp_dropout is 0\.1: `maskvr plan` knows ModernBERT without it"):
+        encoder_sizes(model, 100)
 
 
 @pytest.mark.parametrize("value", ["many", True, 0, 1e30, None])
@@ -96,6 +163,15 @@ def test_activations_are_what_autograd_saves(dropout: float, recomputed: int) ->
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
+    assert_saved(model, recomputed)
+
+
+def test_activations_of_modernbert_are_what_autograd_saves() -> None:
+    values = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    assert_saved(ModelConfig(architecture="modernbert", settings=values), 0)
+
+
+def assert_saved(model: ModelConfig, recomputed: int) -> None:
     B, L, K, V = 4, 48, 7, 50
     config = transformers_config(model, vocab_size=V, pad_id=0)
     encoder = MaskedLanguageModel(config, activation_checkpointing=recomputed or False).train()
@@ -114,6 +190,6 @@ def test_activations_are_what_autograd_saves(dropout: float, recomputed: int) ->
     sizes = encoder_sizes(model, V)
     planned = activations(sizes, 4, Pass(L, K, B, 1, recomputed, on_cpu=True))
     # Less what exists at the start of the backward pass only: two of the three tensors of logits, or a layer's.
-    temporary = max(B * K * (12 * V + 16 * 64), 2 * B * L * 256 * 4)
+    temporary = max(B * K * (12 * V + 16 * 64), 2 * B * L * int(sizes.widest) * 4)
     head = B * K * (4 * V + 16 * 64)
     assert kept == pytest.approx(planned - temporary + head, rel=0.06)
