@@ -63,7 +63,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--group-by-length",
         action="store_const",
         const=True,
-        help="make each batch of examples of like length: less padding, less time; batches are less random",
+        help="make each batch of examples of similar length: less padding, less time; batches are less random",
     )
     group.add_argument(
         "--freeze",

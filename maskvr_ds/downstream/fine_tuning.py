@@ -61,7 +61,7 @@ class Settings:
     precision: fp32 or bf16 (autocast). stride: tokens that windows of a context, or of a long text, share; None if
     texts are truncated. layer_decay: of `layers.decayed`; freeze: of `layers.freeze`; class_weights: balanced;
     patience: epochs without a better score on the held-out part after which training stops. group_by_length: batches of
-    examples of like length. None: not used.
+    examples of similar length. None: not used.
     """
 
     epochs: float
@@ -95,7 +95,7 @@ class Settings:
             lowest,
             f"{self.class_weights} class weights" if self.class_weights else "",
             stop if self.patience is not None else "",
-            "batches of like lengths" if self.group_by_length else "",
+            "batches of similar length" if self.group_by_length else "",
         )
         return ", ".join(part for part in found if part)
 

@@ -295,7 +295,7 @@ def test_windows_of_pairs(encoder: Encoder) -> None:
     assert windows.truncated == 1
 
 
-def test_batches_of_like_lengths(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_similar_length(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every epoch reads each example once, with less padding; runs with the option have an identity of their own."""
     split, seen = sentences(64), []
     step = fine_tuning._Trainer.training_step
@@ -319,7 +319,7 @@ def test_batches_of_like_lengths(encoder: Encoder, tmp_path: Path, monkeypatch: 
     assert settings().identity() != settings(group_by_length=True).identity()
 
 
-def test_predictions_of_batches_of_like_lengths(encoder: Encoder, tmp_path: Path) -> None:
+def test_predictions_of_batches_of_similar_length(encoder: Encoder, tmp_path: Path) -> None:
     """In the order of the examples: those of the saved model, one example after the other. Early stopping reads them
     while it trains."""
     task, labels, split = of_kind(Kind.REGRESSION)
