@@ -145,7 +145,7 @@ def test_activations_of_layers_can_be_recomputed() -> None:
         torch._dynamo.reset()
         module = model("bert", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
         if recompute:
-            module._checkpoint_activations()
+            module._checkpoint_activations(True)
         compiled.compile_model(module, "layers")
         compiled.warm_up(module, rows=B, length=L, predictions=K, padded=False)
         torch.manual_seed(5)
