@@ -1,4 +1,4 @@
-"""The results of gpu_half_hour.sh beside what is hoped for: a line for each goal, and whether it was reached.
+"""The results of gpu_half_hour.sh, compared with its goals: a line for each, and whether it was reached.
 
     python docs/experiments/gpu_half_hour_report.py results/*/*.json
 

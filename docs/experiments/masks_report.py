@@ -191,7 +191,7 @@ def draw(figures: dict[str, Any], output: Path) -> None:
         axes.axhline(target, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    # Below the plateau of token frequencies; the first steps are alike.
+    # Below the plateau of token frequencies; the first steps do not differ.
     lowest = min(case["final_loss"]["mean"] for case in figures["cases"].values())
     by_step.set(ylim=(lowest - 0.03, lowest + 0.5))
     by_step.set(ylabel="held-out loss behind [MASK] (nats)")

@@ -19,7 +19,7 @@ Attention heads of encoders (runs, checkpoints, or folders of transformers) on r
   attention  entropy, distance, and the shares that go to [CLS], [SEP], punctuation, equal tokens, and
              the words of your own lists (--words)
   --off      the held-out masked-token loss without each head, and each layer's heads, of the first
-             model, beside importance by gradient (Michel et al. 2019)
+             model, next to importance by gradient (Michel et al. 2019)
   --prune N  switch off N of its heads, each time the one that is missed least; --export-pruned
              saves the result as an ordinary model with zeroed columns: not faster, equal logits
   --task     of models from `maskvr finetune`: the score on the task's evaluation set without each

@@ -298,7 +298,7 @@ def test_killed_and_resumed_equals_undisturbed(runs: Runs) -> None:
     assert not [e for e in read_events(runs("killed") / METRICS) if e["event"] == "auto_costs"]
 
 
-def test_late_masks_are_chosen_alike_and_resumed_exactly(runs: Runs) -> None:
+def test_late_masks_are_chosen_equally_and_resumed_exactly(runs: Runs) -> None:
     one, two, killed = (events(runs(f"late-{name}")) for name in ("1", "2", "killed"))
     assert [(e["step"], e["late_layer"]) for e in two] == [(4, 0), (8, 1), (12, 1), (14, 0)]
     assert [(e["step"], e["late_layer"], e["strategy"]) for e in one] == [
