@@ -117,7 +117,10 @@ def test_flops_of_modernbert_with_sliding_windows(
     model = ModelConfig(architecture="modernbert", settings=values)
     config = transformers_config(model, vocab_size=50, pad_id=0)
     expected = flops_per_sequence(config, length, predictions, batch=1)
-    assert encoder_sizes(model, 50).flops(length, predictions) == pytest.approx(expected, rel=1e-9)
+    found = encoder_sizes(model, 50).flops(length, predictions)
+    # Older transformers compute the angles of each kind of rotation as a matrix product, once for a batch.
+    angles = 3 * 2 * (2 * width * length)
+    assert found * (1 - 1e-9) <= expected <= (found + angles) * (1 + 1e-9)
 
 
 def test_windows_of_documents_are_at_most_the_documents() -> None:
