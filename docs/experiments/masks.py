@@ -6,7 +6,7 @@
 The first command builds tokenizer and corpus, tunes the learning rate of uniform masks on a seed of its own, measures
 the CPU-seconds of a step of every case in one process, cases taking turns, and trains every case once per seed. It
 resumes where it was stopped: WORK/runs/CASE-SEED.json exists for every complete run. Runs are ordered by seed, so that
-an early end leaves complete seeds. Prints what is left and the hours so far.
+an early end leaves complete seeds. Prints the remaining runs and the hours so far.
 
 The recipe is `demo_cpu` on one rank, with [MASK] only (`mask_probability: 1`), which late mask tokens need. The
 vocabulary has 2,048 entries: the head then takes 6% of the FLOPs of a step at 15%, BERT-base's 4%; with 4,096 a model

@@ -20,18 +20,24 @@ _DROP_SPACES = {"WhitespaceSplit", "Whitespace", "BertPreTokenizer"}
 _BLOCK = 1 << 14
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """From the folder's tokenizer.json. Raises ValueError if it cannot be read."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+
+
 def token_ids(folder: Path) -> dict[str, int] | None:
     """Token → id, added tokens included, from the folder's tokenizer.json or else its vocab.txt (one token per line);
     None if it has neither.
 
     Raises ValueError if tokenizer.json cannot be read.
     """
-    path, lines = folder / "tokenizer.json", folder / "vocab.txt"
-    if path.is_file():
-        try:
-            return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
-        except Exception as error:  # tokenizers raises no narrower class
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    lines = folder / "vocab.txt"
+    if (folder / "tokenizer.json").is_file():
+        return dict(read_tokenizer(folder).get_vocab(with_added_tokens=True))
     if lines.is_file():
         # Tokens may be characters that str.splitlines treats as line ends.
         with lines.open(encoding="utf-8", newline="\n") as file:

@@ -29,8 +29,8 @@ _DIGESTS, _PER_LAYER, _AROUND_LAYERS = 99, 50, 50
 # Bytes that the update moves per parameter, by optimizer, and whether it is fused into kernels. StableAdamW's are
 # counted from its list operations, not measured.
 _UPDATE = {("lamb", False): 108, ("lamb", True): 42, ("adamw", True): 28, ("stable_adamw", False): 148}
-# Then: norm 4, clipping 8, zeroing 4, copy to the model 6; of these what is left if LAMB's kernels clip and copy
-# (BF16_Optimizer); flattening for the reduction; summing gradients in fp32, of the first micro-batch and of each later.
+# Then: norm 4, clipping 8, zeroing 4, copy to the model 6; the same if LAMB's kernels clip and copy (BF16_Optimizer);
+# flattening for the reduction; summing gradients in fp32, of the first micro-batch and of each later one.
 _REST, _REST_OF_KERNELS, _FLATTEN, _FIRST_SUM, _LATER_SUM = 22, 10, 24, 6, 18
 
 

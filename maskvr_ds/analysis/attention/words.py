@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError
-from maskvr_ds.data.vocabulary import word_ends, word_starts
+from maskvr_ds.data.vocabulary import read_tokenizer, word_ends, word_starts
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,12 @@ class WordFinder:
     def __init__(self, corpus: Corpus, lists: tuple[WordList, ...]) -> None:
         self.lists, folder, size = lists, corpus.tokenizer_folder, corpus.manifest.vocab_size
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = read_tokenizer(folder)
             starts, ends = word_starts(folder, size), word_ends(folder, size)
-        except Exception as error:  # tokenizers raises no narrower class
-            raise ConfigError(f"--words: words of {folder} cannot be told apart: {error}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--words: the tokenizer {folder} must mark where words start; omit --words ({error})"
+            ) from None
         special = np.zeros(size, np.bool_)
         special[list(corpus.manifest.special_tokens.all)] = True
         self._special, self._starts = special, starts | special

@@ -189,7 +189,7 @@ _OF_CHECKPOINTS = (
         "dead units",
         "largest share, over layers, of feed-forward units that are silent at all positions",
         {"share": 0.5},
-        "half of a layer's width is not used",
+        "half of a layer's width is not used; GELU, ReLU and gated units saturate in no other way",
         "lower optimizer.lr at the start, or another model.hidden_act; measure on more --rows first",
     ),
     Check(
