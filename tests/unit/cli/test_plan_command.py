@@ -54,6 +54,26 @@ def test_text_and_json_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert [scale["gpus"] for scale in phase["scales"]] == [8, 16, 32, 64, 128, 256, 512]
 
 
+def test_the_model_to_start_from_is_fetched_without_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name on a hub: its own sizes, not BERT-base's."""
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        content = {"model_type": "modernbert", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 100}
+        (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    sizes = ["--sequence-length", "1024", "--vocab-size", "100"]
+    found = plan_json(capsys, "--config", "modernbert_domain", "--nodes", "1", *sizes)
+    assert asked == [("answerdotai/ModernBERT-base", None, ["config.json"])]
+    assert found["parameters"]["token embeddings"] == 100 * 64
+    assert found["parameters"]["layers"] == 4 * (4 * 64**2 + 3 * 64 * 1152 + 2 * 64)
+
+
 def test_sizes_come_from_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = make_corpus(tmp_path / "corpus", length=64, words=300)
     (phase,) = plan_json(capsys, "--nodes", "1", "--set", f"data.path={corpus}")["phases"]
