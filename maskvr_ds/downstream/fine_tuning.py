@@ -32,9 +32,9 @@ from transformers import (
 
 from maskvr_ds.downstream import layers, spans
 from maskvr_ds.downstream.baselines import main_score, targets
-from maskvr_ds.downstream.encoding import Encoded, encoded, predict
+from maskvr_ds.downstream.encoding import Encoded, encoded, predict, trainable
 from maskvr_ds.downstream.examples import Split
-from maskvr_ds.downstream.losses import StepLoss, balanced_weights
+from maskvr_ds.downstream.losses import DivergenceError, StepLoss, balanced_weights
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.spans import Windows
 from maskvr_ds.downstream.tasks import Kind, Task
@@ -47,10 +47,6 @@ _PREDICTION_BATCH = 64
 _CHECK_EVERY = 50
 # Trainer's name of the score on the held-out part.
 _SCORE = "held_out"
-
-
-class DivergenceError(ArithmeticError):
-    """The loss is not finite. The message names the step."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,7 @@ def fine_tune(
         trainer = _Trainer(
             model=model,
             args=_arguments(scratch, settings, learning_rate, seed),
-            train_dataset=items,
+            train_dataset=trainable(items),
             eval_dataset=stop and stop.items,
             data_collator=collator(encoder.tokenizer),
             callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else None,

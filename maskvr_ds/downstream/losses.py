@@ -23,6 +23,10 @@ from maskvr_ds.downstream.tasks import Kind
 IGNORED = -100
 
 
+class DivergenceError(ArithmeticError):
+    """The loss, or what the model computes, is not finite. The message names the step."""
+
+
 def balanced_weights(labels: Iterable[int | Sequence[int]], classes: int) -> Tensor:
     """float32 [classes]: n / (k · n_c) of a class with n_c of the n training examples, or tokens, and k classes that
     occur ("balanced" of scikit-learn, after King and Zeng 2001); 0 of a class that does not occur."""

@@ -43,7 +43,7 @@ def test_parts_and_episodes_are_disjoint(sizes: list[int], ways: int, shots: int
     common = {f"c{j:02}" for j, size in enumerate(sizes) if size >= shape.examples}
 
     def pool():
-        return make_pool(split, ways=ways, needed=shape.examples, seed=seed, maximum=8, name="file")
+        return make_pool(split, ways=ways, shots=shots, queries=queries, seed=seed, maximum=8, name="file")
 
     if len(common) < 3 * ways:
         with pytest.raises(TaskError):

@@ -262,7 +262,7 @@ def test_refused_models(
         (["--tasks", "mlm", "sst2", "--output", "o"], "mlm reads a corpus and other tasks read labelled files"),
         (["--tasks", "mlm", "--seeds", "2"], "--seeds is an option of fine-tuning"),
         (["--tasks", "sst2", "--label-column", "x", "--output", "o"], "not of sst2"),
-        (["--tasks", "sst2", "--output", "o", "--max-train", "5"], "no learning rate can be chosen on a tenth of 5"),
+        (["--tasks", "sst2", "--output", "o", "--max-train", "5"], "nothing can be held out of 5 training examples"),
     ],
 )
 def test_refused_options(
