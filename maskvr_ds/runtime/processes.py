@@ -34,6 +34,7 @@ def exit_on_sigterm() -> Iterator[None]:
     are deleted then. Call in the main thread."""
 
     def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends it twice: not into the cleanup
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
