@@ -217,7 +217,10 @@ def _arrow(path: Path) -> _Table:
     if path.is_dir():
         files = sorted(path.glob("*.arrow"))
         if (state := path / "state.json").is_file():
-            files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+            try:
+                files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise TaskError(f"{state}: is not as save_to_disk of datasets writes it ({error!r})") from None
         if not files:
             raise TaskError(f"{path}: has no .arrow file; expected a folder written by save_to_disk of datasets")
         tables = [pa.ipc.open_stream(file.read_bytes()).read_all() for file in files]
@@ -230,7 +233,7 @@ def _arrow(path: Path) -> _Table:
         path,
         table.to_pylist(),
         [f"{path}, example {i}" for i in range(table.num_rows)],
-        _class_names(table.schema),
+        _class_names(table.schema, path),
         tuple(table.column_names),
     )
 
@@ -245,15 +248,17 @@ def _check_complete(files: Sequence[Path]) -> None:
         )
 
 
-def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+def _class_names(schema: pa.Schema, path: Path) -> dict[str, Sequence[str]]:
     """Names of the class indices, from the features that `datasets` stores with the columns."""
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
     found = {}
-    for column, feature in features.items():
-        inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            found[column] = inner["names"]
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        for column, feature in stored.get("info", {}).get("features", {}).items():
+            inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+            if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+                found[column] = inner["names"]
+    except (ValueError, LookupError, AttributeError) as error:
+        raise TaskError(f"{path}: the features of datasets in it are damaged ({error!r})") from None
     return found
 
 

@@ -21,7 +21,7 @@ from maskvr_ds.downstream.losses import DivergenceError
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.report import tables, task_report
-from maskvr_ds.downstream.store import RunStore, opened
+from maskvr_ds.downstream.store import RunStore
 from maskvr_ds.downstream.tasks import GLUE, TaskError
 from tests.support.tasks import results, write_sst2
 
@@ -352,53 +352,6 @@ def test_report(data: TaskData, run: Evaluated) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4
     assert len({len(line) for line in table}) == 1
-
-
-def test_a_foreign_folder_is_not_written_to(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(TaskError, match="is no folder of an evaluation"):
-            RunStore(path)
-
-
-def test_a_folder_of_training_runs_is_not_written_to(
-    data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`--output .` where training runs are in ./runs: neither they nor a results.json of one's own are touched."""
-    for name in ("runs/base/checkpoints", "other/runs"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "other" / "results.json").write_text("mine", encoding="utf-8")
-    monkeypatch.setattr(command, "read", lambda _: ([data], None))
-    for folder in (tmp_path, tmp_path / "other"):
-        with pytest.raises(TaskError, match="is no folder of an evaluation"):
-            command.evaluate(["model"], request(data, folder))
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["base"]
-    assert (tmp_path / "other" / "results.json").read_text(encoding="utf-8") == "mine"
-
-
-def test_one_command_at_a_time(data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one says so and computes nothing; the lock ends with the first."""
-    output = tmp_path / "o"
-    stand_in = StandIn(data)
-    monkeypatch.setattr(evaluation, "fine_tune", stand_in)
-    monkeypatch.setattr(command, "read", lambda _: ([data], None))
-
-    @contextmanager
-    def encoders(*_: Any) -> Iterator[list[Encoder]]:
-        yield [encoder()]
-
-    monkeypatch.setattr(command, "_encoders", encoders)
-    with opened(output):
-        for call in (
-            lambda: command.evaluate(["model"], request(data, output)),
-            lambda: command.finetune("model", request(data, output), 0),
-        ):
-            with pytest.raises(TaskError, match="another command is writing to it"):
-                call()
-    assert stand_in.calls == []
-    assert not (output / "results.json").exists()
-    command.evaluate(["model"], request(data, output))
-    assert results(output, "sst2")["rows"].keys() == {"majority", "bag of words", "model"}
 
 
 @pytest.mark.parametrize("name", ["majority", "bag of words", "words, χ²"])

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from maskvr_ds.downstream.examples import Split, TaskData, check, describe, hold_out, limited
@@ -255,6 +257,25 @@ def test_incomplete_sets_of_files(tmp_path: Path) -> None:
     assert len(read_task(own(), tmp_path).train) == 6
     part.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     with pytest.raises(TaskError, match="expected one complete set"):
+        read_task(own(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", '{"_data_files": [1]}', "[]"])
+def test_damaged_folders_of_datasets(tmp_path: Path, content: str) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(content, encoding="utf-8")
+    with pytest.raises(TaskError, match=r"train/state.json: is not as save_to_disk of datasets writes it"):
+        read_task(own(), tmp_path)
+
+
+@pytest.mark.parametrize("features", ["[1", "[]", '{"info": {"features": {"label": "string"}}}', '{"info": []}'])
+def test_damaged_features_of_datasets(tmp_path: Path, features: str) -> None:
+    """They may name the classes: not to be ignored."""
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]}).replace_schema_metadata({"huggingface": features})
+    for name in ("train", "dev"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(TaskError, match=r"train.parquet: the features of datasets in it are damaged"):
         read_task(own(), tmp_path)
 
 
