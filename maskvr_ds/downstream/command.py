@@ -19,6 +19,7 @@ from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore, opened
 from maskvr_ds.downstream.tasks import WEIGHTED_ROWS, Kind, Task, TaskError
 from maskvr_ds.downstream.weighted_words import check_weightable
+from maskvr_ds.runtime.files import discard
 
 MODEL = "model"
 
@@ -134,10 +135,15 @@ def finetune(model: str, request: Request, seed: int) -> str:
     with opened(request.output) as store, _encoders([model], request) as (encoder,):
         if folder.exists():
             raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
+        # The model gets its name after its scores are written, so that none is without them.
+        unscored = folder.with_name(f".{MODEL}")
+        discard(unscored)  # of a killed process
         evaluator = Evaluator(store, task, replace(request.protocol, seeds=1), intermediate=first)
-        rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, folder)]
+        rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, unscored)]
         reports = {task.task.name: report.task_report(task, rows, evaluator.heading())}
         text = report.write(store, request.settings() | {"seed": seed}, reports)
+        if unscored.is_dir():  # absent if the run diverged
+            unscored.rename(folder)
     _raise_failures(reports, {}, [])
     return text
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from maskvr_ds.cli import main
-from maskvr_ds.downstream import fine_tuning
+from maskvr_ds.downstream import command, fine_tuning
 from maskvr_ds.downstream.encoding import Encoded
 from maskvr_ds.downstream.examples import Split
 from maskvr_ds.downstream.fine_tuning import Settings, fine_tune
@@ -98,6 +98,27 @@ def test_finetune_saves_a_model(model: Path, data: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(words) == 1
     assert "has a fine-tuned model already" in capsys.readouterr().err
+
+
+def test_a_model_is_never_without_its_scores(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two, the same command completes both."""
+
+    def killed(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "o"
+    words = ["finetune", str(model), "--task", "sst2", "--data", str(data), "--output", str(output), *QUICK[:2]]
+    words += ["--epochs", "1", "--max-length", "16"]
+    with monkeypatch.context() as patch:
+        patch.setattr(command.report, "write", killed)
+        assert main(words) == 130
+    assert not (output / "model").exists()
+    assert main(words) == 0
+    assert (output / "model" / "model.safetensors").is_file()
+    assert (output / "results.md").is_file()
+    assert not (output / ".model").exists()
 
 
 def test_equal_to_a_plain_loop(model: Path, data: Path) -> None:
