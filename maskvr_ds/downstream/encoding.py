@@ -137,13 +137,10 @@ def encoded(
     return Encoded(encoder, task, labels, split, max_length, labelled=labelled)
 
 
-def trainable(encoded: Encoded | Windows) -> list[Item]:
-    """Items to train on: all but sentences without a tagged token, of which a batch would have no loss."""
-    return [item for item in encoded.items if not _is_untagged(item.get("labels"))]
-
-
-def _is_untagged(labels: Any) -> bool:
-    return isinstance(labels, list) and all(label == IGNORED for label in labels)
+def has_untagged(encoded: Encoded | Windows) -> bool:
+    """Whether some sentence has no tagged token: a batch of such sentences has no mean loss."""
+    tags = [item["labels"] for item in encoded.items if isinstance(item.get("labels"), list)]
+    return any(all(label == IGNORED for label in labels) for labels in tags)
 
 
 def predict(trainer: Trainer, encoded: Encoded | Windows, labels: Sequence[str]) -> list[Any]:

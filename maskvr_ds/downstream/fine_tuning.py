@@ -32,7 +32,7 @@ from transformers import (
 
 from maskvr_ds.downstream import layers, spans
 from maskvr_ds.downstream.baselines import main_score, targets
-from maskvr_ds.downstream.encoding import Encoded, encoded, predict, trainable
+from maskvr_ds.downstream.encoding import Encoded, encoded, has_untagged, predict
 from maskvr_ds.downstream.examples import Split
 from maskvr_ds.downstream.losses import DivergenceError, StepLoss, balanced_weights
 from maskvr_ds.downstream.models import Encoder
@@ -248,7 +248,7 @@ def fine_tune(
         trainer = _Trainer(
             model=model,
             args=_arguments(scratch, settings, learning_rate, seed),
-            train_dataset=trainable(items),
+            train_dataset=items,
             eval_dataset=stop and stop.items,
             data_collator=collator(encoder.tokenizer),
             callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience else None,
@@ -277,10 +277,10 @@ def fine_tune(
 
 
 def _step_loss(task: Task, labels: Sequence[str], settings: Settings, items: Any) -> StepLoss | None:
-    """None for a batch in one part without weights, for which the model's own loss is the same."""
+    """None for a batch in one part without weights, for which the model's own loss is the same, if it has one."""
     if settings.class_weights is not None:
         return StepLoss(task.kind, balanced_weights((items[i]["labels"] for i in range(len(items))), len(labels)))
-    return StepLoss(task.kind) if settings.accumulation is not None else None
+    return StepLoss(task.kind) if settings.accumulation is not None or has_untagged(items) else None
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

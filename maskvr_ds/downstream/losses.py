@@ -55,7 +55,7 @@ class StepLoss:
         return torch.tensor(float(len(labels))) if self.weights is None else self.weights[labels.cpu()].sum()
 
     def __call__(self, output: Any, batch: Mapping[str, Tensor], items: Tensor) -> Tensor:
-        """Scalar. output: of a model with a task head; batch: its inputs, with labels."""
+        """Scalar, 0 if the step has no item. output: of a model with a task head; batch: its inputs, with labels."""
         if self.kind is Kind.SPAN:
             start = F.cross_entropy(output.start_logits.float(), batch["start_positions"], reduction="sum")
             total = (start + F.cross_entropy(output.end_logits.float(), batch["end_positions"], reduction="sum")) / 2
@@ -65,4 +65,5 @@ class StepLoss:
             logits, labels = output.logits.float().flatten(0, -2), batch["labels"].flatten()
             weights = None if self.weights is None else self.weights.to(logits.device)
             total = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
-        return total / items.to(total.device)
+        items = items.to(total.device)
+        return total / torch.where(items > 0, items, 1)

@@ -67,7 +67,7 @@ def test_a_tiny_training_set(model: Path, more: list[str], tmp_path: Path, capsy
 
 @pytest.mark.parametrize("more", [[], ["--class-weights", "balanced"], ["--accumulation", "2", "--batch-size", "2"]])
 def test_sentences_without_tokens(model: Path, more: list[str], tmp_path: Path) -> None:
-    """A batch of them has no loss: they are not trained on, and their tags are predicted as any."""
+    """A batch of them has no mean loss, and changes nothing."""
     rows = [{"tokens": ["w1", "w2"], "tags": ["O", "B-X"]}] * 6 + [{"tokens": [], "tags": []}] * 3
     rows.append({"tokens": ["\u200b"], "tags": ["O"]})  # no token of the model's
     (tmp_path / "data").mkdir()
