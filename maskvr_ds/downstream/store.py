@@ -80,7 +80,8 @@ class RunStore:
     def _path(self, identity: Content, label: str) -> Path:
         digest = _digest(identity)
         folder = self.folder / RUNS / identity["task"]
-        name = re.sub(r"[^\w.-]+", "_", label)[-80:]
+        # Bytes: file systems limit those of a name to 255.
+        name = re.sub(r"[^\w.-]+", "_", label).encode()[-80:].decode(errors="ignore")
         # Perhaps under another label: the same model in another folder.
         return next(iter(sorted(folder.glob(f"*-{digest}.json"))), folder / f"{name}-{digest}.json")
 

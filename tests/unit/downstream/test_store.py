@@ -68,3 +68,15 @@ def test_one_command_at_a_time(data: TaskData, tmp_path: Path, monkeypatch: pyte
     assert not (output / "results.json").exists()
     command.evaluate(["model"], request(data, output))
     assert results(output, "sst2")["rows"].keys() == {"majority", "bag of words", "model"}
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "数", "𠀀"])
+def test_long_names_of_models(letter: str, tmp_path: Path) -> None:
+    """A name of a folder has at most 255 bytes, of which a run's label must leave some: known when it is stored."""
+    store = RunStore(tmp_path / "o")
+    label = f"{letter * (255 // len(letter.encode()))}-final-1e-05-seed0"
+    identity = {"task": "sst2", "seed": 0}
+    assert store.get(label, identity, dict) == ({"identity": {"format": 1, **identity}}, False)
+    (path,) = (tmp_path / "o" / "runs" / "sst2").iterdir()
+    assert "-final-1e-05-seed0-" in path.name
+    assert store.get(label, identity, dict)[1]
