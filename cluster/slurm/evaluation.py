@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.slurm.script import JobEnvironment, SlurmError, directive, log_pattern, render, words
+from maskvr_ds.cli.downstream import check_evaluate
 from maskvr_ds.cli.main import command_parser
 from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
@@ -64,12 +65,11 @@ def parse_evaluation(text: str, run: Path) -> Evaluation:
         given = shlex.split(text)
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             arguments = command_parser().parse_args(["evaluate", *given])
+        check_evaluate(arguments)
     except ValueError as error:
         raise SlurmError(f"--evaluate {text!r}: {error}") from None
     except SystemExit:
         raise SlurmError(f"--evaluate {text!r}: {said.getvalue().strip().splitlines()[-1]}") from None
-    if arguments.output is None and arguments.tasks != ["mlm"]:
-        raise SlurmError("--evaluate: --output is required: the folder for the scores and the finished runs")
     folders = [Path(arguments.data).absolute()]
     if arguments.intermediate_data is not None:
         folders.append(Path(arguments.intermediate_data).absolute())

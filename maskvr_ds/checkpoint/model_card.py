@@ -171,9 +171,13 @@ def _result(score: Score) -> EvalResult:
         dataset_type=score.task,
         dataset_name=score.task,
         metric_type=score.metric,
-        metric_name=f"{score.metric}, mean of {score.runs} seed{'s' * (score.runs != 1)}, fine-tuned",
+        metric_name=f"{score.metric}, mean of {score.runs} seed{'s' * (score.runs != 1)}, fine-tuned{_first(score)}",
         metric_value=round(score.mean, 6),
     )
+
+
+def _first(score: Score) -> str:
+    return "" if score.first is None else f", first on {score.first}"
 
 
 def _downstream(scores: Sequence[Score]) -> str:
@@ -185,7 +189,8 @@ def _downstream(scores: Sequence[Score]) -> str:
         spread = "" if score.std is None else f" ± {100 * score.std:.1f}"
         without = [f"{100 * score.baselines[name]:.1f}" if name in score.baselines else "–" for name in baselines]
         mean = f"{100 * score.mean:.1f}{spread}"
-        rows.append([score.task, score.metric, f"{score.trained_on:,}", *without, mean, str(score.runs)])
+        task = f"{score.task}{_first(score)}"
+        rows.append([task, score.metric, f"{score.trained_on:,}", *without, mean, str(score.runs)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"Fine-tuned on each task by `maskvr evaluate`. Scores × 100, mean ± standard deviation over seeds.\n\n{table}"

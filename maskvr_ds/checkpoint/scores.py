@@ -25,7 +25,7 @@ class ScoresError(ValueError):
 class Score:
     """Mean and sample standard deviation (None: one run) of a metric over `runs` seeds, as fractions.
 
-    trained_on: examples. baselines: means by name.
+    trained_on: examples. baselines: means by name. first: the intermediate task of a two-stage fine-tuning.
     """
 
     task: str
@@ -35,6 +35,7 @@ class Score:
     runs: int
     trained_on: int
     baselines: dict[str, float]
+    first: str | None = None
 
 
 def model_digest(folder: Path) -> str:
@@ -76,11 +77,12 @@ def read_scores(path: Path, digest: str) -> list[Score]:
 
 def _scores(task: str, report: dict[str, Any], row: dict[str, Any]) -> list[Score]:
     found = []
+    first = ((row.get("settings") or {}).get("intermediate") or {}).get("task")
     for metric, score in row["scores"].items():
         if score["mean"] is None or not math.isfinite(score["mean"]):
             continue  # a run diverged
         means = {name: report["rows"][name]["scores"][metric]["mean"] for name in _BASELINES if name in report["rows"]}
         baselines = {name: mean for name, mean in means.items() if mean is not None}
         runs, examples = len(score["runs"]), report["data"]["train"]
-        found.append(Score(task, metric, score["mean"], score["std"], runs, examples, baselines))
+        found.append(Score(task, metric, score["mean"], score["std"], runs, examples, baselines, first))
     return found

@@ -210,23 +210,46 @@ _OF_TASKS = (
 )
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+# Without a model.
+_OF_WORDS = ("baselines", "seeds", "max_train", "text_columns", "label_column")
+
+
+def check_evaluate(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for arguments of `maskvr evaluate` that contradict each other, or would be ignored. Sets the
+    default of --tasks. Loads no torch."""
     if arguments.shots is not None:
-        return _evaluate_episodes(arguments)
+        _check_episodes(arguments)
+        return
     refuse(arguments, few_shot.OPTIONS, "is an option of episodes; give the number of examples with --shots")
     arguments.tasks = arguments.tasks or [_MLM]
     if not arguments.models and (arguments.checkpoints or not arguments.baselines):
         raise ValueError("nothing to evaluate: name a MODEL")
     if arguments.tasks == [_MLM]:
         refuse(arguments, _OF_TASKS, "is an option of fine-tuning, and mlm trains nothing")
-        return _evaluate_mlm(arguments)
+        return
     if _MLM in arguments.tasks:
         raise ValueError("mlm reads a corpus and other tasks read labelled files: evaluate them by two commands")
     refuse(arguments, ("rows", "micro_size"), "is an option of the task mlm")
     if not arguments.models:
-        refuse(arguments, (*fine_tuning.PROTOCOL, *fine_tuning.OTHERS), "is an option of fine-tuning: name a MODEL")
+        others = tuple(name for name in _OF_TASKS if name not in _OF_WORDS)
+        refuse(arguments, others, "is an option of fine-tuning: name a MODEL")
+        if tasks.LEARNING_TO_WEIGHT not in arguments.baselines:
+            refuse(arguments, ("seeds",), "is an option of fine-tuning and of --baselines ltw: name one of them")
+    _check_output(arguments)
+    tasks.resolve(arguments.tasks, arguments.text_columns or (), arguments.label_column)
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         raise ValueError("--output is required: the folder for the scores and the finished runs")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    check_evaluate(arguments)
+    if arguments.shots is not None:
+        return few_shot.run(arguments)
+    if arguments.tasks == [_MLM]:
+        return _evaluate_mlm(arguments)
     request = _request(arguments, arguments.tasks)
     from maskvr_ds.downstream import command
 
@@ -234,16 +257,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_episodes(arguments: argparse.Namespace) -> int:
+def _check_episodes(arguments: argparse.Namespace) -> None:
     if arguments.tasks not in (None, ["classification"]):
         raise ValueError("--shots: episodes are of the task classification; leave out --tasks")
     others = tuple(name for name in ("rows", "micro_size", *_OF_TASKS) if name not in few_shot.SHARED)
     refuse(arguments, others, "has no meaning with --shots")
     if not arguments.models:
         raise ValueError("nothing to evaluate: name a MODEL")
-    if arguments.output is None:
-        raise ValueError("--output is required: the folder for the scores and the finished runs")
-    return few_shot.run(arguments)
+    _check_output(arguments)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
@@ -271,11 +292,14 @@ def _request(arguments: argparse.Namespace, names: list[str]) -> "Request":
     if arguments.learning_rates is not None:
         given["learning_rates"] = tuple(arguments.learning_rates)
     given["windows"] = windows
+    protocol = Protocol(**given)
+    if arguments.selection_seeds is not None and not any(map(protocol.chooses, chosen)):
+        raise ValueError("--selection-seeds: a single learning rate is not chosen; omit it, or name several rates")
     return Request(
         chosen,
         Path(arguments.data),
         Path(arguments.output),
-        Protocol(**given),
+        protocol,
         arguments.max_train,
         getattr(arguments, "jobs", None) or 1,
         getattr(arguments, "checkpoints", None),

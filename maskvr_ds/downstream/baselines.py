@@ -65,6 +65,11 @@ def majority(data: TaskData) -> Predictions:
     return {name: [label] * len(split) for name, split in data.dev.items()}
 
 
+def needs_held_out(task: Task) -> bool:
+    """Whether `bag_of_words` chooses something on the held-out part of the training set."""
+    return task.kind in (Kind.CLASSIFICATION, Kind.REGRESSION) or task.unanswerable
+
+
 def bag_of_words(data: TaskData) -> tuple[Predictions, float | None]:
     """Predictions, and the strength that was chosen on the held-out part of the training set.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from maskvr_ds.downstream import along_run, layers, report
+from maskvr_ds.downstream.baselines import BAG_OF_WORDS, MAJORITY, needs_held_out
 from maskvr_ds.downstream.evaluation import Evaluator, Row
 from maskvr_ds.downstream.examples import TaskData, hold_out, limited
 from maskvr_ds.downstream.files import read_task
@@ -15,9 +16,10 @@ from maskvr_ds.downstream.intermediate import Intermediate
 from maskvr_ds.downstream.jobs import Failures, Progress, compute_all
 from maskvr_ds.downstream.models import Encoder, prepared
 from maskvr_ds.downstream.protocol import Protocol
-from maskvr_ds.downstream.store import Content, RunStore
-from maskvr_ds.downstream.tasks import Kind, Task, TaskError
+from maskvr_ds.downstream.store import Content, RunStore, opened
+from maskvr_ds.downstream.tasks import WEIGHTED_ROWS, Kind, Task, TaskError
 from maskvr_ds.downstream.weighted_words import check_weightable
+from maskvr_ds.runtime.files import discard
 
 MODEL = "model"
 
@@ -72,10 +74,11 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     runs that failed in another process, raise IncompleteError after everything else is done and written.
     """
     leave_launcher()
+    _check_names(models)
     data, first = read(request)
     points = [] if request.checkpoints is None else along_run.select(models, request.checkpoints)
-    store = RunStore(request.output)
-    with _encoders([point.model for point in points] or models, request) as encoders:
+    names = [point.model for point in points] or models
+    with opened(request.output) as store, _encoders(names, request) as encoders:
         evaluators = [Evaluator(store, task, request.protocol, intermediate=first) for task in data]
         progress = Progress(evaluators, len(encoders))
         try:
@@ -126,16 +129,21 @@ def _report(
 def finetune(model: str, request: Request, seed: int) -> str:
     """Fine-tune a model on a task and save it as OUTPUT/model; returns the table of the task."""
     folder = request.output / MODEL
-    if folder.exists():
-        raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
     leave_launcher()
+    _check_names([model])
     (task,), first = read(request)
-    store = RunStore(request.output)
-    with _encoders([model], request) as (encoder,):
+    with opened(request.output) as store, _encoders([model], request) as (encoder,):
+        if folder.exists():
+            raise TaskError(f"--output {request.output}: has a fine-tuned model already; choose another")
+        # The model gets its name after its scores are written, so that none is without them.
+        unscored = folder.with_name(f".{MODEL}")
+        discard(unscored)  # of a killed process
         evaluator = Evaluator(store, task, replace(request.protocol, seeds=1), intermediate=first)
-        rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, folder)]
-    reports = {task.task.name: report.task_report(task, rows, evaluator.heading())}
-    text = report.write(store, request.settings() | {"seed": seed}, reports)
+        rows: list[Row] = [evaluator.majority(), evaluator.bag_of_words(), evaluator.kept(encoder, seed, unscored)]
+        reports = {task.task.name: report.task_report(task, rows, evaluator.heading())}
+        text = report.write(store, request.settings() | {"seed": seed}, reports)
+        if unscored.is_dir():  # absent if the run diverged
+            unscored.rename(folder)
     _raise_failures(reports, {}, [])
     return text
 
@@ -148,6 +156,13 @@ def _encoders(models: Sequence[str], request: Request) -> Iterator[list[Encoder]
         for encoder in encoders:
             layers.check(encoder, request.tasks[0].kind, protocol.freeze, protocol.layer_decay)
         yield encoders
+
+
+def _check_names(models: Sequence[str]) -> None:
+    """Raise TaskError for a model whose row would have the name of one without a model."""
+    for name in models:
+        if name in (MAJORITY, BAG_OF_WORDS, *WEIGHTED_ROWS.values()):
+            raise TaskError(f"MODEL {name}: is the name of a row without a model; write ./{name}")
 
 
 def leave_launcher() -> None:
@@ -169,12 +184,13 @@ def read(request: Request) -> tuple[list[TaskData], Intermediate | None]:
     found = [limited(read_task(task, request.data), request.max_train) for task in request.tasks]
     first = None
     if request.first is not None and settings is not None:
-        data = limited(read_task(request.first.task, request.first.data), request.first.max_train)
+        given = read_task(request.first.task, request.first.data)
+        data = limited(given, request.first.max_train, "--intermediate-max-train")
         rate = request.first.learning_rate or min(request.first.task.learning_rates)
         first = Intermediate(data, settings, rate)
     for data in found:
         check_weightable(data.task, request.protocol.baselines)
-        if request.protocol.holds_out(data.task):
+        if request.protocol.holds_out(data.task) or needs_held_out(data.task):
             hold_out(data.train, data.task)  # raises if the training set is too small
     for data in [*found, *([first.data] if first else [])]:
         if data.skipped:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from maskvr_ds.downstream.jobs import visible_devices
 from maskvr_ds.downstream.models import Encoder
-from maskvr_ds.downstream.tasks import Kind
+from maskvr_ds.downstream.tasks import Kind, TaskError
 from maskvr_ds.runtime.logs import is_quiet
 
 _BATCH = 64
@@ -18,11 +18,11 @@ _BATCH = 64
 class Embedder:
     """An encoder with its tokenizer. Shapes: n texts, L tokens of the longest, D hidden.
 
-    Raises TaskError if the folder lacks weights of the encoder.
+    Raises TaskError if the folder lacks weights of the encoder, or embeddings are not finite.
     """
 
     def __init__(self, encoder: Encoder, max_length: int) -> None:
-        self.tokenizer, self.max_length = encoder.tokenizer, max_length
+        self.name, self.tokenizer, self.max_length = encoder.name, encoder.tokenizer, max_length
         self.device = torch.device("cuda" if visible_devices() else "cpu")
         # Its random head is not used.
         self.model: Any = encoder.load(Kind.CLASSIFICATION, ("a", "b")).base_model.to(self.device)
@@ -47,7 +47,12 @@ class Embedder:
             )
         ]
         self.model.train(was_training)
-        return torch.cat(parts)[np.argsort(order)]
+        found = torch.cat(parts)
+        if not found.isfinite().all():
+            raise TaskError(
+                f"{self.name}: its embeddings are not finite: the weights are damaged, or training diverged"
+            )
+        return found[np.argsort(order)]
 
 
 def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

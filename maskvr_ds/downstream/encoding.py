@@ -8,7 +8,7 @@ import numpy as np
 from transformers import Trainer
 
 from maskvr_ds.downstream.examples import Split
-from maskvr_ds.downstream.losses import IGNORED
+from maskvr_ds.downstream.losses import IGNORED, DivergenceError
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.spans import Windows
 from maskvr_ds.downstream.tasks import Kind, Task
@@ -137,10 +137,17 @@ def encoded(
     return Encoded(encoder, task, labels, split, max_length, labelled=labelled)
 
 
+def has_untagged(encoded: Encoded | Windows) -> bool:
+    """Whether some sentence has no tagged token: a batch of such sentences has no mean loss."""
+    tags = [item["labels"] for item in encoded.items if isinstance(item.get("labels"), list)]
+    return any(all(label == IGNORED for label in labels) for labels in tags)
+
+
 def predict(trainer: Trainer, encoded: Encoded | Windows, labels: Sequence[str]) -> list[Any]:
     """A class index, a number, the tags of all tokens, or the best answers (`spans.Prediction`), for each example.
 
-    Tokens beyond the maximum length have the tag O.
+    Tokens beyond the maximum length have the tag O. Raises DivergenceError if logits are not finite, as after a last
+    step whose loss was finite and whose gradient was not.
     """
     # By length: batches with little padding.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded.items[i]["input_ids"]))
@@ -151,6 +158,8 @@ def predict(trainer: Trainer, encoded: Encoded | Windows, labels: Sequence[str])
         raw = trainer.predict(items).predictions
     finally:
         trainer.args.train_sampling_strategy = strategy
+    if not all(np.isfinite(side).all() for side in (raw if isinstance(raw, tuple) else (raw,))):
+        raise DivergenceError(f"the predictions after step {trainer.state.global_step} are not finite")
     if isinstance(encoded, Windows):
         starts, ends = (side[np.argsort(order)] for side in raw[:2])
         return encoded.answers(starts, ends)

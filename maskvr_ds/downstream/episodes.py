@@ -85,11 +85,12 @@ def _draw(members: Sequence[Indices], shape: Shape, random: np.random.Generator)
     return Episode(drawn[:, : shape.shots], drawn[:, shape.shots :])
 
 
-def make_pool(split: Split, *, ways: int, needed: int, seed: int, maximum: int, name: str) -> Pool:
+def make_pool(split: Split, *, ways: int, shots: int, queries: int, seed: int, maximum: int, name: str) -> Pool:
     """The pool of a labelled file: a fixed random subset of at most `maximum` examples of each class, the classes
     divided at random: 0.2 of them for validation, 0.3 for the test, the others for training, at least `ways` each.
 
-    needed: examples that an episode draws of a class. name: of the file. A text that occurs again, with whatever label,
+    Classes are divided that suffice for one shot, so that no class changes its part with the number of shots; then
+    those are removed that do not suffice for `shots`. name: of the file. A text that occurs again, with whatever label,
     is removed: it could be support and query of one episode. Raises TaskError if the classes do not suffice.
     """
     if empty := [i for i, texts in enumerate(split.texts) if not texts[0].strip()]:
@@ -103,16 +104,29 @@ def make_pool(split: Split, *, ways: int, needed: int, seed: int, maximum: int, 
         if text not in seen:
             seen.add(text)
             by_class.setdefault(label, []).append(text)
-    common = sorted(label for label, texts in by_class.items() if len(texts) >= needed)
-    rare = tuple(sorted(labels - set(common)))
+    needed = shots + queries
+    common = {label for label, texts in by_class.items() if len(texts) >= needed}
+    rare = tuple(sorted(labels - common))
     _check_classes(len(labels), len(common), rare, ways=ways, needed=needed, name=name)
+    divided = sorted(label for label, texts in by_class.items() if len(texts) > queries)
+    parts = _parts(divided, ways, seed)
+    for part, names in parts.items():
+        parts[part] = tuple(label for label in names if label in common)
+        if len(parts[part]) < ways:
+            raise TaskError(
+                f"{name}: {len(parts[part])} of the {len(names)} classes for {part} have {needed} distinct texts "
+                f"(shots + queries), and {ways}-way episodes need {ways}; lower --shots, --queries or --ways, or "
+                "choose another --split-seed"
+            )
     texts: list[str] = []
     examples: dict[str, Indices] = {}
-    for i, label in enumerate(common):
+    for i, label in enumerate(divided):
+        if label not in common:
+            continue
         order = np.random.default_rng([_EXAMPLES, seed, i]).permutation(len(by_class[label]))[: max(maximum, needed)]
         examples[label] = np.arange(len(texts), len(texts) + len(order))
         texts += [by_class[label][j] for j in order]
-    pool = Pool(tuple(texts), examples, _parts(common, ways, seed), len(split) - len(seen), rare)
+    pool = Pool(tuple(texts), examples, parts, len(split) - len(seen), rare)
     if pool.removed:
         logger.warning("%s: %d repeated texts are removed", name, pool.removed)
     if rare:

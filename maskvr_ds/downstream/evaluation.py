@@ -23,8 +23,9 @@ import transformers
 from maskvr_ds.downstream import spans
 from maskvr_ds.downstream.baselines import BAG_OF_WORDS, MAJORITY, bag_of_words, main_score, majority, targets
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
-from maskvr_ds.downstream.fine_tuning import DivergenceError, fine_tune
+from maskvr_ds.downstream.fine_tuning import fine_tune
 from maskvr_ds.downstream.intermediate import Intermediate
+from maskvr_ds.downstream.losses import DivergenceError
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
@@ -293,7 +294,7 @@ class Evaluator:
 
     def _run_identity(self, encoder: Encoder, run: Run) -> Content:
         return self._identity(run.purpose, *self._splits(run)) | {
-            "model": encoder.digest,
+            **encoder.identity,
             "learning_rate": run.learning_rate,
             "seed": run.seed,
             **self.protocol.settings(self.data.task).identity(),

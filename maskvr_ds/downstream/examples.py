@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 HELD_OUT_SHARE, HELD_OUT_MAXIMUM = 0.1, 2000
 # Of the split and of the subset --max-train: equal for all models, learning rates and seeds.
 _SPLIT_SEED = 20_190_610
+# Held-out examples that a training set of many small classes should give.
+_MANY = 10
 _SHOWN = 5
 
 
@@ -77,12 +80,20 @@ class TaskData:
         return self.task.labels or tuple(sorted(_names(self.train, self.task)))
 
 
-def limited(data: TaskData, maximum: int | None) -> TaskData:
-    """The task with at most `maximum` training examples, drawn once for all models and seeds."""
+def limited(data: TaskData, maximum: int | None, option: str = "--max-train") -> TaskData:
+    """The task with at most `maximum` training examples, drawn once for all models and seeds.
+
+    option: what names the maximum. Raises TaskError if models cannot be fine-tuned on so few (`check`).
+    """
     if maximum is None or maximum >= len(data.train):
         return data
     drawn = np.random.default_rng(_SPLIT_SEED).permutation(len(data.train))[:maximum]
-    return TaskData(data.task, data.train.subset(sorted(drawn.tolist())), data.dev, data.skipped)
+    found = TaskData(data.task, data.train.subset(sorted(drawn.tolist())), data.dev, data.skipped)
+    try:
+        check(found)
+    except TaskError as error:
+        raise TaskError(f"{option} {maximum}: {error}; raise it") from None
+    return found
 
 
 def hold_out(train: Split, task: Task) -> tuple[Split, Split]:
@@ -102,25 +113,34 @@ def hold_out(train: Split, task: Task) -> tuple[Split, Split]:
         for i in order:
             by_class.setdefault(train.labels[i] if task.kind is Kind.CLASSIFICATION else None, []).append(i)
         chosen = {i for members in by_class.values() for i in members[: round(share * len(members))]}
+        intended = round(share * len(train))
+        if 2 * len(chosen) < intended >= _MANY:
+            # Most classes are too small for a share of their own: one example of each, until there are enough.
+            small = (members[0] for members in by_class.values() if len(members) > 1 and members[0] not in chosen)
+            chosen.update(islice(small, intended - len(chosen)))
     if not chosen:
         raise TaskError(
-            f"{task.name}: no learning rate can be chosen on a tenth of {len(train)} training examples; name one with "
-            "--learning-rates, or take more examples"
+            f"{task.name}: nothing can be held out of {len(train)} training examples for the choice of a learning rate "
+            "or of the strength of regularisation; take more examples"
         )
     rest = [i for i in range(len(train)) if i not in chosen]
     return train.subset(rest), train.subset(sorted(chosen))
 
 
 def check(data: TaskData) -> None:
-    """Raise TaskError if models cannot be fine-tuned and evaluated on the task: an empty part, a single class, a label
-    of an evaluation set that the training set lacks, or a constant evaluation set of a regression."""
+    """Raise TaskError if models cannot be fine-tuned and evaluated on the task: an empty part, no word in the training
+    texts, a single class, a label of an evaluation set that the training set lacks, or equal numbers in a part of a
+    regression, whose correlations are undefined then."""
     task = data.task
     for name, split in {"training": data.train, **data.dev}.items():
         if not len(split):
             raise TaskError(f"{task.name}: the {name} set is empty")
+    if not any(text.strip() for texts in data.train.texts for text in texts):
+        raise TaskError(f"{task.name}: the training texts have no word")
     if task.kind is Kind.REGRESSION:
-        if len(set(data.train.labels)) == 1:
-            raise TaskError(f"{task.name}: all numbers of the training set are {data.train.labels[0]}")
+        for name, split in {"training": data.train, **data.dev}.items():
+            if len(set(split.labels)) == 1:
+                raise TaskError(f"{task.name}: all numbers of the {name} set are {split.labels[0]}")
         return
     if task.kind is Kind.SPAN:
         _check_questions(data)

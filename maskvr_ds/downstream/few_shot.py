@@ -37,7 +37,7 @@ from maskvr_ds.downstream.episodic import (
 )
 from maskvr_ds.downstream.files import read_labelled
 from maskvr_ds.downstream.models import Encoder, prepared
-from maskvr_ds.downstream.store import Content, RunStore
+from maskvr_ds.downstream.store import FEW_SHOT, Content, RunStore, opened
 from maskvr_ds.downstream.tasks import Kind, Task, TaskError
 from maskvr_ds.runtime.logs import is_quiet
 
@@ -49,7 +49,6 @@ METHODS = {
     MARGIN: "prototypical, large margin",
 }
 TFIDF = "TF–IDF, nearest centroid"
-_TASK = "few_shot"
 
 logger = logging.getLogger(__name__)
 
@@ -89,24 +88,24 @@ def evaluate(models: Sequence[str], request: Request) -> str:
     Raises TaskError, CheckpointError, ExportError or OSError; runs that are done by then are stored.
     """
     split = read_labelled(request.task, request.data)
-    needed = max(request.shots) + max(request.queries, request.training.queries)
     pool = make_pool(
         split,
         ways=request.ways,
-        needed=needed,
+        shots=max(request.shots),
+        queries=max(request.queries, request.training.queries),
         seed=request.seed,
         maximum=request.max_per_class,
         name=str(request.data),
     )
-    store = RunStore(request.output)
-    with prepared(models, {Kind.CLASSIFICATION: request.max_length}) as encoders:
+    lengths = {Kind.CLASSIFICATION: request.max_length}
+    with opened(request.output) as store, prepared(models, lengths) as encoders:
         trained = sum(method in (PROTOTYPICAL, MARGIN) for method in request.methods)
         frozen = len(request.methods) - trained
         total = len(request.shots) * (1 + len(encoders) * (frozen + trained * request.seeds))
         with tqdm(total=total, desc="runs", unit="run", leave=False, disable=True if is_quiet() else None) as bar:
             evaluator = Evaluator(store, pool, request, bar)
             rows = {shots: evaluator.rows(encoders, shots) for shots in dict.fromkeys(request.shots)}
-    return few_shot_report.write(store, request.settings(), _describe(pool), rows)
+        return few_shot_report.write(store, request.settings(), _describe(pool), rows)
 
 
 def _describe(pool: Pool) -> Content:
@@ -179,7 +178,7 @@ class Evaluator:
     def _get(self, label: str, shots: int, identity: Content, make: Callable[[], Content]) -> Content:
         request = self.request
         full = {
-            "task": _TASK,
+            "task": FEW_SHOT,
             "pool": self._digest,
             "shape": asdict(request.shape(shots)),
             "episodes": request.episodes,

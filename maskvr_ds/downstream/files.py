@@ -28,6 +28,10 @@ _TEXT = (".tsv", ".csv", ".jsonl", ".txt", ".conll")
 _QUESTIONS = (".json", ".jsonl")
 _TAG = re.compile(r"O|[BIES]-.+")
 _DOCUMENT = "-DOCSTART-"
+_COLUMN = re.compile(r"[^ \t]+")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+# Characters; texts may be long. The csv module's own limit is 131,072.
+_LONGEST_FIELD = 2**31 - 1
 _SHOWN = 5
 
 
@@ -157,10 +161,13 @@ def _delimited(path: Path, task: Task, *, comma: bool) -> _Table:
     """TSV without quoting, as in GLUE, or CSV with it."""
     if comma:
         reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        limit = csv.field_size_limit(_LONGEST_FIELD)
         try:
             lines = [(reader.line_num, fields) for fields in reader if fields]
         except csv.Error as error:
             raise TaskError(f"{path}, line {reader.line_num}: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
     else:
         lines = [(number, line.split("\t")) for number, line in _lines(path) if line]
     if not lines:
@@ -168,12 +175,19 @@ def _delimited(path: Path, task: Task, *, comma: bool) -> _Table:
     header = list(task.header)
     if not header or lines[0][1] == header or _has_columns(task, lines[0][1]):
         header = lines.pop(0)[1]
-    needed = max((header.index(c) for c in _wanted(task, header, path)), default=0) + 1
+    wanted = _wanted(task, header, path)
+    if repeated := [column for column in wanted if header.count(column) > 1]:
+        raise TaskError(f"{path}: has several columns {repeated[0]!r}; rename all but one")
+    needed = max(map(header.index, wanted)) + 1
     rows, where, skipped = [], [], 0
     for number, fields in lines:
-        if len(fields) < needed:
-            if not task.skip_short_rows:
-                raise TaskError(f"{path}, line {number}: has {len(fields)} of {len(header)} columns")
+        if not needed <= len(fields) <= len(header):
+            if not task.skip_damaged_rows:
+                remedy = f"; a text with a {'comma needs quotes' if comma else 'tab needs .csv or .jsonl'}"
+                raise TaskError(
+                    f"{path}, line {number}: has {len(fields)} of {len(header)} columns"
+                    f"{remedy if len(fields) > len(header) else ''}"
+                )
             skipped += 1
             continue
         rows.append(dict(zip(header, fields, strict=False)))
@@ -203,32 +217,48 @@ def _arrow(path: Path) -> _Table:
     if path.is_dir():
         files = sorted(path.glob("*.arrow"))
         if (state := path / "state.json").is_file():
-            files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+            try:
+                files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise TaskError(f"{state}: is not as save_to_disk of datasets writes it ({error!r})") from None
         if not files:
             raise TaskError(f"{path}: has no .arrow file; expected a folder written by save_to_disk of datasets")
         tables = [pa.ipc.open_stream(file.read_bytes()).read_all() for file in files]
     else:
         files = [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*.parquet"))
+        _check_complete(files)
         tables = [pyarrow.parquet.read_table(file) for file in files]
     table = pa.concat_tables(tables)
     return _Table(
         path,
         table.to_pylist(),
         [f"{path}, example {i}" for i in range(table.num_rows)],
-        _class_names(table.schema),
+        _class_names(table.schema, path),
         tuple(table.column_names),
     )
 
 
-def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+def _check_complete(files: Sequence[Path]) -> None:
+    """Raise TaskError if some of the files STEM-00000-of-00003.parquet, … are missing, or of two sets."""
+    numbers = [(int(match[1]), int(match[2])) for file in files if (match := _SHARD.search(file.stem))]
+    if numbers and sorted(numbers) != [(i, len(numbers)) for i in range(len(numbers))]:
+        raise TaskError(
+            f"{files[0].parent}: expected one complete set of files, numbered as {files[0].name}; it has "
+            f"{', '.join(file.name for file in files[:_SHOWN])}{', …' * (len(files) > _SHOWN)}"
+        )
+
+
+def _class_names(schema: pa.Schema, path: Path) -> dict[str, Sequence[str]]:
     """Names of the class indices, from the features that `datasets` stores with the columns."""
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
     found = {}
-    for column, feature in features.items():
-        inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            found[column] = inner["names"]
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        for column, feature in stored.get("info", {}).get("features", {}).items():
+            inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+            if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+                found[column] = inner["names"]
+    except (ValueError, LookupError, AttributeError) as error:
+        raise TaskError(f"{path}: the features of datasets in it are damaged ({error!r})") from None
     return found
 
 
@@ -275,7 +305,7 @@ def _examples(task: Task, table: _Table) -> Split:
         parts.append(tuple(values))
         found = row.get(label)
         if task.kind is Kind.REGRESSION:
-            labels.append(_number(found, where))
+            labels.append(_number(task, found, where))
         else:
             labels.append(_class(task, found, table.names.get(label), where))
     return Split(tuple(parts), tuple(labels))
@@ -285,19 +315,23 @@ def _is_strings(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(task: Task, value: Any, where: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise TaskError(f"{where}: the label {value!r} is not a finite number")
+    if task.limits is not None and not task.limits[0] <= number <= task.limits[1]:
+        low, high = task.limits
+        raise TaskError(f"{where}: the label {value!r} is not between {low:g} and {high:g} (test sets have none)")
     return number
 
 
 def _class(task: Task, value: Any, names: Sequence[str] | None, where: str) -> str:
     """A class by name. Indices of `datasets` have names of their own, or are those of the task's labels."""
-    if isinstance(value, bool) or value is None:
+    # Of a table, a missing number is not a number.
+    if isinstance(value, bool) or value is None or (isinstance(value, float) and not math.isfinite(value)):
         raise TaskError(f"{where}: the label {value!r} is neither a name nor an index")
     if isinstance(value, int):
         if names is not None and not (task.labels and set(names) != set(task.labels)):
@@ -324,10 +358,13 @@ def _tag(tag: str, where: str) -> str:
 
 
 def _conll(path: Path) -> Split:
-    """Sentences of CoNLL files: one token per line, its tag in the last column, an empty line after each sentence."""
+    """Sentences of CoNLL files: one token per line, its tag in the last column, an empty line after each sentence.
+
+    Columns are separated by spaces and tabs; other white space, such as that within a number, is of the token.
+    """
     sentences: list[tuple[list[str], list[str]]] = [([], [])]
     for number, line in _lines(path):
-        fields = line.split()
+        fields = _COLUMN.findall(line)
         if not fields or fields[0] == _DOCUMENT:
             if sentences[-1][0]:
                 sentences.append(([], []))

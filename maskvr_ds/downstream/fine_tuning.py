@@ -32,9 +32,9 @@ from transformers import (
 
 from maskvr_ds.downstream import layers, spans
 from maskvr_ds.downstream.baselines import main_score, targets
-from maskvr_ds.downstream.encoding import Encoded, encoded, predict
+from maskvr_ds.downstream.encoding import Encoded, encoded, has_untagged, predict
 from maskvr_ds.downstream.examples import Split
-from maskvr_ds.downstream.losses import StepLoss, balanced_weights
+from maskvr_ds.downstream.losses import DivergenceError, StepLoss, balanced_weights
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.spans import Windows
 from maskvr_ds.downstream.tasks import Kind, Task
@@ -47,10 +47,6 @@ _PREDICTION_BATCH = 64
 _CHECK_EVERY = 50
 # Trainer's name of the score on the held-out part.
 _SCORE = "held_out"
-
-
-class DivergenceError(ArithmeticError):
-    """The loss is not finite. The message names the step."""
 
 
 @dataclass(frozen=True)
@@ -281,10 +277,10 @@ def fine_tune(
 
 
 def _step_loss(task: Task, labels: Sequence[str], settings: Settings, items: Any) -> StepLoss | None:
-    """None for a batch in one part without weights, for which the model's own loss is the same."""
+    """None for a batch in one part without weights, for which the model's own loss is the same, if it has one."""
     if settings.class_weights is not None:
         return StepLoss(task.kind, balanced_weights((items[i]["labels"] for i in range(len(items))), len(labels)))
-    return StepLoss(task.kind) if settings.accumulation is not None else None
+    return StepLoss(task.kind) if settings.accumulation is not None or has_untagged(items) else None
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskvr_ds.downstream.examples import TaskData
-from maskvr_ds.downstream.fine_tuning import DivergenceError, Settings, fine_tune
+from maskvr_ds.downstream.fine_tuning import Settings, fine_tune
+from maskvr_ds.downstream.losses import DivergenceError
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import TaskError
@@ -87,4 +88,4 @@ class Intermediate:
         return folder
 
     def _identity(self, encoder: Encoder, seed: int) -> Content:
-        return {**self.identity(), "model": encoder.digest, "seed": seed}
+        return {**self.identity(), **encoder.identity, "seed": seed}

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -70,11 +71,13 @@ _encoders: list[Encoder] = []
 
 
 def _start(
-    parent: int, device: str | None, threads: int | None, store: RunStore, tasks: list[TaskData], protocol: Protocol,
-    intermediate: Intermediate | None, encoders: list[Encoder],
+    parent: int, scratch: str, device: str | None, threads: int | None, store: RunStore, tasks: list[TaskData],
+    protocol: Protocol, intermediate: Intermediate | None, encoders: list[Encoder],
 ) -> None:  # fmt: skip
-    """Prepare a worker process. device: the GPU that it sees; threads: of PyTorch on CPUs."""
+    """Prepare a worker process. scratch: folder for temporary files, which the parent deletes; device: the GPU that it
+    sees; threads: of PyTorch on CPUs."""
     die_with_parent(parent)
+    tempfile.tempdir = scratch
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends the workers
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -126,15 +129,21 @@ def compute_all(
     first = evaluators[0]
     data = [evaluator.data for evaluator in evaluators]
     common = (first.store, data, first.protocol, first.intermediate, list(encoders))
-    arguments = [(os.getpid(), devices[i % len(devices)] if devices else None, own, *common) for i in range(processes)]
     children = set(multiprocessing.active_children())
-    pool = _Pool(arguments)
-    try:
-        return _Schedule(evaluators, encoders, progress).work(pool)
-    finally:
-        pool.stop()
-        for child in set(multiprocessing.active_children()) - children:
-            child.kill()
+    with tempfile.TemporaryDirectory(prefix="maskvr-") as scratch:
+        pool = _Pool(
+            [
+                (os.getpid(), scratch, devices[i % len(devices)] if devices else None, own, *common)
+                for i in range(processes)
+            ]
+        )
+        try:
+            return _Schedule(evaluators, encoders, progress).work(pool)
+        finally:
+            pool.stop()
+            for child in set(multiprocessing.active_children()) - children:
+                child.kill()
+                child.join()
 
 
 class _Pool:

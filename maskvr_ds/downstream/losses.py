@@ -23,6 +23,10 @@ from maskvr_ds.downstream.tasks import Kind
 IGNORED = -100
 
 
+class DivergenceError(ArithmeticError):
+    """The loss, or what the model computes, is not finite. The message names the step."""
+
+
 def balanced_weights(labels: Iterable[int | Sequence[int]], classes: int) -> Tensor:
     """float32 [classes]: n / (k · n_c) of a class with n_c of the n training examples, or tokens, and k classes that
     occur ("balanced" of scikit-learn, after King and Zeng 2001); 0 of a class that does not occur."""
@@ -51,7 +55,7 @@ class StepLoss:
         return torch.tensor(float(len(labels))) if self.weights is None else self.weights[labels.cpu()].sum()
 
     def __call__(self, output: Any, batch: Mapping[str, Tensor], items: Tensor) -> Tensor:
-        """Scalar. output: of a model with a task head; batch: its inputs, with labels."""
+        """Scalar, 0 if the step has no item. output: of a model with a task head; batch: its inputs, with labels."""
         if self.kind is Kind.SPAN:
             start = F.cross_entropy(output.start_logits.float(), batch["start_positions"], reduction="sum")
             total = (start + F.cross_entropy(output.end_logits.float(), batch["end_positions"], reduction="sum")) / 2
@@ -61,4 +65,5 @@ class StepLoss:
             logits, labels = output.logits.float().flatten(0, -2), batch["labels"].flatten()
             weights = None if self.weights is None else self.weights.to(logits.device)
             total = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
-        return total / items.to(total.device)
+        items = items.to(total.device)
+        return total / torch.where(items > 0, items, 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
 
 from maskvr_ds.downstream import squad_scoring
 
@@ -37,17 +38,16 @@ def f1(truth: Sequence[int], predicted: Sequence[int], weights: Array) -> Array:
 
 def macro_f1(truth: Sequence[int], predicted: Sequence[int], weights: Array) -> Array:
     """Mean of the classes' F1 over those that occur in the truth or in the predictions."""
-    table = _confusion(truth, predicted, weights)
-    both = table.sum(1) + table.sum(2)
-    return _ratio(2 * np.diagonal(table, axis1=1, axis2=2), both).sum(1) / (both > 0).sum(1)
+    t, p, correct = _class_counts(truth, predicted, weights)
+    both = t + p
+    return _ratio(2 * correct, both).sum(1) / (both > 0).sum(1)
 
 
 def matthews(truth: Sequence[int], predicted: Sequence[int], weights: Array) -> Array:
     """Matthews correlation coefficient, of several classes as in Gorodkin 2004."""
-    table = _confusion(truth, predicted, weights)
-    t, p = table.sum(2), table.sum(1)
+    t, p, correct = _class_counts(truth, predicted, weights)
     total = weights.sum(1)
-    covariance = np.trace(table, axis1=1, axis2=2) * total - (t * p).sum(1)
+    covariance = correct.sum(1) * total - (t * p).sum(1)
     return _ratio(covariance, np.sqrt((total**2 - (t**2).sum(1)) * (total**2 - (p**2).sum(1))))
 
 
@@ -121,12 +121,18 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _confusion(truth: Sequence[int], predicted: Sequence[int], weights: Array) -> Array:
-    """Weighted counts [R, C, C] by true and predicted class."""
-    classes = max(max(truth), max(predicted)) + 1
-    cells = np.zeros((len(truth), classes**2))
-    cells[np.arange(len(truth)), np.asarray(truth) * classes + np.asarray(predicted)] = 1
-    return (weights @ cells).reshape(-1, classes, classes)
+def _class_counts(truth: Sequence[int], predicted: Sequence[int], weights: Array) -> tuple[Array, Array, Array]:
+    """Weighted counts of each class [R, C]: of examples of the class, of predictions of it, and of those that are
+    correct. Not a confusion matrix: a task may have thousands of classes."""
+    t, p = np.asarray(truth), np.asarray(predicted)
+    classes, n = int(max(t.max(), p.max())) + 1, len(t)
+
+    def counts(chosen: NDArray[np.int64], ones: NDArray[np.bool_]) -> Array:
+        member = sparse.csr_matrix((ones.astype(np.float64), (chosen, np.arange(n))), (classes, n))
+        return (member @ weights.T).T
+
+    every = np.ones(n, bool)
+    return counts(t, every), counts(p, every), counts(t, t == p)
 
 
 def _ranks(values: ArrayLike, weights: Array) -> Array:

@@ -25,6 +25,7 @@ from maskvr_ds.checkpoint.export import export
 from maskvr_ds.checkpoint.scores import model_digest
 from maskvr_ds.downstream.locate import locate
 from maskvr_ds.downstream.tasks import Kind, TaskError
+from maskvr_ds.runtime.processes import exit_on_sigterm
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -47,12 +48,20 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Encoder:
     """A model on disk. name: as given on the command line. folder: for `from_pretrained`. digest: SHA-256 of its
-    weights, configuration and tokenizer. tokenizer: a fast tokenizer of transformers."""
+    weights, configuration and tokenizer. tokenizer: a fast tokenizer of transformers. fine_tuned: it was saved with a
+    task head."""
 
     name: str
     folder: Path
     digest: str
     tokenizer: Any
+    fine_tuned: bool = False
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides the results of runs that start from it. Heads of fine-tuned models were kept in earlier versions
+        if their shapes agreed."""
+        return {"model": self.digest} | ({"head": "new"} if self.fine_tuned else {})
 
     @cached_property
     def _reads_spaces(self) -> bool:
@@ -90,6 +99,11 @@ class Encoder:
         except Exception as error:  # whatever a damaged file or an architecture without this head raises
             raise TaskError(f"{self.name}: transformers cannot load it for {kind} ({_first_line(error)})") from None
         _check_loaded(self.name, model, found)
+        if self.fine_tuned and weights is None:
+            prefix = f"{model.base_model_prefix}."
+            drawn = cls.from_config(model.config, dtype=torch.float32).state_dict()
+            head = {key: value for key, value in drawn.items() if not key.startswith(prefix)}
+            model.load_state_dict(head, strict=False)
         return model
 
     def load_fine_tuned(self, kind: Kind, labels: Sequence[str]) -> Any:
@@ -161,7 +175,8 @@ def prepared(models: Sequence[str], lengths: Mapping[Kind, int]) -> Iterator[lis
     transformers_logging.disable_progress_bar()
     if len(set(models)) < len(models):
         raise TaskError("a MODEL is given twice")
-    with tempfile.TemporaryDirectory(prefix="maskvr-") as exports:
+    # A time limit must not leave exports of all checkpoints behind.
+    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="maskvr-") as exports:
         found = [_prepare(name, Path(exports) / str(i)) for i, name in enumerate(models)]
         for encoder in found:
             check(encoder, lengths)
@@ -197,7 +212,12 @@ def _prepare(name: str, exported: Path) -> Encoder:
         )
     # Positions of tokens are those of the unpadded text.
     tokenizer.padding_side = "right"
-    return Encoder(name, folder, model_digest(folder), tokenizer)
+    return Encoder(name, folder, model_digest(folder), tokenizer, _has_task_head(folder))
+
+
+def _has_task_head(folder: Path) -> bool:
+    config = json.loads((folder / _CONFIG).read_bytes())
+    return any(str(name).endswith(tuple(_SUFFIXES.values())) for name in config.get("architectures") or ())
 
 
 @torch.no_grad()

@@ -125,6 +125,7 @@ def score_cell(entry: Content) -> str:
 
 def aligned(body: list[list[str]]) -> list[str]:
     """A Markdown table; the first column to the left, the others to the right."""
+    body = [[cell.replace("|", "\\|") for cell in cells] for cells in body]
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     lines = [
         "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))

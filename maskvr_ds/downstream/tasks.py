@@ -31,9 +31,9 @@ class Task:
     folder: its name within a folder of GLUE tasks. texts: one or two texts per example, each with the alternative names
     of its column (GLUE's files, `datasets`). label: alternative names of the label's column. labels: in the order of
     the class indices of `datasets`; empty if they are those of the training set. dev: name of an evaluation set ->
-    alternative stems of its file. train: of the training set's. header: of GLUE files without one. skip_short_rows:
-    GLUE's own file has damaged rows. max_length: tokens per example. unanswerable: there are questions without an
-    answer.
+    alternative stems of its file. train: of the training set's. header: of GLUE files without one.
+    skip_damaged_rows: GLUE's own file has rows with other numbers of columns. max_length: tokens per example.
+    unanswerable: there are questions without an answer. limits: minimum and maximum of the numbers of a regression.
     """
 
     name: str
@@ -46,12 +46,13 @@ class Task:
     dev: tuple[tuple[str, tuple[str, ...]], ...] = (("dev", ("dev", "validation", "valid")),)
     train: tuple[str, ...] = ("train", "eng.train")
     header: tuple[str, ...] = ()
-    skip_short_rows: bool = False
+    skip_damaged_rows: bool = False
     learning_rates: tuple[float, ...] = _GLUE_RATES
     epochs: float = 3
     batch_size: int = 32
     max_length: int = 128
     unanswerable: bool = False
+    limits: tuple[float, float] | None = None
 
     @property
     def is_glue(self) -> bool:
@@ -88,10 +89,10 @@ _TABLE = (
         _BINARY,
         ("f1", "accuracy"),
     ),
-    _glue("stsb", "STS-B", _PAIR, ("score", "label"), (), ("pearson", "spearman")),
+    replace(_glue("stsb", "STS-B", _PAIR, ("score", "label"), (), ("pearson", "spearman")), limits=(0.0, 5.0)),
     replace(
         _glue("qqp", "QQP", (("question1",), ("question2",)), ("is_duplicate", "label"), _BINARY, ("f1", "accuracy")),
-        skip_short_rows=True,
+        skip_damaged_rows=True,
     ),
     replace(
         _glue(

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from tokenizers import Tokenizer
 
 from maskvr_ds.data.token_scores import write_token_scores
+from maskvr_ds.data.vocabulary import read_tokenizer
 from maskvr_ds.downstream.baselines import targets
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
 from maskvr_ds.downstream.files import read_task
@@ -44,14 +44,15 @@ class Request:
 
 
 def write(request: Request) -> str:
-    """Write the table of scores; returns a summary. Raises TaskError or OSError."""
+    """Write the table of scores; returns a summary. Raises TaskError, OSError, or ValueError if the tokenizer is
+    damaged."""
     check_output_file(request.output, "--output")
     check_weightable(request.task, (request.weights,))
     path = next((found for folder in _FOLDERS if (found := request.tokenizer / folder / _FILE).is_file()), None)
     if path is None:
         raise TaskError(f"--tokenizer {request.tokenizer}: has no {_FILE}; name the folder of a corpus or a model")
     data = read_task(request.task, request.data)
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read_tokenizer(path.parent)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     weights, seen = token_weights(data, tokenizer, request.weights, request.seed)

@@ -6,7 +6,10 @@ Reads /proc instead of using psutil, which neither login nodes nor an environmen
 import ctypes
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Loaded at import: between fork and exec only async-signal-safe work should be done.
@@ -23,6 +26,22 @@ def die_with_parent(parent: int) -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit within the block, with the status 143 that a shell reports of it: temporary files
+    are deleted then. Call in the main thread."""
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends it twice: not into the cleanup
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start_time(pid: int) -> int | None:

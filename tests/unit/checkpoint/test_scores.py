@@ -53,6 +53,19 @@ def test_the_card_has_the_scores_of_these_weights(folder: Path) -> None:
     assert "| majority | bag of words | this model |" in card.text
 
 
+def test_the_card_names_the_intermediate_task(folder: Path, tmp_path: Path) -> None:
+    """Scores of a two-stage fine-tuning are not those of the task alone."""
+    content = json.loads((folder / "both" / "results.json").read_bytes())
+    content["tasks"]["classification"]["rows"][str(folder / "run")]["settings"]["intermediate"] = {"task": "mnli"}
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    words = ("export", "--checkpoint", str(folder / "run"), "--output", str(tmp_path / "model"))
+    assert main([*words, "--scores", str(tmp_path)]) == 0
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert "| classification, first on mnli | accuracy |" in card.text
+    names = [r.metric_name for r in card.data.eval_results or () if r.dataset_type == "classification"]
+    assert all(str(name).endswith("fine-tuned, first on mnli") for name in names)
+
+
 def test_an_export_is_the_model_that_was_evaluated_as_a_run(folder: Path, tmp_path: Path) -> None:
     words = ("export", "--checkpoint", str(folder / "run"), "--output", str(tmp_path / "model"))
     assert main(list(words)) == 0

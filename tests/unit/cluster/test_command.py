@@ -9,6 +9,7 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.slurm.command import config_file, dependency_options, parse_nodes, parse_time
+from cluster.slurm.evaluation import parse_evaluation
 from cluster.slurm.script import SlurmError
 from maskvr_ds.config import RunConfig, load_config
 from tests.support.corpora import make_corpus
@@ -316,6 +317,11 @@ def test_how_an_evaluation_ends(
     assert (tmp_path / "given").read_text(encoding="utf-8").split("|")[:-1] == expected
 
 
+def test_held_out_text_is_the_default_task_of_an_evaluation(tmp_path: Path) -> None:
+    """It needs no --output: its figures are in the job's log."""
+    assert parse_evaluation(f"run --data {tmp_path}", tmp_path / "run").output is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -324,6 +330,10 @@ def test_how_an_evaluation_ends(
         ("run --tasks sst3 --data glue", "invalid choice: 'sst3'"),
         ("'my run' --tasks sst2 --data glue", "--output is required"),
         ("'my run' --tasks sst2 --data absent --output o", "absent: no such file or folder"),
+        ("'my run' --tasks sst2 mlm --data glue --output o", "evaluate them by two commands"),
+        ("'my run' --tasks sst2 --rows 3 --data glue --output o", "--rows is an option of the task mlm"),
+        ("'my run' --shots 1 --jobs 2 --data glue --output o", "--jobs has no meaning with --shots"),
+        ("--tasks sst2 --data glue --output o", "name a MODEL"),
     ],
 )
 def test_refused_evaluations(

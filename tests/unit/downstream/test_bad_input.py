@@ -54,6 +54,30 @@ def test_files(
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize("more", [["--learning-rates", "1e-3"], []])
+def test_a_tiny_training_set(model: Path, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bag of words needs a held-out part as well: refused before the first run, with a remedy that helps."""
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / "data" / f"{name}.tsv", GOOD[:9])
+    words = ["evaluate", str(model), "--tasks", "classification", "--data", str(tmp_path / "data"), *QUICK]
+    assert main([*words, "--output", str(tmp_path / "o"), *more]) == 1
+    assert "nothing can be held out of 8 training examples" in error_of(capsys)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--class-weights", "balanced"], ["--accumulation", "2", "--batch-size", "2"]])
+def test_sentences_without_tokens(model: Path, more: list[str], tmp_path: Path) -> None:
+    """A batch of them has no mean loss, and changes nothing."""
+    rows = [{"tokens": ["w1", "w2"], "tags": ["O", "B-X"]}] * 6 + [{"tokens": [], "tags": []}] * 3
+    rows.append({"tokens": ["\u200b"], "tags": ["O"]})  # no token of the model's
+    (tmp_path / "data").mkdir()
+    for name in ("train", "dev"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["evaluate", str(model), "--tasks", "conll", "--data", str(tmp_path / "data"), *QUICK, "--batch-size", "1"]
+    assert main([*words, "--output", str(tmp_path / "o"), "--learning-rates", "1e-3", "--seeds", "1", *more]) == 0
+    assert results(tmp_path / "o", "conll")["rows"][str(model)]["scores"]["entity_f1"]["mean"] is not None
+
+
 def test_some_empty_texts(model: Path, tmp_path: Path) -> None:
     """They are examples like others, and counted."""
     write_tsv(tmp_path / "data" / "train.tsv", [*GOOD, ("", "0"), (" ", "1")])

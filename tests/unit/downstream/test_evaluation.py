@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskvr_ds.downstream import command, evaluation, jobs
+from maskvr_ds.downstream import command, evaluation, jobs, report
 from maskvr_ds.downstream.evaluation import Evaluator, Row
 from maskvr_ds.downstream.examples import Split, TaskData, hold_out
 from maskvr_ds.downstream.files import read_task
-from maskvr_ds.downstream.fine_tuning import DivergenceError, Outcome
+from maskvr_ds.downstream.fine_tuning import Outcome
+from maskvr_ds.downstream.losses import DivergenceError
 from maskvr_ds.downstream.models import Encoder
 from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.report import tables, task_report
@@ -353,8 +354,14 @@ def test_report(data: TaskData, run: Evaluated) -> None:
     assert len({len(line) for line in table}) == 1
 
 
-def test_a_foreign_folder_is_not_written_to(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(TaskError, match="is no folder of an evaluation"):
-            RunStore(path)
+@pytest.mark.parametrize("name", ["majority", "bag of words", "words, χ²"])
+def test_a_model_with_the_name_of_another_row(data: TaskData, name: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=f"MODEL {name}: is the name of a row without a model; write ./{name}"):
+        command.evaluate([name], request(data, tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+def test_names_of_models_do_not_break_the_table() -> None:
+    header, rule, row = report.aligned([["row", "accuracy"], ["runs/a|b", "70.0"]])
+    assert row == r"| runs/a\|b |     70.0 |"
+    assert len(header) == len(rule) == len(row)

@@ -43,13 +43,22 @@ def test_parts_and_episodes_are_disjoint(sizes: list[int], ways: int, shots: int
     common = {f"c{j:02}" for j, size in enumerate(sizes) if size >= shape.examples}
 
     def pool():
-        return make_pool(split, ways=ways, needed=shape.examples, seed=seed, maximum=8, name="file")
+        return make_pool(split, ways=ways, shots=shots, queries=queries, seed=seed, maximum=8, name="file")
 
-    if len(common) < 3 * ways:
+    # Of one-shot episodes; of more, classes without enough texts are removed, and no other changes its part.
+    divided = [j for j, size in enumerate(sizes) if size > queries]
+    if len(divided) < 3 * ways:
+        with pytest.raises(TaskError):
+            pool()
+        return
+    one_shot = make_pool(split, ways=ways, shots=1, queries=queries, seed=seed, maximum=8, name="file").parts
+    expected = {part: tuple(name for name in names if name in common) for part, names in one_shot.items()}
+    if any(len(names) < ways for names in expected.values()):
         with pytest.raises(TaskError):
             pool()
         return
     made = pool()
+    assert made.parts == expected
     names = [name for part in PARTS for name in made.parts[part]]
     assert sorted(names) == sorted(common)
     assert all(len(made.parts[part]) >= ways for part in PARTS)
@@ -170,6 +179,16 @@ def test_embeddings(tmp_path: Path) -> None:
             assert torch.allclose(found[i], alone, atol=1e-5)
     hidden = torch.tensor([[[1.0], [3.0], [100.0]]])
     assert mean_over_tokens(hidden, torch.tensor([[1, 1, 0]])).item() == 2
+
+
+def test_embeddings_that_are_not_finite(tmp_path: Path) -> None:
+    """The nearest of distances that are not numbers is always the first: an accuracy of chance, not an error."""
+    folder = save_model(tmp_path / "model", masked_lm=False)
+    with prepared([str(folder)], {Kind.CLASSIFICATION: 16}) as (encoder,):
+        embedder = Embedder(encoder, 16)
+        next(embedder.model.parameters()).data[5:] = torch.nan
+        with pytest.raises(TaskError, match="model: its embeddings are not finite"):
+            embedder.all(["w1 w2", "w7"])
 
 
 WORDS = ("evaluate", "model", "--shots", "1", "2", "--data", "file.jsonl", "--output", "scores", "--quiet")

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from maskvr_ds.downstream.examples import Split, describe, hold_out, limited
+from maskvr_ds.downstream.examples import Split, TaskData, check, describe, hold_out, limited
 from maskvr_ds.downstream.files import read_task
 from maskvr_ds.downstream.tasks import GLUE, OWN, Task, TaskError, resolve
 from tests.support.tasks import write_conll, write_sst2, write_tsv
@@ -45,6 +47,7 @@ FORMS: dict[str, tuple[list[list[str]], list[tuple[str, ...]], list[object]]] = 
             ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
             ["0", "1", "2", "a?", "b?", "1"],
             ["1", "3", "4", "a text that a line feed has cut"],
+            ["1", "3", "4", "a text with", "a tab", "b?", "1"],
             ["2", "5", "6", "c?", "d?", "0"],
         ],
         [("a?", "b?"), ("c?", "d?")],
@@ -103,7 +106,7 @@ def test_glue_files(tmp_path: Path, name: str, suffix: str, place: str) -> None:
         assert data.train == Split(tuple(texts), tuple(labels))
         assert list(data.dev) == [dev for dev, _ in task.dev]
         assert all(split == data.train for split in data.dev.values())
-        assert data.skipped == (2 if name == "qqp" else 0)
+        assert data.skipped == (4 if name == "qqp" else 0)
 
 
 @pytest.mark.parametrize("names", [("entailment", "not_entailment"), ("not_entailment", "entailment"), None])
@@ -171,6 +174,8 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
         (GOOD, "sentence\tlabel\n", "sst2: the dev set is empty"),
         ("", GOOD, "train.tsv: is empty"),
         (GOOD, "sentence\tlabel\na\n", "dev.tsv, line 2: has 1 of 2 columns"),
+        (GOOD, "sentence\tlabel\na\tb\t1\n", "line 2: has 3 of 2 columns; a text with a tab needs .csv or .jsonl"),
+        (GOOD, "sentence\tlabel\tlabel\na\t1\t0\n", "dev.tsv: has several columns 'label'; rename all but one"),
         ("sentence\tlabel\na\t1\nb\t1\n", GOOD, "all training examples have the label '1'"),
         (GOOD, "sentence\tlabel\n\xff\t1\n", "dev.tsv: cannot be read .*expected UTF-8"),
     ],
@@ -200,6 +205,7 @@ def test_labels_only_in_dev(tmp_path: Path) -> None:
         ('{"text": 1, "label": 1}', "line 1: expected text in 'text'"),
         ('{"text": "a", "label": null}', "line 1: the label None is neither a name nor an index"),
         ('{"text": "a", "label": "x"}\n{"text": "b"}', "line 2: the label None"),
+        ('{"text": "a", "label": 1.0}\n{"text": "b", "label": NaN}', "line 2: the label nan is neither"),
     ],
 )
 def test_refused_json_lines(tmp_path: Path, content: str, message: str) -> None:
@@ -215,6 +221,111 @@ def test_refused_numbers(tmp_path: Path, value: str) -> None:
         write_tsv(tmp_path / f"{name}.tsv", [("text", "score"), ("a", "1"), ("b", value)])
     with pytest.raises(TaskError, match=re.escape(f"line 3: the label {value!r} is not a finite number")):
         read_task(OWN["regression"], tmp_path)
+
+
+@pytest.mark.parametrize("value", ["-1", "5.1"])
+def test_scores_are_those_of_the_task(tmp_path: Path, value: str) -> None:
+    """Of unlabelled test sets on the hub, every score is -1."""
+    for name, score in (("train", "5.0"), ("dev", value)):
+        header = ("sentence1", "sentence2", "score")
+        write_tsv(tmp_path / "STS-B" / f"{name}.tsv", [header, ("a", "b", "0"), ("c", "d", score)])
+    with pytest.raises(TaskError, match=rf"dev.tsv, line 3: the label '{value}' is not between 0 and 5"):
+        read_task(GLUE["stsb"], tmp_path)
+
+
+def test_long_texts_of_csv(tmp_path: Path) -> None:
+    """Python's csv module has a limit of 131,072 characters."""
+    limit = csv.field_size_limit()
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{'w ' * 100_000},x\nb,y\n", encoding="utf-8")
+    assert len(read_task(own(), tmp_path).train.texts[0][0]) == 200_000
+    assert csv.field_size_limit() == limit
+    (tmp_path / "dev.csv").write_text("text,label\na, b,x\n", encoding="utf-8")
+    with pytest.raises(TaskError, match=r"dev.csv, line 2: has 3 of 2 columns; a text with a comma needs quotes"):
+        read_task(own(), tmp_path)
+
+
+def test_incomplete_sets_of_files(tmp_path: Path) -> None:
+    """A download that was interrupted must not be half of a training set."""
+    part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    part.to_parquet(tmp_path / "dev-00000-of-00001-0a1b.parquet")
+    for i in (0, 2, 1):
+        part.to_parquet(tmp_path / f"train-0000{i}-of-00003.parquet")
+        if i != 1:
+            with pytest.raises(TaskError, match=r"expected one complete set of files, .* it has train-00000-of-00003"):
+                read_task(own(), tmp_path)
+    assert len(read_task(own(), tmp_path).train) == 6
+    part.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(TaskError, match="expected one complete set"):
+        read_task(own(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", '{"_data_files": [1]}', "[]"])
+def test_damaged_folders_of_datasets(tmp_path: Path, content: str) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(content, encoding="utf-8")
+    with pytest.raises(TaskError, match=r"train/state.json: is not as save_to_disk of datasets writes it"):
+        read_task(own(), tmp_path)
+
+
+@pytest.mark.parametrize("features", ["[1", "[]", '{"info": {"features": {"label": "string"}}}', '{"info": []}'])
+def test_damaged_features_of_datasets(tmp_path: Path, features: str) -> None:
+    """They may name the classes: not to be ignored."""
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]}).replace_schema_metadata({"huggingface": features})
+    for name in ("train", "dev"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(TaskError, match=r"train.parquet: the features of datasets in it are damaged"):
+        read_task(own(), tmp_path)
+
+
+def test_words_of_conll_may_contain_other_white_space(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.txt").write_text("10\u00a0000 NN\tB-X\r\n\u3000 O\n\nb O\n", encoding="utf-8")
+    data = read_task(OWN["conll"], tmp_path)
+    assert data.train == Split((("10\u00a0000", "\u3000"), ("b",)), (("B-X", "O"), ("O",)))
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "dev", "message"),
+    [
+        ("classification", ["x", "y", "z"] * 30, ["x", "y", "z"], "--max-train 5: .* has labels that the training set"),
+        ("regression", [1.0, *[2.0] * 89], [1.0, 2.0], "--max-train 5: .* all numbers of the training set are 2.0"),
+    ],
+)
+def test_too_few_training_examples(task: str, labels: list, dev: list, message: str) -> None:
+    """--max-train may draw none of some classes: known before the first run, not when it is scored."""
+    texts = tuple((f"w{i}",) for i in range(len(labels)))
+    data = TaskData(OWN[task], Split(texts, tuple(labels)), {"dev": Split(texts[: len(dev)], tuple(dev))})
+    check(data)
+    with pytest.raises(TaskError, match=f"{message}.*; raise it"):
+        limited(data, 5)
+    with pytest.raises(TaskError, match="--intermediate-max-train 2: "):
+        limited(data, 2, "--intermediate-max-train")
+
+
+def test_a_constant_evaluation_set() -> None:
+    """Its correlations are undefined."""
+    texts = (("a",), ("b",))
+    data = TaskData(OWN["regression"], Split(texts, (1.0, 2.0)), {"dev": Split(texts, (3.0, 3.0))})
+    with pytest.raises(TaskError, match=r"all numbers of the dev set are 3\.0"):
+        check(data)
+
+
+def test_a_part_of_many_small_classes_is_held_out() -> None:
+    """A tenth of each class of four is none; still a tenth of all is held out, and every class stays in training."""
+    n = 400
+    train = Split(tuple((f"text {i}",) for i in range(n)), tuple(f"c{i % 100}" for i in range(n)))
+    rest, held_out = hold_out(train, own())
+    assert (len(rest), len(held_out)) == (360, 40)
+    assert len(set(held_out.labels)) == 40
+    assert set(rest.labels) == set(train.labels)
+    assert sorted([*rest.texts, *held_out.texts]) == sorted(train.texts)
+    assert (rest, held_out) == hold_out(train, own())
+    # One of each: a held-out example would be all of its class.
+    single = Split(train.texts, tuple(f"c{i}" for i in range(n)))
+    with pytest.raises(TaskError, match="nothing can be held out of 400 training examples"):
+        hold_out(single, own())
 
 
 @pytest.mark.parametrize(("line", "message"), [("a X", "unknown tag 'X'"), ("a", "expected a token and")])

@@ -1,9 +1,11 @@
 """`maskvr evaluate` and `maskvr finetune` on toy tasks with a tiny model: they learn, and bad models are refused."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from maskvr_ds.cli import main
-from maskvr_ds.downstream import fine_tuning
+from maskvr_ds.downstream import command, fine_tuning
 from maskvr_ds.downstream.encoding import Encoded
 from maskvr_ds.downstream.examples import Split
-from maskvr_ds.downstream.fine_tuning import DivergenceError, Settings, fine_tune
+from maskvr_ds.downstream.fine_tuning import Settings, fine_tune
+from maskvr_ds.downstream.losses import DivergenceError
 from maskvr_ds.downstream.models import Encoder, prepared
 from maskvr_ds.downstream.tasks import GLUE, OWN, Kind
 from tests.support.corpora import make_tokenizer
@@ -95,6 +98,27 @@ def test_finetune_saves_a_model(model: Path, data: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(words) == 1
     assert "has a fine-tuned model already" in capsys.readouterr().err
+
+
+def test_a_model_is_never_without_its_scores(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two, the same command completes both."""
+
+    def killed(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "o"
+    words = ["finetune", str(model), "--task", "sst2", "--data", str(data), "--output", str(output), *QUICK[:2]]
+    words += ["--epochs", "1", "--max-length", "16"]
+    with monkeypatch.context() as patch:
+        patch.setattr(command.report, "write", killed)
+        assert main(words) == 130
+    assert not (output / "model").exists()
+    assert main(words) == 0
+    assert (output / "model" / "model.safetensors").is_file()
+    assert (output / "results.md").is_file()
+    assert not (output / ".model").exists()
 
 
 def test_equal_to_a_plain_loop(model: Path, data: Path) -> None:
@@ -254,15 +278,58 @@ def test_refused_models(
     assert not list((tmp_path / "o" / "runs").rglob("*.json"))
 
 
+def test_predictions_that_are_not_finite(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step has a finite loss and a gradient that is not: no later loss would tell."""
+
+    def train(trainer: Any) -> None:
+        trainer.model.classifier.weight.data[0, 0] = math.nan
+
+    monkeypatch.setattr(fine_tuning._Trainer, "train", train)
+    split = Split((("w0",), ("w1",)) * 8, ("0", "1") * 8)
+    with (
+        prepared([str(model)], {Kind.CLASSIFICATION: 16}) as (encoder,),
+        pytest.raises(DivergenceError, match="the predictions after step 0 are not finite"),
+    ):
+        fine_tune(
+            encoder, GLUE["sst2"], ("0", "1"), split, {"dev": split}, Settings(1, 4, 16, "fp32"), learning_rate=1e-3,
+            seed=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Kind.CLASSIFICATION, Kind.TOKENS])
+def test_the_head_of_a_fine_tuned_model_is_replaced(model: Path, kind: Kind, tmp_path: Path) -> None:
+    """Also if it has the same shape; the encoder's weights are kept, and a stored run of the old head is not found."""
+    with prepared([str(model)], {kind: 16}) as (encoder,):
+        torch.manual_seed(0)
+        tuned = encoder.load(kind, ("a", "b"))
+        assert encoder.identity == {"model": encoder.digest}
+    tuned.save_pretrained(tmp_path / "tuned")
+    encoder.tokenizer.save_pretrained(tmp_path / "tuned")
+    with prepared([str(tmp_path / "tuned")], {kind: 16}) as (encoder,):
+        heads = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            loaded = encoder.load(kind, ("c", "d"))
+            heads.append(loaded.classifier.weight)
+            for name, value in tuned.base_model.state_dict().items():
+                assert torch.equal(loaded.base_model.state_dict()[name], value)
+        assert torch.equal(heads[0], heads[1])
+        assert not torch.equal(heads[0], heads[2])
+        assert not torch.equal(heads[0], tuned.classifier.weight)
+        assert encoder.identity["head"] == "new"
+        assert torch.equal(encoder.load_fine_tuned(kind, ("a", "b")).classifier.weight, tuned.classifier.weight)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--tasks", "sst2", "--selection-seeds", "2", "--learning-rates", "1e-4", "--output", "o"], "is not chosen"),
         (["--tasks", "sst2", "--rows", "3", "--output", "o"], "--rows is an option of the task mlm"),
         (["--tasks", "sst2"], "--output is required"),
         (["--tasks", "mlm", "sst2", "--output", "o"], "mlm reads a corpus and other tasks read labelled files"),
         (["--tasks", "mlm", "--seeds", "2"], "--seeds is an option of fine-tuning"),
         (["--tasks", "sst2", "--label-column", "x", "--output", "o"], "not of sst2"),
-        (["--tasks", "sst2", "--output", "o", "--max-train", "5"], "no learning rate can be chosen on a tenth of 5"),
+        (["--tasks", "sst2", "--output", "o", "--max-train", "5"], "nothing can be held out of 5 training examples"),
     ],
 )
 def test_refused_options(
@@ -271,5 +338,24 @@ def test_refused_options(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", str(model), "--data", str(data), *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--epochs", "9"], "--epochs is an option of fine-tuning: name a MODEL"),
+        (["--learning-rates", "1e-4"], "--learning-rates is an option of fine-tuning: name a MODEL"),
+        (["--jobs", "2"], "--jobs is an option of fine-tuning: name a MODEL"),
+        (["--precision", "bf16"], "--precision is an option of fine-tuning: name a MODEL"),
+        (["--seeds", "2"], "--seeds is an option of fine-tuning and of --baselines ltw"),
+    ],
+)
+def test_options_that_need_a_model(
+    data: Path, option: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "--baselines", "chi2", "--tasks", "sst2", "--data", str(data), "--output", str(tmp_path / "o")]
+    assert main([*words, *option]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -58,10 +58,10 @@ def undisturbed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
     return output
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "maskvr_ds.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
     )  # fmt: skip
 
 
@@ -172,3 +172,20 @@ def test_one_gpu_per_process(
     assert jobs.visible_devices() == expected
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert jobs.visible_devices() == []
+
+
+def test_terminated(model: Path, data: Path, tmp_path: Path) -> None:
+    """SIGTERM, as at a time limit: status 143, no worker, and no temporary file of the command or of its workers."""
+    (tmp_path / "tmp").mkdir()
+    process = start(
+        words(model, data, tmp_path / "o", "--jobs", "2", "--early-stopping", "3"), TMPDIR=str(tmp_path / "tmp")
+    )
+    wait_for_runs(tmp_path / "o", process, 1)
+    own = workers(process)
+    assert list((tmp_path / "tmp").iterdir())
+    process.terminate()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    assert not any(start_time(pid) is not None for pid in own)
+    assert not list((tmp_path / "tmp").glob("maskvr-*"))

@@ -268,6 +268,13 @@ def test_faults(
     assert error.count("error:") == 1
 
 
+def test_a_damaged_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    words = ["token-scores", "--tokenizer", str(tmp_path), "--data", str(own_task(tmp_path / "task"))]
+    assert main([*words, "--output", str(tmp_path / "o.json")]) == 1
+    assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -99,3 +99,24 @@ def test_a_child_whose_parent_is_already_dead_does_not_start() -> None:
     """The parent may die between fork and prctl; the child's parent is then no longer `parent`."""
     parent = subprocess.run([sys.executable, "-c", PARENT, "1000000000"], capture_output=True, timeout=60, check=False)
     assert parent.returncode == 0
+
+
+def test_sigterm_raises_in_a_block() -> None:
+    """What the block has to clean up is cleaned up, also if the signal comes twice; then the old handler is back."""
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def work() -> None:
+        with processes.exit_on_sigterm():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                cleaned.append(True)
+
+    with pytest.raises(SystemExit) as left:
+        work()
+    assert left.value.code == 143
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) is before
