@@ -204,7 +204,8 @@ def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
         return  # nothing is left to train
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
         logger.info("%s", line)
-    for remark in remarks(phase.config, context.corpus):
+    of_auto = context.chooser.warnings(phase.last_step) if context.chooser else []
+    for remark in (*remarks(phase.config, context.corpus), *of_auto):
         logger.warning("%s", remark)
 
 

@@ -4,7 +4,6 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 """
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.documents import document_lengths
-from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
+from maskvr_ds.data.keys import MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.data.mixture import real_share, shares
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
@@ -46,7 +45,7 @@ from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.telemetry.metrics_file import AUTO_COSTS_EVENT
 from maskvr_ds.training.auto_measurement import distinct_rows
-from maskvr_ds.training.auto_strategy import Chooser
+from maskvr_ds.training.auto_strategy import Chooser, make_chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
@@ -55,7 +54,6 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
-from maskvr_ds.training.step_costs import StepCosts
 from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
@@ -372,26 +370,3 @@ def trial_engine(phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, dee
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
     _compile(phase, corpus, engine.module, maximum_predictions(corpus.sequence_length, phase.config.masking.rate))
     return engine
-
-
-def make_chooser(
-    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
-) -> Chooser:
-    config = phase.config
-    masking = config.masking
-    final_step = None
-    if masking.final_rate is not None or masking.auto.late_layers:
-        final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
-    return Chooser(
-        masking.auto,
-        engine=engine,
-        masker=masker,
-        loader=loader,
-        proposer=proposer,
-        rate=masking.rate,
-        final_rate=masking.final_rate,
-        final_step=final_step,
-        costs=costs,
-        micro_size=config.batch.micro_size,
-        seed=phase.key(AUTO),
-    )

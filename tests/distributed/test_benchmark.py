@@ -113,6 +113,10 @@ def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / MASK_COSTS).read_text(encoding="utf-8")) == {"phases": {"0": found}}
     assert "measuring the seconds" not in result.stdout + result.stderr
     assert "masks     auto: 5 of 30 tokens of a full row, 3 at the end; now" in result.stdout
+    # A run of two steps has no room for measurements.
+    assert found["per_pass"] > 0
+    assert "at most 5% of the seconds of the steps (masking.auto.max_share)" in result.stdout
+    assert "2 steps have room for no measurements, one every " in result.stdout + result.stderr
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_without_one() -> None:
