@@ -136,6 +136,7 @@ def train_phase(
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
     _announce(run, phase, context)
+    context.token_flops()
     # Rank 0 looks for requests to stop in the run's folder.
     here = run.output_dir if distributed.rank() == 0 else None
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
@@ -188,6 +189,7 @@ def train_phase(
                 context.log.add(**held_out, **(health.figures(context.engine.module) if health else {}))
                 if chooser:
                     context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
+                    context.token_flops()  # counted before the next step is timed
                 if save or written:
                     saver.finish()
                 if save:
@@ -240,6 +242,7 @@ def _record(
         grad_norm=DeferredTensor(norm) if isinstance(norm, torch.Tensor) else norm,
         trust_ratios=None if ratios is None else DeferredTensor(ratios),
         update_rms=None if rms is None else DeferredTensor(rms),
+        token_flops=context.token_flops(),
         proposal=None if context.learner is None else context.learner.step(),
         extra={"skipped_updates": engine.skipped_steps}
         | ({} if scale is None else {"loss_scale": scale})

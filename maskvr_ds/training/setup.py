@@ -18,7 +18,6 @@ from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.data.documents import document_lengths
 from maskvr_ds.data.keys import MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.data.mixture import real_share, shares
@@ -34,7 +33,6 @@ from maskvr_ds.masking.strategies import maximum_predictions
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
-from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus
 from maskvr_ds.models.late_masks import CANDIDATES, LateMasks
 from maskvr_ds.reliability.divergence import Guard
@@ -54,6 +52,7 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
+from maskvr_ds.training.step_flops import StepFlops
 from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
@@ -65,9 +64,9 @@ _PROBE_ROWS = 2
 class PhaseContext:
     """State and components that the training loop of a phase uses.
 
-    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto.
-    state: where the phase starts or continues. tokens_before:
-    tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
+    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto. state: where the
+    phase starts or continues. tokens_before: tokens trained in earlier phases. probe: a few fixed masked rows, on which
+    an export's logits are compared.
     """
 
     corpus: Corpus
@@ -84,12 +83,20 @@ class PhaseContext:
     log: MetricsLog
     guard: Guard
     verification: BackgroundVerification
+    flops: StepFlops
     health: HealthMonitor | None = None
 
     @property
     def learner(self) -> Proposer | None:
         """MAPNet, while it is trained."""
         return self.proposer if self.chooser is None or self.chooser.learning else None
+
+    def token_flops(self) -> float:
+        """FLOPs per rank and token of a step as it is computed now; 0 on ranks that do not log them. Takes time where
+        masks have changed."""
+        if not self.log.active:
+            return 0.0
+        return self.flops(self.masker.maximum_predictions, self.engine.module.late_of_training)
 
     def set_rate(self, rate: float) -> None:
         """Set the masking rate of the schedule; strategy auto sets its own."""
@@ -144,7 +151,6 @@ def setup_phase(
     )
     _compile(phase, corpus, engine.module, masker.maximum_predictions)
     loader = _make_loader(phase, corpus)
-    sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
     if costs is not None:
         chooser = make_chooser(phase, engine, masker, loader, proposer, costs)
@@ -153,7 +159,7 @@ def setup_phase(
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
-    log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
+    log = _make_log(phase, corpus, engine, state, rollbacks)
     if measuring:
         log.event(event=AUTO_COSTS_EVENT, step=state.step, seconds=round(measuring, 3))
     if initial is not None:
@@ -173,6 +179,7 @@ def setup_phase(
         log=log,
         guard=guard,
         verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
+        flops=StepFlops(config, encoder, corpus),
         health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
 
@@ -267,13 +274,6 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
 
 
-def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
-    documents = document_lengths(corpus) if config.data.attention == "documents" else None
-    size = config.batch.micro_size
-    late = late_masks(config, corpus)
-    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents, late=late)
-
-
 def _initial_state(
     phase: RunPhase, corpus: Corpus, deepspeed_config: dict[str, Any], engine: Any, initial: InitialWeights | None
 ) -> CheckpointState:
@@ -336,7 +336,6 @@ def _make_log(
     engine: Any,
     state: CheckpointState,
     rollbacks: list[dict[str, Any]],
-    sequence_flops: float,
 ) -> MetricsLog:
     tokens_before = tokens_done(state.phases[: phase.index])
     return MetricsLog(
@@ -346,7 +345,6 @@ def _make_log(
         resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
         total_steps=phase.run_steps,
         monitor=phase.config.monitor,
-        token_flops=sequence_flops / corpus.sequence_length / distributed.world_size(),
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
         real_share=real_share(corpus),
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
