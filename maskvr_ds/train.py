@@ -136,7 +136,7 @@ def train_phase(
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
     _announce(run, phase, context)
-    context.token_flops()
+    context.count_flops()
     # Rank 0 looks for requests to stop in the run's folder.
     here = run.output_dir if distributed.rank() == 0 else None
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
@@ -189,7 +189,7 @@ def train_phase(
                 context.log.add(**held_out, **(health.figures(context.engine.module) if health else {}))
                 if chooser:
                     context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
-                    context.token_flops()  # counted before the next step is timed
+                    context.count_flops()
                 if save or written:
                     saver.finish()
                 if save:

@@ -4,6 +4,7 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from maskvr_ds.masking.checks import hidden_positions, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.masking.strategies import maximum_predictions
+from maskvr_ds.masking.rates import Stage, stages
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
@@ -52,7 +53,7 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
-from maskvr_ds.training.step_flops import StepFlops
+from maskvr_ds.training.step_shapes import StepShapes, late_in_stage
 from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class PhaseContext:
     log: MetricsLog
     guard: Guard
     verification: BackgroundVerification
-    flops: StepFlops
+    shapes: StepShapes
     health: HealthMonitor | None = None
 
     @property
@@ -92,16 +93,20 @@ class PhaseContext:
         return self.proposer if self.chooser is None or self.chooser.learning else None
 
     def token_flops(self) -> float:
-        """FLOPs per rank and token of a step as it is computed now; 0 on ranks that do not log them. Takes time where
-        masks have changed."""
-        if not self.log.active:
-            return 0.0
-        return self.flops(self.masker.maximum_predictions, self.engine.module.late_of_training)
+        """FLOPs per rank and token of a step as it is computed now; 0 on ranks that do not log them."""
+        late = self.engine.module.late_of_training
+        return self.shapes.token_flops(self.masker.maximum_predictions, late) if self.log.active else 0.0
+
+    def count_flops(self) -> None:
+        """Count those of the next steps: not while a step is timed."""
+        if self.log.active:
+            self.shapes.count(self.masker, self.engine.module)
 
     def set_rate(self, rate: float) -> None:
-        """Set the masking rate of the schedule; strategy auto sets its own."""
+        """Set the masking rate of the schedule, and the shapes of its stage; strategy auto sets its own."""
         if self.chooser is None:
             self.masker.set_rate(rate)
+            self.shapes.enter(self.masker.stage, self.engine.module)
 
 
 def setup_phase(
@@ -149,7 +154,7 @@ def setup_phase(
         device=distributed.device(),
         proposal=None if proposer is None else proposer.propose,
     )
-    _compile(phase, corpus, engine.module, masker.maximum_predictions)
+    _compile(phase, corpus, engine.module, masker.stages)
     loader = _make_loader(phase, corpus)
     chooser = None
     if costs is not None:
@@ -179,7 +184,7 @@ def setup_phase(
         log=log,
         guard=guard,
         verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
-        flops=StepFlops(config, encoder, corpus),
+        shapes=StepShapes(config, encoder, corpus),
         health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
 
@@ -256,8 +261,9 @@ def _make_engine(
     return engine
 
 
-def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predictions: int) -> None:
-    """Compile what training.compile names, and generate the kernels of a step. Collective: call on all ranks."""
+def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, stages: Sequence[Stage]) -> None:
+    """Compile what training.compile names, and generate the kernels of a step in all stages of the masking rate.
+    Collective: call on all ranks."""
     config = phase.config
     how = config.training.compile
     if how == "none":
@@ -266,8 +272,13 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     padded = corpus.manifest.tokens < corpus.manifest.rows * length
 
     def compile_here() -> float:
-        compile_model(module, how)
-        return warm_up(module, rows=rows, length=length, predictions=predictions, padded=padded)
+        compile_model(module, how, shapes=len(stages))
+        seconds = 0.0
+        for stage in stages:
+            module.late_in_training = late_in_stage(config.masking, corpus, module.late, stage)
+            seconds += warm_up(module, rows=rows, length=length, predictions=stage.slots, padded=padded)
+        module.late_in_training = None
+        return seconds
 
     logger.info("training.compile %s: generating kernels", how)
     seconds = distributed.run_collectively(compile_here)
@@ -366,5 +377,5 @@ def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | N
 def trial_engine(phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, deepspeed_config: dict[str, Any]) -> Any:
     """An engine like the run's, with random weights, for trial steps. Collective: call on all ranks."""
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
-    _compile(phase, corpus, engine.module, maximum_predictions(corpus.sequence_length, phase.config.masking.rate))
+    _compile(phase, corpus, engine.module, stages(corpus.sequence_length, phase.config.masking.rate, None))
     return engine
