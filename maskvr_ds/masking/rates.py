@@ -61,6 +61,7 @@ def stages(length: int, rate: float, final_rate: float | None) -> tuple[Stage, .
 def stage_at(found: Sequence[Stage], length: int, rate: float) -> Stage:
     """The one of `stages` with the fewest slots that has room at a rate."""
     needed = maximum_predictions(length, rate)
+    assert needed <= found[0].slots, (rate, found)
     return next(stage for stage in reversed(found) if stage.slots >= needed)
 
 

@@ -9,10 +9,12 @@ import torch
 from maskvr_ds.checkpoint import load
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training import NO_DROPOUT, Life, column, configuration, free_ports, live, metrics, train_all
+from tests.distributed.training import NO_DROPOUT, column, configuration, metrics, train_all
 from tests.support.corpora import make_corpus
 
-STEPS = 12
+# Stopped and resumed after STOP, in the middle of a stage.
+STEPS, STOP = 12, 7
+ZERO = ("zero0", "zero2", "zero3")
 EXACT = ("step", "loss", "grad_norm", "data_digest", "mask_digest", "predictions", "trust_ratio_max")
 # 30 positions at rates from 0.45 to 0.15: 14 to 5 predictions. The rate of step s is 0.45 − 0.3 s / 11.
 PREDICTIONS = [14, 13, 12, 11, 10, 9, 9, 8, 7, 6, 5, 5]
@@ -27,8 +29,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_wide(jobs: list[tuple[dict[str, Any], str | None]]) -> list[str | None]:
-    """On a rank: `train_all` with as many slots at every step as the highest rate needs, as in earlier versions."""
+def train_narrow_and_wide(folder: Path) -> list[str | None]:
+    """On a rank: KIND, KIND-wide with as many slots at every step as the highest rate needs (as in earlier versions),
+    and KIND-parts, stopped within a stage and resumed."""
     from maskvr_ds.masking import masker
     from maskvr_ds.masking.rates import Stage, stages
 
@@ -36,8 +39,13 @@ def train_wide(jobs: list[tuple[dict[str, Any], str | None]]) -> list[str | None
         found = stages(*schedule)
         return (Stage(found[0].slots, found[-1].fewest),)
 
+    jobs: list[tuple[dict[str, Any], str | None]] = [(values(folder, kind, kind), None) for kind in KINDS]
+    for kind in ("plain", "late"):
+        parts = values(folder, f"{kind}-parts", kind)
+        jobs += [({**parts, "training": {"steps": STOP, "schedule_steps": STEPS}}, None), (parts, "auto")]
+    answers = train_all(jobs)
     masker.stages = one  # type: ignore[attr-defined]
-    return train_all(jobs)
+    return answers + train_all([(values(folder, f"{kind}-wide", kind), None) for kind in KINDS])
 
 
 def values(folder: Path, name: str, kind: str, **sections: Any) -> dict[str, Any]:
@@ -58,26 +66,15 @@ def values(folder: Path, name: str, kind: str, **sections: Any) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """KIND and KIND-wide on one rank; plain-zeroN on two; killed like plain, killed-late like late."""
+    """Those of `train_narrow_and_wide` on one rank; plain-zeroN on two."""
     folder = tmp_path_factory.mktemp("stages")
     # Late mask tokens: with fewer positions in a row, those hidden in a stage would be more than its masks.
     for kind in KINDS:
         make_corpus(folder / f"corpus-{kind}", rows=200, words=20, packed=kind == "documents")
-    wide = [(values(folder, f"{kind}-wide", kind), None) for kind in KINDS]
-    assert run_ranks(train_wide, 1, wide) == [[None] * len(wide)]
-    often = {"checkpoint": {"every_steps": 5}}
-    lives = [Life([(values(folder, kind, kind), None) for kind in KINDS])]
-    for name, kind in (("killed", "plain"), ("killed-late", "late")):
-        killed = values(folder, name, kind, **often)
-        lives += [Life([(killed, None)], kill=("step", 8)), Life([(killed, "auto")])]
-    answers = run_ranks(live, 1, lives, free_ports(len(lives)), timeout=600)[0]
-    assert answers == [[None] * len(KINDS), "killed", [None], "killed", [None]]
+    assert run_ranks(train_narrow_and_wide, 1, folder) == [[None] * 10]
     jobs = [(values(folder, f"plain-{zero}", "plain", deepspeed=f"{zero}_fp32"), None) for zero in ZERO]
     assert run_ranks(train_all, 2, jobs) == [[None] * len(jobs)] * 2
     return folder
-
-
-ZERO = ("zero0", "zero2", "zero3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,11 +99,8 @@ def test_flops_follow_the_stages(runs: Path, kind: str) -> None:
         layers = sum(8 * n * D**2 + 4 * n**2 * D + 4 * n * D * inner for n in (L - hidden, L))
         return 3 * (layers + 2 * slots * D * (D + V)) / L
 
-    for name, shape in (
-        (kind, [(k, HIDDEN[k]) for k in SLOTS]),
-        (f"{kind}-wide", [(14, 5)] * STEPS),
-        *((("killed" if kind == "plain" else "killed-late", [(k, HIDDEN[k]) for k in SLOTS]),)),
-    ):
+    narrow = [(slots, HIDDEN[slots]) for slots in SLOTS]
+    for name, shape in ((kind, narrow), (f"{kind}-parts", narrow), (f"{kind}-wide", [(14, 5)] * STEPS)):
         found = [1e12 * line["model_tflops_per_rank"] / line["tokens_per_second"] for line in metrics(runs / name)]
         expected = [of_token(slots, hidden if kind == "late" else 0) for slots, hidden in shape]
         assert found == pytest.approx(expected, rel=1e-9), name
@@ -120,8 +114,8 @@ def test_stages_and_ranks_agree(runs: Path, zero: str) -> None:
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5)
 
 
-@pytest.mark.parametrize(("killed", "undisturbed"), [("killed", "plain"), ("killed-late", "late")])
-def test_resumed_equals_undisturbed(runs: Path, killed: str, undisturbed: str) -> None:
-    assert column(runs / killed, *EXACT) == column(runs / undisturbed, *EXACT)
-    ends = [load.read_weights(complete_checkpoints(runs / name)[-1]) for name in (killed, undisturbed)]
+@pytest.mark.parametrize("kind", ["plain", "late"])
+def test_resumed_equals_undisturbed(runs: Path, kind: str) -> None:
+    assert column(runs / f"{kind}-parts", *EXACT) == column(runs / kind, *EXACT)
+    ends = [load.read_weights(complete_checkpoints(runs / name)[-1]) for name in (f"{kind}-parts", kind)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
