@@ -128,7 +128,8 @@ class _Phase:
         self.stages = self._stages(begin)
         if masking.late_layer >= self.sizes.layers:
             raise ConfigError(
-                f"masking.late_layer {self.late[0]}: [MASK] must enter before the last of {self.sizes.layers} layers"
+                f"masking.late_layer {masking.late_layer}: [MASK] must enter before the last of {self.sizes.layers} "
+                "layers"
             )
         self.checkpointing = config.model.activation_checkpointing
         # DeepSpeed's Adam is one kernel, too.

@@ -1,4 +1,4 @@
-"""`maskvr plan` for a masking rate that follows a schedule: time and FLOPs of its stages, memory of the highest rate."""
+"""`maskvr plan` for a rate that follows a schedule: time and FLOPs of its stages, memory of the highest rate."""
 
 import math
 
