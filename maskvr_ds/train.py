@@ -136,7 +136,6 @@ def train_phase(
     saver = Saver(phase, context, fence, point.folder)
     context.engine.train()
     _announce(run, phase, context)
-    context.count_flops()
     # Rank 0 looks for requests to stop in the run's folder.
     here = run.output_dir if distributed.rank() == 0 else None
     watchdog = Watchdog(run.output_dir, run.hangs.timeout, orderly=_EXPECTED_EXITS)
@@ -188,8 +187,7 @@ def train_phase(
                 held_out = evaluation.figures(context.engine.module) if evaluation else {}
                 context.log.add(**held_out, **(health.figures(context.engine.module) if health else {}))
                 if chooser:
-                    context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
-                    context.count_flops()
+                    context.choose(step, (number + 1) * phase.config.batch.global_size)
                 if save or written:
                     saver.finish()
                 if save:
@@ -202,8 +200,10 @@ def train_phase(
 
 
 def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
+    """Before the first step: what will be trained, and its FLOPs, which take a moment to count."""
     if context.state.step == phase.last_step:
         return  # nothing is left to train
+    context.count_flops()
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
         logger.info("%s", line)
     of_auto = context.chooser.warnings(phase.last_step) if context.chooser else []

@@ -102,6 +102,13 @@ class PhaseContext:
         if self.log.active:
             self.shapes.count(self.masker, self.engine.module)
 
+    def choose(self, step: int, samples: int) -> None:
+        """Strategy auto: measure, and set the masks of the next steps. Collective: call on all ranks. samples: consumed
+        by the loader."""
+        assert self.chooser is not None
+        self.log.event(**self.chooser.choose(step, samples))
+        self.count_flops()
+
     def set_rate(self, rate: float) -> None:
         """Set the masking rate of the schedule, and the shapes of its stage; strategy auto sets its own."""
         if self.chooser is None:
