@@ -187,7 +187,7 @@ def train_phase(
                 held_out = evaluation.figures(context.engine.module) if evaluation else {}
                 context.log.add(**held_out, **(health.figures(context.engine.module) if health else {}))
                 if chooser:
-                    context.log.event(**chooser.choose(step, (number + 1) * phase.config.batch.global_size))
+                    context.choose(step, (number + 1) * phase.config.batch.global_size)
                 if save or written:
                     saver.finish()
                 if save:
@@ -200,11 +200,14 @@ def train_phase(
 
 
 def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
+    """Before the first step: what will be trained, and its FLOPs, which take a moment to count."""
     if context.state.step == phase.last_step:
         return  # nothing is left to train
+    context.count_flops()
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):
         logger.info("%s", line)
-    for remark in remarks(phase.config, context.corpus):
+    of_auto = context.chooser.warnings(phase.last_step) if context.chooser else []
+    for remark in (*remarks(phase.config, context.corpus), *of_auto):
         logger.warning("%s", remark)
 
 
@@ -239,6 +242,7 @@ def _record(
         grad_norm=DeferredTensor(norm) if isinstance(norm, torch.Tensor) else norm,
         trust_ratios=None if ratios is None else DeferredTensor(ratios),
         update_rms=None if rms is None else DeferredTensor(rms),
+        token_flops=context.token_flops(),
         proposal=None if context.learner is None else context.learner.step(),
         extra={"skipped_updates": engine.skipped_steps}
         | ({} if scale is None else {"loss_scale": scale})

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.hosts.checks import GIB
 from maskvr_ds.config import ConfigError, RunConfig, run_deepspeed_config
-from maskvr_ds.planning.plan import corpora_of
+from maskvr_ds.planning.corpora import corpora_of
 from maskvr_ds.planning.sizes import encoder_sizes
 from maskvr_ds.planning.zero import zero_settings
 from maskvr_ds.run_folder import checkpoints

@@ -75,7 +75,8 @@ def main() -> None:
     for seed in arguments.seeds:
         uniform, auto = (arguments.output / f"{name}-{seed}" for name in ("uniform", "auto"))
         train(uniform, arguments, seed, {})
-        train(auto, arguments, seed, {**AUTO, "masking.auto.every_steps": arguments.steps // 16})
+        often = {"masking.auto.every_steps": arguments.steps // 16, "masking.auto.max_share": "null"}
+        train(auto, arguments, seed, {**AUTO, **often})
         costs = json.loads((auto / MASK_COSTS).read_text(encoding="utf-8"))["phases"]["0"]
         seconds = dict(costs["uniform"])
         measuring = sum(e["seconds"] for e in read_events(auto / METRICS) if e["event"] == "auto_costs")

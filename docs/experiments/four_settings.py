@@ -87,7 +87,10 @@ def compare(output: Path, data: str, batch: int, seeds: list[int], strategies: l
     ]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
-    own = {"mapnet": "mapnet:layers=1,hidden=32", "auto": f"auto:every_steps={steps // 8},layers=1,hidden=32"}
+    own = {
+        "mapnet": "mapnet:layers=1,hidden=32",
+        "auto": f"auto:every_steps={steps // 8},max_share=null,layers=1,hidden=32",
+    }
     names = strategies or (FRESH if data == "fresh" else SMALL)
     words += ["--strategies", *(own.get(name, name) for name in names), "--seeds", *map(str, seeds)]
     run([*words, "--output", output / f"{data}_{batch}"])

@@ -70,6 +70,8 @@ AUTO: dict[str, Any] = {
     "masking.rate": 0.45,
     "masking.final_rate": 0.15,
     "masking.auto.every_steps": STEPS // (MEASUREMENTS + 1),
+    # The published runs measured without a limit.
+    "masking.auto.max_share": "null",
     "masking.auto.late_layers": f"[{LAYERS // 2}]",
 }
 CASES: dict[str, dict[str, Any]] = {

@@ -30,8 +30,8 @@ class Case(NamedTuple):
 def measure(common: list[str], cases: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
     """Name → median and quartiles of the CPU-seconds of a step, and its FLOPs. On one rank.
 
-    Steps of an engine like the run's at learning rate 0, each on the next rows of the corpus; the order rotates. With a
-    schedule, rows have as many slots at every step as at the highest rate: it is measured in the middle of its rates.
+    Steps of an engine like the run's at learning rate 0, each on the next rows of the corpus; the order rotates. A
+    schedule is measured in the middle of its rates, with the slots per row of that stage.
     """
     engines: dict[int, Any] = {}
     prepared, loader = {}, None

@@ -41,7 +41,13 @@ STRATEGIES: dict[str, list[str]] = {
         "masking.frequency.estimator=hajek",
     ],
     "mapnet": ["masking.strategy=mapnet", "masking.mapnet.gate=always"],
-    "auto": ["masking.strategy=auto", "masking.auto.every_steps=60", "masking.auto.rows=16", "masking.auto.draws=2"],
+    "auto": [
+        "masking.strategy=auto",
+        "masking.auto.every_steps=60",
+        "masking.auto.max_share=null",
+        "masking.auto.rows=16",
+        "masking.auto.draws=2",
+    ],
 }
 SAME = ("step", "data_digest", "mask_digest", "loss", "grad_norm")
 

@@ -74,8 +74,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config.architectures import CONFIG_FILE
     from maskvr_ds.planning import report
     from maskvr_ds.planning.calibration import calibrate, read_measurements
+    from maskvr_ds.planning.corpora import corpora_of
     from maskvr_ds.planning.hardware import GPUS, Cluster, link_bytes
-    from maskvr_ds.planning.plan import corpora_of, make_plan
+    from maskvr_ds.planning.plan import make_plan
     from maskvr_ds.planning.step_time import Calibration
     from maskvr_ds.runtime.files import check_output_file
     from maskvr_ds.training.length import with_steps

@@ -37,12 +37,14 @@ _NOT_UNDER_AUTO = ("gate", "sampler", "estimator")
 MAPNET_MAY_CHANGE = {"lr", "check_every", "mask_share"}
 # Rate of the held-out masks, and of the goal whose gradient progress is measured against.
 HELD_OUT_RATE = 0.15
+# Fewest rows of a measurement of auto: an estimate takes products of four different ones, its interval one more.
+FEWEST_ROWS = 5
 # Settings that earlier versions did not have, with the value that continues what they did: not part of the identity
 # then, or their checkpoints would not match.
 _ADDED: dict[str, Any] = {"rate_decay": "linear", "late_layer": 0}
 _ADDED_TO_MAPNET: dict[str, Any] = {"learn_every": 1}
 # The same of the subsection auto.
-_ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1, "late_layers": []}
+_ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1, "late_layers": [], "max_share": 0.05}
 
 
 class SpanConfig(Section):
@@ -163,9 +165,12 @@ class AutoConfig(Section):
     (training/auto_strategy.py)."""
 
     every_steps: PositiveSteps = 1000
-    """Steps between measurements."""
-    rows: Annotated[PositiveRows, Field(ge=5)] = 32
-    """Sequences per measurement. An estimate takes products of four different ones, its interval one more."""
+    """Steps between measurements; more where max_share requires it."""
+    max_share: PositiveShare | None = 0.05
+    """Largest share of the seconds of the steps that measurements may take in addition: they are as many steps apart
+    as this requires, by the costs that were measured before the first step. null: no limit."""
+    rows: Annotated[PositiveRows, Field(ge=FEWEST_ROWS)] = 32
+    """Sequences per measurement, at least five: an estimate takes products of four, its interval one more."""
     draws: Annotated[PositiveCount, Field(ge=2, le=64)] = 4
     """Draws per sequence, of two masks each."""
     sketch_size: Annotated[PositiveRows, Field(ge=3, le=2**24)] = 4096

@@ -43,7 +43,8 @@ def create_masker(
             strategy="fully_explored" if masking.strategy == "auto" else masking.strategy,
             parameters=parameters,
             rate=masking.rate,
-            final_rate=masking.final_rate,
+            # Strategy auto decides when the rate falls, and sets it.
+            final_rate=None if masking.strategy == "auto" else masking.final_rate,
             corruption=Corruption(masking.mask_probability, masking.random_probability),
             device=device,
         )

@@ -4,7 +4,7 @@ B sequences, L positions, K predictions per sequence, V vocabulary. A row withou
 prediction; the caller counts such rows. A mask is a function of (seed, epoch, sample id, position) and of π alone
 (strategies.py), independent of rank, world size, batch layout, device and call order.
 
-No host-device synchronisation: K, the width of the result, follows from L and the rate alone.
+No host-device synchronisation: K, the width of the result, follows from L and the rate's stage alone.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.masking.parameters import corpus_parameters
 from maskvr_ds.masking.pareto import LONGEST, pareto_sample
+from maskvr_ds.masking.rates import maximum_predictions, stage_at, stages
 from maskvr_ds.masking.strategies import (
     CORRUPTION,
     STRATEGIES,
     Parameters,
     Rows,
-    maximum_predictions,
     prediction_counts,
     row_keys,
 )
@@ -59,7 +59,8 @@ class Masker:
         sequence_length: L.
         seed: keys the masks, together with epoch and sample id.
         strategy: a name in STRATEGIES. parameters: its parameters, on any device.
-        rate: share of the maskable positions to predict; `set_rate` changes it within [rate, final_rate].
+        rate: share of the maskable positions to predict; `set_rate` changes it within [rate, final_rate], and the
+            width K by stages (rates.py). Before, K is that of the highest rate.
         final_rate: None if the rate is constant.
         corruption: how predicted positions are replaced; default 80% [MASK], 10% random.
         device: device of the batches.
@@ -92,7 +93,7 @@ class Masker:
         self.strategy = STRATEGIES[strategy]
         self.parameters = (parameters or Parameters()).to(device)
         self.rate, self.final_rate = rate, final_rate
-        self._maximum_rate = max(rate, final_rate or rate)
+        self.stages = stages(sequence_length, rate, final_rate)
         self.seed = seed
         self.mask_id = mask_id
         corruption = corruption or Corruption()
@@ -100,7 +101,7 @@ class Masker:
         self._mask_below = round(corruption.mask_probability * 2**24)
         self._random_below = round((corruption.mask_probability + corruption.random_probability) * 2**24)
         self.sequence_length = sequence_length
-        self.maximum_predictions = maximum_predictions(sequence_length, self._maximum_rate)
+        self.stage = self.stages[0]
         special = torch.zeros(vocab_size, dtype=torch.bool)
         special[list(special_ids)] = True
         self._maskable_ids = (~special).to(device)
@@ -127,15 +128,20 @@ class Masker:
         )
 
     def set_rate(self, rate: float) -> None:
-        """Set the masking rate for the following batches."""
-        assert 0 < rate <= self._maximum_rate, (rate, self._maximum_rate)
+        """Set the rate of the following batches, within the schedule's, and the width K of the results to that of its
+        stage."""
+        self.stage = stage_at(self.stages, self.sequence_length, rate)
         self.rate = rate
 
     def fix_rate(self, rate: float) -> None:
         """Set the rate of all following batches, and the width K of the results to what it needs."""
-        self._maximum_rate = rate
-        self.maximum_predictions = maximum_predictions(self.sequence_length, rate)
+        self.stages = stages(self.sequence_length, rate, None)
         self.set_rate(rate)
+
+    @property
+    def maximum_predictions(self) -> int:
+        """K, the width of the results."""
+        return self.stage.slots
 
     def maskable(self, batch: TokenBatch) -> torch.Tensor:
         """bool [B, L]: whether a position holds an ordinary (not a special) token."""

@@ -21,7 +21,6 @@ import torch
 
 from maskvr_ds import hashing
 from maskvr_ds.data.batch import TokenBatch
-from maskvr_ds.masking.checks import round_half_up
 from maskvr_ds.masking.conditional_poisson import ConditionalPoisson, odds_of
 from maskvr_ds.masking.estimators import ESTIMATORS, Draw, horvitz_thompson
 from maskvr_ds.masking.pareto import (
@@ -37,11 +36,6 @@ from maskvr_ds.masking.pareto import (
 SELECTION, CORRUPTION, _LENGTH = (purpose << 32 for purpose in (0, 1, 3))
 # Passes over the words that still fit after one that did not.
 _PASSES = 4
-
-
-def maximum_predictions(sequence_length: int, rate: float) -> int:
-    """K: maximum number of predictions in a row of `sequence_length` tokens, of which [CLS] and [SEP] are special."""
-    return max(1, round_half_up(rate * (sequence_length - 2)))
 
 
 def prediction_counts(n: torch.Tensor, rate: float) -> torch.Tensor:

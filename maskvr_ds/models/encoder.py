@@ -136,7 +136,7 @@ class MaskedLanguageModel(nn.Module):
     def _late_masks(
         self, positions: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> AbstractContextManager[None]:
-        late = self.late_in_training if self.training and self.late_in_training is not None else self.late
+        late = self.late_of_training if self.training else self.late
         if late is None:
             return nullcontext()
         numbers = None if self.separator is None else documents.starts(input_ids, self.separator).cumsum(1)
@@ -150,6 +150,11 @@ class MaskedLanguageModel(nn.Module):
             document_numbers=numbers,
         )
         return passing(self.layers, passage)
+
+    @property
+    def late_of_training(self) -> LateMasks | None:
+        """Where [MASK] enters in a training step; None: at the first layer."""
+        return self.late if self.late_in_training is None else self.late_in_training
 
     @property
     def layers(self) -> StagedLayers:

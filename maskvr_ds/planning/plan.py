@@ -5,41 +5,26 @@ docs/explanation/planning.md has the formulas and every assumption.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_pipeline.manifest import Manifest, read_manifest
 from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path, run_deepspeed_config
-from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.deepspeed import enabled, read_deepspeed_config
-from maskvr_ds.data.documents import check_borders, document_lengths
-from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.config.phases import schedule_span
 from maskvr_ds.masking.checks import hidden_positions
+from maskvr_ds.masking.rates import hidden_in, shares_of_stages
 from maskvr_ds.planning.calibration import predictions
 from maskvr_ds.planning.communication import collectives
+from maskvr_ds.planning.corpora import Corpus
 from maskvr_ds.planning.hardware import USABLE, Cluster
 from maskvr_ds.planning.memory import Memory, Pass, memory
 from maskvr_ds.planning.sizes import EncoderSizes, encoder_sizes
-from maskvr_ds.planning.step_time import Calibration, StepTime, mask_launches, step_time
+from maskvr_ds.planning.step_time import Calibration, StepTime, mask_launches, mean_time, step_time
 from maskvr_ds.planning.zero import Zero, zero_settings
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE
 
 # Numbers of GPUs of the table of efficiency.
 SCALES = (8, 16, 32, 64, 128, 256, 512)
 _STAGES = (0, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What is needed to know of a phase's corpus: positions per row, entries of its vocabulary.
-
-    padding: share of the positions that are padding; None without the corpus. pairs: with attention within documents,
-    ordered pairs of positions of the same document, mean over rows; None for attention over rows or without the corpus.
-    """
-
-    length: int
-    vocabulary: int
-    padding: float | None = None
-    pairs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +43,7 @@ class Scale:
 class PhasePlan:
     """One phase. micro: the largest micro-batch that fits; configured: batch.micro_size, with what it takes.
 
+    predictions: slots of a row, the most of the phase. last_predictions: those of its last steps.
     attention: data.attention. pairs_share: share of all pairs of a row's positions that are in one document; None if
     unknown: then all are counted. computed_share: those that take time, all of them without Flash Attention. padding:
     share of the positions that are padding, which are counted as tokens; None if unknown.
@@ -68,6 +54,7 @@ class PhasePlan:
     name: str
     sequence_length: int
     predictions: int
+    last_predictions: int
     attention: str
     pairs_share: float | None
     computed_share: float
@@ -116,19 +103,33 @@ class Plan:
         return values
 
 
-class _Phase:
-    """One phase of a run, on any number of GPUs and with any micro-batch."""
+class _Stage(NamedTuple):
+    """late: number of layers below late mask tokens, and positions that they have less of. share: of the steps."""
 
-    def __init__(self, config: RunConfig, corpus: Corpus, name: str, cluster: Cluster, calibration: Calibration):
+    predictions: int
+    late: tuple[int, int]
+    share: float
+
+
+class _Phase:
+    """One phase of a run, on any number of GPUs and with any micro-batch.
+
+    begin: its first step in its schedule. stages: predictions, late mask tokens and share of the steps, by stage of a
+    schedule of the masking rate; memory is that of the most predictions, time and FLOPs are means over the steps.
+    """
+
+    def __init__(
+        self, config: RunConfig, corpus: Corpus, name: str, cluster: Cluster, calibration: Calibration, begin: int
+    ):
         self.config, self.name, self.cluster, self.calibration = config, name, cluster, calibration
         self.length, self.corpus = corpus.length, corpus
         self.sizes: EncoderSizes = encoder_sizes(config.model, corpus.vocabulary)
         masking = config.masking
-        self.predictions = predictions(corpus.length, max(masking.rate, masking.final_rate or 0))
-        self.late = (masking.late_layer, hidden_positions(masking, corpus.length)) if masking.late_layer else (0, 0)
-        if self.late[0] >= self.sizes.layers:
+        self.stages = self._stages(begin)
+        if masking.late_layer >= self.sizes.layers:
             raise ConfigError(
-                f"masking.late_layer {self.late[0]}: [MASK] must enter before the last of {self.sizes.layers} layers"
+                f"masking.late_layer {masking.late_layer}: [MASK] must enter before the last of {self.sizes.layers} "
+                "layers"
             )
         self.checkpointing = config.model.activation_checkpointing
         # DeepSpeed's Adam is one kernel, too.
@@ -138,26 +139,59 @@ class _Phase:
         """Flash Attention, in half precision only, skips pairs of different documents; otherwise they are masked."""
         return self.corpus.pairs if zero.element == 2 else None
 
-    def work(self, micro: int, ranks: int, checkpointing: bool | None = None, *, pairs: float | None = None) -> Pass:
+    def _stages(self, begin: int) -> list[_Stage]:
+        masking, layer = self.config.masking, self.config.masking.late_layer
+        if masking.strategy == "auto" or masking.final_rate is None:
+            # When the rate falls under strategy auto, only measurements know.
+            hidden = hidden_positions(masking, self.length) if layer else 0
+            return [_Stage(predictions(self.length, masking.rate), (layer, hidden), 1.0)]
+        steps = _steps(self.config, self.length)
+        total = self.config.training.schedule_steps or steps
+        found = shares_of_stages(masking, self.length, first=begin, steps=steps, total_steps=total)
+        return [
+            _Stage(stage.slots, (layer, hidden_in(masking, self.length, stage) if layer else 0), share)
+            for stage, share in found
+        ]
+
+    @property
+    def predictions(self) -> int:
+        return max(stage.predictions for stage in self.stages)
+
+    def work(
+        self,
+        micro: int,
+        ranks: int,
+        checkpointing: bool | None = None,
+        *,
+        pairs: float | None = None,
+        stage: _Stage | None = None,
+    ) -> Pass:
+        """stage: None: that of the most predictions, with the fewest hidden positions."""
         again = self.checkpointing if checkpointing is None else checkpointing
         accumulation = self.config.batch.global_size // (micro * ranks)
-        return Pass(self.length, self.predictions, micro, accumulation, again, pairs, late=self.late)
+        late = min(each.late for each in self.stages) if stage is None else stage.late
+        number = self.predictions if stage is None else stage.predictions
+        return Pass(self.length, number, micro, accumulation, again, pairs, late=late)
 
     def memory(self, zero: Zero, micro: int, ranks: int, checkpointing: bool | None = None) -> Memory:
         work, factor = self.work(micro, ranks, checkpointing), self.calibration.activations
         return memory(self.sizes, zero, work, ranks=ranks, fused=self.fused, factor=factor)
 
     def time(self, zero: Zero, micro: int, cluster: Cluster) -> StepTime:
-        return step_time(
-            self.sizes,
-            zero,
-            self.work(micro, cluster.ranks, pairs=self.computed_pairs(zero)),
-            cluster,
-            optimizer=self.config.optimizer.name,
-            fused=self.fused,
-            calibration=self.calibration,
-            masks=mask_launches(self.config.masking),
-        )
+        found = [
+            step_time(
+                self.sizes,
+                zero,
+                self.work(micro, cluster.ranks, pairs=self.computed_pairs(zero), stage=stage),
+                cluster,
+                optimizer=self.config.optimizer.name,
+                fused=self.fused,
+                calibration=self.calibration,
+                masks=mask_launches(self.config.masking),
+            )
+            for stage in self.stages
+        ]
+        return mean_time(found, [stage.share for stage in self.stages])
 
     @property
     def pairs_share(self) -> float | None:
@@ -169,7 +203,10 @@ class _Phase:
     @property
     def flops(self) -> float:
         """Model FLOPs of a sequence: of pairs within documents, whatever the kernel computes."""
-        return self.sizes.flops(self.length, self.predictions, self.corpus.pairs, self.late)
+        return sum(
+            stage.share * self.sizes.flops(self.length, stage.predictions, self.corpus.pairs, stage.late)
+            for stage in self.stages
+        )
 
     def largest_micro(self, zero: Zero, ranks: int, checkpointing: bool | None = None) -> int | None:
         """The largest micro-batch that divides a rank's sequences and fits; None if none does."""
@@ -188,54 +225,6 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // d for d in low)})
 
 
-def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int | None) -> list[Corpus]:
-    """The corpora of all phases, from their manifests or from the command line.
-
-    A length from the command line describes a corpus that may be another one: nothing is read of its rows then.
-    Raises ConfigError if a manifest is missing and the command line does not say what it would.
-    """
-    count = len(config.phases) or 1
-    if lengths is not None and len(lengths) not in (1, count):
-        raise ConfigError(f"--sequence-length: {len(lengths)} values for {count} phases; give one, or one per phase")
-    found = []
-    for index in range(count):
-        data, size = config.phase(index).data, vocabulary
-        length = None if lengths is None else lengths[index % len(lengths)]
-        padding = pairs = None
-        if length is None or size is None:
-            try:
-                manifests = [read_manifest(corpus.path) for corpus in data.corpora]
-                if length is None:
-                    padding, pairs = _padding(data, manifests), _pairs(data)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"{error}\n  without the corpus, give --sequence-length and --vocab-size (30522 for BERT's)"
-                ) from None
-            length, size = length or manifests[0].sequence_length, size or manifests[0].vocab_size
-        positions = config.model.positions
-        if positions is not None and length > positions:
-            raise ConfigError(f"sequences of {length} tokens exceed model.max_position_embeddings {positions}")
-        found.append(Corpus(length, size, padding, pairs))
-    return found
-
-
-def _padding(data: DataConfig, manifests: Sequence[Manifest]) -> float:
-    """Share of the positions of an epoch that are padding."""
-    both = list(zip((corpus.weight for corpus in data.corpora), manifests, strict=True))
-    positions = sum(weight * one.rows * one.sequence_length for weight, one in both)
-    return 1 - sum(weight * one.tokens for weight, one in both) / positions
-
-
-def _pairs(data: DataConfig) -> float | None:
-    """Pairs of positions within documents per row, of a sample of rows; None for attention over rows."""
-    if data.attention == "rows":
-        return None
-    corpus = open_mixture([(one.path, one.weight) for one in data.corpora])
-    check_borders(corpus)
-    lengths, rows = document_lengths(corpus)
-    return int((lengths**2).sum()) / rows
-
-
 def make_plan(config: RunConfig, corpora: Sequence[Corpus], cluster: Cluster, calibration: Calibration) -> Plan:
     """Plan all phases of a run.
 
@@ -248,7 +237,9 @@ def make_plan(config: RunConfig, corpora: Sequence[Corpus], cluster: Cluster, ca
     phases = []
     for index, corpus in enumerate(corpora):
         name = config.phases[index].name if config.phases else ""
-        phase = _Phase(config.phase(index), corpus, name, cluster, calibration)
+        first = schedule_span(config.phases, index)[0] if config.phases else 0
+        begin = sum(_steps(config.phase(i), corpora[i].length) for i in range(first, index))
+        phase = _Phase(config.phase(index), corpus, name, cluster, calibration, begin)
         phases.append(_plan_phase(phase, zero, _alternatives(zero, precision)))
     days = sum(phase.days for phase in phases)
     return Plan(
@@ -298,6 +289,7 @@ def _plan_phase(phase: _Phase, zero: Zero, alternatives: Sequence[Zero]) -> Phas
         name=phase.name,
         sequence_length=phase.length,
         predictions=phase.predictions,
+        last_predictions=phase.stages[-1].predictions,
         attention=config.data.attention,
         pairs_share=phase.pairs_share,
         computed_share=(phase.computed_pairs(zero) or phase.length**2) / phase.length**2,

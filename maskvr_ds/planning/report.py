@@ -60,7 +60,7 @@ def _phase(plan: Plan, phase: PhasePlan) -> list[str]:
     wire = ", ".join(f"{what} {_gb(size)}" for what, size in phase.wire.items() if size >= 1e6) or "none"
     return [
         f"{name}{phase.steps:,} steps of {phase.global_size:,} sequences of {phase.sequence_length} tokens, "
-        f"{phase.predictions} predictions each",
+        f"{_predictions(phase)} predictions each",
         _line("micro-batch", f"{phase.micro} × accumulation {phase.accumulation}, the largest that fits"),
         _line("", _configured(phase, plan.usable_memory)),
         _line("memory", f"{_gb(phase.memory.total)} of {_gb(plan.usable_memory)} GB: {_parts(phase.memory)}"),
@@ -78,6 +78,11 @@ def _phase(plan: Plan, phase: PhasePlan) -> list[str]:
         "",
         *_scales(phase),
     ]
+
+
+def _predictions(phase: PhasePlan) -> str:
+    most, last = phase.predictions, phase.last_predictions
+    return f"{most}" if most == last else f"up to {most}, at the end {last}"
 
 
 def _rows(phase: PhasePlan) -> str:

@@ -5,6 +5,7 @@ replaces by two factors.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from maskvr_ds.config import MaskingConfig
@@ -56,6 +57,12 @@ class StepTime:
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
+
+
+def mean_time(times: Sequence[StepTime], shares: Sequence[float]) -> StepTime:
+    """The mean over steps of several kinds. shares: of the steps, by kind."""
+    rows = [asdict(time) for time in times]
+    return StepTime(**{part: sum(s * row[part] for s, row in zip(shares, rows, strict=True)) for part in rows[0]})
 
 
 def _products_share(hidden: int) -> float:

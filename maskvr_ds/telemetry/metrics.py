@@ -48,6 +48,7 @@ class StepRecord:
     trust_ratios: float32 [T]; None if the optimizer has none.
     pair_loss: float64 [1], mean loss of the sentence pairs in nats; None if none are trained.
     update_rms: float32 [T], StableAdamW's; None if the optimizer has none.
+    token_flops: FLOPs per rank and token of the global batch, of what the step computed.
     proposal: metrics of the mask proposal network; None without one.
     """
 
@@ -59,6 +60,7 @@ class StepRecord:
     loss_sum: DeferredTensor
     grad_norm: "DeferredTensor | float"
     extra: dict[str, Any]
+    token_flops: float
     trust_ratios: DeferredTensor | None = None
     update_rms: DeferredTensor | None = None
     proposal: DeferredFigures | None = None
@@ -133,7 +135,6 @@ class MetricsLog:
             values in the monitors are dropped.
         total_steps: for the progress bar.
         monitor: which of DeepSpeed's monitors to write to.
-        token_flops: FLOPs per rank and token of the global batch.
         peak_tflops: peak rate of a rank's device in TFLOP/s, for the MFU; None: not known.
         real_share: share of the tokens that are not padding; the MFU counts these only.
         tensor_names: T names, in the order of the trust ratios.
@@ -149,7 +150,6 @@ class MetricsLog:
         resume_tokens: int,
         total_steps: int,
         monitor: MonitorConfig,
-        token_flops: float,
         peak_tflops: float | None = None,
         real_share: float = 1.0,
         tensor_names: Sequence[str] = (),
@@ -158,7 +158,6 @@ class MetricsLog:
         self.active = rank == 0
         self._pending: StepRecord | None = None
         self._tokens = resume_tokens
-        self._token_flops = token_flops
         self._peak_tflops, self._real_share = peak_tflops, real_share
         self._tensor_names = tensor_names
         self._histogram_every = monitor.histogram_every
@@ -196,7 +195,7 @@ class MetricsLog:
         seconds, self._clock = now - self._clock, now
         tokens, self._tokens = record.tokens - self._tokens, record.tokens
         rate = tokens / seconds
-        tflops = rate * self._token_flops / 1e12
+        tflops = rate * record.token_flops / 1e12
         record.extra.update(tokens_per_second=rate, step_seconds=seconds, model_tflops_per_rank=tflops)
         if self._peak_tflops is not None:
             record.extra.update(mfu=tflops * self._real_share / self._peak_tflops)

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.shards import Corpus
 from maskvr_ds.analysis.gradient_variance.moments import Measured, Sample, measure_gradients
 from maskvr_ds.analysis.gradient_variance.progress import gain, jackknife, product
 from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, VarianceComponents, variances
@@ -45,9 +46,11 @@ from maskvr_ds.config import AutoConfig, ConfigError
 from maskvr_ds.config.masking import HELD_OUT_RATE
 from maskvr_ds.data.loader import sample_rows
 from maskvr_ds.data.mixture import Share
+from maskvr_ds.masking.checks import hidden_at
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
+from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.training.auto_choice import (
     PROPOSAL,
     SEGMENTS,
@@ -56,6 +59,7 @@ from maskvr_ds.training.auto_choice import (
     Rating,
     same_round_share,
 )
+from maskvr_ds.training.auto_spacing import kinds_of_masks, passes_of
 
 # counts [C, N] of the rows → progress of a step, times a factor that all plans share: [C].
 Gain = Callable[[Floats], Floats]
@@ -89,6 +93,15 @@ class Found:
     data: float
     mask: float
     passes: int
+
+
+def late_masks_of(plan: MaskingPlan, corpus: Corpus) -> LateMasks | None:
+    """Where [MASK] enters in the steps of a plan; None: at the first layer, or at masking.late_layer."""
+    if not plan.late:
+        return None
+    n = corpus.sequence_length - 2
+    hidden = hidden_at(n, plan.rate, disjoint=plan.strategy == SEGMENTS)
+    return LateMasks(plan.late, corpus.manifest.special_tokens.mask, hidden)
 
 
 def distinct_rows(shares: Sequence[Share], seed: int, count: int) -> NDArray[np.int64]:
@@ -145,11 +158,9 @@ def measure_candidates(
         for plan in (*candidates.plain, *candidates.late)
     }
     gains: dict[MaskingPlan, Gain] = {plan: partial(_gain, moments, batch=batch) for plan, moments in uniform.items()}
-    calls = len({(HELD_OUT_RATE, 0), *((plan.rate, plan.late) for plan in uniform)})
     rate, late = candidates.plain[0].rate, candidates.plain[0].late
     if candidates.counts:
         pairs = measured(SEGMENTS, rate, late, goal.means, draws=config.draws, copies=2, one_round=True)
-        calls += 1
         for count in candidates.counts:
             share = same_round_share(count, candidates.of_row)
             total = partial(total_variance, pairs.moments, pairs.single, count, together=share)
@@ -162,11 +173,14 @@ def measure_candidates(
             _gain, measured(PROPOSAL, rate, late, goal.means, **single).moments, batch=batch
         )
         proposer.gate, proposer.learning = gate, learning
-        calls += 1
     now = uniform[candidates.plain[0]]
     ideal = partial(_gain, now, batch=batch, total=partial(_with_less_mask_variance, now, config.proposal_saves))
-    passes = 2 * calls * config.rows * config.draws
-    return Found(gains, ideal, *_parts(now, of_goal), passes)
+    kinds = kinds_of_masks(
+        ((plan.rate, plan.late) for plan in uniform),
+        segments=bool(candidates.counts),
+        proposal=candidates.proposal,
+    )
+    return Found(gains, ideal, *_parts(now, of_goal), passes_of(config, kinds))
 
 
 def _gain(

@@ -32,6 +32,7 @@ from maskvr_ds.analysis.gradient_variance.moments import Sample
 from maskvr_ds.analysis.gradient_variance.progress import jackknife
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
 from maskvr_ds.config import AutoConfig
+from maskvr_ds.data.keys import AUTO
 from maskvr_ds.data.loader import Loader, RepeatSchedule
 from maskvr_ds.engine.master_weights import full_fp32_weights
 from maskvr_ds.masking.checks import segments
@@ -55,8 +56,15 @@ from maskvr_ds.training.auto_choice import (
     reason,
     segment_counts,
 )
-from maskvr_ds.training.auto_measurement import Candidates, distinct_rows, measure_candidates, rate_plans
-from maskvr_ds.training.mask_costs import late_masks_of
+from maskvr_ds.training.auto_measurement import (
+    Candidates,
+    distinct_rows,
+    late_masks_of,
+    measure_candidates,
+    rate_plans,
+)
+from maskvr_ds.training.auto_spacing import Spacing, most_passes, warnings
+from maskvr_ds.training.phases import RunPhase
 from maskvr_ds.training.step_costs import StepCosts
 
 # Purposes of keys: no two uses share random numbers.
@@ -78,6 +86,9 @@ class Chooser:
         costs: of all candidates.
         micro_size: rows per pass.
         seed: for rows, masks and projections.
+        first_step: of the phase.
+
+    spacing: of the measurements.
     """
 
     def __init__(
@@ -94,11 +105,15 @@ class Chooser:
         costs: StepCosts,
         micro_size: int,
         seed: int,
+        first_step: int = 0,
     ) -> None:
         self._config, self._engine, self._masker, self._loader = config, engine, masker, loader
         self._proposer, self._costs, self._micro_size, self._seed = proposer, costs, micro_size, seed
         self._n = loader.corpus.sequence_length - 2
         self._rates, self._final_step = ladder(rate, final_rate), final_step
+        proposal, batch = proposer is not None, loader.global_size
+        most = most_passes(config, self._rates, self._n, batch, proposal=proposal)
+        self.spacing, self._first_step = Spacing.of(config, costs, most), first_step
         self._trial = ProposalTrial()
         self._late_layers: tuple[int, ...] = ()  # candidates of a measurement
         self.plan = self._best = plain(self._n, rate)  # _best: by the last measurement
@@ -162,7 +177,19 @@ class Chooser:
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether to measure or to change the plan after `step` steps."""
-        return step < last_step and (step % self._config.every_steps == 0 or self._falls_now(step))
+        return step < last_step and (self.spacing.due(step, self._first_step) or self._falls_now(step))
+
+    def warnings(self, last_step: int) -> list[str]:
+        """What keeps measurements from changing anything in a phase that ends at `last_step`, a sentence each."""
+        return warnings(self.spacing, self._first_step, last_step)
+
+    def rehearse(self) -> int:
+        """Measure with all candidates, and choose nothing; returns the number of passes. Collective: call on all
+        ranks."""
+        self._trial = ProposalTrial(learning=self._proposer is not None)
+        self._late_layers = (0, *self._config.late_layers)
+        passes: int = self._measure(self._seed)[2]["passes"]
+        return passes
 
     def choose(self, step: int, samples: int) -> dict[str, Any]:
         """Measure, choose, set masker and loader; returns the event for metrics.jsonl. Collective: call on all ranks.
@@ -295,6 +322,31 @@ class Chooser:
                 parameter.data.copy_(weights[name])
             distributed.broadcast(parameter.data)
         return copied
+
+
+def make_chooser(
+    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
+) -> Chooser:
+    """The chooser of a phase, as at its start."""
+    config = phase.config
+    masking = config.masking
+    final_step = None
+    if masking.final_rate is not None or masking.auto.late_layers:
+        final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
+    return Chooser(
+        masking.auto,
+        engine=engine,
+        masker=masker,
+        loader=loader,
+        proposer=proposer,
+        rate=masking.rate,
+        final_rate=masking.final_rate,
+        final_step=final_step,
+        costs=costs,
+        micro_size=config.batch.micro_size,
+        seed=phase.key(AUTO),
+        first_step=phase.first_step,
+    )
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Seconds of a training step per candidate of masking.strategy auto: measured once, stored, never measured again.
+"""Seconds of a step per candidate of masking.strategy auto, and of a measurement: measured once, stored, never again.
 
 Choices must not depend on a clock that is read while training: ranks would differ, and so would a resumed run. The
 costs of a phase are taken, in this order, from
@@ -15,10 +15,11 @@ A resume on other ranks or another machine keeps the costs: 1 comes first.
 Model of the costs: uniform masks are measured at every rate and at every layer at which [MASK] may enter; disjoint
 segments and the proposal (with its training) add to that what they add at the highest rate. A proposal that learns at
 every n-th step only (mapnet.learn_every) adds the mean over n steps, of which one learns and n − 1 propose alone; both
-kinds are measured. Seconds are those of the clock on GPUs, and those of the process's CPU time without one, where other
-programs would disturb the clock.
+kinds are measured. A measurement of progress, with all candidates, is timed once, too: how often the run makes one
+follows from its seconds (auto_spacing.py). Seconds are those of the clock on GPUs, and those of the process's CPU time
+without one, where other programs would disturb the clock.
 
-Collectives: those of training steps; `run_on_rank0` and one `gather_objects`.
+Collectives: those of training steps and of two measurements; `run_on_rank0` and two `gather_objects`.
 """
 
 import json
@@ -26,26 +27,29 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, MapNetConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
+from maskvr_ds.config.masking import FEWEST_ROWS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import set_learning_rate
-from maskvr_ds.masking.checks import hidden_at
 from maskvr_ds.masking.factory import create_masker
+from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
-from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.run_folder.checkpoints import CheckpointError
 from maskvr_ds.run_folder.layout import MASK_COSTS
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write, parse_json
 from maskvr_ds.training.auto_choice import PROPOSAL, SEGMENTS, UNIFORM, MaskingPlan, ladder, plain, segment_counts
+from maskvr_ds.training.auto_measurement import late_masks_of
+from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.phases import RunPhase
 from maskvr_ds.training.resume import ResumePoint
 from maskvr_ds.training.step import run_step
@@ -70,15 +74,6 @@ def needed(config: RunConfig, corpus: Corpus) -> Needed:
     )
     strategies = (*((SEGMENTS,) if divided else ()), *((PROPOSAL,) if masking.auto.proposal else ()))
     return Needed(rates, strategies, masking.auto.late_layers)
-
-
-def late_masks_of(plan: MaskingPlan, corpus: Corpus) -> LateMasks | None:
-    """Where [MASK] enters in the steps of a plan; None: at the first layer, or at masking.late_layer."""
-    if not plan.late:
-        return None
-    n = corpus.sequence_length - 2
-    hidden = hidden_at(n, plan.rate, disjoint=plan.strategy == SEGMENTS)
-    return LateMasks(plan.late, corpus.manifest.special_tokens.mask, hidden)
 
 
 def machine(config: RunConfig, corpus: Corpus, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +130,8 @@ def resolve_costs(
         logger.info("masking.strategy auto: measuring the seconds of a step with each candidate")
         costs = measure_costs(config, corpus, wanted, here, make_engine)
         took = time.perf_counter() - started
+        if auto and (auto.get("costs") or {}).get("per_pass") is None:
+            costs = replace(costs, per_pass=None)  # a run of an earlier version keeps its interval
     elif costs.machine != here:
         differ = [name for name in here if costs.machine.get(name) != here[name]]
         logger.info("masking.strategy auto: costs of another machine or layout (%s) are kept", ", ".join(differ))
@@ -253,16 +250,9 @@ def measure_costs(
     engine = make_engine()
     engine.train()
     device, masking = distributed.device(), config.masking
-    highest, learn_every, proposer = needed.rates[0], masking.mapnet.learn_every, None
-    if PROPOSAL in needed.strategies and masking.mapnet.cost is None:
-        proposer = Proposer(
-            masking.mapnet,
-            vocab_size=corpus.manifest.vocab_size,
-            max_length=engine.module.mlm.config.max_position_embeddings,
-            seed=0,
-            device=device,
-        )
-        proposer.gate = "always"
+    highest, learn_every = needed.rates[0], masking.mapnet.learn_every
+    proposer = _proposer(config, corpus, engine) if PROPOSAL in needed.strategies else None
+    timed = proposer is not None and masking.mapnet.cost is None
     masker = create_masker(
         masking, corpus, seed=0, device=device, proposal=None if proposer is None else proposer.propose
     )
@@ -275,8 +265,8 @@ def measure_costs(
         device=device,
     )
     cases = [(UNIFORM, rate, late) for late in (0, *needed.late_layers) for rate in needed.rates]
-    cases += [(s, highest, 0) for s in needed.strategies if s != PROPOSAL or proposer is not None]
-    if proposer is not None and learn_every > 1:
+    cases += [(s, highest, 0) for s in needed.strategies if s != PROPOSAL or timed]
+    if timed and learn_every > 1:
         cases.append((_BETWEEN, highest, 0))
     times: dict[_Case, list[float]] = {case: [] for case in cases}
     set_learning_rate(engine, 0.0)
@@ -299,8 +289,6 @@ def measure_costs(
             if round_:
                 times[case].append(seconds)
     batches.close()
-    engine.destroy()
-    free_memory()
     ranks = distributed.gather_objects({case: statistics.median(found) for case, found in times.items()})
     of_case = {case: max(each[case] for each in ranks) for case in cases}
     uniform, *others = (
@@ -312,7 +300,53 @@ def measure_costs(
     added = {name: max(0.0, seconds) for name, seconds in added.items()}
     if PROPOSAL in needed.strategies and masking.mapnet.cost is not None:
         added[PROPOSAL] = masking.mapnet.cost * uniform[highest]
-    return StepCosts(uniform, added, dict(here), dict(zip(needed.late_layers, others, strict=True)))
+    costs = StepCosts(uniform, added, dict(here), dict(zip(needed.late_layers, others, strict=True)))
+    engine.module.observer = None
+    per_pass = _seconds_per_pass(config, engine, masker, loader, proposer, costs)
+    engine.destroy()
+    free_memory()
+    return replace(costs, per_pass=per_pass)
+
+
+def _proposer(config: RunConfig, corpus: Corpus, engine: Any) -> Proposer:
+    proposer = Proposer(
+        config.masking.mapnet,
+        vocab_size=corpus.manifest.vocab_size,
+        max_length=engine.module.mlm.config.max_position_embeddings,
+        seed=0,
+        device=distributed.device(),
+    )
+    proposer.gate = "always"
+    return proposer
+
+
+def _seconds_per_pass(
+    config: RunConfig, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
+) -> float:
+    """Seconds of a measurement of all candidates, per pass of a row; a short one before it is the warm-up. Collective:
+    call on all ranks."""
+    masking = config.masking
+    for rows in (FEWEST_ROWS, masking.auto.rows):
+        chooser = Chooser(
+            masking.auto.model_copy(update={"rows": rows}),
+            engine=engine,
+            masker=masker,
+            loader=loader,
+            proposer=proposer,
+            rate=masking.rate,
+            final_rate=masking.final_rate,
+            final_step=None,
+            costs=costs,
+            micro_size=config.batch.micro_size,
+            seed=0,
+        )
+        distributed.barrier()
+        distributed.wait_for_device()
+        start = _clock()
+        passes = chooser.rehearse()
+        distributed.wait_for_device()
+        seconds = _clock() - start
+    return max(distributed.gather_objects(seconds)) / passes
 
 
 def _rotated(cases: Sequence[_Case], by: int) -> Sequence[_Case]:
@@ -321,13 +355,16 @@ def _rotated(cases: Sequence[_Case], by: int) -> Sequence[_Case]:
 
 
 def _step_seconds(engine: Any, masker: Any, batch: Any, config: RunConfig, proposer: Proposer | None) -> float:
-    on_cpu = distributed.device().type == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
     distributed.barrier()
     distributed.wait_for_device()
-    start = clock()
+    start = _clock()
     run_step(engine, masker, batch, config.batch.micro_size, proposer, objectives=config.objectives)
     if proposer is not None:
         proposer.step()
     distributed.wait_for_device()
-    return clock() - start
+    return _clock() - start
+
+
+def _clock() -> float:
+    """Seconds: of the CPU time of this process without a GPU, where other programs would disturb the clock."""
+    return time.process_time() if distributed.device().type == "cpu" else time.perf_counter()

@@ -14,8 +14,9 @@ import torch
 from maskvr_ds import hashing
 from maskvr_ds.config import RunConfig
 from maskvr_ds.config.phases import PhaseStart, schedule_span
+from maskvr_ds.masking.rates import masking_rate
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
-from maskvr_ds.training.schedule import learning_rate, masking_rate
+from maskvr_ds.training.schedule import learning_rate
 
 T = TypeVar("T")
 # Keys of a run's identity (`run.run_identity`) that must be equal across phases.

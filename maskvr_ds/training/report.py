@@ -58,8 +58,7 @@ def _of_masks(config: RunConfig, context: PhaseContext, length: int) -> str:
     text = f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)[0]}"
     if context.chooser is None:
         return text
-    every = config.masking.auto.every_steps
-    return f"{text}; now {context.chooser.plan}, measured every {every:,} steps"
+    return f"{text}; now {context.chooser.plan}; {context.chooser.spacing}"
 
 
 def end_lines(run: RunConfig, phase: RunPhase, checkpoint: Path) -> list[str]:

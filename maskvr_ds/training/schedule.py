@@ -65,19 +65,3 @@ def _left(t: float, schedule: ScheduleConfig) -> float:
     if schedule.decay == "1-sqrt":
         return 1 - math.sqrt(t)
     return (1 - t) ** schedule.power
-
-
-def masking_rate(step: int, rate: float, final_rate: float | None, *, total_steps: int, decay: str = "linear") -> float:
-    """From `rate` at step 0 to `final_rate` (None: `rate`) at step total_steps − 1, constant afterwards.
-
-    decay: "linear", "cosine" (half a period) or "step" (at half of the steps, at once).
-    """
-    if final_rate is None:
-        return rate
-    t = min(1.0, step / max(1, total_steps - 1))
-    if decay == "cosine":
-        t = (1 - math.cos(math.pi * t)) / 2
-    elif decay == "step":
-        t = float(2 * step >= total_steps)
-    # Rounding must not leave the interval: masks have room for the predictions of the larger rate only.
-    return min(max((1 - t) * rate + t * final_rate, min(rate, final_rate)), max(rate, final_rate))

@@ -4,7 +4,7 @@ Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/fact
 """
 
 import logging
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,7 @@ from maskvr_ds.checkpoint.load import ContentError
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
 from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.data.batch import MaskedBatch
-from maskvr_ds.data.documents import document_lengths
-from maskvr_ds.data.keys import AUTO, MAPNET, MASKS, ORDER, WEIGHTS
+from maskvr_ds.data.keys import MAPNET, MASKS, ORDER, WEIGHTS
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.data.mixture import real_share, shares
 from maskvr_ds.engine.deepspeed_patches import gate_optimizer_step
@@ -31,11 +30,10 @@ from maskvr_ds.masking.checks import hidden_positions, sequence_copies
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.masking.strategies import maximum_predictions
+from maskvr_ds.masking.rates import Stage, stages
 from maskvr_ds.models.architectures import transformers_config
 from maskvr_ds.models.compiled import compile_model, warm_up
 from maskvr_ds.models.encoder import MaskedLanguageModel
-from maskvr_ds.models.flops import flops_per_sequence
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus
 from maskvr_ds.models.late_masks import CANDIDATES, LateMasks
 from maskvr_ds.reliability.divergence import Guard
@@ -46,7 +44,7 @@ from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.telemetry.metrics_file import AUTO_COSTS_EVENT
 from maskvr_ds.training.auto_measurement import distinct_rows
-from maskvr_ds.training.auto_strategy import Chooser
+from maskvr_ds.training.auto_strategy import Chooser, make_chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
@@ -55,7 +53,7 @@ from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
-from maskvr_ds.training.step_costs import StepCosts
+from maskvr_ds.training.step_shapes import StepShapes, late_in_stage
 from maskvr_ds.training.verification import BackgroundVerification
 
 logger = logging.getLogger(__name__)
@@ -67,9 +65,9 @@ _PROBE_ROWS = 2
 class PhaseContext:
     """State and components that the training loop of a phase uses.
 
-    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto.
-    state: where the phase starts or continues. tokens_before:
-    tokens trained in earlier phases. probe: a few fixed masked rows, on which an export's logits are compared.
+    verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto. state: where the
+    phase starts or continues. tokens_before: tokens trained in earlier phases. probe: a few fixed masked rows, on which
+    an export's logits are compared.
     """
 
     corpus: Corpus
@@ -86,6 +84,7 @@ class PhaseContext:
     log: MetricsLog
     guard: Guard
     verification: BackgroundVerification
+    shapes: StepShapes
     health: HealthMonitor | None = None
 
     @property
@@ -93,10 +92,28 @@ class PhaseContext:
         """MAPNet, while it is trained."""
         return self.proposer if self.chooser is None or self.chooser.learning else None
 
+    def token_flops(self) -> float:
+        """FLOPs per rank and token of a step as it is computed now; 0 on ranks that do not log them."""
+        late = self.engine.module.late_of_training
+        return self.shapes.token_flops(self.masker.maximum_predictions, late) if self.log.active else 0.0
+
+    def count_flops(self) -> None:
+        """Count those of the next steps: not while a step is timed."""
+        if self.log.active:
+            self.shapes.count(self.masker, self.engine.module)
+
+    def choose(self, step: int, samples: int) -> None:
+        """Strategy auto: measure, and set the masks of the next steps. Collective: call on all ranks. samples: consumed
+        by the loader."""
+        assert self.chooser is not None
+        self.log.event(**self.chooser.choose(step, samples))
+        self.count_flops()
+
     def set_rate(self, rate: float) -> None:
-        """Set the masking rate of the schedule; strategy auto sets its own."""
+        """Set the masking rate of the schedule, and the shapes of its stage; strategy auto sets its own."""
         if self.chooser is None:
             self.masker.set_rate(rate)
+            self.shapes.enter(self.masker.stage, self.engine.module)
 
 
 def setup_phase(
@@ -144,9 +161,8 @@ def setup_phase(
         device=distributed.device(),
         proposal=None if proposer is None else proposer.propose,
     )
-    _compile(phase, corpus, engine.module, masker.maximum_predictions)
+    _compile(phase, corpus, engine.module, masker.stages)
     loader = _make_loader(phase, corpus)
-    sequence_flops = _sequence_flops(config, encoder, corpus, masker.maximum_predictions)
     chooser = None
     if costs is not None:
         chooser = make_chooser(phase, engine, masker, loader, proposer, costs)
@@ -155,7 +171,7 @@ def setup_phase(
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
-    log = _make_log(phase, corpus, engine, state, rollbacks, sequence_flops)
+    log = _make_log(phase, corpus, engine, state, rollbacks)
     if measuring:
         log.event(event=AUTO_COSTS_EVENT, step=state.step, seconds=round(measuring, 3))
     if initial is not None:
@@ -175,6 +191,7 @@ def setup_phase(
         log=log,
         guard=guard,
         verification=BackgroundVerification((corpus, held_out) if config.data.verify == "background" else ()),
+        shapes=StepShapes(config, encoder, corpus),
         health=HealthMonitor(probe, run.monitor.health_every) if run.monitor.health_every else None,
     )
 
@@ -251,8 +268,9 @@ def _make_engine(
     return engine
 
 
-def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predictions: int) -> None:
-    """Compile what training.compile names, and generate the kernels of a step. Collective: call on all ranks."""
+def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, stages: Sequence[Stage]) -> None:
+    """Compile what training.compile names, and generate the kernels of a step in all stages of the masking rate.
+    Collective: call on all ranks."""
     config = phase.config
     how = config.training.compile
     if how == "none":
@@ -261,19 +279,17 @@ def _compile(phase: RunPhase, corpus: Corpus, module: MaskedLanguageModel, predi
     padded = corpus.manifest.tokens < corpus.manifest.rows * length
 
     def compile_here() -> float:
-        compile_model(module, how)
-        return warm_up(module, rows=rows, length=length, predictions=predictions, padded=padded)
+        compile_model(module, how, shapes=len(stages))
+        seconds = 0.0
+        for stage in stages:
+            module.late_in_training = late_in_stage(config.masking, corpus, module.late, stage)
+            seconds += warm_up(module, rows=rows, length=length, predictions=stage.slots, padded=padded)
+        module.late_in_training = None
+        return seconds
 
     logger.info("training.compile %s: generating kernels", how)
     seconds = distributed.run_collectively(compile_here)
     logger.info("training.compile %s: kernels ready after %.1f s", how, seconds)
-
-
-def _sequence_flops(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus, predictions: int) -> float:
-    documents = document_lengths(corpus) if config.data.attention == "documents" else None
-    size = config.batch.micro_size
-    late = late_masks(config, corpus)
-    return flops_per_sequence(encoder, corpus.sequence_length, predictions, batch=size, documents=documents, late=late)
 
 
 def _initial_state(
@@ -338,7 +354,6 @@ def _make_log(
     engine: Any,
     state: CheckpointState,
     rollbacks: list[dict[str, Any]],
-    sequence_flops: float,
 ) -> MetricsLog:
     tokens_before = tokens_done(state.phases[: phase.index])
     return MetricsLog(
@@ -348,7 +363,6 @@ def _make_log(
         resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
         total_steps=phase.run_steps,
         monitor=phase.config.monitor,
-        token_flops=sequence_flops / corpus.sequence_length / distributed.world_size(),
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
         real_share=real_share(corpus),
         tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
@@ -370,28 +384,5 @@ def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | N
 def trial_engine(phase: RunPhase, corpus: Corpus, encoder: PreTrainedConfig, deepspeed_config: dict[str, Any]) -> Any:
     """An engine like the run's, with random weights, for trial steps. Collective: call on all ranks."""
     engine = _make_engine(phase, corpus, encoder, deepspeed_config, None)
-    _compile(phase, corpus, engine.module, maximum_predictions(corpus.sequence_length, phase.config.masking.rate))
+    _compile(phase, corpus, engine.module, stages(corpus.sequence_length, phase.config.masking.rate, None))
     return engine
-
-
-def make_chooser(
-    phase: RunPhase, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
-) -> Chooser:
-    config = phase.config
-    masking = config.masking
-    final_step = None
-    if masking.final_rate is not None or masking.auto.late_layers:
-        final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
-    return Chooser(
-        masking.auto,
-        engine=engine,
-        masker=masker,
-        loader=loader,
-        proposer=proposer,
-        rate=masking.rate,
-        final_rate=masking.final_rate,
-        final_step=final_step,
-        costs=costs,
-        micro_size=config.batch.micro_size,
-        seed=phase.key(AUTO),
-    )

@@ -9,17 +9,25 @@ from maskvr_ds.training.auto_choice import MaskingPlan
 @dataclass(frozen=True)
 class StepCosts:
     """uniform: rate -> seconds of a step with uniform masks. added: strategy -> seconds that it adds. machine: what the
-    seconds depend on, by name. late: layer at which [MASK] enters -> as `uniform`; of masking.auto.late_layers."""
+    seconds depend on, by name. late: layer at which [MASK] enters -> as `uniform`; of masking.auto.late_layers.
+    per_pass: seconds of a measurement of progress per forward and backward pass of a row, of which the ranks share
+    all; None in costs of earlier versions."""
 
     uniform: dict[float, float]
     added: dict[str, float]
     machine: dict[str, Any]
     late: dict[int, dict[float, float]] = field(default_factory=dict)
+    per_pass: float | None = None
 
     def seconds(self, plan: MaskingPlan) -> float:
         """Seconds of a step."""
         of_rates = self.late[plan.late] if plan.late else self.uniform
         return of_rates[plan.rate] + self.added.get(plan.strategy, 0.0)
+
+    @property
+    def shortest(self) -> float:
+        """Seconds of the shortest step: strategies only add to those of uniform masks."""
+        return min(seconds for of_rates in (self.uniform, *self.late.values()) for seconds in of_rates.values())
 
     def stored(self) -> dict[str, Any]:
         """In JSON types."""
@@ -27,6 +35,8 @@ class StepCosts:
         found = {**asdict(self), "uniform": [[rate, seconds] for rate, seconds in self.uniform.items()], "late": late}
         if not late:
             del found["late"]
+        if self.per_pass is None:
+            del found["per_pass"]
         return found
 
     @classmethod
@@ -37,6 +47,7 @@ class StepCosts:
             added = {str(name): float(seconds) for name, seconds in stored["added"].items()}
             machine = dict(stored["machine"])
             late = {int(n): {float(r): float(s) for r, s in of_rates} for n, of_rates in stored.get("late", [])}
+            per_pass = None if (found := stored.get("per_pass")) is None else float(found)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not the seconds of masking strategies ({type(error).__name__}: {error})") from None
         for of_rates in (uniform, *late.values()):
@@ -44,7 +55,9 @@ class StepCosts:
                 raise ValueError(f"seconds of uniform masks must be positive, found {list(of_rates.values())}")
         if not all(0 <= x < float("inf") for x in added.values()):
             raise ValueError(f"seconds that a strategy adds must not be negative, found {added}")
-        return cls(uniform, added, machine, late)
+        if per_pass is not None and not 0 < per_pass < float("inf"):
+            raise ValueError(f"seconds of a pass in a measurement must be positive, found {per_pass}")
+        return cls(uniform, added, machine, late, per_pass)
 
     def lacks(self, needed: "Needed") -> str | None:
         """A candidate whose costs are missing, in words; None if all are known."""
@@ -63,6 +76,8 @@ class StepCosts:
         for layer, of_rates in self.late.items():
             listed = ", ".join(f"{seconds:.4g} s at rate {rate:.4g}" for rate, seconds in of_rates.items())
             added += f"; with [MASK] from layer {layer} {listed}"
+        if self.per_pass is not None:
+            added += f"; a measurement {self.per_pass:.2g} s per pass of a row"
         return f"uniform masks {rates}{added}"
 
 

@@ -13,6 +13,8 @@ from maskvr_ds.checkpoint import load
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints, read_manifest
 from maskvr_ds.run_folder.layout import CHECKPOINTS, MASK_COSTS, METRICS
 from maskvr_ds.telemetry.metrics_file import read_events
+from maskvr_ds.training.auto_choice import MaskingPlan
+from maskvr_ds.training.step_costs import StepCosts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import (
     NO_DROPOUT,
@@ -34,6 +36,8 @@ LAST = ("fully_explored", 1, 0.15)
 MEASURED = [ALL, ALL, PROPOSAL, PROPOSAL, ONE, ONE]
 COURSE = [ONE, ALL, ALL, PROPOSAL, PROPOSAL, ONE, LAST]
 SLOW = 0.1
+# Of the runs late-*: masks of the goal, of two layers and of segments, 2 · 2 of each of 16 rows; limit of measurements.
+LATE_PASSES, SHARE = 4 * 2 * 2 * 16, 0.5
 EXACT = ("step", "loss", "grad_norm", "data_digest", "mask_digest", "predictions")
 
 
@@ -145,9 +149,10 @@ class Runs:
         assert run_ranks(train_all, 1, jobs) == [[None, None]]
 
     def _cheap_layer(self, costs: Path) -> Path:
-        """Costs of `late`: a step takes a fifth of the seconds with [MASK] from layer 1."""
-        of_rates = [[0.45, 5.0]]
-        content = {**json.loads(costs.read_text(encoding="utf-8")), "uniform": of_rates, "late": [[1, [[0.45, 1.0]]]]}
+        """Costs of `late`: a step takes a fifth of the seconds with [MASK] from layer 1, and a measurement as long as
+        2.9 of these steps."""
+        content = json.loads(costs.read_text(encoding="utf-8"))
+        content |= {"uniform": [[0.45, 5.0]], "late": [[1, [[0.45, 1.0]]]], "per_pass": 2.9 / LATE_PASSES}
         file = costs.with_name(f"late-{costs.name}")
         file.write_text(json.dumps(content), encoding="utf-8")
         return file
@@ -163,7 +168,7 @@ class Runs:
                 "rate": 0.2,
                 "final_rate": 0.15,
                 "mapnet": {"hidden": 32, "layers": 1},
-                "auto": {"every_steps": EVERY, "rows": 8, "draws": 2, "sketch_size": 500},
+                "auto": {"every_steps": EVERY, "max_share": None, "rows": 8, "draws": 2, "sketch_size": 500},
                 **masking,
             },
             batch={"global_size": 60, "micro_size": 15},
@@ -177,11 +182,11 @@ class Runs:
         return values | {"training": {"steps": 16}}
 
     def late(self, name: str) -> dict[str, Any]:
-        """A run of 16 steps, in which [MASK] may enter at layer 1."""
+        """A run of 16 steps, in which [MASK] may enter at layer 1. Measurements may take half of the seconds."""
         values = self.falling(name)
         del values["masking"]["final_rate"]
         values["masking"] |= {"mask_probability": 1, "random_probability": 0}
-        values["masking"]["auto"] |= {"late_layers": [1]}
+        values["masking"]["auto"] |= {"late_layers": [1], "max_share": SHARE}
         return values
 
     def __call__(self, name: str) -> Path:
@@ -255,6 +260,7 @@ def test_costs_are_measured_before_the_first_step_and_stored(runs: Runs, ranks: 
     assert read_manifest(stored)["auto"]["costs"] == costs
     assert [rate for rate, _ in costs["uniform"]] == [0.2, 0.15]
     assert all(seconds > 0 for _, seconds in costs["uniform"])
+    assert costs["per_pass"] > 0
     assert set(costs["added"]) == {"fully_explored", "mapnet"}
     assert (costs["machine"]["ranks"], costs["machine"]["global_size"]) == (ranks, 60)
     (event,) = (e for e in read_events(run / METRICS) if e["event"] == "auto_costs")
@@ -300,7 +306,8 @@ def test_killed_and_resumed_equals_undisturbed(runs: Runs) -> None:
 
 def test_late_masks_are_chosen_equally_and_resumed_exactly(runs: Runs) -> None:
     one, two, killed = (events(runs(f"late-{name}")) for name in ("1", "2", "killed"))
-    assert [(e["step"], e["late_layer"]) for e in two] == [(4, 0), (8, 1), (12, 1), (14, 0)]
+    # Not every 4 steps: a measurement takes as long as 2.9 of the shorter steps, at most half of the steps' seconds.
+    assert [(e["step"], e["late_layer"]) for e in two] == [(6, 0), (12, 1), (14, 0)]
     assert [(e["step"], e["late_layer"], e["strategy"]) for e in one] == [
         (e["step"], e["late_layer"], e["strategy"]) for e in two
     ]
@@ -315,6 +322,48 @@ def test_late_masks_are_chosen_equally_and_resumed_exactly(runs: Runs) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     # Five candidates of one rate; the other layer is one of them.
     assert {tuple(each["plan"][2:]) for each in two[0]["candidates"]} == {(0.45,), (0.45, 1)}
+
+
+def test_measurements_take_at_most_their_share(runs: Runs) -> None:
+    """By the stored costs of the masks of every step, at every measurement; those of the run's events."""
+    for name in ("late-1", "late-2", "late-killed"):
+        costs = StepCosts.read(json.loads((runs(name) / MASK_COSTS).read_text(encoding="utf-8"))["phases"]["0"])
+        assert costs.per_pass is not None
+        plan, last, of_steps, of_measurements = MaskingPlan("uniform", 1, 0.45), 0, 0.0, 0.0
+        for event in events(runs(name)):
+            of_steps += (event["step"] - last) * costs.seconds(plan)
+            of_measurements += event["passes"] * costs.per_pass
+            assert event["passes"] in (0, LATE_PASSES)
+            assert 0 < of_measurements <= SHARE * of_steps
+            plan = MaskingPlan(event["strategy"], event["segments"], event["rate"], event["late_layer"])
+            last = event["step"]
+        assert read_manifest(complete_checkpoints(runs(name))[-1])["auto"]["costs"]["per_pass"] == costs.per_pass
+
+
+def flops_per_token(run: Path, predictions: int, late: int = 0, hidden: int = 0) -> float:
+    """Of a step of these runs' BERT, by the formula: two layers, the lower `late` of which compute `hidden` positions
+    less."""
+    shapes = {name: tensor.shape for name, tensor in load.read_weights(complete_checkpoints(run)[-1]).items()}
+    (V, D), length = shapes["bert.embeddings.word_embeddings.weight"], 32
+    inner = shapes["bert.encoder.layer.0.intermediate.dense.weight"][0]
+    lengths = [length - hidden] * late + [length] * (2 - late)
+    layers = sum(8 * n * D**2 + 4 * n**2 * D + 4 * n * D * inner for n in lengths)
+    return 3 * (layers + 2 * predictions * D * (D + V)) / length
+
+
+@pytest.mark.parametrize("name", ["late-1", "late-2", "late-killed", "undisturbed-1", "killed"])
+def test_flops_are_those_of_the_masks_of_every_step(runs: Runs, name: str) -> None:
+    """Of 30 positions 14 at rate 0.45, 9 at 0.312 and 5 at 0.15 are predicted; the run was killed at layer 1, and at
+    rate 0.312."""
+    ranks = 1 if name.endswith("1") else 2
+    lines = metrics(runs(name))
+    of_ranks = [ranks * 1e12 * line["model_tflops_per_rank"] / line["tokens_per_second"] for line in lines]
+    if name.startswith("late"):
+        course = [(14, 0, 0)] * 12 + [(14, 1, 14)] * 2 + [(14, 0, 0)] * 2
+    else:
+        course = [(14, 0, 0)] * 8 + [(9, 0, 0)] * 6 + [(5, 0, 0)] * 2
+    expected = [flops_per_token(runs(name), *each) for each in course]
+    assert of_ranks == pytest.approx(expected, rel=1e-9)
 
 
 def test_costs_of_another_machine_and_small_corpora_are_refused(runs: Runs) -> None:

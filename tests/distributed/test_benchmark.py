@@ -98,6 +98,7 @@ def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
     config, costs = tmp_path / "run.yaml", tmp_path / "costs.json"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     auto = ("--set", "masking.strategy=auto", "--set", "masking.auto.rows=6", "--set", "masking.final_rate=0.1")
+    auto = (*auto, "--set", "masking.auto.every_steps=10")
     words = ("benchmark", "masks", "--config", config, "--rounds", 1, "--output", costs)
     refused = run_command(*words)
     assert refused.returncode == 1
@@ -113,6 +114,10 @@ def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / MASK_COSTS).read_text(encoding="utf-8")) == {"phases": {"0": found}}
     assert "measuring the seconds" not in result.stdout + result.stderr
     assert "masks     auto: 5 of 30 tokens of a full row, 3 at the end; now" in result.stdout
+    # A run of two steps has no room for measurements, of which one takes longer than half a step.
+    assert found["per_pass"] > 0
+    assert "at most 5% of the seconds of the steps (masking.auto.max_share)" in result.stdout
+    assert "2 steps have room for no measurements, one every " in result.stdout + result.stderr
 
 
 def test_a_peer_that_needs_a_gpu_is_refused_without_one() -> None:

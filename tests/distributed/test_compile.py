@@ -31,7 +31,7 @@ WHOLE: list[Case] = [
 
 
 def train_without_recompilation(jobs: list[dict[str, Any]]) -> list[int]:
-    """On a rank: train each configuration; any compilation after `warm_up` is an error. Returns the graphs of each."""
+    """On a rank: train each configuration; any compilation in a step is an error. Returns the graphs of each."""
     import torch
     from torch._dynamo.utils import counters
 
@@ -41,14 +41,13 @@ def train_without_recompilation(jobs: list[dict[str, Any]]) -> list[int]:
     from maskvr_ds.training import setup
 
     distributed.initialize()
-    warm_up, graphs = setup.warm_up, []
+    generate, graphs = setup._compile, []
 
-    def warm_up_once(*args: Any, **options: Any) -> float:
-        seconds = warm_up(*args, **options)
+    def generate_once(*args: Any) -> None:
+        generate(*args)
         torch.compiler.set_stance("fail_on_recompile")
-        return seconds
 
-    setup.warm_up = warm_up_once
+    setup._compile = generate_once
     for values in jobs:
         torch.compiler.set_stance("default")
         counters.clear()
@@ -100,6 +99,27 @@ def test_losses_are_those_of_eager_mode(tmp_path: Path, world_size: int, request
         for key in ("gradient_norm_mean",) if case[3] == "mapnet" else ():
             figures = [[line[key] for line in lines] for lines in (eager, compiled)]
             assert figures[1] == pytest.approx(figures[0], rel=30 * BOUNDS[case[2].rpartition("_")[2]])
+
+
+def test_all_stages_of_the_rate_are_compiled_before_the_first_step(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Heads of six widths; with late mask tokens, lower layers of six lengths."""
+    if not request.config.getoption("--whole-matrix"):
+        pytest.skip("--whole-matrix")
+    corpus = make_corpus(tmp_path / "corpus", rows=200)
+    late = {"mask_probability": 1, "random_probability": 0, "late_layer": 1}
+    jobs = []
+    for name, masking in (("plain", {}), ("late", late)):
+        for how in ("none", "layers"):
+            values = of_case(tmp_path, corpus, ("bert", name, "zero1_fp32", "uniform", False), how)
+            jobs.append({**values, "masking": {"rate": 0.45, "final_rate": 0.15, **masking}})
+    jobs = [{**values, "evaluation": {"every_steps": 0}} for values in jobs]
+    graphs = run_ranks(train_without_recompilation, 1, jobs, timeout=3600)[0]
+    assert graphs == [0, 1 + 6, 0, 1 + 6 + 6]
+    for eager, compiled in (jobs[:2], jobs[2:]):
+        losses = [[line["loss"] for line in metrics(Path(values["output_dir"]))] for values in (eager, compiled)]
+        assert losses[1] == pytest.approx(losses[0], rel=BOUNDS["fp32"])
 
 
 def test_killed_and_resumed_is_equal_to_the_bit(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -77,6 +77,7 @@ def record_of(loss: float, norm: float, **extra: float) -> StepRecord:
         loss_sum=DeferredTensor(torch.tensor([loss], dtype=torch.float64)),
         grad_norm=norm,
         extra=dict(extra),
+        token_flops=1.0,
     )
 
 

@@ -158,7 +158,7 @@ def test_masks_of_a_network_bf16_and_compiled_layers(corpus: Path, tmp_path: Pat
 
 
 def test_auto_measures_within_documents(corpus: Path, tmp_path: Path) -> None:
-    auto = {"strategy": "auto", "auto": {"every_steps": 4, "rows": 16, "proposal": False}}
+    auto = {"strategy": "auto", "auto": {"every_steps": 4, "max_share": None, "rows": 16, "proposal": False}}
     run = values(tmp_path / "run", corpus, section("roberta"), deepspeed="zero1_fp32", masking=auto)
     assert run_ranks(train_all, 1, [(run, None)], timeout=600) == [[None]]
 

@@ -150,7 +150,7 @@ def test_schedules_networks_precisions_and_compiled_layers(
 ) -> None:
     """Rates that fall, MAPNet, activation checkpointing; with --whole-matrix bf16 and compiled layers."""
     several = {"falling": {"final_rate": 0.15}, "mapnet": {"strategy": "mapnet"}, "auto": {"strategy": "auto"}}
-    several["auto"]["auto"] = {"every_steps": 4, "rows": 8, "draws": 2}
+    several["auto"]["auto"] = {"every_steps": 4, "max_share": None, "rows": 8, "draws": 2}
     several["explored"] = {"strategy": "fully_explored"}
     jobs = []
     for name, masking in several.items():

@@ -29,7 +29,7 @@ ENGINES = [name for name in STAGES if name != "zero0_fp16"] + ["zero2_bf16_offlo
 # Bounds on the loss difference (loss about 3) from fp32 on the CPU, as in tests/distributed/test_precision.py.
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 6e-4}
 MAPNET: dict[str, Any] = {"masking": {"strategy": "mapnet", "rate": 0.2, "mapnet": {"gate": "always"}}}
-AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2, "auto": {"every_steps": 2}}}
+AUTO: dict[str, Any] = {"masking": {"strategy": "auto", "rate": 0.2, "auto": {"every_steps": 2, "max_share": None}}}
 
 
 def values(folder: Path, name: str, accelerator: str, **sections: Any) -> dict[str, Any]:

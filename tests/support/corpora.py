@@ -49,11 +49,13 @@ def make_corpus(
     special: tuple[str, ...] = SPECIAL,
     unknown: bool = False,
     separated: bool = True,
+    packed: bool = True,
 ) -> Path:
     """Write a corpus of arithmetic progressions over the words, so that the context determines a masked word.
 
     special: names of the special tokens, by id. unknown: all words are [UNK]; `words` may then be 0. separated: False
-    for rows without [SEP], which the data pipeline never writes.
+    for rows without [SEP], which the data pipeline never writes. packed: whether some rows contain the end of a
+    document.
     """
     vocab_size = make_tokenizer(folder / "tokenizer", words, special)
     ids_of = {name[1:-1].lower(): index for index, name in enumerate(special)}
@@ -63,8 +65,8 @@ def make_corpus(
     if unknown:
         ids[:] = ids_of["unk"]
     ids[:, 0], ids[:, -1] = ids_of["cls"], ids_of["sep"]
-    # Some rows contain the end of a document.
-    ids[random.random(rows) < 0.5, length // 2] = ids_of["sep"]
+    if packed:
+        ids[random.random(rows) < 0.5, length // 2] = ids_of["sep"]
     if not separated:
         ids[ids == ids_of["sep"]] = len(SPECIAL)
     if padded_last_row:

@@ -62,6 +62,7 @@ TORCH_FREE = {
         "reliability.signals",
         "telemetry.metrics_file",
         "masking.checks",
+        "masking.rates",
         "planning",
         "models.initial_folder",
         "models.new_vocabulary",

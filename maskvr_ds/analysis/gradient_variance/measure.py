@@ -52,9 +52,9 @@ from maskvr_ds.data.documents import check_borders, document_lengths
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.checks import hidden_positions, segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
-from maskvr_ds.masking.masker import Masker
+from maskvr_ds.masking.masker import Masker, maximum_predictions
 from maskvr_ds.masking.proposer import Proposer
-from maskvr_ds.masking.strategies import Proposal, maximum_predictions
+from maskvr_ds.masking.strategies import Proposal
 from maskvr_ds.models.capabilities import check_length
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.models.flops import flops_per_sequence

@@ -15,8 +15,8 @@ from maskvr_ds.config import ConfigError, RunConfig
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import Loader
 from maskvr_ds.masking.checks import check_masking, effective_predictions, predictions_lost, segments
+from maskvr_ds.masking.rates import masking_rate
 from maskvr_ds.masking.strategies import prediction_counts
-from maskvr_ds.training.schedule import masking_rate
 from tests.support.corpora import make_corpus
 from tests.unit.masking.test_strategies import SPECIAL, chosen, masker
 

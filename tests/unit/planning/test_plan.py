@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig, deepspeed_config_path
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.planning.communication import collectives, seconds
+from maskvr_ds.planning.corpora import Corpus
 from maskvr_ds.planning.hardware import GPUS, LINKS, USABLE, Cluster, link_bytes
 from maskvr_ds.planning.memory import Pass, activations, memory
-from maskvr_ds.planning.plan import Corpus, Plan, make_plan
+from maskvr_ds.planning.plan import Plan, make_plan
 from maskvr_ds.planning.sizes import encoder_sizes
 from maskvr_ds.planning.step_time import Calibration, mask_launches, pass_seconds, step_time, update_bytes
 from maskvr_ds.planning.zero import Zero, zero_settings

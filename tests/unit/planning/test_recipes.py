@@ -3,8 +3,9 @@
 import pytest
 
 from maskvr_ds.config import load_config, recipes
+from maskvr_ds.planning.corpora import Corpus
 from maskvr_ds.planning.hardware import GPUS, Cluster
-from maskvr_ds.planning.plan import Corpus, make_plan
+from maskvr_ds.planning.plan import make_plan
 from maskvr_ds.planning.step_time import Calibration
 
 # Lengths by phase, for which the recipes say to build corpora, and the vocabulary of the tokenizer that they name.

@@ -206,7 +206,6 @@ def test_events_in_metrics_are_not_steps(tmp_path: Path, monkeypatch: pytest.Mon
             resume_tokens=0,
             total_steps=9,
             monitor=MonitorConfig(tensorboard=False),
-            token_flops=1.0,
             rollbacks=[rollback],
         )
         log.close()

@@ -41,7 +41,6 @@ def log(
         resume_tokens=resume_step * 80,
         total_steps=10,
         monitor=monitor,
-        token_flops=1e6,
         peak_tflops=peak_tflops,
         real_share=real_share,
         tensor_names=NAMES,
@@ -58,6 +57,7 @@ def record(step: int, ratios: list[float] | None = None, rms: list[float] | None
         loss_sum=DeferredTensor(torch.tensor([10.0 * step], dtype=torch.float64)),
         grad_norm=0.5,
         extra={},
+        token_flops=1e6,
         trust_ratios=None if ratios is None else DeferredTensor(torch.tensor(ratios)),
         update_rms=None if rms is None else DeferredTensor(torch.tensor(rms)),
     )

@@ -30,6 +30,8 @@ from tests.support.corpora import make_corpus
 HERE = {"device": "GPU A", "ranks": 2, "micro_size": 8}
 NEEDED = Needed((0.45, 0.15), ("mapnet",))
 ONLY_MASK = {"mask_probability": 1, "random_probability": 0}
+# Of a measurement, injected.
+PER_PASS = 0.01
 COSTS = StepCosts({0.45: 2.0, 0.15: 1.5}, {"mapnet": 0.25}, HERE)
 
 
@@ -200,6 +202,7 @@ def measured(
         return masker.rate + own + 9 * disturbed
 
     monkeypatch.setattr(mask_costs, "_step_seconds", step)
+    monkeypatch.setattr(mask_costs, "_seconds_per_pass", lambda *_: PER_PASS)
     run = config(tmp_path, auto={"proposal": True}, **more)
     return measure_costs(run, corpus, wanted, HERE, lambda: engine), steps
 
@@ -208,7 +211,7 @@ def test_candidates_take_turns_and_the_median_counts(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs, steps = measured(tmp_path, corpus, monkeypatch)
-    assert costs == StepCosts({0.45: 0.45, 0.15: 0.15}, {"mapnet": pytest.approx(0.5)}, HERE)
+    assert costs == StepCosts({0.45: 0.45, 0.15: 0.15}, {"mapnet": pytest.approx(0.5)}, HERE, per_pass=PER_PASS)
     assert len(steps) == 3 * 6 + 1
     # Masks are as wide as their rate needs: 14 and 5 of 30.
     assert steps[:6] == [(14, False), (5, False), (14, True), (5, False), (14, True), (14, False)]

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from transformers import optimization
 
 from maskvr_ds.config import RunConfig, ScheduleConfig
-from maskvr_ds.training.schedule import learning_rate, masking_rate
+from maskvr_ds.masking.rates import masking_rate
+from maskvr_ds.training.schedule import learning_rate
 
 
 def test_against_torch_schedulers() -> None:
