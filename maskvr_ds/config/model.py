@@ -140,12 +140,10 @@ class ModelConfig(Section):
         content = self.config if isinstance(self.config, dict) else {}
         return {**content, **self.settings}
 
-    @property
-    def has_sizes(self) -> bool:
-        """Whether the sizes are known here. If the folder of initialize_from is gone, or a name that has not been
-        resolved, only a checkpoint knows them."""
-        known = self.initialize_from is None or {"hidden_size", "num_attention_heads"} <= self.model_fields_set
-        return known or self.architecture != "bert"
+    def knows(self, *sizes: str) -> bool:
+        """Whether these fields of BERT hold. If the folder of initialize_from is gone, or a name that has not been
+        resolved, only a checkpoint knows the sizes, and the fields have their defaults."""
+        return self.architecture == "bert" and (self.initialize_from is None or self.model_fields_set.issuperset(sizes))
 
     @property
     def positions(self) -> int | None:
@@ -219,9 +217,13 @@ class ModelConfig(Section):
             raise ValueError(
                 f"vocabulary {self.vocabulary} needs initialize_from: without it the vocabulary is the corpus'"
             )
-        if self.architecture == "bert" and self.has_sizes and self.hidden_size % self.num_attention_heads:
+        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        if self.knows("hidden_size", "num_attention_heads") and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
+        if self.knows("num_hidden_layers") and self.activation_checkpointing > layers:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"activation_checkpointing {self.activation_checkpointing} exceeds the {layers} layers; set it to true "
+                "for all of them"
             )
         return self
 

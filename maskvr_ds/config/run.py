@@ -220,9 +220,7 @@ def check_late_layer(late: int, model: ModelConfig, how: str, name: str = "maski
             "training.compile model: an encoder cannot be compiled as a whole with masking.late_layer; set it to layers"
         )
     count = model.num_hidden_layers
-    # If the folder is gone, only the checkpoint knows the number.
-    known = model.initialize_from is None or "num_hidden_layers" in model.model_fields_set
-    if model.architecture == "bert" and known and late >= count:
+    if model.knows("num_hidden_layers") and late >= count:
         raise ValueError(
             f"{name} {late}: [MASK] must enter before the last layer, and bert has {count} layers; set it "
             f"to at most {count - 1}"

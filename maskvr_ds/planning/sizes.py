@@ -87,7 +87,7 @@ class EncoderSizes:
 def encoder_sizes(model: ModelConfig, vocabulary: int) -> EncoderSizes:
     """The sizes of the encoder that `model` describes. Raises ConfigError for an architecture that has no entry, and
     for a model to start from whose config.json has not been read."""
-    if not model.has_sizes:
+    if model.architecture == "bert" and not model.knows("hidden_size", "num_attention_heads"):
         raise ConfigError(
             f"model.initialize_from {model.initialize_from}: the sizes are in its config.json, which this folder does "
             "not have; give the folder of the model"

@@ -184,6 +184,10 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ),
         ("masking.strategy=spam", "masking.strategy: Input should be 'uniform', 'whole_word', 'span'"),
         ("model.num_attention_heads=7", "hidden_size 768 is not a multiple of num_attention_heads 7"),
+        (
+            "model.activation_checkpointing=13",
+            "activation_checkpointing 13 exceeds the 12 layers; set it to true",
+        ),
         ("model.preset=bert-huge", "model.preset: Input should be 'bert-tiny'"),
         ("schedule.warmup_steps=101", "schedule.warmup_steps 101 exceeds the schedule's 100 steps"),
         ("training.schedule_steps=50", "training.steps 100 exceeds training.schedule_steps 50"),

@@ -90,8 +90,10 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_more_recomputed_layers_than_there_are_is_an_error() -> None:
+    """Of other architectures than BERT, whose sizes the configuration knows."""
+    config = transformers_config(small(), vocab_size=V, pad_id=0)
     with pytest.raises(ConfigError, match="activation_checkpointing is 3, and this bert has 2 layers; set it to true"):
-        model(activation_checkpointing=3)
+        MaskedLanguageModel(config, activation_checkpointing=3)
 
 
 def test_flops_equal_torchs_count() -> None:
