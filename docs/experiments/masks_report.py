@@ -24,7 +24,8 @@ LABELS = {
     "schedule_45_15": "uniform, 0.45 → 0.15",
     "late_45": "uniform, 0.45, late mask tokens",
     "fully_explored_15": "fully_explored, 0.15",
-    "auto": "auto: rate 0.45 to 0.15, late mask tokens",
+    "fully_explored_30": "fully_explored, 0.30",
+    "auto": "auto, 0.45 to 0.15",
 }
 # A step of uniform masks at a rate and layer of auto.
 _AUTO_STEP = "auto at {:g}, layer {}"
