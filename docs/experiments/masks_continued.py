@@ -5,7 +5,7 @@ the last loss of uniform masks at 15%.
     python docs/experiments/masks_continued.py --model MODEL --general wikitext.txt --domain linux-doc.txt --work DIR
     python docs/experiments/masks_report.py DIR docs/results/masks/continued
 
-The domain's corpus is the first 200 kB of its file, the held-out rows the next 100 kB. The encoder has no prediction
+The domain's corpus is about the first 200 kB of its file, the held-out rows the next 100 kB. The encoder has no prediction
 head: a new one is first trained with it on the general text, and all runs start from the export of that run. Then as in
 mask_runs.py, with its definitions those of masks.py; the corruption is 80/10/10. Resumes where it was stopped.
 """
@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 def build(work: Path, model: Path, general: Path, domain: Path) -> None:
     """The three corpora, with the model's tokenizer."""
     content = domain.read_bytes()[: DOMAIN_BYTES + HELD_BYTES].decode("utf-8", errors="ignore")
-    cut = content.index("\n\n", DOMAIN_BYTES)  # between documents
+    cut = content.rindex("\n\n", 0, DOMAIN_BYTES)  # between documents
     texts = {"general": general, "corpus": work / "domain.txt", "held": work / "held.txt"}
     texts["corpus"].write_text(content[:cut], encoding="utf-8")
     texts["held"].write_text(content[cut:], encoding="utf-8")
