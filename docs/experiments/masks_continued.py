@@ -5,9 +5,9 @@ the last loss of uniform masks at 15%.
     python docs/experiments/masks_continued.py --model MODEL --general wikitext.txt --domain linux-doc.txt --work DIR
     python docs/experiments/masks_report.py DIR docs/results/masks/continued
 
-The domain's corpus is about the first 200 kB of its file, the held-out rows the next 100 kB. The encoder has no prediction
-head: a new one is first trained with it on the general text, and all runs start from the export of that run. Then as in
-mask_runs.py, with its definitions those of masks.py; the corruption is 80/10/10. Resumes where it was stopped.
+The domain's corpus is about the first 200 kB of its file, the held-out rows the next 100 kB. The encoder has no
+prediction head: a new one is first trained with it on the general text, and all runs start from the export of that run.
+Then as in mask_runs.py, with the definitions of masks.py; the corruption is 80/10/10. Resumes where it was stopped.
 """
 
 import math
