@@ -24,8 +24,7 @@ must be independent.
 each other layer. The goal is as held-out losses are: [MASK] from the first layer, or from masking.late_layer.
 
 Cost: `rows` · `draws` · 2 forward and backward passes for the goal, each rate and each other layer, segments and the
-proposal. Collectives:
-those of moments.py.
+proposal. Collectives: those of moments.py.
 """
 
 import copy

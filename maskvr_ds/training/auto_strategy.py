@@ -31,7 +31,7 @@ from maskvr_ds import hashing
 from maskvr_ds.analysis.gradient_variance.moments import Sample
 from maskvr_ds.analysis.gradient_variance.progress import jackknife
 from maskvr_ds.analysis.gradient_variance.sketch import Sketcher
-from maskvr_ds.config import AutoConfig
+from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.keys import AUTO
 from maskvr_ds.data.loader import Loader, RepeatSchedule
 from maskvr_ds.engine.master_weights import full_fp32_weights
@@ -77,15 +77,14 @@ class Chooser:
     """Chooses the masks of a phase. Every rank has one; all ranks make the same calls.
 
     Args:
-        config: the section.
+        masking: the section; it starts at its rate.
         engine: DeepSpeed's, around a MaskedLanguageModel.
         masker, loader: the phase's; set to the plan that is chosen.
         proposer: MAPNet; None: not a candidate.
-        rate, final_rate: of the section `masking`.
-        final_step: from which on the rate is final_rate; None: it is `rate` throughout.
         costs: of all candidates.
         micro_size: rows per pass.
         seed: for rows, masks and projections.
+        final_step: from which on the rate is masking.final_rate and [MASK] enters at the first layer; None: never.
         first_step: of the phase.
 
     spacing: of the measurements.
@@ -93,30 +92,29 @@ class Chooser:
 
     def __init__(
         self,
-        config: AutoConfig,
+        masking: MaskingConfig,
         *,
         engine: Any,
         masker: Masker,
         loader: Loader,
         proposer: Proposer | None,
-        rate: float,
-        final_rate: float | None,
-        final_step: int | None,
         costs: StepCosts,
         micro_size: int,
         seed: int,
+        final_step: int | None = None,
         first_step: int = 0,
     ) -> None:
+        config = masking.auto
         self._config, self._engine, self._masker, self._loader = config, engine, masker, loader
         self._proposer, self._costs, self._micro_size, self._seed = proposer, costs, micro_size, seed
         self._n = loader.corpus.sequence_length - 2
-        self._rates, self._final_step = ladder(rate, final_rate), final_step
+        self._rates, self._final_step = ladder(masking.rate, masking.final_rate), final_step
         proposal, batch = proposer is not None, loader.global_size
         most = most_passes(config, self._rates, self._n, batch, proposal=proposal)
         self.spacing, self._first_step = Spacing.of(config, costs, most), first_step
         self._trial = ProposalTrial()
         self._late_layers: tuple[int, ...] = ()  # candidates of a measurement
-        self.plan = self._best = plain(self._n, rate)  # _best: by the last measurement
+        self.plan = self._best = plain(self._n, masking.rate)  # _best: by the last measurement
         self._apply(0)
 
     @property
@@ -183,9 +181,10 @@ class Chooser:
         """What keeps measurements from changing anything in a phase that ends at `last_step`, a sentence each."""
         return warnings(self.spacing, self._first_step, last_step)
 
-    def rehearse(self) -> int:
-        """Measure with all candidates, and choose nothing; returns the number of passes. Collective: call on all
-        ranks."""
+    def rehearse(self, rows: int) -> int:
+        """Measure with all candidates on so many rows, and choose nothing; returns the number of passes. Collective:
+        call on all ranks."""
+        self._config = self._config.model_copy(update={"rows": rows})
         self._trial = ProposalTrial(learning=self._proposer is not None)
         self._late_layers = (0, *self._config.late_layers)
         passes: int = self._measure(self._seed)[2]["passes"]
@@ -334,17 +333,15 @@ def make_chooser(
     if masking.final_rate is not None or masking.auto.late_layers:
         final_step = phase.schedule_begin + math.floor((1 - masking.auto.final_share) * config.schedule_steps)
     return Chooser(
-        masking.auto,
+        masking,
         engine=engine,
         masker=masker,
         loader=loader,
         proposer=proposer,
-        rate=masking.rate,
-        final_rate=masking.final_rate,
-        final_step=final_step,
         costs=costs,
         micro_size=config.batch.micro_size,
         seed=phase.key(AUTO),
+        final_step=final_step,
         first_step=phase.first_step,
     )
 

@@ -325,25 +325,21 @@ def _seconds_per_pass(
 ) -> float:
     """Seconds of a measurement of all candidates, per pass of a row; a short one before it is the warm-up. Collective:
     call on all ranks."""
-    masking = config.masking
-    for rows in (FEWEST_ROWS, masking.auto.rows):
-        chooser = Chooser(
-            masking.auto.model_copy(update={"rows": rows}),
-            engine=engine,
-            masker=masker,
-            loader=loader,
-            proposer=proposer,
-            rate=masking.rate,
-            final_rate=masking.final_rate,
-            final_step=None,
-            costs=costs,
-            micro_size=config.batch.micro_size,
-            seed=0,
-        )
+    chooser = Chooser(
+        config.masking,
+        engine=engine,
+        masker=masker,
+        loader=loader,
+        proposer=proposer,
+        costs=costs,
+        micro_size=config.batch.micro_size,
+        seed=0,
+    )
+    for rows in (FEWEST_ROWS, config.masking.auto.rows):
         distributed.barrier()
         distributed.wait_for_device()
         start = _clock()
-        passes = chooser.rehearse()
+        passes = chooser.rehearse(rows)
         distributed.wait_for_device()
         seconds = _clock() - start
     return max(distributed.gather_objects(seconds)) / passes

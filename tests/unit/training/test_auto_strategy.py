@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskvr_ds.config import AutoConfig
+from maskvr_ds.config import AutoConfig, MaskingConfig
 from maskvr_ds.data.loader import Loader, RepeatSchedule
 from maskvr_ds.data.mixture import Share
 from maskvr_ds.masking.masker import Corruption, Masker
@@ -55,9 +55,14 @@ class Parts:
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("masker", "loader", "proposer", "engine")}
         seconds = dict.fromkeys(ladder(0.5, final_rate), 1.0)
         self.chooser = Chooser(
-            AutoConfig(every_steps=10, **config),
-            rate=0.5,
-            final_rate=final_rate,
+            MaskingConfig(
+                strategy="auto",
+                rate=0.5,
+                final_rate=final_rate,
+                mask_probability=1,
+                random_probability=0,
+                auto=AutoConfig(every_steps=10, **config),
+            ),
             final_step=final_step,
             costs=StepCosts(seconds, {SEGMENTS: 0.0, PROPOSAL: 0.1}, {"device": "none"}),
             micro_size=4,
@@ -265,14 +270,11 @@ def test_the_best_rate_is_found(toy: Toy, batch: int, seconds: tuple[float, ...]
         lambda shares, seed, count: np.random.default_rng(seed % 2**63).choice(toy.rows, count, replace=False),
     )
     chooser = Chooser(
-        AutoConfig(rows=60, draws=4, proposal=False),
+        MaskingConfig(strategy="auto", rate=0.5, final_rate=GOAL, auto=AutoConfig(rows=60, draws=4, proposal=False)),
         engine=None,
         masker=Masker.for_corpus(toy.corpus.manifest, seed=0, corruption=Corruption(1.0, 0.0)),
         loader=Loader(toy.corpus, seed=0, global_size=batch),
         proposer=None,
-        rate=0.5,
-        final_rate=GOAL,
-        final_step=None,
         costs=StepCosts(of_rate, {SEGMENTS: 0.0}, {}),
         micro_size=64,
         seed=11,
