@@ -259,7 +259,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _check_episodes(arguments: argparse.Namespace) -> None:
     if arguments.tasks not in (None, ["classification"]):
-        raise ValueError("--shots: episodes are of the task classification; leave out --tasks")
+        raise ValueError("--shots: episodes are of the task classification; omit --tasks")
     others = tuple(name for name in ("rows", "micro_size", *_OF_TASKS) if name not in few_shot.SHARED)
     refuse(arguments, others, "has no meaning with --shots")
     if not arguments.models:

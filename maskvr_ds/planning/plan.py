@@ -336,7 +336,7 @@ def _steps(config: RunConfig, length: int) -> int:
         return -(-training.tokens // (config.batch.global_size * length))
     if training.epochs is not None:
         raise ConfigError(
-            f"training.epochs {training.epochs:g}: needs the corpora: leave out --sequence-length and "
+            f"training.epochs {training.epochs:g}: needs the corpora: omit --sequence-length and "
             "--vocab-size, or set training.steps"
         )
     return training.known_steps

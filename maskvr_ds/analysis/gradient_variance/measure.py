@@ -2,8 +2,7 @@
 
 N rows × R draws per row and strategy, G layers, s the sketch size, J masks of a row in one batch (1 except for
 fully_explored with placement same_batch). A row's gradient is that of its Σ w ℓ, divided by the strategy's mean number
-of predictions, so that a batch's mean is the gradient of the run's loss. Dropout is off: its variance is in neither
-part.
+of predictions, so that a batch's mean is the gradient of the run's loss. Dropout is off, its variance in neither part.
 
 Cost: R·J forward and backward passes per row and strategy; oracle_gradient needs one more for every prediction of its
 own masks, n per round. Every rank measures N / (world size) rows. Memory in addition to the model: sketches of one
@@ -52,8 +51,9 @@ from maskvr_ds.data.documents import check_borders, document_lengths
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.checks import hidden_positions, segments, sequence_copies
 from maskvr_ds.masking.factory import create_masker
-from maskvr_ds.masking.masker import Masker, maximum_predictions
+from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
+from maskvr_ds.masking.rates import maximum_predictions
 from maskvr_ds.masking.strategies import Proposal
 from maskvr_ds.models.capabilities import check_length
 from maskvr_ds.models.encoder import MaskedLanguageModel
