@@ -2,8 +2,8 @@
 
 A strategy selects the positions of each row to predict and their weights. B sequences, L positions, K predictions per
 sequence, V vocabulary. n_b is the number of maskable positions of row b (special tokens excluded), and
-k_b = round(rate · n_b), at least 1 if n_b > 0, is the number of predictions requested: `uniform`, `frequency` and
-`mapnet` make exactly k_b predictions, the others at most k_b.
+k_b = round(rate · n_b), at least 1 if n_b > 0 and at most round(rate · (L − 2)), is the number of predictions
+requested: `uniform`, `frequency` and `mapnet` make exactly k_b predictions, the others at most k_b.
 
 A selection is a function of (seed, epoch, sample id, position) and of the row's tokens, independent of rank, world
 size, batch layout, device and call order. No host-device synchronisation: the width K follows from L and the rate.

@@ -147,6 +147,31 @@ def test_rows_without_special_tokens_at_the_ends(strategy: str) -> None:
         assert set(torch.nonzero(masked.input_ids[row] == MASK).flatten().tolist()) == positions
 
 
+def test_rows_without_special_tokens_have_the_room_of_the_others() -> None:
+    """Chunks of a joined text in transformers' Trainer: 10 of 64 positions would be predicted, and a row with [CLS] and
+    [SEP] has room for 9. Rounds stay complete, words whole, and the weights are those of 9 predictions."""
+    batch = tokens(300, 64)
+    batch.input_ids.copy_(torch.randint(5, VOCABULARY, (300, 64), generator=torch.Generator().manual_seed(0)))
+    seen = torch.zeros(300, 64, dtype=torch.int64)
+    for epoch in range(-(-64 // 9)):
+        masked = masker("fully_explored", 64)(replace(batch, epochs=torch.full((300,), epoch)))
+        for row, positions in enumerate(chosen(masked)):
+            seen[row, list(positions)] += 1
+    assert (seen == 1).all()
+    for row, positions in enumerate(chosen(masker("whole_word", 64)(batch))):
+        words = plain_words(batch.input_ids[row].tolist())
+        assert all(positions.isdisjoint(word) or positions.issuperset(word) for word in words)
+    for strategy in ("frequency", *EXACT):
+        draw = masker(strategy, 64)
+        masked = draw(batch)
+        assert ((masked.weights != 0).sum(1) == 9).all()
+        if not strategy.endswith(("hajek", "whole_mask")):
+            assert float(masked.weights.sum(1).mean()) == pytest.approx(9, rel=0.01)
+        # A wider shape, as in a schedule of the rate, changes nothing.
+        wider = masker(strategy, 64, final_rate=0.5)(batch)
+        assert torch.equal(wider.weights.sort(dim=1).values[:, -9:], masked.weights.sort(dim=1).values)
+
+
 # --- whole_word and span
 
 
