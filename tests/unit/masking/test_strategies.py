@@ -12,6 +12,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import row_digests
+from maskvr_ds.masking import strategies
 from maskvr_ds.masking.estimators import ESTIMATORS
 from maskvr_ds.masking.masker import Corruption, Masker, mask_digest
 from maskvr_ds.masking.strategies import STRATEGIES, Parameters, prediction_counts, span_thresholds
@@ -170,6 +171,31 @@ def test_rows_without_special_tokens_have_the_room_of_the_others() -> None:
         # A wider shape, as in a schedule of the rate, changes nothing.
         wider = masker(strategy, 64, final_rate=0.5)(batch)
         assert torch.equal(wider.weights.sort(dim=1).values[:, -9:], masked.weights.sort(dim=1).values)
+
+
+def test_tables_of_conditional_poisson_sampling_are_for_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit, whatever the number of rows; masks are the same, weights too up to the last bits of logarithms."""
+    batch, sizes = tokens(50), []
+
+    class Recording(strategies.ConditionalPoisson):
+        def __init__(self, odds: torch.Tensor, *others: object) -> None:
+            sizes.append(len(odds))
+            super().__init__(odds, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(strategies, "ConditionalPoisson", Recording)
+    for strategy in EXACT:
+        draw = masker(strategy)
+        numbers = 33 * (draw.maximum_predictions + 2)
+        found = []
+        for most in (1 << 25, 7 * numbers, numbers - 1):
+            monkeypatch.setattr(strategies, "_TABLE_NUMBERS", most)
+            found.append(draw(batch))
+        assert sizes == [50, *[7] * 7, 1, *[1] * 50]
+        sizes.clear()
+        for other in found[1:]:
+            assert torch.equal(other.positions, found[0].positions)
+            torch.testing.assert_close(other.weights, found[0].weights, rtol=1e-6, atol=0)
+            assert int(mask_digest(batch, other)) == int(mask_digest(batch, found[0]))
 
 
 # --- whole_word and span
