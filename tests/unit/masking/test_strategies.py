@@ -174,7 +174,7 @@ def test_rows_without_special_tokens_have_the_room_of_the_others() -> None:
 
 
 def test_tables_of_conditional_poisson_sampling_are_for_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as fit, whatever the number of rows; masks are the same, weights too up to the last bits of logarithms."""
+    """As many as fit, whatever the number of rows; masks are the same, weights up to the last bits of logarithms."""
     batch, sizes = tokens(50), []
 
     class Recording(strategies.ConditionalPoisson):
