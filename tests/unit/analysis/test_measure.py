@@ -5,11 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.shards import Corpus
+from maskvr_ds.analysis.gradient_variance import measure
 from maskvr_ds.analysis.gradient_variance.measure import Measurement
-from maskvr_ds.config import ModelConfig
+from maskvr_ds.config import MapNetConfig, ModelConfig
 from maskvr_ds.config.strategy_spec import parse_strategy
+from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.encoder import MaskedLanguageModel
 from maskvr_ds.planning.sizes import encoder_sizes
 from tests.support.architectures import section
@@ -35,3 +38,24 @@ def test_flops_are_those_of_the_strategys_rate(tmp_path: Path, layer: int, strat
     hidden = predictions if strategy == "uniform" else {0.15: 22 // 8, 0.45: 22 // 3}[rate]
     sizes = encoder_sizes(ModelConfig.model_validate(section("bert")), V)
     assert found == pytest.approx(sizes.flops(24, predictions, late=(layer, hidden)))
+
+
+def test_mapnet_is_measured_with_the_sampler_and_estimator_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = MapNetConfig(hidden=32, floor=0.4, sampler="conditional_poisson", estimator="whole_mask")
+    drawn: list[Any] = []
+    measurement: Any = SimpleNamespace(
+        arguments=SimpleNamespace(masks=2),
+        sample=SimpleNamespace(rows=[0], device=torch.device("cpu"), corpus=SimpleNamespace(), pairs=False),
+        sketcher=None,
+        common={"rate": 0.3, "mask_probability": 0.8, "random_probability": 0.1},
+        copies=lambda spec: 1,
+        oracle=lambda spec: None,
+        rate=lambda spec: 0.3,
+        network=lambda spec: Proposer(trained, vocab_size=9, max_length=8, seed=0, device=torch.device("cpu")),
+        masker=lambda masking, purpose, proposal: drawn.append((masking.weighted, proposal)),
+    )
+    monkeypatch.setattr(measure, "measure_gradients", lambda *_, **__: SimpleNamespace(moments=None, predictions=2))
+    Measurement.strategy(measurement, parse_strategy("mapnet"), None)
+    weighted, proposal = drawn[0]
+    assert (weighted.sampler, weighted.estimator, weighted.floor) == ("conditional_poisson", "whole_mask", 0.4)
+    assert proposal is not None
