@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from maskvr_ds.config.base import ConfigError, describe
 from maskvr_ds.config.loading import assign
-from maskvr_ds.config.masking import SUBSECTIONS, MaskingConfig
+from maskvr_ds.config.masking import SUBSECTIONS, MapNetConfig, MaskingConfig
 from maskvr_ds.run_folder.migration import renamed
 
 # Strategies that only `maskvr variance` measures: they look at what is to be predicted, see oracles.py.
@@ -49,11 +49,11 @@ class StrategySpec:
             raise ConfigError(f"{self.text}: {'; '.join(old)}")
         return values
 
-    def masking(self, common: dict[str, Any], floor: float | None = None) -> MaskingConfig:
+    def masking(self, common: dict[str, Any], network: MapNetConfig | None = None) -> MaskingConfig:
         """The section `masking` for measuring, over fields `common` to all strategies; oracles draw as mapnet does.
 
-        floor: default of masking.mapnet.floor. Raises ConfigError for unknown settings, other sections than masking,
-        and settings of MAPNet's training.
+        network: of the run, for defaults: of floor, and for mapnet itself also of sampler and estimator. Raises
+        ConfigError for unknown settings, other sections than masking, and settings of MAPNet's training.
         """
         sections = self.sections()
         if others := sections.keys() - {"masking"}:
@@ -73,7 +73,8 @@ class StrategySpec:
                     f"{self.text}: {', '.join(sorted(others))} belongs to training; only "
                     f"{', '.join(sorted(_DRAWING))} apply here"
                 )
-            values["mapnet"] = {**({} if floor is None else {"floor": floor}), **section}
+            own = _DRAWING if self.strategy == "mapnet" else {"floor"}
+            values["mapnet"] = {**({} if network is None else network.model_dump(include=own)), **section}
         try:
             return MaskingConfig.model_validate(values)
         except ValidationError as error:

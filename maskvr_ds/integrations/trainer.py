@@ -180,7 +180,7 @@ class MaskingCollator:
         """Masks for rows that were encoded by a fast tokenizer of transformers.
 
         sequence_length: L, of the longest row. counts: int64 [V], occurrences of each token in the dataset, for
-        strategy frequency (np.bincount). masking, raises: as in `for_corpus`.
+        strategy frequency (np.bincount with minlength V). masking, raises: as in `for_corpus`.
         """
         config = _masking_config(masking)
         if not getattr(tokenizer, "is_fast", False):
@@ -200,6 +200,11 @@ class MaskingCollator:
                 raise ValueError(
                     "strategy frequency: needs counts, the occurrences of each token, and document_power 0; with a "
                     "corpus, use for_corpus"
+                )
+            if counts.shape != (vocab_size,):
+                raise ValueError(
+                    f"counts has shape {counts.shape}, and the tokenizer {vocab_size} tokens: "
+                    f"np.bincount(…, minlength={vocab_size}) counts each of them"
                 )
             scores = token_scores(config, np.stack([counts, np.zeros_like(counts)]))
             parameters = replace(parameters, token_scores=torch.from_numpy(scores))

@@ -2,6 +2,7 @@
 torch."""
 
 import math
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,36 +28,60 @@ def segments(n: int, rate: float) -> int:
 
 # Share of the predictions that `fully_explored` may lose to equal segments before a warning.
 _LOSS_ALLOWED = 0.02
+# Rows whose tokens are counted for it, at equal distances.
+_COUNTED = 256
 
 
-def predictions_lost(n: int, rate: float) -> float:
-    """Share of the k predictions that `fully_explored` does not make in a row of n maskable positions: 1 − (n/S)/k."""
-    return 1 - n / segments(n, rate) / max(1, round_half_up(n * rate))
+def maskable_counts(corpus: Corpus) -> Counter[int]:
+    """Numbers n of maskable positions in some rows of the corpus, with how many of these rows have n; without rows that
+    have none. Ends of documents are special tokens, so packed rows differ by a few positions."""
+    rows = np.unique(np.linspace(0, corpus.rows - 1, min(corpus.rows, _COUNTED)).round().astype(np.int64))
+    ids = np.empty((len(rows), corpus.sequence_length), corpus.dtype)
+    corpus.take(rows, out=ids)
+    found = Counter((~np.isin(ids, np.array(corpus.manifest.special_tokens.all))).sum(1).tolist())
+    del found[0]
+    return found
 
 
-def rate_without_loss(n: int, rate: float) -> float:
-    """The nearest rate, to four digits, at which segments are at most 2% shorter than uniform masks; S = n is one."""
-    rates = {round(x, 4) for s in range(2, n + 1) for x in (1 / s, -(-n // s) / n)}
-    good = [x for x in rates if 0 < x < 1 and predictions_lost(n, x) <= _LOSS_ALLOWED]
-    return min(good, key=lambda other: abs(other - rate), default=rate)
+def predictions_lost(counts: int | Counter[int], rate: float) -> float:
+    """Share of the k predictions that `fully_explored` does not make: 1 − Σ (n/S) / Σ k, in a row of n maskable
+    positions, or in rows as `maskable_counts` counts them."""
+    rows = Counter([counts]) if isinstance(counts, int) else counts
+    made = sum(times * n / segments(n, rate) for n, times in rows.items())
+    return 1 - made / sum(times * max(1, round_half_up(n * rate)) for n, times in rows.items())
 
 
-def effective_predictions(masking: MaskingConfig, n: int) -> tuple[str, str | None]:
-    """Number of predictions in a row of n maskable positions, in words, and a warning if fully_explored loses more
-    than 2% of them."""
+def rate_without_loss(counts: Counter[int], rate: float) -> float | None:
+    """The nearest rate, to four digits, at which segments are at most 2% shorter than uniform masks; None: of those
+    tried, none. A little above 1/S, rows with a few maskable positions less have S segments too."""
+    n = max(counts)
+    rates = {round(x, 4) for s in range(2, n + 1) for x in (1 / s, 1.01 / s, 1.02 / s, 1.03 / s, -(-n // s) / n)}
+    nearest = sorted((x for x in rates if 0 < x < 1), key=lambda other: abs(other - rate))
+    return next((x for x in nearest if predictions_lost(counts, x) <= _LOSS_ALLOWED), None)
+
+
+def effective_predictions(masking: MaskingConfig, n: int) -> str:
+    """Number of predictions in a row of n maskable positions, in words."""
     k = max(1, round_half_up(n * masking.rate))
     if masking.strategy != "fully_explored":
         last = "" if masking.final_rate is None else f", {max(1, round_half_up(n * masking.final_rate))} at the end"
         at_most = "up to " if masking.strategy in ("whole_word", "span") else ""
-        return f"{at_most}{k} of {n} tokens of a full row{last}", None
-    parts, lost = segments(n, masking.rate), predictions_lost(n, masking.rate)
-    text = f"{n / parts:.4g} of {n} tokens of a full row on average, in {parts} disjoint masks"
-    if lost <= _LOSS_ALLOWED:
-        return text, None
-    return text, (
-        f"masking.rate {masking.rate:g}: fully_explored divides {n} tokens into {parts} masks of {n / parts:.4g}, "
-        f"{lost:.1%} fewer than the {k} predictions of uniform masks at this rate; at rate "
-        f"{rate_without_loss(n, masking.rate):.4g} it loses at most 2%"
+        return f"{at_most}{k} of {n} tokens of a full row{last}"
+    parts = segments(n, masking.rate)
+    return f"{n / parts:.4g} of {n} tokens of a full row on average, in {parts} disjoint masks"
+
+
+def fewer_predictions(masking: MaskingConfig, corpus: Corpus) -> str | None:
+    """A warning if fully_explored makes over 2% fewer predictions in the corpus's rows than uniform masks would."""
+    if masking.strategy != "fully_explored" or not (counts := maskable_counts(corpus)):
+        return None
+    if (lost := predictions_lost(counts, masking.rate)) <= _LOSS_ALLOWED:
+        return None
+    better = rate_without_loss(counts, masking.rate)
+    return (
+        f"masking.rate {masking.rate:g}: fully_explored divides the tokens of a row into equal masks, which have "
+        f"{lost:.1%} fewer predictions in the rows of {corpus.folder} than uniform masks at this rate"
+        + ("" if better is None else f"; at rate {better:g} it loses at most 2%")
     )
 
 

@@ -19,7 +19,9 @@ x_i = o_i / o_(k), o_(k) the k-th largest of the row, p = x/(1 + x) and q = 1/(1
     T_i(j) = q_i T_{i+1}(j) + p_i T_{i+1}(j − 1).
 
 The k largest have p ≥ 1/2 and the others q ≥ 1/2, hence T_0(k) ≥ 2^−n. An entry that underflows (below 2^−1022)
-belongs to a state that the sampler reaches with probability below 2^−(1022−n): for n ≤ 512 never.
+belongs to a state that the sampler reaches with probability below 2^−(1022−n): for n ≤ 512 never. In longer rows, whose
+T_0(k) itself would underflow, the x are divided by a power of 2, with which Σ p is nearly the k that is wanted: T_0(k)
+is then above 10^−220 up to the longest rows.
 Logarithms are taken only at the end. The recursion consists of sums and products of non-negative numbers: there is no
 cancellation, and rounding is identical on every device and in every batch layout, unlike for logarithms (torch uses
 different routines for the body and the tail of a vector).
@@ -43,6 +45,9 @@ logger = logging.getLogger(__name__)
 _HIGHEST = 1 - 2.0**-53
 # And above 0, by enough that sums of products of such numbers stay far from underflow.
 _LOWEST = 2.0**-200
+# Longest rows whose x are relative to the k-th largest alone; the power of 2 by which those of longer ones are divided
+# or multiplied at most; parts of 1 in which p is counted: sums of them are exact.
+_SHORT, _POWERS, _UNITS = 512, 64, 2.0**40
 
 
 def odds_of(inclusion: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
@@ -99,6 +104,8 @@ class ConditionalPoisson:
         descending = odds.sort(dim=1, descending=True).values
         self._scale = descending.gather(1, (counts - 1).clamp(min=0)[:, None])
         self._scale = torch.where(self._scale > 0, self._scale, 1.0)
+        if odds.shape[1] > _SHORT:
+            self._scale *= _power(odds / self._scale, counts)
         self._x = odds / self._scale
         x = self._x.T.contiguous()
         small = torch.minimum(x, 1 / x)
@@ -199,6 +206,21 @@ class ConditionalPoisson:
     def _log_tilted(self) -> torch.Tensor:
         """log e_k(x): float64 [B]."""
         return self._probability_of_k().log() + torch.log1p(self._x).sum(1)
+
+
+def _power(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """float64 [B, 1]: for each row of x, float64 [B, L], the smallest power of 2 by which it can be divided to have
+    Σ x/(1 + x) ≤ k. By bisection with exact sums: the same on every device and in every batch layout."""
+    powers = torch.tensor([2.0**i for i in range(-_POWERS, _POWERS + 1)], dtype=torch.float64, device=x.device)
+    low = torch.zeros_like(counts)
+    high = torch.full_like(counts, len(powers) - 1)
+    for _ in range(len(powers).bit_length()):
+        middle = (low + high) // 2
+        scaled = x / powers[middle][:, None]
+        enough = (scaled / (1 + scaled) * _UNITS).round().long().sum(1) <= counts * int(_UNITS)
+        high = torch.where(enough, middle, high)
+        low = torch.where(enough, low, torch.minimum(middle + 1, high))
+    return powers[high][:, None]
 
 
 def _compact(taken: torch.Tensor, counts: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -154,12 +154,14 @@ class Masker:
         input_ids = batch.input_ids.long()
         maskable = self.maskable(batch)
         n = maskable.sum(1)
+        # Of rows without [CLS] or [SEP], such as chunks of a joined text, at most what rows with both have room for.
+        most = maximum_predictions(self.sequence_length, self.rate)
         rows = Rows(
             batch=batch,
             input_ids=input_ids,
             maskable=maskable,
             n=n,
-            counts=prediction_counts(n, self.rate),
+            counts=prediction_counts(n, self.rate).clamp(max=most),
             seed=self.seed,
             keys=row_keys(self.seed, batch)[:, None],
             width=self.maximum_predictions,

@@ -2,8 +2,8 @@
 
 A strategy selects the positions of each row to predict and their weights. B sequences, L positions, K predictions per
 sequence, V vocabulary. n_b is the number of maskable positions of row b (special tokens excluded), and
-k_b = round(rate · n_b), at least 1 if n_b > 0, is the number of predictions requested: `uniform`, `frequency` and
-`mapnet` make exactly k_b predictions, the others at most k_b.
+k_b = round(rate · n_b), at least 1 if n_b > 0 and at most round(rate · (L − 2)), is the number of predictions
+requested: `uniform`, `frequency` and `mapnet` make exactly k_b predictions, the others at most k_b.
 
 A selection is a function of (seed, epoch, sample id, position) and of the row's tokens, independent of rank, world
 size, batch layout, device and call order. No host-device synchronisation: the width K follows from L and the rate.
@@ -34,6 +34,8 @@ from maskvr_ds.masking.pareto import (
 # A row's random stream is divided into blocks of 2^32 draws, one per purpose: draw number `block + position`. Block 2
 # is unused.
 SELECTION, CORRUPTION, _LENGTH = (purpose << 32 for purpose in (0, 1, 3))
+# Numbers in the tables of conditional Poisson sampling at a time: 256 MiB, and as much again for π.
+_TABLE_NUMBERS = 1 << 25
 # Passes over the words that still fit after one that did not.
 _PASSES = 4
 
@@ -167,10 +169,20 @@ def _pareto(rows: Rows, inclusion: torch.Tensor, bits: torch.Tensor) -> Draw:
 
 
 def _conditional_poisson(rows: Rows, inclusion: torch.Tensor, bits: torch.Tensor) -> Draw:
-    """The design's π approximates the given one to O(1/Σ π(1 − π)); weights need the design's exact π."""
-    design = ConditionalPoisson(odds_of(inclusion, rows.maskable), rows.counts, rows.width)
-    positions, used = design.sample(bits)
-    return Draw(positions, used, rows.n, rows.counts, design.inclusion(), design.log_probability(positions, used))
+    """The design's π approximates the given one to O(1/Σ π(1 − π)); weights need the design's exact π.
+
+    For a few rows at a time: their tables have L · K numbers each, so that those of a step's long rows would not fit.
+    """
+    odds, length = odds_of(inclusion, rows.maskable), bits.shape[1]
+    at_once = max(1, _TABLE_NUMBERS // ((length + 1) * (rows.width + 2)))
+    parts = []
+    for first in range(0, len(bits), at_once):
+        here = slice(first, first + at_once)
+        design = ConditionalPoisson(odds[here], rows.counts[here], rows.width)
+        positions, used = design.sample(bits[here])
+        parts.append((positions, used, design.inclusion(), design.log_probability(positions, used)))
+    positions, used, exact, log_probability = map(torch.cat, zip(*parts, strict=True))
+    return Draw(positions, used, rows.n, rows.counts, exact, log_probability)
 
 
 # sampler(rows, π float64 [B, L] or [B, 1], random bits int64 [B, L]) → the draw with its π and, if known, log q(M).

@@ -21,7 +21,7 @@ from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig, dump_config
 from maskvr_ds.config.base import describe
 from maskvr_ds.data.mixture import open_mixture, shares
-from maskvr_ds.masking.checks import effective_predictions, sequence_copies
+from maskvr_ds.masking.checks import fewer_predictions, sequence_copies
 from maskvr_ds.runtime.numbers import MAX_STEPS
 
 # From this many passes on, a warning: what a model can learn from the corpus it has learnt by then.
@@ -105,6 +105,6 @@ def remarks(config: RunConfig, corpus: Corpus) -> list[str]:
             f"training.steps {config.training.known_steps:,}: {epochs:,.0f} epochs of {corpus.folder}; a model "
             "overfits long before, compare the held-out loss with the training loss"
         )
-    if (fewer := effective_predictions(config.masking, corpus.sequence_length - 2)[1]) is not None:
+    if (fewer := fewer_predictions(config.masking, corpus)) is not None:
         found.append(fewer)
     return found

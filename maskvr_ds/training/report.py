@@ -55,7 +55,7 @@ def start_lines(phase: RunPhase, phases: int, context: PhaseContext, world_size:
 
 
 def _of_masks(config: RunConfig, context: PhaseContext, length: int) -> str:
-    text = f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)[0]}"
+    text = f"{config.masking.strategy}: {effective_predictions(config.masking, length - 2)}"
     if context.chooser is None:
         return text
     return f"{text}; now {context.chooser.plan}; {context.chooser.spacing}"

@@ -188,8 +188,7 @@ class Measurement:
 
     def floor(self, spec: StrategySpec) -> float:
         """λ of MAPNet or of a token oracle. Collective: call on all ranks."""
-        trained = distributed.run_collectively(self._mapnet)[0]
-        return spec.masking(self.common, floor=trained.floor).mapnet.floor
+        return spec.masking(self.common, distributed.run_collectively(self._mapnet)[0]).mapnet.floor
 
     def oracle(self, spec: StrategySpec) -> TokenOracle | None:
         """The strategy's token oracle, or None. Collective: call on all ranks."""
@@ -209,7 +208,7 @@ class Measurement:
             return None
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
-        floor = spec.masking(self.common, floor=trained.floor).mapnet.floor
+        floor = spec.masking(self.common, trained).mapnet.floor
         proposer = Proposer(
             trained.model_copy(update={"floor": floor, "gate": "always"}),
             vocab_size=self.sample.corpus.manifest.vocab_size,
@@ -256,7 +255,8 @@ class Measurement:
         draws, copies, start = self.arguments.masks, self.copies(spec), time.perf_counter()
         oracle = self.oracle(spec)
         proposer = oracle or self.network(spec)
-        masker = self.masker(spec.masking(self.common), _MASKS, None if proposer is None else proposer.propose)
+        masking = spec.masking(self.common, proposer.config if isinstance(proposer, Proposer) else None)
+        masker = self.masker(masking, _MASKS, None if proposer is None else proposer.propose)
         found = measure_gradients(self.sample, self.sketcher, masker, draws=draws, copies=copies, goal=goal)
         oracle_passes = torch.tensor([0 if oracle is None else oracle.predictions])
         head_only = spec.strategy == HEAD_ORACLE

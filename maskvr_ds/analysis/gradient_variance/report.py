@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FONT_SIZE = 10
+# Rows below which bootstrap intervals are much too narrow: with gradients that differ in scale, 95% intervals contain
+# the truth in 65 to 88% of samples of 5 rows, 78 to 95% of 16, 90 to 97% of 32.
+_FEW_ROWS = 32
 _HEAD = ("strategy", "J", "data", "mask", "mask/data", "mask ÷ uniform", "total ÷ uniform at equal compute")
 
 
@@ -38,6 +41,10 @@ def table(report: dict[str, Any]) -> str:
         f"confidence intervals over rows; {passes:,} forward and backward passes of one row, peak memory "
         f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB per rank"
     )
+    if report["sequences"] < _FEW_ROWS:
+        text.append(
+            f"with fewer than {_FEW_ROWS} rows, intervals of variances are too narrow; set --sequences to at least that"
+        )
     return "\n".join(text)
 
 

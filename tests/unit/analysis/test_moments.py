@@ -14,7 +14,13 @@ import torch
 from data_pipeline.shards import Corpus
 from maskvr_ds.analysis.gradient_variance.mask_covariance import WINDOWS
 from maskvr_ds.analysis.gradient_variance.measure import figures
-from maskvr_ds.analysis.gradient_variance.moments import Sample, measure, measure_covariance, measure_segments
+from maskvr_ds.analysis.gradient_variance.moments import (
+    Sample,
+    measure,
+    measure_covariance,
+    measure_gradients,
+    measure_segments,
+)
 from maskvr_ds.analysis.gradient_variance.oracles import TokenOracle, gradient_norms, head_norms
 from maskvr_ds.analysis.gradient_variance.random_effects import (
     Counts,
@@ -227,6 +233,33 @@ class Seen:
         for positions, weights in zip(masked.positions, masked.weights, strict=True):
             self.masks.append(set(positions[weights != 0].tolist()))
         return torch.rand(len(masked.positions), 1, self.size)
+
+
+def test_variances_within_rows_by_definition(tmp_path: Path) -> None:
+    """Of single masks and of means of the masks that share a batch, with divisor R − 1, per prediction; three draws, of
+    which a wrong divisor would be seen."""
+    corpus = Corpus(make_corpus(tmp_path / "corpus", rows=12, length=32, words=20, padded_last_row=True))
+    masker = Masker.for_corpus(corpus.manifest, seed=3, strategy="fully_explored", rate=0.2)
+    random, drawn, counts = np.random.default_rng(0), [], []
+
+    class Recording(Seen):
+        layers: ClassVar = ["lower", "upper"]
+
+        def __call__(self, masked: MaskedBatch) -> torch.Tensor:
+            drawn.append(random.normal(size=(len(masked.positions), 2, self.size)).astype(np.float32))
+            counts.append(int((masked.weights != 0).sum()))
+            return torch.from_numpy(drawn[-1])
+
+    sample = Sample(corpus, np.arange(8, 12), seed=0, micro_size=64, device=CPU)
+    found = measure_gradients(sample, Recording(), masker, draws=3, copies=2)  # type: ignore[arg-type]
+    g = np.stack(drawn).reshape(4, 3, 2, 2, 3) / (mean := sum(counts) / (4 * 6))
+    np.testing.assert_allclose(found.single, g.var(1, ddof=1).sum(3).mean(1), rtol=1e-5)
+    means = g.mean(2)
+    np.testing.assert_allclose(found.moments.within, means.var(1, ddof=1).sum(2), rtol=1e-5)
+    norms = np.linalg.norm(means.reshape(4, 3, 6), axis=2)
+    np.testing.assert_allclose(found.moments.norm_variance, norms.var(1, ddof=1), rtol=1e-5)
+    assert (found.predictions, found.moments.segments, found.moments.draws) == (pytest.approx(mean), 2, 3)
+    np.testing.assert_allclose(found.moments.relative_sizes, np.array(counts) / 6 / mean)
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.2])

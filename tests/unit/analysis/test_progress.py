@@ -11,16 +11,18 @@ import torch
 from data_pipeline.shards import Corpus
 from maskvr_ds.analysis.gradient_variance.moments import Sample, measure_gradients
 from maskvr_ds.analysis.gradient_variance.progress import (
+    gain,
     jackknife,
     product,
     progress,
     squared_product,
     student,
 )
-from maskvr_ds.analysis.gradient_variance.random_effects import Floats, VarianceComponents
+from maskvr_ds.analysis.gradient_variance.random_effects import Counts, Floats, VarianceComponents
 from maskvr_ds.data.batch import MaskedBatch
 from maskvr_ds.data.loader import read_rows
 from maskvr_ds.masking.masker import Corruption, Masker
+from maskvr_ds.training.auto_measurement import total_variance
 from tests.support.corpora import CLS, SEP, make_corpus
 
 n, D, V = 6, 8, 25
@@ -120,6 +122,42 @@ def test_the_four_parts_are_unbiased() -> None:
     error = np.std(found, 0) / 20_000**0.5
     assert (np.abs(np.mean(found, 0) - exact) < 4.5 * error).all()
     assert abs(np.mean(np.array(found)[:, 0] ** 2) - exact[1]) > 10 * error[1], "the plain square is biased"
+
+
+def test_rows_of_different_length_are_resampled_as_if_measured_alone() -> None:
+    """The figure of some of the rows is that of a measurement of these rows, with their own mean number of predictions:
+    what the jackknife takes its interval from."""
+    random = np.random.default_rng(8)
+    k = np.array([3.0, 9.0, 3.0, 9.0, 9.0, 1.0, 6.0])
+    sums = k[:, None, None] * (1 + random.normal(size=(7, 4, 5)))
+    goal = 1 + random.normal(size=(7, 5))
+
+    def components(inside: np.ndarray, segments: int = 1) -> VarianceComponents:
+        sizes = k[inside] / k[inside].mean()
+        g = sums[inside] / k[inside].mean()
+        means = g.mean(1)
+        return VarianceComponents(
+            within=g.var(1, ddof=1).sum(1, keepdims=True),
+            gram=(means @ means.T)[None],
+            norm_variance=np.zeros(len(inside)),
+            draws=4,
+            segments=segments,
+            sizes=sizes,
+            cross=means @ goal[inside].T,
+        )
+
+    everything, some = np.arange(7), np.array([0, 2, 3, 5, 6])
+    chosen, alone = np.isin(everything, some).astype(float)[None], np.ones((1, 5))
+    for batch in (2, 1e9):
+        found = gain(components(everything), chosen, batch)
+        assert found == pytest.approx(gain(components(some), alone, batch), rel=1e-12)
+    # Of two segments: the variance of single ones is per prediction too.
+    single = random.random((7, 1)) * k[:, None] ** 2
+    totals = [
+        total_variance(components(inside, 2), single[inside] / k[inside].mean() ** 2, 3, Counts(ways), together=0.8)
+        for inside, ways in ((everything, chosen), (some, alone))
+    ]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-12)
 
 
 def test_student() -> None:

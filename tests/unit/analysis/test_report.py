@@ -50,6 +50,13 @@ def test_variance(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "variance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_few_rows_are_named() -> None:
+    report = json.loads((RESULTS / "variance/step_1500.json").read_text(encoding="utf-8"))
+    report |= {"mapnet_of_oracle_head": {}}
+    few = "with fewer than 32 rows, intervals of variances are too narrow"
+    assert [few in table(report | {"sequences": rows}) for rows in (3, 31, 32, 64)] == [True, True, False, False]
+
+
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []

@@ -1,5 +1,6 @@
 import pytest
 
+from maskvr_ds.config import MapNetConfig
 from maskvr_ds.config.base import ConfigError
 from maskvr_ds.config.strategy_spec import parse_strategies, parse_strategy
 
@@ -26,8 +27,12 @@ def test_settings_find_their_section() -> None:
     assert (masking.fully_explored.segments_per_sequence, masking.rate, masking.mask_probability) == (3, 0.2, 1.0)
     oracle = parse_strategy("oracle_gradient:floor=0.05")
     assert oracle.masking(COMMON).strategy == "mapnet"
-    assert oracle.masking(COMMON, floor=0.4).mapnet.floor == 0.05
-    assert parse_strategy("mapnet").masking(COMMON, floor=0.4).mapnet.floor == 0.4
+    trained = MapNetConfig(floor=0.4, sampler="conditional_poisson", estimator="hajek", layers=3)
+    assert oracle.masking(COMMON, trained).mapnet == MapNetConfig(floor=0.05), "oracles draw by the defaults"
+    drawing = MapNetConfig(floor=0.4, sampler="conditional_poisson", estimator="hajek")
+    assert parse_strategy("mapnet").masking(COMMON, trained).mapnet == drawing
+    given = parse_strategy("mapnet:sampler=pareto").masking(COMMON, trained).mapnet
+    assert given == drawing.model_copy(update={"sampler": "pareto"})
     assert parse_strategy("mapnet:estimator=hajek").masking(COMMON).weighted.estimator == "hajek"
 
 

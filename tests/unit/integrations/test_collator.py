@@ -198,6 +198,10 @@ def test_items_without_ids_and_epochs_are_refused(corpus: Path) -> None:
         EpochDataset(iter([]))
     with pytest.raises(ValueError, match="needs counts"):
         MaskingCollator.for_tokenizer(fast_tokenizer(corpus), sequence_length=32, seed=0, strategy="frequency")
+    with pytest.raises(ValueError, match=r"counts has shape \(204,\), and the tokenizer 205 tokens"):
+        MaskingCollator.for_tokenizer(
+            fast_tokenizer(corpus), sequence_length=32, seed=0, strategy="frequency", counts=np.ones(204, np.int64)
+        )
     with pytest.raises(IndexError):
         data[90]
 

@@ -223,6 +223,28 @@ def test_longest_rows_against_integers(n: int, k: int) -> None:
     torch.testing.assert_close(design.inclusion()[0], torch.full((n,), k / n, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(("n", "k"), [(4096, 614), (4096, 1), (3000, 1500), (513, 513)])
+def test_rows_in_which_a_probability_would_underflow(n: int, k: int) -> None:
+    """Equal odds: 614 of 4,096 tosses of a coin that is fair are heads with probability below 2^−1500. A row with few
+    candidates beside it changes nothing, and masks are spread over the row."""
+    odds = torch.ones(2, n, dtype=torch.float64)
+    odds[1, k:] = 1e-12
+    design = ConditionalPoisson(odds, torch.full((2,), k), k)
+    inclusion = design.inclusion()
+    torch.testing.assert_close(inclusion[0], torch.full((n,), k / n, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(inclusion.sum(1), torch.full((2,), float(k), dtype=torch.float64))
+    log_sets = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    assert float(design.log_normaliser()[0]) == pytest.approx(log_sets, rel=1e-9, abs=1e-9)
+    bits = torch.randint(-(2**63), 2**63 - 1, (2, n), generator=torch.Generator().manual_seed(0))
+    positions, used = design.sample(bits)
+    assert used.all()
+    assert float(design.log_probability(positions, used)[0]) == pytest.approx(-log_sets, rel=1e-9, abs=1e-9)
+    assert abs(float(positions[0].double().mean()) / n - 0.5) < 5 * (1 / (12 * k)) ** 0.5
+    assert positions[1].tolist() == list(range(k))
+    alone = ConditionalPoisson(odds[:1], torch.tensor([k]), k)
+    assert torch.equal(alone.inclusion()[0], inclusion[0])
+
+
 @pytest.mark.parametrize(
     ("n", "k", "spread", "tolerance"),
     [(2, 1, 1.0, 1e-15), (6, 5, 2.0, 2e-6), (10, 3, 3.0, 2e-6), (126, 19, 1.0, 1e-12), (126, 19, 5.0, 3e-8)],

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +14,15 @@ from hypothesis import strategies as st
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig
 from maskvr_ds.data.batch import TokenBatch
-from maskvr_ds.data.loader import Loader
-from maskvr_ds.masking.checks import check_masking, effective_predictions, predictions_lost, segments
+from maskvr_ds.data.loader import Loader, read_rows
+from maskvr_ds.masking.checks import (
+    check_masking,
+    effective_predictions,
+    fewer_predictions,
+    maskable_counts,
+    predictions_lost,
+    segments,
+)
 from maskvr_ds.masking.rates import masking_rate
 from maskvr_ds.masking.strategies import prediction_counts
 from tests.support.corpora import make_corpus
@@ -93,19 +101,44 @@ def test_a_rate_schedule_keeps_rounds_or_is_refused(
     ("rate", "lost"),
     [(0.15, 0.05), (0.19, 0.12), (0.24, 0.16), (0.3, 0.17), (0.4, 0.16), (0.6, 0.17), (1 / 7, 0.0)],
 )
-def test_predictions_that_equal_segments_lose(rate: float, lost: float) -> None:
+def test_predictions_that_equal_segments_lose(rate: float, lost: float, tmp_path: Path) -> None:
     """126 tokens: n/S instead of k predictions, said before the first step, and warned of above 2%."""
     assert predictions_lost(126, rate) == pytest.approx(lost, abs=0.011)
     masking = run_config(6, rate=rate).masking
-    said, warning = effective_predictions(masking, 126)
     parts = segments(126, rate)
-    assert said == f"{126 / parts:.4g} of 126 tokens of a full row on average, in {parts} disjoint masks"
+    assert effective_predictions(masking, 126) == (
+        f"{126 / parts:.4g} of 126 tokens of a full row on average, in {parts} disjoint masks"
+    )
+    corpus = Corpus(make_corpus(tmp_path / "corpus", rows=40, length=128, packed=False))
+    warning = fewer_predictions(masking, corpus)
     assert (warning is None) == (lost == 0)
     if warning is not None:
         remedy = float(warning.split("at rate ")[1].split()[0])
         assert predictions_lost(126, remedy) <= 0.02
-        assert f"{predictions_lost(126, rate):.1%} fewer than the" in warning
-    assert effective_predictions(masking.model_copy(update={"strategy": "uniform"}), 126)[1] is None
+        assert f"{predictions_lost(126, rate):.1%} fewer predictions in the rows of {corpus.folder}" in warning
+    assert fewer_predictions(masking.model_copy(update={"strategy": "uniform"}), corpus) is None
+
+
+def test_rows_with_ends_of_documents_lose_more_than_full_ones(tmp_path: Path) -> None:
+    """At 1/3 full rows lose nothing; but 124 tokens and their k = 41 are 4 segments of 31. What is warned of is what
+    the masks of these rows lose, and at the rate that is named they do not."""
+    corpus = Corpus(make_corpus(tmp_path / "corpus", rows=60, length=127, words=150, padded_last_row=True))
+    batch = read_rows(corpus, np.arange(60), np.zeros(60, dtype=np.int64))
+
+    def lost(rate: float) -> float:
+        made, asked = (
+            sum(len(c) for epoch in range(12) for c in chosen(draw(replace(batch, epochs=torch.full((60,), epoch)))))
+            for draw in (masker(name, 127, rate=rate) for name in ("fully_explored", "uniform"))
+        )
+        return 1 - made / asked
+
+    assert predictions_lost(125, 1 / 3) < 0.01
+    assert maskable_counts(corpus).keys() == {125, 124, 61}
+    assert predictions_lost(maskable_counts(corpus), 1 / 3) == pytest.approx(lost(1 / 3), abs=1e-9)
+    warning = fewer_predictions(run_config(6, rate=1 / 3).masking, corpus)
+    assert warning is not None
+    assert f"{lost(1 / 3):.1%} fewer" in warning
+    assert lost(float(warning.split("at rate ")[1].split()[0])) <= 0.02
 
 
 @pytest.mark.parametrize(("name", "rate"), [("rate", 0.03), ("final_rate", 0.001)])

@@ -245,6 +245,50 @@ def test_learning_at_every_step_is_no_new_setting_of_a_run() -> None:
     assert two == {**one, "learn_every": 2}
 
 
+@pytest.mark.parametrize("objective", ["variance", "regression"])
+def test_figures_are_those_of_their_definitions(objective: str) -> None:
+    """Of one step, by loops; rows differ in their number of predictions, and the losses have other weights (Hájek) than
+    the sums that are unbiased for all positions (Horvitz–Thompson)."""
+    of = proposer(lr=5e-3, objective=objective)
+    train(of, 30)
+    batch = tokens(77)
+    batch.input_ids[::3, 10:] = 3
+    draw = masker(of.propose)
+    draw.parameters = Parameters(estimator="hajek", proposal=of.propose)
+    masked, inside = draw(batch), draw.maskable(batch)
+    assert masked.sampling_weights is not None
+    share = ((masked.weights != 0).sum(1) / inside.sum(1)).double()[:, None]
+    before, pi = of.state()["mean"], of.propose(batch, inside, share)
+    scores = of.net(batch.input_ids.long()).double().detach()
+    s = torch.rand(masked.positions.shape, generator=torch.Generator().manual_seed(4)) + 0.5
+    give(of.norms, s, masked.weights)
+    of.observe(batch, inside, masked)
+    found = of.step().values()
+    number = ws = wus2 = ws2 = loss = v1 = v2 = entropy = 0.0
+    for row, places in enumerate(masked.positions.tolist()):
+        for slot, place in enumerate(places):
+            if v := float(masked.weights[row, slot]):
+                w, norm = float(masked.sampling_weights[row, slot]), float(s[row, slot])
+                u = float(share[row, 0] / pi[row, place])
+                number, ws, ws2, wus2 = number + 1, ws + w * norm, ws2 + w * norm**2, wus2 + w * u * norm**2
+                loss += w * (float(scores[row, place]) - np.log(norm / float(before))) ** 2
+                v1, v2 = v1 + v, v2 + v * v
+        p = pi[row][inside[row]] / (masked.weights[row] != 0).sum()
+        entropy -= float((p * p.log()).sum()) / np.log(len(p)) / B
+    mean = ws / number
+    expected = {
+        "gradient_norm_mean": mean,
+        "mapnet_loss": wus2 / number / mean**2 if objective == "variance" else loss / number,
+        "variance_ratio": wus2 / ws2,
+        "effective_sample_size": v1**2 / v2 / number,
+        "weight_max": float(masked.weights.max()),
+        "proposal_entropy": entropy,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert float(of.state()["mean"]) == pytest.approx(mean, rel=1e-6)
+    assert masked.weights.max() != masked.sampling_weights.max()
+
+
 def test_overflowed_norms_are_skipped() -> None:
     of, draw = proposer(), None
     draw, batch = masker(of.propose), tokens(0)

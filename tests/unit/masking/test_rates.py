@@ -59,6 +59,17 @@ def test_slots_follow_the_schedule(decay: str, rate: float, final: float) -> Non
         assert [stage.slots for stage, _ in shares] == list(dict.fromkeys(part))
 
 
+def test_shares_of_a_long_schedule_are_those_of_all_of_its_steps() -> None:
+    """Though only a thousand of them are looked at."""
+    masking = MaskingConfig.model_validate({"rate": 0.45, "final_rate": 0.15})
+    found, total = stages(128, 0.45, 0.15), 9000
+    course = [stage_at(found, 128, masking_rate(step, 0.45, 0.15, total_steps=total)) for step in range(total)]
+    for first, steps in ((0, total), (2000, 4321)):
+        shares = dict(shares_of_stages(masking, 128, first=first, steps=steps, total_steps=total))
+        part = course[first : first + steps]
+        assert shares == {stage: pytest.approx(part.count(stage) / steps, abs=2e-3) for stage in set(part)}
+
+
 @pytest.mark.parametrize("strategy", DRAWN)
 def test_masks_are_those_of_the_widest_shape(strategy: str) -> None:
     """Positions, labels and weights in the slots that are used, and what the model sees; the other slots count 0."""
@@ -91,3 +102,6 @@ def test_hidden_positions_follow_the_stage() -> None:
     # Segments have one length throughout: 126 // 7.
     explored = masking.model_copy(update={"strategy": "fully_explored", "rate": 0.15, "final_rate": 0.145})
     assert {hidden_in(explored, 128, stage) for stage in stages(128, 0.15, 0.145)} == {18}
+    # Those of the lowest rate too, to which strategy auto may fall.
+    auto = masking.model_copy(update={"strategy": "auto"})
+    assert {hidden_in(auto, 128, stage) for stage in stages(128, 0.45, None)} == {18}

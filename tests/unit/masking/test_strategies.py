@@ -12,6 +12,7 @@ from maskvr_ds import hashing
 from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
 from maskvr_ds.data.loader import row_digests
+from maskvr_ds.masking import strategies
 from maskvr_ds.masking.estimators import ESTIMATORS
 from maskvr_ds.masking.masker import Corruption, Masker, mask_digest
 from maskvr_ds.masking.strategies import STRATEGIES, Parameters, prediction_counts, span_thresholds
@@ -145,6 +146,56 @@ def test_rows_without_special_tokens_at_the_ends(strategy: str) -> None:
     masked = masker(strategy, 12, rate=0.7, corruption=Corruption(1.0, 0.0))(batch)
     for row, positions in enumerate(chosen(masked)):
         assert set(torch.nonzero(masked.input_ids[row] == MASK).flatten().tolist()) == positions
+
+
+def test_rows_without_special_tokens_have_the_room_of_the_others() -> None:
+    """Chunks of a joined text in transformers' Trainer: 10 of 64 positions would be predicted, and a row with [CLS] and
+    [SEP] has room for 9. Rounds stay complete, words whole, and the weights are those of 9 predictions."""
+    batch = tokens(300, 64)
+    batch.input_ids.copy_(torch.randint(5, VOCABULARY, (300, 64), generator=torch.Generator().manual_seed(0)))
+    seen = torch.zeros(300, 64, dtype=torch.int64)
+    for epoch in range(-(-64 // 9)):
+        masked = masker("fully_explored", 64)(replace(batch, epochs=torch.full((300,), epoch)))
+        for row, positions in enumerate(chosen(masked)):
+            seen[row, list(positions)] += 1
+    assert (seen == 1).all()
+    for row, positions in enumerate(chosen(masker("whole_word", 64)(batch))):
+        words = plain_words(batch.input_ids[row].tolist())
+        assert all(positions.isdisjoint(word) or positions.issuperset(word) for word in words)
+    for strategy in ("frequency", *EXACT):
+        draw = masker(strategy, 64)
+        masked = draw(batch)
+        assert ((masked.weights != 0).sum(1) == 9).all()
+        if not strategy.endswith(("hajek", "whole_mask")):
+            assert float(masked.weights.sum(1).mean()) == pytest.approx(9, rel=0.01)
+        # A wider shape, as in a schedule of the rate, changes nothing.
+        wider = masker(strategy, 64, final_rate=0.5)(batch)
+        assert torch.equal(wider.weights.sort(dim=1).values[:, -9:], masked.weights.sort(dim=1).values)
+
+
+def test_tables_of_conditional_poisson_sampling_are_for_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit, whatever the number of rows; masks are the same, weights up to the last bits of logarithms."""
+    batch, sizes = tokens(50), []
+
+    class Recording(strategies.ConditionalPoisson):
+        def __init__(self, odds: torch.Tensor, *others: object) -> None:
+            sizes.append(len(odds))
+            super().__init__(odds, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(strategies, "ConditionalPoisson", Recording)
+    for strategy in EXACT:
+        draw = masker(strategy)
+        numbers = 33 * (draw.maximum_predictions + 2)
+        found = []
+        for most in (1 << 25, 7 * numbers, numbers - 1):
+            monkeypatch.setattr(strategies, "_TABLE_NUMBERS", most)
+            found.append(draw(batch))
+        assert sizes == [50, *[7] * 7, 1, *[1] * 50]
+        sizes.clear()
+        for other in found[1:]:
+            assert torch.equal(other.positions, found[0].positions)
+            torch.testing.assert_close(other.weights, found[0].weights, rtol=1e-6, atol=0)
+            assert int(mask_digest(batch, other)) == int(mask_digest(batch, found[0]))
 
 
 # --- whole_word and span

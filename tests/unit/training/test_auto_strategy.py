@@ -16,6 +16,7 @@ from maskvr_ds.masking.strategies import STRATEGIES
 from maskvr_ds.models.late_masks import LateMasks
 from maskvr_ds.training import auto_strategy
 from maskvr_ds.training.auto_choice import PROPOSAL, SEGMENTS, UNIFORM, MaskingPlan, Rating, ladder
+from maskvr_ds.training.auto_measurement import Found
 from maskvr_ds.training.auto_strategy import Chooser
 from maskvr_ds.training.step_costs import StepCosts
 from tests.unit.analysis.test_progress import GOAL, Toy, n
@@ -244,6 +245,52 @@ def test_late_layers_are_candidates_at_the_present_rate(monkeypatch: Any) -> Non
         assert layers == [None, 2, 4]
         assert [(plan.rate, plan.late) for plan in candidates.plain] == [(r, now) for r in ladder(0.5, 0.2)]
         assert {(plan.rate, plan.late) for plan in candidates.late} == {(0.5, n) for n in (0, 2, 4) if n != now}
+
+
+def test_measurements_are_independent_and_of_the_present_rate(monkeypatch: Any) -> None:
+    """Two that agree say more than one: rows, masks and projections are others at every step, and the same on every
+    rank. Segments are those of a row at the present rate. What a proposal could be worth pays for its time."""
+    seen: list[Any] = []
+
+    def measure(candidates: Any, *_: Any, sample: Any, sketcher: Any, masker: Any, **__: Any) -> Found:
+        seen.append(((tuple(sample.rows), masker.seed, sketcher), candidates))
+
+        def gain(factor: float) -> Any:
+            return lambda counts: np.full(len(counts), factor)
+
+        own = parts.chooser.plan
+        proposal = MaskingPlan(PROPOSAL, 1, own.rate)
+        return Found({own: gain(1.0), proposal: gain(1.0)}, gain(1.21), data=1.0, mask=1.0, passes=0)
+
+    monkeypatch.setattr(auto_strategy, "measure_candidates", measure)
+    monkeypatch.setattr(auto_strategy, "Sketcher", lambda *_, seed, **__: seed)
+    monkeypatch.setattr(Chooser, "_full_precision_copy", lambda self: None)
+    parts = Parts(rows=8)
+    events = [parts.chooser.choose(step, 12 * step) for step in (10, 20)]
+    again = Parts(rows=8)
+    again.chooser.choose(20, 240)
+    keys = [key for key, _ in seen]
+    assert all(a != b for a, b in zip(*keys[:2], strict=True))
+    assert keys[2] == keys[1]
+    # 10% of the time for a proposal that makes 21% more progress.
+    assert [event["best_expected_proposal"] for event in events] == pytest.approx([1.1, 1.1])
+    # Six positions: halves at rate 0.5, thirds at 0.3684, six parts at 0.2.
+    for rate, of_row, counts in ((0.5, 2, (2,)), (0.3684, 3, (2, 3)), (0.2, 6, (2, 3, 4, 6))):
+        parts.chooser.plan = replace(parts.chooser.plan, rate=rate)
+        parts.chooser.choose(30, 360)
+        assert (seen[-1][1].of_row, seen[-1][1].counts) == (of_row, counts)
+
+
+def test_rounds_start_anew_at_another_rate(monkeypatch: Any) -> None:
+    """Those of segments: a round of halves and one of thirds must not share a permutation."""
+    parts = Parts(final_step=70)
+    parts.measured(monkeypatch, lower=SURE)
+    for step in (10, 20):
+        parts.chooser.choose(step, 12 * step)
+    base = parts.loader.repeats.base
+    assert (parts.chooser.plan.strategy, base > 0) == (UNIFORM, True), "from segments"
+    parts.chooser.choose(70, 840)
+    assert (parts.chooser.plan.strategy, parts.loader.repeats.base > base) == (SEGMENTS, True), "to segments"
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,33 @@ def test_candidates_take_turns_and_the_median_counts(
     assert steps[-1] == (0, False), "the engine is destroyed"
 
 
+def test_the_slowest_rank_counts(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks wait for it, in steps and in measurements; which one is slowest may differ between candidates."""
+    ranks: list[Any] = []
+
+    def gather(mine: Any) -> list[Any]:
+        ranks.append(mine)
+        if isinstance(mine, float):
+            return [mine / 2, mine, mine / 3]
+        if mine is None:
+            return [mine]
+        return [mine, {case: 2 * x if case[1] == 0.15 else x / 2 for case, x in mine.items()}]
+
+    monkeypatch.setattr(mask_costs.distributed, "gather_objects", gather)
+    of_measurement = mask_costs._seconds_per_pass
+    costs, _ = measured(tmp_path, corpus, monkeypatch)
+    assert costs.uniform == {0.45: 0.45, 0.15: 0.3}
+    times = iter((0.0, 9.0, 10.0, 13.0))
+    monkeypatch.setattr(mask_costs, "_clock", lambda: next(times))
+    rows: list[int] = []
+    chooser = SimpleNamespace(rehearse=lambda number: rows.append(number) or 60)
+    monkeypatch.setattr(mask_costs, "Chooser", lambda *_, **__: chooser)
+    run: Any = config(tmp_path, auto={"rows": 17})
+    parts: Any = SimpleNamespace()
+    assert of_measurement(run, parts, parts, parts, None, costs) == 3.0 / 60, "after one that warms up"
+    assert (ranks[-1], rows) == (3.0, [5, 17])
+
+
 def test_the_networks_cost_can_be_given(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     costs, steps = measured(tmp_path, corpus, monkeypatch, mapnet={"cost": 0.2})
     assert costs.added == {"mapnet": pytest.approx(0.09)}
