@@ -33,15 +33,16 @@ from maskvr_ds.config import (
     ConfigError,
     RunConfig,
     add_config_options,
-    deepspeed_config_path,
     dump_config,
     load_config,
     with_local_model,
 )
+from maskvr_ds.models.initial_folder import weights_files
 from maskvr_ds.run_folder.layout import JOBS
-from maskvr_ds.run_folder.marks import output_fault
+from maskvr_ds.run_folder.marks import is_run, output_fault
 from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SEED, MAX_SLOTS, integer, shortened
+from maskvr_ds.training.references import file_faults, settings_faults
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 --partition gpu --submit
@@ -209,7 +210,6 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     if (fault := output_fault(config.output_dir, "auto")) is not None:
         raise SlurmError(fault)
     check_batch(config, nodes, tasks)
-    deepspeed_config_path(config.deepspeed)  # raises if there is no such file or preset
     if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:
         raise SlurmError(
             f"--time {limit}: {seconds} s, but the last checkpoint starts {arguments.signal_seconds} s before the "
@@ -228,6 +228,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
             raise SlurmError(f"--build-{name}: there is no build job; add --build-data ARGUMENTS, or omit it")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     check_corpora(config, build)
+    _check_start(arguments, config, build)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
     if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
@@ -260,6 +261,21 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         extra = data_job_options(extra, other_partition=False)
         scripts[EVALUATE] = evaluation_script(arguments, extra, run, evaluation, environment)
     return scripts
+
+
+def _check_start(arguments: argparse.Namespace, config: RunConfig, build: Build | None) -> None:
+    """Raise ConfigError, one line per fault, for what `maskvr config` finds too: the DeepSpeed file, the model's
+    settings, and, unless a job resumes or a corpus is still to be built, the initial model and the corpora for it."""
+    faults = settings_faults(config, None)
+    folders = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
+    # A run that has started needs neither the initial model nor the corpora of finished phases.
+    if not any(is_run(folder) for folder in folders):
+        if build is None:
+            faults += file_faults(config, monitors=False)[0]
+        elif config.model.initialize_from is not None:
+            weights_files(config.model.initialize_from)
+    if faults:
+        raise ConfigError("\n  ".join(faults))
 
 
 def _data_script(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.slurm.script import SlurmError
 from data_pipeline.__main__ import command_parser
 from data_pipeline.files import CorpusError
+from data_pipeline.hub import TOKENIZER_FILES, local_folder
 from data_pipeline.manifest import HELD_OUT, MANIFEST, Manifest, read_manifest
 from data_pipeline.outputs import claim_arguments
 from data_pipeline.sources.description import read_description
@@ -43,7 +44,8 @@ class Build:
 
 
 def parse_build(text: str) -> Build:
-    """Parse the value of --build-data. Raises SlurmError for arguments and inputs that the build would reject."""
+    """Parse the value of --build-data; a tokenizer named on a hub becomes its folder. Raises SlurmError for arguments
+    and inputs that the build would reject."""
     output = io.StringIO()
     try:
         words = shlex.split(text)
@@ -54,6 +56,11 @@ def parse_build(text: str) -> Build:
     except SystemExit:
         raise SlurmError(f"--build-data {text!r}: {output.getvalue().strip().splitlines()[-1]}") from None
     try:
+        # The job is given the folder: its node may have no access to the hub.
+        tokenizer = str(local_folder(arguments.tokenizer, TOKENIZER_FILES, "--tokenizer"))
+        if tokenizer != arguments.tokenizer:
+            arguments.tokenizer = tokenizer
+            words += ["--tokenizer", tokenizer]  # the last one counts
         inputs = tuple(_input_paths(arguments))
         _check_build(arguments)
     except CorpusError as error:
@@ -137,11 +144,15 @@ def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """A corpus that a phase reads. manifest: None if it will be built."""
+    """A corpus that a phase reads. manifest: None if it will be built. pad: id of the padding token, None if so."""
 
     path: Path
     sequence_length: int
     manifest: Manifest | None
+
+    @property
+    def pad(self) -> int | None:
+        return None if self.manifest is None else self.manifest.special_tokens.pad
 
 
 def check_corpora(config: RunConfig, build: Build | None = None) -> None:
@@ -152,13 +163,10 @@ def check_corpora(config: RunConfig, build: Build | None = None) -> None:
         phase = config.phase(index)
         where = f"phase {config.phases[index].name!r}: " if config.phases else ""
         corpora = [_find(where, path, build) for path in _opened(phase)]
-        limit, length = phase.model.max_position_embeddings, corpora[0].sequence_length
+        length = corpora[0].sequence_length
         for corpus in corpora:
-            if corpus.sequence_length > limit:
-                raise ConfigError(
-                    f"{where}{corpus.path}: sequences of {corpus.sequence_length} tokens exceed "
-                    f"model.max_position_embeddings {limit}"
-                )
+            if fault := phase.model.row_fault(corpus.sequence_length, corpus.pad):
+                raise ConfigError(f"{where}{corpus.path}: {fault}")
             if corpus.sequence_length != length:
                 raise ConfigError(
                     f"{where}{corpus.path}: sequences of {corpus.sequence_length} tokens, those of {corpora[0].path} "

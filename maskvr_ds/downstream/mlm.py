@@ -73,12 +73,9 @@ def find_model(model: str, corpus: Corpus) -> Source:
         weights_files(folder)
     described = folder / BERT if is_checkpoint else folder
     check_vocabulary(InitialWeights(described, ""), corpus)
-    positions = ModelConfig(initialize_from=described, untested=is_checkpoint).positions
-    if positions is not None and corpus.sequence_length > positions:
-        raise ConfigError(
-            f"{corpus.folder}: sequences of {corpus.sequence_length} tokens, {folder} has {positions} positions; build "
-            f"the corpus with --sequence-length {positions} or less"
-        )
+    model_config = ModelConfig(initialize_from=described, untested=is_checkpoint)
+    if fault := model_config.row_fault(corpus.sequence_length, corpus.manifest.special_tokens.pad):
+        raise ConfigError(f"{corpus.folder}: {fault}")
     return Source(folder, is_checkpoint)
 
 

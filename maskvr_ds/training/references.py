@@ -84,9 +84,10 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
     return faults
 
 
-def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
+def file_faults(config: RunConfig, *, monitors: bool = True) -> tuple[list[str], list[str]]:
     """What is wrong with corpora, tokenizers, initial model and output_dir of a run that starts, and remarks on them.
 
+    monitors: also look for their packages; False if the ranks have another environment than this process.
     Reads manifests, the layout of shards, and few tokens (`check_maskable`). A run that resumes needs neither the
     initial model nor the corpora of finished phases.
     """
@@ -105,8 +106,9 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
             initial = InitialWeights(folder, "")
     if (fault := place_fault(config.output_dir)) is not None:
         faults.append(fault)
-    with _collected(faults):
-        check_monitors(config.monitor)
+    if monitors:
+        with _collected(faults):
+            check_monitors(config.monitor)
     for where, phase in _phases(resolved or config):
         with _collected(faults, where):
             corpus, held_out = open_corpora(phase)
@@ -157,14 +159,8 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
     open_files: see `Corpus`. Raises ConfigError and CorpusError.
     """
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
-    positions = config.model.positions
-    if positions is not None and corpus.sequence_length > positions:
-        folder = config.model.initialize_from
-        theirs = f" of {folder}; build the corpus with --sequence-length {positions} or less" if folder else ""
-        raise ConfigError(
-            f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
-            f"model.max_position_embeddings {positions}{theirs}"
-        )
+    if fault := config.model.row_fault(corpus.sequence_length, corpus.manifest.special_tokens.pad):
+        raise ConfigError(f"{corpus.folder}: {fault}")
     check_masking(config, corpus)
     for one in members(corpus):
         check_objectives(config, one)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, RobertaConfig
 
 from data_pipeline.files import sha256_file
 from maskvr_ds.cli.main import main
@@ -202,6 +202,10 @@ FAULTS: dict[str, tuple[Case, str]] = {
         other_model({"preset": "roberta-base", "settings": {"max_position_embeddings": 16}}),
         "sequences of 32 tokens exceed model.max_position_embeddings 16",
     ),
+    "rows of all positions where some are not used": (
+        other_model({"preset": "roberta-base", "settings": {"max_position_embeddings": 32}}),
+        "embeddings 32, of which roberta uses 31 .*; build the corpus with --sequence-length 31 or less",
+    ),
     "an initial model of another vocabulary": (
         initial_model(vocab_size=400),
         "its tokenizer has 205 tokens, but the model in .* has 400",
@@ -284,3 +288,22 @@ def test_a_corpus_of_an_earlier_version(good: Path, tmp_path: Path, capsys: pyte
     assert main(["config", "--config", str(config)]) == 0
     line, _ = capsys.readouterr().err.splitlines()
     assert f"warning: {path / 'manifest.json'}: not hashed (written by an earlier version)" in line
+
+
+def test_positions_of_an_initial_model_with_a_table_of_them(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No setting makes the table longer; rotary positions have none."""
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    RobertaConfig(**small, max_position_embeddings=40).save_pretrained(tmp_path / "roberta")
+    ModernBertConfig(**small, max_position_embeddings=40).save_pretrained(tmp_path / "modernbert")
+    words = ["config", "--config", "demo_cpu", "--no-files", "--set", f"data.path={good}"]
+
+    def status(name: str) -> int:
+        model = f"model={{initialize_from: {tmp_path / name}, settings: {{max_position_embeddings: 66}}}}"
+        return main([*words, "--set", model])
+
+    assert status("modernbert") == 0
+    assert status("roberta") == 1
+    message = "settings.max_position_embeddings is 66, and .* has 40; its weights require its own value: remove the"
+    assert re.search(message, capsys.readouterr().err)

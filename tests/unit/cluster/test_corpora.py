@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,25 @@ def test_rejects_the_same_corpora_as_training(folder: Path, sets: dict[str, obje
     with pytest.raises(ValueError, match=r"."):
         open_corpora(bad)
     check_corpora(load_config("demo_cpu", [*configured({"data.held_out_path": "none"}), "evaluation.every_steps=0"]))
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_rows_as_long_as_the_architecture_reads(tmp_path: Path, built: bool) -> None:
+    """ModernBERT has no table of 512 positions; RoBERTa counts its own from pad_token_id + 1."""
+    make_corpus(tmp_path / "corpus", rows=10, words=10, length=600)
+    values = [f"output_dir={tmp_path}/run", f"data.path={tmp_path}/corpus", "evaluation.every_steps=0"]
+    build = Build((), tmp_path / "corpus", (), 600, held_out=False) if built else None
+
+    def check(model: str) -> None:
+        check_corpora(load_config("modernbert_domain", [*values, "data.attention=rows", f"model={model}"]), build)
+
+    check("{preset: modernbert-base}")
+    check("{preset: roberta-base, settings: {max_position_embeddings: 601}}")
+    with pytest.raises(ConfigError, match=r"600 tokens exceed model.max_position_embeddings 514"):
+        check("{preset: roberta-base}")
+    if not built:
+        with pytest.raises(ConfigError, match=r"embeddings 600, of which roberta uses 599 .* --sequence-length 599 or"):
+            check("{preset: roberta-base, settings: {max_position_embeddings: 600}}")
 
 
 def test_phases_and_mixtures(folder: Path) -> None:
@@ -132,6 +152,25 @@ def test_inputs_of_a_build(folder: Path, tmp_path: Path) -> None:
             parse_build(f"{wrong} {rest}")
     with pytest.raises(SlurmError, match="'x': expected an integer"):
         parse_build(f"--input {tmp_path} {rest} --workers x")
+
+
+def test_a_tokenizer_by_its_name_on_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job gets the folder, and its container what the links in there lead to."""
+    model = tmp_path / "hub" / "models--lab--bert"
+    snapshot = model / "snapshots" / ("0" * 40)
+    shutil.copytree(folder / "good" / "tokenizer", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(snapshot))
+    monkeypatch.chdir(tmp_path)
+    words = build_words(tmp_path, folder / "good")
+    words[words.index("--tokenizer") + 1] = "lab/bert"
+    words += ["--held-out", "0.5"]
+    build = parse_build(shlex.join(words))
+    assert build.words == (*words, "--tokenizer", str(snapshot))
+    assert build.inputs[0] == snapshot
+    options = ["--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif", "--build-data", shlex.join(words)]
+    sets = ["--set", f"data.path={tmp_path}/built", "--set", f"output_dir={tmp_path}/run"]
+    assert main(["slurm", "--config", "demo_cpu", *options, *sets]) == 0
+    assert str(model) in binds(tmp_path / "run" / "slurm" / "data.sbatch")
 
 
 @pytest.mark.parametrize("described", [False, True])

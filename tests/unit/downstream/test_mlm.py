@@ -41,7 +41,7 @@ def test_a_corpus_without_held_out_rows_is_read_itself(folder: Path, capsys: pyt
     [
         ("missing", "corpus", "missing: no such folder; expected a run, a checkpoint or a model saved by transformers"),
         ("empty", "corpus", "has no config.json"),
-        ("short", "corpus", "sequences of 24 tokens, .*short has 16 positions; build the corpus with"),
+        ("short", "corpus", "24 tokens exceed model.max_position_embeddings 16 of .*short; build the corpus with"),
         ("model", "other", "its tokenizer has 26 tokens, but the model in .*model has 25"),
         ("model", "empty", "manifest.json"),
     ],
