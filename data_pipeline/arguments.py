@@ -168,6 +168,12 @@ def check_source_arguments(
             (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
             (held_out_by in SPLITS, "held out by", held_out_by, f"one of {', '.join(SPLITS)}"),
+            (
+                held_out > 0 or held_out_by == "document",
+                "held out by",
+                held_out_by,
+                "omitted: no held-out share is given (--held-out)",
+            ),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
             (
                 work_size is None or 0 < work_size <= _MAX_MB,

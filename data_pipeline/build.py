@@ -166,7 +166,7 @@ def _build_arguments(
             "sources": [[source.name, source.bytes] for source in options.files],
         }
         | recorded_options(packed, options.description, options.named)
-        | _recorded_split(options.held_out_by)
+        | recorded_split(options.held_out_by)
         | _task_arguments(options.description)
     )
 
@@ -216,7 +216,7 @@ def tokenize(
             "tokenizer": fingerprint(tokenizer),
             "sources": [[source.name, source.bytes] for source in options.files],
         }
-        | _recorded_split(held_out_by)
+        | recorded_split(held_out_by)
         | _task_arguments(about)
     )
     with claim(output, arguments) as work:
@@ -327,7 +327,7 @@ def _save_description(output: Path, about: Description) -> None:
         file.write(description_yaml(about).encode())
 
 
-def _recorded_split(held_out_by: str) -> dict[str, Any]:
+def recorded_split(held_out_by: str) -> dict[str, Any]:
     """Recorded only if set, so that what earlier versions started can be resumed."""
     return {} if held_out_by == "document" else {"held_out_by": held_out_by}
 

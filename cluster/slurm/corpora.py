@@ -98,7 +98,9 @@ def _check_build(given: argparse.Namespace) -> None:
     from data_pipeline.tokenization.tokenizer import fingerprint
 
     build.Safeguards(given.max_record, given.max_expansion, given.max_unknown).limits()
-    build.check_source_arguments(given.workers, given.seed, given.held_out, given.documents, given.work_size)
+    build.check_source_arguments(
+        given.workers, given.seed, given.held_out, given.documents, given.work_size, given.held_out_by
+    )
     options = build.pack_options(
         given.sequence_length,
         given.packing,
@@ -139,6 +141,7 @@ def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) 
         "tokenizer": tokenizer,
         "sources": [[source.name, source.bytes] for files in groups for source in files],
         **build.recorded_options(options, about, named),
+        **build.recorded_split(given.held_out_by),
     }
 
 

@@ -192,14 +192,26 @@ class RunConfig(Section):
         """Micro-batches per step and rank; with micro_size auto, at most. Raises ConfigError if the global batch is not
         divisible."""
         size, micro = self.batch.global_size, 1 if self.batch.is_auto else self.batch.micro_size
-        if size % (micro * world_size):
-            per_pass = micro * world_size
-            nearest = sorted({max(1, size // per_pass) * per_pass, (size // per_pass + 1) * per_pass})
+        per_pass = micro * world_size
+        if size % per_pass:
+            nearest = _multiples(size, per_pass)
+            remedy = f"set batch.global_size to {nearest}"
+            if size % world_size == 0:
+                share = size // world_size
+                fits = next(rows for rows in range(min(micro, share), 0, -1) if share % rows == 0)
+                remedy = f"set batch.micro_size to {fits}, or batch.global_size to {nearest}"
+            elif micro > 1:
+                remedy += f", or to {_multiples(size, world_size)} with a batch.micro_size that divides a rank's share"
             raise ConfigError(
                 f"batch.global_size {size} is not a multiple of batch.micro_size {micro} × {world_size} ranks = "
-                f"{per_pass}; set batch.global_size to {' or '.join(map(str, nearest))}, or change batch.micro_size"
+                f"{per_pass}; {remedy}"
             )
-        return size // (micro * world_size)
+        return size // per_pass
+
+
+def _multiples(size: int, of: int) -> str:
+    """The positive multiples next to `size`, which is none, in words."""
+    return " or ".join(map(str, sorted({max(1, size // of) * of, (size // of + 1) * of})))
 
 
 def check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:

@@ -158,7 +158,14 @@ FAULTS: dict[str, tuple[Case, str]] = {
     ),
     "a key twice": (deepspeed('{"a": 1, "a": 2}'), "key a is given twice"),
     "a batch of no rank": (settings(batch={"global_size": 10, "micro_size": 4}), "10 is not a multiple of batch.micro"),
-    "a batch of 7 ranks": (lambda *_: ["--num-gpus", "7"], "× 7 ranks"),
+    "a micro-batch that is no divisor": (
+        settings(batch={"global_size": 20, "micro_size": 6}),
+        "; set batch.micro_size to 5, or batch.global_size to (18|12) or 24",
+    ),
+    "a batch of 7 ranks": (
+        lambda *_: ["--num-gpus", "7"],
+        "ranks = 224; set batch.global_size to 224, or to 63 or 70 with a batch.micro_size that divides",
+    ),
     "a batch of the hostfile": (hostfile, "× 7 ranks"),
     "another mask id": (other_mask("."), "copy/manifest.json: sha256 "),
     "another mask id of the held-out corpus": (other_mask("held_out"), "copy/held_out/manifest.json: sha256 "),

@@ -141,6 +141,7 @@ def test_what_the_configuration_names_is_checked(
     ("build", "message"),
     [
         ("--held-out 1", "held-out share 1.0: must be from 0 to below 1"),
+        ("--held-out-by file", "held out by 'file': must be omitted: no held-out share is given (--held-out)"),
         ("--bins 16", "bins (16,): must be omitted: only packing documents uses them"),
         ("--tokenizer none", "--tokenizer none: no such folder, and the model of this name is not in the cache"),
         ("--tokenizer texts", "texts: no tokenizer there (neither tokenizer.json nor vocab.txt)"),

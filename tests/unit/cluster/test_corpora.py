@@ -181,9 +181,10 @@ def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path
         source = {"name": "a", "inputs": [str(tmp_path / "my texts")]}
         (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({"sources": [source]}))
         words[:2] = ["--description", str(tmp_path / "corpus.yaml")]
-    words += ["--packing", "sop", "--columns", "word_start"]
+    words += ["--packing", "sop", "--columns", "word_start", "--held-out", "0.1", "--held-out-by", "file"]
     output = tmp_path / "built"
-    (tmp_path / "my texts" / "a.txt").write_text("w1 w2 w3. w4 w5.\n" * 20)
+    for name in "ac":
+        (tmp_path / "my texts" / f"{name}.txt").write_text("w1 w2 w3. w4 w5.\n" * 20)
     output.mkdir()
     parse_build(shlex.join(words))
     assert not list(output.iterdir()), "asking leaves nothing there"
@@ -195,6 +196,7 @@ def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path
     for change, what in (
         (["--seed", "5"], "seed was 0, is now 5"),
         (["--packing", "nsp"], "packing was sop, is now nsp"),
+        (["--held-out-by", "document"], "held_out_by was file, is now document"),
     ):
         with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* with other arguments: {what}"):
             parse_build(shlex.join([*words, *change]))
