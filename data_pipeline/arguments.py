@@ -19,6 +19,7 @@ from data_pipeline.sources.reading import RULES, Limits
 from data_pipeline.tokenization.token_shards import PLANES
 
 MIN_SEQUENCE_LENGTH = 8
+PAIR_PROBABILITY = 0.5
 SPLITS = ("document", "file")
 _MAX_MB = 1e12  # in bits, this is below 2^63
 
@@ -150,6 +151,12 @@ def pack_options(
                 f"ascending, from {least} to below the sequence length",
             ),
             (0 < probability < 1, "pair probability", probability, "above 0 and below 1"),
+            (
+                pairs or probability == PAIR_PROBABILITY,
+                "pair probability",
+                probability,
+                "omitted: only packings nsp and sop use it",
+            ),
             (set(columns) <= set(PLANES), "columns", ", ".join(columns), f"of {', '.join(PLANES)}"),
             (0 < shard_size <= _MAX_MB, "shard size", shard_size, f"above 0 and at most {_MAX_MB:g} (MB)"),
         )

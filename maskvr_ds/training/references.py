@@ -22,7 +22,7 @@ from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus, weights_files
-from maskvr_ds.run_folder.marks import place_fault
+from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
@@ -104,7 +104,7 @@ def file_faults(config: RunConfig, *, monitors: bool = True) -> tuple[list[str],
         with _collected(faults):
             weights_files(folder)
             initial = InitialWeights(folder, "")
-    if (fault := place_fault(config.output_dir)) is not None:
+    if (fault := output_fault(config.output_dir, "auto")) is not None:
         faults.append(fault)
     if monitors:
         with _collected(faults):

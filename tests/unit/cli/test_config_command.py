@@ -314,3 +314,15 @@ def test_positions_of_an_initial_model_with_a_table_of_them(
     assert status("roberta") == 1
     message = "settings.max_position_embeddings is 66, and .* has 40; its weights require its own value: remove the"
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_that_no_run_may_write_to(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corpus itself, for example; a run's own folder is right, for a resume."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values_of(good, good)))
+    assert main(["config", "--config", str(config)]) == 1
+    assert "corpus: not empty and not a run's folder" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("schema: 2\n")
+    config.write_text(yaml.safe_dump(values_of(tmp_path / "run", good)))
+    assert main(["config", "--config", str(config)]) == 0
