@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -227,8 +227,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         if arguments.build_data is None and getattr(arguments, f"build_{name}") is not None:
             raise SlurmError(f"--build-{name}: there is no build job; add --build-data ARGUMENTS, or omit it")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
-    check_corpora(config, build)
-    _check_start(arguments, config, build)
+    runs = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
+    check_corpora(config, build, runs)
+    _check_start(config, build, runs)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
     if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
@@ -263,13 +264,12 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     return scripts
 
 
-def _check_start(arguments: argparse.Namespace, config: RunConfig, build: Build | None) -> None:
+def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path]) -> None:
     """Raise ConfigError, one line per fault, for what `maskvr config` finds too: the DeepSpeed file, the model's
     settings, and, unless a job resumes or a corpus is still to be built, the initial model and the corpora for it."""
     faults = settings_faults(config, None)
-    folders = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
     # A run that has started needs neither the initial model nor the corpora of finished phases.
-    if not any(is_run(folder) for folder in folders):
+    if not any(map(is_run, runs)):
         if build is None:
             faults += file_faults(config, monitors=False)[0]
         elif config.model.initialize_from is not None:

@@ -10,11 +10,12 @@ import glob
 import io
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.phases import phases_ahead
 from cluster.slurm.script import SlurmError
 from data_pipeline.__main__ import command_parser
 from data_pipeline.files import CorpusError
@@ -158,13 +159,12 @@ class _Corpus:
         return None if self.manifest is None else self.manifest.special_tokens.pad
 
 
-def check_corpora(config: RunConfig, build: Build | None = None) -> None:
+def check_corpora(config: RunConfig, build: Build | None = None, runs: Sequence[Path] = ()) -> None:
     """Raise ConfigError if a corpus of the training is missing, exceeds the model's maximum sequence length, or has
-    another sequence length or tokenizer than the others. build: a corpus that will exist when the training starts."""
+    another sequence length or tokenizer than the others. build: a corpus that will exist when the training starts.
+    runs: as for `phases_ahead`."""
     tokenizer: tuple[Path, str] | None = None
-    for index in range(max(1, len(config.phases))):
-        phase = config.phase(index)
-        where = f"phase {config.phases[index].name!r}: " if config.phases else ""
+    for where, phase in phases_ahead(config, runs):
         corpora = [_find(where, path, build) for path in _opened(phase)]
         length = corpora[0].sequence_length
         for corpus in corpora:
