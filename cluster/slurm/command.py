@@ -265,13 +265,16 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
 
 
 def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path]) -> None:
-    """Raise ConfigError, one line per fault, for what `maskvr config` finds too: the DeepSpeed file, the model's
-    settings, and, unless a job resumes or a corpus is still to be built, the initial model and the corpora for it."""
+    """Raise ConfigError, one line per fault, for what `maskvr config` finds too, and print its warnings: the DeepSpeed
+    file, the model's settings, and, unless a job resumes or a corpus is still to be built, initial model and corpora."""
     faults = settings_faults(config, None)
     # A run that has started needs neither the initial model nor the corpora of finished phases.
     if not any(map(is_run, runs)):
         if build is None:
-            faults += file_faults(config, monitors=False)[0]
+            found, remarks = file_faults(config, monitors=False)
+            faults += found
+            for line in remarks:
+                print(f"warning: {line}", file=sys.stderr)
         elif config.model.initialize_from is not None:
             weights_files(config.model.initialize_from)
     if faults:

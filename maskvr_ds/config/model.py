@@ -170,6 +170,14 @@ class ModelConfig(Section):
         return f"sequences of {length} tokens exceed {limit}; build the corpus with --sequence-length {longest} or less"
 
     @property
+    def attention_dropout(self) -> tuple[str, float]:
+        """Setting and value of the dropout of attention weights; 0 where only transformers knows its default."""
+        if self.architecture == "bert":
+            return "model.attention_probs_dropout_prob", self.attention_probs_dropout_prob
+        keys = [key for key in ("attention_probs_dropout_prob", "attention_dropout") if self.merged.get(key)]
+        return (f"model.settings.{keys[0]}", self.merged[keys[0]]) if keys else ("", 0.0)
+
+    @property
     def uses_statistics(self) -> bool:
         """Whether rows depend on each other through statistics of the batch."""
         return self.normalization in ("batch", "population")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.hub import HubError
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
 from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_config, with_local_model
+from maskvr_ds.config.deepspeed import enabled
 from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.documents import remarks as document_remarks
 from maskvr_ds.data.mixture import members, open_mixture
@@ -118,7 +119,7 @@ def file_faults(config: RunConfig, *, monitors: bool = True) -> tuple[list[str],
                 for_corpus(initial, corpus, config.model.vocabulary)
             if resolved is not None:
                 remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
-            remarks.update(dict.fromkeys(corpus_remarks(phase, corpus, held_out)))
+            remarks.update(dict.fromkeys([*corpus_remarks(phase, corpus, held_out), *_dropout_remarks(phase)]))
     return list(dict.fromkeys(faults)), list(remarks)
 
 
@@ -177,6 +178,23 @@ def corpus_remarks(config: RunConfig, corpus: Corpus, held_out: Corpus | None) -
         found += document_remarks(corpus)
     # A held-out corpus is written by the same command as the corpus: one remark serves for both.
     return [*found, *(corpus.remarks or (() if held_out is None else held_out.remarks))]
+
+
+def _dropout_remarks(config: RunConfig) -> list[str]:
+    """What GPUs will refuse, which may be others than this machine's."""
+    setting, dropout = config.model.attention_dropout
+    if config.data.attention == "rows" or not dropout:
+        return []
+    try:
+        halves = [name for name in ("bf16", "fp16") if enabled(run_deepspeed_config(config), name)]
+    except ConfigError:  # among the settings' faults
+        return []
+    if not halves:
+        return []
+    return [
+        f"{setting} is {dropout:g}: attention within documents (data.attention) has no dropout on GPUs in {halves[0]}, "
+        "where the run will end before its first step; set it to 0"
+    ]
 
 
 def check_same_tokenizer(corpus: Corpus, first: Corpus) -> None:

@@ -326,3 +326,23 @@ def test_a_folder_that_no_run_may_write_to(good: Path, tmp_path: Path, capsys: p
     (tmp_path / "run" / "config.yaml").write_text("schema: 2\n")
     config.write_text(yaml.safe_dump(values_of(tmp_path / "run", good)))
     assert main(["config", "--config", str(config)]) == 0
+
+
+def test_dropout_that_gpus_will_refuse_is_warned_of(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By documents in half precision. No fault: this machine may not be the one that trains."""
+
+    def warned(dropout: float, **changes: Any) -> bool:
+        settings = {**dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 2)}
+        model = {"architecture": "roberta", "settings": {**settings, "attention_probs_dropout_prob": dropout}}
+        values = {"data": {"path": str(good), "attention": "documents"}, "deepspeed": "zero1_bf16", **changes}
+        values |= {"output_dir": str(tmp_path / "run"), "training": {"steps": 1}, "model": model}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        assert main(["config", "--config", str(tmp_path / "run.yaml")]) == 0
+        return "model.settings.attention_probs_dropout_prob is 0.1: attention within" in capsys.readouterr().err
+
+    assert warned(0.1)
+    assert not warned(0.0)
+    assert not warned(0.1, deepspeed="zero1_fp32")
+    assert not warned(0.1, data={"path": str(good)})
