@@ -266,7 +266,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
 
 def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path]) -> None:
     """Raise ConfigError, one line per fault, for what `maskvr config` finds too, and print its warnings: the DeepSpeed
-    file, the model's settings, and, unless a job resumes or a corpus is still to be built, initial model and corpora."""
+    file, the model's settings, and, unless a job resumes or a corpus is still to be built, initial model, corpora."""
     faults = settings_faults(config, None)
     # A run that has started needs neither the initial model nor the corpora of finished phases.
     if not any(map(is_run, runs)):

@@ -114,6 +114,13 @@ class RunConfig(Section):
                     "masking.strategy auto compares variances of the masked-LM gradient only, and "
                     f"objectives.{pair} adds another; choose another strategy"
                 )
+        if not (self.schedule.warmup_steps or self.schedule.warmup_share):
+            for name, unused in (("initial_lr", 0.0), ("warmup_power", 1.0)):
+                if (value := getattr(self.schedule, name)) != unused:
+                    raise ValueError(
+                        f"schedule.{name} {value:g}: there is no warm-up that it belongs to; set schedule.warmup_steps "
+                        "or schedule.warmup_share, or remove it"
+                    )
         rate = self.optimizer.lr
         for name in ("initial_lr", "final_lr"):
             if (bound := getattr(self.schedule, name)) > rate:
