@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cluster.slurm.corpora import Build, check_corpora, parse_build
+from cluster.slurm.corpora import Build, check_corpora, check_initial_model, parse_build
 from cluster.slurm.evaluation import (
     EVALUATE,
     add_evaluation_options,
@@ -37,7 +37,6 @@ from maskvr_ds.config import (
     load_config,
     with_local_model,
 )
-from maskvr_ds.models.initial_folder import weights_files
 from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.run_folder.marks import is_run, output_fault
 from maskvr_ds.runtime.files import atomic_write
@@ -275,8 +274,8 @@ def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path]) -
             faults += found
             for line in remarks:
                 print(f"warning: {line}", file=sys.stderr)
-        elif config.model.initialize_from is not None:
-            weights_files(config.model.initialize_from)
+        else:
+            check_initial_model(config.model, build)
     if faults:
         raise ConfigError("\n  ".join(faults))
 

@@ -23,7 +23,9 @@ from data_pipeline.hub import TOKENIZER_FILES, local_folder
 from data_pipeline.manifest import HELD_OUT, MANIFEST, Manifest, read_manifest
 from data_pipeline.outputs import claim_arguments
 from data_pipeline.sources.description import read_description
-from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
+from maskvr_ds.data.vocabulary import token_ids
+from maskvr_ds.models.initial_folder import weights_files
 
 if TYPE_CHECKING:
     from data_pipeline.packing.parts import PackOptions
@@ -34,7 +36,7 @@ class Build:
     """A corpus that a job will build.
 
     words: arguments of `data_pipeline build`. output: folder of the corpus. inputs: files and folders that the build
-    reads. held_out: whether it creates a held-out split.
+    reads, the tokenizer first. held_out: whether it creates a held-out split.
     """
 
     words: tuple[str, ...]
@@ -184,6 +186,21 @@ def check_corpora(config: RunConfig, build: Build | None = None, runs: Sequence[
                     f"{where}{corpus.path}: tokenizer {digest[:12]} differs from {tokenizer[1][:12]} of "
                     f"{tokenizer[0]}; build all corpora of a run with one tokenizer"
                 )
+
+
+def check_initial_model(model: ModelConfig, build: Build) -> None:
+    """Raise ConfigError if the model of initialize_from is missing, or its tokens are not those of the corpus that will
+    be built; `file_faults` compares those of a corpus that exists."""
+    folder = model.initialize_from
+    if folder is None:
+        return
+    weights_files(folder)
+    ours, theirs = token_ids(build.inputs[0]), token_ids(folder)
+    if model.vocabulary == "same" and None not in (ours, theirs) and ours != theirs:
+        raise ConfigError(
+            f"--build-data: the token ids of {build.inputs[0]} differ from those of model.initialize_from {folder}; "
+            f"build the corpus with that model's tokenizer (--tokenizer {folder}), or set model.vocabulary to extend or match"
+        )
 
 
 def _opened(phase: RunConfig) -> list[Path]:

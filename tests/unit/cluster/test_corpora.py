@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from cluster.__main__ import main
-from cluster.slurm.corpora import Build, check_corpora, parse_build
+from cluster.slurm.corpora import Build, check_corpora, check_initial_model, parse_build
 from cluster.slurm.script import SlurmError
 from data_pipeline.__main__ import main as pipeline
 from data_pipeline.manifest import read_manifest
-from maskvr_ds.config import ConfigError, load_config
+from maskvr_ds.config import ConfigError, ModelConfig, load_config
 from maskvr_ds.training.references import open_corpora
 from tests.support.corpora import make_corpus
 from tests.support.scripts import build_words
@@ -152,6 +152,21 @@ def test_inputs_of_a_build(folder: Path, tmp_path: Path) -> None:
             parse_build(f"{wrong} {rest}")
     with pytest.raises(SlurmError, match="'x': expected an integer"):
         parse_build(f"--input {tmp_path} {rest} --workers x")
+
+
+def test_a_tokenizer_that_is_not_the_initial_models(folder: Path, tmp_path: Path) -> None:
+    build = parse_build(shlex.join(build_words(tmp_path, folder / "good")))
+    model = tmp_path / "model"
+    shutil.copytree(folder / "good" / "tokenizer", model)
+    (model / "config.json").write_text('{"model_type": "modernbert"}')
+    with pytest.raises(ConfigError, match=r"has no model.safetensors"):
+        check_initial_model(ModelConfig(initialize_from=model), build)
+    (model / "model.safetensors").touch()
+    check_initial_model(ModelConfig(initialize_from=model), build)
+    shutil.copy(folder / "other" / "tokenizer" / "tokenizer.json", model)
+    with pytest.raises(ConfigError, match=rf"token ids of .*tokenizer differ from .* \(--tokenizer {model}\), or set"):
+        check_initial_model(ModelConfig(initialize_from=model), build)
+    check_initial_model(ModelConfig(initialize_from=model, vocabulary="match"), build)
 
 
 def test_a_tokenizer_by_its_name_on_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
