@@ -199,7 +199,7 @@ def check_initial_model(model: ModelConfig, build: Build) -> None:
     if model.vocabulary == "same" and None not in (ours, theirs) and ours != theirs:
         raise ConfigError(
             f"--build-data: the token ids of {build.inputs[0]} differ from those of model.initialize_from {folder}; "
-            f"build the corpus with that model's tokenizer (--tokenizer {folder}), or set model.vocabulary to extend or match"
+            f"build the corpus with --tokenizer {folder}, or set model.vocabulary to extend or match"
         )
 
 
