@@ -125,7 +125,7 @@ def file_faults(config: RunConfig, *, monitors: bool = True) -> tuple[list[str],
 
 def _check_architecture(config: RunConfig) -> None:
     """Raise ConfigError if transformers refuses the section, attention within documents, or late mask tokens. BERT's
-    own fields are checked without it; a login node may not have it, and the ranks check again."""
+    own fields are checked without it; a login node may lack it, or torch, and the ranks check again."""
     model, pair_head = config.model, config.pair_objective is not None
     documents = any(phase.data.attention == "documents" for _, phase in _phases(config))
     phases = [phase.masking for _, phase in _phases(config)]
@@ -134,7 +134,8 @@ def _check_architecture(config: RunConfig) -> None:
         *((layer, "masking.auto.late_layers") for masking in phases for layer in masking.auto.late_layers),
         (0, ""),
     )
-    if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
+    missing = any(find_spec(package) is None for package in ("transformers", "torch"))
+    if missing or (model.architecture == "bert" and not model.settings):
         return
     from maskvr_ds.models.architectures import check_settings
 

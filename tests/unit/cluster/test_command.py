@@ -137,6 +137,19 @@ def test_what_the_configuration_names_is_checked(
         assert main(words) == 0
 
 
+def test_settings_of_other_architectures_on_a_login_node_without_torch(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ranks check them again."""
+    words = [*on(corpus), "--nodes", "1", *ON_CPUS, "--print", "--set", f"output_dir={tmp_path}/run"]
+    words += ["--set", "model={preset: roberta-base, settings: {hiden_size: 8}}"]
+    assert main(words) == 1
+    assert "unknown key of RobertaConfig" in capsys.readouterr().err
+    for package in ("torch", "transformers"):
+        monkeypatch.setattr("maskvr_ds.training.references.find_spec", lambda name, gone=package: name != gone or None)
+        assert main(words) == 0
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
