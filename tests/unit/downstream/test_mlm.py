@@ -8,6 +8,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.cli import main
+from maskvr_ds.downstream import mlm
 from tests.support.corpora import SPECIAL, make_corpus
 
 WORDS = 20
@@ -54,3 +55,14 @@ def test_refusals(folder: Path, model: str, corpus: str, message: str, capsys: p
     assert out == ""
     assert len(err.splitlines()) == 1
     assert re.search(message, err), err
+
+
+def test_models_that_attend_in_different_ways_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mlm.Source(folder / "run", is_checkpoint=True)
+    sources = {"run": run, "model": mlm.Source(folder / "model", is_checkpoint=False)}
+    monkeypatch.setattr(mlm.checkpoints, "read_state", lambda path: path)
+    monkeypatch.setattr(mlm, "separator_of", lambda state: 3)
+    assert re.search("run: attention within documents, .* model: over complete", mlm._attention_remark(sources) or "")
+    assert mlm._attention_remark({"run": run, "other": run}) is None
+    monkeypatch.setattr(mlm, "separator_of", lambda state: None)
+    assert mlm._attention_remark(sources) is None
