@@ -19,6 +19,7 @@ from data_pipeline.sources.reading import RULES, Limits
 from data_pipeline.tokenization.token_shards import PLANES
 
 MIN_SEQUENCE_LENGTH = 8
+PAIR_PROBABILITY = 0.5
 SPLITS = ("document", "file")
 _MAX_MB = 1e12  # in bits, this is below 2^63
 
@@ -150,6 +151,12 @@ def pack_options(
                 f"ascending, from {least} to below the sequence length",
             ),
             (0 < probability < 1, "pair probability", probability, "above 0 and below 1"),
+            (
+                pairs or probability == PAIR_PROBABILITY,
+                "pair probability",
+                probability,
+                "omitted: only packings nsp and sop use it",
+            ),
             (set(columns) <= set(PLANES), "columns", ", ".join(columns), f"of {', '.join(PLANES)}"),
             (0 < shard_size <= _MAX_MB, "shard size", shard_size, f"above 0 and at most {_MAX_MB:g} (MB)"),
         )
@@ -168,6 +175,12 @@ def check_source_arguments(
             (0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1"),
             (0 <= held_out < 1, "held-out share", held_out, "from 0 to below 1"),
             (held_out_by in SPLITS, "held out by", held_out_by, f"one of {', '.join(SPLITS)}"),
+            (
+                held_out > 0 or held_out_by == "document",
+                "held out by",
+                held_out_by,
+                "omitted: no held-out share is given (--held-out)",
+            ),
             (documents in DOCUMENTS, "documents", documents, f"one of {', '.join(DOCUMENTS)}"),
             (
                 work_size is None or 0 < work_size <= _MAX_MB,

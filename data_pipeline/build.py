@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.arguments import (
+    PAIR_PROBABILITY,
     SAFEGUARDS,
     Safeguards,
     check_rules,
@@ -84,7 +85,7 @@ def build(
     bad_records: str = "error",
     packing: str = "full_sequences",
     bins: Sequence[int] = (),
-    pair_probability: float = 0.5,
+    pair_probability: float = PAIR_PROBABILITY,
     columns: Sequence[str] = (),
     shard_size: float = 128.0,
     work_size: float | None = None,
@@ -166,7 +167,7 @@ def _build_arguments(
             "sources": [[source.name, source.bytes] for source in options.files],
         }
         | recorded_options(packed, options.description, options.named)
-        | _recorded_split(options.held_out_by)
+        | recorded_split(options.held_out_by)
         | _task_arguments(options.description)
     )
 
@@ -216,7 +217,7 @@ def tokenize(
             "tokenizer": fingerprint(tokenizer),
             "sources": [[source.name, source.bytes] for source in options.files],
         }
-        | _recorded_split(held_out_by)
+        | recorded_split(held_out_by)
         | _task_arguments(about)
     )
     with claim(output, arguments) as work:
@@ -242,7 +243,7 @@ def pack(
     workers: int = 1,
     packing: str = "full_sequences",
     bins: Sequence[int] = (),
-    pair_probability: float = 0.5,
+    pair_probability: float = PAIR_PROBABILITY,
     columns: Sequence[str] = (),
     weights: dict[str, float] | None = None,
     shard_size: float = 128.0,
@@ -266,7 +267,8 @@ def pack(
         raise CorpusError(f"{tokens}: has no {missing[0]}. Run the command tokenize, or pack without it")
     for name, weight in (weights or {}).items():
         if name not in manifest.names:
-            raise CorpusError(f"weight of {name!r}: unknown source, {tokens} has {', '.join(manifest.names)}")
+            named = ", ".join(manifest.names) or "none with a name (only those of a description have names)"
+            raise CorpusError(f"weight of {name!r}: unknown source, {tokens} has {named}")
         check_rules(((0 < weight <= MAX_WEIGHT, f"weight of {name!r}", weight, f"above 0 and at most {MAX_WEIGHT}"),))
     given = zip(manifest.names, manifest.weights, strict=True)
     options = replace(options, weights=tuple((weights or {}).get(name, weight) for name, weight in given))
@@ -327,7 +329,7 @@ def _save_description(output: Path, about: Description) -> None:
         file.write(description_yaml(about).encode())
 
 
-def _recorded_split(held_out_by: str) -> dict[str, Any]:
+def recorded_split(held_out_by: str) -> dict[str, Any]:
     """Recorded only if set, so that what earlier versions started can be resumed."""
     return {} if held_out_by == "document" else {"held_out_by": held_out_by}
 

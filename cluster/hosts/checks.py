@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.hosts.remote import Answer
+from cluster.phases import phases_ahead
 from maskvr_ds.config import RunConfig
 
 GIB = 2**30
@@ -21,11 +22,11 @@ class LaunchError(ValueError):
 
 
 def corpora(config: RunConfig) -> list[str]:
-    """Absolute paths of the corpora that the ranks will open."""
+    """Absolute paths of the corpora that the ranks will open: not those of phases that the run has finished."""
     # A dict: ordered, without duplicates.
     opened: dict[str, None] = {}
-    for index in range(len(config.phases) or 1):
-        data, evaluation = config.phase(index).data, config.phase(index).evaluation
+    for _, phase in phases_ahead(config):
+        data, evaluation = phase.data, phase.evaluation
         paths = [entry.path for entry in data.corpora]
         held_out = [data.held_out_path] if data.held_out_path else [path / "held_out" for path in paths]
         for path in (*paths, *(held_out if evaluation.every_steps else ())):

@@ -14,12 +14,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cluster.slurm.corpora import Build, check_corpora, parse_build
+from cluster.slurm.corpora import Build, check_corpora, check_initial_model, parse_build
 from cluster.slurm.evaluation import (
     EVALUATE,
     add_evaluation_options,
@@ -33,15 +33,15 @@ from maskvr_ds.config import (
     ConfigError,
     RunConfig,
     add_config_options,
-    deepspeed_config_path,
     dump_config,
     load_config,
     with_local_model,
 )
 from maskvr_ds.run_folder.layout import JOBS
-from maskvr_ds.run_folder.marks import output_fault
+from maskvr_ds.run_folder.marks import is_run, output_fault
 from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SEED, MAX_SLOTS, integer, shortened
+from maskvr_ds.training.references import file_faults, settings_faults
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 1-00:00:00 --partition gpu --submit
@@ -209,7 +209,6 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     if (fault := output_fault(config.output_dir, "auto")) is not None:
         raise SlurmError(fault)
     check_batch(config, nodes, tasks)
-    deepspeed_config_path(config.deepspeed)  # raises if there is no such file or preset
     if (limit := arguments.time) and (seconds := parse_time(limit)) <= arguments.signal_seconds:
         raise SlurmError(
             f"--time {limit}: {seconds} s, but the last checkpoint starts {arguments.signal_seconds} s before the "
@@ -227,7 +226,9 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         if arguments.build_data is None and getattr(arguments, f"build_{name}") is not None:
             raise SlurmError(f"--build-{name}: there is no build job; add --build-data ARGUMENTS, or omit it")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
-    check_corpora(config, build)
+    runs = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
+    check_corpora(config, build, runs)
+    _check_start(config, build, runs)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
     if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
@@ -260,6 +261,23 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         extra = data_job_options(extra, other_partition=False)
         scripts[EVALUATE] = evaluation_script(arguments, extra, run, evaluation, environment)
     return scripts
+
+
+def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path]) -> None:
+    """Raise ConfigError, one line per fault, for what `maskvr config` finds too, and print its warnings: the DeepSpeed
+    file, the model's settings, and, unless a job resumes or a corpus is still to be built, initial model, corpora."""
+    faults = settings_faults(config, None)
+    # A run that has started needs neither the initial model nor the corpora of finished phases.
+    if not any(map(is_run, runs)):
+        if build is None:
+            found, remarks = file_faults(config, monitors=False)
+            faults += found
+            for line in remarks:
+                print(f"warning: {line}", file=sys.stderr)
+        else:
+            check_initial_model(config.model, build)
+    if faults:
+        raise ConfigError("\n  ".join(faults))
 
 
 def _data_script(

@@ -10,18 +10,22 @@ import glob
 import io
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.phases import phases_ahead
 from cluster.slurm.script import SlurmError
 from data_pipeline.__main__ import command_parser
 from data_pipeline.files import CorpusError
+from data_pipeline.hub import TOKENIZER_FILES, local_folder
 from data_pipeline.manifest import HELD_OUT, MANIFEST, Manifest, read_manifest
 from data_pipeline.outputs import claim_arguments
 from data_pipeline.sources.description import read_description
-from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
+from maskvr_ds.data.vocabulary import token_ids
+from maskvr_ds.models.initial_folder import weights_files
 
 if TYPE_CHECKING:
     from data_pipeline.packing.parts import PackOptions
@@ -32,7 +36,7 @@ class Build:
     """A corpus that a job will build.
 
     words: arguments of `data_pipeline build`. output: folder of the corpus. inputs: files and folders that the build
-    reads. held_out: whether it creates a held-out split.
+    reads, the tokenizer first. held_out: whether it creates a held-out split.
     """
 
     words: tuple[str, ...]
@@ -43,7 +47,8 @@ class Build:
 
 
 def parse_build(text: str) -> Build:
-    """Parse the value of --build-data. Raises SlurmError for arguments and inputs that the build would reject."""
+    """Parse the value of --build-data; a tokenizer named on a hub becomes its folder. Raises SlurmError for arguments
+    and inputs that the build would reject."""
     output = io.StringIO()
     try:
         words = shlex.split(text)
@@ -54,6 +59,11 @@ def parse_build(text: str) -> Build:
     except SystemExit:
         raise SlurmError(f"--build-data {text!r}: {output.getvalue().strip().splitlines()[-1]}") from None
     try:
+        # The job is given the folder: its node may have no access to the hub.
+        tokenizer = str(local_folder(arguments.tokenizer, TOKENIZER_FILES, "--tokenizer"))
+        if tokenizer != arguments.tokenizer:
+            arguments.tokenizer = tokenizer
+            words += ["--tokenizer", tokenizer]  # the last one counts
         inputs = tuple(_input_paths(arguments))
         _check_build(arguments)
     except CorpusError as error:
@@ -91,7 +101,9 @@ def _check_build(given: argparse.Namespace) -> None:
     from data_pipeline.tokenization.tokenizer import fingerprint
 
     build.Safeguards(given.max_record, given.max_expansion, given.max_unknown).limits()
-    build.check_source_arguments(given.workers, given.seed, given.held_out, given.documents, given.work_size)
+    build.check_source_arguments(
+        given.workers, given.seed, given.held_out, given.documents, given.work_size, given.held_out_by
+    )
     options = build.pack_options(
         given.sequence_length,
         given.packing,
@@ -132,33 +144,34 @@ def _claimed(given: argparse.Namespace, options: "PackOptions", tokenizer: str) 
         "tokenizer": tokenizer,
         "sources": [[source.name, source.bytes] for files in groups for source in files],
         **build.recorded_options(options, about, named),
+        **build.recorded_split(given.held_out_by),
     }
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """A corpus that a phase reads. manifest: None if it will be built."""
+    """A corpus that a phase reads. manifest: None if it will be built. pad: id of the padding token, None if so."""
 
     path: Path
     sequence_length: int
     manifest: Manifest | None
 
+    @property
+    def pad(self) -> int | None:
+        return None if self.manifest is None else self.manifest.special_tokens.pad
 
-def check_corpora(config: RunConfig, build: Build | None = None) -> None:
+
+def check_corpora(config: RunConfig, build: Build | None = None, runs: Sequence[Path] = ()) -> None:
     """Raise ConfigError if a corpus of the training is missing, exceeds the model's maximum sequence length, or has
-    another sequence length or tokenizer than the others. build: a corpus that will exist when the training starts."""
+    another sequence length or tokenizer than the others. build: a corpus that will exist when the training starts.
+    runs: as for `phases_ahead`."""
     tokenizer: tuple[Path, str] | None = None
-    for index in range(max(1, len(config.phases))):
-        phase = config.phase(index)
-        where = f"phase {config.phases[index].name!r}: " if config.phases else ""
+    for where, phase in phases_ahead(config, runs):
         corpora = [_find(where, path, build) for path in _opened(phase)]
-        limit, length = phase.model.max_position_embeddings, corpora[0].sequence_length
+        length = corpora[0].sequence_length
         for corpus in corpora:
-            if corpus.sequence_length > limit:
-                raise ConfigError(
-                    f"{where}{corpus.path}: sequences of {corpus.sequence_length} tokens exceed "
-                    f"model.max_position_embeddings {limit}"
-                )
+            if fault := phase.model.row_fault(corpus.sequence_length, corpus.pad):
+                raise ConfigError(f"{where}{corpus.path}: {fault}")
             if corpus.sequence_length != length:
                 raise ConfigError(
                     f"{where}{corpus.path}: sequences of {corpus.sequence_length} tokens, those of {corpora[0].path} "
@@ -173,6 +186,21 @@ def check_corpora(config: RunConfig, build: Build | None = None) -> None:
                     f"{where}{corpus.path}: tokenizer {digest[:12]} differs from {tokenizer[1][:12]} of "
                     f"{tokenizer[0]}; build all corpora of a run with one tokenizer"
                 )
+
+
+def check_initial_model(model: ModelConfig, build: Build) -> None:
+    """Raise ConfigError if the model of initialize_from is missing, or its tokens are not those of the corpus that will
+    be built; `file_faults` compares those of a corpus that exists."""
+    folder = model.initialize_from
+    if folder is None:
+        return
+    weights_files(folder)
+    ours, theirs = token_ids(build.inputs[0]), token_ids(folder)
+    if model.vocabulary == "same" and None not in (ours, theirs) and ours != theirs:
+        raise ConfigError(
+            f"--build-data: the token ids of {build.inputs[0]} differ from those of model.initialize_from {folder}; "
+            f"build the corpus with --tokenizer {folder}, or set model.vocabulary to extend or match"
+        )
 
 
 def _opened(phase: RunConfig) -> list[Path]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from data_pipeline.hub import snapshot_name
 from maskvr_ds.run_folder.layout import JOBS
 
 _PLACEHOLDER = re.compile(r"<<([A-Z_]+)>>")
@@ -56,11 +57,16 @@ class JobEnvironment:
         if self.container is None:
             return [self.python if self.venv is None else str(self.venv / "bin" / "python")]
         words = ["apptainer", "exec"] + (["--nv"] if self.gpus else [])
-        for path in dict.fromkeys((self.folder, *self.binds, *([self.venv] if self.venv else []))):
+        for path in dict.fromkeys(map(_with_blobs, (self.folder, *self.binds, *([self.venv] if self.venv else [])))):
             if set(",:") & set(str(path)):
                 raise SlurmError(f"{path}: a path with a comma or colon cannot be bound into a container; rename it")
             words += ["--bind", str(path)]
         return [*words, self.container, "python3" if self.venv is None else str(self.venv / "bin" / "python")]
+
+
+def _with_blobs(path: Path) -> Path:
+    """The folder of a model in the hub's cache for one of its snapshots, whose files are links to ../../blobs."""
+    return path.parents[1] if snapshot_name(path) is not None else path
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export_check import check_fill_mask
 from maskvr_ds.checkpoint.model_card import MODEL_CARD, model_card
 from maskvr_ds.checkpoint.scores import model_digest, read_scores
+from maskvr_ds.config.architectures import longest_row
 from maskvr_ds.models.documents import starts
 from maskvr_ds.models.encoder import auto_class, build, names_of_parameters, token_types
 from maskvr_ds.models.late_masks import LateMasks
@@ -80,7 +81,8 @@ def export(
         model = load_model(folder)
         model.save_pretrained(partial)
         remarks = _write_tokenizer(folder / BERT, partial)
-        positions = model.config.max_position_embeddings
+        config = model.config
+        positions = longest_row(config.model_type, config.max_position_embeddings, config.pad_token_id or 0)
         _limit_length(partial, positions)
         difference = _compare(folder, partial)
         card = model_card(
@@ -197,7 +199,7 @@ def _write_tokenizer(source: Path, output: Path) -> list[str]:
 
 
 def _limit_length(folder: Path, positions: int) -> None:
-    """Set the tokenizer's model_max_length to the model's positions, unless its own is smaller.
+    """Set the tokenizer's model_max_length to the positions that the model can use, unless its own is smaller.
 
     Without it, or with that of another model, `truncation=True` leaves texts longer than the model can read.
     """

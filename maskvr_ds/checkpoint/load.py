@@ -149,7 +149,8 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
         of_masks = any(difference.startswith("masking.") for difference in found)
         raise CheckpointError(
             f"{checkpoint.folder}: belongs to another run: {'; '.join(found)}. "
-            "Restore these settings to resume, or start a new run in another output_dir"
+            "Restore these settings to resume, or start a new run in another output_dir, without --resume; from these "
+            "weights if you export them (`maskvr export`, model.initialize_from)"
             + ("; masking.change_at_resume=true lets masks differ" if of_masks else "")
         )
 

@@ -28,6 +28,11 @@ TESTED = (
     "xlm-roberta",
 )
 
+# Those of RoBERTa's kind: the first position is that after the padding token's id, so that rows are shorter than the
+# table of positions.
+_POSITIONS_AFTER_PADDING = ("camembert", "mpnet", "roberta", "xlm-roberta")
+_POSITIONS_IN_A_TABLE = (*_POSITIONS_AFTER_PADDING, "albert", "bert", "distilbert", "electra", "ernie")
+
 # Layers, hidden size, heads: Turc et al. 2019 (arXiv 1908.08962), base and large: Devlin et al. 2018.
 BERT_PRESETS: dict[str, tuple[int, int, int]] = {
     "bert-tiny": (2, 128, 2),
@@ -151,7 +156,14 @@ def check_plain(value: Any, where: str, depth: int = 0) -> None:
         raise ValueError(f"{where}: {value!r} is {type(value).__name__}; text, a number or true and false expected")
 
 
-def is_free(key: str) -> bool:
-    """Whether a run may change a key of the model that it is initialised from: dropout and what the positions mean.
-    Sizes of tables are compared with the weights anyway."""
-    return "dropout" in key or key in ("max_position_embeddings", "rope_parameters")
+def longest_row(architecture: str, positions: int, pad: int) -> int:
+    """Tokens of the longest row. positions: max_position_embeddings. pad: id of the padding token."""
+    return positions - pad - 1 if architecture in _POSITIONS_AFTER_PADDING else positions
+
+
+def is_free(key: str, architecture: str) -> bool:
+    """Whether a run may change a key of the model that it is initialised from: dropout, and what the positions mean
+    where no table of the weights has a row for each."""
+    if key == "max_position_embeddings":
+        return architecture not in _POSITIONS_IN_A_TABLE
+    return "dropout" in key or key == "rope_parameters"

@@ -16,6 +16,7 @@ from maskvr_ds.config.architectures import (
     check_content,
     check_plain,
     is_free,
+    longest_row,
     read_config_file,
     settings_of,
 )
@@ -147,11 +148,34 @@ class ModelConfig(Section):
 
     @property
     def positions(self) -> int | None:
-        """max_position_embeddings; None: only transformers knows its default."""
+        """max_position_embeddings; None: only transformers knows its default, or only a checkpoint (`knows`)."""
         if self.architecture == "bert":
-            return self.max_position_embeddings
+            return self.max_position_embeddings if self.knows("max_position_embeddings") else None
         found = self.merged.get("max_position_embeddings")
         return found if isinstance(found, int) else None
+
+    def row_fault(self, length: int, pad: int | None) -> str | None:
+        """Why rows of `length` tokens are too long, as the end of a message; None if they are not, or if only
+        transformers knows. pad: id of the padding token; None: not known, no row is shorter for it."""
+        if (positions := self.positions) is None:
+            return None
+        longest = positions if pad is None else longest_row(self.architecture, positions, pad)
+        if length <= longest:
+            return None
+        limit = f"model.max_position_embeddings {positions}"
+        if self.initialize_from is not None:
+            limit += f" of {self.initialize_from}"
+        if longest < positions:
+            limit += f", of which {self.architecture} uses {longest} (it counts them from pad_token_id + 1)"
+        return f"sequences of {length} tokens exceed {limit}; build the corpus with --sequence-length {longest} or less"
+
+    @property
+    def attention_dropout(self) -> tuple[str, float]:
+        """Setting and value of the dropout of attention weights; 0 where only transformers knows its default."""
+        if self.architecture == "bert":
+            return "model.attention_probs_dropout_prob", self.attention_probs_dropout_prob
+        keys = [key for key in ("attention_probs_dropout_prob", "attention_dropout") if self.merged.get(key)]
+        return (f"model.settings.{keys[0]}", self.merged[keys[0]]) if keys else ("", 0.0)
 
     @property
     def uses_statistics(self) -> bool:
@@ -308,7 +332,7 @@ def _take_settings(values: dict[str, Any], architecture: str, sources: _Sources)
         if not values.get("initialize_from"):
             continue
         for key, value in {**of_preset, **settings}.items():
-            if value != content.get(key, ...) and not is_free(key):
+            if value != content.get(key, ...) and not is_free(key, architecture):
                 stored = f"has {content[key]!r}" if key in content else "does not have it"
                 raise ValueError(
                     f"settings.{key} is {value!r}{'' if key in settings else ' by preset'}, and {name} {stored}; its "

@@ -114,6 +114,13 @@ class RunConfig(Section):
                     "masking.strategy auto compares variances of the masked-LM gradient only, and "
                     f"objectives.{pair} adds another; choose another strategy"
                 )
+        if not (self.schedule.warmup_steps or self.schedule.warmup_share):
+            for name, unused in (("initial_lr", 0.0), ("warmup_power", 1.0)):
+                if (value := getattr(self.schedule, name)) != unused:
+                    raise ValueError(
+                        f"schedule.{name} {value:g}: there is no warm-up that it belongs to; set schedule.warmup_steps "
+                        "or schedule.warmup_share, or remove it"
+                    )
         rate = self.optimizer.lr
         for name in ("initial_lr", "final_lr"):
             if (bound := getattr(self.schedule, name)) > rate:
@@ -192,14 +199,26 @@ class RunConfig(Section):
         """Micro-batches per step and rank; with micro_size auto, at most. Raises ConfigError if the global batch is not
         divisible."""
         size, micro = self.batch.global_size, 1 if self.batch.is_auto else self.batch.micro_size
-        if size % (micro * world_size):
-            per_pass = micro * world_size
-            nearest = sorted({max(1, size // per_pass) * per_pass, (size // per_pass + 1) * per_pass})
+        per_pass = micro * world_size
+        if size % per_pass:
+            nearest = _multiples(size, per_pass)
+            remedy = f"set batch.global_size to {nearest}"
+            if size % world_size == 0:
+                share = size // world_size
+                fits = next(rows for rows in range(min(micro, share), 0, -1) if share % rows == 0)
+                remedy = f"set batch.micro_size to {fits}, or batch.global_size to {nearest}"
+            elif micro > 1:
+                remedy += f", or to {_multiples(size, world_size)} with a batch.micro_size that divides a rank's share"
             raise ConfigError(
                 f"batch.global_size {size} is not a multiple of batch.micro_size {micro} × {world_size} ranks = "
-                f"{per_pass}; set batch.global_size to {' or '.join(map(str, nearest))}, or change batch.micro_size"
+                f"{per_pass}; {remedy}"
             )
-        return size // (micro * world_size)
+        return size // per_pass
+
+
+def _multiples(size: int, of: int) -> str:
+    """The positive multiples next to `size`, which is none, in words."""
+    return " or ".join(map(str, sorted({max(1, size // of) * of, (size // of + 1) * of})))
 
 
 def check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:

@@ -7,8 +7,9 @@ in its metrics.jsonl.
 """
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.training.held_out import KINDS, HeldOut
 from maskvr_ds.training.setup import encoder_config
+
+logger = logging.getLogger(__name__)
 
 # Title of a column -> key.
 _COLUMNS = {
@@ -73,12 +76,9 @@ def find_model(model: str, corpus: Corpus) -> Source:
         weights_files(folder)
     described = folder / BERT if is_checkpoint else folder
     check_vocabulary(InitialWeights(described, ""), corpus)
-    positions = ModelConfig(initialize_from=described, untested=is_checkpoint).positions
-    if positions is not None and corpus.sequence_length > positions:
-        raise ConfigError(
-            f"{corpus.folder}: sequences of {corpus.sequence_length} tokens, {folder} has {positions} positions; build "
-            f"the corpus with --sequence-length {positions} or less"
-        )
+    model_config = ModelConfig(initialize_from=described, untested=is_checkpoint)
+    if fault := model_config.row_fault(corpus.sequence_length, corpus.manifest.special_tokens.pad):
+        raise ConfigError(f"{corpus.folder}: {fault}")
     return Source(folder, is_checkpoint)
 
 
@@ -115,8 +115,27 @@ def evaluate(models: Sequence[str], corpus: Corpus, *, rows: int, micro_size: in
     All models are looked at before the first is evaluated.
     """
     sources = {model: find_model(model, corpus) for model in models}
+    if (remark := _attention_remark(sources)) is not None:
+        logger.warning("%s", remark)
     held_out = HeldOut(corpus, rows=rows, micro_size=micro_size, rank=0, world_size=1, device=distributed.device())
     return {name: held_out.figures(load_masked_lm(source, corpus)) for name, source in sources.items()}
+
+
+def _attention_remark(sources: Mapping[str, Source]) -> str | None:
+    """What to know if some models attend within the documents of a row and others over the row; None if all do the
+    same."""
+    within = {
+        model: source.is_checkpoint and separator_of(checkpoints.read_state(source.folder)) is not None
+        for model, source in sources.items()
+    }
+    if len(set(within.values())) == 1:
+        return None
+    names = {value: ", ".join(model for model in within if within[model] is value) for value in (True, False)}
+    return (
+        f"{names[True]}: attention within documents, as trained; {names[False]}: over complete rows. Such figures do "
+        "not compare: of a run and the model that it started from, compare those that the run has logged (event "
+        "held_out, step 0, in metrics.jsonl)"
+    )
 
 
 def table(found: dict[str, dict[str, float]]) -> str:

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from maskvr_ds.checkpoint.export import export
 from maskvr_ds.checkpoint.scores import model_digest
+from maskvr_ds.config.architectures import longest_row
 from maskvr_ds.downstream.locate import locate
 from maskvr_ds.downstream.tasks import Kind, TaskError
 from maskvr_ds.runtime.processes import exit_on_sigterm
@@ -236,7 +237,9 @@ def check(encoder: Encoder, lengths: Mapping[Kind, int]) -> None:
                 "are not of the same model"
             )
         # Architectures without a table of positions would compute lengths that they were not trained on.
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        positions = max_length
+        if table := getattr(model.config, "max_position_embeddings", None):
+            positions = longest_row(model.config.model_type, table, model.config.pad_token_id or 0)
         ids = torch.full((1, max_length), len(tokenizer) - 1)
         try:
             if max_length > positions:

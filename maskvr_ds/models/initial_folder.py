@@ -13,6 +13,8 @@ from maskvr_ds.config.architectures import CONFIG_FILE, read_config_file
 from maskvr_ds.config.model import Vocabulary
 from maskvr_ds.data.vocabulary import token_ids
 from maskvr_ds.models.new_vocabulary import RowSources, row_sources
+from maskvr_ds.run_folder.layout import MANIFEST
+from maskvr_ds.run_folder.marks import is_run
 from maskvr_ds.runtime.files import sha256
 
 WEIGHTS = "model.safetensors"
@@ -45,9 +47,7 @@ def weights_files(folder: Path) -> list[Path]:
             "or the name of a model on a hub (OWNER/NAME)"
         )
     if not (folder / CONFIG_FILE).is_file():
-        inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}") if (path.parent / WEIGHTS).is_file())
-        hint = f"its transformer may be in {inner[0]}" if inner else "save the model to it with save_pretrained"
-        raise ConfigError(f"{where}: has no {CONFIG_FILE}; {hint}")
+        raise ConfigError(f"{where}: has no {CONFIG_FILE}; {_hint(folder)}")
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -59,6 +59,21 @@ def weights_files(folder: Path) -> list[Path]:
             ".save_pretrained('NEW')"
         )
     raise ConfigError(f"{where}: has no {WEIGHTS}; save the model to it with save_pretrained")
+
+
+def _hint(folder: Path) -> str:
+    """Where the model of a folder without config.json may be."""
+    if is_run(folder) or (folder / MANIFEST).is_file():
+        return (
+            f"it is a run or a checkpoint: export it (maskvr export --checkpoint {folder} --output NEW) and name the "
+            "folder NEW"
+        )
+    # Of sentence-transformers, and of the hub's cache.
+    found = (
+        path.parent for pattern in ("*", "snapshots/*") for path in sorted(folder.glob(f"{pattern}/{CONFIG_FILE}"))
+    )
+    inner = next((path for path in found if (path / WEIGHTS).is_file()), None)
+    return "save the model to it with save_pretrained" if inner is None else f"the model may be in {inner}"
 
 
 def _shards(folder: Path) -> list[Path]:

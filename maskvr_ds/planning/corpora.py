@@ -37,7 +37,7 @@ def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int
     for index in range(count):
         data, size = config.phase(index).data, vocabulary
         length = None if lengths is None else lengths[index % len(lengths)]
-        padding = pairs = None
+        padding = pairs = pad = None
         if length is None or size is None:
             try:
                 manifests = [read_manifest(corpus.path) for corpus in data.corpora]
@@ -48,9 +48,9 @@ def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int
                     f"{error}\n  without the corpus, give --sequence-length and --vocab-size (30522 for BERT's)"
                 ) from None
             length, size = length or manifests[0].sequence_length, size or manifests[0].vocab_size
-        positions = config.model.positions
-        if positions is not None and length > positions:
-            raise ConfigError(f"sequences of {length} tokens exceed model.max_position_embeddings {positions}")
+            pad = manifests[0].special_tokens.pad
+        if fault := config.model.row_fault(length, pad):
+            raise ConfigError(fault)
         found.append(Corpus(length, size, padding, pairs))
     return found
 

@@ -381,7 +381,10 @@ def newest(folder: Path) -> Path:
         return folder
     if complete := complete_checkpoints(folder):
         return complete[-1]
-    raise CheckpointError(f"{folder}: contains no complete checkpoint (nor does its {CHECKPOINTS}/)")
+    hint = (
+        f"; name its run, {folder.parent}" if folder.name == CHECKPOINTS and complete_checkpoints(folder.parent) else ""
+    )
+    raise CheckpointError(f"{folder}: contains no complete checkpoint (nor does its {CHECKPOINTS}/){hint}")
 
 
 def size(folder: Path) -> int:

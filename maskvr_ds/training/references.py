@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.hub import HubError
 from data_pipeline.shards import HELD_OUT, Corpus, OpenFiles, open_here
 from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_config, with_local_model
+from maskvr_ds.config.deepspeed import enabled
 from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.documents import remarks as document_remarks
 from maskvr_ds.data.mixture import members, open_mixture
@@ -22,7 +23,7 @@ from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
 from maskvr_ds.models.initial_folder import InitialWeights, for_corpus, weights_files
-from maskvr_ds.run_folder.marks import place_fault
+from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.telemetry.monitors import check_monitors
 from maskvr_ds.training.length import remarks as length_remarks
 from maskvr_ds.training.length import with_steps
@@ -84,9 +85,10 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
     return faults
 
 
-def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
+def file_faults(config: RunConfig, *, monitors: bool = True) -> tuple[list[str], list[str]]:
     """What is wrong with corpora, tokenizers, initial model and output_dir of a run that starts, and remarks on them.
 
+    monitors: also look for their packages; False if the ranks have another environment than this process.
     Reads manifests, the layout of shards, and few tokens (`check_maskable`). A run that resumes needs neither the
     initial model nor the corpora of finished phases.
     """
@@ -103,10 +105,11 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
         with _collected(faults):
             weights_files(folder)
             initial = InitialWeights(folder, "")
-    if (fault := place_fault(config.output_dir)) is not None:
+    if (fault := output_fault(config.output_dir, "auto")) is not None:
         faults.append(fault)
-    with _collected(faults):
-        check_monitors(config.monitor)
+    if monitors:
+        with _collected(faults):
+            check_monitors(config.monitor)
     for where, phase in _phases(resolved or config):
         with _collected(faults, where):
             corpus, held_out = open_corpora(phase)
@@ -116,13 +119,13 @@ def file_faults(config: RunConfig) -> tuple[list[str], list[str]]:
                 for_corpus(initial, corpus, config.model.vocabulary)
             if resolved is not None:
                 remarks.update(dict.fromkeys(f"{where}{remark}" for remark in length_remarks(phase, corpus)))
-            remarks.update(dict.fromkeys(corpus_remarks(phase, corpus, held_out)))
+            remarks.update(dict.fromkeys([*corpus_remarks(phase, corpus, held_out), *_dropout_remarks(phase)]))
     return list(dict.fromkeys(faults)), list(remarks)
 
 
 def _check_architecture(config: RunConfig) -> None:
     """Raise ConfigError if transformers refuses the section, attention within documents, or late mask tokens. BERT's
-    own fields are checked without it; a login node may not have it, and the ranks check again."""
+    own fields are checked without it; a login node may lack it, or torch, and the ranks check again."""
     model, pair_head = config.model, config.pair_objective is not None
     documents = any(phase.data.attention == "documents" for _, phase in _phases(config))
     phases = [phase.masking for _, phase in _phases(config)]
@@ -131,7 +134,8 @@ def _check_architecture(config: RunConfig) -> None:
         *((layer, "masking.auto.late_layers") for masking in phases for layer in masking.auto.late_layers),
         (0, ""),
     )
-    if (model.architecture == "bert" and not model.settings) or find_spec("transformers") is None:
+    missing = any(find_spec(package) is None for package in ("transformers", "torch"))
+    if missing or (model.architecture == "bert" and not model.settings):
         return
     from maskvr_ds.models.architectures import check_settings
 
@@ -157,14 +161,8 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
     open_files: see `Corpus`. Raises ConfigError and CorpusError.
     """
     corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
-    positions = config.model.positions
-    if positions is not None and corpus.sequence_length > positions:
-        folder = config.model.initialize_from
-        theirs = f" of {folder}; build the corpus with --sequence-length {positions} or less" if folder else ""
-        raise ConfigError(
-            f"{corpus.folder}: sequences of {corpus.sequence_length} tokens exceed "
-            f"model.max_position_embeddings {positions}{theirs}"
-        )
+    if fault := config.model.row_fault(corpus.sequence_length, corpus.manifest.special_tokens.pad):
+        raise ConfigError(f"{corpus.folder}: {fault}")
     check_masking(config, corpus)
     for one in members(corpus):
         check_objectives(config, one)
@@ -181,6 +179,23 @@ def corpus_remarks(config: RunConfig, corpus: Corpus, held_out: Corpus | None) -
         found += document_remarks(corpus)
     # A held-out corpus is written by the same command as the corpus: one remark serves for both.
     return [*found, *(corpus.remarks or (() if held_out is None else held_out.remarks))]
+
+
+def _dropout_remarks(config: RunConfig) -> list[str]:
+    """What GPUs will refuse, which may be others than this machine's."""
+    setting, dropout = config.model.attention_dropout
+    if config.data.attention == "rows" or not dropout:
+        return []
+    try:
+        halves = [name for name in ("bf16", "fp16") if enabled(run_deepspeed_config(config), name)]
+    except ConfigError:  # among the settings' faults
+        return []
+    if not halves:
+        return []
+    return [
+        f"{setting} is {dropout:g}: attention within documents (data.attention) has no dropout on GPUs in {halves[0]}, "
+        "where the run will end before its first step; set it to 0"
+    ]
 
 
 def check_same_tokenizer(corpus: Corpus, first: Corpus) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from maskvr_ds.checkpoint import load
 from maskvr_ds.checkpoint.export import export
+from maskvr_ds.config.architectures import longest_row
 from maskvr_ds.run_folder.checkpoints import complete_checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import Life, column, configuration, free_ports, live, metrics, train_all
@@ -86,6 +87,10 @@ def test_the_export_is_the_trained_model(runs: Path, architecture: str, tmp_path
     logits = model.eval()(input_ids=probe["input_ids"], attention_mask=probe.get("attention_mask")).logits
     places = probe["positions"][..., None].expand(-1, -1, logits.shape[-1])
     torch.testing.assert_close(logits.gather(1, places), probe["logits"], rtol=1e-5, atol=1e-5)
+    # All positions that the model has for tokens, and no more.
+    batch = AutoTokenizer.from_pretrained(tmp_path / "model")("w1 " * 100, truncation=True, return_tensors="pt")
+    assert batch["input_ids"].shape == (1, longest_row(architecture, 64, pad=1))
+    assert model(**batch).logits.isfinite().all()
 
 
 def test_learns(runs: Path, architecture: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,8 @@ def test_a_named_checkpoint_or_run(tmp_path: Path) -> None:
     assert found(tmp_path / "old", str(later)) == later
     with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
         find(tmp_path / "new", str(tmp_path / "empty"))
+    with pytest.raises(CheckpointError, match=rf"; name its run, {re.escape(str(tmp_path / 'old'))}$"):
+        find(tmp_path / "new", str(later.parent))
 
 
 def test_origin_is_used_until_the_first_own_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, RobertaConfig
 
 from data_pipeline.files import sha256_file
 from maskvr_ds.cli.main import main
@@ -158,7 +158,14 @@ FAULTS: dict[str, tuple[Case, str]] = {
     ),
     "a key twice": (deepspeed('{"a": 1, "a": 2}'), "key a is given twice"),
     "a batch of no rank": (settings(batch={"global_size": 10, "micro_size": 4}), "10 is not a multiple of batch.micro"),
-    "a batch of 7 ranks": (lambda *_: ["--num-gpus", "7"], "× 7 ranks"),
+    "a micro-batch that is no divisor": (
+        settings(batch={"global_size": 20, "micro_size": 6}),
+        "; set batch.micro_size to 5, or batch.global_size to (18|12) or 24",
+    ),
+    "a batch of 7 ranks": (
+        lambda *_: ["--num-gpus", "7"],
+        "ranks = 224; set batch.global_size to 224, or to 63 or 70 with a batch.micro_size that divides",
+    ),
     "a batch of the hostfile": (hostfile, "× 7 ranks"),
     "another mask id": (other_mask("."), "copy/manifest.json: sha256 "),
     "another mask id of the held-out corpus": (other_mask("held_out"), "copy/held_out/manifest.json: sha256 "),
@@ -201,6 +208,10 @@ FAULTS: dict[str, tuple[Case, str]] = {
     "rows longer than the positions of another architecture": (
         other_model({"preset": "roberta-base", "settings": {"max_position_embeddings": 16}}),
         "sequences of 32 tokens exceed model.max_position_embeddings 16",
+    ),
+    "rows of all positions where some are not used": (
+        other_model({"preset": "roberta-base", "settings": {"max_position_embeddings": 32}}),
+        "embeddings 32, of which roberta uses 31 .*; build the corpus with --sequence-length 31 or less",
     ),
     "an initial model of another vocabulary": (
         initial_model(vocab_size=400),
@@ -284,3 +295,54 @@ def test_a_corpus_of_an_earlier_version(good: Path, tmp_path: Path, capsys: pyte
     assert main(["config", "--config", str(config)]) == 0
     line, _ = capsys.readouterr().err.splitlines()
     assert f"warning: {path / 'manifest.json'}: not hashed (written by an earlier version)" in line
+
+
+def test_positions_of_an_initial_model_with_a_table_of_them(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No setting makes the table longer; rotary positions have none."""
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    RobertaConfig(**small, max_position_embeddings=40).save_pretrained(tmp_path / "roberta")
+    ModernBertConfig(**small, max_position_embeddings=40).save_pretrained(tmp_path / "modernbert")
+    words = ["config", "--config", "demo_cpu", "--no-files", "--set", f"data.path={good}"]
+
+    def status(name: str) -> int:
+        model = f"model={{initialize_from: {tmp_path / name}, settings: {{max_position_embeddings: 66}}}}"
+        return main([*words, "--set", model])
+
+    assert status("modernbert") == 0
+    assert status("roberta") == 1
+    message = "settings.max_position_embeddings is 66, and .* has 40; its weights require its own value: remove the"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_that_no_run_may_write_to(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corpus itself, for example; a run's own folder is right, for a resume."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values_of(good, good)))
+    assert main(["config", "--config", str(config)]) == 1
+    assert "corpus: not empty and not a run's folder" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("schema: 2\n")
+    config.write_text(yaml.safe_dump(values_of(tmp_path / "run", good)))
+    assert main(["config", "--config", str(config)]) == 0
+
+
+def test_dropout_that_gpus_will_refuse_is_warned_of(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By documents in half precision. No fault: this machine may not be the one that trains."""
+
+    def warned(dropout: float, **changes: Any) -> bool:
+        settings = {**dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 2)}
+        model = {"architecture": "roberta", "settings": {**settings, "attention_probs_dropout_prob": dropout}}
+        values = {"data": {"path": str(good), "attention": "documents"}, "deepspeed": "zero1_bf16", **changes}
+        values |= {"output_dir": str(tmp_path / "run"), "training": {"steps": 1}, "model": model}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        assert main(["config", "--config", str(tmp_path / "run.yaml")]) == 0
+        return "model.settings.attention_probs_dropout_prob is 0.1: attention within" in capsys.readouterr().err
+
+    assert warned(0.1)
+    assert not warned(0.0)
+    assert not warned(0.1, deepspeed="zero1_fp32")
+    assert not warned(0.1, data={"path": str(good)})

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 
 from cluster.__main__ import main
 from cluster.slurm.command import config_file, dependency_options, parse_nodes, parse_time
@@ -98,11 +99,64 @@ def test_invalid_options_are_rejected(
 
 
 @pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"model": "{initialize_from: bert}"}, "its tokenizer has 15 tokens, but the model in bert has 300"),
+        ({"model": "{initialize_from: none/at/all}"}, "initialize_from none/at/all: no such folder"),
+        ({"deepspeed": "own.json"}, "own.json: sets train_batch_size to 32, which the run's config owns"),
+        ({"model": "{preset: roberta-base, settings: {hiden_size: 8}}"}, "settings.hiden_size: unknown key"),
+        ({"masking.strategy": "auto", "masking.auto.rows": "1000"}, "masking.auto.rows 1000: .* has only 10 rows"),
+    ],
+)
+def test_what_the_configuration_names_is_checked(
+    sets: dict[str, str],
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As `maskvr config` does, so that no job waits in the queue to fail at its first step."""
+    monkeypatch.chdir(tmp_path)
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(**small, vocab_size=300)).save_pretrained("bert")
+    Path("own.json").write_text('{"zero_optimization": {"stage": 1}, "train_batch_size": 32}', encoding="utf-8")
+    text = "output_dir: run\ntraining: {steps: 5}\nbatch: {global_size: 8, micro_size: 8}\n"
+    Path("run.yaml").write_text(text, encoding="utf-8")
+    values = {"data.path": str(corpus), "evaluation.every_steps": 0, **sets}
+    words = ["slurm", "--config", "run.yaml", "--nodes", "1", *ON_CPUS, "--print"]
+    words += [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(message, err), err
+    if "initialize_from" in sets.get("model", ""):
+        # A run that has started needs the folder no longer.
+        Path("run").mkdir()
+        Path("run/config.yaml").write_text("schema: 3\n", encoding="utf-8")
+        assert main(words) == 0
+
+
+def test_settings_of_other_architectures_on_a_login_node_without_torch(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ranks check them again."""
+    words = [*on(corpus), "--nodes", "1", *ON_CPUS, "--print", "--set", f"output_dir={tmp_path}/run"]
+    words += ["--set", "model={preset: roberta-base, settings: {hiden_size: 8}}"]
+    assert main(words) == 1
+    assert "unknown key of RobertaConfig" in capsys.readouterr().err
+    for package in ("torch", "transformers"):
+        monkeypatch.setattr("maskvr_ds.training.references.find_spec", lambda name, gone=package: name != gone or None)
+        assert main(words) == 0
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
         ("--held-out 1", "held-out share 1.0: must be from 0 to below 1"),
+        ("--held-out-by file", "held out by 'file': must be omitted: no held-out share is given (--held-out)"),
         ("--bins 16", "bins (16,): must be omitted: only packing documents uses them"),
-        ("--tokenizer none", "none: no such file or folder"),
+        ("--tokenizer none", "--tokenizer none: no such folder, and the model of this name is not in the cache"),
         ("--tokenizer texts", "texts: no tokenizer there (neither tokenizer.json nor vocab.txt)"),
         ("--output texts", "texts: output folder is not empty and holds no build"),
         ("--output texts/a.txt", "texts/a.txt: is a file"),
@@ -117,6 +171,7 @@ def test_invalid_build_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = build_words(tmp_path, corpus)
     (tmp_path / "my texts").rename("texts")
     words[1] = "texts"

@@ -3,17 +3,18 @@
 import dataclasses
 import itertools
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.__main__ import main
-from cluster.slurm.corpora import Build, check_corpora, parse_build
+from cluster.slurm.corpora import Build, check_corpora, check_initial_model, parse_build
 from cluster.slurm.script import SlurmError
 from data_pipeline.__main__ import main as pipeline
 from data_pipeline.manifest import read_manifest
-from maskvr_ds.config import ConfigError, load_config
+from maskvr_ds.config import ConfigError, ModelConfig, load_config
 from maskvr_ds.training.references import open_corpora
 from tests.support.corpora import make_corpus
 from tests.support.scripts import build_words
@@ -60,6 +61,25 @@ def test_rejects_the_same_corpora_as_training(folder: Path, sets: dict[str, obje
     with pytest.raises(ValueError, match=r"."):
         open_corpora(bad)
     check_corpora(load_config("demo_cpu", [*configured({"data.held_out_path": "none"}), "evaluation.every_steps=0"]))
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_rows_as_long_as_the_architecture_reads(tmp_path: Path, built: bool) -> None:
+    """ModernBERT has no table of 512 positions; RoBERTa counts its own from pad_token_id + 1."""
+    make_corpus(tmp_path / "corpus", rows=10, words=10, length=600)
+    values = [f"output_dir={tmp_path}/run", f"data.path={tmp_path}/corpus", "evaluation.every_steps=0"]
+    build = Build((), tmp_path / "corpus", (), 600, held_out=False) if built else None
+
+    def check(model: str) -> None:
+        check_corpora(load_config("modernbert_domain", [*values, "data.attention=rows", f"model={model}"]), build)
+
+    check("{preset: modernbert-base}")
+    check("{preset: roberta-base, settings: {max_position_embeddings: 601}}")
+    with pytest.raises(ConfigError, match=r"600 tokens exceed model.max_position_embeddings 514"):
+        check("{preset: roberta-base}")
+    if not built:
+        with pytest.raises(ConfigError, match=r"embeddings 600, of which roberta uses 599 .* --sequence-length 599 or"):
+            check("{preset: roberta-base, settings: {max_position_embeddings: 600}}")
 
 
 def test_phases_and_mixtures(folder: Path) -> None:
@@ -134,6 +154,40 @@ def test_inputs_of_a_build(folder: Path, tmp_path: Path) -> None:
         parse_build(f"--input {tmp_path} {rest} --workers x")
 
 
+def test_a_tokenizer_that_is_not_the_initial_models(folder: Path, tmp_path: Path) -> None:
+    build = parse_build(shlex.join(build_words(tmp_path, folder / "good")))
+    model = tmp_path / "model"
+    shutil.copytree(folder / "good" / "tokenizer", model)
+    (model / "config.json").write_text('{"model_type": "modernbert"}')
+    with pytest.raises(ConfigError, match=r"has no model.safetensors"):
+        check_initial_model(ModelConfig(initialize_from=model), build)
+    (model / "model.safetensors").touch()
+    check_initial_model(ModelConfig(initialize_from=model), build)
+    shutil.copy(folder / "other" / "tokenizer" / "tokenizer.json", model)
+    with pytest.raises(ConfigError, match=rf"token ids of .*tokenizer differ from .* --tokenizer {model}, or set"):
+        check_initial_model(ModelConfig(initialize_from=model), build)
+    check_initial_model(ModelConfig(initialize_from=model, vocabulary="match"), build)
+
+
+def test_a_tokenizer_by_its_name_on_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job gets the folder, and its container what the links in there lead to."""
+    model = tmp_path / "hub" / "models--lab--bert"
+    snapshot = model / "snapshots" / ("0" * 40)
+    shutil.copytree(folder / "good" / "tokenizer", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(snapshot))
+    monkeypatch.chdir(tmp_path)
+    words = build_words(tmp_path, folder / "good")
+    words[words.index("--tokenizer") + 1] = "lab/bert"
+    words += ["--held-out", "0.5"]
+    build = parse_build(shlex.join(words))
+    assert build.words == (*words, "--tokenizer", str(snapshot))
+    assert build.inputs[0] == snapshot
+    options = ["--nodes", "1", "--gpus-per-node", "1", "--container", "i.sif", "--build-data", shlex.join(words)]
+    sets = ["--set", f"data.path={tmp_path}/built", "--set", f"output_dir={tmp_path}/run"]
+    assert main(["slurm", "--config", "demo_cpu", *options, *sets]) == 0
+    assert str(model) in binds(tmp_path / "run" / "slurm" / "data.sbatch")
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path, described: bool) -> None:
     """Compared with the build itself: its own output is accepted, started or finished; what it rejects is not."""
@@ -142,9 +196,10 @@ def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path
         source = {"name": "a", "inputs": [str(tmp_path / "my texts")]}
         (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({"sources": [source]}))
         words[:2] = ["--description", str(tmp_path / "corpus.yaml")]
-    words += ["--packing", "sop", "--columns", "word_start"]
+    words += ["--packing", "sop", "--columns", "word_start", "--held-out", "0.1", "--held-out-by", "file"]
     output = tmp_path / "built"
-    (tmp_path / "my texts" / "a.txt").write_text("w1 w2 w3. w4 w5.\n" * 20)
+    for name in "ac":
+        (tmp_path / "my texts" / f"{name}.txt").write_text("w1 w2 w3. w4 w5.\n" * 20)
     output.mkdir()
     parse_build(shlex.join(words))
     assert not list(output.iterdir()), "asking leaves nothing there"
@@ -156,6 +211,7 @@ def test_output_folder_of_another_build_is_rejected(folder: Path, tmp_path: Path
     for change, what in (
         (["--seed", "5"], "seed was 0, is now 5"),
         (["--packing", "nsp"], "packing was sop, is now nsp"),
+        (["--held-out-by", "document"], "held_out_by was file, is now document"),
     ):
         with pytest.raises(SlurmError, match=rf"^--build-data: .*built: .* with other arguments: {what}"):
             parse_build(shlex.join([*words, *change]))

@@ -191,6 +191,8 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
         ("model.preset=bert-huge", "model.preset: Input should be 'bert-tiny'"),
         ("schedule.warmup_steps=101", "schedule.warmup_steps 101 exceeds the schedule's 100 steps"),
         ("training.schedule_steps=50", "training.steps 100 exceeds training.schedule_steps 50"),
+        ("schedule.initial_lr=1e-5", "schedule.initial_lr 1e-05: there is no warm-up that it belongs to; set schedule"),
+        ("schedule.warmup_power=2", "schedule.warmup_power 2: there is no warm-up"),
         ("schedule.final_lr=1", "schedule.final_lr 1.0 exceeds optimizer.lr"),
         ("training={}", "training.steps: required, but not given"),
         ("seed", "section.field=value expected"),
@@ -229,7 +231,7 @@ def test_global_batch_divides() -> None:
     assert config.accumulation_steps(8) == 64
     with pytest.raises(ConfigError, match=r"32768 is not a multiple of .* 64 × 24 ranks = 1536.*32256 or 33792"):
         config.accumulation_steps(24)
-    with pytest.raises(ConfigError, match=r"set batch\.global_size to 65536,"):
+    with pytest.raises(ConfigError, match=r"set batch\.micro_size to 32, or batch\.global_size to 65536$"):
         config.accumulation_steps(1024)
 
 

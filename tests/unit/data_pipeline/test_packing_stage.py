@@ -209,7 +209,8 @@ def corpus_documents_of(folder: Path) -> list[list[int]]:
         ({"packing": "documents", "bins": (12, 10)}, "bins .12, 10.: must be ascending"),
         ({"packing": "documents", "bins": (16,)}, "below the sequence length"),
         ({"packing": "nsp", "pair_probability": 1.0}, "pair probability 1.0: must be above 0 and below 1"),
-        ({"weights": {"x": 2.0}}, "weight of 'x': unknown source, .* has "),
+        ({"pair_probability": 0.3}, "pair probability 0.3: must be omitted: only packings nsp and sop use it"),
+        ({"weights": {"x": 2.0}}, "weight of 'x': unknown source, .* has none with a name"),
         ({"weights": {"": -1.0}}, "weight of '' -1.0: must be above 0"),
     ],
 )

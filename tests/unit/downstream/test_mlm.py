@@ -8,6 +8,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from maskvr_ds.cli import main
+from maskvr_ds.downstream import mlm
 from tests.support.corpora import SPECIAL, make_corpus
 
 WORDS = 20
@@ -41,7 +42,7 @@ def test_a_corpus_without_held_out_rows_is_read_itself(folder: Path, capsys: pyt
     [
         ("missing", "corpus", "missing: no such folder; expected a run, a checkpoint or a model saved by transformers"),
         ("empty", "corpus", "has no config.json"),
-        ("short", "corpus", "sequences of 24 tokens, .*short has 16 positions; build the corpus with"),
+        ("short", "corpus", "24 tokens exceed model.max_position_embeddings 16 of .*short; build the corpus with"),
         ("model", "other", "its tokenizer has 26 tokens, but the model in .*model has 25"),
         ("model", "empty", "manifest.json"),
     ],
@@ -54,3 +55,14 @@ def test_refusals(folder: Path, model: str, corpus: str, message: str, capsys: p
     assert out == ""
     assert len(err.splitlines()) == 1
     assert re.search(message, err), err
+
+
+def test_models_that_attend_in_different_ways_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mlm.Source(folder / "run", is_checkpoint=True)
+    sources = {"run": run, "model": mlm.Source(folder / "model", is_checkpoint=False)}
+    monkeypatch.setattr(mlm.checkpoints, "read_state", lambda path: path)
+    monkeypatch.setattr(mlm, "separator_of", lambda state: 3)
+    assert re.search("run: attention within documents, .* model: over complete", mlm._attention_remark(sources) or "")
+    assert mlm._attention_remark({"run": run, "other": run}) is None
+    monkeypatch.setattr(mlm, "separator_of", lambda state: None)
+    assert mlm._attention_remark(sources) is None

@@ -71,7 +71,7 @@ FAULTS = [
         "nodes that the batch does not fit",
         f"{SLURM} --nodes 7",
         "7 nodes: batch.global_size 8 is not a multiple of batch.micro_size 4 × 7 ranks = 28; set "
-        "batch.global_size to 28, or change batch.micro_size",
+        "batch.global_size to 28, or to 7 or 14 with a batch.micro_size that divides a rank's share",
     ),
     Fault(
         "a time limit that is no time",

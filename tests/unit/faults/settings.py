@@ -170,13 +170,13 @@ FAULTS = [
         "a batch that micro-batches do not divide",
         "batch.global_size=10",
         "batch.global_size 10 is not a multiple of batch.micro_size 4 × 1 ranks = 4; set "
-        "batch.global_size to 8 or 12, or change batch.micro_size",
+        "batch.micro_size to 2, or batch.global_size to 8 or 12",
     ),
     Fault(
         "a batch that the ranks do not divide",
         f"{CONFIG} --num-gpus 7",
         "batch.global_size 8 is not a multiple of batch.micro_size 4 × 7 ranks = 28; set "
-        "batch.global_size to 28, or change batch.micro_size",
+        "batch.global_size to 28, or to 7 or 14 with a batch.micro_size that divides a rank's share",
     ),
     sets(
         "no corpus there",

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
 from maskvr_ds.config import ConfigError, ModelConfig
-from maskvr_ds.config.architectures import PRESETS, TESTED
+from maskvr_ds.config.architectures import PRESETS, TESTED, longest_row
 from maskvr_ds.models import architectures
 from maskvr_ds.models.architectures import check_settings, transformers_config
 from maskvr_ds.models.capabilities import check_buffers, check_length, check_model
@@ -251,6 +251,7 @@ def test_the_documented_table_is_what_the_models_say() -> None:
         module = MaskedLanguageModel(config_of(name.strip("`")))
         lost = int(longest.removeprefix("N").replace(" ", "").replace("−", "-") or "0")
         check_length(module, 64 + lost)
+        assert longest_row(name.strip("`"), 64, pad=1) == 64 + lost
         with pytest.raises(ConfigError, match="rows of"):
             check_length(module, 64 + lost + 1)
         found = (type(module.mlm).__name__, module.mlm.config._attn_implementation)

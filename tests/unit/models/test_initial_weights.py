@@ -282,8 +282,21 @@ def test_padded_tables_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_where_the_transformer_of_a_sentence_encoder_is(tmp_path: Path) -> None:
     saved(tmp_path / "0_Transformer", "mpnet", base=True)
-    with pytest.raises(ConfigError, match=r"has no config.json; its transformer may be in .*0_Transformer"):
+    with pytest.raises(ConfigError, match=r"has no config.json; the model may be in .*0_Transformer"):
         weights_files(tmp_path)
+
+
+def test_runs_checkpoints_and_the_hubs_cache_are_no_models(tmp_path: Path) -> None:
+    run, cache = tmp_path / "run", tmp_path / "models--lab--x"
+    checkpoint = run / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").touch()
+    for folder in (run, checkpoint):
+        with pytest.raises(ConfigError, match=rf"a checkpoint: export it .*maskvr export --checkpoint {folder} --out"):
+            weights_files(folder)
+    saved(cache / "snapshots" / "1234", "mpnet")
+    with pytest.raises(ConfigError, match=r"the model may be in .*models--lab--x/snapshots/1234"):
+        weights_files(cache)
 
 
 def test_faults_are_found_before_ranks_start(tmp_path: Path) -> None:
