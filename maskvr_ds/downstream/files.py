@@ -90,10 +90,12 @@ def _home(task: Task, folder: Path) -> Path:
         raise TaskError(f"--data {folder}: no such folder")
     names = {task.name, task.folder.lower(), task.folder.lower().replace("-", "")} - {""}
     for parent in (folder, folder / "glue"):
-        if parent.is_dir() and names:
-            for found in sorted(parent.iterdir()):
-                if found.name.lower() in names and found.is_dir():
-                    return found
+        inner = sorted(parent.iterdir()) if parent.is_dir() and names else []
+        # The task's own name first: a folder squad next to squad_v2 is of another task.
+        inner.sort(key=lambda path: path.name.lower() != task.name)
+        found = [path for path in inner if path.name.lower() in names and path.is_dir()]
+        if found:
+            return next((path for path in found if _find(task, path, task.train) is not None), found[0])
     # The task's own folder; not one that merely lies in it and is of another task.
     if task.is_glue and _find(task, folder, task.train) is not None and folder.resolve().name.lower() in names:
         return folder

@@ -118,6 +118,18 @@ def test_versions_are_not_mixed(tmp_path: Path) -> None:
         read_task(V1, two)
 
 
+def test_folders_of_both_versions_side_by_side(tmp_path: Path) -> None:
+    one, two = write_squad(tmp_path / "squad", version=1), write_squad(tmp_path / "squad_v2", version=2)
+    expected = {V1: read_task(V1, one), V2: read_task(V2, two)}
+    assert {task: read_task(task, tmp_path) for task in (V1, V2)} == expected
+    # Of version 2.0 alone, in the folder of the name that both versions share.
+    two.rename(tmp_path / "other")
+    for path in (tmp_path / "other").iterdir():
+        path.rename(one / path.name)
+    (tmp_path / "squad_v2").mkdir()
+    assert read_task(V2, tmp_path) == expected[V2]
+
+
 def test_an_answer_that_is_not_in_its_context(tmp_path: Path) -> None:
     """It is counted, is no target of training, and still counts in scoring."""
     good = ("q", "w1 w2 w3", [("w2", 3)])
