@@ -40,7 +40,7 @@ ROWS = {
         {"checksums"},
         {"console", "files", "numbers"},
     ],
-    "cluster": [{"__main__"}, {"hosts", "slurm", "status"}],
+    "cluster": [{"__main__"}, {"hosts", "slurm", "status"}, {"phases"}],
 }
 PACKAGES = tuple(ROWS)
 # Modules that run without torch installed.
@@ -48,6 +48,7 @@ TORCH_FREE = {
     "maskvr_ds": (
         "cli",
         "config",
+        "data.vocabulary",
         "run_folder",
         "runtime.files",
         "runtime.heartbeats",
@@ -76,8 +77,8 @@ TORCH_FREE = {
     "cluster": ("",),
 }
 HEAVY = {"torch", "deepspeed", "transformers"}
-# The Slurm commands check corpora before a job is queued.
-PIPELINE_OF_SLURM = {"build", "files", "manifest", "outputs", "packing", "sources", "tokenization", "__main__"}
+# The Slurm commands check corpora, and find tokenizers by name, before a job is queued.
+PIPELINE_OF_SLURM = {"build", "files", "hub", "manifest", "outputs", "packing", "sources", "tokenization", "__main__"}
 
 
 def files(package: str) -> dict[str, Path]:
