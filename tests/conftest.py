@@ -1,9 +1,12 @@
+import logging
 import os
 import signal
 
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+from maskvr_ds.runtime import logs
 
 # The time of an example depends more on the machine's load than on the code.
 settings.register_profile("no_deadline", deadline=None)
@@ -21,6 +24,14 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_imported() -> None:
+    """A command that an earlier test called in this process has configured them."""
+    logger = logging.getLogger(logs.ROOT)
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
