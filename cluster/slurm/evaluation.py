@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.slurm.script import JobEnvironment, SlurmError, directive, log_pattern, render, words
+from data_pipeline.hub import MODEL_FILES, local_folder
 from maskvr_ds.cli.downstream import check_evaluate
 from maskvr_ds.cli.main import command_parser
 from maskvr_ds.run_folder.layout import JOBS
@@ -58,7 +59,8 @@ def check_options(arguments: argparse.Namespace) -> None:
 def parse_evaluation(text: str, run: Path) -> Evaluation:
     """Parse the value of --evaluate. run: of the training, which need not exist yet.
 
-    Raises SlurmError for arguments that `maskvr evaluate` would reject, and for missing data.
+    A model that is named as on a hub is fetched, as a node may have no access to it; the job finds it in the cache.
+    Raises SlurmError for arguments that `maskvr evaluate` would reject, and for missing models and data.
     """
     said = io.StringIO()
     try:
@@ -66,6 +68,7 @@ def parse_evaluation(text: str, run: Path) -> Evaluation:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             arguments = command_parser().parse_args(["evaluate", *given])
         check_evaluate(arguments)
+        models = [_model(name, run) for name in arguments.models]
     except ValueError as error:
         raise SlurmError(f"--evaluate {text!r}: {error}") from None
     except SystemExit:
@@ -76,10 +79,20 @@ def parse_evaluation(text: str, run: Path) -> Evaluation:
     for option, data in zip(("--data", "--intermediate-data"), folders, strict=False):
         if not data.exists() and not data.is_relative_to(run.absolute()):
             raise SlurmError(f"--evaluate: {option} {data}: no such file or folder; correct the path")
-    # A model that the training will write, or the name of one, does not exist here.
-    reads = [path for name in (*arguments.models, *folders) if (path := Path(name).absolute()).exists()]
+    reads = [path for path in (*models, *folders) if path.exists()]
     output = None if arguments.output is None else Path(arguments.output).absolute()
     return Evaluation(tuple(given), tuple(reads), output)
+
+
+def _model(name: str, run: Path) -> Path:
+    """The folder of a MODEL, which may lie in `run`, and then be written only by the training."""
+    folder = Path(name).absolute()
+    if folder.exists() or folder.is_relative_to(run.absolute()):
+        return folder
+    folder = local_folder(name, MODEL_FILES, "MODEL")
+    if not folder.is_dir():
+        raise SlurmError(f"MODEL {name}: no such folder, and not in the run {run}; correct the path")
+    return folder
 
 
 def evaluation_script(

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from transformers import BertConfig, BertForMaskedLM
 
 from cluster.__main__ import main
 from cluster.slurm.command import config_file, dependency_options, parse_nodes, parse_time
-from cluster.slurm.evaluation import parse_evaluation
 from cluster.slurm.script import SlurmError
 from maskvr_ds.config import RunConfig, load_config
 from tests.support.corpora import make_corpus
@@ -278,29 +276,6 @@ def test_an_edited_configuration_is_not_overwritten(
     assert path.read_text().endswith("# mine\n")
 
 
-def evaluated(corpus: Path, arguments: str, *more: str) -> list[str]:
-    return [*on(corpus), "--set", "output_dir=my run", "--nodes", "1", *ON_CPUS, "--evaluate", arguments, *more]
-
-
-def test_an_evaluation_follows_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "glue").mkdir()
-    words = "'my run' --checkpoints all --tasks sst2 --data glue --jobs 2 --output scores"
-    more = ["--evaluate-time", "2:00:00", "--evaluate-cpus", "3", "--max-restarts", "2", "--sbatch", "comment=mine"]
-    assert main(evaluated(corpus, words, *more)) == 0
-    folder = tmp_path / "my run" / "slurm"
-    assert capsys.readouterr().out.splitlines() == [
-        f"sbatch '{folder}/job.sbatch'",
-        f"sbatch --dependency=afterok:JOB_ID --kill-on-invalid-dep=yes '{folder}/evaluate.sbatch'",
-    ]
-    text = (folder / "evaluate.sbatch").read_text(encoding="utf-8")
-    (options,) = directives(text)
-    assert set(options) >= {"time=2:00:00", "cpus-per-task=3", "signal=B:USR1@300", "requeue", "comment=mine"}
-    assert f"arguments=({words})" in text
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -327,74 +302,3 @@ def test_options_of_another_job_need_one(
     assert main(words) == 1
     assert f"{option}: there is {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("ending", "restarts", "status", "said"),
-    [
-        ("exit 0", 0, 0, "completed"),
-        ("exit 1", 0, 1, "the evaluation ended with status 1"),
-        ("signal", 1, 0, "requeued 7"),
-        ("signal", 2, 1, "as often as --max-restarts allows"),
-    ],
-)
-def test_how_an_evaluation_ends(
-    ending: str, restarts: int, status: int, said: str,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path,
-) -> None:  # fmt: skip
-    """Requeued only before the time limit, and at most --max-restarts times. The stand-in for Python is the command."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "glue").mkdir()
-    words = "'my run' --tasks sst2 --data glue --output scores"
-    assert main(evaluated(corpus, words, "--max-restarts", "2")) == 0
-    text = (tmp_path / "my run" / "slurm" / "evaluate.sbatch").read_text(encoding="utf-8")
-    python = tmp_path / "python"
-    body = 'kill -USR1 "$PPID"; for ((i = 0; i < 300; i++)); do sleep 0.1; done' if ending == "signal" else ending
-    python.write_text(f'#!/bin/bash\nprintf "%s|" "$@" >"{tmp_path}/given"\n{body}\n', encoding="utf-8")
-    python.chmod(0o755)
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text('#!/bin/bash\necho "requeued $2"\n', encoding="utf-8")
-    scontrol.chmod(0o755)
-    script = tmp_path / "script"
-    script.write_text(re.sub(r"^python=.*$", f"python=('{python}')", text, flags=re.M), encoding="utf-8")
-    environment = {
-        "PATH": f"{scontrol.parent}:/usr/bin:/bin",
-        "SLURM_JOB_ID": "7",
-        "SLURM_RESTART_COUNT": str(restarts),
-    }
-    result = subprocess.run(
-        ["bash", str(script)], capture_output=True, text=True, env=environment, timeout=50, check=False
-    )
-    assert (result.returncode, said in result.stdout) == (status, True), result
-    expected = ["-m", "maskvr_ds.cli", "evaluate", "my run", "--tasks", "sst2", "--data", "glue", "--output", "scores"]
-    assert (tmp_path / "given").read_text(encoding="utf-8").split("|")[:-1] == expected
-
-
-def test_held_out_text_is_the_default_task_of_an_evaluation(tmp_path: Path) -> None:
-    """It needs no --output: its figures are in the job's log."""
-    assert parse_evaluation(f"run --data {tmp_path}", tmp_path / "run").output is None
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("'run", "No closing quotation"),
-        ("run", "the following arguments are required: --data"),
-        ("run --tasks sst3 --data glue", "invalid choice: 'sst3'"),
-        ("'my run' --tasks sst2 --data glue", "--output is required"),
-        ("'my run' --tasks sst2 --data absent --output o", "absent: no such file or folder"),
-        ("'my run' --tasks sst2 mlm --data glue --output o", "evaluate them by two commands"),
-        ("'my run' --tasks sst2 --rows 3 --data glue --output o", "--rows is an option of the task mlm"),
-        ("'my run' --shots 1 --jobs 2 --data glue --output o", "--jobs has no meaning with --shots"),
-        ("--tasks sst2 --data glue --output o", "name a MODEL"),
-    ],
-)
-def test_refused_evaluations(
-    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], corpus: Path,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "glue").mkdir()
-    assert main(evaluated(corpus, words, "--print")) == 1
-    assert message in capsys.readouterr().err
