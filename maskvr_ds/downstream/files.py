@@ -90,10 +90,10 @@ def _home(task: Task, folder: Path) -> Path:
         raise TaskError(f"--data {folder}: no such folder")
     names = {task.name, task.folder.lower(), task.folder.lower().replace("-", "")} - {""}
     for parent in (folder, folder / "glue"):
-        inner = sorted(parent.iterdir()) if parent.is_dir() and names else []
-        # The task's own name first: a folder squad next to squad_v2 is of another task.
-        inner.sort(key=lambda path: path.name.lower() != task.name)
+        inner = parent.iterdir() if parent.is_dir() else ()
         found = [path for path in inner if path.name.lower() in names and path.is_dir()]
+        # The task's own name first: a folder squad next to squad_v2 is of another task.
+        found.sort(key=lambda path: (path.name.lower() != task.name, path.name))
         if found:
             return next((path for path in found if _find(task, path, task.train) is not None), found[0])
     # The task's own folder; not one that merely lies in it and is of another task.
