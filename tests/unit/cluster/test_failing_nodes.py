@@ -1,5 +1,6 @@
 """Nodes on which the ranks of a Slurm job fail: named, and excluded after the second time."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_two_failures_at_a_checkpoint_on_one_node_are_followed_by_a_start_withou
         assert (bool(requeued), status == 0) == (again, again), output
     assert updates(tmp_path) == ["JobId=7 ExcNodeList=n2"]
     assert "failed twice at checkpoint: step-1" in output
+
+
+def test_the_end_of_a_requeued_start_does_not_interrupt_the_exclusion(tmp_path: Path) -> None:
+    """Slurm terminates all processes of a start, also one that has just been forked: SIGTERM is ignored by then."""
+    for step in (1, 2):
+        behave(tmp_path, fail_on("n2", step))
+    _, mask = (tmp_path / "ignored").read_text().split()
+    assert int(mask, 16) >> (signal.SIGTERM - 1) & 1
+    assert updates(tmp_path) == ["JobId=7 ExcNodeList=n2"]
 
 
 def test_a_node_that_cannot_be_excluded_is_named(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def behave(
     where = run / f"seed-{seeds[1]}" if seeds else run
     (commands / "srun").write_text(f"#!/bin/bash\ncd '{where}' || exit 1\n{ranks}\n")
     (commands / "squeue").write_text(f"#!/bin/bash\necho \"$*\" >>'{tmp_path}/asked'\nprintf '%s' \"${{QUEUE:-}}\"\n")
-    answers = f"""case "$1 $2" in requeue*) echo "$2" >>'{tmp_path}/requeued' ;;
+    answers = f"""case "$1 $2" in
+    requeue*) echo "$2" >>'{tmp_path}/requeued'; grep SigIgn /proc/$PPID/status >'{tmp_path}/ignored' ;;
     update*) echo "${{*:2}}" >>'{tmp_path}/updated'; exit "${{REFUSE:-0}}" ;;
     "show job") echo "   ReqNodeList=(null) ExcNodeList=${{EXCLUDED:-(null)}} " ;; *) echo n1 ;; esac"""
     (commands / "scontrol").write_text(f"#!/bin/bash\n{answers}\n")
