@@ -1,9 +1,9 @@
 """Runs of several masking settings at equal seconds: what masks.py and masks_continued.py have in common.
 
-`Benchmark.run_all` tunes the learning rate of uniform masks at 15% on a seed of its own, measures the CPU-seconds of a
-step of every case in one process, cases taking turns, and trains every case once per seed. It resumes where it was
-stopped: WORK/runs/CASE-SEED.json exists for every complete run. Runs are ordered by seed, so that an early end leaves
-complete seeds.
+`Benchmark.run_all` tunes the learning rate of uniform masks at 15%, and of cases that ask for it, on a seed of its own,
+measures the CPU-seconds of a step of every case in one process, cases taking turns, and trains every case once per
+seed. It resumes where it was stopped: WORK/runs/CASE-SEED.json exists for every complete run. Runs are ordered by seed,
+so that an early end leaves complete seeds.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,14 @@ def read(path: Path) -> Any:
 @dataclass(frozen=True)
 class Benchmark:
     """work: folder with `corpus`, and for the results. common: settings of all runs, on top of the recipe `demo_cpu`.
-    cases: name → settings; the one of strategy auto has the name of its strategy. layers: at which [MASK] may enter
-    under auto."""
+    cases: name → settings; the one of strategy auto has the name of its strategy. tuned_as: case → the one whose
+    learning rate it takes; others take that of uniform masks at 15%. layers: at which [MASK] may enter under auto."""
 
     work: Path
     common: Settings
     cases: dict[str, Settings]
     learning_rates: tuple[float, ...]
+    tuned_as: dict[str, str] = field(default_factory=dict)
     layers: tuple[int, ...] = (0,)
 
     def settings(self, **more: Any) -> list[str]:
@@ -136,15 +137,16 @@ class Benchmark:
             write(self.work / "auto_costs_took.json", {"cpu_seconds": cpu})
         return file
 
-    def tuned(self) -> float:
-        """The learning rate at which uniform masks at 15% end lowest, on a seed that is not used otherwise."""
+    def tuned(self, case: str) -> float:
+        """The learning rate at which the case ends lowest, on a seed that is not used otherwise."""
+        own = "" if case == BASELINE else f"_{case}"
+        last = {}
         for rate in self.learning_rates:
-            self.train(f"lr_{rate:g}", TUNING_SEED, {**self.cases[BASELINE], "optimizer.lr": rate})
-        last = {
-            rate: read(self.work / "runs" / f"lr_{rate:g}-{TUNING_SEED}.json")["held_out"][-1][1]
-            for rate in self.learning_rates
-        }
-        print("learning rates, last loss:", ", ".join(f"{rate:g} {x:.3f}" for rate, x in last.items()), flush=True)
+            name = f"lr_{rate:g}{own}"
+            self.train(name, TUNING_SEED, {**self.cases[case], "optimizer.lr": rate})
+            last[rate] = read(self.work / "runs" / f"{name}-{TUNING_SEED}.json")["held_out"][-1][1]
+        found = ", ".join(f"{rate:g} {x:.3f}" for rate, x in last.items())
+        print(f"{case}: learning rates, last loss: {found}", flush=True)
         return min(last, key=lambda rate: last[rate])
 
     def measure_steps(self, rounds: int) -> None:
@@ -164,11 +166,12 @@ class Benchmark:
 
     def run_all(self, arguments: argparse.Namespace) -> None:
         """Everything that is missing. Prints the remaining runs and the hours so far. arguments: of `parser`."""
-        lr = self.tuned()
+        tuned = {case: self.tuned(case) for case in (BASELINE, *sorted(set(self.tuned_as.values())))}
         self.measure_steps(arguments.rounds)
         wanted = list(itertools.product(arguments.seeds, arguments.cases or self.cases))
         for number, (seed, case) in enumerate(wanted):
             started = time.monotonic()
+            lr = tuned[self.tuned_as.get(case, case if case in tuned else BASELINE)]
             self.train(case, seed, {**self.cases[case], "optimizer.lr": lr})
             left = sum(not (self.work / "runs" / f"{c}-{s}.json").exists() for s, c in wanted[number + 1 :])
             took = time.monotonic() - started

@@ -7,8 +7,8 @@ the last loss of uniform masks at 15%.
 
 The domain's corpus is about the first 200 kB of its file, the held-out rows the next 100 kB. The encoder has no
 prediction head: a new one is first trained with it on the general text, and all runs start from the export of that run.
-Then as in mask_runs.py, with the definitions of masks.py; the corruption is 80/10/10. auto measures without a limit
-(max_share: null): with one, none of its measurements fits into so short a run. Resumes where it was stopped.
+Then as in mask_runs.py, with the definitions of masks.py; the corruption is 80/10/10. Under auto's default limit
+(max_share) no measurement fits into so short a run. Resumes where it was stopped.
 """
 
 import math
@@ -109,7 +109,7 @@ def main() -> None:
         "evaluation.every_steps": steps // EVALUATIONS,
         "evaluation.rows": Corpus(work / "held").manifest.rows,
     }
-    auto = {**CASES["auto"], "masking.auto.every_steps": steps // (MEASUREMENTS + 1), "masking.auto.max_share": "null"}
+    auto = {**CASES["auto"], "masking.auto.every_steps": steps // (MEASUREMENTS + 1)}
     Benchmark(work, common, {**CASES, "auto": auto}, LEARNING_RATES).run_all(arguments)
 
 

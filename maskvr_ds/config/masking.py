@@ -39,12 +39,20 @@ MAPNET_MAY_CHANGE = {"lr", "check_every", "mask_share"}
 HELD_OUT_RATE = 0.15
 # Fewest rows of a measurement of auto: an estimate takes products of four different ones, its interval one more.
 FEWEST_ROWS = 5
+# Default of auto.max_rows, in auto.rows.
+_MORE_ROWS = 16
 # Settings that earlier versions did not have, with the value that continues what they did: not part of the identity
 # then, or their checkpoints would not match.
 _ADDED: dict[str, Any] = {"rate_decay": "linear", "late_layer": 0}
 _ADDED_TO_MAPNET: dict[str, Any] = {"learn_every": 1}
 # The same of the subsection auto.
-_ADDED_TO_AUTO: dict[str, Any] = {"proposal_saves": 0.3, "final_share": 0.1, "late_layers": [], "max_share": 0.05}
+_ADDED_TO_AUTO: dict[str, Any] = {
+    "proposal_saves": 0.3,
+    "final_share": 0.1,
+    "late_layers": [],
+    "max_share": 0.05,
+    "max_rows": None,
+}
 
 
 class SpanConfig(Section):
@@ -171,6 +179,9 @@ class AutoConfig(Section):
     as this requires, by the costs that were measured before the first step. null: no limit."""
     rows: Annotated[PositiveRows, Field(ge=FEWEST_ROWS)] = 32
     """Sequences per measurement, at least five: an estimate takes products of four, its interval one more."""
+    max_rows: PositiveRows | None = None
+    """Most sequences per measurement: there are more than `rows` as far as max_share allows every every_steps steps.
+    null: 16 × rows."""
     draws: Annotated[PositiveCount, Field(ge=2, le=64)] = 4
     """Draws per sequence, of two masks each."""
     sketch_size: Annotated[PositiveRows, Field(ge=3, le=2**24)] = 4096
@@ -191,6 +202,17 @@ class AutoConfig(Section):
     costs: PathSetting | None = None
     """File with the seconds of a step per candidate, from `maskvr benchmark masks --config` or another run's
     mask_costs.json on an equal machine; null: measured before the first step."""
+
+    @property
+    def most_rows(self) -> int:
+        """max_rows, with its default."""
+        return _MORE_ROWS * self.rows if self.max_rows is None else self.max_rows
+
+    @model_validator(mode="after")
+    def _at_least_rows(self) -> Self:
+        if self.most_rows < self.rows:
+            raise ValueError(f"max_rows {self.max_rows} is below rows {self.rows}; raise it, or set rows lower")
+        return self
 
 
 class MaskingConfig(Section):

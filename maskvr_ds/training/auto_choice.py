@@ -14,6 +14,7 @@ the plan in use:
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -72,10 +73,11 @@ class Rating:
         return estimate / self.seconds, low / self.seconds, high / self.seconds
 
 
-def plain(n: int, rate: float, late: int = 0) -> MaskingPlan:
-    """One mask of a row of n maskable positions per batch: `fully_explored` across epochs if its segments are as long
-    as uniform masks (within a step it is uniform masks then), `uniform` otherwise."""
-    return MaskingPlan(SEGMENTS if predictions_lost(n, rate) <= _LOSS_ALLOWED else UNIFORM, 1, rate, late)
+def plain(counts: int | Counter[int], rate: float, late: int = 0) -> MaskingPlan:
+    """One mask of a row per batch: `fully_explored` across epochs if its segments are as long as uniform masks (within
+    a step it is uniform masks then), `uniform` otherwise. counts: of maskable positions, as `predictions_lost` takes
+    them."""
+    return MaskingPlan(SEGMENTS if predictions_lost(counts, rate) <= _LOSS_ALLOWED else UNIFORM, 1, rate, late)
 
 
 def ladder(rate: float, final_rate: float | None) -> tuple[float, ...]:

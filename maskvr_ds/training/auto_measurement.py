@@ -103,22 +103,25 @@ def late_masks_of(plan: MaskingPlan, corpus: Corpus) -> LateMasks | None:
     return LateMasks(plan.late, corpus.manifest.special_tokens.mask, hidden)
 
 
-def distinct_rows(shares: Sequence[Share], seed: int, count: int) -> NDArray[np.int64]:
-    """The first `count` different rows of an epoch in an order of its own: int64 [count].
-
-    Raises ConfigError if an epoch has fewer.
-    """
+def rows_of_epoch(shares: Sequence[Share], seed: int, count: int) -> NDArray[np.int64]:
+    """The first `count` different rows of an epoch in an order of its own, or all of them: int64 [at most count]."""
     slots, found = sum(share.slots for share in shares), np.empty(0, dtype=np.int64)
     for start in range(0, slots, _ROWS_AT_ONCE):
         more, _ = sample_rows(np.arange(start, min(start + _ROWS_AT_ONCE, slots)), shares, seed)
         found = np.concatenate([found, more])
         _, first = np.unique(found, return_index=True)
         if len(first) >= count:
-            return found[np.sort(first)][:count]
-    raise ConfigError(
-        f"masking.auto.rows {count}: an epoch has only {len(np.unique(found))} different rows, and progress is "
-        "measured on different ones; set it lower, or train on more rows"
-    )
+            break
+    return found[np.sort(first)][:count]
+
+
+def check_rows(shares: Sequence[Share], count: int) -> None:
+    """Raise ConfigError if an epoch has fewer different rows than `count`, masking.auto.rows."""
+    if (found := len(rows_of_epoch(shares, 0, count))) < count:
+        raise ConfigError(
+            f"masking.auto.rows {count}: an epoch has only {found} different rows, and progress is measured on "
+            "different ones; set it lower, or train on more rows"
+        )
 
 
 def measure_candidates(

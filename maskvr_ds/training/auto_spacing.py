@@ -1,9 +1,12 @@
-"""Steps between the measurements of masking.strategy auto: they may take a share of the seconds of the steps at most.
+"""Rows of a measurement of masking.strategy auto, and steps between two: measurements may take a share of the seconds
+of the steps at most.
 
-A measurement takes 2 R D gradients of single rows (R `auto.rows`, D `auto.draws`) for each kind of masks, as many for
-any batch size: a few steps of thousands of rows, or dozens of steps of 32. Its seconds are counted as gradients times
-the seconds of one, which are measured once, with the costs of the candidates (mask_costs.py). The interval follows from
-these and from the configuration alone: ranks, resumes and repeats measure after the same steps. Loads no torch.
+A measurement takes 2 R D gradients of single rows (R rows, D `auto.draws`) for each kind of masks, as many for any
+batch size: with `auto.rows` a small part of a step of thousands of rows, or dozens of steps of 32. Where it takes less
+than its share, it has more rows, since the intervals of its estimates shrink with their square root; where it takes
+more, it comes less often. Its seconds are counted as gradients times the seconds of one, which are measured once, with
+the costs of the candidates (mask_costs.py). Rows and interval follow from these, from the configuration and the corpus
+alone: ranks, resumes and repeats measure after the same steps. Loads no torch.
 """
 
 import math
@@ -51,22 +54,33 @@ def most_passes(config: AutoConfig, rates: Sequence[float], n: int, batch: int, 
 
 @dataclass(frozen=True)
 class Spacing:
-    """every: steps between measurements. price: of a measurement with all candidates, in steps with the masks whose
-    step is the shortest; None: not known. asked: masking.auto.every_steps. share: masking.auto.max_share."""
+    """every: steps between measurements. rows: of a measurement. price: of a measurement with all candidates, in steps
+    with the masks whose step is the shortest; None: not known. asked: masking.auto.every_steps. share:
+    masking.auto.max_share."""
 
     every: int
+    rows: int
     price: float | None
     asked: int
     share: float | None
 
     @classmethod
-    def of(cls, config: AutoConfig, costs: StepCosts, most: int) -> Self:
-        """The shortest interval of at least every_steps at which measurements of `most` passes take at most max_share
-        of the seconds of the steps, whatever masks are chosen."""
-        share, asked = config.max_share, config.every_steps
+    def of(cls, config: AutoConfig, costs: StepCosts, most: int, available: int) -> Self:
+        """The most rows, from auto.rows to auto.max_rows, whose measurements take at most max_share of the seconds of
+        every_steps steps, whatever masks are chosen; if these are not even auto.rows, the shortest interval at which
+        theirs do.
+
+        most: passes of a measurement of auto.rows rows. available: different rows that can be drawn.
+        """
+        share, asked, rows = config.max_share, config.every_steps, config.rows
         price = None if costs.per_pass is None else most * costs.per_pass / costs.shortest
-        every = asked if price is None or share is None else max(asked, math.ceil(price / share))
-        return cls(every, price, asked, share)
+        if price is None or share is None:
+            return cls(asked, rows, price, asked, share)
+        if price > share * asked:
+            return cls(math.ceil(price / share), rows, price, asked, share)
+        more = min(math.floor(rows * share * asked / price), config.most_rows, available)
+        more = max(more, rows)
+        return cls(asked, more, price * more / rows, asked, share)
 
     @property
     def limited(self) -> bool:
@@ -87,7 +101,7 @@ class Spacing:
 
     def __str__(self) -> str:
         """When and why, for people."""
-        when = f"measures every {self.every:,} steps"
+        when = f"measures on {self.rows:,} rows every {self.every:,} steps"
         if self.price is None:
             return f"{when}: what a measurement takes is not known"
         number = f"{self.price:,.3g}"

@@ -35,7 +35,7 @@ from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.keys import AUTO
 from maskvr_ds.data.loader import Loader, RepeatSchedule
 from maskvr_ds.engine.master_weights import full_fp32_weights
-from maskvr_ds.masking.checks import segments
+from maskvr_ds.masking.checks import maskable_counts, segments
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
@@ -58,10 +58,10 @@ from maskvr_ds.training.auto_choice import (
 )
 from maskvr_ds.training.auto_measurement import (
     Candidates,
-    distinct_rows,
     late_masks_of,
     measure_candidates,
     rate_plans,
+    rows_of_epoch,
 )
 from maskvr_ds.training.auto_spacing import Spacing, most_passes, warnings
 from maskvr_ds.training.phases import RunPhase
@@ -105,16 +105,18 @@ class Chooser:
         first_step: int = 0,
     ) -> None:
         config = masking.auto
-        self._config, self._engine, self._masker, self._loader = config, engine, masker, loader
+        self._engine, self._masker, self._loader = engine, masker, loader
         self._proposer, self._costs, self._micro_size, self._seed = proposer, costs, micro_size, seed
-        self._n = loader.corpus.sequence_length - 2
+        self._n, self._counts = loader.corpus.sequence_length - 2, maskable_counts(loader.corpus)
         self._rates, self._final_step = ladder(masking.rate, masking.final_rate), final_step
         proposal, batch = proposer is not None, loader.global_size
         most = most_passes(config, self._rates, self._n, batch, proposal=proposal)
-        self.spacing, self._first_step = Spacing.of(config, costs, most), first_step
+        available = len(rows_of_epoch(loader.shares, 0, config.most_rows))
+        self.spacing, self._first_step = Spacing.of(config, costs, most, available), first_step
+        self._config = config.model_copy(update={"rows": self.spacing.rows})
         self._trial = ProposalTrial()
         self._late_layers: tuple[int, ...] = ()  # candidates of a measurement
-        self.plan = self._best = plain(self._n, masking.rate)  # _best: by the last measurement
+        self.plan = self._best = plain(self._counts, masking.rate)  # _best: by the last measurement
         self._apply(0)
 
     @property
@@ -198,7 +200,7 @@ class Chooser:
         started, cpu_started, before = time.perf_counter(), time.process_time(), self.plan
         measured: dict[str, Any] = {"passes": 0}
         if self._falls_now(step):
-            chosen = best = plain(self._n, self._rates[-1])
+            chosen = best = plain(self._counts, self._rates[-1])
             rate = f"masking.final_rate {self._rates[-1]:g}" if len(self._rates) > 1 else f"rate {self._rates[-1]:g}"
             late = ", [MASK] from the first layer" if self._config.late_layers else ""
             why = f"the last part of the schedule is trained at {rate}{late}"
@@ -245,13 +247,13 @@ class Chooser:
         """The plain plan of a rate and layer; the present plan, if it is one."""
         present = (self.plan.rate, self.plan.late) == (rate, late)
         own = present and self.plan.segments == 1 and self.plan.strategy != PROPOSAL
-        return self.plan if own else plain(self._n, rate, late)
+        return self.plan if own else plain(self._counts, rate, late)
 
     def _measure(self, key: int) -> tuple[dict[MaskingPlan, Rating], float, dict[str, Any]]:
         """Ratings of all plans; the progress per second of the best proposal that is expected, relative to the present
         plan, NaN if undefined; and the figures for metrics.jsonl."""
         config, corpus, now = self._config, self._loader.corpus, self.plan
-        rows = distinct_rows(self._loader.shares, hashing.fold(key, _ROWS), config.rows)
+        rows = rows_of_epoch(self._loader.shares, hashing.fold(key, _ROWS), config.rows)
         sample = Sample(corpus, rows, key, self._micro_size, distributed.device())
         module = self._full_precision_copy()
         sketcher = Sketcher(module, size=config.sketch_size, seed=hashing.fold(key, _SKETCH))

@@ -39,6 +39,7 @@ from maskvr_ds.data.loader import Loader
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import set_learning_rate
+from maskvr_ds.masking.checks import maskable_counts
 from maskvr_ds.masking.factory import create_masker
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
@@ -67,10 +68,10 @@ logger = logging.getLogger(__name__)
 
 def needed(config: RunConfig, corpus: Corpus) -> Needed:
     """config: of a phase."""
-    masking, n = config.masking, corpus.sequence_length - 2
+    masking, n, counts = config.masking, corpus.sequence_length - 2, maskable_counts(corpus)
     rates = ladder(masking.rate, masking.final_rate)
     divided = any(
-        segment_counts(n, rate, config.batch.global_size) or plain(n, rate).strategy == SEGMENTS for rate in rates
+        segment_counts(n, rate, config.batch.global_size) or plain(counts, rate).strategy == SEGMENTS for rate in rates
     )
     strategies = (*((SEGMENTS,) if divided else ()), *((PROPOSAL,) if masking.auto.proposal else ()))
     return Needed(rates, strategies, masking.auto.late_layers)

@@ -43,7 +43,7 @@ from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.peak_rates import device_peak_tflops
 from maskvr_ds.telemetry.metrics import MetricsLog
 from maskvr_ds.telemetry.metrics_file import AUTO_COSTS_EVENT
-from maskvr_ds.training.auto_measurement import distinct_rows
+from maskvr_ds.training.auto_measurement import check_rows
 from maskvr_ds.training.auto_strategy import Chooser, make_chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
@@ -372,7 +372,7 @@ def _make_log(
 
 def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | None, corpus: Corpus) -> None:
     """Raise ConfigError if auto could not measure the architecture or the corpus, which would show after hours."""
-    distinct_rows(shares(corpus), 0, config.masking.auto.rows)
+    check_rows(shares(corpus), config.masking.auto.rows)
     with torch.random.fork_rng(devices=[]):
         module = MaskedLanguageModel(encoder, separator=separator)
     try:

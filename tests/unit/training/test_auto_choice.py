@@ -1,6 +1,7 @@
 """Decisions of strategy auto: enumerated cases, and what holds for any measurements."""
 
 import math
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -153,6 +154,9 @@ def test_the_plain_plan_predicts_as_many_tokens_as_uniform_masks() -> None:
     assert plain(126, 1 / 7) == MaskingPlan(SEGMENTS, 1, 1 / 7)
     for rate in (0.15, 0.19, 0.24, 0.3, 0.4, 0.6):
         assert plain(126, rate).strategy == UNIFORM
+    # Packed rows: one with two documents more makes 17.7 predictions instead of 18.
+    assert plain(Counter([126] * 10), 1 / 7).strategy == SEGMENTS
+    assert plain(Counter([126] * 9 + [124]), 1 / 7).strategy == UNIFORM
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ from maskvr_ds.training.auto_measurement import (
     Candidates,
     Found,
     _with_less_mask_variance,
-    distinct_rows,
+    check_rows,
     measure_candidates,
     rate_plans,
+    rows_of_epoch,
     total_variance,
 )
 from tests.support.corpora import make_corpus
@@ -181,7 +182,7 @@ def measured(
     stand_in: Any = Proposer()
     masker.parameters = Parameters(proposal=propose)
     loader = Loader(corpus, seed=0, global_size=64)
-    sample = Sample(corpus, distinct_rows(loader.shares, seed, rows), seed, 64, torch.device("cpu"))
+    sample = Sample(corpus, rows_of_epoch(loader.shares, seed, rows), seed, 64, torch.device("cpu"))
     model: Any = sketcher
     before = copy.copy(masker)
     found = measure_candidates(
@@ -303,11 +304,14 @@ def test_rows_are_drawn_as_training_draws_them_and_once(tmp_path: Path) -> None:
         for s, (name, rows) in enumerate((("a", 1000), ("b", 60)))
     )
     loader = Loader(Mixture([one, two], [0.1, 9]), seed=0, global_size=64)
-    rows = distinct_rows(loader.shares, 5, 40)
+    rows = rows_of_epoch(loader.shares, 5, 40)
     assert len(set(rows.tolist())) == 40
     assert (rows >= 1000).mean() > 0.6, "540 of 640 slots"
-    plain = distinct_rows([Share(500, 500)], 7, 12)
+    plain = rows_of_epoch([Share(500, 500)], 7, 12)
     assert len(set(plain.tolist())) == 12
-    assert (distinct_rows([Share(500, 500)], 7, 20)[:12] == plain).all()
+    assert (rows_of_epoch([Share(500, 500)], 7, 20)[:12] == plain).all()
+    small = [Share(50, 500), Share(50, 50)]
+    assert len(rows_of_epoch(small, 0, 101)) == 100
+    check_rows(small, 100)
     with pytest.raises(ConfigError, match=r"auto\.rows 101: an epoch has only 100 different rows"):
-        distinct_rows([Share(50, 500), Share(50, 50)], 0, 101)
+        check_rows(small, 101)

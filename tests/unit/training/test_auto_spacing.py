@@ -34,14 +34,39 @@ def plans(costs: StepCosts) -> list[MaskingPlan]:
 
 
 @given(
-    all_costs(), st.integers(1, 2000), st.floats(0.001, 1), st.integers(1, 10_000), st.integers(0, 10_000), st.data()
+    all_costs(),
+    st.integers(1, 2000),
+    st.floats(0.001, 1),
+    st.integers(1, 300),
+    st.integers(0, 10_000),
+    st.none() | st.integers(0, 2000),
+    st.integers(8, 5000),
+    st.data(),
 )
 def test_measurements_take_at_most_their_share_whatever_is_chosen(
-    costs: StepCosts, asked: int, share: float, most: int, first: int, data: st.DataObject
+    costs: StepCosts,
+    asked: int,
+    share: float,
+    per_row: int,
+    first: int,
+    extra: int | None,
+    available: int,
+    data: st.DataObject,
 ) -> None:
-    spacing = Spacing.of(AutoConfig(every_steps=asked, max_share=share), costs, most)
+    most_rows = None if extra is None else 8 + extra
+    config = AutoConfig(every_steps=asked, max_share=share, rows=8, max_rows=most_rows)
+    spacing = Spacing.of(config, costs, 8 * per_row, available)
+    most = spacing.rows * per_row
     assert costs.per_pass is not None
     assert spacing.every >= asked
+    largest = min(16 * 8 if most_rows is None else most_rows, available)
+    assert 8 <= spacing.rows <= largest
+    assert spacing.price == pytest.approx(most * costs.per_pass / costs.shortest)
+    # No fewer rows than fit, and no more time between measurements than the fewest need.
+    if spacing.rows < largest:
+        assert (spacing.rows + 1) * per_row * costs.per_pass > share * asked * costs.shortest * (1 - 1e-9)
+    if spacing.rows > 8:
+        assert spacing.every == asked
     # Any plan, and any number of passes, between two measurements.
     of_steps = of_measurements = 0.0
     step = first
@@ -68,7 +93,7 @@ def test_measurements_take_at_most_their_share_whatever_is_chosen(
 def test_the_count_is_that_of_the_due_steps(
     every: int, price: float | None, share: float | None, first: int, steps: int
 ) -> None:
-    spacing = Spacing(every, price, every, share)
+    spacing = Spacing(every, 32, price, every, share)
     last = first + steps
     assert spacing.count(first, last) == sum(spacing.due(step, first) for step in range(first + 1, last))
 
@@ -77,11 +102,12 @@ def test_without_a_limit_or_a_price_it_is_every_steps() -> None:
     """In the second phase, too, at the run's multiples: as in earlier versions."""
     costs = StepCosts({0.15: 1.0}, {}, {}, per_pass=1.0)
     for found in (
-        Spacing.of(AutoConfig(every_steps=10, max_share=None), costs, 500),
-        Spacing.of(AutoConfig(every_steps=10), replace(costs, per_pass=None), 500),
+        Spacing.of(AutoConfig(every_steps=10, max_share=None), costs, 500, 1000),
+        Spacing.of(AutoConfig(every_steps=10), replace(costs, per_pass=None), 500, 1000),
     ):
+        assert found.rows == 32
         assert [step for step in range(8, 41) if found.due(step, 7)] == [10, 20, 30, 40]
-    limited = Spacing.of(AutoConfig(every_steps=10, max_share=0.5), costs, 5)
+    limited = Spacing.of(AutoConfig(every_steps=10, max_share=0.5), costs, 5, 32)
     # The phase's first measurement is preceded by as many steps as the others.
     assert [step for step in range(8, 41) if limited.due(step, 7)] == [20, 30, 40]
 
@@ -102,10 +128,10 @@ def test_the_most_expensive_measurement() -> None:
 def test_what_is_said() -> None:
     costs = StepCosts({0.45: 2.0, 0.15: 1.0}, {}, {}, per_pass=0.1)
     config = AutoConfig(every_steps=100)
-    limited = Spacing.of(config, costs, 600)
+    limited = Spacing.of(config, costs, 600, 1000)
     assert str(limited) == (
-        "measures every 1,200 steps: a measurement costs as much as 60 steps, at most 5% of the seconds of the steps "
-        "(masking.auto.max_share)"
+        "measures on 32 rows every 1,200 steps: a measurement costs as much as 60 steps, at most 5% of the seconds of "
+        "the steps (masking.auto.max_share)"
     )
     assert warnings(limited, 0, 4 * 1200 + 1) == []
     (short,) = warnings(limited, 100, 600)
@@ -114,16 +140,23 @@ def test_what_is_said() -> None:
         "that agree: the masks hardly change. Set masking.strategy to a fixed one, train longer, or raise "
         "masking.auto.max_share"
     )
-    cheap = Spacing.of(config, costs, 10)
+    cheap = Spacing.of(config, costs, 10, 32)
     assert str(cheap) == (
-        "measures every 100 steps: a measurement costs as much as 1 step, 1% of the seconds of the steps"
+        "measures on 32 rows every 100 steps: a measurement costs as much as 1 step, 1% of the seconds of the steps"
     )
+    # The seconds that are left of the limit are spent on rows.
+    more = Spacing.of(config, costs, 10, 1000)
+    assert str(more) == (
+        "measures on 160 rows every 100 steps: a measurement costs as much as 5 steps, 5% of the seconds of the steps"
+    )
+    assert Spacing.of(config.model_copy(update={"max_rows": 100}), costs, 10, 1000).rows == 100
+    assert Spacing.of(config, costs, 1, 1000).rows == 16 * 32
     (few,) = warnings(cheap, 0, 4 * 100)
     assert "room for 3 measurements, one every 100 steps" in few
     assert few.endswith("or lower masking.auto.every_steps")
     assert warnings(cheap, 0, 4 * 100 + 1) == []
     assert "room for 1 measurement, one" in warnings(cheap, 0, 101)[0]
-    unlimited = Spacing.of(config.model_copy(update={"max_share": None}), costs, 600)
+    unlimited = Spacing.of(config.model_copy(update={"max_share": None}), costs, 600, 1000)
     assert str(unlimited).endswith("a measurement costs as much as 60 steps, without a limit")
     assert warnings(unlimited, 0, 1000) == []
     assert FEW == 4
@@ -134,13 +167,13 @@ def test_costs_of_earlier_versions_have_no_price() -> None:
     old = StepCosts.read({"uniform": [[0.15, 1.0]], "added": {}, "machine": {}})
     assert old.per_pass is None
     assert "per_pass" not in old.stored()
-    found = Spacing.of(AutoConfig(every_steps=10), old, 600)
+    found = Spacing.of(AutoConfig(every_steps=10), old, 600, 1000)
     assert found.every == 10
-    assert str(found) == "measures every 10 steps: what a measurement takes is not known"
+    assert str(found) == "measures on 32 rows every 10 steps: what a measurement takes is not known"
     (text,) = warnings(found, 0, 1000)
     assert text.startswith("masking.auto.max_share 0.05: not applied: the run or its costs are from an earlier version")
     assert "every 10 steps" in text
-    assert warnings(Spacing.of(AutoConfig(every_steps=10, max_share=None), old, 600), 0, 1000) == []
+    assert warnings(Spacing.of(AutoConfig(every_steps=10, max_share=None), old, 600, 1000), 0, 1000) == []
     new = StepCosts.read({**old.stored(), "per_pass": 0.5})
     assert new.stored()["per_pass"] == 0.5
     for wrong in (0, -1, math.inf, math.nan):

@@ -22,10 +22,21 @@ from maskvr_ds.training.step_costs import StepCosts
 from tests.unit.analysis.test_progress import GOAL, Toy, n
 
 
+def six_words(rows: Any, out: Any) -> None:
+    """Rows of six tokens between two special ones."""
+    out[:] = [2, *[9] * 6, 3]
+
+
 class Double:
     """Test double for masker, loader, proposer and engine."""
 
-    corpus: Any = SimpleNamespace(sequence_length=8, manifest=SimpleNamespace(special_tokens=SimpleNamespace(mask=4)))
+    corpus: Any = SimpleNamespace(
+        sequence_length=8,
+        rows=50,
+        dtype=np.uint16,
+        take=six_words,
+        manifest=SimpleNamespace(special_tokens=SimpleNamespace(mask=4, all=(0, 1, 2, 3, 4))),
+    )
     shares = (Share(50, 50),)
     global_size = 12
     strategy: Any = None
@@ -308,26 +319,45 @@ def test_the_best_rate_is_found(toy: Toy, batch: int, seconds: tuple[float, ...]
     rates = ladder(0.5, GOAL)
     of_rate = dict(zip(rates, (*seconds, seconds[-1]), strict=True))
     exact = {k: toy.exact(k / n, batch) / s for k, s in zip((3, 2, 1), seconds, strict=True)}
-    model: Any = toy.model
-    monkeypatch.setattr(auto_strategy, "Sketcher", lambda *_, **__: model)
-    monkeypatch.setattr(Chooser, "_full_precision_copy", lambda self: None)
-    monkeypatch.setattr(
-        auto_strategy,
-        "distinct_rows",
-        lambda shares, seed, count: np.random.default_rng(seed % 2**63).choice(toy.rows, count, replace=False),
-    )
-    chooser = Chooser(
-        MaskingConfig(strategy="auto", rate=0.5, final_rate=GOAL, auto=AutoConfig(rows=60, draws=4, proposal=False)),
-        engine=None,
-        masker=Masker.for_corpus(toy.corpus.manifest, seed=0, corruption=Corruption(1.0, 0.0)),
-        loader=Loader(toy.corpus, seed=0, global_size=batch),
-        proposer=None,
-        costs=StepCosts(of_rate, {SEGMENTS: 0.0}, {}),
-        micro_size=64,
-        seed=11,
+    chooser = of_toy(
+        toy, batch, AutoConfig(rows=60, proposal=False), StepCosts(of_rate, {SEGMENTS: 0.0}, {}), monkeypatch
     )
     course = [chooser.choose(step, step * batch)["rate"] for step in range(1, 9)]
     assert course == sorted(course, reverse=True)
     assert course[0] == 0.5
     found = dict(zip(rates, (3, 2, 1, 1), strict=True))[course[-1]]
     assert exact[found] == max(exact.values()), (exact, course)
+
+
+def test_a_measurement_has_the_rows_that_its_seconds_allow(toy: Toy, monkeypatch: Any) -> None:
+    rates = ladder(0.5, GOAL)
+    # Masks of four rates, of the goal, and of segments (at the lowest rate, 5 in a batch), 2 · 2 of each of 10 rows: as
+    # many seconds as a step.
+    costs = StepCosts(dict.fromkeys(rates, 1.0), {SEGMENTS: 0.0}, {}, per_pass=1 / (6 * 4 * 10))
+    for limit, expected, every in ((None, 10, 1000), (0.00215, 21, 1000), (0.0005, 10, 2000), (0.05, 40, 1000)):
+        auto = AutoConfig(rows=10, draws=2, proposal=False, max_share=limit, max_rows=40)
+        chooser = of_toy(toy, 5, auto, costs, monkeypatch)
+        assert (chooser.spacing.rows, chooser.spacing.every) == (expected, every)
+        assert chooser.choose(1000, 5000)["passes"] == 5 * 4 * expected
+
+
+def of_toy(toy: Toy, batch: int, auto: AutoConfig, costs: StepCosts, monkeypatch: Any) -> Chooser:
+    """A chooser of the rates 0.5 to GOAL that measures the toy's gradients."""
+    model: Any = toy.model
+    monkeypatch.setattr(auto_strategy, "Sketcher", lambda *_, **__: model)
+    monkeypatch.setattr(Chooser, "_full_precision_copy", lambda self: None)
+    monkeypatch.setattr(
+        auto_strategy,
+        "rows_of_epoch",
+        lambda _, seed, count: np.random.default_rng(seed % 2**63).permutation(toy.rows)[:count],
+    )
+    return Chooser(
+        MaskingConfig(strategy="auto", rate=0.5, final_rate=GOAL, auto=auto),
+        engine=None,
+        masker=Masker.for_corpus(toy.corpus.manifest, seed=0, corruption=Corruption(1.0, 0.0)),
+        loader=Loader(toy.corpus, seed=0, global_size=batch),
+        proposer=None,
+        costs=costs,
+        micro_size=64,
+        seed=11,
+    )
