@@ -159,6 +159,7 @@ def test_a_faulty_file_is_refused(tmp_path: Path, content: str | None, text: str
         ),
         ({"rate_decay": "cosine"}, "rate_decay cosine: strategy auto decides itself when the rate falls; remove"),
         ({"auto": {"rows": 4}}, "masking.auto.rows"),
+        ({"auto": {"rows": 64, "max_rows": 32}}, r"masking\.auto: max_rows 32 is below rows 64; raise it, or set rows"),
         ({"auto": {"late_layers": [1]}}, r"auto\.late_layers 1: all predicted positions must be \[MASK\]"),
         (
             ONLY_MASK | {"auto": {"late_layers": [1]}, "late_layer": 2},
