@@ -58,6 +58,8 @@ from maskvr_ds.training.step_costs import Needed, StepCosts
 
 # Timed rounds, after one that is not.
 _ROUNDS = 5
+# Rows of the timed measurement: its seconds are proportional to them.
+_TIMED_ROWS = 8
 # A case besides the strategies: a step at which MAPNet proposes the masks and does not learn.
 _BETWEEN = "mapnet without learning"
 # Strategy or _BETWEEN, rate, layer at which [MASK] enters.
@@ -324,8 +326,8 @@ def _proposer(config: RunConfig, corpus: Corpus, engine: Any) -> Proposer:
 def _seconds_per_pass(
     config: RunConfig, engine: Any, masker: Masker, loader: Loader, proposer: Proposer | None, costs: StepCosts
 ) -> float:
-    """Seconds of a measurement of all candidates, per pass of a row; a short one before it is the warm-up. Collective:
-    call on all ranks."""
+    """Seconds of a measurement of all candidates, per pass of a row; a short one before it is the warm-up. It has few
+    rows, though at least one per rank where auto.rows has as many. Collective: call on all ranks."""
     chooser = Chooser(
         config.masking,
         engine=engine,
@@ -336,7 +338,7 @@ def _seconds_per_pass(
         micro_size=config.batch.micro_size,
         seed=0,
     )
-    for rows in (FEWEST_ROWS, config.masking.auto.rows):
+    for rows in (FEWEST_ROWS, min(config.masking.auto.rows, max(_TIMED_ROWS, distributed.world_size()))):
         distributed.barrier()
         distributed.wait_for_device()
         start = _clock()

@@ -4,6 +4,7 @@ tests/distributed/test_auto.py."""
 import json
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,7 +160,7 @@ def test_a_faulty_file_is_refused(tmp_path: Path, content: str | None, text: str
         ),
         ({"rate_decay": "cosine"}, "rate_decay cosine: strategy auto decides itself when the rate falls; remove"),
         ({"auto": {"rows": 4}}, "masking.auto.rows"),
-        ({"auto": {"rows": 64, "max_rows": 32}}, r"masking\.auto: max_rows 32 is below rows 64; raise it, or set rows"),
+        ({"auto": {"rows": 64, "max_rows": 32}}, "max_rows 32 is below rows 64; raise it, or set rows lower"),
         ({"auto": {"late_layers": [1]}}, r"auto\.late_layers 1: all predicted positions must be \[MASK\]"),
         (
             ONLY_MASK | {"auto": {"late_layers": [1]}, "late_layer": 2},
@@ -235,15 +236,19 @@ def test_the_slowest_rank_counts(tmp_path: Path, corpus: Corpus, monkeypatch: py
     of_measurement = mask_costs._seconds_per_pass
     costs, _ = measured(tmp_path, corpus, monkeypatch)
     assert costs.uniform == {0.45: 0.45, 0.15: 0.3}
-    times = iter((0.0, 9.0, 10.0, 13.0))
-    monkeypatch.setattr(mask_costs, "_clock", lambda: next(times))
     rows: list[int] = []
     chooser = SimpleNamespace(rehearse=lambda number: rows.append(number) or 60)
     monkeypatch.setattr(mask_costs, "Chooser", lambda *_, **__: chooser)
     run: Any = config(tmp_path, auto={"rows": 17})
     parts: Any = SimpleNamespace()
-    assert of_measurement(run, parts, parts, parts, None, costs) == 3.0 / 60, "after one that warms up"
-    assert (ranks[-1], rows) == (3.0, [5, 17])
+    monkeypatch.setattr(mask_costs.distributed, "barrier", lambda: None)
+    # Number of ranks, rows.
+    for world, timed in ((1, 8), (12, 12), (64, 17)):
+        times = iter((0.0, 9.0, 10.0, 13.0))
+        monkeypatch.setattr(mask_costs, "_clock", partial(next, times))
+        monkeypatch.setattr(mask_costs.distributed, "world_size", partial(int, world))
+        assert of_measurement(run, parts, parts, parts, None, costs) == 3.0 / 60, "after one that warms up"
+        assert (ranks[-1], rows[-2:]) == (3.0, [5, timed])
 
 
 def test_the_networks_cost_can_be_given(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
