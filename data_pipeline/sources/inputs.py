@@ -119,7 +119,8 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
     """List the files that match `inputs` (files, folders, globs), sorted by name.
 
     Folders are searched recursively, except those in `exclude`, skipping hidden files and files without a suffix in
-    SUFFIXES; matches of a glob in folders of `exclude` are skipped too, unless the glob names that folder; files that are named, or match a glob, must have one of these or of NAMED_SUFFIXES. kind: format of all
+    SUFFIXES; matches of a glob in folders of `exclude` are skipped too, unless the glob names that folder.
+    Files that are named, or match a glob, must have one of these or of NAMED_SUFFIXES. kind: format of all
     non-hidden files, whatever their names.
     The number of files skipped for their suffix is printed to stderr.
     Raises CorpusError if an input is missing, no file is found, a file is found twice, a name is not UTF-8, or a file
