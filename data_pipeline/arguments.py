@@ -61,10 +61,15 @@ def resolve_description(
 ) -> tuple[Description, bool]:
     """The description, read from its file or made from `inputs`, and whether its sources have names (the former).
 
-    no_text, bad_records: rules for the records of `inputs`; those of a description are in its section `documents`.
-    Raises CorpusError unless exactly one of the two is given, if the file is invalid, and for unknown rules.
+    documents, text_field: of `inputs`; those of a description are in its sources. no_text, bad_records: rules for the
+    records of `inputs`; those of a description are in its section `documents`.
+    Raises CorpusError unless exactly one of the two is given, if the file is invalid, for unknown rules, and for
+    settings of `inputs` with a description.
     """
     rules = {"no_text": no_text, "bad_records": bad_records}
+    for name, value, default in (("documents", documents, "blank-line"), ("text_field", text_field, "text")):
+        if description is not None and value != default:
+            raise CorpusError(f"{name} {value!r}: is not for a description. Set {name} of its sources")
     for name, rule in rules.items():
         check_rules(((rule in RULES, name, rule, f"one of {', '.join(RULES)}"),))
         if description is not None and rule != "error":

@@ -60,13 +60,15 @@ def document_options(command: argparse.ArgumentParser) -> None:
         "--documents",
         choices=("blank-line", "line", "file"),
         default="blank-line",
-        help="unit of a document in .txt and .md files: up to a blank line (default), a line, or the file",
+        help="unit of a document in .txt and .md files: up to a blank line (default), a line, or the file; "
+        "with --description, set there",
     )
     command.add_argument(
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field of .jsonl or .json, or column of .parquet, .csv or .tsv, that holds the text (default: text)",
+        help="field of .jsonl or .json, or column of .parquet, .csv or .tsv, that holds the text (default: text); "
+        "with --description, set there",
     )
     for option, what in (
         ("--no-text", "records whose text is null or missing"),

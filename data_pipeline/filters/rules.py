@@ -178,6 +178,7 @@ class DocumentFilter:
         near = fingerprints and rules.duplicates == "near"
         self._words = WordHashes() if near or contaminated is not None else None
         self._signature = Signature(rules.shingle) if near else None
+        self._tail = np.empty(0, np.uint64)  # last words, for n-grams that continue in the next piece
 
     def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> FilteredBatch:
         out = FilteredBatch()
@@ -191,6 +192,7 @@ class DocumentFilter:
         if first:
             self._fault, self._bad, self._written = None, False, False
             self._digest = hashlib.blake2b(digest_size=DIGEST)
+            self._tail = self._tail[:0]
             if self._signature:
                 self._signature.reset()
         self._started = not end
@@ -232,7 +234,10 @@ class DocumentFilter:
             return
         words = self._words(text)
         if self._contaminated is not None:
-            grams = ngram_hashes(words, self._rules.decontaminate_words)
+            n = self._rules.decontaminate_words
+            joined = np.concatenate([self._tail, words])
+            self._tail = joined[max(len(joined) - n + 1, 0) :]
+            grams = ngram_hashes(joined, n)
             at = np.searchsorted(self._contaminated, grams).clip(max=len(self._contaminated) - 1)
             if len(self._contaminated) and (self._contaminated[at] == grams).any():
                 self._fault = "contaminated"

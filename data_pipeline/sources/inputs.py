@@ -119,7 +119,8 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
     """List the files that match `inputs` (files, folders, globs), sorted by name.
 
     Folders are searched recursively, except those in `exclude`, skipping hidden files and files without a suffix in
-    SUFFIXES; files that are named, or match a glob, must have one of these or of NAMED_SUFFIXES. kind: format of all
+    SUFFIXES; matches of a glob in folders of `exclude` are skipped too, unless the glob names that folder.
+    Files that are named, or match a glob, must have one of these or of NAMED_SUFFIXES. kind: format of all
     non-hidden files, whatever their names.
     The number of files skipped for their suffix is printed to stderr.
     Raises CorpusError if an input is missing, no file is found, a file is found twice, a name is not UTF-8, or a file
@@ -127,14 +128,18 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
     """
     paths: list[Path] = []
     others: Counter[str] = Counter()
+    excluded = {os.path.realpath(folder) for folder in exclude}
     for item in map(str, inputs):
-        # Path.glob() takes no absolute patterns.
-        matches = [item] if os.path.lexists(item) else sorted(glob.glob(item, recursive=True))  # noqa: PTH207
+        if os.path.lexists(item):
+            matches = [item]
+        else:
+            # Path.glob() takes no absolute patterns.
+            globbed = sorted(glob.glob(item, recursive=True))  # noqa: PTH207
+            matches = [match for match in globbed if not _is_excluded(Path(match), item, excluded)]
         if not matches:
             raise CorpusError(f"{item}: no such file or folder, and no file matches it")
         for match in map(Path, matches):
             if match.is_dir():
-                excluded = {os.path.realpath(folder) for folder in exclude}
                 paths += _walk(match, excluded, "" if kind else SUFFIXES, others)
             elif kind or match.name.lower().endswith((*SUFFIXES, *NAMED_SUFFIXES)):
                 paths.append(match)
@@ -211,6 +216,15 @@ def _stat(path: Path) -> os.stat_result:
         what = f"is a link to a {kind}" if path.is_symlink() else f"is a {kind}"
         raise CorpusError(f"{path}: {what}, not a file: its end is unknown. Save its content to a file, or remove it")
     return found
+
+
+def _is_excluded(match: Path, pattern: str, excluded: set[str]) -> bool:
+    """Whether a match of a glob is, or lies in, a folder of `excluded` that the pattern does not name: the tokenizer
+    and the output, whose vocab.txt is no text."""
+    parts = Path(pattern).parts
+    named = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    folders = (match, *match.parents)[: len(match.parts) - named]
+    return any(os.path.realpath(folder) in excluded for folder in folders)
 
 
 def _walk(folder: Path, exclude: set[str], suffixes: str | tuple[str, ...], others: Counter[str]) -> Iterator[Path]:

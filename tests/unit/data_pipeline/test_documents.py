@@ -269,3 +269,16 @@ def test_modified_source_is_detected(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CorpusError, match="disappeared"):
         source.check_unchanged()
+
+
+def test_globs_skip_tokenizer_and_output(tmp_path: Path) -> None:
+    """vocab.txt is no text, and the output must not become an input of the same command run again."""
+    for name in ("texts/a.txt", "tok/vocab.txt", "corpus/tokenizer/vocab.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    exclude = (tmp_path / "corpus", tmp_path / "tok")
+    for pattern in ("**/*.txt", "*", "*/*.txt"):
+        assert [source.name for source in find_sources([f"{tmp_path}/{pattern}"], exclude)] == ["a.txt"]
+    # A folder that the pattern names is meant, and so is one below a tokenizer's.
+    assert [source.name for source in find_sources([f"{tmp_path}/tok/*.txt"], exclude)] == ["vocab.txt"]
+    assert [source.name for source in find_sources([f"{tmp_path}/texts/*"], (tmp_path,))] == ["a.txt"]

@@ -42,3 +42,22 @@ def test_help_has_two_valid_examples(name: str) -> None:
     assert len(found) >= 2
     for words in found:
         assert command_parser().parse_args(words).command == name
+
+
+@pytest.mark.parametrize(("option", "value"), [("--documents", "line"), ("--text-field", "body")])
+@pytest.mark.parametrize("command", ["build", "tokenizer"])
+def test_settings_of_inputs_are_refused_with_a_description(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, option: str, value: str
+) -> None:
+    write_text(tmp_path / "in/a.txt", make_documents(3))
+    about = tmp_path / "about.yaml"
+    about.write_text("sources: [{name: a, inputs: [in/]}]")
+    others = ["--vocab-size", "60"]
+    if command == "build":
+        others = ["--sequence-length", "16", "--tokenizer", str(write_tokenizer(tmp_path / "tok"))]
+    words = [command, "--description", str(about), *others, option, value, "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    name = option[2:].replace("-", "_")
+    expected = f"error: {name} {value!r}: is not for a description. Set {name} of its sources\n"
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "out").exists()

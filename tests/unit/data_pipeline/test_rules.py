@@ -213,3 +213,15 @@ def test_documents_without_words_are_no_duplicates() -> None:
 def test_contradictory_rules() -> None:
     with pytest.raises(ValueError, match="max_characters 3 is below min_characters 5"):
         rules(min_characters=5, max_characters=3)
+
+
+def test_contamination_across_the_pieces_of_a_long_document() -> None:
+    task = " ".join(f"word{i}" for i in range(14))
+    grams = np.unique(ngram_hashes(WordHashes()(task), 13))
+    checked = DocumentFilter(rules(decontaminate=("x",)), False, grams)
+    filtered = checked([f"some text {task[:35]}", task[35:]], [False, True])
+    assert filtered.late == ["contaminated"]
+    # Words of one document do not continue in the next.
+    parts = ["word0", " ".join(f"word{i}" for i in range(1, 13))]
+    assert checked(parts, [True, True]).late == [None, None]
+    assert dict(checked.dropped) == {"contaminated": 1}
