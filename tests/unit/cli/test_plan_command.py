@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from maskvr_ds.cli.main import main
+from maskvr_ds.config import ConfigError
 from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_measurements
 from maskvr_ds.planning.hardware import GPUS
 from maskvr_ds.planning.memory import memory
@@ -143,6 +144,13 @@ def test_measured_memory_scales_the_activations() -> None:
     factor = fit([doubled], GPUS["h100"])[1].activations
     found = memory(measured.sizes, measured.zero, measured.work, ranks=1, fused=False, factor=factor)
     assert found.total == pytest.approx(doubled.memory)
+
+
+@pytest.mark.parametrize("gib", [1.2, 1000.0])
+def test_measured_memory_that_cannot_be_is_refused(gib: float) -> None:
+    (measured,) = read_measurements(GPU_RESULT)
+    with pytest.raises(ConfigError, match="peak_memory_gib .* 1/20 to 20 times expected"):
+        fit([replace(measured, memory=gib * 2**30)], GPUS["h100"])
 
 
 def synthetic(folder: Path, sizes: list[tuple[str, int]], truth: Calibration) -> list[Measurement]:
