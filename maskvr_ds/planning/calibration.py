@@ -175,8 +175,8 @@ def _activations(measurements: Sequence[Measurement]) -> float:
                 factor = (one.memory - others) / expected.activations
                 if not 1 / _LARGEST < factor < _LARGEST:
                     raise ConfigError(
-                        f"--measured {one.path}: peak_memory_gib {one.memory / 2**30:.3g} leaves {factor:.3g} times the "
-                        f"memory predicted for activations, beside {others / 2**30:.3g} GiB for weights, gradients and "
+                        f"--measured {one.path}: peak_memory_gib {one.memory / 2**30:.3g} leaves {factor:.3g} times "
+                        f"the memory predicted for activations, beside {others / 2**30:.3g} GiB for weights, gradients and "
                         "optimizer; 1/20 to 20 times expected. Measure again, with a larger --micro-size"
                     )
                 factors.append(factor)

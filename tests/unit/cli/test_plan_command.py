@@ -149,7 +149,7 @@ def test_measured_memory_scales_the_activations() -> None:
 @pytest.mark.parametrize("gib", [1.2, 1000.0])
 def test_measured_memory_that_cannot_be_is_refused(gib: float) -> None:
     (measured,) = read_measurements(GPU_RESULT)
-    with pytest.raises(ConfigError, match="peak_memory_gib .* 1/20 to 20 times expected"):
+    with pytest.raises(ConfigError, match=r"peak_memory_gib .* 1/20 to 20 times expected"):
         fit([replace(measured, memory=gib * 2**30)], GPUS["h100"])
 
 
