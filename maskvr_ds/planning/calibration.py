@@ -176,8 +176,8 @@ def _activations(measurements: Sequence[Measurement]) -> float:
                 if not 1 / _LARGEST < factor < _LARGEST:
                     raise ConfigError(
                         f"--measured {one.path}: peak_memory_gib {one.memory / 2**30:.3g} leaves {factor:.3g} times "
-                        f"the memory predicted for activations, beside {others / 2**30:.3g} GiB for weights, gradients and "
-                        "optimizer; 1/20 to 20 times expected. Measure again, with a larger --micro-size"
+                        f"the memory predicted for activations, beside {others / 2**30:.3g} GiB for weights, gradients "
+                        "and optimizer; 1/20 to 20 times expected. Measure again, with a larger --micro-size"
                     )
                 factors.append(factor)
     return statistics.median(factors) if factors else 1.0
