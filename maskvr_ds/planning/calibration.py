@@ -116,8 +116,8 @@ def calibrate(measurements: Sequence[Measurement], gpu: Gpu) -> tuple[Gpu, Calib
 
     One measurement: one factor for computation and launches together. Several: one for each, by least squares of the
     logarithms, equal where the measurements do not tell them apart; and the median factor of the memory of activations.
-    Raises ConfigError if a measurement is of another
-    GPU, or more than 20 times faster or slower than predicted.
+    Raises ConfigError if a measurement is of another GPU, its time more than 20 times longer or shorter than predicted,
+    or its memory none that the model could have.
     """
     for one in measurements:
         if not same_gpu(one.device, gpu):
@@ -162,14 +162,24 @@ def predicted(one: Measurement, gpu: Gpu, calibration: Calibration) -> float:
 
 
 def _activations(measurements: Sequence[Measurement]) -> float:
-    """Median factor of the activations' memory; 1 if no memory was measured."""
+    """Median factor of the activations' memory; 1 if no memory was measured.
+
+    Raises ConfigError if a factor is not between 0 and 20.
+    """
     factors = []
     for one in measurements:
         if one.memory is not None:
             expected = memory(one.sizes, one.zero, one.work, ranks=one.ranks, fused=False)
             if expected.activations:
                 others = expected.total - expected.activations
-                factors.append((one.memory - others) / expected.activations)
+                factor = (one.memory - others) / expected.activations
+                if not 0 < factor < _LARGEST:
+                    raise ConfigError(
+                        f"--measured {one.path}: peak_memory_gib {one.memory / 2**30:.3g} leaves {factor:.3g} times "
+                        f"the memory predicted for activations, after {others / 2**30:.3g} GiB of weights, gradients "
+                        "and optimizer; over 0 and below 20 times expected. Measure again, with larger micro-batches"
+                    )
+                factors.append(factor)
     return statistics.median(factors) if factors else 1.0
 
 

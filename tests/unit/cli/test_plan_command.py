@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from maskvr_ds.cli.main import main
+from maskvr_ds.config import ConfigError
 from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_measurements
 from maskvr_ds.planning.hardware import GPUS
 from maskvr_ds.planning.memory import memory
@@ -145,9 +146,17 @@ def test_measured_memory_scales_the_activations() -> None:
     assert found.total == pytest.approx(doubled.memory)
 
 
+@pytest.mark.parametrize("gib", [1.2, 1000.0])
+def test_measured_memory_that_cannot_be_is_refused(gib: float) -> None:
+    (measured,) = read_measurements(GPU_RESULT)
+    with pytest.raises(ConfigError, match=r"peak_memory_gib .* below 20 times expected"):
+        fit([replace(measured, memory=gib * 2**30)], GPUS["h100"])
+
+
 def synthetic(folder: Path, sizes: list[tuple[str, int]], truth: Calibration) -> list[Measurement]:
     """Measurements (preset, micro-batch) of a machine on which the model is right with the factors `truth`."""
     content = json.loads(GPU_RESULT.read_text(encoding="utf-8"))
+    del content["peak_memory_gib"]  # of another size
     found = []
     for preset, micro in sizes:
         what = f"{preset}, L = 128, zero1_bf16, 1 ranks × {micro} sequences"
