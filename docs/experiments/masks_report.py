@@ -2,7 +2,7 @@
 
     python docs/experiments/masks_report.py WORK docs/results/masks
 
-A complete seed has all cases; others are not counted. Definitions: masks.py.
+Every case has the seeds that it was run with, each paired with that of uniform masks. Definitions: masks.py.
 """
 
 import itertools
@@ -78,20 +78,23 @@ def interval(values: list[float]) -> dict[str, Any]:
 
 
 def evaluate(work: Path) -> dict[str, Any]:
-    """All figures: per case, over the complete seeds."""
+    """All figures: per case, over its seeds."""
     runs = {(r["case"], r["seed"]): r for r in map(read, sorted((work / "runs").glob("*.json")))}
     steps = read(work / "step_seconds.json")
     auto_costs = read(work / "auto_costs.json")
-    names = [name for name in LABELS if any(case == name for case, _ in runs)]
-    seeds = [s for s in sorted({s for _, s in runs}) if all((name, s) in runs for name in names)]
-    cases: dict[str, Any] = {name: {"runs": []} for name in names}
-    for seed in seeds:
-        base = runs[BASELINE, seed]
-        target = base["held_out"][-1][1]
-        for name in names:
-            cases[name]["runs"].append(_of_run(runs[name, seed], target, steps, auto_costs["added"]))
+    seeds = sorted(seed for name, seed in runs if name == BASELINE)
+    base: dict[int, dict[str, Any]] = {}
+    cases: dict[str, Any] = {}
+    for name in LABELS:
+        of_seeds = {seed: runs[name, seed] for seed in seeds if (name, seed) in runs}
+        if not of_seeds:
+            continue
+        targets = {seed: runs[BASELINE, seed]["held_out"][-1][1] for seed in of_seeds}
+        paired = {seed: _of_run(run, targets[seed], steps, auto_costs["added"]) for seed, run in of_seeds.items()}
+        base = base or paired
+        cases[name] = {"runs": list(paired.values())}
     for name, case in cases.items():
-        own, of_base = case["runs"], cases[BASELINE]["runs"]
+        own, of_base = case["runs"], [base[run["seed"]] for run in case["runs"]]
         case["final_loss"] = interval([run["final_loss"] for run in own])
         case["difference"] = interval([a["final_loss"] - b["final_loss"] for a, b in zip(own, of_base, strict=True)])
         case["reached"] = sum(run["steps"] is not None for run in own)
@@ -150,7 +153,7 @@ def cell(x: dict[str, Any], digits: int) -> str:
 
 def table(figures: dict[str, Any]) -> str:
     """Markdown."""
-    seeds, cases = figures["seeds"], figures["cases"]
+    cases = figures["cases"]
     base = cases[BASELINE]["step"]["median"]
     lines = [
         "| masks | CPU-seconds of a step | last loss behind [MASK] | − uniform's | reached | × fewer steps | "
@@ -160,7 +163,7 @@ def table(figures: dict[str, Any]) -> str:
     for name, case in cases.items():
         step = f"{case['step']['median']:.4f} ({case['step']['median'] / base:.2f})" if "step" in case else "by rate"
         row = [LABELS[name], step, cell(case["final_loss"], 3), cell(case["difference"], 3)]
-        row += [f"{case['reached']} of {len(seeds)}"]
+        row += [f"{case['reached']} of {len(case['runs'])}"]
         row += [cell(case[f"fewer_{key}"], 2) for key in ("steps", "seconds", "flops")]
         lines.append(f"| {' | '.join(row)} |")
     if "auto" in cases:
@@ -197,7 +200,8 @@ def draw(figures: dict[str, Any], output: Path) -> None:
     by_step.set(ylim=(lowest - 0.03, lowest + 0.5))
     by_step.set(ylabel="held-out loss behind [MASK] (nats)")
     by_step.legend(fontsize=8)
-    canvas.suptitle(f"Mean of {len(figures['seeds'])} seeds")
+    counts = sorted({len(case["runs"]) for case in figures["cases"].values()})
+    canvas.suptitle(f"Mean of {' or '.join(map(str, counts))} seeds")
     canvas.tight_layout()
     canvas.savefig(output)
     plt.close(canvas)
@@ -207,7 +211,7 @@ def write_report(work: Path, folder: Path) -> str:
     """Write the three files; → the table."""
     figures = evaluate(work)
     if not figures["seeds"]:
-        raise SystemExit(f"{work}: no seed has all cases yet")
+        raise SystemExit(f"{work}: no run of uniform masks at 15% is complete yet")
     folder.mkdir(parents=True, exist_ok=True)
     text = table(figures)
     (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
