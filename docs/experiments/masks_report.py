@@ -201,7 +201,7 @@ def draw(figures: dict[str, Any], output: Path) -> None:
     by_step.set(ylabel="held-out loss behind [MASK] (nats)")
     by_step.legend(fontsize=8)
     counts = sorted({len(case["runs"]) for case in figures["cases"].values()})
-    canvas.suptitle(f"Mean of {' or '.join(map(str, counts))} seeds")
+    canvas.suptitle(f"Means of {counts[0]} {f'to {counts[-1]} ' if len(counts) > 1 else ''}seeds")
     canvas.tight_layout()
     canvas.savefig(output)
     plt.close(canvas)
