@@ -62,6 +62,8 @@ def test_measurements_take_at_most_their_share_whatever_is_chosen(
     largest = min(16 * 8 if most_rows is None else most_rows, available)
     assert 8 <= spacing.rows <= largest
     assert spacing.price == pytest.approx(most * costs.per_pass / costs.shortest)
+    assert spacing.price is not None
+    assert spacing.price <= share * spacing.every * (1 + 1e-9)
     # No fewer rows than fit, and no more time between measurements than the fewest need.
     if spacing.rows < largest:
         assert (spacing.rows + 1) * per_row * costs.per_pass > share * asked * costs.shortest * (1 - 1e-9)
