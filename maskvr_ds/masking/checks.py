@@ -45,10 +45,11 @@ def maskable_counts(corpus: Corpus) -> Counter[int]:
 
 def predictions_lost(counts: int | Counter[int], rate: float) -> float:
     """Share of the k predictions that `fully_explored` does not make: 1 − Σ (n/S) / Σ k, in a row of n maskable
-    positions, or in rows as `maskable_counts` counts them."""
+    positions, or in rows as `maskable_counts` counts them; 0 without rows."""
     rows = Counter([counts]) if isinstance(counts, int) else counts
     made = sum(times * n / segments(n, rate) for n, times in rows.items())
-    return 1 - made / sum(times * max(1, round_half_up(n * rate)) for n, times in rows.items())
+    uniform = sum(times * max(1, round_half_up(n * rate)) for n, times in rows.items())
+    return 1 - made / uniform if uniform else 0.0
 
 
 def rate_without_loss(counts: Counter[int], rate: float) -> float | None:

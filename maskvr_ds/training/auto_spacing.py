@@ -78,8 +78,7 @@ class Spacing:
             return cls(asked, rows, price, asked, share)
         if price > share * asked:
             return cls(math.ceil(price / share), rows, price, asked, share)
-        more = min(math.floor(rows * share * asked / price), config.most_rows, available)
-        more = max(more, rows)
+        more = max(rows, min(math.floor(rows * share * asked / price), config.most_rows, available))
         return cls(asked, more, price * more / rows, asked, share)
 
     @property

@@ -157,6 +157,8 @@ def test_the_plain_plan_predicts_as_many_tokens_as_uniform_masks() -> None:
     # Packed rows: one with two documents more makes 17.7 predictions instead of 18.
     assert plain(Counter([126] * 10), 1 / 7).strategy == SEGMENTS
     assert plain(Counter([126] * 9 + [124]), 1 / 7).strategy == UNIFORM
+    # All counted rows may have special tokens only.
+    assert plain(Counter(), 1 / 7).rate == 1 / 7
 
 
 @pytest.mark.parametrize(
