@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from data_pipeline.console import run_into_pipe
-from data_pipeline.numbers import counted, integer, number
+from data_pipeline.numbers import counted, integer
 from data_pipeline.options import (
     INPUT,
+    OnePerSource,
     document_options,
     packing_options,
     progress_options,
     source_options,
+    weight,
     worker_options,
 )
 
@@ -154,9 +156,9 @@ def _add_pack(commands: _Commands) -> None:
     command.add_argument("tokens", metavar="TOKENS", help="output folder of tokenize")
     command.add_argument(
         "--weight",
-        action="append",
+        action=OnePerSource,
         default=[],
-        type=_weight,
+        type=weight,
         metavar="SOURCE=W",
         help="use the documents of a source W times, overriding the description; may be repeated",
     )
@@ -205,11 +207,6 @@ def _add_inspect(commands: _Commands) -> None:
     command.add_argument("--rows", type=integer, default=5, metavar="N", help="number of rows (default 5)")
     command.add_argument("--first", type=integer, default=0, metavar="ROW", help="first row (default 0)")
     command.add_argument("folder", metavar="DIR", help="corpus folder")
-
-
-def _weight(text: str) -> tuple[str, float]:
-    name, _, value = text.rpartition("=")
-    return name, number(value)
 
 
 def _run(arguments: argparse.Namespace) -> None:

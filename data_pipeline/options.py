@@ -1,6 +1,7 @@
 """Options that several commands have."""
 
 import argparse
+from typing import Any
 
 from data_pipeline.numbers import integer, number
 
@@ -8,6 +9,24 @@ INPUT = (
     "files, folders and globs of .txt, .jsonl (also compressed: .gz, .zst, .xz, .bz2), compressed .json of JSON lines, "
     "and .parquet; by name or glob also .md, .csv, .tsv and .json"
 )
+
+
+class OnePerSource(argparse.Action):
+    """Appends (source, weight), once per source."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        if values[0] in dict(given):
+            parser.error(f"argument {option}: source {values[0]!r} has two weights; give one")
+        setattr(namespace, self.dest, [*given, values])
+
+
+def weight(text: str) -> tuple[str, float]:
+    """SOURCE=W. Raises ValueError."""
+    name, _, value = text.rpartition("=")
+    return name, number(value)
 
 
 def source_options(command: argparse.ArgumentParser) -> None:

@@ -5,12 +5,12 @@ tokenizers whose own template has two separators (RoBERTa).
 shortest length bin that holds it; the parts of a long document stay together in the longest bin.
 
 `nsp` and `sop`: as many consecutive sentences of a document as fit in L - 3 tokens (L - 4 with two separators between
-the segments) are split in two at a random
-sentence start. Next-sentence prediction (Devlin et al. 2018, section 3.1): with the given probability, B is replaced by
-text of a random other document, from a random sentence start, truncated to fill the row; the original B goes to the
-next row. The other document is drawn from a neighbourhood of NEIGHBOURS to twice as many documents, since random access
-to a corpus of terabytes would cost a seek per row. Sentence-order prediction (Lan et al. 2019, section 3.1): with the
-given probability, A and B are swapped.
+the segments) are split in two at a random sentence start. Next-sentence prediction (Devlin et al. 2018, section 3.1):
+with the given probability, B is replaced by text of a random other document, from a random sentence start, truncated to
+fill the row; the original B goes to the next row. The other document is drawn from a neighbourhood of NEIGHBOURS to
+twice as many documents, since random access to a corpus of terabytes would cost a seek per row; a copy of the same text
+(weights above 1, duplicates) is drawn anew. Sentence-order prediction (Lan et al. 2019, section 3.1): with the given
+probability, A and B are swapped.
 Differences from the code of the papers: sentences longer than half a row are split into pieces that count as sentences,
 so that A is never truncated; the label is drawn independently for every row, so a single remaining sentence at the end
 of a document makes no row (`unused`); rows are not randomly shortened.
@@ -29,11 +29,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.files import CorpusError
 from data_pipeline.shards import SpecialTokens
 from data_pipeline.tokenization.token_shards import SideReader
 
 # Documents per neighbourhood, consecutive in the corpus and independent of its units of work.
 NEIGHBOURS = 1 << 16
+# Draws of another document until one is no copy of the same text.
+_DRAWS = 100
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 18
 
@@ -193,12 +196,19 @@ def document_pairs(bounds: Sequence[int], number: int, options: PairOptions) -> 
     return pairs, bounds[-1] - bounds[i]
 
 
-def random_document(number: int, row: int, total: int, seed: int) -> int:
-    """Index of the document from which a row of document `number` takes its random second segment."""
+def random_document(number: int, row: int, total: int, seed: int, draw: int = 0) -> int:
+    """Index of the document from which a row of document `number` takes its random second segment. draw: 0, or more
+    where the documents of earlier draws were copies of the same text."""
     first = NEIGHBOURS * max(min(number // NEIGHBOURS, total // NEIGHBOURS - 1), 0)
     stop = first + NEIGHBOURS if first + 2 * NEIGHBOURS <= total else total
-    drawn = first + hash_key(seed, number, row, 2) % (stop - first - 1)
+    drawn = first + hash_key(seed, number, row, 2, *((draw,) if draw else ())) % (stop - first - 1)
     return drawn + (drawn >= number)
+
+
+def _is_copy(one: SideReader, i: int, other: SideReader, j: int) -> bool:
+    """Whether document i of one reader has the tokens of document j of the other."""
+    (a, b), (c, d) = (one.start(i), int(one.ends[i])), (other.start(j), int(other.ends[j]))
+    return b - a == d - c and bool((one.ids(a, b) == other.ids(c, d)).all())
 
 
 def pair_rows(
@@ -214,12 +224,22 @@ def pair_rows(
     """Pair rows of the documents of a part.
 
     first: index of its first document in the corpus of `total` documents; other: maps the index of a document to the
-    reader of its part and the index therein.
+    reader of its part and the index therein. Raises CorpusError for nsp where documents have only copies around them.
     """
     longest = options.room // 2
 
+    def another(number: int, row: int) -> tuple[SideReader, int]:
+        for draw in range(_DRAWS):
+            reader, index = other(random_document(number, row, total, options.seed, draw))
+            if not _is_copy(part, number - first, reader, index):
+                return reader, index
+        raise CorpusError(
+            f"packing nsp: {_DRAWS} documents drawn for document {number:,} were all copies of it. Add text, lower the "
+            "weight of its source, or remove duplicates"
+        )
+
     def random_segment(number: int, row: int, longest_segment: int) -> _Segment:
-        reader, index = other(random_document(number, row, total, options.seed))
+        reader, index = another(number, row)
         start, end = reader.start(index), int(reader.ends[index])
         marked = reader.plane("sentence_start", start, end)
         cuts = sentence_cuts(marked, np.array([0]), np.array([end - start]), longest)

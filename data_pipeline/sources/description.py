@@ -208,7 +208,7 @@ def _dataset_files(folder: Path, split: str | None) -> list[Path]:
         )
     files = state.get("_data_files")
     names = [item.get("filename") for item in files if isinstance(item, dict)] if isinstance(files, list) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
         raise CorpusError(f"{folder}/state.json: lists no data files in this folder. Save the dataset again")
     return [folder / str(name) for name in names]
 

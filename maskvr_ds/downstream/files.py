@@ -220,9 +220,12 @@ def _arrow(path: Path) -> _Table:
         files = sorted(path.glob("*.arrow"))
         if (state := path / "state.json").is_file():
             try:
-                files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+                content = json.loads(state.read_bytes())
+                files = [path / _plain(entry["filename"]) for entry in content["_data_files"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise TaskError(f"{state}: is not as save_to_disk of datasets writes it ({error!r})") from None
+            if content.get("_indices_files"):
+                raise TaskError(f"{path}: was saved with an indices mapping; save dataset.flatten_indices() instead")
         if not files:
             raise TaskError(f"{path}: has no .arrow file; expected a folder written by save_to_disk of datasets")
         tables = [pa.ipc.open_stream(file.read_bytes()).read_all() for file in files]
@@ -238,6 +241,13 @@ def _arrow(path: Path) -> _Table:
         _class_names(table.schema, path),
         tuple(table.column_names),
     )
+
+
+def _plain(name: str) -> str:
+    """A file's name in its folder. Raises ValueError if it is a path, TypeError if it is no name."""
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{name!r} is not in this folder")
+    return name
 
 
 def _check_complete(files: Sequence[Path]) -> None:

@@ -102,9 +102,10 @@ def test_bad_datasets(folder: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:200])
     fault(folder, source("good"), "corrupt Arrow file")
     state = json.loads((tmp_path / "dict/train/state.json").read_text())
-    state["_data_files"] = [{"filename": "../test/data-00000-of-00001.arrow"}]
-    (tmp_path / "dict/train/state.json").write_text(json.dumps(state))
-    fault(folder, source("dict", split="train"), "lists no data files in this folder")
+    for name in ("../test/data-00000-of-00001.arrow", ".."):
+        state["_data_files"] = [{"filename": name}]
+        (tmp_path / "dict/train/state.json").write_text(json.dumps(state))
+        fault(folder, source("dict", split="train"), "lists no data files in this folder")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
     path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.jsonl"], "format": "builder:json"}])
     fault(folder, path, r"a\.jsonl \(builder json\): ")
@@ -198,6 +199,12 @@ def test_weights_that_pack_refuses(
     assert main([str(word) for word in words]) == 1
     assert "weight of 'a' " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_two_weights_of_a_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["pack", "t", "--sequence-length=16", "--output=o", "--weight=a=2", "--weight=b=2", "--weight=a=3"])
+    assert "--weight: source 'a' has two weights; give one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["text", "wikiextractor", "dataset", "builder:csv"])

@@ -193,6 +193,34 @@ def test_the_second_segment_starts_at_any_sentence_but_the_first(sentences: int)
     assert abs(counts[1:] - expected).max() < 6 * expected**0.5
 
 
+@pytest.mark.parametrize("weight", [3.0, 2.5])
+def test_random_segments_of_no_copy(tokenizer: Path, tmp_path: Path, weight: float) -> None:
+    """Six documents, each several times in the stream: 2 of the 17 others are copies, if they may be drawn."""
+    texts = ["\n".join(f"{name} {n} ." for n in range(40)) for name in "abcdef"]
+    write_text(tmp_path / "a.txt", texts)
+    (tmp_path / "c.yaml").write_text("sources: [{name: a, inputs: [a.txt]}]\nsentences: line\n")
+    tokenize(None, tokenizer, tmp_path / "tokens", description=tmp_path / "c.yaml", progress=False)
+    options = {"packing": "nsp", "weights": {"a": weight}, "progress": False}
+    pack(tmp_path / "tokens", PAIR_LENGTH, tmp_path / "out", **options)
+    words = Encoder(tokenizer).tokenizer
+    names = {words.token_to_id(name): name for name in "abcdef"}
+    pairs = [
+        (*({names[i] for i in part if i in names} for part in pair[:2]), pair[2])
+        for pair in read_pairs(tmp_path / "out")
+    ]
+    assert all(len(one) == len(two) == 1 for one, two, _ in pairs)
+    assert sum(label for *_, label in pairs) > 50
+    assert all((one != two) == label for one, two, label in pairs)
+
+
+def test_only_copies(tokenizer: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", ["a .\nb .\nc ."])
+    (tmp_path / "c.yaml").write_text("sources: [{name: a, inputs: [a.txt], weight: 9}]\nsentences: line\n")
+    tokenize(None, tokenizer, tmp_path / "tokens", description=tmp_path / "c.yaml", progress=False)
+    with pytest.raises(CorpusError, match=r"packing nsp: 100 documents drawn for document .* were all copies of it"):
+        pack(tmp_path / "tokens", PAIR_LENGTH, tmp_path / "out", packing="nsp", pair_probability=0.9, progress=False)
+
+
 def test_random_documents_are_uniform() -> None:
     counts = np.bincount([pairs_module.random_document(3, row, 11, 5) for row in range(10_000)], minlength=11)
     assert counts[3] == 0

@@ -260,12 +260,29 @@ def test_incomplete_sets_of_files(tmp_path: Path) -> None:
         read_task(own(), tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", "no JSON", '{"_data_files": [1]}', "[]"])
+def _listing(name: str) -> str:
+    return json.dumps({"_data_files": [{"filename": name}]})
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "no JSON", '{"_data_files": [1]}', "[]", _listing(".."), _listing("../dev/a.arrow"), _listing("")]
+)
 def test_damaged_folders_of_datasets(tmp_path: Path, content: str) -> None:
     for name in ("train", "dev"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text(content, encoding="utf-8")
     with pytest.raises(TaskError, match=r"train/state.json: is not as save_to_disk of datasets writes it"):
+        read_task(own(), tmp_path)
+
+
+def test_datasets_saved_with_an_indices_mapping(tmp_path: Path) -> None:
+    """As earlier versions of `datasets` saved them after select or shuffle: the file has other rows."""
+    part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    datasets.DatasetDict({"train": part, "dev": part}).save_to_disk(tmp_path)
+    assert len(read_task(own(), tmp_path).train) == 2
+    state = json.loads((tmp_path / "train/state.json").read_text())
+    (tmp_path / "train/state.json").write_text(json.dumps(state | {"_indices_files": [{"filename": "i.arrow"}]}))
+    with pytest.raises(TaskError, match="flatten_indices"):
         read_task(own(), tmp_path)
 
 
