@@ -97,7 +97,7 @@ def _home(task: Task, folder: Path) -> Path:
         if found:
             return next((path for path in found if _find(task, path, task.train) is not None), found[0])
     # The task's own folder; not one that merely lies in it and is of another task.
-    if task.is_glue and _find(task, folder, task.train) is not None and folder.resolve().name.lower() in names:
+    if task.is_glue and folder.resolve().name.lower() in names and _find(task, folder, task.train) is not None:
         return folder
     if not task.is_glue:
         return folder
@@ -111,16 +111,27 @@ def _suffixes(task: Task) -> tuple[str, ...]:
     return _QUESTIONS if task.kind is Kind.SPAN else _TEXT
 
 
+def _forms(task: Task, folder: Path, stem: str) -> list[Path]:
+    """The files and folders that may be the part STEM; STEM.parquet also stands for STEM-*.parquet."""
+    suffixes = [suffix + gz for suffix in _suffixes(task) for gz in ("", ".gz")]
+    found = [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").is_file()]
+    if (path := folder / stem).is_dir() or (path.is_file() and stem.startswith("eng.")):
+        found.append(path)
+    shards = sorted(folder.glob(f"{stem}-*.parquet"))
+    if (path := folder / f"{stem}.parquet").is_file():
+        found += [path, *shards]
+    elif shards:
+        found.append(path)
+    return found
+
+
 def _find(task: Task, folder: Path, stems: Sequence[str]) -> Path | None:
+    """The first of the stems that is there. Raises TaskError where it has several forms, which may differ."""
     for stem in stems:
-        for suffix in _suffixes(task):
-            for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.gz"):
-                if path.is_file():
-                    return path
-        if (path := folder / stem).is_dir() or (path.is_file() and stem.startswith("eng.")):
-            return path
-        if (path := folder / f"{stem}.parquet").is_file() or next(folder.glob(f"{stem}-*.parquet"), None):
-            return path
+        if len(found := _forms(task, folder, stem)) > 1:
+            raise TaskError(f"{task.name}: {found[0]} and {found[1].name}: remove one; both are {stem}")
+        if found:
+            return found[0]
     return None
 
 

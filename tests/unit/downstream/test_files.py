@@ -286,6 +286,22 @@ def test_datasets_saved_with_an_indices_mapping(tmp_path: Path) -> None:
         read_task(own(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "other", ["train.csv", "train.tsv.gz", "train.parquet", "train-00000-of-00001.parquet", "train"]
+)
+def test_two_forms_of_a_part(tmp_path: Path, other: str) -> None:
+    """They may differ."""
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("text\tlabel\na\tx\nb\ty\n")
+    assert len(read_task(own(), tmp_path).train) == 2
+    if other == "train":
+        (tmp_path / other).mkdir()
+    else:
+        (tmp_path / other).touch()
+    with pytest.raises(TaskError, match=r"train\.tsv and train.*: remove one; both are train"):
+        read_task(own(), tmp_path)
+
+
 @pytest.mark.parametrize("features", ["[1", "[]", '{"info": {"features": {"label": "string"}}}', '{"info": []}'])
 def test_damaged_features_of_datasets(tmp_path: Path, features: str) -> None:
     """They may name the classes: not to be ignored."""
