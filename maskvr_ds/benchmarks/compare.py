@@ -287,8 +287,10 @@ def plot(result: dict[str, Any], output: Path) -> None:
     plt.close(figure)
 
 
-def _write(jobs: Sequence[Job], arguments: argparse.Namespace, request: Any | None = None) -> dict[str, Any]:
-    """request: of the fine-tuning that is done."""
+def _write(
+    jobs: Sequence[Job], arguments: argparse.Namespace, evaluation: compare_downstream.Evaluation | None = None
+) -> dict[str, Any]:
+    """evaluation: the fine-tuning that is done."""
     config = jobs[0].config.model_dump(mode="json", exclude={"seed", "output_dir", "masking"})
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
@@ -296,9 +298,9 @@ def _write(jobs: Sequence[Job], arguments: argparse.Namespace, request: Any | No
         "config": config,
         **compare(jobs, arguments.target),
     }
-    if request is not None:
+    if evaluation is not None:
         runs = {(job.spec.text, job.seed): job.folder for job in jobs if job.is_done()}
-        result["downstream"] = compare_downstream.scores(request, runs, result["baseline"])
+        result["downstream"] = compare_downstream.scores(evaluation, runs, result["baseline"])
     output = Path(arguments.output)
     plot(result, output / PLOT)
     write_json(output / RESULT, result)
@@ -308,7 +310,7 @@ def _write(jobs: Sequence[Job], arguments: argparse.Namespace, request: Any | No
 def run(arguments: argparse.Namespace) -> int:
     """Train and compare all runs. Returns 1 if a run failed; the others are trained and compared nevertheless."""
     jobs = plan(arguments)
-    request = compare_downstream.check(arguments, [job.config for job in jobs])
+    evaluation = compare_downstream.check(arguments, [job.config for job in jobs])
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     failed = []
     for number, job in enumerate(jobs, 1):
@@ -324,8 +326,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"error: {what}: failed; see {job.folder.with_suffix('.log')}", file=sys.stderr, flush=True)
     fault = None
     if done := [job.folder for job in jobs if job.is_done()]:
-        fault = compare_downstream.evaluate(request, done) if request else None
-    print(table(_write(jobs, arguments, request if done else None)))
+        fault = compare_downstream.evaluate(evaluation, done) if evaluation else None
+    print(table(_write(jobs, arguments, evaluation if done else None)))
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} runs failed; repeat the command to retry them", file=sys.stderr)
     if fault:

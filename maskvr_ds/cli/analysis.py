@@ -91,7 +91,9 @@ maskvr compare --config run.yaml --set data.path=corpus --seeds 0 1 2 --output c
     --strategies uniform mapnet:gate=auto fully_explored fully_explored:placement=same_batch
 maskvr compare --config run.yaml --strategies uniform uniform:optimizer.lr=0.02 --target 2.5 --output rates
 maskvr compare --config run.yaml --strategies uniform span --output comparison --downstream sst2 mrpc \\
-    --downstream-data glue"""
+    --downstream-data glue
+maskvr compare --config run.yaml --strategies uniform uniform:masking.rate=0.3 --output comparison \\
+    --downstream classification --downstream-data tickets"""
 
 
 def add_compare(commands: Commands) -> None:
@@ -144,15 +146,16 @@ def _downstream_options(parser: argparse.ArgumentParser) -> None:
     from maskvr_ds.downstream import tasks
 
     group = parser.add_argument_group("scores after fine-tuning (needs the extra `evaluate`)")
-    names = [name for name in tasks.NAMES if name not in tasks.OWN]
     group.add_argument(
         "--downstream",
         nargs="+",
-        choices=names,
+        choices=list(tasks.NAMES),
         metavar="TASK",
-        help="fine-tune every run's last checkpoint on these tasks, as `maskvr evaluate`: " + ", ".join(names),
+        help="fine-tune every run's last checkpoint on these tasks, as `maskvr evaluate`: " + ", ".join(tasks.NAMES),
     )
-    group.add_argument("--downstream-data", metavar="DIR", help="folder with the tasks' folders, required")
+    group.add_argument(
+        "--downstream-data", metavar="DIR", help="folder with the tasks' folders, or with your own files, required"
+    )
     group.add_argument(
         "--downstream-seeds", type=integer(1, 1000), metavar="N", help="final runs per checkpoint (default: 5)"
     )
@@ -177,6 +180,16 @@ def _downstream_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--downstream-max-train", type=integer(1, MAX_STEPS), metavar="N", help="fixed random subset of N examples"
+    )
+    group.add_argument("--downstream-precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
+    group.add_argument(
+        "--downstream-text-columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of the text, or of two texts, in your own files (default: sentence, or text)",
+    )
+    group.add_argument(
+        "--downstream-label-column", metavar="NAME", help="column of the label in your own files (default: label)"
     )
     group.add_argument(
         "--downstream-jobs", type=integer(1, 1024), metavar="N", help="processes that fine-tune (default: 1)"

@@ -148,6 +148,13 @@ def finetune(model: str, request: Request, seed: int) -> str:
     return text
 
 
+def check_models(models: Sequence[str], request: Request) -> None:
+    """Raise TaskError, CheckpointError, ExportError or OSError for models that cannot be evaluated."""
+    _check_names(models)
+    with _encoders(models, request):
+        pass
+
+
 @contextmanager
 def _encoders(models: Sequence[str], request: Request) -> Iterator[list[Encoder]]:
     """The models, checked for the tasks and settings of a command (`models.prepared`)."""
