@@ -197,7 +197,10 @@ def summarize(
     cpu = Gpu("CPU", 0, product_rate, product_rate, copy_rate, 0, 0)
     ones = [as_measurement(one, one.get("step_seconds", 0), product_rate) for one in results]
     fitted = [as_measurement(one, one["step_seconds"], product_rate) for one in calibrating]
-    settings = {"uncalibrated": (replace(cpu, products=1.0), Calibration()), "calibrated": fit(fitted, cpu)}
+    settings = {
+        "uncalibrated": (replace(cpu, half_share=1.0, single_share=1.0), Calibration()),
+        "calibrated": fit(fitted, cpu),
+    }
     for one, result in zip(ones, results, strict=True):
         planned = memory(one.sizes, one.zero, one.work, ranks=one.ranks, fused=False).total
         result |= {"planned_memory": planned, "memory_error": planned / result["memory"] - 1}

@@ -127,9 +127,7 @@ def calibrate(measurements: Sequence[Measurement], gpu: Gpu) -> tuple[Gpu, Calib
 
 def fit(measurements: Sequence[Measurement], gpu: Gpu) -> tuple[Gpu, Calibration]:
     """`calibrate`, of any device."""
-    element = measurements[0].zero.element
-    rate = statistics.median(one.product_rate for one in measurements if one.zero.element == element)
-    gpu = replace(gpu, products=rate / (gpu.half if element == 2 else gpu.single))
+    gpu = _with_measured_products(gpu, measurements)
 
     def error(calibration: Calibration) -> float:
         errors = [math.log(predicted(one, gpu, calibration) / one.step_seconds) for one in measurements]
@@ -152,6 +150,20 @@ def fit(measurements: Sequence[Measurement], gpu: Gpu) -> tuple[Gpu, Calibration
                 f"for {gpu.name}; was the machine used by others?"
             )
     return gpu, replace(best, activations=_activations(measurements))
+
+
+def _with_measured_products(gpu: Gpu, measurements: Sequence[Measurement]) -> Gpu:
+    """The GPU with the median share of its rates that was measured; a precision without a measurement takes the
+    other's."""
+
+    def share(element: int, rate: float) -> float | None:
+        found = [one.product_rate / rate for one in measurements if one.zero.element == element]
+        return statistics.median(found) if found else None
+
+    half, single = share(2, gpu.half), share(4, gpu.single)
+    known = half or single
+    assert known
+    return replace(gpu, half_share=half or known, single_share=single or known)
 
 
 def predicted(one: Measurement, gpu: Gpu, calibration: Calibration) -> float:

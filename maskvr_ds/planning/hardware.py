@@ -16,7 +16,7 @@ class Gpu:
 
     memory: bytes. half, single: rate of dense matrix products in FLOP/s, in bf16 or fp16, and in fp32 without TF32.
     bandwidth: of its memory, bytes/s. nvlink: bytes/s between the GPUs of a node, per direction. power: watts.
-    products: share of the rate that large square matrix products reach.
+    half_share, single_share: of these rates, what large square matrix products reach.
     """
 
     name: str
@@ -26,11 +26,12 @@ class Gpu:
     bandwidth: float
     nvlink: float
     power: float
-    products: float = 0.8
+    half_share: float = 0.8
+    single_share: float = 0.8
 
     def product_rate(self, element: int) -> float:
         """FLOP/s of large matrix products for elements of 2 or 4 bytes."""
-        return (self.half if element == 2 else self.single) * self.products
+        return self.half * self.half_share if element == 2 else self.single * self.single_share
 
 
 GPUS = {

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from maskvr_ds.cli.main import main
-from maskvr_ds.config import ConfigError
+from maskvr_ds.config import ConfigError, deepspeed_config_path
+from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.planning.calibration import Measurement, fit, predicted, read_measurements
 from maskvr_ds.planning.hardware import GPUS
 from maskvr_ds.planning.memory import memory
 from maskvr_ds.planning.step_time import Calibration
+from maskvr_ds.planning.zero import zero_settings
 from tests.support.corpora import SPECIAL, make_corpus
 from tests.support.documents import rows_of
 
@@ -146,6 +148,22 @@ def test_measured_memory_scales_the_activations() -> None:
     assert found.total == pytest.approx(doubled.memory)
 
 
+@pytest.mark.parametrize("first", [2, 4])
+def test_each_precision_has_its_own_rate(first: int) -> None:
+    """In any order of the files; a precision that was not measured takes the other's share of its data sheet's rate."""
+    (half,) = read_measurements(GPU_RESULT)
+    config = read_deepspeed_config(deepspeed_config_path("zero0_fp32"))
+    single = replace(half, zero=zero_settings(config), product_rate=60e12, step_seconds=8 * half.step_seconds)
+    assert (half.zero.element, single.zero.element) == (2, 4)
+    given = sorted((half, single), key=lambda one: one.zero.element != first)
+    gpu, calibration = fit(given, GPUS["h100"])
+    assert (gpu.product_rate(2), gpu.product_rate(4)) == (pytest.approx(half.product_rate), pytest.approx(60e12))
+    other = fit(given[::-1], GPUS["h100"])[1]
+    assert (calibration.compute, calibration.host) == (pytest.approx(other.compute), pytest.approx(other.host))
+    only, _ = fit(given[:1], GPUS["h100"])
+    assert only.half_share == only.single_share == (gpu.half_share if first == 2 else gpu.single_share)
+
+
 @pytest.mark.parametrize("gib", [1.2, 1000.0])
 def test_measured_memory_that_cannot_be_is_refused(gib: float) -> None:
     (measured,) = read_measurements(GPU_RESULT)
@@ -163,7 +181,7 @@ def synthetic(folder: Path, sizes: list[tuple[str, int]], truth: Calibration) ->
         path = folder / f"{preset}_{micro}.json"
         path.write_text(json.dumps({**content, "what": what}), encoding="utf-8")
         (one,) = read_measurements(path)
-        gpu = replace(GPUS["h100"], products=one.product_rate / GPUS["h100"].half)
+        gpu = replace(GPUS["h100"], half_share=one.product_rate / GPUS["h100"].half)
         rate = micro * 128 / predicted(one, gpu, truth)
         path.write_text(json.dumps({**content, "what": what, "tokens_per_second_median": rate}), encoding="utf-8")
         found += read_measurements(path)
