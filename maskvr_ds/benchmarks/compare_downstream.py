@@ -101,9 +101,8 @@ def evaluate(evaluation: Evaluation, folders: Sequence[Path]) -> str | None:
 
 def scores(evaluation: Evaluation, runs: dict[tuple[str, int], Path], baseline: str) -> dict[str, Any]:
     """Columns "TASK METRIC" -> `baselines`: scores of the rows of `Evaluation.baselines`, None for a model without one;
-    `strategies`: name -> mean, minimum
-    and maximum of the `score` and of its `difference` from the baseline strategy, and `runs`, one mapping per seed with
-    the score and the standard deviation over final runs.
+    `strategies`: name -> mean, minimum and maximum of the `score` and of its `difference` from the baseline strategy,
+    and `runs`, one mapping per seed with the score and the standard deviation over final runs.
 
     runs: (strategy, seed) -> folder, of completed runs. A run without a score, as its fine-tuning failed, is absent.
     """
@@ -175,8 +174,7 @@ def _cell(spread: dict[str, float] | None) -> str:
 
 
 def draw(axes: Sequence[Any], found: dict[str, Any], names: Sequence[str], labels: Sequence[str]) -> None:
-    """One panel per column: a mark per seed, a bar for the mean, lines for the rows of
-    `Evaluation.baselines`."""
+    """One panel per column: a mark per seed, a bar for the mean, lines for the rows of `Evaluation.baselines`."""
     for panel, (title, column) in zip(axes, found.items(), strict=False):
         for place, name in enumerate(names):
             entry = column["strategies"][name]
