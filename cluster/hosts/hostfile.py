@@ -142,6 +142,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.cpus and not arguments.check_slots:
+        raise HostfileError("--cpus: counts cores for --check-slots; add --check-slots, or omit it")
     if arguments.file is not None:
         if arguments.slots is not None:
             raise HostfileError(

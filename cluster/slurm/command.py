@@ -227,6 +227,8 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
             raise SlurmError(f"--build-{name}: there is no build job; add --build-data ARGUMENTS, or omit it")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     runs = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
+    if arguments.build_time is not None:
+        parse_time(arguments.build_time, "--build-time")
     check_corpora(config, build, runs)
     _check_start(config, build, runs)
     check_options(arguments)

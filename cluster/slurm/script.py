@@ -135,7 +135,8 @@ def training_script(job: TrainingJob) -> str:
         "open-mode": "append",
         "signal": f"B:USR1@{job.signal_seconds}",
     }
-    srun = ["--kill-on-bad-exit=1", "--mpi=none", "--label", "--unbuffered"]
+    # --export: after `sbatch --export=NONE` or a list, srun would withhold what the script itself has set.
+    srun = ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", "--label", "--unbuffered"]
     if job.cpus_per_task is not None:
         # srun does not inherit it from the job (since Slurm 22.05).
         srun.append(f"--cpus-per-task={job.cpus_per_task}")

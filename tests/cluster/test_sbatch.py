@@ -145,3 +145,25 @@ def test_a_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
     slurm.wait_until(lambda: slurm.state(job) == "COMPLETED", "completed", 120)
     assert (slurm.state(urgent), slurm.job(job)["Restarts"]) == ("COMPLETED", "1")
     assert (run / "completed.json").is_file()
+
+
+# Replaces Python: records the variables that a rank needs, and marks the run as completed.
+RECORDER = """#!/bin/bash
+[[ $* =~ --config\\ (.*)/slurm/config-.*\\ --resume ]] && cd "${BASH_REMATCH[1]}" || exit 1
+printf '%s\\n' "${DS_ACCELERATOR:-none}" "${MASTER_ADDR:-none}" "${VIRTUAL_ENV:-none}" >variables
+printf '{"owner": "%s"}' "${@: -1}" >completed.json
+"""
+
+
+def test_ranks_get_the_environment_of_the_script(slurm: Cluster, tmp_path: Path) -> None:
+    """Without the one of the login node: srun would withhold the script's own variables too (SLURM_EXPORT_ENV)."""
+    venv, run = environment(tmp_path / "venv", RECORDER), tmp_path / "run"
+    said = slurm.tool(
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv, "--sbatch", "export=NONE"),
+        *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--submit"),
+    ).stdout
+    job = said.split(": job ")[1].split(";")[0]
+    slurm.wait_until(lambda: set(states(slurm, job)) <= {"COMPLETED", "FAILED"}, "done", 60)
+    accelerator, master, virtual = (run / "variables").read_text().splitlines()
+    assert (accelerator, virtual) == ("cpu", str(venv))
+    assert master != "none"

@@ -75,3 +75,10 @@ def test_examples_of_the_program_are_valid() -> None:
     for words in commands:
         assert words[0] in subcommands()
         command_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("command", ["train", "config"])
+def test_ranks_are_given_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_parser().parse_args([command, "--config", "demo_cpu", "--num-gpus", "2", "--hostfile", "hosts"])
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -204,6 +204,17 @@ def test_sbatch_options_reach_the_right_jobs(
     assert "reservation=big" not in data
 
 
+def test_the_time_of_a_build_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build = ["--build-data", shlex.join(build_words(tmp_path, corpus)), "--build-time", "2h"]
+    assert main([*on(tmp_path / "built"), "--nodes", "1", *ON_CPUS, "--print", *build]) == 1
+    captured = capsys.readouterr()
+    assert "--build-time 2h: expected minutes" in captured.err
+    assert captured.out == ""
+
+
 def test_missing_sbatch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:

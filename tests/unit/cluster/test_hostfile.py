@@ -240,3 +240,8 @@ def test_command_creates_a_hostfile(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert path.read_text() == "n1 slots=4\nn2 slots=4\n"
     assert main(["hostfile", "--hosts", "n1:4"]) == 0
     assert capsys.readouterr().out == "n1 slots=4\n"
+
+
+def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hostfile", "--hosts", "n1:4", "--cpus"]) == 1
+    assert "add --check-slots" in capsys.readouterr().err
