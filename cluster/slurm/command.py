@@ -27,7 +27,7 @@ from cluster.slurm.evaluation import (
     evaluation_script,
     parse_evaluation,
 )
-from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
+from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, inherited, parse_options
 from cluster.slurm.script import JobEnvironment, SlurmError, TrainingJob, data_script, training_script
 from maskvr_ds.config import (
     ConfigError,
@@ -380,10 +380,9 @@ def _list(numbers: list[int]) -> str:
 
 
 def submit(command: list[str]) -> str:
-    """Run sbatch and return the job's id. Raises SlurmError with its message."""
-    # If this runs within a job, the new job must not inherit the variables of that one.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    run = partial(subprocess.run, capture_output=True, text=True, env=inherited, check=False)
+    """Run sbatch, the script last in its words, and return the job's id. Raises SlurmError with its message."""
+    variables = inherited(Path(command[-1]).read_text(encoding="utf-8"), os.environ)
+    run = partial(subprocess.run, capture_output=True, text=True, env=variables, check=False)
     try:
         result = run([command[0], "--parsable", *command[1:]])
     except FileNotFoundError:

@@ -32,6 +32,14 @@ _NOT_ABBREVIATIONS = {"gpus"}
 # Options about who a job is for and how it is reported, not about the nodes that it needs.
 DATA_JOB_OPTIONS = ("clusters", "comment", "export", "mail-type", "mail-user", "nice", "reservation", "wckey")
 
+# Variables of sbatch for an option, where they are not SBATCH_ and its name.
+_VARIABLES = {
+    "array": ("SBATCH_ARRAY_INX",),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
+    "time": ("SBATCH_TIMELIMIT",),
+}
+
 
 def parse_options(texts: Iterable[str], named: Iterable[str]) -> dict[str, str | None]:
     """Option name -> value, None for a flag. named: options that this command has under the same name.
@@ -65,3 +73,18 @@ def data_job_options(options: Mapping[str, str | None], other_partition: bool) -
     """
     excluded = {"reservation"} if other_partition else set()
     return {name: value for name, value in options.items() if name in DATA_JOB_OPTIONS and name not in excluded}
+
+
+def inherited(script: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for the sbatch of a script: without what sbatch would prefer to the script's directives.
+
+    A log of errors and an array that the script does not have would be as wrong. Nor may a job that is submitted within
+    another one inherit the variables of that one.
+    """
+    names = {"array", "error", *re.findall(rf"^#SBATCH --({OPTION})", script, re.MULTILINE)}
+    given = {v for name in names for v in _VARIABLES.get(name, (f"SBATCH_{name.upper().replace('-', '_')}",))}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in given and (not name.startswith("SLURM_") or name == "SLURM_CONF")
+    }

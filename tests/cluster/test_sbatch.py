@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,18 @@ def test_ranks_get_the_environment_of_the_script(slurm: Cluster, tmp_path: Path)
     accelerator, master, virtual = (run / "variables").read_text().splitlines()
     assert (accelerator, virtual) == ("cpu", str(venv))
     assert master != "none"
+
+
+def test_variables_of_sbatch_do_not_override_the_script(slurm: Cluster, tmp_path: Path) -> None:
+    """sbatch prefers them to directives: another partition, several tasks on one run, a log without its beginning."""
+    venv, run = environment(tmp_path / "venv", RECORDER), tmp_path / "run"
+    wrong = ["SBATCH_PARTITION=high", "SBATCH_ARRAY_INX=0-1", "SBATCH_OPEN_MODE=truncate", "SBATCH_ACCOUNT=mine"]
+    said = slurm.run(
+        *("env", *wrong, "SBATCH_TIMELIMIT=1", "SBATCH_NO_REQUEUE=1", sys.executable, "-m", "cluster"),
+        *("slurm", *settings(tmp_path), "--set", f'output_dir="{run}"', "--venv", venv, "--partition", "low"),
+        *("--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "1:00:00", "--submit"),
+    ).stdout
+    job = slurm.job(said.split(": job ")[1].split(";")[0])
+    assert "ArrayTaskId" not in job
+    assert (job["Partition"], job["TimeLimit"], job["Requeue"]) == ("low", "01:00:00", "1")
+    assert job["Account"] == "mine"
