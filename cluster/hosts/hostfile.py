@@ -55,6 +55,7 @@ def _bounds(part: str, pattern: str) -> tuple[int, int, int]:
 def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
     """`h1 h2`, `h[1-4]:8`, `a:8,b:8` as host -> slots. slots: of hosts without a number. Raises HostfileError."""
     hosts: dict[str, int] = {}
+    machines: dict[str, str] = {}
     for word in _split(",".join(words)):
         name, colon, count = word.partition(":")
         try:
@@ -69,6 +70,8 @@ def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
         for host in expand(name):
             if host in hosts:
                 raise HostfileError(f"{host} is listed twice")
+            if (other := machines.setdefault(host.rpartition("@")[2], host)) != host:
+                raise HostfileError(f"{host} is the same machine as {other}; list it once")
             hosts[host] = number
     if len(hosts) > MAX_NODES:
         raise HostfileError(f"--hosts: {len(hosts):,} hosts; at most {MAX_NODES:,} expected")

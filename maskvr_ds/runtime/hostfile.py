@@ -32,7 +32,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     """Host -> slots (number of ranks), in the order of the file; the first host is the master.
 
     Raises HostfileError, with the line number, if a line is not `host slots=N`, its host is not a host name, repeats a
-    host, or its slots are 0 or more than MAX_SLOTS; and if the file names no host, or more than MAX_NODES.
+    host (with another USER@, too), or its slots are 0 or more than MAX_SLOTS; and if the file names no host, or more
+    than MAX_NODES.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,6 +45,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     except UnicodeDecodeError as error:
         raise HostfileError(f"{path}: not UTF-8 text ({error}); expected one `host slots=N` per line") from None
     hosts: dict[str, int] = {}
+    machines: dict[str, str] = {}
     # Lines as DeepSpeed reads them: str.splitlines would also split at form feeds and others.
     for number, raw in enumerate(text.split("\n"), 1):
         line = raw.split("#", 1)[0].strip()
@@ -60,6 +62,9 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             )
         if host in hosts:
             raise HostfileError(f"{path}:{number}: {host} is listed twice; give it one line with all its slots")
+        # Ranks of both would share its GPUs.
+        if (other := machines.setdefault(host.rpartition("@")[2], host)) != host:
+            raise HostfileError(f"{path}:{number}: {host} is the same machine as {other}; give it one line")
         if not slots:
             raise HostfileError(f"{path}:{number}: {host} has no slots; remove the line")
         if slots > MAX_SLOTS:

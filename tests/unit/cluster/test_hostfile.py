@@ -42,6 +42,7 @@ def test_only_line_feeds_end_lines_as_in_deepspeed(tmp_path: Path, character: st
         ("node-1\n", ":1: 'node-1' is not `host slots=N`"),
         ("node-1 slots=8\nnode-2 slots=eight\n", ":2: "),
         ("node-1 slots=8\nnode-1 slots=8\n", ":2: node-1 is listed twice"),
+        ("node-1 slots=8\nme@node-1 slots=8\n", ":2: me@node-1 is the same machine as node-1; give it one line"),
         ("node-1 slots=0\n", "has no slots"),
         ("node-1 slots=1025\n", "node-1 has 1,025 slots; at most 1,024"),
         ("node-1 slots=" + "9" * 5000 + "\n", "is not `host slots=N`"),
@@ -245,3 +246,8 @@ def test_command_creates_a_hostfile(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["hostfile", "--hosts", "n1:4", "--cpus"]) == 1
     assert "add --check-slots" in capsys.readouterr().err
+
+
+def test_a_machine_under_two_users_is_refused() -> None:
+    with pytest.raises(HostfileError, match="me@n2 is the same machine as n2; list it once"):
+        hosts_from_words(["n[1-2]:4", "me@n2:4"], None)
