@@ -88,6 +88,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _preflight(arguments: argparse.Namespace) -> int:
     if arguments.slurm:
+        if arguments.launcher not in ("pdsh", "slurm"):  # pdsh: the default
+            raise LaunchError(
+                f"--launcher {arguments.launcher}: --slurm measures with srun; omit it, or give --hostfile instead"
+            )
         arguments.launcher = "slurm"
         hosts = hostfile.slurm_hosts(os.environ, arguments.slots)
     elif arguments.slots is not None:

@@ -96,3 +96,8 @@ def test_table_has_one_line_per_host() -> None:
     assert head.split("  ")[0] == "host"
     assert " ".join(first.split()) == "a n1 8 8 H100 570.1 96 3.11 2.13 0.19 2.27 7168 writable +0.0 abababab missing"
     assert second.split() == ["longer-name", "no", "answer", "4"]
+
+
+def test_another_launcher_within_a_job_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preflight", "--slurm", "--launcher", "mpich", "--config", "demo_cpu"]) == 1
+    assert "--launcher mpich: --slurm measures with srun" in capsys.readouterr().err
