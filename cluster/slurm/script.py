@@ -135,7 +135,8 @@ def training_script(job: TrainingJob) -> str:
         "open-mode": "append",
         "signal": f"B:USR1@{job.signal_seconds}",
     }
-    srun = ["--kill-on-bad-exit=1", "--mpi=none", "--label", "--unbuffered"]
+    # With --sbatch export=…, srun would pass on as little as sbatch: not even PATH and MASTER_ADDR.
+    srun = ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", "--label", "--unbuffered"]
     if job.cpus_per_task is not None:
         # srun does not inherit it from the job (since Slurm 22.05).
         srun.append(f"--cpus-per-task={job.cpus_per_task}")
