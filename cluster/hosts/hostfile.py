@@ -57,6 +57,11 @@ def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
     hosts: dict[str, int] = {}
     for word in _split(",".join(words)):
         name, colon, count = word.partition(":")
+        if ":" in count:
+            raise HostfileError(
+                f"{shortened(word)}: expected HOST or HOST:SLOTS; write an IPv6 address into a hostfile yourself, as "
+                "`ADDRESS slots=N`"
+            )
         try:
             number = integer(1, MAX_SLOTS)(count) if colon else slots
         except argparse.ArgumentTypeError:
@@ -142,6 +147,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.cpus and not arguments.check_slots:
+        raise HostfileError("--cpus: says what --check-slots counts; add that, or omit it")
     if arguments.file is not None:
         if arguments.slots is not None:
             raise HostfileError(

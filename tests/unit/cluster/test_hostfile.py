@@ -157,6 +157,7 @@ def test_names_and_ranges(words: list[str], hosts: dict[str, int]) -> None:
     ("words", "message"),
     [
         (["a:b"], "'b' slots"),
+        (["fe80::1:8"], "HOST or HOST:SLOTS; write an IPv6 address into a hostfile"),
         (["a:0"], "'0' slots"),
         (["a[3-1]"], "descending range"),
         (["a[1-99999999]"], "more than"),
@@ -240,3 +241,9 @@ def test_command_creates_a_hostfile(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert path.read_text() == "n1 slots=4\nn2 slots=4\n"
     assert main(["hostfile", "--hosts", "n1:4"]) == 0
     assert capsys.readouterr().out == "n1 slots=4\n"
+
+
+def test_cpus_are_counted_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\n")
+    assert main(["hostfile", str(tmp_path / "hosts"), "--cpus"]) == 1
+    assert "--cpus: says what --check-slots counts" in capsys.readouterr().err
