@@ -24,13 +24,14 @@ def add_train(commands: Commands) -> None:
 
     parser = add_command(commands, "train", "start or resume pretraining", examples=_EXAMPLES, description=_DESCRIPTION)
     add_run_options(parser)
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--num-gpus",
         type=integer(1, MAX_SLOTS),
         metavar="N",
         help="ranks on this machine (default: its number of GPUs, or 1 without GPU)",
     )
-    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed hostfile: one `host slots=N` per line")
+    where.add_argument("--hostfile", metavar="FILE", help="DeepSpeed hostfile: one `host slots=N` per line")
     parser.set_defaults(run=_train)
 
 
