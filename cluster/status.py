@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from maskvr_ds.run_folder import fence
-from maskvr_ds.run_folder.layout import CHECKPOINTS, COMPLETED, CONFIG, JOBS, LATEST, METRICS, OWNER, STOPPED
+from maskvr_ds.run_folder.layout import (
+    ATTEMPT,
+    CHECKPOINTS,
+    COMPLETED,
+    CONFIG,
+    JOBS,
+    LATEST,
+    METRICS,
+    OWNER,
+    STOPPED,
+    SUBMITTED,
+)
 from maskvr_ds.run_folder.status import step_of
 from maskvr_ds.runtime.files import parse_json
 
@@ -94,8 +105,12 @@ def read_status(run: Path) -> Status:
     line = last_step(run / METRICS)
     ages = fence.heartbeat_ages(run)
     latest = run / CHECKPOINTS / LATEST
-    job = _job_of(run) or (owner.job if owner else "") or None
+    job = _job_in(run / JOBS / ATTEMPT) or (owner.job if owner else "") or None
     queue = None if job is None else squeue(job)
+    # A job that has not started yet has left nothing in the run's folder.
+    waiting = _job_in(run / JOBS / SUBMITTED)
+    if queue is None and waiting is not None and waiting != job and (queue := squeue(waiting)) is not None:
+        job = waiting
     state, why = _state(run, owner, queue, ages)
     nodes = queue["nodes"] if queue is not None and queue["state"] == "RUNNING" else ""
     same_job = owner is not None and owner.job == job
@@ -170,10 +185,10 @@ def last_step(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _job_of(run: Path) -> str | None:
-    """The last Slurm job that started the run."""
+def _job_in(path: Path) -> str | None:
+    """The id of a Slurm job that a file starts with; None if there is no such file."""
     try:
-        return (run / JOBS / "attempt").read_text(encoding="utf-8").split()[0]
+        return path.read_text(encoding="utf-8").split()[0]
     except (FileNotFoundError, IndexError):
         return None
 

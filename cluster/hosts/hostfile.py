@@ -58,6 +58,11 @@ def hosts_from_words(words: Sequence[str], slots: int | None) -> dict[str, int]:
     machines: dict[str, str] = {}
     for word in _split(",".join(words)):
         name, colon, count = word.partition(":")
+        if ":" in count:
+            raise HostfileError(
+                f"{shortened(word)}: expected HOST or HOST:SLOTS; write an IPv6 address into a hostfile yourself, as "
+                "`ADDRESS slots=N`"
+            )
         try:
             number = integer(1, MAX_SLOTS)(count) if colon else slots
         except argparse.ArgumentTypeError:

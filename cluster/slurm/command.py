@@ -9,14 +9,11 @@ global batch that cannot be divided among the ranks for some number of nodes tha
 
 import argparse
 import hashlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from cluster.slurm.corpora import Build, check_corpora, check_initial_model, parse_build
@@ -27,8 +24,9 @@ from cluster.slurm.evaluation import (
     evaluation_script,
     parse_evaluation,
 )
-from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, inherited, parse_options
+from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
 from cluster.slurm.script import JobEnvironment, SlurmError, TrainingJob, data_script, training_script
+from cluster.slurm.submission import check_dependency, dependency_options, submit_all
 from maskvr_ds.config import (
     ConfigError,
     RunConfig,
@@ -161,16 +159,13 @@ def _run(arguments: argparse.Namespace) -> int:
     # Atomically: Slurm may start a job on another node at any time.
     for name, text in scripts.items():
         atomic_write(folder / name, text)
+    if arguments.submit:
+        submit_all(folder, list(scripts), arguments.dependency, "job.sbatch")
+        return 0
     dependency: list[str] = []
     for name in scripts:
-        command = ["sbatch", *dependency, str(folder / name)]
-        if arguments.submit:
-            job = submit(command)
-            print(f"{name}: job {job}; logs in {folder}")
-            dependency = dependency_options(job, arguments.dependency)
-        else:
-            print(shlex.join(command))
-            dependency = dependency_options("JOB_ID", arguments.dependency)
+        print(shlex.join(["sbatch", *dependency, str(folder / name)]))
+        dependency = dependency_options("JOB_ID", arguments.dependency)
     return 0
 
 
@@ -188,12 +183,6 @@ def write_config(config: RunConfig) -> None:
         atomic_write(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise SlurmError(f"{path}: edited since it was written; make the change in --config, and delete this file")
-
-
-def dependency_options(job: str, others: str | None) -> list[str]:
-    """Options of sbatch: start after `job` and the `others` of --dependency; never, if `job` fails."""
-    # On the command line they override the directive in the script.
-    return [f"--dependency={','.join(filter(None, [others, f'afterok:{job}']))}", "--kill-on-invalid-dep=yes"]
 
 
 def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str, str]:
@@ -233,6 +222,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     _check_start(config, build, runs)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
+    check_dependency(arguments.dependency, 1 + (build is not None) + (evaluation is not None))
     if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
         raise SlurmError(f"--evaluate-time {limit}: not longer than --signal-seconds {arguments.signal_seconds}")
     environment = JobEnvironment(
@@ -377,16 +367,3 @@ def check_batch(config: RunConfig, nodes: range, tasks_per_node: int) -> None:
 
 def _list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def submit(command: list[str]) -> str:
-    """Run sbatch, the script last in its words, and return the job's id. Raises SlurmError with its message."""
-    variables = inherited(Path(command[-1]).read_text(encoding="utf-8"), os.environ)
-    run = partial(subprocess.run, capture_output=True, text=True, env=variables, check=False)
-    try:
-        result = run([command[0], "--parsable", *command[1:]])
-    except FileNotFoundError:
-        raise SlurmError("sbatch: not found; run this on a node of a Slurm cluster, or without --submit") from None
-    if result.returncode:
-        raise SlurmError(f"{shlex.join(command)}: {result.stderr.strip()}")
-    return result.stdout.strip().split(";")[0]

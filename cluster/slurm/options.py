@@ -26,6 +26,7 @@ _RESERVED = {
     "requeue": _REQUEUE,
     "signal": "the script needs its signal to save before the time limit; use --signal-seconds",
     "tasks-per-node": _RANKS,
+    "test-only": "nothing would be queued; use `sbatch --test-only RUN/slurm/job.sbatch`",
 }
 # sbatch accepts abbreviations of option names; these prefixes of reserved names are options themselves.
 _NOT_ABBREVIATIONS = {"gpus"}

@@ -48,6 +48,8 @@ STOPPED = "stopped.json"
 COMPLETED = "completed.json"
 HEARTBEATS = "heartbeats"
 JOBS = "slurm"
+# In JOBS: Slurm's id of the job that was submitted last, and of the one that started last.
+SUBMITTED, ATTEMPT = "submitted", "attempt"
 LOGS = "logs"
 
 CHECKPOINTS = "checkpoints"

@@ -13,6 +13,8 @@ from maskvr_ds.runtime.numbers import MAX_NODES, shortened
 
 _STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
 _NODE_ADDRESS = re.compile(r"\bNodeAddr=(\S+)")
+# An index or a UUID, also that of a part of a GPU.
+_DEVICE = re.compile(r"\d+|(GPU|MIG)-[^,]+", re.ASCII)
 _COUNT = re.compile(r"(\d{1,9})(?:\(x(\d{1,9})\))?")
 # Below the ephemeral ports (Linux: from 32768).
 _PORTS = range(10_000, 30_000)
@@ -125,7 +127,7 @@ def ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _one_device(environment: Mapping[str, str]) -> bool:
-    return environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()
+    return _DEVICE.fullmatch(environment.get("CUDA_VISIBLE_DEVICES", "")) is not None
 
 
 def _first_host(nodes: str) -> str:

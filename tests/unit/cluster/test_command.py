@@ -8,8 +8,9 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from cluster.__main__ import main
-from cluster.slurm.command import config_file, dependency_options, parse_nodes, parse_time
+from cluster.slurm.command import config_file, parse_nodes, parse_time
 from cluster.slurm.script import SlurmError
+from cluster.slurm.submission import dependency_options
 from maskvr_ds.config import RunConfig, load_config
 from tests.support.corpora import make_corpus
 from tests.support.scripts import build_words

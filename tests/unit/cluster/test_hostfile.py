@@ -158,6 +158,7 @@ def test_names_and_ranges(words: list[str], hosts: dict[str, int]) -> None:
     ("words", "message"),
     [
         (["a:b"], "'b' slots"),
+        (["fe80::1:8"], "HOST or HOST:SLOTS; write an IPv6 address into a hostfile"),
         (["a:0"], "'0' slots"),
         (["a[3-1]"], "descending range"),
         (["a[1-99999999]"], "more than"),

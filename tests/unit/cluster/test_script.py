@@ -108,6 +108,8 @@ def test_values_are_passed_unchanged(
         return
     started = run_script(training_script(job), folder)
     at = started.index("maskvr_ds.train")
+    # Otherwise `--sbatch export=NONE` would leave the ranks without PATH and MASTER_ADDR.
+    assert "--export=ALL" in started[:at]
     given = started[at + 1 : at + 1 + len(arguments)]
     rest = started[at + 1 + len(arguments) :]
     assert (started[at - 2 : at], given) == ([f"{environment}/bin/python", "-m"], arguments)
@@ -175,6 +177,8 @@ def test_options_of_sbatch_and_flags() -> None:
     for text in ("", "=1", "-N=1", "--exclusive", "N=4", "J", "n=4", "two words", "a\n#SBATCH --uid=0"):
         with pytest.raises(SlurmError, match="expected NAME=VALUE"):
             parse_options([text], [])
+    with pytest.raises(SlurmError, match=r"--sbatch test-only: .*nothing would be queued"):
+        parse_options(["test-only"], [])
     with pytest.raises(SlurmError, match="gres is given twice"):
         parse_options(["gres=gpu:8", "gres=gpu:4"], [])
 

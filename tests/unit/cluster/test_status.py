@@ -105,6 +105,20 @@ def test_status_from_squeue(run: Path, monkeypatch: pytest.MonkeyPatch, answer: 
         assert "BeginTime" in status.why
 
 
+def test_a_job_that_has_not_started_is_queued(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a new run, and of one whose last job has ended."""
+    queue(run.parent, monkeypatch, "")
+    script = run.parent / "bin" / "squeue"
+    script.write_text("#!/bin/sh\ncase $2 in --jobs=42) echo 'PENDING|Priority||0:00';; esac\n")
+    new = run.parent / "new"
+    (new / "slurm").mkdir(parents=True)
+    for folder in (run, new):
+        (folder / "slurm" / "submitted").write_text("42\n")
+        status = read_status(folder)
+        assert (status.state, status.job, status.restarts) == ("queued", "42", None)
+        assert "PENDING (Priority)" in status.why
+
+
 def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(run), str(run), "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)

@@ -36,7 +36,10 @@ def test_a_task_is_a_rank() -> None:
     assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0", (
         "the task sees only this GPU"
     )
-    assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
+    for several in ("2,3", "GPU-1a,GPU-2b", "NoDevFiles"):
+        assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": several})["LOCAL_RANK"] == "1"
+    for one in ("GPU-8932f937-d72c", "MIG-GPU-8932f937-d72c/1/0"):
+        assert slurm_env.ranks(STEP | MASTER | {"CUDA_VISIBLE_DEVICES": one})["LOCAL_RANK"] == "0"
 
 
 def test_job_ids_of_array_tasks_are_distinct() -> None:
