@@ -137,7 +137,7 @@ class MetricsLog:
         monitor: which of DeepSpeed's monitors to write to.
         peak_tflops: peak rate of a rank's device in TFLOP/s, for the MFU; None: not known.
         real_share: share of the tokens that are not padding; the MFU counts these only.
-        tensor_names: T names, in the order of the trust ratios.
+        tensor_names: T names, in the order of the trust ratios; none if the optimizer has no trust ratios.
         rollbacks: the run's "rollback" events so far; metrics.jsonl has each after the step that was rolled back to.
     """
 

@@ -359,7 +359,7 @@ def _make_log(
     state: CheckpointState,
     rollbacks: list[dict[str, Any]],
 ) -> MetricsLog:
-    tokens_before = tokens_done(state.phases[: phase.index])
+    tokens_before, optimizer = tokens_done(state.phases[: phase.index]), engine.basic_optimizer
     return MetricsLog(
         phase.config.output_dir,
         rank=distributed.rank(),
@@ -369,7 +369,7 @@ def _make_log(
         monitor=phase.config.monitor,
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
         real_share=real_share(corpus),
-        tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
+        tensor_names=optimizer.tensor_names if hasattr(optimizer, "trust_ratios") else (),
         rollbacks=rollbacks,
     )
 
