@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.length import remarks, with_steps
 from maskvr_ds.training.micro_size import resolve_micro_sizes
-from maskvr_ds.training.phases import RunPhase, plan
+from maskvr_ds.training.phases import RunPhase, ends_phase, plan
 from maskvr_ds.training.report import end_lines, start_lines
 from maskvr_ds.training.resume import ResumePoint, find_resume_point, pass_by
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
@@ -69,9 +70,9 @@ def train(
     point = distributed.run_on_rank0(lambda: find_resume_point(config, resume, fence))
     config = config.model_copy(update={"model": point.model})
     if not config.is_resolved:
-        history = [] if point.checkpoint is None else point.checkpoint.state.phases
-        unresolved = config
-        config = distributed.run_on_rank0(lambda: with_steps(unresolved, history))
+        unresolved, state = config, None if point.checkpoint is None else point.checkpoint.state
+        history, finished = ([], False) if state is None else (state.phases, ends_phase(state))
+        config = distributed.run_on_rank0(lambda: with_steps(unresolved, history, finished=finished))
     distributed.run_on_rank0(lambda: check_monitors(config.monitor))
     config = resolve_micro_sizes(config, point)
     phases = plan(config)
@@ -110,11 +111,21 @@ def train(
             point = pass_by(config.output_dir, error, point, named=named)
             remaining = point.remaining_phases(phases)
         free_memory()
-    distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, phases[-1].last_step, fence))
+    # The run may have more steps than the configuration, if it resumed after the last of these.
+    reached = max(phases[-1].last_step, point.step)
+    distributed.run_on_rank0(partial(write_run_status, config.output_dir, COMPLETED, reached, fence))
     if distributed.rank() == 0:
+        _report(config, phases[-1], reached, trained)
+
+
+def _report(config: RunConfig, phase: RunPhase, step: int, checkpoint: Path | None) -> None:
+    """Plot the run's metrics and say where its result is. The run is complete: a failure is a warning."""
+    try:
         plot_loss(config.output_dir / METRICS, config.output_dir / LOSS_PLOT)
-        for line in end_lines(config, phases[-1], trained) if trained is not None else ():
-            logger.info("%s", line)
+    except Exception as error:  # of matplotlib, or of a full disk
+        logger.warning("%s could not be plotted (%s); try `maskvr plot` later", config.output_dir / LOSS_PLOT, error)
+    for line in end_lines(config, phase, step, checkpoint) if checkpoint is not None else ():
+        logger.info("%s", line)
 
 
 def train_phase(
@@ -201,7 +212,7 @@ def train_phase(
 
 def _announce(run: RunConfig, phase: RunPhase, context: PhaseContext) -> None:
     """Before the first step: what will be trained, and its FLOPs, which take a moment to count."""
-    if context.state.step == phase.last_step:
+    if context.state.step >= phase.last_step:
         return  # nothing is left to train
     context.count_flops()
     for line in start_lines(phase, max(1, len(run.phases)), context, distributed.world_size()):

@@ -11,6 +11,7 @@ Collectives: `distributed.run_collectively` and `run_on_rank0`; those of DeepSpe
 import socket
 from collections.abc import Collection
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import deepspeed
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from maskvr_ds.checkpoint import reshard
 from maskvr_ds.checkpoint.probe import probe_logits
+from maskvr_ds.engine.deepspeed_patches import postponed_epilogue
 from maskvr_ds.engine.master_weights import full_fp32_weights, not_rounded
 from maskvr_ds.models.normalization import statistics
 from maskvr_ds.run_folder import launches
@@ -30,6 +32,8 @@ from maskvr_ds.runtime import distributed
 # Maximum difference of a logit on the probe, relative to the largest: other devices and kernels round otherwise, in
 # bf16 by up to 3% (export.TOLERANCE); the weights of another run give other logits altogether.
 _PROBE_TOLERANCE = 2.0**-3
+# What DeepSpeed raises on files of another shape or form.
+_UNLOADABLE = (RuntimeError, ValueError, LookupError, AssertionError, AttributeError, TypeError, EOFError, PickleError)
 # Keys of the identity that checkpoints of earlier versions lack.
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
 # Their values in such checkpoints, where they are known.
@@ -58,21 +62,44 @@ def load(
 
     run: where a converted checkpoint is stored, if one is needed. expected: identity, world size and ZeRO stage of the
     present run; its step and samples are ignored. may_differ: keys of the identity that need not agree.
-    Raises CheckpointError if the checkpoint belongs to another run or is not visible on this node; ContentError if
-    DeepSpeed's files hold other weights than the checkpoint, or if its logits are not reproduced.
+    Raises CheckpointError if the checkpoint belongs to another run, is not visible on this node, or if DeepSpeed cannot
+    load its files; ContentError if they hold other weights than the checkpoint, or if its logits are not reproduced.
     """
     folder, state = checkpoint.folder, checkpoint.state
     distributed.run_collectively(lambda: _check_visible(folder))
     distributed.run_on_rank0(lambda: check_compatible(checkpoint, expected, may_differ))
     if reshard.same_layout(state, expected):
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+        _load_files(run, folder, engine)
     else:
         universal = distributed.run_on_rank0(lambda: reshard.convert(run, folder, state, expected))
         reshard.load(universal, engine)
         _load_statistics(folder, engine)
     _check_loaded(run, folder, engine)
+
+
+def _load_files(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    """DeepSpeed's load_checkpoint. Collective: call on all ranks. Raises CheckpointError if it fails on one of them."""
+    with postponed_epilogue(engine) as finish:
+        distributed.run_collectively(lambda: _load_here(run, folder, engine))
+        finish()
+
+
+def _load_here(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
+    try:
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNLOADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        changed = launches.changed_versions(run)
+        # No ContentError: what else may be the cause must not lead to an earlier checkpoint.
+        raise CheckpointError(
+            f"{folder}: DeepSpeed cannot load its files (*.pt), although they are those that {MANIFEST} lists "
+            f"({type(error).__name__}: {reason}){f'; versions have changed since: {changed}' if changed else ''}. "
+            "Remove this folder to resume from the previous checkpoint"
+        ) from error
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
 
 
 def _load_statistics(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:

@@ -36,7 +36,7 @@ from maskvr_ds.optim.lamb import parameter_groups
 from maskvr_ds.optim.partitions import Layout, layout_of, trainable
 from maskvr_ds.run_folder import checkpoints
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
-from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL
+from maskvr_ds.run_folder.layout import CHECKPOINTS, CONVERTING, MANIFEST, UNIVERSAL, WEIGHTS
 from maskvr_ds.runtime import files
 
 logger = logging.getLogger(__name__)
@@ -78,12 +78,17 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     temporary = run / CHECKPOINTS / f"{CONVERTING}-{secrets.token_hex(4)}"
     temporary.mkdir(parents=True)
     # DeepSpeed's converter writes every tensor twice: as fragments and assembled.
-    checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
-    tensors, content = (_from_partitions if was.zero_stage else _from_full)(folder, temporary / "pieces")
-    shutil.rmtree(temporary / "pieces", ignore_errors=True)
-    save_file(tensors, temporary / TENSORS)
-    checkpoints.write_manifest(temporary, {"source": source, **content})
-    temporary.rename(target)
+    try:
+        checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
+        tensors, content = (_from_partitions if was.zero_stage else _from_full)(folder, temporary / "pieces")
+        shutil.rmtree(temporary / "pieces", ignore_errors=True)
+        _check_shapes(folder, tensors)
+        save_file(tensors, temporary / TENSORS)
+        checkpoints.write_manifest(temporary, {"source": source, **content})
+        temporary.rename(target)
+    except BaseException:
+        files.discard(temporary)  # its space may be what the next checkpoint lacks
+        raise
     files.fsync_path(target.parent)
     logger.info("converted: %d tensors in %s", len(tensors), target)
     return target
@@ -116,9 +121,13 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     try:
         with _silence():
             to_universal(arguments)
-    except (AssertionError, LookupError, NotImplementedError, AttributeError) as error:
-        # Raised on files of an unknown form, as another version of DeepSpeed may write them.
-        raise CheckpointError(f"{folder}: DeepSpeed could not convert it: {error!r}") from error
+    except (AssertionError, LookupError, RuntimeError, AttributeError, ValueError, TypeError) as error:
+        # Raised on files of an unknown form, as another version of DeepSpeed may write them, or of another shape.
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}: DeepSpeed could not convert it ({type(error).__name__}: {reason}). Remove this folder to "
+            "resume from the previous checkpoint"
+        ) from error
     tensors = {}
     for path in sorted((work / "zero").rglob("*.pt")):
         if path.stem in _KINDS:
@@ -133,7 +142,7 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     # Tied parameters also appear under their second name; at stage 3 all tensors are flat.
     named = [(key, key.partition("/")[2], t) for key, t in tensors.items()]
-    tensors = {key: t.view(shapes[name]) for key, name, t in named if name in shapes}
+    tensors = {key: _shaped(t, shapes[name]) for key, name, t in named if name in shapes}
     return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
 
 
@@ -155,6 +164,22 @@ def _from_full(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[
                 moment = inner["state"].get(index, {}).get(kind)
                 tensors[f"{kind}/{name}"] = torch.zeros_like(master) if moment is None else moment.clone()
     return tensors, _content(inner, model, {})
+
+
+def _shaped(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return tensor.view(shape) if tensor.numel() == shape.numel() else tensor  # refused by `_check_shapes`
+
+
+def _check_shapes(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError if DeepSpeed's files hold tensors of other shapes than the checkpoint's weights."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        stored = {f"mlm.{name}": list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    named = [(key.partition("/")[2], list(tensor.shape)) for key, tensor in tensors.items()]
+    if unlike := sorted({name for name, shape in named if stored.get(name, shape) != shape}):
+        raise CheckpointError(
+            f"{folder}: DeepSpeed's files (*.pt) hold other shapes than {WEIGHTS} ({', '.join(unlike[:3])}): they are "
+            "not of this model. Remove this folder to resume from the previous checkpoint"
+        )
 
 
 def _content(optimizer: dict[str, Any], model: dict[str, Any], scaler: dict[str, Any]) -> dict[str, Any]:

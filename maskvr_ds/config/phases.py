@@ -143,9 +143,18 @@ def schedule_span(phases: Phases, index: int) -> tuple[int, int]:
     return first, end
 
 
+def _switched_off(schedule: Mapping[str, Any]) -> set[str]:
+    """Fields that a phase does not inherit, since its own schedule has no warm-up, or no end, that they belong to."""
+    warmup = [schedule[name] for name in ("warmup_steps", "warmup_share") if name in schedule]
+    found = {"warmup_power", "initial_lr"} if warmup and not any(warmup) else set[str]()
+    return found | ({"final_lr"} if schedule.get("decay") == "constant" else set())
+
+
 def _overlay(section: str, inherited: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` merged over `inherited` field by field, including subsections."""
     dropped = {name for key in given for name in _REPLACES.get(section, {}).get(key, ())}
+    if section == "schedule":
+        dropped |= _switched_off(given)
     values = {key: value for key, value in inherited.items() if key not in dropped}
     for key, value in given.items():
         before = values.get(key)

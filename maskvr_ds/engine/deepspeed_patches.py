@@ -9,6 +9,7 @@
 | skip_reduction        | buffered_allreduce_fallback of the engine     | once per engine, on one rank   |
 | hold_gradients        | reduction and step of ZeRO 1 and 2 in fp32    | once per engine, on one rank   |
 | capture_saved_files   | checkpoint_engine.save, _copy_recovery_script | while a checkpoint is saved    |
+| postponed_epilogue    | checkpoint_event_epilogue of ZeRO 3           | while a checkpoint is loaded   |
 | free_memory           | nothing; empties two of DeepSpeed's caches    | after an engine was destroyed  |
 
 `streamline` is in engine/streamline.py, the next two are in engine/one_rank.py. A further one has to precede
@@ -155,6 +156,23 @@ def capture_saved_files(
         yield
     finally:
         del writer.save, engine._copy_recovery_script
+
+
+@contextmanager
+def postponed_epilogue(engine: deepspeed.DeepSpeedEngine) -> Iterator[Callable[[], None]]:
+    """Within: `engine.load_checkpoint` omits its last part, a collective of ZeRO 3, which ranks that could not load
+    would miss. Yields a function that does it, to be called once all ranks have loaded."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() != 3:
+        yield lambda: None
+        return
+    check_part("postponed_epilogue", optimizer, "checkpoint_event_epilogue")
+    epilogue = optimizer.checkpoint_event_epilogue
+    optimizer.checkpoint_event_epilogue = lambda: None
+    try:
+        yield epilogue
+    finally:
+        optimizer.checkpoint_event_epilogue = epilogue
 
 
 def free_memory() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from maskvr_ds.run_folder.layout import LAUNCHES
-from maskvr_ds.runtime.files import parse_json
+from maskvr_ds.runtime.files import append_line, parse_json
 
 _PACKAGES = ("maskvr_ds", "torch", "deepspeed", "transformers")
 # Programs that a rank may be: the module of the ranks, the command of a single rank.
@@ -38,8 +38,7 @@ def append_launch(run: Path, **content: Any) -> None:
     """Append a line with `content`, the time, the command of this process, and the versions of the packages."""
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": command(sys.argv), **content}
     line["versions"] = _versions()
-    with (run / LAUNCHES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append_line(run / LAUNCHES, json.dumps(line, ensure_ascii=False))
 
 
 def read_launches(run: Path) -> list[dict[str, Any]]:

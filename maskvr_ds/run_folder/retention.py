@@ -14,6 +14,8 @@ from maskvr_ds.run_folder.layout import BEST, CHECKPOINTS, DELETING, LATEST, SAV
 from maskvr_ds.runtime.files import atomic_write, discard, set_aside, warn_of
 
 logger = logging.getLogger(__name__)
+# Of `CheckpointState.held_out`: the loss, and what it was measured on.
+LOSS, MEASURED = "held_out_loss", ("held_out_rows", "held_out_unigram_entropy")
 _MEANING = {LATEST: "newest", BEST: "best"}
 
 
@@ -64,16 +66,20 @@ def _is_misnamed(folder: Path) -> bool:
 
 def best_of_phases(run: Path, saved: Path) -> list[Path]:
     """The checkpoint with the lowest held-out loss of each phase, in order, among those up to `saved`; the earliest of
-    equal ones. Phases may have other held-out corpora, so that their losses do not compare."""
+    equal ones. Phases may have other held-out corpora, so that their losses do not compare; if a phase has changed its
+    own, or the number of rows, at a resume, only those count that were measured as the newest one was."""
     best: dict[int, tuple[float, Path]] = {}
-    for folder in checkpoints(run):
+    measured: dict[int, list[float | None]] = {}
+    for folder in reversed(checkpoints(run)):
         try:
             state = read_state(folder)
         except CheckpointError:
             continue
-        loss = state.held_out.get("held_out_loss", math.nan)
+        loss, phase = state.held_out.get(LOSS, math.nan), len(state.phases)
         if state.step == step_of(folder) <= step_of(saved) and math.isfinite(loss):
-            best[len(state.phases)] = min(best.get(len(state.phases), (math.inf, folder)), (loss, folder))
+            how = [state.held_out.get(name) for name in MEASURED]
+            if how == measured.setdefault(phase, how):
+                best[phase] = min(best.get(phase, (math.inf, folder)), (loss, folder))
     return [best[phase][1] for phase in sorted(best)]
 
 

@@ -122,6 +122,17 @@ def atomic_write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file, which is made if it is missing, and fsync it. What a kill or a full disk has left
+    of a line before it stays a line of its own."""
+    with path.open("a+b") as file:
+        file.seek(-1 if file.seek(0, os.SEEK_END) else 0, os.SEEK_END)
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)

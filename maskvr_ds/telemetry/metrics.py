@@ -137,7 +137,7 @@ class MetricsLog:
         monitor: which of DeepSpeed's monitors to write to.
         peak_tflops: peak rate of a rank's device in TFLOP/s, for the MFU; None: not known.
         real_share: share of the tokens that are not padding; the MFU counts these only.
-        tensor_names: T names, in the order of the trust ratios.
+        tensor_names: T names, in the order of the trust ratios; none if the optimizer has no trust ratios.
         rollbacks: the run's "rollback" events so far; metrics.jsonl has each after the step that was rolled back to.
     """
 
@@ -166,13 +166,15 @@ class MetricsLog:
         self.path = folder / METRICS
         self._ratios_path = folder / TRUST_RATIOS
         keep_until(resume_step, self.path, rollbacks)
-        if self._ratios_path.exists():
-            keep_until(resume_step, self._ratios_path)
         # Line buffered, so that a kill loses no complete line.
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
-        # Both files are kept open: a job that takes over the run replaces them, and this job cannot write to the new
-        # ones.
+        # Both files are open from here on: a job that takes over the run replaces them, and this job cannot write to
+        # the new ones.
         self._ratios_file: TextIO | None = None
+        if (logged := bool(tensor_names and self._histogram_every)) or self._ratios_path.exists():
+            keep_until(resume_step, self._ratios_path)
+        if logged:
+            self._ratios_file = self._ratios_path.open("a", buffering=1, encoding="utf-8")
         self._monitor = open_monitors(folder, monitor, resume_step)
         self._bar = tqdm(
             total=total_steps,
@@ -227,7 +229,7 @@ class MetricsLog:
         """Write an event line; `event` in `content` is its kind."""
         if self.active:
             self.flush()
-            self._file.write(json.dumps(content) + "\n")
+            self._write(self._file, content)
 
     def held_out(self, step: int, figures: dict[str, float]) -> None:
         """Write held-out figures of a step without training: those before the first one."""
@@ -248,7 +250,7 @@ class MetricsLog:
             return
         pending, self._pending = self._pending, None
         line = pending.resolve()
-        self._file.write(json.dumps(_without_nan(line)) + "\n")
+        self._write(self._file, _without_nan(line))
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
         if pending.trust_ratios is not None and self._histogram_every and pending.step % self._histogram_every == 0:
             self._write_trust_ratios(line, pending.trust_ratios.values())
@@ -259,10 +261,9 @@ class MetricsLog:
         """Write all ratios by name, and their histogram to the monitors that support histograms (CSV does not)."""
         finite = [ratio if math.isfinite(ratio) else None for ratio in ratios]
         by_name = dict(zip(self._tensor_names, finite, strict=True))
-        if self._ratios_file is None:
-            self._ratios_file = self._ratios_path.open("a", buffering=1, encoding="utf-8")
-        content = {"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}
-        self._ratios_file.write(json.dumps(content) + "\n")
+        if self._ratios_file is not None:
+            content = {"step": line["step"], "samples": line["samples"], "trust_ratios": by_name}
+            self._write(self._ratios_file, content)
         # Logarithms, because the ratios span decades. MonitorMaster.write_events takes scalars only: call the monitors.
         logarithms = np.log10([ratio for ratio in finite if ratio is not None and ratio > 0])
         if not len(logarithms):
@@ -274,11 +275,20 @@ class MetricsLog:
 
             self._monitor.wandb_monitor.log({_HISTOGRAM: wandb.Histogram(logarithms)}, step=line["step"])
 
+    def _write(self, file: TextIO, content: dict[str, Any]) -> None:
+        """Append a line. Raises OSError with the file's name, which errors of open files lack."""
+        try:
+            file.write(json.dumps(content) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, file.name) from error
+
     def flush_to_disk(self) -> None:
-        """Write and fsync everything so far, so that the log is as durable as a checkpoint."""
+        """Write and fsync everything so far, so that both files are as durable as a checkpoint."""
         if self.active:
             self.flush()
-            os.fsync(self._file.fileno())
+            for file in (self._file, self._ratios_file):
+                if file is not None:
+                    os.fsync(file.fileno())
 
     def exclude(self, seconds: float) -> None:
         """Exclude time not spent training (evaluation, saving) from the next step's tokens_per_second."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import atomic_file
-from maskvr_ds.runtime.files import keep_copy, parse_json
+from maskvr_ds.runtime.files import append_line, keep_copy, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def append_event(path: Path, content: dict[str, Any]) -> None:
     """Append an event line to a metrics.jsonl that no MetricsLog has open."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
+    append_line(path, json.dumps(content))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

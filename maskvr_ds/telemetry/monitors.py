@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.files import atomic_file
 from maskvr_ds.config import ConfigError, MonitorConfig
 from maskvr_ds.run_folder.layout import CSV, TENSORBOARD, WANDB_ID
+from maskvr_ds.runtime.files import atomic_write
 from maskvr_ds.telemetry.metrics_file import HEALTH, TRUST_RATIO_FIGURES, UPDATE_RMS_FIGURES
 
 _HELD_OUT = "held_out_"
@@ -81,19 +82,31 @@ def _purge(monitor: Any, step: int) -> None:
 
 
 def _truncate(monitor: Any, folder: Path, step: int) -> None:
-    """Drop rows of later steps, and rows truncated by a kill; the monitor writes a header only to files new to it."""
+    """Drop rows of later steps, and rows truncated by a kill or damaged; the monitor writes a header only to files new
+    to it."""
     for path in sorted(folder.glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-        kept = [row for row in rows if len(row) == 2 and row[0].isdigit() and step and int(row[0]) <= step]
+        # Not by csv.reader, which raises on what a power failure leaves.
+        text = path.read_text(encoding="utf-8", errors="replace")
+        header, *rows = [line.split(",") for line in text.splitlines()] or [[]]
+        kept = [row for row in rows if step and _is_value(row) and int(row[0]) <= step]
         if not kept:
             path.unlink()
             continue
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([header, *kept])
+        written = io.StringIO(newline="")
+        csv.writer(written).writerows([header, *kept])
         with atomic_file(path) as file:
-            file.write(text.getvalue().encode())
+            file.write(written.getvalue().encode())
         monitor.filenames.append(path.stem)
+
+
+def _is_value(row: list[str]) -> bool:
+    """Whether it is a step and a number."""
+    try:
+        step, value = row
+        float(value)
+        return int(step) >= 0
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -103,8 +116,9 @@ def _wandb_run(folder: Path, *, wanted: bool) -> Iterator[None]:
         yield
         return
     path = folder / WANDB_ID
-    if not path.exists():
-        path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+    # Empty: left by a full disk.
+    if not path.exists() or not path.read_text(encoding="utf-8", errors="replace").strip():
+        atomic_write(path, secrets.token_hex(8) + "\n")
     before = dict(os.environ)
     os.environ["WANDB_RUN_ID"] = path.read_text(encoding="utf-8").strip()
     os.environ.setdefault("WANDB_RESUME", "allow")

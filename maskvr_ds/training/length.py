@@ -10,6 +10,7 @@ placement same_batch; otherwise J = 1):
 Exact arithmetic on integers and on the decimal that was written, and independent of the number of ranks.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -23,6 +24,8 @@ from maskvr_ds.config.base import describe
 from maskvr_ds.data.mixture import open_mixture, shares
 from maskvr_ds.masking.checks import fewer_predictions, sequence_copies
 from maskvr_ds.runtime.numbers import MAX_STEPS
+
+logger = logging.getLogger(__name__)
 
 # From this many passes on, a warning: what a model can learn from the corpus it has learnt by then.
 MANY_EPOCHS = 100
@@ -54,11 +57,13 @@ def steps_of(config: RunConfig, corpus: Corpus) -> int:
     return steps
 
 
-def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = ()) -> RunConfig:
+def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, finished: bool = False) -> RunConfig:
     """The configuration with training.steps (of each phase) instead of epochs and tokens.
 
     history: what was trained, one entry per phase (`CheckpointState.phases`); corpora of finished phases are not
-    needed. Raises ConfigError and CorpusError, naming the phase, also if the steps do not fit other settings.
+    needed. finished: whether the last of these was trained to its end; its corpus is opened if it is still there, since
+    the phase may have been made longer. Raises ConfigError and CorpusError, naming the phase, also if the steps do not
+    fit other settings.
     """
     if config.is_resolved:
         return config
@@ -73,12 +78,14 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = ()) -> 
             steps = history[index]["steps"]
         else:
             where = f"phase {config.phases[index].name!r}: " if config.phases else ""
+            gone = finished and index == len(history) - 1 < len(sections) - 1 and not _are_there(phase)
             try:
-                corpus = open_mixture([(entry.path, entry.weight) for entry in phase.data.corpora])
-                steps = steps_of(phase, corpus)
+                steps = history[index]["steps"] if gone else steps_of(phase, _open(phase))
             except ValueError as error:
                 error.args = (f"{where}{error}",)
                 raise
+            if gone:
+                logger.info("%sfinished, with %s steps; its corpus is gone, and not needed", where, f"{steps:,}")
         kept = {key: value for key, value in section["training"].items() if key not in ("epochs", "tokens")}
         section["training"] = {**kept, "steps": steps}
     values["model"] = config.model  # not dumped: it knows which sizes were set explicitly
@@ -87,6 +94,14 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = ()) -> 
     except ValidationError as error:
         faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
         raise ConfigError("; ".join(faults)) from None
+
+
+def _open(phase: RunConfig) -> Corpus:
+    return open_mixture([(entry.path, entry.weight) for entry in phase.data.corpora])
+
+
+def _are_there(phase: RunConfig) -> bool:
+    return all(entry.path.exists() for entry in phase.data.corpora)
 
 
 def remarks(config: RunConfig, corpus: Corpus) -> list[str]:

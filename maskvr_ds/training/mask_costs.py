@@ -62,6 +62,8 @@ _ROUNDS = 5
 _TIMED_ROWS = 8
 # A case besides the strategies: a step at which MAPNet proposes the masks and does not learn.
 _BETWEEN = "mapnet without learning"
+# What of `machine` belongs to the run and not to where it trains.
+_OF_SETTINGS = ("global_size", "sequence_length", "vocab_size", "attention", "late_layer", "mapnet", "model")
 # Strategy or _BETWEEN, rate, layer at which [MASK] enters.
 _Case = tuple[str, float, int]
 
@@ -116,8 +118,8 @@ def _network(mapnet: MapNetConfig) -> dict[str, Any]:
 def resolve_costs(
     phase: RunPhase, corpus: Corpus, here: Mapping[str, Any], point: ResumePoint, make_engine: Callable[[], Any]
 ) -> tuple[StepCosts, float]:
-    """Costs of a phase's candidates: stored ones, or measured now; written into the run's folder. Also the seconds that
-    measuring took, 0 for stored ones. Collective: call on all ranks."""
+    """Costs of a phase's candidates: stored ones, or measured now. Also the seconds that measuring took; 0 if another
+    run measured them, or if metrics.jsonl has them already. Collective: call on all ranks."""
     config, started, took = phase.config, time.perf_counter(), 0.0
     wanted = needed(config, corpus)
     state = None if point.checkpoint is None else point.checkpoint.state
@@ -135,12 +137,12 @@ def resolve_costs(
         took = time.perf_counter() - started
         if auto and (auto.get("costs") or {}).get("per_pass") is None:
             costs = replace(costs, per_pass=None)  # a run of an earlier version keeps its interval
-    elif costs.machine != here:
+    elif point.checkpoint is None:
+        took = distributed.run_on_rank0(lambda: _seconds_of_run(config.output_dir, phase.index, wanted, here))
+    if costs.machine != here:
         differ = [name for name in here if costs.machine.get(name) != here[name]]
         logger.info("masking.strategy auto: costs of another machine or layout (%s) are kept", ", ".join(differ))
-    found = costs
-    logger.info("masking.strategy auto: seconds of a step: %s", found)
-    distributed.run_on_rank0(lambda: write_costs(config.output_dir, phase.index, found))
+    logger.info("masking.strategy auto: seconds of a step: %s", costs)
     return costs, took
 
 
@@ -178,7 +180,7 @@ def stored_costs(
     in_checkpoint: content of the checkpoint, None if it has none. here: `machine`.
     """
     file = config.masking.auto.costs
-    own = _of_run(config.output_dir, phase) if in_checkpoint is None else StepCosts.read(in_checkpoint)
+    own = _of_run(config.output_dir, phase, here) if in_checkpoint is None else StepCosts.read(in_checkpoint)
     if own is not None and own.lacks(needed) is None:
         if file is not None and file.is_file() and _imported(file).stored() != own.stored():
             raise ConfigError(
@@ -220,22 +222,41 @@ def _imported(file: Path) -> StepCosts:
         raise ConfigError(f"masking.auto.costs {file}: {error}") from None
 
 
-def _of_run(run: Path, phase: int) -> StepCosts | None:
-    """Costs in the run's folder; None if it has none, or none that can be read."""
+def _of_run(run: Path, phase: int, here: Mapping[str, Any]) -> StepCosts | None:
+    """Costs in the run's folder; None if it has none, or none that can be read, or those of a start with other settings
+    that has left no checkpoint."""
     try:
-        return StepCosts.read(parse_json((run / MASK_COSTS).read_bytes())["phases"][str(phase)])
+        costs = StepCosts.read(parse_json((run / MASK_COSTS).read_bytes())["phases"][str(phase)])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if changed := [name for name in _OF_SETTINGS if costs.machine.get(name) != here.get(name)]:
+        logger.info("%s: of a start with other settings (%s), not used", run / MASK_COSTS, ", ".join(changed))
+        return None
+    return costs
 
 
-def write_costs(run: Path, phase: int, costs: StepCosts) -> None:
-    """Add the phase's costs to RUN/mask_costs.json. Call on one rank."""
+def _seconds_of_run(run: Path, phase: int, needed: Needed, here: Mapping[str, Any]) -> float:
+    """Seconds that an earlier start of the run took to measure the costs in its folder; 0 if these are not used."""
+    own = _of_run(run, phase, here)
+    if own is None or own.lacks(needed) is not None:
+        return 0.0
     try:
-        phases = dict(parse_json((run / MASK_COSTS).read_bytes())["phases"])
+        return float(parse_json((run / MASK_COSTS).read_bytes())["seconds"][str(phase)])
     except (OSError, ValueError, KeyError, TypeError):
-        phases = {}
+        return 0.0
+
+
+def write_costs(run: Path, phase: int, costs: StepCosts, took: float = 0.0) -> None:
+    """Add the phase's costs, and the seconds that measuring them took, to RUN/mask_costs.json. Call on one rank."""
+    try:
+        content = dict(parse_json((run / MASK_COSTS).read_bytes()))
+        phases, seconds = dict(content["phases"]), dict(content.get("seconds", {}))
+    except (OSError, ValueError, KeyError, TypeError):
+        phases, seconds = {}, {}
     phases[str(phase)] = costs.stored()
-    atomic_write(run / MASK_COSTS, json.dumps({"phases": phases}, indent=1) + "\n")
+    if took:
+        seconds[str(phase)] = took
+    atomic_write(run / MASK_COSTS, json.dumps({"phases": phases, "seconds": seconds}, indent=1) + "\n")
 
 
 def measure_costs(

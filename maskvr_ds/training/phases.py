@@ -111,6 +111,11 @@ def done(phase: RunPhase, steps: int, sequence_length: int) -> dict[str, Any]:
     }
 
 
+def ends_phase(state: CheckpointState) -> bool:
+    """Whether a checkpoint is the last one of its phase, by the length that the phase had when it was written."""
+    return bool(state.phases) and state.phases[-1].get("steps") == state.settings.get("training.steps")
+
+
 def tokens_done(history: list[dict[str, Any]]) -> int:
     return sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in history)
 

@@ -61,13 +61,13 @@ def _of_masks(config: RunConfig, context: PhaseContext, length: int) -> str:
     return f"{text}; now {context.chooser.plan}; {context.chooser.spacing}"
 
 
-def end_lines(run: RunConfig, phase: RunPhase, checkpoint: Path) -> list[str]:
+def end_lines(run: RunConfig, phase: RunPhase, step: int, checkpoint: Path) -> list[str]:
     """Where the checkpoint of the last step is, the held-out loss against the unigram entropy, and what to do next.
 
-    phase: the last one.
+    phase: the last one. step: reached.
     """
     lines = read_lines(run.output_dir / METRICS)
-    found = [_line("done", f"step {phase.last_step:,}, {checkpoint}")]
+    found = [_line("done", f"step {step:,}, {checkpoint}")]
     if (last := next((line for line in reversed(lines) if line.get("held_out_loss") is not None), None)) is not None:
         found.append(_line("held out", held_out_sentence(last)))
     if phase.config.checkpoint.keep_best and (best := best_of_phases(run.output_dir, checkpoint)):

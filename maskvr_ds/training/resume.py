@@ -3,6 +3,7 @@
 Collectives: those of checkpoint/load.py; `distributed.run_collectively` for MAPNet's state.
 """
 
+import hashlib
 import logging
 import socket
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import BERT, MANIFEST, MAPNET_STATE
 from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
-from maskvr_ds.runtime.files import sha256
+from maskvr_ds.runtime.files import parse_json, sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def find_resume_point(config: RunConfig, resume: str | None, fence: Fence) -> Re
     if (fault := output_fault(run, resume)) is not None:
         raise ConfigError(fault)
     checkpoint = None if resume is None else checkpoints.find(run, resume)
+    _check_versions(run, checkpoint)
     model, initial = resolve_model_config(config.model, checkpoint)
     rows = None
     if checkpoint is not None:
@@ -97,6 +99,26 @@ def find_resume_point(config: RunConfig, resume: str | None, fence: Fence) -> Re
     elif initial is not None:
         rows = table_rows(initial.folder)
     return ResumePoint(model, initial, rows).at(checkpoint)
+
+
+def _check_versions(run: Path, found: Checkpoint | None) -> None:
+    """Raise CheckpointError if the run has a later checkpoint than `found` that a newer version has written: to take it
+    for damaged would end in its deletion."""
+    for folder in checkpoints.complete_checkpoints(run):
+        if found is None or checkpoints.step_of(folder) <= found.state.step:
+            continue
+        try:
+            text = (folder / MANIFEST).read_bytes()
+            content = parse_json(text)
+            number, head = content["format"], f'{{"sha256": "{content["sha256"]}",'.encode()
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged
+        intact = text.startswith(head) and hashlib.sha256(text[len(head) :]).hexdigest() == content["sha256"]
+        if intact and type(number) is int and number > checkpoints.FORMAT:
+            raise CheckpointError(
+                f"{folder}: format {number}, written by a newer version of maskvr_ds, and would be deleted once this "
+                f"one saves; update maskvr_ds, or remove this folder to resume from {found.folder.name}"
+            )
 
 
 def pass_by(run: Path, error: load.ContentError, point: ResumePoint, *, named: bool) -> ResumePoint:

@@ -13,6 +13,7 @@ from maskvr_ds.checkpoint.async_writer import AsyncCheckpointWriter
 from maskvr_ds.engine.replicas import check_replicas
 from maskvr_ds.run_folder.fence import Fence
 from maskvr_ds.run_folder.layout import MAPNET_STATE
+from maskvr_ds.run_folder.retention import LOSS, MEASURED
 from maskvr_ds.runtime.deferred import DeferredTensor
 from maskvr_ds.telemetry.metrics import StepRecord
 from maskvr_ds.training.phases import RunPhase, done
@@ -87,8 +88,10 @@ class Saver:
         history = [*before, done(self._phase, step - self._phase.first_step, context.corpus.sequence_length)]
         guard = {**context.guard.state(), "rollbacks": context.rollbacks}
         auto = {} if context.chooser is None else context.chooser.state()
-        loss = held_out.get("held_out_loss", math.nan)
-        best = {"held_out_loss": loss} if config.checkpoint.keep_best and math.isfinite(loss) else {}
+        best: dict[str, float] = {}
+        if config.checkpoint.keep_best and context.evaluation and math.isfinite(held_out.get(LOSS, math.nan)):
+            measured = {**held_out, "held_out_rows": context.evaluation.rows}
+            best = {name: measured[name] for name in (LOSS, *MEASURED) if name in measured}
         state = replace(
             context.state, step=step, samples=samples, phases=history, guard=guard, auto=auto, held_out=best
         )

@@ -48,7 +48,7 @@ from maskvr_ds.training.auto_strategy import Chooser, make_chooser
 from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
-from maskvr_ds.training.mask_costs import machine, resolve_costs
+from maskvr_ds.training.mask_costs import machine, resolve_costs, write_costs
 from maskvr_ds.training.phases import RunPhase, tokens_done
 from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
 from maskvr_ds.training.rollback import read_rollbacks
@@ -151,6 +151,9 @@ def setup_phase(
             raise
     proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
+    if costs is not None:
+        # Not earlier: a start that fails must leave a folder in which another one may start.
+        distributed.run_on_rank0(partial(write_costs, config.output_dir, phase.index, costs, measuring))
     if state.step < phase.last_step:
         distributed.run_on_rank0(lambda: record_launch(config, corpus))
 
@@ -171,7 +174,8 @@ def setup_phase(
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
-    log = _make_log(phase, corpus, engine, state, rollbacks)
+    # Rank 0 alone writes, and the others must not wait for it if it cannot.
+    log = distributed.run_collectively(lambda: _make_log(phase, corpus, engine, state, rollbacks))
     if measuring:
         log.event(event=AUTO_COSTS_EVENT, step=state.step, seconds=round(measuring, 3))
     if initial is not None:
@@ -355,7 +359,7 @@ def _make_log(
     state: CheckpointState,
     rollbacks: list[dict[str, Any]],
 ) -> MetricsLog:
-    tokens_before = tokens_done(state.phases[: phase.index])
+    tokens_before, optimizer = tokens_done(state.phases[: phase.index]), engine.basic_optimizer
     return MetricsLog(
         phase.config.output_dir,
         rank=distributed.rank(),
@@ -365,7 +369,7 @@ def _make_log(
         monitor=phase.config.monitor,
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
         real_share=real_share(corpus),
-        tensor_names=getattr(engine.basic_optimizer, "tensor_names", ()),
+        tensor_names=optimizer.tensor_names if hasattr(optimizer, "trust_ratios") else (),
         rollbacks=rollbacks,
     )
 

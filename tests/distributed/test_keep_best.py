@@ -58,7 +58,9 @@ def test_the_best_is_kept(folder: Path, name: str, capsys: pytest.CaptureFixture
     assert (run / "checkpoints" / "best").read_text() == f"step-{best:08d}\n"
     assert (run / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}\n"
     for path in complete_checkpoints(run):
-        assert checkpoints.verify(path).state.held_out == {"held_out_loss": losses[step_of(path)]}
+        held_out = checkpoints.verify(path).state.held_out
+        assert held_out["held_out_loss"] == losses[step_of(path)]
+        assert held_out.keys() == {"held_out_loss", "held_out_rows", "held_out_unigram_entropy"}
     assert main(["checkpoint", "list", str(run)]) == 0
     assert f"{losses[best]:.4f}" in capsys.readouterr().out.splitlines()[1]
 

@@ -301,6 +301,7 @@ def test_nothing_else_is_patched() -> None:
         "optimizer._update_scale",
         "optimizer.step",
         "engine.optimizer.norm_reader",
+        "optimizer.checkpoint_event_epilogue",
         "writer.save",
         "engine._copy_recovery_script",
     }

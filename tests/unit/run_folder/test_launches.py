@@ -23,5 +23,13 @@ def test_versions_of_the_last_launch_count(tmp_path: Path, monkeypatch: pytest.M
     assert launches.changed_versions(tmp_path) == ""
 
 
+def test_a_line_that_a_full_disk_has_torn_costs_no_other(tmp_path: Path) -> None:
+    launches.append_launch(tmp_path, **CONTENT)
+    with (tmp_path / LAUNCHES).open("ab") as file:
+        file.write(b'{"time": "2026')
+    launches.append_launch(tmp_path, **{**CONTENT, "ranks": 2})
+    assert [line["ranks"] for line in launches.read_launches(tmp_path)] == [1, 2]
+
+
 def test_a_run_of_an_earlier_version_has_no_record(tmp_path: Path) -> None:
     assert launches.changed_versions(tmp_path) == "those that trained it are not known"

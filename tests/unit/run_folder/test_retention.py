@@ -186,12 +186,11 @@ def test_copies_of_another_step_are_neither_counted_nor_deleted(
     assert replace(STATE, step=4) == checkpoints.read_state(copy)
 
 
-def with_loss(run: Path, step: int, loss: float | None, phase: int = 1) -> Path:
+def with_loss(run: Path, step: int, loss: float | None, phase: int = 1, **measured: float) -> Path:
     """A checkpoint with a held-out loss, or without."""
     folder = write(run, step)
-    state = replace(
-        checkpoints.read_state(folder), phases=[{}] * phase, held_out={} if loss is None else {"held_out_loss": loss}
-    )
+    held_out = {} if loss is None else {"held_out_loss": loss, **measured}
+    state = replace(checkpoints.read_state(folder), phases=[{}] * phase, held_out=held_out)
     (folder / "checkpoint.json").unlink()
     checkpoints.write_manifest(folder, state.stored())
     assert checkpoints.read_state(folder) == state
@@ -217,6 +216,22 @@ def test_the_best_checkpoint_of_each_phase_is_kept(tmp_path: Path) -> None:
         (35, [10, 35, 40]),
         (35, [10, 35, 40, 45]),
     ]
+
+
+def test_losses_on_other_rows_do_not_compare(tmp_path: Path) -> None:
+    """A resume may change data.held_out_path and evaluation.rows."""
+    found = []
+    for step, loss, measured in (
+        (5, 2.0, {}),
+        (10, 2.5, {"held_out_rows": 64, "held_out_unigram_entropy": 3.0}),
+        (15, 2.4, {"held_out_rows": 64, "held_out_unigram_entropy": 3.0}),
+        (20, 3.5, {"held_out_rows": 64, "held_out_unigram_entropy": 4.0}),
+        (25, 3.6, {"held_out_rows": 64, "held_out_unigram_entropy": 4.0}),
+        (30, 3.7, {"held_out_rows": 128, "held_out_unigram_entropy": 4.0}),
+    ):
+        (best,) = best_of_phases(tmp_path, with_loss(tmp_path, step, loss, **measured))
+        found.append(checkpoints.step_of(best))
+    assert found == [5, 10, 15, 20, 20, 30]
 
 
 def test_abandoned_and_renamed_checkpoints_are_not_the_best(tmp_path: Path) -> None:

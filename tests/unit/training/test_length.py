@@ -115,6 +115,16 @@ def test_phases(folder: Path) -> None:
     assert [phase.config.training.steps for phase in plan(later)] == [15, 10, 4]
     with pytest.raises(ValueError, match=r"phase 'one': .*gone"):
         with_steps(RunConfig.model_validate({**values, "phases": phases}), history[:1])
+    # At the last checkpoint of a phase, too; the phase may be made longer while its corpus is there.
+    last = with_steps(RunConfig.model_validate({**values, "phases": phases}), history[:1], finished=True)
+    assert [phase.config.training.steps for phase in plan(last)] == [15, 10, 4]
+    phases[0] |= {"data": {"path": str(folder / "a")}, "training": {"epochs": 3}}
+    longer = with_steps(RunConfig.model_validate({**values, "phases": phases}), history[:1], finished=True)
+    assert plan(longer)[0].config.training.steps == 23
+    # The last phase of a run has to be there.
+    alone = {**values, "phases": [{**phases[0], "data": {"path": str(folder / "gone")}}]}
+    with pytest.raises(ValueError, match=r"phase 'one': .*gone"):
+        with_steps(RunConfig.model_validate(alone), history[:1], finished=True)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ from maskvr_ds.run_folder.layout import MASK_COSTS
 from maskvr_ds.training import mask_costs
 from maskvr_ds.training.auto_choice import MaskingPlan
 from maskvr_ds.training.mask_costs import (
+    _seconds_of_run,
     check_plan_of_checkpoint,
     machine,
     measure_costs,
     needed,
+    resolve_costs,
     stored_costs,
     write_costs,
 )
@@ -107,6 +109,27 @@ def test_the_checkpoint_comes_first_then_the_folder_then_the_file(tmp_path: Path
     assert stored_costs(config(run), 0, NEEDED, HERE, None) is None
     write_costs(run, 0, of_folder)
     assert stored_costs(config(run), 0, Needed((0.3,), ()), HERE, None) is None
+
+
+def test_costs_of_a_start_with_other_settings_are_not_used(tmp_path: Path) -> None:
+    """It has left no checkpoint, and what a checkpoint has comes first."""
+    write_costs(tmp_path, 0, COSTS, 12.5)
+    for other in ({"model": {"num_hidden_layers": 2}}, {"global_size": 24}):
+        assert stored_costs(config(tmp_path), 0, NEEDED, {**HERE, **other}, None) is None
+        assert _seconds_of_run(tmp_path, 0, NEEDED, {**HERE, **other}) == 0
+    assert stored_costs(config(tmp_path), 0, NEEDED, {**HERE, "ranks": 1}, None) == COSTS
+
+
+def test_the_seconds_of_measuring_outlive_a_kill_before_the_first_checkpoint(tmp_path: Path, corpus: Corpus) -> None:
+    values = config(tmp_path, auto={"proposal": False}, final_rate=None)
+    phase: Any = SimpleNamespace(config=values, index=0)
+    point: Any = SimpleNamespace(checkpoint=None)
+    write_costs(tmp_path, 0, StepCosts({0.45: 2.0}, {"fully_explored": 0.1}, HERE), 12.5)
+    costs, took = resolve_costs(phase, corpus, HERE, point, lambda: pytest.fail("measured again"))
+    assert (costs.uniform, took) == ({0.45: 2.0}, 12.5)
+    # Costs of a file: nothing was measured by this run.
+    write_costs(tmp_path / "..", 0, costs)
+    assert _seconds_of_run(tmp_path / "..", 0, NEEDED, HERE) == 0
 
 
 @pytest.mark.parametrize(

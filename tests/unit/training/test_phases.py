@@ -13,7 +13,7 @@ from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
 from maskvr_ds.config.masking import SUBSECTIONS, MaskingConfig
 from maskvr_ds.config.phases import PhaseStart
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
-from maskvr_ds.training.phases import apply_start, done, next_phase, plan, tokens_done
+from maskvr_ds.training.phases import apply_start, done, ends_phase, next_phase, plan, tokens_done
 from maskvr_ds.training.schedule import learning_rate
 
 RESTART = {"moments": "keep", "step_counter": "zero", "schedule": "restart"}
@@ -246,6 +246,33 @@ def test_a_finished_phase_cannot_change(changes: dict[str, Any], message: str) -
     changed = {**TWO, "phases": [{**TWO["phases"][0], **changes}, TWO["phases"][1]]}
     with pytest.raises(CheckpointError, match=message):
         next_phase(plan(RunConfig.model_validate(changed)), state(12, done(short, 10, 32), done(long, 2, 64)))
+
+
+def test_whether_a_checkpoint_ends_its_phase() -> None:
+    short, long = plan(RunConfig.model_validate(TWO))
+    for step, expected in ((7, False), (10, True)):
+        written = replace(state(step, done(short, step, 32)), settings={"training.steps": 10})
+        assert ends_phase(written) == expected
+    second = replace(state(12, done(short, 10, 32), done(long, 2, 64)), settings={"training.steps": 4})
+    assert not ends_phase(second)
+    assert not ends_phase(state(0))
+
+
+def test_a_phase_without_warm_up_or_end_inherits_nothing_that_belongs_to_them() -> None:
+    values = {**TWO, "schedule": {"warmup_steps": 3, "warmup_power": 2.0, "initial_lr": 1e-6, "final_lr": 1e-5}}
+
+    def second(**schedule: Any) -> Any:
+        phases = [TWO["phases"][0], {**TWO["phases"][1], "schedule": schedule}]
+        return RunConfig.model_validate({**values, "phases": phases}).phase(1).schedule
+
+    for off in ({"warmup_steps": 0}, {"warmup_share": 0.0}):
+        found = second(**off)
+        assert (found.warmup(4), found.warmup_power, found.initial_lr, found.final_lr) == (0, 1.0, 0.0, 1e-5)
+    for on in ({"warmup_steps": 1}, {"warmup_steps": 0, "warmup_share": 0.5}):
+        assert (second(**on).warmup_power, second(**on).initial_lr) == (2.0, 1e-6)
+    assert second(decay="constant").final_lr == 0.0
+    with pytest.raises(ValueError, match=r"phases\.long: schedule\.warmup_power 3: there is no warm-up"):
+        second(warmup_steps=0, warmup_power=3)
 
 
 def test_phases_cannot_be_added_later() -> None:
