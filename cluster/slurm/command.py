@@ -25,7 +25,14 @@ from cluster.slurm.evaluation import (
     parse_evaluation,
 )
 from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
-from cluster.slurm.script import JobEnvironment, SlurmError, TrainingJob, data_script, training_script
+from cluster.slurm.script import (
+    ContinuedJob,
+    JobEnvironment,
+    SlurmError,
+    TrainingJob,
+    continued_script,
+    training_script,
+)
 from cluster.slurm.submission import check_dependency, dependency_options, submit_all
 from maskvr_ds.config import (
     ConfigError,
@@ -58,6 +65,8 @@ _OPTIONS = {
     "dependency": "job that must end first, e.g. afterok:1234",
 }
 _BUILD_CPUS = 16
+# Seconds before its time limit at which a build is requeued: it has nothing to save.
+_BUILD_SIGNAL = 60
 _NODES = re.compile(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", re.ASCII)
 # Minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<rest>\d+(?::\d+){0,2})")
@@ -136,7 +145,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build-cpus", type=integer(1, MAX_SLOTS), metavar="C", help=f"CPUs of the build job ({_BUILD_CPUS})"
     )
-    parser.add_argument("--build-time", metavar="TIME", help="time limit of the build job")
+    parser.add_argument("--build-time", metavar="TIME", help="time limit of one start of the build job")
     parser.add_argument("--build-mem", metavar="MEM", help="memory of the build job; default: Slurm's")
     parser.add_argument(
         "--build-partition",
@@ -216,13 +225,13 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
             raise SlurmError(f"--build-{name}: there is no build job; add --build-data ARGUMENTS, or omit it")
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     runs = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
-    if arguments.build_time is not None:
-        parse_time(arguments.build_time, "--build-time")
     check_corpora(config, build, runs)
     _check_start(config, build, runs)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
     check_dependency(arguments.dependency, 1 + (build is not None) + (evaluation is not None))
+    if (limit := arguments.build_time) and parse_time(limit, "--build-time") <= _BUILD_SIGNAL:
+        raise SlurmError(f"--build-time {limit}: expected more than {_BUILD_SIGNAL} s; the job requeues itself then")
     if (limit := arguments.evaluate_time) and parse_time(limit, "--evaluate-time") <= arguments.signal_seconds:
         raise SlurmError(f"--evaluate-time {limit}: not longer than --signal-seconds {arguments.signal_seconds}")
     environment = JobEnvironment(
@@ -295,7 +304,20 @@ def _data_script(
     given = {name: value for name, value in options.items() if value is not None}
     given |= data_job_options(extra, other_partition)
     # The parent: the corpus folder does not exist yet.
-    return data_script(given, run, build.words, replace(environment, binds=(parent, *build.inputs)))
+    return continued_script(
+        ContinuedJob(
+            title="Builds the corpus of a training, written by `python -m cluster slurm --build-data`",
+            what="build",
+            command=("data_pipeline", "build"),
+            log="data-%j.log",
+            options=given,
+            run=run,
+            arguments=build.words,
+            environment=replace(environment, binds=(parent, *build.inputs)),
+            max_restarts=arguments.max_restarts,
+            signal_seconds=_BUILD_SIGNAL,
+        )
+    )
 
 
 def _check_venv(arguments: argparse.Namespace) -> None:

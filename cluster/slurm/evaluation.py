@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.slurm.script import JobEnvironment, SlurmError, directive, log_pattern, render, words
+from cluster.slurm.script import ContinuedJob, JobEnvironment, SlurmError, continued_script
 from data_pipeline.hub import MODEL_FILES, local_folder
 from maskvr_ds.cli.downstream import check_evaluate
 from maskvr_ds.cli.main import command_parser
-from maskvr_ds.run_folder.layout import JOBS
 from maskvr_ds.runtime.numbers import MAX_SLOTS, integer
 
 EVALUATE = "evaluate.sbatch"
@@ -112,8 +111,6 @@ def evaluation_script(
         raise SlurmError(f"--evaluate: {parents[0]}: no such folder, so it cannot be bound into a container; create it")
     options: dict[str, str | None] = {
         "job-name": f"{arguments.job_name or run.name}-evaluate",
-        "nodes": "1",
-        "ntasks": "1",
         "cpus-per-task": str(arguments.evaluate_cpus or _CPUS),
         "gpus-per-node": str(gpus) if gpus else None,
         "partition": arguments.partition,
@@ -121,21 +118,21 @@ def evaluation_script(
         "qos": arguments.qos,
         "mem": arguments.evaluate_mem,
         "time": arguments.evaluate_time,
-        "output": log_pattern(run / JOBS, "evaluate-%j.log"),
-        "open-mode": "append",
-        "signal": f"B:USR1@{arguments.signal_seconds}",
     }
     given = {**{name: value for name, value in options.items() if value is not None}, **extra}
     # The training has created its own folder by then.
     environment = replace(environment, gpus=gpus > 0, binds=(run, *evaluation.reads, *parents))
-    return render(
-        EVALUATE,
-        {
-            "DIRECTIVES": "\n".join([*(directive(*option) for option in given.items()), "#SBATCH --requeue"]),
-            "MAX_RESTARTS": str(arguments.max_restarts),
-            "ARGUMENTS": words(evaluation.words),
-            "FOLDER": shlex.quote(str(environment.folder)),
-            "ENVIRONMENT": environment.lines(),
-            "PYTHON": words(environment.command()),
-        },
+    return continued_script(
+        ContinuedJob(
+            title="An evaluation, written by `python -m cluster slurm --evaluate`",
+            what="evaluation",
+            command=("maskvr_ds.cli", "evaluate"),
+            log="evaluate-%j.log",
+            options=given,
+            run=run,
+            arguments=evaluation.words,
+            environment=environment,
+            max_restarts=arguments.max_restarts,
+            signal_seconds=arguments.signal_seconds,
+        )
     )

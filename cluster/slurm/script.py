@@ -205,24 +205,47 @@ def yaml_text(value: object) -> str:
     return yaml.safe_dump(str(value), default_style='"', allow_unicode=True, width=10**9).rstrip("\n")
 
 
-def data_script(
-    options: Mapping[str, str | None], run: Path, arguments: Sequence[str], environment: JobEnvironment
-) -> str:
-    """Job script that builds a corpus. arguments: of `data_pipeline build`. Raises SlurmError as `training_script`."""
+@dataclass(frozen=True)
+class ContinuedJob:
+    """A job on one node whose command continues where an earlier start of it ended.
+
+    title: first line of the script. what: name in messages. command: module and subcommand for `python -m`. log: name
+    of the log in RUN/slurm, a pattern of sbatch. options, run, arguments, environment: as of TrainingJob.
+    """
+
+    title: str
+    what: str
+    command: Sequence[str]
+    log: str
+    options: Mapping[str, str | None]
+    run: Path
+    arguments: Sequence[str]
+    environment: JobEnvironment
+    max_restarts: int
+    signal_seconds: int
+
+
+def continued_script(job: ContinuedJob) -> str:
+    """Job script of a command that continues. Raises SlurmError as `training_script`."""
     options = {
-        **options,
+        **job.options,
         "nodes": "1",
         "ntasks": "1",
-        "output": log_pattern(run / JOBS, "data-%j.log"),
+        "output": log_pattern(job.run / JOBS, job.log),
         "open-mode": "append",
+        "signal": f"B:USR1@{job.signal_seconds}",
     }
     return render(
-        "data.sbatch",
+        "continued.sbatch",
         {
+            "TITLE": job.title,
             "DIRECTIVES": "\n".join([*(directive(*option) for option in options.items()), "#SBATCH --requeue"]),
-            "ARGUMENTS": words(arguments),
-            "FOLDER": shlex.quote(str(environment.folder)),
-            "ENVIRONMENT": environment.lines(),
-            "PYTHON": words(environment.command()),
+            "MAX_RESTARTS": str(job.max_restarts),
+            "ARGUMENTS": words(job.arguments),
+            "FOLDER": shlex.quote(str(job.environment.folder)),
+            "ENVIRONMENT": job.environment.lines(),
+            "PYTHON": words(job.environment.command()),
+            "COMMAND": words(job.command),
+            "WHAT": job.what,
         },
     )

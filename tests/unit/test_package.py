@@ -33,6 +33,6 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     )
     code += "; from maskvr_ds.cli import main; assert main(['recipes', 'demo_cpu']) == 0"
     code += "; from cluster.slurm.script import render; values = collections.defaultdict(str)"
-    code += "; assert '<<' not in render('data.sbatch', values); assert values"
+    code += "; assert '<<' not in render('continued.sbatch', values); assert values"
     # -I: neither the checkout nor PYTHONPATH.
     subprocess.run([sys.executable, "-I", "-c", code, str(site)], check=True, cwd=tmp_path)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from cluster.slurm.options import parse_options
 from cluster.slurm.script import (
+    ContinuedJob,
     JobEnvironment,
     SlurmError,
     TrainingJob,
-    data_script,
+    continued_script,
     directive,
     log_pattern,
     render,
@@ -184,10 +185,12 @@ def test_options_of_sbatch_and_flags() -> None:
 
 
 def test_placeholders_in_values_are_kept(tmp_path: Path) -> None:
-    script = data_script({"time": "10"}, tmp_path, ["<<FOLDER>>"], JobEnvironment(tmp_path, "python"))
-    assert "arguments=('<<FOLDER>>')" in script
+    environment = JobEnvironment(tmp_path, "python")
+    common = {"options": {"time": "10"}, "run": tmp_path, "environment": environment, "max_restarts": 1}
+    job = ContinuedJob("A job", "job", ("m",), "%j.log", arguments=["<<FOLDER>>"], signal_seconds=9, **common)  # type: ignore[arg-type]
+    assert "arguments=('<<FOLDER>>')" in continued_script(job)
     with pytest.raises(KeyError):
-        render("data.sbatch", {})
+        render("continued.sbatch", {})
 
 
 def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Jobs of one submission: what would be rejected halfway is refused before, and what is queued is named."""
 
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["--dependency", "afterok:1?afterok:2"], "--dependency afterok:1?afterok:2: '?' (any of them) cannot be"),
         (["--build-time", "soon"], "--build-time soon: expected minutes"),
+        (["--build-time", "1"], "--build-time 1: expected more than 60 s"),
     ],
 )
 def test_what_sbatch_would_reject_halfway(
@@ -71,3 +74,23 @@ def test_jobs_that_are_queued_already_are_named(
 def test_the_job_of_the_training_is_recorded(words: list[str], sbatch: Path) -> None:
     assert main([*words, "--submit"]) == 0
     assert Path("run/slurm/submitted").read_text(encoding="utf-8") == "32\n"
+
+
+def test_a_build_is_requeued_before_its_time_limit(words: list[str], tmp_path: Path) -> None:
+    """Otherwise the training, which depends on it, would be cancelled. The stand-in for Python is the command."""
+    assert main(words) == 0
+    text = Path("run/slurm/data.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --signal=B:USR1@60\n#SBATCH --requeue\n" in text
+    (tmp_path / "bin").mkdir()
+    python, scontrol = tmp_path / "python", tmp_path / "bin" / "scontrol"
+    wait = 'kill -USR1 "$PPID"; for ((i = 0; i < 300; i++)); do sleep 0.1; done'
+    python.write_text(f'#!/bin/bash\nprintf "%s " "$@" >"{tmp_path}/given"\n{wait}\n', encoding="utf-8")
+    scontrol.write_text('#!/bin/bash\necho "requeued $2"\n', encoding="utf-8")
+    for program in (python, scontrol):
+        program.chmod(0o755)
+    script = tmp_path / "script"
+    script.write_text(re.sub(r"^python=.*$", f"python=('{python}')", text, flags=re.M), encoding="utf-8")
+    environment = {"PATH": f"{scontrol.parent}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    ended = subprocess.run(["bash", script], capture_output=True, text=True, env=environment, timeout=50, check=False)
+    assert (ended.returncode, "requeued 7" in ended.stdout) == (0, True), ended
+    assert (tmp_path / "given").read_text(encoding="utf-8").startswith("-m data_pipeline build --input ")
