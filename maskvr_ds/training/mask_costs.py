@@ -247,7 +247,8 @@ def _seconds_of_run(run: Path, phase: int, needed: Needed, here: Mapping[str, An
 
 
 def write_costs(run: Path, phase: int, costs: StepCosts, took: float = 0.0) -> None:
-    """Add the phase's costs, and the seconds that measuring them took, to RUN/mask_costs.json. Call on one rank."""
+    """Add the phase's costs, and the seconds that measuring them took, to RUN/mask_costs.json. Call on one rank, not
+    before `run.mark_running`: a start that fails must leave a folder in which another one may start."""
     try:
         content = dict(parse_json((run / MASK_COSTS).read_bytes()))
         phases, seconds = dict(content["phases"]), dict(content.get("seconds", {}))

@@ -152,7 +152,6 @@ def setup_phase(
     proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
     if costs is not None:
-        # Not earlier: a start that fails must leave a folder in which another one may start.
         distributed.run_on_rank0(partial(write_costs, config.output_dir, phase.index, costs, measuring))
     if state.step < phase.last_step:
         distributed.run_on_rank0(lambda: record_launch(config, corpus))
@@ -174,7 +173,6 @@ def setup_phase(
     rollbacks = distributed.run_on_rank0(lambda: read_rollbacks(run.output_dir, state.guard))
     guard = _make_guard(phase, state, rollbacks)
     gate_optimizer_step(engine, guard.allow_update, guard.read if guard.enabled else float)
-    # Rank 0 alone writes, and the others must not wait for it if it cannot.
     log = distributed.run_collectively(lambda: _make_log(phase, corpus, engine, state, rollbacks))
     if measuring:
         log.event(event=AUTO_COSTS_EVENT, step=state.step, seconds=round(measuring, 3))
@@ -359,6 +357,7 @@ def _make_log(
     state: CheckpointState,
     rollbacks: list[dict[str, Any]],
 ) -> MetricsLog:
+    """Rank 0 alone writes it: the others must not wait for a rank that cannot."""
     tokens_before, optimizer = tokens_done(state.phases[: phase.index]), engine.basic_optimizer
     return MetricsLog(
         phase.config.output_dir,
