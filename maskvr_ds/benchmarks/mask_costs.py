@@ -1,4 +1,4 @@
-"""`maskvr benchmark masks --config`: seconds of a step per candidate of masking.strategy auto (masking.auto.costs)."""
+"""`maskvr benchmark strategy-cost --config`: seconds of a step per candidate of masking.strategy auto (masking.auto.costs)."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -53,7 +53,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         "--measured",
         nargs="+",
         metavar="FILE",
-        help="results of `maskvr benchmark train --output` on this kind of GPU, to calibrate with",
+        help="results of `maskvr benchmark training-speed --output` on this kind of GPU, to calibrate with",
     )
     parser.add_argument(
         "--sequence-length",

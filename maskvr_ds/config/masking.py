@@ -200,8 +200,8 @@ class AutoConfig(Section):
     """Layers at which [MASK] may enter instead of at the first, as with masking.late_layer; needs mask_probability 1.
     In the last steps (final_share) it enters at the first, as in the exported model. Empty: masking.late_layer."""
     costs: PathSetting | None = None
-    """File with the seconds of a step per candidate, from `maskvr benchmark masks --config` or another run's
-    mask_costs.json on an equal machine; null: measured before the first step."""
+    """File with the seconds of a step per candidate, from `maskvr benchmark strategy-cost --config` or another
+    run's mask_costs.json on an equal machine; null: measured before the first step."""
 
     @property
     def most_rows(self) -> int:

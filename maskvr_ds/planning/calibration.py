@@ -1,4 +1,4 @@
-"""Calibration of the predicted times and memory by results of `maskvr benchmark train`. Loads no torch."""
+"""Calibration of the predicted times and memory by results of `maskvr benchmark training-speed`. Loads no torch."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from maskvr_ds.planning.sizes import EncoderSizes, encoder_sizes
 from maskvr_ds.planning.step_time import Calibration, step_time
 from maskvr_ds.planning.zero import Zero, zero_settings
 
-# `maskvr benchmark train`: its vocabulary, rate of masked positions and optimizer.
+# `maskvr benchmark training-speed`: its vocabulary, rate of masked positions and optimizer.
 BENCHMARK_VOCABULARY, BENCHMARK_RATE = 30_522, 0.15
 # "bert-base, L = 128, zero1_bf16, 1 ranks × 256 sequences"
 _COUNT = r"[1-9]\d{0,6}"
@@ -35,8 +35,8 @@ _BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """A result of `maskvr benchmark train`. step_seconds: median of its steps. memory: bytes, None if not measured.
-    product_rate: FLOP/s of large matrix products on the same device."""
+    """A result of `maskvr benchmark training-speed`. step_seconds: median of its steps. memory: bytes, None if not
+    measured. product_rate: FLOP/s of large matrix products on the same device."""
 
     path: str
     device: str
@@ -55,25 +55,27 @@ def predictions(length: int, rate: float) -> int:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """Read the JSON that `maskvr benchmark train --output` wrote, of one micro-batch or of several.
+    """Read the JSON that `maskvr benchmark training-speed --output` wrote, of one micro-batch or of several.
 
     Raises ConfigError naming what is missing, or the setting whose effect the model does not know.
     """
     if (size := path.stat().st_size) > _BYTES:
-        raise ConfigError(f"--measured {path}: {size:,} bytes; expected the JSON of `maskvr benchmark train --output`")
+        raise ConfigError(
+            f"--measured {path}: {size:,} bytes; expected the JSON of `maskvr benchmark training-speed --output`"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--measured {path}: not JSON: {error}") from None
     if not content:
-        raise ConfigError(f"--measured {path}: not a result of `maskvr benchmark train --output`")
+        raise ConfigError(f"--measured {path}: not a result of `maskvr benchmark training-speed --output`")
     return [_measurement(one, path) for one in (content if isinstance(content, list) else [content])]
 
 
 def _measurement(content: Any, path: Path) -> Measurement:
     what = _WHAT.match(str(content.get("what"))) if isinstance(content, dict) else None
     if what is None or what["preset"] not in BERT_PRESETS:
-        raise ConfigError(f"--measured {path}: not a result of `maskvr benchmark train --output`")
+        raise ConfigError(f"--measured {path}: not a result of `maskvr benchmark training-speed --output`")
     length, micro, ranks = (int(what[key]) for key in ("length", "micro", "ranks"))
     for key, known in (("compile", "none"), ("settings", "none")):
         if (value := content.get(key, known)) != known:

@@ -196,12 +196,12 @@ def stored_costs(
             raise ConfigError(
                 f"masking.auto.costs {file}: measured with {name} {costs.machine.get(name)!r}, this run has {value!r}, "
                 "and seconds of another machine or batch say nothing about this one's; remove the setting to measure "
-                "them here, or measure them by `maskvr benchmark masks --config`"
+                "them here, or measure them by `maskvr benchmark strategy-cost --config`"
             )
     if (missing := costs.lacks(needed)) is not None:
         raise ConfigError(
             f"masking.auto.costs {file}: no seconds of {missing}, which is a candidate; measure them with this "
-            "configuration (`maskvr benchmark masks --config`), or remove the setting"
+            "configuration (`maskvr benchmark strategy-cost --config`), or remove the setting"
         )
     return costs
 

@@ -92,7 +92,7 @@ def test_options_are_checked(words: list[object], message: str) -> None:
 
 
 def test_costs_of_a_run_are_what_the_run_reads(tmp_path: Path) -> None:
-    """`benchmark masks --config`, and a training with its file, which measures nothing."""
+    """`benchmark strategy-cost --config`, and a training with its file, which measures nothing."""
     values = configuration(tmp_path / "run", make_corpus(tmp_path / "corpus", rows=40), steps=2)
     values |= {"deepspeed": "zero1_fp32", "evaluation": {"every_steps": 0}, "schedule": {"warmup_steps": 1}}
     config, costs = tmp_path / "run.yaml", tmp_path / "costs.json"
