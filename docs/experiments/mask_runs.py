@@ -128,7 +128,7 @@ class Benchmark:
         shutil.rmtree(folder)
 
     def auto_costs(self, values: Settings) -> Path:
-        """Seconds of auto's candidates, as `maskvr benchmark strategy-cost` measures them; WORK/auto_costs_took.json has the
+        """Seconds of auto's candidates, as `maskvr benchmark strategy-cost` measures them. WORK/auto_costs_took.json: the
         CPU-seconds that it took."""
         file = self.work / "auto_costs.json"
         if not file.exists():

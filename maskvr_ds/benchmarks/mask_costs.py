@@ -1,4 +1,5 @@
-"""`maskvr benchmark strategy-cost --config`: seconds of a step per candidate of masking.strategy auto (masking.auto.costs)."""
+"""`maskvr benchmark strategy-cost --config`: seconds of a step per candidate of masking.strategy auto, for
+masking.auto.costs."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -124,8 +124,8 @@ def warnings(spacing: Spacing, first: int, last: int) -> list[str]:
         found.append(
             f"masking.auto.max_share {spacing.share:g}: not applied: the run or its costs are from an earlier version, "
             f"which did not measure what a measurement takes; one every {spacing.every:,} steps "
-            "(masking.auto.every_steps). For a new run, measure the costs again: `maskvr benchmark strategy-cost --config`, or "
-            "without masking.auto.costs"
+            "(masking.auto.every_steps). For a new run, measure the costs again: `maskvr benchmark strategy-cost "
+            "--config`, or without masking.auto.costs"
         )
     if (count := spacing.count(first, last)) < FEW:
         remedy = "raise masking.auto.max_share" if spacing.every > spacing.asked else "lower masking.auto.every_steps"
