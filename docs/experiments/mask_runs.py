@@ -128,8 +128,10 @@ class Benchmark:
         shutil.rmtree(folder)
 
     def auto_costs(self, values: Settings) -> Path:
-        """Seconds of auto's candidates, as `maskvr benchmark strategy-cost` measures them. WORK/auto_costs_took.json: the
-        CPU-seconds that it took."""
+        """Seconds of auto's candidates, as `maskvr benchmark strategy-cost` measures them.
+
+        WORK/auto_costs_took.json: the CPU-seconds that it took.
+        """
         file = self.work / "auto_costs.json"
         if not file.exists():
             assignments = self.settings(output_dir=self.work / "none", **values)
