@@ -25,6 +25,8 @@ _PROTOCOL = ("seeds", "learning_rates", "epochs", "batch_size", "max_length", "p
 _OPTIONS = ("data", *_PROTOCOL, "max_train", "text_columns", "label_column", "jobs")
 _BASELINES = ("majority", "bag of words")
 _INITIAL = "initial weights"
+# Points.
+_NEAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,18 @@ def _cell(spread: dict[str, float] | None) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _limits(column: dict[str, Any]) -> tuple[float, float] | None:
+    """Scores × 100 between which all runs lie, and the rows without one that are no more than _NEAR away: a majority of
+    one class among many would make the differences invisible. None without a run."""
+    runs = [100 * run["score"] for entry in column["strategies"].values() for run in entry["runs"]]
+    if not runs:
+        return None
+    others = [100 * value for value in column["baselines"].values() if value is not None]
+    shown = [*runs, *(value for value in others if min(runs) - _NEAR <= value <= max(runs) + _NEAR)]
+    margin = max(0.1 * (max(shown) - min(shown)), 0.5)
+    return min(shown) - margin, max(shown) + margin
+
+
 def draw(axes: Sequence[Any], found: dict[str, Any], names: Sequence[str], labels: Sequence[str]) -> None:
     """One panel per column: a mark per seed, a bar for the mean, lines for the rows of `Evaluation.baselines`."""
     for panel, (title, column) in zip(axes, found.items(), strict=False):
@@ -184,7 +198,9 @@ def draw(axes: Sequence[Any], found: dict[str, Any], names: Sequence[str], label
                 panel.plot([100 * entry["score"]["mean"]], [place], "|", markersize=18, color=marks.get_color())
         for (name, value), style in zip(column["baselines"].items(), itertools.cycle((":", "--", "-.", "-"))):
             if value is not None:
-                panel.axvline(100 * value, color="grey", linestyle=style, linewidth=1, label=name)
+                label = f"{name}: {_score(value)}"
+                panel.axvline(100 * value, color="grey", linestyle=style, linewidth=1, label=label)
+        panel.set_xlim(_limits(column))
         panel.set_yticks(range(len(names)), labels, fontsize=9)
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_title(f"{title} after fine-tuning: by seed, and mean", fontsize=10)

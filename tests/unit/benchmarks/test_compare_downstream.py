@@ -118,7 +118,21 @@ def test_a_score_is_missing(tmp_path: Path) -> None:
     figure, panel = plt.subplots()
     found = {"accuracy": {"baselines": means, "strategies": {"uniform": entry}}}
     compare_downstream.draw([panel], found, ["uniform"], ["uniform"])
-    assert [line.get_label() for line in panel.lines if len(set(line.get_xdata())) == 1] == ["majority", "bag of words"]
+    labels = [line.get_label() for line in panel.lines if len(set(line.get_xdata())) == 1]
+    assert labels == ["majority: 50.0", "bag of words: 80.0"]
+    plt.close(figure)
+
+
+def test_a_far_majority_does_not_squash_the_picture() -> None:
+    entry = {"score": {"mean": 0.56}, "runs": [{"score": 0.55}, {"score": 0.57}]}
+    baselines = {"majority": 0.02, "bag of words": 0.51, "initial weights": 0.54}
+    found = {"accuracy": {"baselines": baselines, "strategies": {"uniform": entry}}}
+    figure, panel = plt.subplots()
+    compare_downstream.draw([panel], found, ["uniform"], ["uniform"])
+    low, high = panel.get_xlim()
+    assert 45 < low < 51
+    assert 57 < high < 60
+    assert "majority: 2.0" in panel.get_legend_handles_labels()[1]
     plt.close(figure)
 
 
