@@ -67,7 +67,8 @@ def _is_misnamed(folder: Path) -> bool:
 def best_of_phases(run: Path, saved: Path) -> list[Path]:
     """The checkpoint with the lowest held-out loss of each phase, in order, among those up to `saved`; the earliest of
     equal ones. Phases may have other held-out corpora, so that their losses do not compare; if a phase has changed its
-    own, or the number of rows, at a resume, only those count that were measured as the newest one was."""
+    own, or the number of rows, at a resume, only those count that were measured as the newest one was, and those of
+    earlier versions, which do not say how."""
     best: dict[int, tuple[float, Path]] = {}
     measured: dict[int, list[float | None]] = {}
     for folder in reversed(checkpoints(run)):
@@ -77,8 +78,10 @@ def best_of_phases(run: Path, saved: Path) -> list[Path]:
             continue
         loss, phase = state.held_out.get(LOSS, math.nan), len(state.phases)
         if state.step == step_of(folder) <= step_of(saved) and math.isfinite(loss):
-            how = [state.held_out.get(name) for name in MEASURED]
-            if how == measured.setdefault(phase, how):
+            # Rounded: another version of numpy may sum the entropy in another order.
+            how = [None if (x := state.held_out.get(name)) is None else round(x, 6) for name in MEASURED]
+            # What earlier versions kept as the best is not to be lost by an update.
+            if how in (measured.setdefault(phase, how), [None] * len(MEASURED)):
                 best[phase] = min(best.get(phase, (math.inf, folder)), (loss, folder))
     return [best[phase][1] for phase in sorted(best)]
 

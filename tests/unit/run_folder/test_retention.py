@@ -222,7 +222,7 @@ def test_losses_on_other_rows_do_not_compare(tmp_path: Path) -> None:
     """A resume may change data.held_out_path and evaluation.rows."""
     found = []
     for step, loss, measured in (
-        (5, 2.0, {}),
+        (5, 2.0, {"held_out_rows": 32, "held_out_unigram_entropy": 3.0}),
         (10, 2.5, {"held_out_rows": 64, "held_out_unigram_entropy": 3.0}),
         (15, 2.4, {"held_out_rows": 64, "held_out_unigram_entropy": 3.0}),
         (20, 3.5, {"held_out_rows": 64, "held_out_unigram_entropy": 4.0}),
@@ -232,6 +232,13 @@ def test_losses_on_other_rows_do_not_compare(tmp_path: Path) -> None:
         (best,) = best_of_phases(tmp_path, with_loss(tmp_path, step, loss, **measured))
         found.append(checkpoints.step_of(best))
     assert found == [5, 10, 15, 20, 20, 30]
+
+
+def test_the_best_checkpoint_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    """It does not say on what its loss was measured."""
+    with_loss(tmp_path, 5, 2.0)
+    newest = with_loss(tmp_path, 10, 2.5, held_out_rows=64, held_out_unigram_entropy=3.0)
+    assert [checkpoints.step_of(path) for path in best_of_phases(tmp_path, newest)] == [5]
 
 
 def test_abandoned_and_renamed_checkpoints_are_not_the_best(tmp_path: Path) -> None:
