@@ -257,7 +257,8 @@ def write_costs(run: Path, phase: int, costs: StepCosts, took: float = 0.0) -> N
     phases[str(phase)] = costs.stored()
     if took:
         seconds[str(phase)] = took
-    atomic_write(run / MASK_COSTS, json.dumps({"phases": phases, "seconds": seconds}, indent=1) + "\n")
+    measured = {"seconds": seconds} if seconds else {}
+    atomic_write(run / MASK_COSTS, json.dumps({"phases": phases, **measured}, indent=1) + "\n")
 
 
 def measure_costs(

@@ -106,7 +106,8 @@ def test_a_command_parses(command: Command) -> None:
         for spec in parse_strategies(strategies):
             if not spec.strategy.startswith("oracle_"):
                 # A batch that any number of segments up to 6 divides.
-                load_config("bert_base_4k", (*spec.assignments, "batch.global_size=3840"))
+                values = (*getattr(arguments, "assignments", ()), *spec.assignments, "batch.global_size=3840")
+                load_config("bert_base_4k", values)
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
