@@ -26,6 +26,7 @@ from cluster.slurm.evaluation import (
 )
 from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
 from cluster.slurm.script import (
+    TRAINING,
     ContinuedJob,
     JobEnvironment,
     SlurmError,
@@ -169,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for name, text in scripts.items():
         atomic_write(folder / name, text)
     if arguments.submit:
-        submit_all(folder, list(scripts), arguments.dependency, "job.sbatch")
+        submit_all(folder, list(scripts), arguments.dependency, TRAINING)
         return 0
     dependency: list[str] = []
     for name in scripts:
@@ -257,7 +258,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         cpus_per_task=arguments.cpus_per_task,
         seeds=tuple(arguments.seeds),
     )
-    scripts["job.sbatch"] = training_script(job)
+    scripts[TRAINING] = training_script(job)
     if evaluation is not None:
         extra = data_job_options(extra, other_partition=False)
         scripts[EVALUATE] = evaluation_script(arguments, extra, run, evaluation, environment)

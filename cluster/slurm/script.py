@@ -15,6 +15,8 @@ from pathlib import Path
 from data_pipeline.hub import snapshot_name
 from maskvr_ds.run_folder.layout import JOBS
 
+# Script of the training, and its template.
+TRAINING = "job.sbatch"
 _PLACEHOLDER = re.compile(r"<<([A-Z_]+)>>")
 _PLAIN = re.compile(r"[\w.,:/+@%=-]+")
 # Long name of an option of sbatch.
@@ -143,7 +145,7 @@ def training_script(job: TrainingJob) -> str:
     if job.seeds:
         options["array"] = f"0-{len(job.seeds) - 1}"
     return render(
-        "job.sbatch",
+        TRAINING,
         {
             "DIRECTIVES": "\n".join([*(directive(*option) for option in options.items()), "#SBATCH --requeue"]),
             "RUN": shlex.quote(str(job.run)),

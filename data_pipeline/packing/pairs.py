@@ -201,6 +201,7 @@ def random_document(number: int, row: int, total: int, seed: int, draw: int = 0)
     where the documents of earlier draws were copies of the same text."""
     first = NEIGHBOURS * max(min(number // NEIGHBOURS, total // NEIGHBOURS - 1), 0)
     stop = first + NEIGHBOURS if first + 2 * NEIGHBOURS <= total else total
+    # The key of the first draw is that of earlier versions, whose corpora without copies stay as they are.
     drawn = first + hash_key(seed, number, row, 2, *((draw,) if draw else ())) % (stop - first - 1)
     return drawn + (drawn >= number)
 

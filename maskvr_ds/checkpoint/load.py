@@ -90,14 +90,10 @@ def _load_here(run: Path, folder: Path, engine: deepspeed.DeepSpeedEngine) -> No
     except torch.OutOfMemoryError:
         raise
     except _UNLOADABLE as error:
-        reason = " ".join(str(error).split())[:200]
         changed = launches.changed_versions(run)
+        versions = f"; versions have changed since: {changed}" if changed else ""
         # No ContentError: what else may be the cause must not lead to an earlier checkpoint.
-        raise CheckpointError(
-            f"{folder}: DeepSpeed cannot load its files (*.pt), although they are those that {MANIFEST} lists "
-            f"({type(error).__name__}: {reason}){f'; versions have changed since: {changed}' if changed else ''}. "
-            "Remove this folder to resume from the previous checkpoint"
-        ) from error
+        raise reshard.failure(folder, "load", error, versions) from error
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
 

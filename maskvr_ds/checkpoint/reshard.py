@@ -123,11 +123,7 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
             to_universal(arguments)
     except (AssertionError, LookupError, RuntimeError, AttributeError, ValueError, TypeError) as error:
         # Raised on files of an unknown form, as another version of DeepSpeed may write them, or of another shape.
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{folder}: DeepSpeed could not convert it ({type(error).__name__}: {reason}). Remove this folder to "
-            "resume from the previous checkpoint"
-        ) from error
+        raise failure(folder, "convert", error) from error
     tensors = {}
     for path in sorted((work / "zero").rglob("*.pt")):
         if path.stem in _KINDS:
@@ -164,6 +160,17 @@ def _from_full(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[
                 moment = inner["state"].get(index, {}).get(kind)
                 tensors[f"{kind}/{name}"] = torch.zeros_like(master) if moment is None else moment.clone()
     return tensors, _content(inner, model, {})
+
+
+def failure(folder: Path, action: str, error: Exception, versions: str = "") -> CheckpointError:
+    """The error for what DeepSpeed raises on verified files: they may be of another form, or memory may be short, so
+    that no one is told to delete them. versions: what has changed since, for the message."""
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(
+        f"{folder}: DeepSpeed cannot {action} its files (*.pt), although they are those that {MANIFEST} lists "
+        f"({type(error).__name__}: {reason}){versions}. Start again if this may pass, as a lack of memory does; else "
+        f"move this folder out of {CHECKPOINTS}/ to resume from the previous checkpoint"
+    )
 
 
 def _shaped(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from maskvr_ds.cli.options import Commands, add_command, check_ranks_here, visible_gpus
+from maskvr_ds.cli.options import Commands, add_command, add_task_data_options, check_ranks_here, visible_gpus
 from maskvr_ds.runtime import logs
-from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_SLOTS, MAX_STEPS, integer, number
+from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SEED, MAX_SLOTS, integer, number
 
 _PLOT_EXAMPLES = """\
 maskvr plot runs/base
@@ -178,19 +178,7 @@ def _downstream_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per example (default: 128; of questions, per window: 384)",
     )
-    group.add_argument(
-        "--downstream-max-train", type=integer(1, MAX_STEPS), metavar="N", help="fixed random subset of N examples"
-    )
-    group.add_argument("--downstream-precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
-    group.add_argument(
-        "--downstream-text-columns",
-        nargs="+",
-        metavar="NAME",
-        help="columns of the text, or of two texts, in your own files (default: sentence, or text)",
-    )
-    group.add_argument(
-        "--downstream-label-column", metavar="NAME", help="column of the label in your own files (default: label)"
-    )
+    add_task_data_options(group, "downstream-")
     group.add_argument(
         "--downstream-jobs", type=integer(1, 1024), metavar="N", help="processes that fine-tune (default: 1)"
     )

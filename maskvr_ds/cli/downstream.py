@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskvr_ds.cli import few_shot, fine_tuning
 from maskvr_ds.cli.fine_tuning import refuse
-from maskvr_ds.cli.options import Commands, add_command
+from maskvr_ds.cli.options import Commands, add_command, add_task_data_options
 from maskvr_ds.downstream import tasks
 from maskvr_ds.runtime.logs import add_verbosity_options, configure
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_STEPS, integer, number
@@ -181,17 +181,7 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that successive windows of a long context or text share (default: a third of --max-length)",
     )
-    group.add_argument(
-        "--max-train", type=integer(1, MAX_STEPS), metavar="N", help="train on a fixed random subset of N examples"
-    )
-    group.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
-    group.add_argument(
-        "--text-columns",
-        nargs="+",
-        metavar="NAME",
-        help="columns of the text, or of two texts, in your own files (default: sentence, or text)",
-    )
-    group.add_argument("--label-column", metavar="NAME", help="column of the label in your own files (default: label)")
+    add_task_data_options(group)
     fine_tuning.add_training_options(parser)
 
 

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskvr_ds.runtime.numbers import MAX_STEPS, integer
+
 if TYPE_CHECKING:
     from maskvr_ds.config import RunConfig
 
@@ -28,6 +30,26 @@ def add_command(
         description=description or f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"examples:\n{indented}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_task_data_options(group: argparse._ArgumentGroup, prefix: str = "") -> None:
+    """Options of labelled files and of the precision, which `maskvr compare` has under a prefix."""
+    group.add_argument(
+        f"--{prefix}max-train",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="train on a fixed random subset of N examples",
+    )
+    group.add_argument(f"--{prefix}precision", choices=["fp32", "bf16"], help="bf16: mixed precision (default: fp32)")
+    group.add_argument(
+        f"--{prefix}text-columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of the text, or of two texts, in your own files (default: sentence, or text)",
+    )
+    group.add_argument(
+        f"--{prefix}label-column", metavar="NAME", help="column of the label in your own files (default: label)"
     )
 
 
