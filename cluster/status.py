@@ -40,11 +40,11 @@ class StatusError(ValueError):
 class Status:
     """State of a run in JSON types; None if unknown.
 
-    state: running, queued, completed, stopped (on request, with a checkpoint), ended (without a status file), not
-    started. why: evidence for the state. job, restarts, nodes: from Slurm. ranks, host: of the last start; host is rank
-    0's. step, loss, tokens_per_second: from the last step in metrics.jsonl. checkpoint: name of the newest one.
-    metrics_age, checkpoint_age: seconds since they were written. heartbeat_ages: minimum and maximum over the ranks of
-    the seconds since their last heartbeats.
+    state: running, suspended, queued, completed, stopped (on request, with a checkpoint), ended (without a status
+    file), not started. why: evidence for the state. job, restarts, nodes: from Slurm. ranks, host: of the last start;
+    host is rank 0's. step, loss, tokens_per_second: from the last step in metrics.jsonl. checkpoint: name of the newest
+    one. metrics_age, checkpoint_age: seconds since they were written. heartbeat_ages: minimum and maximum over the
+    ranks of the seconds since their last heartbeats.
     """
 
     run: str
@@ -141,6 +141,8 @@ def _state(
         return "completed", f"{COMPLETED}: step {step}"
     if queue is not None and queue["state"] in ("RUNNING", "COMPLETING"):
         return "running", f"squeue: {queue['state']} for {queue['time']}"
+    if queue is not None and queue["state"] in ("SUSPENDED", "STOPPED"):
+        return "suspended", f"squeue: {queue['state']} (scontrol resume continues it, or Slurm itself)"
     if queue is not None:
         return "queued", f"squeue: {queue['state']} ({queue['reason']})"
     if (step := step_of(run, STOPPED)) is not None:

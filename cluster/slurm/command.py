@@ -24,7 +24,13 @@ from cluster.slurm.evaluation import (
     evaluation_script,
     parse_evaluation,
 )
-from cluster.slurm.options import DATA_JOB_OPTIONS, data_job_options, parse_options
+from cluster.slurm.options import (
+    DATA_JOB_OPTIONS,
+    check_venv,
+    checkpoint_to_resume,
+    data_job_options,
+    parse_options,
+)
 from cluster.slurm.script import (
     TRAINING,
     ContinuedJob,
@@ -128,6 +134,12 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--venv", metavar="DIR", help="virtual environment; default: the Python that runs this command")
     parser.add_argument("--container", metavar="IMAGE", help="run in this Apptainer image, with its python3")
     parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="PATH",
+        help="start from this checkpoint, or this run's newest one; later starts resume the job's own run (auto)",
+    )
+    parser.add_argument(
         "--max-restarts", type=integer(0, 10**6), default=100, metavar="R", help="restarts allowed (100)"
     )
     parser.add_argument(
@@ -203,7 +215,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         raise SlurmError(f"--gpus-per-node {gpus}: expected a number of GPUs, or 0 and --tasks-per-node for CPUs")
     if gpus and arguments.tasks_per_node not in (None, gpus):
         raise SlurmError(f"--tasks-per-node {arguments.tasks_per_node}: a rank has one GPU; remove this option")
-    _check_venv(arguments)
+    check_venv(arguments.venv, arguments.container)
     # Every start of the job resumes.
     if (fault := output_fault(config.output_dir, "auto")) is not None:
         raise SlurmError(fault)
@@ -227,7 +239,10 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     runs = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
     check_corpora(config, build, runs)
-    _check_start(config, build, runs)
+    resume = (
+        None if arguments.resume in (None, "auto") else checkpoint_to_resume(arguments.resume, run, arguments.seeds)
+    )
+    _check_start(config, build, runs, resume)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)
     check_dependency(arguments.dependency, 1 + (build is not None) + (evaluation is not None))
@@ -241,7 +256,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         modules=tuple(arguments.module),
         venv=None if arguments.venv is None else Path(arguments.venv).absolute(),
         container=arguments.container,
-        binds=(run, *_container_binds(config, build)),
+        binds=(run, *([resume] if resume else []), *_container_binds(config, build)),
         gpus=gpus > 0,
     )
     scripts = {}
@@ -257,6 +272,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
         signal_seconds=arguments.signal_seconds,
         cpus_per_task=arguments.cpus_per_task,
         seeds=tuple(arguments.seeds),
+        resume=resume,
     )
     scripts[TRAINING] = training_script(job)
     if evaluation is not None:
@@ -265,12 +281,12 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     return scripts
 
 
-def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path]) -> None:
+def _check_start(config: RunConfig, build: Build | None, runs: Sequence[Path], resume: Path | None) -> None:
     """Raise ConfigError, one line per fault, for what `maskvr config` finds too, and print its warnings: the DeepSpeed
     file, the model's settings, and, unless a job resumes or a corpus is still to be built, initial model, corpora."""
     faults = settings_faults(config, None)
     # A run that has started needs neither the initial model nor the corpora of finished phases.
-    if not any(map(is_run, runs)):
+    if resume is None and not any(map(is_run, runs)):
         if build is None:
             found, remarks = file_faults(config, monitors=False)
             faults += found
@@ -319,18 +335,6 @@ def _data_script(
             signal_seconds=_BUILD_SIGNAL,
         )
     )
-
-
-def _check_venv(arguments: argparse.Namespace) -> None:
-    if arguments.venv is None:
-        return
-    python = Path(arguments.venv).absolute() / "bin" / "python"
-    # The Python of one created in a container is a link that is valid in the container only.
-    if not (python.exists() or (arguments.container is not None and python.is_symlink())):
-        raise SlurmError(
-            f"--venv {arguments.venv}: no virtual environment there ({python} is missing); correct the path, or create "
-            "it on a file system that all nodes share"
-        )
 
 
 def _inputs(config: RunConfig) -> list[Path]:

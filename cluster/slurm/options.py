@@ -1,9 +1,12 @@
-"""Parser of `--sbatch NAME[=VALUE]`: options of sbatch that `python -m cluster slurm` has no option for."""
+"""Parser of `--sbatch NAME[=VALUE]`, options of sbatch that `python -m cluster slurm` has no option for; checks of
+paths that other options name."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from cluster.slurm.script import OPTION, SlurmError
+from maskvr_ds.run_folder import checkpoints
 
 _LOG = "every start appends to RUN/slurm/JOB.log; remove this option"
 _REQUEUE = "the script requeues itself, up to --max-restarts; remove this option"
@@ -89,3 +92,36 @@ def inherited(script: str, environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name not in given and (not name.startswith("SLURM_") or name == "SLURM_CONF")
     }
+
+
+def check_venv(venv: str | None, container: str | None) -> None:
+    """Raise SlurmError if there is no virtual environment `venv`. container: the image in which the ranks run."""
+    if venv is None:
+        return
+    python = Path(venv).absolute() / "bin" / "python"
+    # The Python of one created in a container is a link that is valid in the container only.
+    if not (python.exists() or (container is not None and python.is_symlink())):
+        raise SlurmError(
+            f"--venv {venv}: no virtual environment there ({python} is missing); correct the path, or create "
+            "it on a file system that all nodes share"
+        )
+
+
+def checkpoint_to_resume(text: str, run: Path, seeds: Sequence[int]) -> Path | None:
+    """The checkpoint that `--resume` names: it, or a run's newest one; None for "auto". run, seeds: the job's.
+
+    Raises SlurmError if seeds are given, CheckpointError if there is no such checkpoint, or if the run exists and was
+    not started from it.
+    """
+    if text == "auto":
+        return None
+    if seeds:
+        raise SlurmError(f"--resume {text}: a checkpoint belongs to one seed; remove --seeds")
+    folder = checkpoints.newest(Path(text)).absolute()
+    try:
+        checkpoints.find(run, text)
+    except checkpoints.CheckpointError:
+        # The same command as at the first submission, and the run has checkpoints of its own by now.
+        if not checkpoints.complete_checkpoints(run) or checkpoints.origin(run) != folder.resolve():
+            raise
+    return folder

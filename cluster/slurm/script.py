@@ -77,7 +77,8 @@ class TrainingJob:
 
     options: of sbatch, long name -> value, None for a flag. run: the run's folder, with seeds the parent of the runs'
     folders. arguments: of maskvr_ds.train, without --resume. tasks_per_node: ranks per node. cpus_per_task: None for
-    Slurm's default. seeds: a job array with one task, and one run, per seed.
+    Slurm's default. seeds: a job array with one task, and one run, per seed. resume: a checkpoint that the run starts
+    from, unless it has one of its own.
     """
 
     options: Mapping[str, str | None]
@@ -89,6 +90,7 @@ class TrainingJob:
     signal_seconds: int
     cpus_per_task: int | None = None
     seeds: tuple[int, ...] = field(default=())
+    resume: Path | None = None
 
 
 def words(values: Iterable[object]) -> str:
@@ -152,6 +154,7 @@ def training_script(job: TrainingJob) -> str:
             "MAX_RESTARTS": str(job.max_restarts),
             "TASKS_PER_NODE": str(job.tasks_per_node),
             "ARGUMENTS": words(job.arguments),
+            "RESUME": "auto" if job.resume is None else shlex.quote(str(job.resume)),
             "JOB": _job_id_lines(job),
             "SEEDS": _seed_lines(job),
             "FOLDER": shlex.quote(str(job.environment.folder)),

@@ -12,8 +12,10 @@ from cluster.slurm.command import config_file, parse_nodes, parse_time
 from cluster.slurm.script import SlurmError
 from cluster.slurm.submission import dependency_options
 from maskvr_ds.config import RunConfig, load_config
+from maskvr_ds.run_folder.checkpoints import write_origin
 from tests.support.corpora import make_corpus
 from tests.support.scripts import build_words
+from tests.unit.checkpoint.test_checkpoint import write as write_checkpoint
 from tests.unit.cluster.test_script import run_script
 
 
@@ -77,6 +79,8 @@ def on(corpus: Path) -> list[str]:
             "cannot be bound into a container",
         ),
         (["--nodes", "1", *ON_CPUS, "--venv", "nowhere"], "--venv nowhere: no virtual environment there"),
+        (["--nodes", "1", *ON_CPUS, "--resume", "nowhere"], "nowhere: no such folder"),
+        (["--nodes", "1", *ON_CPUS, "--resume", "x", "--seeds", "1"], "--resume x: a checkpoint belongs to one seed"),
         (["--nodes", "1", *ON_CPUS, "--set", "deepspeed=zero9"], "zero9"),
         (["--nodes", "1", *ON_CPUS, "--set", "no.such=1"], "unknown key"),
     ],
@@ -273,6 +277,29 @@ def test_a_job_keeps_the_settings_it_was_submitted_with(
     assert (started(seeds).seed, started(seeds).output_dir) == (4, tmp_path / "run" / "seed-4")
     configs = list(job.parent.glob("config-*.yaml"))
     assert len(configs) == 2
+
+
+def test_a_run_from_the_checkpoint_of_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_checkpoint(tmp_path / "main", 10)
+    words = [*on(corpus), "--set", "output_dir=branch", "--nodes", "1", *ON_CPUS]
+    job = tmp_path / "branch" / "slurm" / "job.sbatch"
+    # A run: its newest checkpoint. Submitted once more, later: the same job, though the run has one of its own.
+    for named in ("main", str(source)):
+        assert main([*words, "--resume", named]) == 0
+        assert f"\nresume={source}\n" in job.read_text()
+    write_origin(tmp_path / "branch", source)
+    write_checkpoint(tmp_path / "branch", 20)
+    assert main([*words, "--resume", str(source), "--container", "image.sif"]) == 0
+    assert f"--bind {source}" in job.read_text()
+    # Not what it was started from.
+    other = write_checkpoint(tmp_path / "main", 15)
+    assert main([*words, "--resume", str(other)]) == 1
+    assert "branch is not empty, and this is not its newest checkpoint" in capsys.readouterr().err
+    assert main([*words, "--resume", "auto"]) == 0
+    assert "\nresume=auto\n" in job.read_text()
 
 
 def test_an_edited_configuration_is_not_overwritten(

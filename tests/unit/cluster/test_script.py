@@ -207,7 +207,12 @@ def test_scripts_pass_bash_and_shellcheck(tmp_path: Path) -> None:
 
 
 def behave(
-    tmp_path: Path, ranks: str, restarts: int = 0, seeds: tuple[int, ...] = (), **changes: str
+    tmp_path: Path,
+    ranks: str,
+    restarts: int = 0,
+    seeds: tuple[int, ...] = (),
+    resume: Path | None = None,
+    **changes: str,
 ) -> tuple[int, str, str]:
     """Run a job script whose srun runs `ranks` in the run's folder; returns exit status, output, requeued job id."""
     commands, run = tmp_path / "bin", tmp_path / "run"
@@ -231,6 +236,7 @@ def behave(
         max_restarts=2,
         signal_seconds=60,
         seeds=seeds,
+        resume=resume,
     )
     script = tmp_path / "job"
     script.write_text(training_script(job))
@@ -308,6 +314,29 @@ def test_a_run_has_one_job(tmp_path: Path) -> None:
     assert "job 7 is running the same run; end it first (scancel 7)" in output
     assert not (tmp_path / "run" / "started").exists()
     assert (tmp_path / "run" / "slurm" / "attempt").read_text() == "7 0\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "resumed"),
+    [
+        ("", "it's there"),
+        # The first start was killed before it had a checkpoint; it has one; it has deleted where it came from.
+        ("echo '{}' >origin.json", "auto"),
+        ("mkdir checkpoints; echo step-1 >checkpoints/latest", "auto"),
+        ("echo '{}' >origin.json; mkdir checkpoints; echo step-1 >checkpoints/latest", "auto"),
+    ],
+)
+def test_only_the_first_start_resumes_from_the_checkpoint_of_another_run(
+    tmp_path: Path, before: str, resumed: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    subprocess.run(["bash", "-c", before], cwd=tmp_path / "run", check=True)
+    _, output, _ = behave(tmp_path, 'printf "%s\\n" "$@" >started', resume=tmp_path / "it's there")
+    words = (tmp_path / "run" / "started").read_text().splitlines()
+    expected = "auto" if resumed == "auto" else str(tmp_path / resumed)
+    assert words[words.index("--resume") + 1] == expected
+    assert f"from checkpoint: {'none' if 'origin' in before and 'latest' not in before else ''}" in output
+    assert (f"from checkpoint: {expected}" in output) == (expected != "auto")
 
 
 def test_array_task_uses_its_own_id(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_process_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("RUNNING|None|n[5-6]|1:02", "running", "n[5-6]"),
         ("PENDING|BeginTime||0:00", "queued", "n[1-2]"),
+        ("SUSPENDED|None|n[1-2]|0:50", "suspended", "n[1-2]"),
         ("", "ended", "n[1-2]"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from maskvr_ds.planning.calibration import Measurement, fit, predicted
 from maskvr_ds.planning.hardware import Gpu
 from maskvr_ds.planning.memory import memory
+from maskvr_ds.planning.step_time import STAGE_3_HOST
 from tests.support.documents import ROOT
 from tests.support.experiments import load_experiment
 
@@ -37,3 +38,7 @@ def test_calibrated_on_two_the_others_take_their_time_within_a_quarter() -> None
     assert len(timed) == 8
     for one in timed:
         assert predicted(one, gpu, calibration) == pytest.approx(one.step_seconds, rel=0.25), one.path
+
+
+def test_what_stage_3_takes_the_host_is_what_was_measured() -> None:
+    assert pytest.approx(FILES[1]["host_factor_of_stage_3"], rel=0.2) == STAGE_3_HOST
