@@ -183,11 +183,15 @@ def _pieces(text: str, started: bool = False) -> Iterator[Text]:
 
 def _cut(text: str, start: int) -> int:
     """End of the piece that starts at `start`. The line end goes to the next piece, as it may be part of a blank line
-    with text that has not been read yet."""
+    with text that has not been read yet; CR LF stays together."""
+    cut = start + PIECE
+    # Behind the line end that the piece starts with.
+    first = start + 2 if text.startswith("\r\n", start) else start + 1
     for sign in "\n", " ":
-        if (cut := text.rfind(sign, start + 1, start + PIECE)) > 0:
-            return cut
-    return start + PIECE
+        if (found := text.rfind(sign, first, start + PIECE)) > 0:
+            cut = found
+            break
+    return cut - 1 if cut - 1 > start and text.startswith("\r\n", cut - 1) else cut
 
 
 def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, reading: Reading) -> Iterator[Text]:
