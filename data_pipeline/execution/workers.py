@@ -277,6 +277,8 @@ def _serve(connection: Connection) -> None:
         _perform(task, folder, lambda *numbers: connection.send(("progress", numbers)))
     except CorpusError as error:
         connection.send(("error", str(error)))
+    except OSError as error:
+        connection.send(("error", f"{task.what}: {error}"))
     except Exception:
         connection.send(("crash", traceback.format_exc()))
     else:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.files import CorpusError, sha256_file
+from data_pipeline.files import CorpusError, reading_input, sha256_file
 
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 _LIMIT = 1 << 19
@@ -65,10 +65,14 @@ def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
 
 
 def task_digests(paths: Sequence[str | Path]) -> dict[str, str]:
-    """SHA-256 of each task file, by path. Raises CorpusError if a file is missing or of an unknown type."""
-    for path in map(Path, paths):
-        _kind(path)
-    return {str(path): sha256_file(Path(path)) for path in paths}
+    """SHA-256 of each task file, by path. Raises CorpusError if a file is missing, unreadable or of an unknown
+    type."""
+    found = {}
+    for path in paths:
+        _kind(Path(path))
+        with reading_input(path):
+            found[str(path)] = sha256_file(Path(path))
+    return found
 
 
 def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:

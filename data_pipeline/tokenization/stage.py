@@ -260,7 +260,7 @@ def _check_touched(
             used |= {piece.source for piece in unit}
     for i in touched:
         known = sha256.get(sources[i].name)
-        unchanged = sha256_file(Path(sources[i].path)) == known if known else same and i not in used
+        unchanged = sources[i].sha256() == known if known else same and i not in used
         if not unchanged:
             raise CorpusError(
                 f"{sources[i].path}: modified since the build started. Choose another output folder, or "
