@@ -276,7 +276,11 @@ def _tokenize_tasks(job: Job, sources: Sequence[Source], units: Sequence[Unit]) 
         what = f"unit {i} ({first[0].path} from {first[1].start:,} to {last[0].path} {last[1].stop:,})"
         # Pieces of Parquet and Arrow files are not in bytes: the bar advances only while these are read.
         size = sum(p.stop - p.start for source, p in pieces if source.format not in (".parquet", ".arrow"))
-        tasks.append(Task(f"unit-{i:05}", what, tokenize_unit, (job, i, group, pieces), size))
+        mine = job
+        if job.held_out_files is not None:
+            # Sending all names with each task would be quadratic in the number of files.
+            mine = replace(job, held_out_files=job.held_out_files & {source.name for source, _ in pieces})
+        tasks.append(Task(f"unit-{i:05}", what, tokenize_unit, (mine, i, group, pieces), size))
     return tasks
 
 
