@@ -186,7 +186,7 @@ def test_tasks_do_not_carry_the_names_of_all_held_out_files(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(40):
-        write_text(tmp_path / f"in/{i}.txt", make_documents(2, i))
+        write_text(tmp_path / f"in/{i}.txt", make_documents(1, i))
     sizes = []
 
     def run(pool: Pool, tasks: Sequence[Task], *others: Any) -> Any:
