@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.execution.file_checks import check_files
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.tasks import Task
 from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, fsync_path, sha256_file, write_json
-from data_pipeline.filters.minhash import PLACES, check_library, exact_duplicates, near_duplicates
+from data_pipeline.filters.minhash import PLACES, MappedParts, check_library, exact_duplicates, near_duplicates
 from data_pipeline.filters.ngrams import task_ngrams
 from data_pipeline.filters.rules import DIGEST
 from data_pipeline.manifest import SourceEntry
@@ -297,20 +296,18 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
     ]
     parts = [part for part in parts if part[2]]
 
-    def read(name: str, dtype: Any, width: int) -> list[NDArray[Any]]:
-        return [
-            np.memmap(token_path(job.work, unit, side, name), dtype, mode="r", shape=(count, width))
-            for unit, side, count in parts
-        ]
+    def read(name: str, dtype: Any, width: int) -> MappedParts:
+        files = [(token_path(job.work, unit, side, name), count) for unit, side, count in parts]
+        return MappedParts(files, np.dtype(dtype), width)
 
     codes = np.zeros(sum(count for _, _, count in parts), np.uint8)
     if "late" in job.of_documents and parts:
-        codes[:] = np.concatenate(read("late", np.uint8, 1))[:, 0]
+        codes[:] = read("late", np.uint8, 1).joined()[:, 0]
     # These have been counted by their units already.
     late = codes > 0
     if job.rules.duplicates != "keep" and parts:
         kept = np.flatnonzero(codes == 0)
-        digests = np.concatenate(read("digests", np.uint8, DIGEST))
+        digests = read("digests", np.uint8, DIGEST).joined()
         codes[kept[exact_duplicates(digests[kept])]] = DROPS.index("duplicate") + 1
         del digests
     if job.rules.duplicates == "near" and parts:
