@@ -251,9 +251,10 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
         from data_pipeline.tokenization.token_shards import is_tokens, read_tokens, verify_tokens
 
         if command == "verify" and is_tokens(arguments.folder):
-            tokens = read_tokens(arguments.folder)
-            verify_tokens(arguments.folder, tokens)
-            print(f"{arguments.folder}: OK, {len(tokens.shards):,} token shards checked")
+            tokens = read_tokens(arguments.folder, sizes=False)
+            with ProgressBar(tokens.bytes, "verify", arguments.progress) as bar:
+                verify_tokens(arguments.folder, tokens, bar.update)
+            print(f"{arguments.folder}: OK, {counted(len(tokens.shards), 'token shard')} checked")
             _print_not_hashed([Path(arguments.folder)])
             return
         size = sum(shard.bytes for shard in read_manifest(arguments.folder).shards)

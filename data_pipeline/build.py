@@ -299,8 +299,8 @@ def _check_tokens(
 ) -> None:
     """Compare tokenizer and token shards with their SHA-256 before packing. Raises CorpusError naming every bad
     file."""
+    bar.phase("verify", manifest.bytes)
     sides = [shard.sides for shard in manifest.shards]
-    bar.phase("verify", sum(file.bytes for shard in sides for side in shard.values() for file in side.files.values()))
     hashes = [{str(tokenizer / "tokenizer.json"): manifest.tokenizer_sha256}, *token_hashes(folder, sides)]
     check_files(hashes, work, pool, bar.update, remedy)
 

@@ -256,6 +256,21 @@ class _Mapping:
         weakref.finalize(self, libc.munmap, self.address, size).atexit = False
 
 
+@contextmanager
+def reading_input(path: str | Path) -> Iterator[None]:
+    """Raise an OSError of the block, which reads the input file `path`, as CorpusError that names it: the error of a
+    failed read names no file."""
+    try:
+        yield
+    except CorpusError:  # a full disk is both
+        raise
+    except OSError as error:
+        raise CorpusError(
+            f"{path}: cannot be read ({error.strerror or error}). Correct its permissions, restore it from a copy, or "
+            "remove it"
+        ) from error
+
+
 def map_file(descriptor: int, size: int) -> pa.Buffer:
     """Map the first `size` > 0 bytes of an open file for reading; the descriptor may be closed afterwards.
 

@@ -16,7 +16,6 @@ from data_pipeline.files import (
     lock_file,
     locked_folder,
     remove_partials,
-    sha256_file,
     write_json,
 )
 from data_pipeline.filters.rules import NEWER_RULES
@@ -191,7 +190,7 @@ def check_inputs(output: Path, entries: Sequence[SourceEntry], sources: Sequence
         stat = Path(source.path).stat()
         if max(stat.st_mtime_ns, stat.st_ctime_ns) < made:
             continue
-        if sha256_file(Path(source.path)) != sha256[source.name]:
+        if source.sha256() != sha256[source.name]:
             raise CorpusError(
                 f"{source.path}: modified since {output} was built from it. Restore it, choose another output "
                 "folder, or remove this one first"

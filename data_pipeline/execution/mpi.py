@@ -2,18 +2,24 @@
 
 Each rank, including rank 0, runs `--workers` processes and assigns tasks to idle ones. The ranks need a shared file
 system and nothing else, because results are exchanged as files (execution/workers.py). Messages are point-to-point on
-COMM_WORLD, pickled by mpi4py, with at most one in flight per worker process:
+COMM_WORLD, pickled by mpi4py:
 
     rank 0 → r   ("task", slot, task, folder), or ("stop",)
-    r → rank 0   (slot, kind, value), kind as reported by the worker process, or "died"
+    r → rank 0   (slot, kind, value), kind as reported by the worker process, "died", or at last "stopped"
 
-A rank that dies aborts the job, as usual under MPI, and mpirun names it; rerunning the command resumes. If a worker
-process dies, the error names its rank and host.
+After "stop", rank 0 receives until every rank has stopped: no worker writes to a folder that rank 0 cleans up, and no
+rank waits for ever in a message that nobody receives.
+
+A rank that dies or fails aborts the job, as usual under MPI; rerunning the command resumes. If a worker process dies,
+the error names its rank and host.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from data_pipeline.files import CorpusError
 
 # World size as set by Open MPI, and by MPICH, Intel MPI and other PMI launchers.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_PAUSE = 0.005
 
 
 class Team:
@@ -32,6 +39,8 @@ class Team:
         self._comm = comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
+        self._working = set(range(1, self.size))
+        self._sent: list[Any] = []  # requests of replies that may not have been received yet
 
     def send_task(self, rank: int, slot: int, task: Task, folder: Path) -> None:
         self._comm.send(("task", slot, task, folder), dest=rank)
@@ -48,9 +57,15 @@ class Team:
         return received
 
     def stop(self) -> None:
-        """Tell the other ranks to exit: rank 0 has finished or failed."""
-        for rank in range(1, self.size):
+        """Tell the other ranks to stop, because rank 0 has finished or failed, and wait until they have. May be called
+        again."""
+        for rank in self._working:
             self._comm.send(("stop",), dest=rank)
+        while self._working:
+            for rank, _, kind, _ in self.messages():
+                if kind == "stopped":
+                    self._working.discard(rank)
+            time.sleep(_PAUSE)
 
     def receive(self) -> tuple[Any, ...] | None:
         """The next message from rank 0, or None if none has arrived."""
@@ -60,8 +75,21 @@ class Team:
         return message
 
     def reply(self, slot: int, kind: str, value: Any) -> None:
-        """Report the state of a slot's task to rank 0."""
-        self._comm.send((slot, kind, value), dest=0)
+        """Report the state of a slot's task to rank 0, without waiting until it receives: it may be sending a task."""
+        self._sent = [request for request in self._sent if not request.test()[0]]
+        self._sent.append(self._comm.isend((slot, kind, value), dest=0))
+
+    def leave(self) -> None:
+        """Tell rank 0 that this rank has stopped: the last message."""
+        self.reply(-1, "stopped", None)
+        for request in self._sent:
+            request.wait()
+
+    def abort(self) -> None:
+        """End all ranks because of the exception that is being handled: rank 0 would wait for this one for ever."""
+        traceback.print_exc()
+        sys.stderr.flush()
+        self._comm.Abort(1)
 
 
 def join_team() -> Team | None:

@@ -50,6 +50,8 @@ class Pool:
             process.terminate()
         for process in self._processes.values():
             process.join()
+        if self._team:
+            self._team.stop()
 
     def run(self, tasks: Sequence[Task], folder: Path, report: Report) -> list[Any]:
         """Run the tasks that have no result in `folder` yet; return the results of all tasks, in their order.
@@ -161,33 +163,49 @@ class Pool:
 
 
 def serve(team: Team, pool: Pool) -> None:
-    """Run tasks from rank 0 until it sends "stop". Called on every rank but 0."""
+    """Run tasks from rank 0 until it sends "stop". Called on every rank but 0; an exception ends all ranks."""
     # Ctrl-C is sent to every rank, but only rank 0 handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pool:
+            _serve_rank(team, pool)
+        team.leave()
+    except Exception:
+        team.abort()
+
+
+def _serve_rank(team: Team, pool: Pool) -> None:
     slots: list[Connection] = []
     busy: dict[Connection, Task] = {}
-    with pool:
-        while True:
-            if (message := team.receive()) is not None:
-                if message[0] == "stop":
-                    return
-                _, slot, task, folder = message
-                while len(slots) <= slot:
-                    slots.append(pool.start())
-                busy[slots[slot]] = task
+
+    def died(connection: Connection) -> None:
+        where = f"rank {team.rank} ({socket.gethostname()}): "
+        team.reply(slots.index(connection), "died", where + str(pool.death(connection, busy.pop(connection))))
+
+    while True:
+        if (message := team.receive()) is not None:
+            if message[0] == "stop":
+                return
+            _, slot, task, folder = message
+            while len(slots) <= slot:
+                slots.append(pool.start())
+            busy[slots[slot]] = task
+            try:
                 slots[slot].send((task, folder))
-            for ready in wait(list(busy), _PAUSE) if busy else ():
-                assert isinstance(ready, Connection)
-                try:
-                    kind, value = ready.recv()
-                except (EOFError, ConnectionResetError):
-                    where = f"rank {team.rank} ({socket.gethostname()}): "
-                    kind, value = "died", where + str(pool.death(ready, busy.pop(ready)))
-                if kind != "progress":
-                    busy.pop(ready, None)
-                team.reply(slots.index(ready), kind, value)
-            if not busy:
-                time.sleep(_PAUSE)
+            except (BrokenPipeError, ConnectionResetError):  # it died while it had nothing to do
+                died(slots[slot])
+        for ready in wait(list(busy), _PAUSE) if busy else ():
+            assert isinstance(ready, Connection)
+            try:
+                kind, value = ready.recv()
+            except (EOFError, ConnectionResetError):
+                died(ready)
+                continue
+            if kind != "progress":
+                del busy[ready]
+            team.reply(slots.index(ready), kind, value)
+        if not busy:
+            time.sleep(_PAUSE)
 
 
 def _is_done(kind: str, value: Any, task: Task, report: Report) -> bool:
@@ -259,6 +277,8 @@ def _serve(connection: Connection) -> None:
         _perform(task, folder, lambda *numbers: connection.send(("progress", numbers)))
     except CorpusError as error:
         connection.send(("error", str(error)))
+    except OSError as error:
+        connection.send(("error", f"{task.what}: {error}"))
     except Exception:
         connection.send(("crash", traceback.format_exc()))
     else:

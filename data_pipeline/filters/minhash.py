@@ -19,6 +19,8 @@ Shapes: D documents, P = 128 values of a signature.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +83,34 @@ class Signature:
         if not self._any and len(self._tail):
             self._update(ngram_hashes(self._tail, len(self._tail)))
         return self._values
+
+
+class MappedParts(Sequence[NDArray[Any]]):
+    """Arrays [n, width] in files, given as (path, n > 0). One at a time is mapped: a map holds a descriptor, and there
+    may be more files than a process may open."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], dtype: np.dtype, width: int) -> None:
+        self._files, self._dtype, self._width = files, dtype, width
+        self._mapped = -1
+        self._array: NDArray[Any] = np.empty((0, width), dtype)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i != self._mapped:
+            path, size = self._files[i]
+            self._array, self._mapped = np.memmap(path, self._dtype, mode="r", shape=(size, self._width)), i
+        return self._array
+
+    def joined(self) -> NDArray[Any]:
+        """All arrays in memory: [sum of n, width]."""
+        out = np.empty((sum(size for _, size in self._files), self._width), self._dtype)
+        start = 0
+        for part in self:
+            out[start : start + len(part)] = part
+            start += len(part)
+        return out
 
 
 def exact_duplicates(digests: NDArray[np.uint8]) -> NDArray[np.bool_]:

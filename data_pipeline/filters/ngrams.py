@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.files import CorpusError, sha256_file
+from data_pipeline.files import CorpusError, reading_input, sha256_file
 
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\\W\u3040-\u30ff\u3400-\u9fff]+")
 _LIMIT = 1 << 19
+# The limit of the csv module, 131,072 characters, is less than an article.
+_LONGEST_CELL = 2_000_000_000
 # Multiplier of the polynomial over the words (odd and of full period: Knuth's MMIX), and splitmix64's finaliser.
 _BASE = np.uint64(6364136223846793005)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -63,18 +65,22 @@ def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
 
 
 def task_digests(paths: Sequence[str | Path]) -> dict[str, str]:
-    """SHA-256 of each task file, by path. Raises CorpusError if a file is missing or of an unknown type."""
-    for path in map(Path, paths):
-        _kind(path)
-    return {str(path): sha256_file(Path(path)) for path in paths}
+    """SHA-256 of each task file, by path. Raises CorpusError if a file is missing, unreadable or of an unknown
+    type."""
+    found = {}
+    for path in paths:
+        _kind(Path(path))
+        with reading_input(path):
+            found[str(path)] = sha256_file(Path(path))
+    return found
 
 
 def task_ngrams(paths: Sequence[str | Path], n: int) -> NDArray[np.uint64]:
     """Hashes of all n-grams of all texts in task files: uint64 [N], ascending and unique.
 
-    A text is a line of .txt, a cell of .tsv or .csv, a string at any depth of .json or .jsonl, or an entry of a string
-    column of .parquet; all but the last may be gzipped (.gz). Raises CorpusError if a file is missing, of an unknown
-    type, unreadable, or has no text of at least n words.
+    A text is a line of .txt, a cell of .tsv or .csv, or a string at any depth of .json, .jsonl or .parquet; all but the
+    last may be gzipped (.gz). Raises CorpusError if a file is missing, of an unknown type, unreadable, or has no text
+    of at least n words.
     """
     hashes = WordHashes()
     found: list[NDArray[np.uint64]] = []
@@ -101,13 +107,11 @@ def _texts(path: Path) -> Iterator[str]:
     suffix, gzipped = _kind(path)
     try:
         if suffix == ".parquet" and not gzipped:
-            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            table = pq.read_table(path)
-            for column in table.columns:
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                    yield from (text for text in column.to_pylist() if text)
+            for column in pq.read_table(path).columns:
+                if _has_strings(column.type):
+                    yield from _strings(column.to_pylist())
             return
         with (gzip.open if gzipped else open)(path, "rt", encoding="utf-8", newline="") as file:
             if suffix == ".json":
@@ -117,18 +121,30 @@ def _texts(path: Path) -> Iterator[str]:
                     if line.strip():
                         yield from _strings(json.loads(line))
             elif suffix == ".csv":
+                csv.field_size_limit(_LONGEST_CELL)
                 for row in csv.reader(file):
                     yield from row
             else:
                 for line in file:
                     yield from line.split("\t") if suffix == ".tsv" else (line,)
-    except (ValueError, OSError, EOFError, csv.Error) as error:
+    except (ValueError, RecursionError, OSError, EOFError, csv.Error) as error:
         raise CorpusError(f"{path}: cannot be read ({error}). Correct the file or remove it from the list") from error
+
+
+def _has_strings(kind: Any) -> bool:
+    """Whether values of an Arrow type are or hold strings."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _has_strings(kind.value_type)
+    if pa.types.is_nested(kind):
+        return any(_has_strings(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list | tuple):  # tuples are entries of Arrow's maps
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)

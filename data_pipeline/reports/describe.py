@@ -20,18 +20,20 @@ def describe(
     """Text printed by the command stats: counts, unknown rate, repeated and dropped documents, sources, document
     lengths, and the `top` most frequent tokens. png: file to plot the last three to.
 
-    Raises CorpusError if top < 0 or the corpus is damaged.
+    Raises CorpusError if top < 0, if `png` cannot be written, or if the corpus is damaged.
     """
     if top < 0:
         raise CorpusError(f"--top {top}: must be at least 0")
+    if png is not None:
+        from data_pipeline.reports.figures import check_plot, plot
+
+        check_plot(png)
     corpus = Corpus(folder)
     manifest = corpus.manifest
     found = scan(corpus, progress, hashes=True)
     if found.faults:
         raise CorpusError("\n".join(found.faults))
     if png is not None:
-        from data_pipeline.reports.figures import plot
-
         plot(folder, found, top, png)
     special = manifest.special_tokens
     # Special tokens added by the packing are not text.

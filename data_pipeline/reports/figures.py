@@ -1,6 +1,7 @@
 """Plots of a corpus: document lengths, most frequent tokens, sources."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,15 +13,22 @@ from data_pipeline.shards import Corpus
 from data_pipeline.tokenization.tokenizer import Encoder
 
 
+def check_plot(path: Path) -> None:
+    """Raise CorpusError if matplotlib is missing, or if `path` cannot be written: before a scan that takes hours."""
+    if find_spec("matplotlib") is None:
+        raise CorpusError("--png: requires the package matplotlib. Install it, or omit --png")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise CorpusError(f"--png {path}: {what}. Give the name of a file in a folder that exists")
+
+
 def plot(folder: str | Path, found: Scan, top: int, path: Path) -> None:
     """Plot document lengths, the `top` most frequent tokens, and tokens per source to a PNG file.
 
-    Raises CorpusError if matplotlib is missing or the disk is full.
+    Raises CorpusError if the disk is full.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CorpusError("--png: requires the package matplotlib. Install it, or omit --png") from None
+    from matplotlib.figure import Figure
+
     corpus = Corpus(folder)
     manifest = corpus.manifest
     figure = Figure(figsize=(14, 4.5), layout="constrained")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipeline.files import CorpusError
+from data_pipeline.files import CorpusError, reading_input
 from data_pipeline.sources.inputs import BLANK_LINE, BUILDER, Piece, Source, Unit
 from data_pipeline.sources.tables import open_arrow, open_parquet
 
@@ -64,7 +64,7 @@ def _cut_source(
     else:
         rule = _WIKI_CUT if source.format == ".wiki" else _CUTS.get("line" if source.format == ".jsonl" else documents)
         start = 0
-        with Path(source.path).open("rb") as file:
+        with reading_input(source.path), Path(source.path).open("rb") as file:
             while source.bytes - start > unit_bytes and rule:
                 stop = _next_cut(file, start + unit_bytes, rule, source.bytes)
                 yield Piece(i, start, stop), stop - start

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipeline.files import CorpusError
+from data_pipeline.files import CorpusError, reading_input
 from data_pipeline.sources.inputs import BLANK_LINE, BUILDER, WIKI_END, Piece, Progress, Source
 from data_pipeline.sources.reading import Reading
 from data_pipeline.sources.records import json_texts, table_texts, why_no_text
@@ -48,10 +48,16 @@ def read_documents(
     """Yield the documents of a piece of a source, in order.
 
     documents: one of DOCUMENTS, for text files; text_field: JSON field or column; reading: None for the defaults.
-    Raises CorpusError naming file and position for files that are not text, invalid UTF-8, corrupt compression, records
-    that `reading` does not skip, and what exceeds its limits.
+    Raises CorpusError naming file and position for files that cannot be read or are not text, invalid UTF-8, corrupt
+    compression, records that `reading` does not skip, and what exceeds its limits.
     """
-    reading = reading or Reading()
+    with reading_input(source.path):
+        yield from _documents(source, piece, documents, text_field, progress, reading or Reading())
+
+
+def _documents(
+    source: Source, piece: Piece, documents: str, text_field: str, progress: Progress, reading: Reading
+) -> Iterator[Text]:
     if source.format == ".parquet":
         yield from _parquet(source, piece, text_field, progress, reading)
     elif source.format == ".arrow":
@@ -183,11 +189,15 @@ def _pieces(text: str, started: bool = False) -> Iterator[Text]:
 
 def _cut(text: str, start: int) -> int:
     """End of the piece that starts at `start`. The line end goes to the next piece, as it may be part of a blank line
-    with text that has not been read yet."""
+    with text that has not been read yet; CR LF stays together."""
+    cut = start + PIECE
+    # Behind the line end that the piece starts with.
+    first = start + 2 if text.startswith("\r\n", start) else start + 1
     for sign in "\n", " ":
-        if (cut := text.rfind(sign, start + 1, start + PIECE)) > 0:
-            return cut
-    return start + PIECE
+        if (found := text.rfind(sign, first, start + PIECE)) > 0:
+            cut = found
+            break
+    return cut - 1 if cut - 1 > start and text.startswith("\r\n", cut - 1) else cut
 
 
 def _json_lines(source: Source, start: int, blocks: Iterator[str], field: str, reading: Reading) -> Iterator[Text]:

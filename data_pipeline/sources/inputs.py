@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.files import CorpusError
+from data_pipeline.files import CorpusError, reading_input, sha256_file
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 # A plain .json file is usually one object or array; compressed ones, as of C4, are JSON lines.
@@ -90,16 +90,22 @@ class Source:
         """Approximate number of bytes of text in the file."""
         return self.bytes * (_EXPANSION if self.compression else 1)
 
+    def sha256(self) -> str:
+        """SHA-256 of the file as it is now. Raises CorpusError if it cannot be read."""
+        with reading_input(self.path):
+            return sha256_file(Path(self.path))
+
     def check_unchanged(self) -> None:
-        """Raise CorpusError if the file has been modified or removed since the build started."""
-        try:
-            found = Path(self.path).stat()
-        except FileNotFoundError:
-            raise CorpusError(f"{self.path}: disappeared during the build. Restore it and rerun") from None
+        """Raise CorpusError if the file has been modified or removed since the build started, or cannot be read."""
+        with reading_input(self.path):
+            try:
+                found = Path(self.path).stat()
+            except FileNotFoundError:
+                raise CorpusError(f"{self.path}: disappeared during the build. Restore it and rerun") from None
         if (found.st_size, found.st_mtime_ns) != (self.bytes, self.mtime_ns):
             raise CorpusError(
                 f"{self.path}: changed since the build started ({self.bytes:,} bytes then, {found.st_size:,} now). "
-                "Restore it, or build into another folder"
+                "Restore it, or choose another output folder"
             )
 
 

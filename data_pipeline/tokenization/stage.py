@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.execution.file_checks import check_files
 from data_pipeline.execution.progress import ProgressBar
 from data_pipeline.execution.tasks import Task
 from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError, atomic_file, fsync_path, sha256_file, write_json
-from data_pipeline.filters.minhash import PLACES, check_library, exact_duplicates, near_duplicates
+from data_pipeline.filters.minhash import PLACES, MappedParts, check_library, exact_duplicates, near_duplicates
 from data_pipeline.filters.ngrams import task_ngrams
 from data_pipeline.filters.rules import DIGEST
 from data_pipeline.manifest import SourceEntry
@@ -260,7 +259,7 @@ def _check_touched(
             used |= {piece.source for piece in unit}
     for i in touched:
         known = sha256.get(sources[i].name)
-        unchanged = sha256_file(Path(sources[i].path)) == known if known else same and i not in used
+        unchanged = sources[i].sha256() == known if known else same and i not in used
         if not unchanged:
             raise CorpusError(
                 f"{sources[i].path}: modified since the build started. Choose another output folder, or "
@@ -276,7 +275,11 @@ def _tokenize_tasks(job: Job, sources: Sequence[Source], units: Sequence[Unit]) 
         what = f"unit {i} ({first[0].path} from {first[1].start:,} to {last[0].path} {last[1].stop:,})"
         # Pieces of Parquet and Arrow files are not in bytes: the bar advances only while these are read.
         size = sum(p.stop - p.start for source, p in pieces if source.format not in (".parquet", ".arrow"))
-        tasks.append(Task(f"unit-{i:05}", what, tokenize_unit, (job, i, group, pieces), size))
+        mine = job
+        if job.held_out_files is not None:
+            # Sending all names with each task would be quadratic in the number of files.
+            mine = replace(job, held_out_files=job.held_out_files & {source.name for source, _ in pieces})
+        tasks.append(Task(f"unit-{i:05}", what, tokenize_unit, (mine, i, group, pieces), size))
     return tasks
 
 
@@ -293,20 +296,18 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
     ]
     parts = [part for part in parts if part[2]]
 
-    def read(name: str, dtype: Any, width: int) -> list[NDArray[Any]]:
-        return [
-            np.memmap(token_path(job.work, unit, side, name), dtype, mode="r", shape=(count, width))
-            for unit, side, count in parts
-        ]
+    def read(name: str, dtype: Any, width: int) -> MappedParts:
+        files = [(token_path(job.work, unit, side, name), count) for unit, side, count in parts]
+        return MappedParts(files, np.dtype(dtype), width)
 
     codes = np.zeros(sum(count for _, _, count in parts), np.uint8)
     if "late" in job.of_documents and parts:
-        codes[:] = np.concatenate(read("late", np.uint8, 1))[:, 0]
+        codes[:] = read("late", np.uint8, 1).joined()[:, 0]
     # These have been counted by their units already.
     late = codes > 0
     if job.rules.duplicates != "keep" and parts:
         kept = np.flatnonzero(codes == 0)
-        digests = np.concatenate(read("digests", np.uint8, DIGEST))
+        digests = read("digests", np.uint8, DIGEST).joined()
         codes[kept[exact_duplicates(digests[kept])]] = DROPS.index("duplicate") + 1
         del digests
     if job.rules.duplicates == "near" and parts:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from data_pipeline.checksums import with_checksum, without_checksum
 from data_pipeline.files import CorpusError, HashingFile, atomic_file, write_json
-from data_pipeline.shards import MANIFEST, Sha256, SourceEntry, SpecialTokens, id_dtype, sha256_file
+from data_pipeline.shards import MANIFEST, TOKENIZER, Sha256, SourceEntry, SpecialTokens, id_dtype, sha256_file
 
 TOKENS_VERSION: Literal[1] = 1
 SIDES = ("train", "held_out")
@@ -97,6 +97,12 @@ class TokenManifest(_Frozen):
     def sides(self) -> tuple[str, ...]:
         return SIDES if self.held_out else SIDES[:1]
 
+    @property
+    def bytes(self) -> int:
+        """Size of all files of the token shards."""
+        sides = (side for shard in self.shards for side in shard.sides.values())
+        return sum(file.bytes for side in sides for file in side.files.values())
+
 
 def token_path(folder: str | Path, shard: int, side: str, suffix: str) -> Path:
     return Path(folder) / f"tokens-{shard:05}.{side}.{suffix}"
@@ -111,10 +117,11 @@ def is_tokens(folder: str | Path) -> bool:
     return isinstance(raw, dict) and raw.get("kind") == "tokens"
 
 
-def read_tokens(folder: str | Path) -> TokenManifest:
-    """Read `folder/manifest.json` and check its hash and the file sizes.
+def read_tokens(folder: str | Path, sizes: bool = True) -> TokenManifest:
+    """Read `folder/manifest.json` and check its hash and, if `sizes`, the file sizes.
 
-    Raises CorpusError if the manifest or a file is missing or invalid.
+    Raises CorpusError if the manifest is missing or invalid, and with one line per file that is missing or has another
+    size.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -131,15 +138,26 @@ def read_tokens(folder: str | Path) -> TokenManifest:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
         raise CorpusError(f"{path}: {faults}. Tokenise again") from None
+    files = _files(folder, manifest) if sizes else ()
+    if wrong := [fault for part, file in files if (fault := _size_fault(part, file))]:
+        raise CorpusError("\n".join(wrong))
+    return manifest
+
+
+def _files(folder: str | Path, manifest: TokenManifest) -> Iterator[tuple[Path, TokenFile]]:
     for i, shard in enumerate(manifest.shards):
         for side, entry in shard.sides.items():
             for suffix, file in entry.files.items():
-                part = token_path(folder, i, side, suffix)
-                size = part.stat().st_size if part.is_file() else None
-                if size != file.bytes:
-                    found = "file missing" if size is None else f"{size:,} found"
-                    raise CorpusError(f"{part}: {file.bytes:,} bytes expected, {found}. {TOKENS_REMEDY}")
-    return manifest
+                yield token_path(folder, i, side, suffix), file
+
+
+def _size_fault(path: Path, file: TokenFile) -> str | None:
+    """One sentence if a file is missing or has another size."""
+    size = path.stat().st_size if path.is_file() else None
+    if size == file.bytes:
+        return None
+    found = "file missing" if size is None else f"{size:,} found"
+    return f"{path}: {file.bytes:,} bytes expected, {found}. {TOKENS_REMEDY}"
 
 
 def token_hashes(folder: str | Path, shards: Sequence[Mapping[str, TokenSide]]) -> list[dict[str, str]]:
@@ -154,16 +172,27 @@ def token_hashes(folder: str | Path, shards: Sequence[Mapping[str, TokenSide]]) 
     ]
 
 
-def verify_tokens(folder: str | Path, manifest: TokenManifest) -> None:
-    """Check the SHA-256 of every file. Raises one CorpusError with one line per bad file."""
-    faults = [
-        f"{path}: sha256 {expected} expected, {found} found. {TOKENS_REMEDY}"
-        for hashes in token_hashes(folder, [shard.sides for shard in manifest.shards])
-        for path, expected in hashes.items()
-        if (found := sha256_file(Path(path))) != expected
+def verify_tokens(folder: str | Path, manifest: TokenManifest, progress: Callable[[int], object] | None = None) -> None:
+    """Check size and SHA-256 of every file, and the SHA-256 of the tokenizer. progress: called with the bytes read.
+
+    Raises one CorpusError with one line per bad file.
+    """
+    tokenizer = Path(folder) / TOKENIZER / "tokenizer.json"
+    if tokenizer.is_file():
+        found = [_hash_fault(tokenizer, manifest.tokenizer_sha256, None)]
+    else:
+        found = [f"{tokenizer}: file missing. {TOKENS_REMEDY}"]
+    found += [
+        _size_fault(path, file) or _hash_fault(path, file.sha256, progress) for path, file in _files(folder, manifest)
     ]
-    if faults:
+    if faults := [fault for fault in found if fault]:
         raise CorpusError("\n".join(faults))
+
+
+def _hash_fault(path: Path, expected: str, progress: Callable[[int], object] | None) -> str | None:
+    """One sentence if a file differs from its SHA-256."""
+    found = sha256_file(path, progress)
+    return None if found == expected else f"{path}: sha256 {expected} expected, {found} found. {TOKENS_REMEDY}"
 
 
 def write_tokens(folder: str | Path, manifest: TokenManifest) -> None:

@@ -86,8 +86,9 @@ class Encoder:
             ids, counts, starts = self._encode(texts, words)
             return ids, counts, {} if starts is None else {"word_start": starts}
         # A word-wise tokenizer can encode sentences separately if they are separated by white space.
+        breaks = self.word_cache.breaks if self.word_cache else ()
         if self.word_cache and all(
-            text[at - 1].isspace() for text, cuts in zip(texts, sentences, strict=True) for at in cuts if at
+            text[at - 1] in breaks for text, cuts in zip(texts, sentences, strict=True) for at in cuts if at
         ):
             pieces, owner, is_start = [], [], []
             for i, (text, cuts) in enumerate(zip(texts, sentences, strict=True)):

@@ -255,10 +255,12 @@ class _Text:
         for files, unit, field in self._groups:
             for i, source in enumerate(files):
                 reading = Reading(rules.bad_bytes != "error", rules.no_text, rules.bad_records, self._limits)
+                source.check_unchanged()
                 piece = Piece(i, 0, _end(source, field))
                 rule_filter = DocumentFilter(rules, False, None)
                 for batch, ends in batches(read_documents(source, piece, unit, field, bar.update, reading), 1 << 20):
                     yield rule_filter(batch, ends).texts if rules != DocumentRules() else batch
+                source.check_unchanged()
 
 
 def _no_text(sources: list[Source]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.files import fsync_path, sha256_file
+from data_pipeline.files import fsync_path
 from data_pipeline.filters.minhash import PLACES
 from data_pipeline.filters.rules import DIGEST, DocumentFilter, DocumentRules
 from data_pipeline.shards import SpecialTokens, id_dtype
@@ -122,7 +122,7 @@ def tokenize_unit(
         for source, piece in pieces:
             source.check_unchanged()
             if piece.start == 0:
-                sha256[source.name] = sha256_file(Path(source.path))
+                sha256[source.name] = source.sha256()
             found = read_documents(source, piece, job.documents[group], job.text_fields[group], progress, reading)
             for batch in _encode(job, encoder, rule_filter, batches(found, _BATCH)):
                 progress(0, len(batch[0]))

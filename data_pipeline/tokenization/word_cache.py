@@ -39,6 +39,7 @@ _OTHERS = {"Punctuation", "Digits"}
 _MODELS = {"WordPiece", "WordLevel", "BPE"}
 _DOUBTFUL = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
 _RUNS = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9]")
+_SPACES = frozenset(filter(str.isspace, map(chr, range(0x3001))))
 _PLAIN = re.compile("[ \t\r\n]+")
 # Limits at which the cache is cleared: about 100 MB.
 _ENTRIES = 400_000
@@ -89,7 +90,9 @@ def word_starts(word_ids: Iterable[int | None]) -> list[int]:
 
 
 class WordCache:
-    """Cached equivalent of a word-wise `tokenizer`. dtype: of the ids, uint16 or uint32."""
+    """Cached equivalent of a word-wise `tokenizer`. dtype: of the ids, uint16 or uint32.
+
+    `breaks`: characters behind which a sentence that starts there can be encoded on its own."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
@@ -97,8 +100,12 @@ class WordCache:
         self._ids: dict[str, bytes] = {}
         self._starts: dict[str, bytes] = {}
         self._characters = 0
-        first = next(iter(_steps(json.loads(tokenizer.to_str()).get("pre_tokenizer"), "pretokenizers")))
+        content = json.loads(tokenizer.to_str())
+        first = next(iter(_steps(content.get("pre_tokenizer"), "pretokenizers")))
         self._isolates = first["type"] == "BertPreTokenizer"
+        # BERT removes the doubtful ones, and isolates the punctuation before them; other tokenizers keep them in words.
+        removes = any(step.get("clean_text") for step in _steps(content.get("normalizer"), "normalizers"))
+        self.breaks = _SPACES if self._isolates and removes else frozenset(_DOUBTFUL.sub("", "".join(_SPACES)))
 
     def encode(
         self, texts: list[str], with_starts: bool

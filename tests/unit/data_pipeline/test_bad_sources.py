@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.shards import read_manifest
+from data_pipeline.sources.documents import read_documents
+from data_pipeline.sources.inputs import Piece, find_sources
 from data_pipeline.tokenization.tokenizer import copy_tokenizer
 from tests.support.documents import describe_in, make_documents, write_text, write_tokenizer
 
@@ -278,3 +281,26 @@ def test_stage_that_fails_can_be_rerun(
             assert (out / "notes").read_text() == "precious"
             assert not (out / "held_out").exists()
     pack(tokens, 16, out, progress=False)
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    """The error of a failed read() names no file. Address 0 of this process cannot be read."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").symlink_to("/proc/self/mem")
+    for run in (tokenize, partial(build, sequence_length=16)):
+        with pytest.raises(CorpusError, match=r"in/a\.txt: cannot be read \(Input/output error\)\. .* copy, or remove"):
+            run([tmp_path / "in"], folder / "tok", output=tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_read_that_fails_later_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_text(tmp_path / name, ["text", *make_documents(20)])
+    (source,) = find_sources([path])
+
+    def fail(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("data_pipeline.sources.streams._Range.read", fail)
+    with pytest.raises(CorpusError, match=rf"{name}: cannot be read \(Input/output error\)"):
+        list(read_documents(source, Piece(0, 0, source.bytes), "line", "text", lambda *_: None))

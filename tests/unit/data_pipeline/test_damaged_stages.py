@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.manifest import MANIFEST
@@ -94,6 +95,34 @@ def test_every_damaged_file_has_its_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         pack(tokens, 16, tmp_path / "out", progress=False)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [str(path) for path in bad]
+
+
+def test_verify_names_every_bad_file_of_token_shards(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = shutil.copytree(folder / "tokens", tmp_path / "tokens")
+    assert main(["verify", str(tokens), "--progress"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tokens}: OK, 2 token shards checked\n"
+    assert "verify: 100%" in err
+    flip(tokens / "tokenizer/tokenizer.json")
+    flip(sorted(tokens.glob("tokens-*.train.ends"))[1])
+    for path in sorted(tokens.glob("tokens-*.train.ids"))[:2]:
+        path.unlink()
+    with pytest.raises(CorpusError) as caught:
+        pack(tokens, 16, tmp_path / "out", progress=False)
+    assert str(caught.value).count("bytes expected, file missing") == 2
+    assert main(["verify", str(tokens)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rsplit("/", 1)[1].split(":")[0] for line in lines] == [
+        "tokenizer.json",
+        "tokens-00000.train.ids",
+        "tokens-00001.train.ids",
+        "tokens-00001.train.ends",
+    ]
+    (tokens / "tokenizer/tokenizer.json").unlink()
+    assert main(["verify", str(tokens)]) == 1
+    assert f"{tokens}/tokenizer/tokenizer.json: file missing. Copy it again" in capsys.readouterr().err
 
 
 # Where a build is killed, and the file that is damaged then.

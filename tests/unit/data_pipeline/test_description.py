@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -240,6 +241,22 @@ def test_no_duplicate_on_both_sides(folder: Path, tmp_path: Path) -> None:
     assert not train & {pairs[document] for document in held}
     # The split depends on the hash of the document alone, not on its duplicates.
     assert len(held) > 15
+
+
+def test_duplicates_in_more_shards_than_files_may_be_open(folder: Path, tmp_path: Path) -> None:
+    documents = make_documents(20, longest=8)
+    write_text(tmp_path / "a.txt", [*documents, *documents])
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}], documents={"duplicates": "near"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(soft) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[20], hard))
+    try:
+        found = tokenize(None, folder / "tok", tmp_path / "out", description=path, work_size=1e-6, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(found.shards) == 40
+    assert sum(found.dropped.values()) >= 20
 
 
 def test_paths_of_a_description_are_relative_to_it(tmp_path: Path) -> None:

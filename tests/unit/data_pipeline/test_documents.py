@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.files import CorpusError
+from data_pipeline.filters.rules import DocumentFilter, DocumentRules
 from data_pipeline.sources import documents as documents_module
 from data_pipeline.sources.cuts import cut_units
 from data_pipeline.sources.inputs import Source, Unit, find_sources
@@ -86,7 +87,8 @@ def test_document_units(tmp_path: Path, mode: str, expected: list[str]) -> None:
 @given(st.data())
 def test_documents_do_not_depend_on_units_and_blocks(data: st.DataObject) -> None:
     """Any split of the bytes into units and blocks gives the same documents and pieces."""
-    text = data.draw(st.text(st.sampled_from("ab é漢\n\n\n \t"), max_size=120))
+    signs = st.sampled_from([*"ab é漢\n\n\n \t", "\r\n"])
+    text = data.draw(st.lists(signs, max_size=120).map("".join))
     mode = data.draw(st.sampled_from(["blank-line", "line", "file"]))
     separator = documents_module._SEPARATORS[mode]
     with pytest.MonkeyPatch.context() as patch:
@@ -97,6 +99,7 @@ def test_documents_do_not_depend_on_units_and_blocks(data: st.DataObject) -> Non
         blocks = (text[i : i + size] for i in range(0, len(text), size))
         assert list(documents_module._text(source, blocks, separator, reading)) == full
         assert all(len(piece) <= documents_module.PIECE for piece, _ in full)
+        assert not any(len(piece) > 1 and piece.endswith("\r") for piece, _ in full)
     rule = {"blank-line": r"\n[ \t\r\f\v]*\n", "line": "\n", "file": r"(?!)"}[mode]
     joined, current = [], ""
     for piece, end in full:
@@ -118,6 +121,19 @@ def test_units_cover_the_file(tmp_path_factory: pytest.TempPathFactory, text: st
         assert [start for start, _ in cuts] == [0, *(stop for _, stop in cuts[:-1])]
         assert cuts[-1][1] == len(text.encode())
         assert read([path], mode, unit_bytes=unit_bytes) == read([path], mode)
+
+
+def test_line_ends_do_not_change_what_a_long_document_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CR LF cut in two would become an empty line, and the document no duplicate of itself."""
+    monkeypatch.setattr(documents_module, "PIECE", 10)
+    rules = DocumentRules(control_characters="remove", duplicates="exact")
+    found = []
+    for line_end in ("\n", "\r\n"):
+        texts = list(documents_module._pieces(line_end.join(["aaa bbb", "ccc", "ddd eee", "f"])))
+        assert len(texts) > 1
+        out = DocumentFilter(rules, True, None)([text for text, _ in texts], [end for _, end in texts])
+        found.append(("".join(out.texts), out.digests))
+    assert found[0] == found[1]
 
 
 def test_long_line_ends_in_pieces_at_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

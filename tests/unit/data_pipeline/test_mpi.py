@@ -68,6 +68,76 @@ def test_error_is_reported_once_and_ends_all_ranks(folder: Path, tmp_path: Path)
     assert "part2.txt: not UTF-8 at byte 7" in found.stderr
 
 
+RANKS = """
+import os, signal, sys, time
+from pathlib import Path
+
+from data_pipeline.execution.mpi import join_team
+from data_pipeline.execution.tasks import Task
+from data_pipeline.execution.workers import Pool, serve
+from data_pipeline.files import CorpusError
+
+
+def own_id(report):
+    time.sleep(0.2)
+    return os.getpid()
+
+
+def fail(seconds, report):
+    time.sleep(seconds)
+    raise CorpusError(f"{seconds} " + "x" * 200_000)
+
+
+def run(team, folder, how):
+    with Pool(1, team) as pool:
+        if how == "idle":
+            found = pool.run([Task(f"a{i}", f"a{i}", own_id, ()) for i in range(4)], folder, print)
+            (remote,) = set(found) - {process.pid for process in pool._processes.values()}
+            os.kill(remote, signal.SIGKILL)
+            time.sleep(0.2)
+            pool.run([Task(f"b{i}", f"b{i}", own_id, ()) for i in range(4)], folder, lambda *_: None)
+        # Rank 1 has the first task: it fails after rank 0 has.
+        pool.run([Task(f"c{i}", f"c{i}", fail, (1.0 - i,)) for i in range(2)], folder, lambda *_: None)
+
+
+if __name__ == "__main__":
+    team = join_team()
+    if team.rank and sys.argv[2] == "bug":
+        team.receive = lambda: 1 / 0
+    if team.rank:
+        serve(team, Pool(1))
+    else:
+        try:
+            run(team, Path(sys.argv[1]), sys.argv[2])
+        except CorpusError as error:
+            print(str(error)[:80])
+            time.sleep(1.5)  # a clean-up
+        finally:
+            team.stop()
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("idle", r"rank 1 \(.*\): b0: the worker died, killed by SIGKILL"),
+        ("long", "0.0 xxx"),
+        ("bug", "ZeroDivisionError"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(tmp_path: Path, how: str, message: str) -> None:
+    """A worker of rank 1 is killed between two tasks; rank 1 has a long error when rank 0 has failed; rank 1 has a
+    bug."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    (tmp_path / "out").mkdir()
+    run = [str(_LAUNCHER), "-n", "2", sys.executable, str(tmp_path / "ranks.py"), str(tmp_path / "out"), how]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert re.search(message, found.stdout + found.stderr), found
+    assert (found.returncode != 0) == (how == "bug")
+
+
 def test_mpirun_without_mpi4py_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv("PMI_SIZE", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,17 @@ def test_inspect_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--top -3: must be at least 0" in capsys.readouterr().err
     assert main(["stats", str(folder / "tokens")]) == 1
     assert "describes token shards, not a corpus" in capsys.readouterr().err
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_scan(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(folder / "tokens", 16, tmp_path / "out", progress=False)
+    monkeypatch.setattr("data_pipeline.reports.describe.scan", None)
+    stats = ["stats", str(tmp_path / "out"), "--png"]
+    for png, message in ((tmp_path, "is a folder. Give"), (tmp_path / "no/a.png", f"there is no folder {tmp_path}/no")):
+        assert main([*stats, str(png)]) == 1
+        assert f"error: --png {png}: {message}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*stats, str(tmp_path / "a.png")]) == 1
+    assert "--png: requires the package matplotlib" in capsys.readouterr().err

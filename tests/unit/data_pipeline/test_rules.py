@@ -122,6 +122,25 @@ def test_decontamination_reads_all_task_file_types(tmp_path: Path) -> None:
         task_ngrams([tmp_path / "b.txt"], 6)
 
 
+def test_decontamination_reads_columns_of_all_types_and_long_cells(tmp_path: Path) -> None:
+    texts = [f"{number} one two three four five" for number in range(6)]
+    columns = {
+        "plain": pa.array(texts[:1]),
+        "categories": pa.array(texts[1:2]).dictionary_encode(),
+        "view": pa.array(texts[2:3], pa.string_view()),
+        "list": pa.array([[{"answer": texts[3], "start": 1}]]),
+        "map": pa.array([[("key", texts[4])]], pa.map_(pa.string(), pa.string())),
+        "numbers": pa.array([[1.5, 2.5]]),
+        "nothing": pa.array([None], pa.large_string()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text(f"{'x ' * 70_000},{texts[5]}\n")
+    found = task_ngrams(sorted(tmp_path.iterdir()), 6)
+    hashes = WordHashes()
+    expected = [int(ngram_hashes(hashes(text), 6)[0]) for text in [*texts, "x " * 6]]
+    assert found.tolist() == sorted(expected)
+
+
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=30))
 def test_exact_duplicates(documents: list[str]) -> None:
     filtered = DocumentFilter(rules(duplicates="exact"), True, None)(documents, [True] * len(documents))

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.__main__ import main
 from data_pipeline.build import build
+from data_pipeline.execution.tasks import Task
+from data_pipeline.execution.workers import Pool
 from data_pipeline.files import CorpusError
 from data_pipeline.shards import HELD_OUT, read_manifest
 from data_pipeline.sources.documents import read_documents
@@ -23,7 +26,7 @@ from data_pipeline.sources.inputs import Piece, find_sources
 from data_pipeline.sources.reading import Limits, Reading
 from data_pipeline.tokenization.tokenizer import copy_tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
-from tests.support.documents import corpus_documents, describe_in, make_documents, tree, write_tokenizer
+from tests.support.documents import corpus_documents, describe_in, make_documents, tree, write_text, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,25 @@ def test_hold_out_by_file(tmp_path: Path, tokenizer: Path) -> None:
         build([tmp_path / "in" / "a.txt"], tokenizer, 32, tmp_path / "one", held_out=0.25, **options)
     with pytest.raises(CorpusError, match="held out by 'line'"):
         build([tmp_path / "in"], tokenizer, 32, tmp_path / "x", held_out=0.25, held_out_by="line", progress=False)
+
+
+def test_tasks_do_not_carry_the_names_of_all_held_out_files(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(10):
+        write_text(tmp_path / f"in/{i}.txt", make_documents(1, i))
+    sizes = []
+
+    def run(pool: Pool, tasks: Sequence[Task], *others: Any) -> Any:
+        sizes.extend(len(task.arguments[0].held_out_files) for task in tasks if task.name.startswith("unit-"))
+        return original(pool, tasks, *others)
+
+    original = Pool.run
+    monkeypatch.setattr(Pool, "run", run)
+    options: dict[str, Any] = {"held_out": 0.5, "held_out_by": "file", "work_size": 1e-6, "progress": False}
+    build([tmp_path / "in"], tokenizer, 32, tmp_path / "out", **options)
+    assert len(sizes) == 10
+    assert sum(sizes) == 5
 
 
 @pytest.mark.parametrize(("count", "remedy"), [(60, "Use --held-out 0.09"), (12, "too few documents")])

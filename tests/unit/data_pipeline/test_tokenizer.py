@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data_pipeline.files import CorpusError
+from data_pipeline.tokenization import training
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 from tests.support.documents import SPECIAL, make_documents, tree, write_text, write_tokenizer
@@ -234,4 +236,22 @@ def test_byte_level_training_is_refused(text: Path, tmp_path: Path) -> None:
         train(300, kind="unigram")
     with pytest.raises(CorpusError, match="the corpus is empty"):
         train(300, source=write_text(tmp_path / "empty.txt", [" "]))
+    assert not (tmp_path / "tok").exists()
+
+
+def test_training_refuses_text_that_changes_meanwhile(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two passes of WordPiece must read the same text."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.read_bytes())
+    count = training._letter_counts
+
+    def between_the_passes(*arguments: Any) -> Any:
+        path.write_bytes(text.read_bytes().replace(b"that", b"this"))
+        return count(*arguments)
+
+    monkeypatch.setattr(training, "_letter_counts", between_the_passes)
+    with pytest.raises(CorpusError, match=r"a\.txt: changed since the build started"):
+        train_tokenizer([path], 120, tmp_path / "tok", progress=False)
     assert not (tmp_path / "tok").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import unicodedata
 from collections.abc import Callable
 
@@ -162,10 +163,19 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     return Encoder(folder / "tok")
 
 
+@pytest.mark.parametrize("name", [None, *WORD_WISE])
 @settings(max_examples=100, deadline=None)
-@given(texts=st.lists(st.text(st.sampled_from("ab. !?。\n\x0b漢é,T'"), max_size=60), min_size=1, max_size=4))
-def test_planes_do_not_depend_on_cache(encoder: Encoder, texts: list[str]) -> None:
-    cuts = [sentence_starts(text, "punctuation", "") for text in texts]
+@given(
+    texts=st.lists(st.text(st.sampled_from("ab. !?。\n\x0b\x1c漢é,T'"), max_size=60), min_size=1, max_size=4),
+    mode=st.sampled_from(["punctuation", "line"]),
+)
+def test_planes_do_not_depend_on_cache(encoder: Encoder, name: str | None, texts: list[str], mode: str) -> None:
+    if name is not None:
+        encoder = copy.copy(encoder)
+        encoder.tokenizer = WORD_WISE[name]()
+        encoder.word_cache, encoder._reserved = WordCache(encoder.tokenizer, encoder.dtype), np.zeros(100, np.bool_)
+    texts = [text.strip() for text in texts]  # as the readers do
+    cuts = [sentence_starts(text, mode, "") for text in texts]
     ids, counts, planes = encoder.encode_planes(texts, cuts, True)
     cache, encoder.word_cache = encoder.word_cache, None
     try:

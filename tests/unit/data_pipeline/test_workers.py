@@ -21,6 +21,8 @@ def die(how: str, report: Callable[[int, int], object]) -> int:
         os._exit(3)
     if how == "error":
         raise CorpusError("a.txt: bad")
+    if how == "disk":
+        raise OSError(5, "Input/output error")
     if how == "bug":
         raise ZeroDivisionError
     return 7
@@ -32,6 +34,7 @@ def die(how: str, report: Callable[[int, int], object]) -> int:
         ("signal", CorpusError, "unit 1 .a.txt.: the worker died, killed by SIGKILL .*out of memory"),
         ("exit", CorpusError, "unit 1 .a.txt.: the worker died, exit code 3"),
         ("error", CorpusError, "^a.txt: bad$"),
+        ("disk", CorpusError, r"^unit 1 .a.txt.: \[Errno 5\] Input/output error$"),
         ("bug", RuntimeError, "(?s)unit 1 .a.txt.: .*ZeroDivisionError"),
     ],
 )
