@@ -222,13 +222,22 @@ def check_tokenizer(folder: str | Path, manifest: Manifest) -> None:
         )
 
 
+def _row_numbers(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows as int64. Raises TypeError for what is no array of integers: True and False would be rows 1 and 0."""
+    if not isinstance(rows, np.ndarray) or (rows.size and rows.dtype.kind not in "iu"):
+        found = f"{rows.dtype} array" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise TypeError(f"rows is {found}; an int64 array of row numbers expected, as np.array([0, 1])")
+    return rows.astype(np.int64, copy=False)
+
+
 class Corpus:
     """Memory-mapped reader of a corpus folder.
 
     Opening checks the manifest, the SHA-256 of the tokenizer, and existence, size, schema and number of rows of every
     shard, but reads no token data (`verify` does). Each shard is opened once, and stays mapped without a descriptor.
     open_files: opens the shards, possibly through another process. Raises CorpusError if any check fails.
-    `remarks`: sentences about what is not wrong, but should be known.
+    `remarks`: sentences about what is not wrong, but should be known. A copy or pickle holds the folder only, which is
+    opened again.
     """
 
     def __init__(self, folder: str | Path, open_files: OpenFiles = open_here) -> None:
@@ -258,12 +267,18 @@ class Corpus:
         # Row i is in shard s if bounds[s] <= i < bounds[s + 1]; int64 [S + 1].
         self._bounds = np.concatenate([[0], np.cumsum([s.rows for s in shards])]).astype(np.int64)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Else Arrow would copy all tokens.
+        return type(self), (self.folder.absolute(),)
+
     def take(self, rows: NDArray[np.int64], out: NDArray[np.unsignedinteger]) -> None:
         """Copy rows into a buffer: out[i] = row rows[i].
 
         rows: int64 [B], in any order, but fastest if ascending; out: self.dtype [B, L], C-contiguous. Raises IndexError
-        if a row is outside [0, self.rows), ValueError if out has another shape or dtype.
+        if a row is outside [0, self.rows), ValueError if out has another shape or dtype, TypeError if rows is no array
+        of integers.
         """
+        rows = _row_numbers(rows)
         if out.shape != (len(rows), self.sequence_length) or out.dtype != self.dtype:
             raise ValueError(
                 f"out is {out.dtype} {out.shape}, must be {self.dtype} {(len(rows), self.sequence_length)}"
@@ -294,8 +309,9 @@ class Corpus:
     def take_column(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """A column of the given rows, int64 [B]: word_start and sentence_start bool [B, L], segment_start uint16 [B],
         pair_label and document_end bool [B]. Raises ValueError if the corpus has no such column, IndexError if a row is
-        outside [0, self.rows).
+        outside [0, self.rows), TypeError if rows is no array of integers.
         """
+        rows = _row_numbers(rows)
         names = ("document_end", *self.manifest.columns)
         if name not in names:
             raise ValueError(f"{self.folder}: has no column {name!r}, only {', '.join(names)}. Pack the corpus with it")
@@ -372,7 +388,9 @@ class Corpus:
         return None
 
     def locate(self, row: int) -> tuple[Path, int]:
-        """The shard's file that a row is stored in, and the row's number there."""
+        """The shard's file that a row is stored in, and the row's number there. Raises IndexError as `take`."""
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} requested, but the corpus has {self.rows} rows")
         shard = int(self._bounds.searchsorted(row, side="right")) - 1
         return self._path(shard), row - int(self._bounds[shard])
 

@@ -18,11 +18,12 @@ times in a batch, are for `maskvr train` only.
 """
 
 import json
+import operator
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -51,12 +52,14 @@ _ID_BITS = (1 << 32) - 1
 class Row(NamedTuple):
     """A row with what its mask depends on. Not a mapping: Trainer removes keys that the model does not know from those.
 
-    input_ids: token ids with special tokens; None in a row that only fills a batch.
+    input_ids: token ids with special tokens; None in a row that only fills a batch. token_type_ids: of the same length,
+    for pairs; None: the model's default, 0 everywhere.
     """
 
     input_ids: Sequence[int] | None
     sample_id: int
     epoch: int
+    token_type_ids: Sequence[int] | None = None
 
 
 class CorpusDataset(Dataset):
@@ -86,17 +89,27 @@ class EpochDataset(Dataset):
     """A dataset whose rows carry their number and the epoch.
 
     Args:
-        dataset: with `__len__` and `__getitem__` (not iterable); its items have "input_ids". The index is the sample
-            id: the order of the dataset must be the same in every run that is to have the same masks.
-        epoch: fixed, for a dataset to evaluate on; None: set by EpochCallback.
+        dataset: with `__len__` and `__getitem__` (not iterable); its items have "input_ids" and, for pairs,
+            "token_type_ids"; other columns are not read. The index is the sample id: the order of the dataset must be
+            the same in every run that is to have the same masks.
+        epoch: fixed, from 0, for a dataset to evaluate on; None: set by EpochCallback.
         multiple_of: sequences in a batch over all ranks, per_device_train_batch_size × ranks. The dataset is filled up
             with rows without tokens and predictions, so that accelerate does not fill the last batch with rows that
             were read before, whose predictions would then count twice.
+
+    Raises TypeError for a stream, or items without input_ids, ValueError if an argument is out of range, IndexError for
+    an index outside [0, len), RuntimeError if a row is read before its epoch is known.
     """
 
     def __init__(self, dataset: Any, *, epoch: int | None = None, multiple_of: int = 1) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise TypeError(f"{type(dataset).__name__}: a dataset with __len__ and __getitem__ expected: rows need ids")
+            raise TypeError(
+                f"{type(dataset).__name__}: a dataset with __len__ and __getitem__ expected: the masks of a row depend "
+                "on its number. Store a stream first, or have it yield Row(input_ids, number, epoch) and drop "
+                "EpochDataset and EpochCallback"
+            )
+        if epoch is not None and operator.index(epoch) < 0:
+            raise ValueError(f"epoch is {epoch}; a number from 0 expected, or None for that of EpochCallback")
         if multiple_of < 1:
             raise ValueError(
                 f"multiple_of is {multiple_of}; the number of sequences in a batch over all ranks expected"
@@ -118,11 +131,21 @@ class EpochDataset(Dataset):
     def __getitem__(self, index: int) -> Row:
         epoch = int(self._epoch)
         if epoch < 0:
-            raise RuntimeError("the epoch is not known: add EpochCallback() to Trainer's callbacks, or call set_epoch")
-        index = int(index)
+            raise RuntimeError(
+                "the epoch is not known: add EpochCallback() to Trainer's callbacks, or call set_epoch. Trainer's "
+                "train_sampling_strategy group_by_length and batch_rebalance read rows before any epoch: not supported"
+            )
+        index = operator.index(index)
+        # Negative ones would be other sample ids, with other masks.
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index}: must be from 0 to {len(self) - 1}")
         if index >= len(self.dataset):
             return Row(None, FILLER, epoch)
-        return Row(self.dataset[index]["input_ids"], index, epoch)
+        item = self.dataset[index]
+        if not isinstance(item, Mapping) or "input_ids" not in item:
+            found = f"has {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"is {type(item).__name__}"
+            raise TypeError(f"item {index} of the dataset {found}: a dictionary with input_ids expected")
+        return Row(item["input_ids"], index, epoch, item.get("token_type_ids"))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -145,7 +168,8 @@ class EpochCallback(TrainerCallback):
 class MaskingCollator:
     """Data collator: draws the masks of a batch of `Row`s and corrupts its inputs.
 
-    Returns input_ids, attention_mask and labels, int64 [B, ≤ L], cut to the longest row. labels hold the original id at
+    Returns input_ids, attention_mask, labels and, if a row has them, token_type_ids: int64 [B, ≤ L], cut to the longest
+    row. Positions of the pad token have attention 0, wherever they are. labels hold the original id at
     predicted positions and IGNORED elsewhere. Importance weights other than 1 are in the upper 32 bits of a label,
     where `masked_lm_loss` finds them; only strategy frequency has such. The rate is constant.
     """
@@ -154,7 +178,7 @@ class MaskingCollator:
         self.masker, self.pad_id, self.sequence_length = masker, pad_id, sequence_length
 
     @classmethod
-    def for_corpus(cls, corpus: Corpus | str | Path, *, seed: int, **masking: Any) -> Self:
+    def for_corpus(cls, corpus: Corpus | str | Path, *, seed: SupportsIndex, **masking: Any) -> Self:
         """Masks as `maskvr train` draws them on this corpus with this seed and this section `masking`.
 
         masking: fields of the section as keywords: strategy="span", rate=0.2, span={"max_length": 5}. Raises ValueError
@@ -163,7 +187,9 @@ class MaskingCollator:
         opened = corpus if isinstance(corpus, Corpus) else Corpus(Path(corpus))
         config = _masking_config(masking)
         masker = Masker.for_corpus(
-            opened.manifest, seed=hashing.fold(seed, MASKS), **_options(config, corpus_parameters(config, opened))
+            opened.manifest,
+            seed=hashing.fold(operator.index(seed), MASKS),
+            **_options(config, corpus_parameters(config, opened)),
         )
         return cls(masker, pad_id=opened.manifest.special_tokens.pad, sequence_length=opened.sequence_length)
 
@@ -173,22 +199,23 @@ class MaskingCollator:
         tokenizer: Any,
         *,
         sequence_length: int,
-        seed: int,
+        seed: SupportsIndex,
         counts: NDArray[np.int64] | None = None,
         **masking: Any,
     ) -> Self:
         """Masks for rows that were encoded by a fast tokenizer of transformers.
 
         sequence_length: L, of the longest row. counts: int64 [V], occurrences of each token in the dataset, for
-        strategy frequency (np.bincount with minlength V). masking, raises: as in `for_corpus`.
+        strategy frequency (np.bincount with minlength V). V is the highest id of the tokenizer plus 1; ids without a
+        token are neither predicted nor drawn. masking, raises: as in `for_corpus`; also ValueError for a tokenizer that
+        has no mask or pad token of its own.
         """
         config = _masking_config(masking)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__}: a fast tokenizer expected (AutoTokenizer loads one)")
-        for role in ("mask", "pad"):
-            if getattr(tokenizer, f"{role}_token_id") is None:
-                raise ValueError(f"{type(tokenizer).__name__}: has no {role} token; set tokenizer.{role}_token")
-        vocab_size = len(tokenizer)
+        _check_roles(tokenizer)
+        known = set(tokenizer.get_vocab().values())
+        vocab_size = max(known) + 1
         with tempfile.TemporaryDirectory() as folder:
             content = json.loads(tokenizer.backend_tokenizer.to_str())
             (Path(folder) / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -211,26 +238,43 @@ class MaskingCollator:
         masker = Masker(
             vocab_size=vocab_size,
             mask_id=tokenizer.mask_token_id,
-            special_ids=sorted(set(tokenizer.all_special_ids)),
+            special_ids=sorted(set(tokenizer.all_special_ids) | (set(range(vocab_size)) - known)),
             sequence_length=sequence_length,
-            seed=hashing.fold(seed, MASKS),
+            seed=hashing.fold(operator.index(seed), MASKS),
             **_options(config, parameters),
         )
         return cls(masker, pad_id=tokenizer.pad_token_id, sequence_length=sequence_length)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Raises TypeError for items that are no `Row`s, ValueError for a row longer than L."""
+        """Raises TypeError for items that are no `Row`s, ValueError for a row longer than L, for ids outside the
+        vocabulary, and for input_ids or token_type_ids of another shape."""
         ids = torch.full((len(rows), self.sequence_length), self.pad_id)
+        types = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             if not isinstance(row, Row):
                 raise TypeError(f"items of the dataset are {type(row).__name__}, not Row: wrap it in EpochDataset")
             tokens = torch.as_tensor([] if row.input_ids is None else row.input_ids, dtype=torch.int64)
+            if tokens.dim() != 1:
+                raise ValueError(
+                    f"row {row.sample_id} has input_ids of shape {tuple(tokens.shape)}: a list of ids expected; encode "
+                    "texts one at a time without return_tensors"
+                )
             if len(tokens) > self.sequence_length:
                 raise ValueError(
                     f"row {row.sample_id} has {len(tokens)} tokens, the collator's sequence_length is "
                     f"{self.sequence_length}: truncate the rows, or raise it"
                 )
+            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.masker.vocab_size:
+                raise ValueError(
+                    f"row {row.sample_id} has ids from {tokens.min()} to {tokens.max()}, the collator's tokenizer from "
+                    f"0 to {self.masker.vocab_size - 1}: encode the rows with that tokenizer"
+                )
             ids[number, : len(tokens)] = tokens
+            if row.token_type_ids is not None:
+                given = torch.as_tensor(row.token_type_ids, dtype=torch.int64)
+                if given.shape != tokens.shape:
+                    raise ValueError(f"row {row.sample_id} has {len(tokens)} tokens and {len(given)} token_type_ids")
+                types[number, : len(given)] = given
         sample_ids = torch.tensor([row.sample_id for row in rows])
         masked = self.masker(TokenBatch(ids, sample_ids, torch.tensor([row.epoch for row in rows])))
         # Unused slots have weight 0 and distinct positions, so that they do not overwrite used ones.
@@ -241,6 +285,8 @@ class MaskingCollator:
         attention[:, 0] = True
         longest = int((attention * torch.arange(1, self.sequence_length + 1)).max())
         batch = {"input_ids": masked.input_ids, "attention_mask": attention.long(), "labels": labels}
+        if any(row.token_type_ids is not None for row in rows):
+            batch["token_type_ids"] = types
         return {name: column[:, :longest].contiguous() for name, column in batch.items()}
 
 
@@ -270,6 +316,23 @@ def masked_lm_loss(
     losses = F.cross_entropy(outputs["logits"][predicted].float(), ids, reduction="none")
     count = predicted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return (losses * weights).sum() / count.to(losses.device).clamp(min=1)
+
+
+def _check_roles(tokenizer: Any) -> None:
+    """Raise ValueError unless the tokenizer has a mask and a pad token that are nothing else.
+
+    A token that it does not know has the id of the unknown one; a pad token that also ends texts would hide these ends.
+    """
+    name = type(tokenizer).__name__
+    roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("unk", "cls", "sep", "bos", "eos")}
+    for role in ("mask", "pad"):
+        add = f'tokenizer.add_special_tokens({{"{role}_token": "[{role.upper()}]"}}), which may need '
+        remedy = add + "model.resize_token_embeddings(len(tokenizer))"
+        if (own := getattr(tokenizer, f"{role}_token_id")) is None:
+            raise ValueError(f"{name}: has no {role} token; call {remedy}")
+        if same := [other for other, i in roles.items() if i == own]:
+            raise ValueError(f"{name}: id {own} is the {role} token and that of {', '.join(same)}; call {remedy}")
+        roles[role] = own
 
 
 def _masking_config(masking: dict[str, Any]) -> MaskingConfig:

@@ -3,6 +3,7 @@ torch."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,13 @@ _BLOCK = 256
 def round_half_up(x: float) -> int:
     """Round to nearest, halves up: the rule of `prediction_counts` (Python's `round` rounds halves to even)."""
     return math.floor(x + 0.5)
+
+
+def check_ids(ids: Sequence[int | None], vocab_size: int) -> None:
+    """Raise ValueError unless all special tokens are in the vocabulary."""
+    for i in ids:
+        if i is None or not 0 <= i < vocab_size:
+            raise ValueError(f"id {i} of a special token: must be below the vocabulary size, {vocab_size}")
 
 
 def segments(n: int, rate: float) -> int:

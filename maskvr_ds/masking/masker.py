@@ -18,6 +18,7 @@ from data_pipeline.shards import Corpus, Manifest
 from maskvr_ds import hashing
 from maskvr_ds.config import MaskingConfig
 from maskvr_ds.data.batch import MaskedBatch, TokenBatch
+from maskvr_ds.masking.checks import check_ids
 from maskvr_ds.masking.parameters import corpus_parameters
 from maskvr_ds.masking.pareto import LONGEST, pareto_sample
 from maskvr_ds.masking.rates import maximum_predictions, stage_at, stages
@@ -43,12 +44,31 @@ __all__ = [
 ]
 
 
+# What a strategy cannot do without: fields of Parameters.
+_NEEDED = {
+    "whole_word": "word_starts",
+    "span": "span_thresholds",
+    "frequency": "token_scores",
+    "mapnet": "proposal",
+}
+
+
 @dataclass(frozen=True)
 class Corruption:
-    """Replacement probabilities at predicted positions: [MASK], a random ordinary token, otherwise the token itself."""
+    """Replacement probabilities at predicted positions: [MASK], a random ordinary token, otherwise the token itself.
+
+    Raises ValueError if one is outside [0, 1], or their sum above 1.
+    """
 
     mask_probability: float = 0.8
     random_probability: float = 0.1
+
+    def __post_init__(self) -> None:
+        mask, random = self.mask_probability, self.random_probability
+        if not (0 <= mask <= 1 and 0 <= random <= 1 and mask + random <= 1 + 1e-9):
+            raise ValueError(
+                f"mask_probability {mask}, random_probability {random}: must be in [0, 1], with a sum of at most 1"
+            )
 
 
 class Masker:
@@ -65,7 +85,8 @@ class Masker:
         corruption: how predicted positions are replaced; default 80% [MASK], 10% random.
         device: device of the batches.
 
-    Raises ValueError for an unknown strategy, a rate outside (0, 1), or L above 8,192.
+    Raises ValueError for an unknown strategy, parameters that it needs and lacks, a rate outside (0, 1), L below 1 or
+    above 8,192, and ids outside the vocabulary.
     """
 
     def __init__(
@@ -90,11 +111,17 @@ class Masker:
                 raise ValueError(f"masking.{name} is {value}; it must lie between 0 and 1, both excluded")
         if sequence_length > LONGEST:
             raise ValueError(f"sequence length {sequence_length} exceeds {LONGEST}, the maximum for drawing masks")
+        if sequence_length < 1:
+            raise ValueError(f"sequence length {sequence_length}: must be at least 1")
+        check_ids([mask_id, *special_ids], vocab_size)
+        if (needed := _NEEDED.get(strategy)) and getattr(parameters or Parameters(), needed) is None:
+            raise ValueError(f"strategy {strategy}: needs parameters with {needed}; Masker.for_corpus makes them")
         self.strategy = STRATEGIES[strategy]
         self.parameters = (parameters or Parameters()).to(device)
         self.rate, self.final_rate = rate, final_rate
         self.stages = stages(sequence_length, rate, final_rate)
         self.seed = seed
+        self.vocab_size = vocab_size
         self.mask_id = mask_id
         corruption = corruption or Corruption()
         # Thresholds on 24 random bits.
@@ -150,7 +177,16 @@ class Masker:
         return self._maskable_ids.index_select(0, ids.view(-1)).view_as(ids)
 
     def __call__(self, batch: TokenBatch) -> MaskedBatch:
-        """Select positions, gather labels and corrupt the inputs, all on the batch's device."""
+        """Select positions, gather labels and corrupt the inputs, all on the batch's device.
+
+        Raises ValueError if the rows have more than L positions, or fewer than K.
+        """
+        length = batch.input_ids.shape[1]
+        if not self.maximum_predictions <= length <= self.sequence_length:
+            raise ValueError(
+                f"rows of {length} positions: the masker is for rows of {self.sequence_length}, padded or down to "
+                f"{self.maximum_predictions}; pad them, or construct it with sequence_length {length}"
+            )
         input_ids = batch.input_ids.long()
         maskable = self.maskable(batch)
         n = maskable.sum(1)

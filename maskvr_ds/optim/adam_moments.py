@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskvr_ds.optim.checks import check_betas, check_number
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive
-from maskvr_ds.optim.variants import Variant
 
 # Elements that a CPU updates at a time: five tensors of 512 KiB stay in a thread's cache between operations, and
 # starting these takes little of their time.
@@ -27,12 +27,10 @@ class AdamMoments(LayerwiseAdaptive):
     Raises ValueError if a hyperparameter is out of range.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
-        if not all(0.0 <= beta < 1.0 for beta in defaults["betas"]):
-            raise ValueError(f"betas = {defaults['betas']}: each must be in [0, 1)")
-        if defaults["eps"] < 0.0:
-            raise ValueError(f"eps = {defaults['eps']}: must be at least 0")
-        super().__init__(params, defaults, variant)
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        super()._check_settings(settings)
+        check_betas(settings["betas"])
+        check_number("eps", settings["eps"])
 
     def _new_state(self, partition: Tensor) -> dict[str, Any]:
         return {

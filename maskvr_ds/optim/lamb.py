@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from maskvr_ds.optim.adam_moments import PIECE, AdamMoments
+from maskvr_ds.optim.checks import check_number
 from maskvr_ds.optim.layerwise import LayerwiseAdaptive, Update, squared_norms
 from maskvr_ds.optim.partitions import Partition, layout_of
 from maskvr_ds.optim.variants import VARIANTS, Variant
@@ -127,6 +128,8 @@ class Lamb(TrustRatioScaled, AdamMoments):
             if variant not in VARIANTS:
                 raise ValueError(f"variant = {variant!r}: must be one of {', '.join(VARIANTS)}")
             variant = VARIANTS[variant]
+        if not isinstance(variant, Variant):
+            raise ValueError(f"variant = {variant!r}: must be a Variant, or one of {', '.join(VARIANTS)}")
         if fused and importlib.util.find_spec("triton") is None:
             raise ValueError("fused = True: Triton is not installed; install triton, or set fused to False")
         self.fused = fused
@@ -193,9 +196,11 @@ class Lars(TrustRatioScaled):
     """
 
     def __init__(self, params: Any, lr: float = 1e-1, momentum: float = 0.9, weight_decay: float = 0.01) -> None:
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum = {momentum}: must be in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, Variant())
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        super()._check_settings(settings)
+        check_number("momentum", settings["momentum"], "must be in [0, 1)", below=1.0)
 
     def _new_state(self, partition: Tensor) -> dict[str, Any]:
         return {"step": 0, "exp_avg": torch.zeros_like(partition, memory_format=torch.preserve_format)}

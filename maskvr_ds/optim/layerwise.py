@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import Tensor
 
+from maskvr_ds.optim.checks import check_gradients, check_loaded, check_number, check_switches, check_tensors
 from maskvr_ds.optim.partitions import Fragment, Partition, trainable, whole_tensors
 from maskvr_ds.optim.variants import Variant
 
@@ -65,10 +66,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     gradient_factor: Tensor | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], variant: Variant) -> None:
-        if defaults["lr"] < 0.0:
-            raise ValueError(f"lr = {defaults['lr']}: the learning rate must be at least 0")
-        if defaults["weight_decay"] < 0.0:
-            raise ValueError(f"weight_decay = {defaults['weight_decay']}: must be at least 0")
+        self._check_settings(defaults)
         self.variant = variant
         self._bound = False
         self._given: list[dict[str, Any]] = []  # the groups' settings as constructed
@@ -76,12 +74,30 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         self._last_scales: Tensor | None = None
         super().__init__(params, defaults)
 
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Raise ValueError if a setting of a parameter group is out of range."""
+        check_number("lr", settings["lr"], "the learning rate must be at least 0")
+        check_number("weight_decay", settings["weight_decay"])
+        check_switches(settings)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError for settings out of range, TypeError for complex tensors and shards of FSDP."""
         self._require_own_parameters("add a parameter group")
+        self._check_settings({**self.defaults, **param_group})
         param_group["group_index"] = len(self.param_groups)
         super().add_param_group(param_group)
         self._given.append({k: v for k, v in self.param_groups[-1].items() if k not in ("params", "param_names")})
         self._layout = whole_tensors(self.param_groups)
+        check_tensors(type(self).__name__, self._layout.tensors, self._layout.names)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the state of torch's AdamW fits Lamb and StableAdamW. Raises ValueError for that of others."""
+        check_loaded(type(self).__name__, state_dict, self.defaults)
+        super().load_state_dict(state_dict)
+        self._pending = []  # of a step that was interrupted
+        for state in self.state.values():
+            if "step" in state:  # a tensor in the state of torch's optimizers
+                state["step"] = int(state["step"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_own_parameters("be copied or pickled")
@@ -163,6 +179,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch._disable_dynamo  # compiled, appending to the pending updates was repeated
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimizer step; `closure`, if given, recomputes the loss, which is returned.
@@ -180,12 +197,18 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
                 loss = closure()
         if not self._layout_matches():
             return loss
+        check_gradients(type(self).__name__, self.param_groups)
         self._restore_groups()
         earlier_calls = len(self._pending)
         scale = self._gradient_scale()
-        for group in self.param_groups:
-            self._accumulate(group, scale)
         sharded = self._layout.process_group is not None
+        try:
+            for group in self.param_groups:
+                self._accumulate(group, scale)
+        except BaseException:
+            if not sharded:
+                self._pending = []
+            raise
         if not sharded or sum(len(u.partitions) for u in self._pending) == len(self._layout.partitions):
             self._apply(earlier_calls)
         return loss
@@ -197,7 +220,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
             return True
         given = trainable([{"params": self._layout.tensors}])
         unpartitioned = not any(hasattr(t, "ds_tensor") for t in given)
-        if unpartitioned and not self.state and [p.shape for p in present] == [t.shape for t in given]:
+        dry = not any(p.grad is not None and p.grad.any() for p in present)
+        if unpartitioned and dry and not self.state and [p.shape for p in present] == [t.shape for t in given]:
             # FP16_UnfusedOptimizer (ZeRO 0 in bf16) swaps in fp32 master weights and, during `deepspeed.initialize`,
             # steps once on zero gradients, only to allocate the state. A real step would decay the weights: with g = 0,
             # u = λw and the ratio 1/λ, η·w would be subtracted. The next call needs `bind`.
@@ -207,7 +231,8 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         raise RuntimeError(
             f"the tensors in param_groups are not the ones {type(self).__name__} was constructed with: DeepSpeed "
             "replaced them with flat partitions or master weights, whose norms are meaningless; call "
-            "maskvr_ds.lamb.bind(engine) once, right after deepspeed.initialize"
+            "maskvr_ds.lamb.bind(engine) once, right after deepspeed.initialize. Without DeepSpeed: param_groups was "
+            "edited; use add_param_group, or construct the optimizer again"
         )
 
     def _restore_groups(self) -> None:
@@ -245,9 +270,10 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         """Update the moments of one group's partitions and append their u to `_pending`."""
         partitions: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if any(p is pending for u in self._pending for pending in u.partitions for p in partitions):
-            raise RuntimeError(f"{type(self).__name__}.step was called twice for one partition before all others")
-        if any(cast(Tensor, p.grad).is_sparse for p in partitions):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use Embedding(sparse=False)")
+            raise RuntimeError(
+                f"{type(self).__name__}.step was called twice for one partition before all others: an earlier step was "
+                "interrupted half-way; load a checkpoint"
+            )
         # Usually a single group; tensors without a gradient in some step lag behind.
         steps = {p: self._state_of(p)["step"] + 1 for p in partitions}
         for step, members in groupby(sorted(partitions, key=steps.__getitem__), key=steps.__getitem__):
@@ -349,7 +375,9 @@ def squared_norms(lists: Sequence[list[Tensor]], indices: Sequence[int], count: 
         for x in chain.from_iterable(lists)
         for chunk in (x.flatten().split(NORM_CHUNK) if x.numel() > NORM_CHUNK else (x,))
     ]
-    norms = torch.stack(torch._foreach_norm(chunks, 2, dtype=torch.float32)).view(len(lists), -1)
+    # Norms cannot be taken in a narrower dtype than that of the tensor.
+    wide = torch.float64 if any(chunk.dtype == torch.float64 for chunk in chunks) else torch.float32
+    norms = torch.stack(torch._foreach_norm(chunks, 2, dtype=wide)).float().view(len(lists), -1)
     numbers = tuple(max(1, -(-x.numel() // NORM_CHUNK)) for x in lists[0])
     # Append a zero, which pads tensors with fewer chunks.
     norms = torch.nn.functional.pad(norms, (0, 1))

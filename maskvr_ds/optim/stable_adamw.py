@@ -90,5 +90,5 @@ class StableAdamW(AdamMoments):
 
 @lru_cache(maxsize=16)
 def _sizes(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Elements of each tensor, as fp32 [T] on the device, copied only once."""
-    return torch.tensor(sizes, dtype=torch.float32).to(device)
+    """Elements of each tensor, at least 1, as fp32 [T] on the device, copied only once."""
+    return torch.tensor(sizes, dtype=torch.float32).clamp(min=1).to(device)

@@ -1,7 +1,9 @@
 """Table of LAMB variants: switches by which implementations differ. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Correction = Literal["moments", "rate", "none"]
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,11 @@ class Variant:
     max_grad_norm: maximum global L2 norm, to which gradients are scaled first; 0: no scaling.
 
     Raises:
-        ValueError: if 0 ≤ min_ratio ≤ max_ratio does not hold, or max_grad_norm is negative.
+        ValueError: for an unknown bias_correction, if 0 ≤ min_ratio ≤ max_ratio does not hold, or max_grad_norm is
+            negative.
     """
 
-    bias_correction: Literal["moments", "rate", "none"] = "moments"
+    bias_correction: Correction = "moments"
     adapt_undecayed: bool = True
     min_ratio: float = 0.0
     max_ratio: float = float("inf")
@@ -27,7 +30,9 @@ class Variant:
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_ratio <= self.max_ratio:
             raise ValueError(f"min_ratio {self.min_ratio:g}, max_ratio {self.max_ratio:g}: expected 0 ≤ min ≤ max")
-        if self.max_grad_norm < 0:
+        if self.bias_correction not in (known := get_args(Correction)):
+            raise ValueError(f"bias_correction {self.bias_correction!r}: must be one of {', '.join(known)}")
+        if not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm:g}: must be at least 0 (0: no scaling)")
 
 

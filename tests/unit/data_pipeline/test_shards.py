@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +101,36 @@ def test_take_refuses_rows_out_of_range(tmp_path: Path, wanted: list[int]) -> No
     corpus = Corpus(tmp_path)
     with pytest.raises(IndexError, match="corpus has 13 rows"):
         corpus.take(np.array(wanted), np.empty((len(wanted), LENGTH), corpus.dtype))
+
+
+@pytest.mark.parametrize("wanted", [[0, 1], np.array([True, False]), np.array([0.0, 1.0])])
+def test_take_refuses_what_are_no_row_numbers(tmp_path: Path, wanted: Any) -> None:
+    """A NumPy mask was taken for rows 1 and 0."""
+    make_corpus(tmp_path)
+    corpus = Corpus(tmp_path)
+    with pytest.raises(TypeError, match=r"rows is .*; an int64 array of row numbers expected"):
+        corpus.take(wanted, np.empty((2, LENGTH), corpus.dtype))
+    with pytest.raises(TypeError, match="an int64 array of row numbers expected"):
+        corpus.take_column("document_end", wanted)
+
+
+@pytest.mark.parametrize("row", [-1, 13])
+def test_locate_refuses_rows_out_of_range(tmp_path: Path, row: int) -> None:
+    make_corpus(tmp_path)
+    with pytest.raises(IndexError, match=f"row {row} requested, but the corpus has 13 rows"):
+        Corpus(tmp_path).locate(row)
+
+
+def test_a_pickle_holds_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data loaders send it to their workers."""
+    rows = make_corpus(tmp_path / "corpus", (5000,))
+    monkeypatch.chdir(tmp_path)
+    data = pickle.dumps(Corpus("corpus"))
+    monkeypatch.chdir(tmp_path / "corpus")
+    assert len(data) < 1000
+    for copied in (pickle.loads(data), copy.deepcopy(Corpus(tmp_path / "corpus"))):
+        assert np.array_equal(copied.input_ids(0), rows)
+        assert not copied.input_ids(0).flags.owndata
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 8), "u2"), ((1, 9), "u2"), ((1, 8), "i2"), ((1, 8), "u4")])

@@ -1,6 +1,7 @@
 """Masks against a plain Python sampler, counting and invariants."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,40 @@ def test_rate_outside_of_zero_to_one(rate: float) -> None:
 def test_unknown_strategy() -> None:
     with pytest.raises(ValueError, match="'spam'; it must be one of uniform"):
         Masker(vocab_size=9, mask_id=4, special_ids=SPECIAL, sequence_length=8, seed=0, strategy="spam", rate=0.15)
+
+
+@pytest.mark.parametrize("pair", [(0.8, 0.5), (-0.1, 0.5), (float("nan"), 0.1), (0.1, 1.5)])
+def test_probabilities_of_corruption(pair: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=f"mask_probability {pair[0]}, random_probability {pair[1]}: must be"):
+        Corruption(*pair)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask_id": None}, "id None of a special token"),
+        ({"mask_id": 9}, "id 9 of a special token: must be below the vocabulary size, 9"),
+        ({"special_ids": [0, -1]}, "id -1 of a special token"),
+        ({"sequence_length": 0}, "sequence length 0: must be at least 1"),
+        ({"strategy": "whole_word"}, "strategy whole_word: needs parameters with word_starts"),
+        ({"strategy": "span"}, "span: needs parameters with span_thresholds"),
+        ({"strategy": "frequency"}, "frequency: needs parameters with token_scores"),
+        ({"strategy": "mapnet"}, "mapnet: needs parameters with proposal"),
+    ],
+)
+def test_a_masker_used_directly_checks_its_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Masker(**{"vocab_size": 9, "mask_id": 4, "special_ids": SPECIAL, "sequence_length": 8, "seed": 0, **arguments})
+
+
+@pytest.mark.parametrize("width", [3, 33])
+def test_rows_of_another_length(width: int) -> None:
+    """Longer ones got the predictions of L positions, shorter ones an error of topk."""
+    columns = torch.full((2, width), 6), torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=f"rows of {width} positions: the masker is for rows of 32, padded or down to 5"
+    ):
+        masker()(TokenBatch(*columns))
 
 
 def test_certain_and_varying_counts_in_one_batch() -> None:
