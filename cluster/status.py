@@ -3,6 +3,7 @@
 import argparse
 import json
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,18 +79,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _print(arguments: argparse.Namespace) -> int:
-    statuses = [read_status(run) for folder in arguments.runs for run in runs_of(Path(folder))]
+    runs, faults = [], []
+    for folder in arguments.runs:
+        try:
+            runs += runs_of(Path(folder))
+        except StatusError as error:
+            faults.append(str(error))
+    statuses = [read_status(run) for run in runs]
     if arguments.json:
         print(json.dumps([asdict(status) for status in statuses], indent=1))
     else:
-        print("\n\n".join(describe(status) for status in statuses))
-    return 0
+        print("\n\n".join(describe(status) for status in statuses), end="\n" if statuses else "")
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def runs_of(folder: Path) -> list[Path]:
     """The folder itself, or the runs of several seeds in it. Raises StatusError if it is neither."""
     if not folder.is_dir():
-        raise StatusError(f"{folder}: no such folder; expected a run's")
+        raise StatusError(f"{folder}: no such folder; expected a run folder")
     seeds = sorted(path for path in folder.glob("seed-*") if path.is_dir())
     if any((folder / name).exists() for name in (OWNER, METRICS, CONFIG)):
         return [folder]
@@ -209,7 +218,7 @@ def describe(status: Status) -> str:
         f"job {status.job}" if status.job else None,
         f"restarts {status.restarts}" if status.restarts is not None else None,
         f"nodes {status.nodes}" if status.nodes else None,
-        f"{status.ranks} ranks, rank 0 on {status.host}" if status.ranks else None,
+        f"{status.ranks} rank{'s' * (status.ranks != 1)}, rank 0 on {status.host}" if status.ranks else None,
     ]
     if any(where):
         lines.append("  " + ", ".join(filter(None, where)))
@@ -227,4 +236,9 @@ def describe(status: Status) -> str:
 
 
 def _ago(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.0f} s ago"
+    if seconds is None:
+        return ""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,7 +1,7 @@
 """Table of what preflight has checked, one line per check."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,16 @@ def of_hosts(draft: Draft, answers: Mapping[str, Answer]) -> list[Finding]:
         warn(jobs)
     ignored = f"{len(jobs)} on the hosts, ignored by --force" if jobs else "none on the hosts"
     found.append(Finding("other jobs", ignored, [] if arguments.force else jobs))
-    return found
+    return [as_far_as_answered(one, len(reports), len(hosts)) for one in found]
+
+
+def as_far_as_answered(finding: Finding, answers: int, hosts: int) -> Finding:
+    """A check that no host could fail, as none has answered, is skipped, not passed."""
+    if finding.state != "ok" or answers == hosts:
+        return finding
+    if not answers:
+        return replace(finding, summary="not checked: no host has answered", skipped=True)
+    return replace(finding, summary=finding.summary.replace("all hosts", "the hosts that answer"))
 
 
 def _summaries(draft: Draft, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -71,7 +80,7 @@ def _summaries(draft: Draft, reports: Mapping[str, Mapping[str, Any]]) -> dict[s
     versions = {"python": first["python"], **first["packages"]}
     shown = ", ".join(f"{name} {versions[name]}" for name in checks.PACKAGES if versions.get(name))
     return {
-        "hosts": f"{len(draft.hosts)} answer by {draft.transport}",
+        "hosts": f"{len(draft.hosts)} answer{'s' * (len(draft.hosts) == 1)} by {draft.transport}",
         "cores": "enough for the ranks of each host",
         "GPUs": "enough for the ranks of each host",
         "software": shown,

@@ -170,7 +170,8 @@ def _run(arguments: argparse.Namespace) -> int:
             Path(arguments.output).write_text(hostfile_text(hosts), encoding="utf-8")
         for host, slots in hosts.items():
             print(f"{host:40} {slots}")
-        print(f"{len(hosts)} hosts, {sum(hosts.values())} ranks")
+        ranks = sum(hosts.values())
+        print(f"{len(hosts)} host{'s' * (len(hosts) != 1)}, {ranks} rank{'s' * (ranks != 1)}")
     else:
         print(hostfile_text(hosts), end="")
     return 0

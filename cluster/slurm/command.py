@@ -389,7 +389,7 @@ def check_batch(config: RunConfig, nodes: range, tasks_per_node: int) -> None:
         if errors:
             which = f" --nodes {nodes[0]}-{nodes[-1]} works with {_list(valid)} only: " if valid else " "
             where = f"phase {config.phases[index].name!r}, " if config.phases else ""
-            raise ConfigError(f"{where}{min(errors)} nodes:{which}{errors[min(errors)]}")
+            raise ConfigError(f"{where}{min(errors)} node{'s' * (min(errors) > 1)}:{which}{errors[min(errors)]}")
 
 
 def _list(numbers: list[int]) -> str:

@@ -208,7 +208,11 @@ def table(result: dict[str, Any]) -> str:
         cells = [_cell(strategy[key], digits) for key, digits in (("final", 3), ("difference", 3))]
         speed = [_cell(strategy[key], 2) for key in ("fewer_steps", "less_time")]
         lines.append((name, *cells, f"{strategy['reached']}/{strategy['seeds']}", *speed))
-    text = _aligned(lines)
+    baseline = result["baseline"]
+    text = (
+        f"{_aligned(lines)}\n[minimum, maximum] over seeds. fewer steps ×, less time ×: what {baseline} needs to reach "
+        f"the target loss ÷ what the strategy needs; above 1 is better"
+    )
     if result.get("downstream"):
         text += "\n\n" + _aligned(compare_downstream.lines(result["downstream"]))
     return text
@@ -278,6 +282,8 @@ def plot(result: dict[str, Any], output: Path) -> None:
     middle.set_title(f"difference from {result['baseline']}, by seed", fontsize=10)
     middle.set_ylabel("difference in held-out loss (nats)")
     middle.set_xlabel("optimizer step")
+    for axes in (left, middle):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if names and axes is not middle:

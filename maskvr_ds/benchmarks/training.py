@@ -26,6 +26,9 @@ _OF_TRAINING = ("accumulation", "compile", "peak_tflops")
 # Options that a run's configuration replaces, with their defaults.
 _OF_NO_RUN = {"preset": "bert-base", "deepspeed": "zero1_bf16", "micro_size": [128], "sequence_length": 128}
 
+# Endings of the names of figures over several rounds.
+_SPREAD = ("median", "min", "max")
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark `arguments.what`, print its results and write them as JSON if --output is given.
@@ -97,10 +100,16 @@ def _on(arguments: argparse.Namespace, benchmark: Any, **options: Any) -> dict[s
 
 
 def _show(figures: Mapping[str, Any]) -> None:
-    """Print results, a line each; nested ones as tables. Only on rank 0."""
+    """Print results, a line each; nested ones, and those with a median, minimum and maximum, as tables. Only on rank
+    0."""
     if distributed.rank() != 0:
         return
+    spread = [name.removesuffix("_median") for name in figures if name.endswith("_median")]
+    spread = [name for name in spread if all(f"{name}_{column}" in figures for column in _SPREAD)]
+    in_table = {f"{name}_{column}" for name in spread for column in _SPREAD}
     for name, value in figures.items():
+        if name in in_table:
+            continue
         if name == "parts":
             print(f"{'milliseconds per step':20}" + "".join(f"{column:>14}" for column in PART_FIGURES))
             for part, row in value.items():
@@ -110,6 +119,21 @@ def _show(figures: Mapping[str, Any]) -> None:
             print(f"{name:32} {cells or 'none'}")
         else:
             print(f"{name:32} {_text(value)}")
+    width = max(map(len, spread), default=0)
+    for number, name in enumerate(spread):
+        if number == 0:
+            print(" " * width + "".join(f"{column:>14}" for column in _SPREAD))
+        cells = (_figure(name, figures[f"{name}_{column}"]) for column in _SPREAD)
+        print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    if any(name.endswith("_adds") for name in spread):
+        print("adds: to the time of a step with uniform masks; share: time of masking ÷ that of the rest of the step")
+
+
+def _figure(name: str, value: Any) -> str:
+    """A cell of a table; shares, and what is added, in percent."""
+    if name.endswith(("_adds", "_adds_cpu_time")):
+        return f"{value:+.1%}"
+    return f"{value:.1%}" if name.endswith("_share") else _text(value)
 
 
 def _text(value: Any) -> str:
@@ -117,7 +141,9 @@ def _text(value: Any) -> str:
         return "(" + ", ".join(f"{key} {_text(cell)}" for key, cell in value.items()) + ")"
     if value is None:
         return "unknown"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def loader_speed(*, rows: int = 500_000, batch_size: int = 256, sequence_length: int = 128) -> dict[str, Any]:

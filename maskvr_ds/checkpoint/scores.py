@@ -72,7 +72,8 @@ def read_scores(path: Path, digest: str) -> list[Score]:
             f"{file}: has no scores of this checkpoint: the models in it have other weights, settings or tokenizers. "
             "Evaluate the checkpoint, or its run while this is the newest one"
         )
-    return found
+    # One model may have been evaluated under two names: as a run and as its export.
+    return list({(score.task, score.metric, score.first): score for score in found}.values())
 
 
 def _scores(task: str, report: dict[str, Any], row: dict[str, Any]) -> list[Score]:

@@ -25,6 +25,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     from maskvr_ds.telemetry.plots import plot_loss
 
     run = Path(arguments.run_folder)
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder; expected a run folder")
     if not (run / METRICS).is_file():
         raise ValueError(f"{run}: contains no {METRICS}; expected a run folder")
     output = Path(arguments.output or run / LOSS_PLOT)

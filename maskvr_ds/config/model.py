@@ -318,7 +318,14 @@ def _architecture(values: dict[str, Any], sources: _Sources) -> str:
 
 def _take_settings(values: dict[str, Any], architecture: str, sources: _Sources) -> None:
     """Of architectures other than BERT: set `config` and `settings`, and compare them with the folder."""
-    if misplaced := [key for key in BERT_KEYS if values.get(key) is not None]:
+    misplaced = [key for key in BERT_KEYS if values.get(key) is not None]
+    # A name that is no architecture is the fault to report, which the validation finds.
+    if misplaced and (architecture in TESTED or values.get("untested")):
+        if values.get("initialize_from") and sources and not is_free(misplaced[0], architecture):
+            raise ValueError(
+                f"{misplaced[0]} {values[misplaced[0]]!r}: sizes are those of {next(iter(sources))} ({architecture}); "
+                "remove the setting"
+            )
         raise ValueError(
             f"{misplaced[0]} is a field of bert; for {architecture}, write settings.{misplaced[0]}, or what its "
             "configuration class calls it"

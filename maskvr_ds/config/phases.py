@@ -86,9 +86,12 @@ def take_from_phases(values: Any) -> Any:
                 raise ValueError(f"{where}{name}: a mapping of fields expected (given: {section!r})")
     data, training = values.get("data") or {}, values.get("training") or {}
     for section, given, keys in (("data", data, OF_PHASES), ("training", training, set(training) - set(_OF_RUN))):
-        if found := next((key for key in keys if key in given), None):
+        if found := next((key for key in keys if given.get(key) not in (None, [])), None):
             where = f"phases.NAME.{section}.{found}"
-            raise ValueError(f"{section}.{found}: set by each phase; remove it here and set {where}")
+            raise ValueError(
+                f"{section}.{found}: set by each phase; set {where}, and remove it here (if a base or recipe sets it: "
+                f"write `{section}: {{{found}: null}}`)"
+            )
     steps: int | None = 0
     for number, phase in enumerate(phases):
         where = f"phases.{phase.get('name', number)}"

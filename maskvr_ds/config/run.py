@@ -252,7 +252,10 @@ def _check_length(training: TrainingConfig, schedule: ScheduleConfig) -> None:
         raise ValueError("training.steps: required, but not given; set it, or training.epochs or training.tokens")
     if len(given) > 1:
         listed = " and ".join(f"training.{name} {value:,g}" for name, value in given.items())
-        raise ValueError(f"{listed} all set the length of the training; keep one of them and set the others to null")
+        raise ValueError(
+            f"{listed} {'both' if len(given) == 2 else 'all'} set the length of the training; keep one of them and set "
+            f"the other{'s' * (len(given) > 2)} to null"
+        )
     end = training.schedule_steps or training.steps
     if end is None:
         return

@@ -3,6 +3,7 @@
 | function              | replaces                                      | when                           |
 |-----------------------|-----------------------------------------------|--------------------------------|
 | import_muon           | torch.compile, while one module is imported   | at import of engine.py         |
+| quiet_memory          | see_memory_usage of the optimizer of bf16     | while an engine is created     |
 | hold_loss_scale       | _update_scale of fp16's optimizers            | once per engine                |
 | gate_optimizer_step   | step of the optimizer that DeepSpeed wraps    | once per engine                |
 | streamline            | loops over tensors in ZeRO's optimizers       | once per engine                |
@@ -57,6 +58,18 @@ def check_deepspeed() -> None:
     check_part("capture_saved_files", deepspeed.DeepSpeedEngine, "_copy_recovery_script", "self", "save_path")
     _module_stack()
     _release_cache()
+
+
+@contextmanager
+def quiet_memory() -> Iterator[None]:
+    """Within it, BF16_Optimizer does not print memory statistics, fifteen lines of every start, past all loggers."""
+    module = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    check_part("quiet_memory", module, "see_memory_usage", "message", "force")
+    report, module.see_memory_usage = module.see_memory_usage, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        module.see_memory_usage = report
 
 
 def import_muon() -> None:

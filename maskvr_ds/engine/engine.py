@@ -14,7 +14,13 @@ from transformers import PreTrainedConfig
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
 from maskvr_ds.config.deepspeed import zero_stage
-from maskvr_ds.engine.deepspeed_patches import check_deepspeed, hold_loss_scale, import_muon, update_loss_scale
+from maskvr_ds.engine.deepspeed_patches import (
+    check_deepspeed,
+    hold_loss_scale,
+    import_muon,
+    quiet_memory,
+    update_loss_scale,
+)
 from maskvr_ds.engine.ds_config import check_device, check_fused, complete_deepspeed_config, model_dtype
 from maskvr_ds.engine.master_weights import set_masters, undo_initial_step
 from maskvr_ds.engine.streamline import streamline
@@ -83,7 +89,8 @@ def create_engine(
     client = _own_optimizer(groups, optimizer)
     complete = complete_deepspeed_config(deepspeed_config, batch, optimizer, accumulation=accumulation)
     distributed.run_collectively(lambda: _check_build_locks(complete))
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, optimizer=client, config=complete)
+    with quiet_memory():
+        engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, optimizer=client, config=complete)
     distributed.run_collectively(lambda: _check_dtype(engine, model_dtype(deepspeed_config)))
     check_buffers(engine.module)
     if client is None:

@@ -42,7 +42,10 @@ def _line(label: str, value: str) -> str:
 
 
 def _duration(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 2 else f"{days * 24:,.1f} hours"
+    for unit, size in (("days", 2.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= size:
+            return f"{days * {'days': 1, 'hours': 24, 'minutes': 1440}[unit]:,.1f} {unit}"
+    return f"{days * 86400:,.1f} seconds"
 
 
 def _gb(size: float) -> str:
@@ -142,6 +145,7 @@ def _scales(phase: PhasePlan) -> list[str]:
             f"{gpus:>6}{scale.micro:>13}{scale.accumulation:>14}{1e3 * scale.step_seconds:>13,.1f}"
             f"{scale.tokens_per_second:>14,.0f}{scale.efficiency:>12.0%}"
         )
+    lines.append("    efficiency: tokens/s per GPU, relative to one GPU alone")
     if None in phase.scales:
         lines.append("    –: the GPUs cannot share the global batch, the model does not fit, or --link is not given")
     return lines

@@ -9,6 +9,8 @@ from maskvr_ds.analysis.attention.measure import HeadFigures
 from maskvr_ds.analysis.attention.patterns import CLASSES
 
 _COLOURS = ("#1f77b4", "#2ca02c", "#17becf", "#ff7f0e", "#dddddd")
+# Panels whose width the legend of the classes needs.
+_LEGEND_COLUMNS = 3
 
 
 def draw(figures: dict[str, HeadFigures], increases: np.ndarray | None, output: Path) -> None:
@@ -22,7 +24,8 @@ def draw(figures: dict[str, HeadFigures], increases: np.ndarray | None, output: 
     from matplotlib.patches import Patch
 
     first = next(iter(figures.values()))
-    columns = max(len(figures) + (increases is not None), len(CLASSES))
+    shown_classes = [name for name in CLASSES if name in first.examples]
+    columns = max(len(figures) + (increases is not None), len(shown_classes), _LEGEND_COLUMNS)
     figure, panels = plt.subplots(2, columns, figsize=(3.2 * columns, 7), dpi=110, squeeze=False, layout="constrained")
     for axes in panels.flat:
         axes.set_axis_off()
@@ -36,11 +39,10 @@ def draw(figures: dict[str, HeadFigures], increases: np.ndarray | None, output: 
         shown = axes.imshow(increases, cmap="coolwarm", vmin=-largest, vmax=largest)
         _label(axes, "loss without the head\nminus loss with it (nats)", increases.shape)
         figure.colorbar(shown, ax=axes, shrink=0.7)
-    for axes, name in zip(panels[1], CLASSES, strict=False):
-        if name in first.examples:
-            layer, head, attention = first.examples[name]
-            axes.imshow(attention, cmap="viridis", vmin=0)
-            axes.set_title(f"{name}\nlayer {layer}, head {head}")
+    for axes, name in zip(panels[1], shown_classes, strict=False):
+        layer, head, attention = first.examples[name]
+        axes.imshow(attention, cmap="viridis", vmin=0)
+        axes.set_title(f"{name}\nlayer {layer}, head {head}")
     handles = [Patch(color=colour, label=name) for colour, name in zip(_COLOURS, CLASSES, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(CLASSES))
     figure.savefig(output)

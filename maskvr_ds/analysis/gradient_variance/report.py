@@ -64,7 +64,10 @@ def _progress_table(report: dict[str, Any]) -> list[str]:
         lines.append((name, f"{result['rate']:g}", value, ratio, _number(result["cost"]), per_cost))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return [*text, f"batches of {report['global_size']:,} sequences; goal: uniform masks at the held-out rate"]
+    text.append(f"batches of {report['global_size']:,} sequences; goal: uniform masks at the held-out rate")
+    if any(None in result["progress"][key] for result in _with_progress(report).values() for key in ("value", "ratio")):
+        text.append("–: too few rows to tell the gradient from its noise; measure more --sequences")
+    return text
 
 
 def best_of(report: dict[str, Any]) -> str | None:
@@ -91,7 +94,8 @@ def draw(report: dict[str, Any]) -> "Figure":
 
     names = list(report["strategies"])
     rows = sum(max(2, 1 + len(wrapped_label(name).splitlines())) for name in names)
-    several_rates = len({result["rate"] for result in _with_progress(report).values()}) > 1
+    progress = _with_progress(report).values()
+    several_rates = len({result["rate"] for result in progress if None not in result["progress"]["per_cost"]}) > 1
     heights = [1.6 + 0.2 * rows, max(4.0, 1.0 + 0.21 * rows)] + [3.6] * (("hamming" in report) + several_rates)
     with rc_context({"font.size": _FONT_SIZE, "legend.fontsize": _FONT_SIZE}):
         figure = Figure(figsize=(11, sum(heights)), dpi=120, layout="constrained")

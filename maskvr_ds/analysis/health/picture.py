@@ -11,7 +11,7 @@ from maskvr_ds.telemetry.metrics_file import TRUST_RATIO_FIGURES
 _PANELS = (
     (
         "loss",
-        "loss per masked token (nats)",
+        "loss per masked\ntoken (nats)",
         False,
         ("loss is finite", "loss at the start", "loss spikes", "loss level"),
     ),

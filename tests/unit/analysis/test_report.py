@@ -57,6 +57,21 @@ def test_few_rows_are_named() -> None:
     assert [few in table(report | {"sequences": rows}) for rows in (3, 31, 32, 64)] == [True, True, False, False]
 
 
+def test_unknown_progress_is_explained_and_not_drawn() -> None:
+    report = json.loads((RESULTS / "variance/step_1500.json").read_text(encoding="utf-8"))
+    report |= {"mapnet_of_oracle_head": {}, "cost_unit": "FLOPs", "global_size": 32}
+    known, unknown = [0.5, 0.4, 0.6], [None, None, None]
+    names = list(report["strategies"])[:2]
+    for name, rate, per_cost in zip(names, (0.15, 0.3), (known, unknown), strict=True):
+        progress = {"value": known, "ratio": per_cost, "per_cost": per_cost}
+        report["strategies"][name] |= {"rate": rate, "cost": 1.0, "progress": progress}
+    assert "–: too few rows to tell the gradient from its noise; measure more --sequences" in table(report)
+    assert not [axes for axes in draw(report).axes if "progress" in axes.get_ylabel()], "one rate is no curve"
+    report["strategies"][names[1]]["progress"] = {"value": known, "ratio": known, "per_cost": known}
+    assert "too few rows to tell" not in table(report)
+    assert [axes for axes in draw(report).axes if "progress" in axes.get_ylabel()]
+
+
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []

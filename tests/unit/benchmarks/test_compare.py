@@ -89,6 +89,7 @@ def test_comparison_seed_by_seed(tmp_path: Path, corpus: Path) -> None:
     assert (second["fewer_steps"], second["less_time"]) == (pytest.approx(52 / 60), pytest.approx(52 / 60))
     text = table(result)
     assert "span:max_length=3  2.450 [2.400, 2.500]  -0.050 [-0.500, 0.400]  1/2" in text
+    assert "[minimum, maximum] over seeds. fewer steps ×, less time ×: what uniform needs to reach" in text
     absolute = compare(jobs, 4.0)["strategies"]["span:max_length=3"]
     assert [run["steps_to_target"] for run in absolute["runs"]] == [20, 40]
     plot(result, tmp_path / "picture.png")

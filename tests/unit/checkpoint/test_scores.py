@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from maskvr_ds.checkpoint.scores import read_scores
 from maskvr_ds.cli import main
 
 OLD = Path(__file__).parents[2] / "data" / "acf4fb5" / "run_zero0"
@@ -51,6 +52,15 @@ def test_the_card_has_the_scores_of_these_weights(folder: Path) -> None:
     assert cells[-2].split(" ± ")[0] == f"{100 * expected['accuracy']:.1f}"
     assert cells[-1] == "2"
     assert "| majority | bag of words | this model |" in card.text
+
+
+def test_a_model_that_was_evaluated_under_two_names_is_listed_once(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "both" / "results.json").read_bytes())
+    rows = content["tasks"]["classification"]["rows"]
+    rows["its export"] = rows[str(folder / "run")]
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    found = read_scores(tmp_path, rows["its export"]["model"])
+    assert [score.metric for score in found] == ["accuracy", "macro_f1"]
 
 
 def test_the_card_names_the_intermediate_task(folder: Path, tmp_path: Path) -> None:

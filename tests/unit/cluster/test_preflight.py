@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.__main__ import main
 from cluster.hosts.checks import slots_error
+from cluster.hosts.findings import Finding, as_far_as_answered
 from cluster.hosts.preflight import link_errors, summary, table
 from cluster.hosts.remote import Answer
 from maskvr_ds.runtime import distributed, interconnect
@@ -101,3 +102,12 @@ def test_table_has_one_line_per_host() -> None:
 def test_another_launcher_within_a_job_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "--slurm", "--launcher", "mpich", "--config", "demo_cpu"]) == 1
     assert "--launcher mpich: --slurm measures with srun" in capsys.readouterr().err
+
+
+def test_checks_that_no_host_answered_are_not_passed() -> None:
+    free = Finding("output_dir", "/run: writable from all hosts")
+    failed = Finding("hosts", "", ["a: not reachable"])
+    assert as_far_as_answered(free, 0, 2) == Finding("output_dir", "not checked: no host has answered", skipped=True)
+    assert as_far_as_answered(failed, 0, 2) is failed
+    assert as_far_as_answered(free, 1, 2).summary == "/run: writable from the hosts that answer"
+    assert as_far_as_answered(free, 2, 2) is free

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.__main__ import main
-from cluster.status import last_step, read_status, runs_of
+from cluster.status import _ago, last_step, read_status, runs_of
 from maskvr_ds.run_folder import fence, layout
 from maskvr_ds.run_folder.status import clear, write
 
@@ -128,8 +128,10 @@ def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for words in (": ended (", "job 41, restarts 2, nodes n[1-2], 8 ranks", "step 22, loss 2.5000, 1,000 tokens/s"):
         assert words in text
-    assert main(["status", str(run / "nothing")]) == 1
-    assert "no such folder" in capsys.readouterr().err
+    assert main(["status", str(run / "nothing"), str(run)]) == 1
+    found = capsys.readouterr()
+    assert "nothing: no such folder" in found.err
+    assert ": ended (" in found.out, "the runs that there are"
     assert main(["status", str(run / "checkpoints")]) == 1
     assert "neither a run's folder" in capsys.readouterr().err
 
@@ -140,6 +142,13 @@ def test_runs_of_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in runs_of(tmp_path)] == ["seed-0", "seed-10"]
     assert main(["status", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("not started") == 2
+
+
+def test_ages_have_readable_units() -> None:
+    assert [_ago(age) for age in (None, 5, 119, 1192, 7300, 400_000)] == [
+        "",
+        *("5 s ago", "119 s ago", "20 min ago", "2 h ago", "5 days ago"),
+    ]
 
 
 def test_reads_the_end_of_a_long_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -80,6 +81,7 @@ def gate_and_step() -> None:
 
 PARTS: list[tuple[Any, str, Callable[[], None]]] = [
     (torch, "compile", patches.import_muon),
+    (bf16_optimizer, "see_memory_usage", lambda: patches.quiet_memory().__enter__()),
     (parameter_offload, "FWD_MODULE_STACK", patches.free_memory),
     (PartitionedParameterCoordinator, CACHED, patches.free_memory),
     (parameter_offload, "FWD_MODULE_STACK", patches.check_deepspeed),
@@ -334,3 +336,11 @@ def test_free_memory_drops_compiled_code(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dynamo, "reset", lambda: resets.append(True))
     patches.free_memory()
     assert resets == [True]
+
+
+def test_no_memory_statistics_while_an_engine_is_created(capsys: pytest.CaptureFixture[str]) -> None:
+    with patches.quiet_memory():
+        bf16_optimizer.see_memory_usage("begin bf16_optimizer", force=True)
+    assert capsys.readouterr().out == ""
+    bf16_optimizer.see_memory_usage("begin bf16_optimizer", force=True)
+    assert capsys.readouterr().out.startswith("begin bf16_optimizer")

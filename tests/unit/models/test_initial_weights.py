@@ -222,7 +222,11 @@ def test_settings_must_be_those_of_the_folder(tmp_path: Path) -> None:
         ),
         ({"preset": "roberta-base"}, r"settings.num_hidden_layers is 12 by preset, and .* has 3"),
         ({"architecture": "bert"}, r"different architectures: roberta \(.*config.json\), bert \(architecture\)"),
-        ({"hidden_size": 32}, "hidden_size is a field of bert; for roberta, write settings.hidden_size"),
+        ({"hidden_size": 32}, r"hidden_size 32: sizes are those of .*config.json \(roberta\); remove"),
+        (
+            {"hidden_dropout_prob": 0.2},
+            "hidden_dropout_prob is a field of bert; for roberta, write settings.hidden_dropout_prob",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig.model_validate({"initialize_from": str(tmp_path), **given})

@@ -60,3 +60,9 @@ def test_a_schedule_that_continues_is_planned_from_where_it_is() -> None:
     one, two = make_plan(config, corpora, Cluster(1, 8, GPUS["a100-80"], None), Calibration()).phases
     assert (one.predictions, one.last_predictions) == (57, 42)
     assert (two.predictions, two.last_predictions) == (42, 19)
+
+
+def test_durations_have_readable_units() -> None:
+    assert [report._duration(days) for days in (3, 1.5, 0.01, 0.0001)] == [
+        *("3.0 days", "36.0 hours", "14.4 minutes", "8.6 seconds"),
+    ]

@@ -132,9 +132,9 @@ def test_phases(folder: Path) -> None:
     [
         (
             {"steps": 3, "epochs": 2},
-            "training.steps 3 and training.epochs 2 all set the length of the training; keep one",
+            "training.steps 3 and training.epochs 2 both set the length of the training; keep one",
         ),
-        ({"tokens": 5, "epochs": 2}, "training.epochs 2 and training.tokens 5 all set"),
+        ({"tokens": 5, "epochs": 2}, "training.epochs 2 and training.tokens 5 both set"),
         ({}, "training.steps: required, but not given; set it, or training.epochs or training.tokens"),
         ({"epochs": 0}, "greater than 0"),
         ({"epochs": "inf"}, "finite"),

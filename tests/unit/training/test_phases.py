@@ -51,6 +51,15 @@ def write(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
+def test_a_base_with_a_corpus_and_a_length(tmp_path: Path) -> None:
+    values = {**TWO, "data": {"path": "c", "mixture": []}, "training": {"steps": 9}}
+    with pytest.raises(ConfigError, match=r"write `data: \{path: null\}`"):
+        load_config(write(tmp_path, values))
+    nulls = {"data": {"path": None, "mixture": []}, "training": {"steps": None}}
+    config = load_config(write(tmp_path, {**values, **nulls}))
+    assert (str(config.data.path), config.training.steps) == ("a", 14)
+
+
 def test_a_phase_overrides_sections_of_the_run() -> None:
     config = RunConfig.model_validate(TWO)
     assert config.training.steps == 14, "sum over the phases"
