@@ -32,12 +32,12 @@ def test_memory_within_a_tenth(case: dict[str, Any]) -> None:
     assert planned == pytest.approx(case["memory"], rel=0.1)
 
 
-def test_calibrated_on_two_the_others_take_their_time_within_a_quarter() -> None:
+def test_calibrated_on_two_the_others_take_their_time_within_15_percent() -> None:
     timed = [measured(case) for case in CASES if "step_seconds" in case]
     gpu, calibration = fit(timed[:2], Gpu("CPU", 0, RATE, RATE, COPIED, 0, 0))
-    assert len(timed) == 8
+    assert len(timed) == 10
     for one in timed:
-        assert predicted(one, gpu, calibration) == pytest.approx(one.step_seconds, rel=0.25), one.path
+        assert predicted(one, gpu, calibration) == pytest.approx(one.step_seconds, rel=0.15), one.path
 
 
 def test_what_stage_3_takes_the_host_is_what_was_measured() -> None:
