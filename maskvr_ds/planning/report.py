@@ -42,9 +42,9 @@ def _line(label: str, value: str) -> str:
 
 
 def _duration(days: float) -> str:
-    for unit, size in (("days", 2.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
-        if days >= size:
-            return f"{days * {'days': 1, 'hours': 24, 'minutes': 1440}[unit]:,.1f} {unit}"
+    for unit, of_a_day, least in (("days", 1, 2.0), ("hours", 24, 1.0), ("minutes", 1440, 1.0)):
+        if days * of_a_day >= least:
+            return f"{days * of_a_day:,.1f} {unit}"
     return f"{days * 86400:,.1f} seconds"
 
 
