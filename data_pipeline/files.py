@@ -30,6 +30,8 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 # Some network file systems have no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+# Of a rename onto a folder with files, or onto a file.
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _PARTIAL = ".partial"
 # In a folder about whose owner a command is deciding, see `locked_folder`.
 LOCK = ".lock"
@@ -112,7 +114,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder (files only, no subfolders) that becomes `path` when the block ends without error.
 
     `path` must be absent or an empty folder. All files are fsynced before the rename.
-    Raises DiskFullError if the disk, the quota or the file size limit is full, and OSError.
+    Raises DiskFullError if the disk, the quota or the file size limit is full, CorpusError if another command has
+    written `path` meanwhile, and OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -122,7 +125,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             fsync_path(file)
         fsync_path(temporary)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            raise CorpusError(
+                f"{path}: another command has written it meanwhile. Use what is there, or choose another folder"
+            ) from error
         fsync_path(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary)

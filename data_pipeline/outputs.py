@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,11 +152,17 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
         if then == now or (key in _NEWER_ARGUMENTS and key not in before):
             continue
         if key == "sources":
-            then, now = ([s for s in mine if s not in other][:3] for mine, other in ((then, now), (now, then)))
+            then, now = _only_in(then, now), _only_in(now, then)
         raise CorpusError(
             f"{output}: output folder holds a build with other arguments: {key} was {then}, is now {now}. "
             "Use the same arguments and inputs to resume, choose another folder, or remove this one first"
         )
+
+
+def _only_in(mine: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """The first three sources that only one of two builds has. There may be millions."""
+    known = set(map(tuple, other))
+    return list(islice((source for source in mine if tuple(source) not in known), 3))
 
 
 def finished_corpus(output: Path, held_out: bool) -> Manifest:

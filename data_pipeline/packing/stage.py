@@ -59,7 +59,8 @@ class _Side:
 
 @lru_cache(maxsize=1)
 def _tokens(folder: str) -> TokenManifest:
-    return read_tokens(folder)
+    # The command has compared sizes and hashes: each process of a job would ask the file system for every file again.
+    return read_tokens(folder, sizes=False)
 
 
 @lru_cache(maxsize=_OPEN_PARTS)

@@ -99,8 +99,13 @@ def read_description(path: str | Path) -> Description:
     """Read and validate a YAML file; its paths are made absolute. Raises CorpusError naming the key and the rule."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        _check_keys(path, node, set())
+        raw = None if node is None else yaml.SafeLoader("").construct_document(node)
+    except CorpusError:
+        raise
+    # ValueError: a date that does not exist, an integer of thousands of digits.
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise CorpusError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(raw, dict):
         raise CorpusError(f"{path}: the key sources is required: a list, such as [{{name: a, inputs: [texts/]}}]")
@@ -125,6 +130,23 @@ def read_description(path: str | Path) -> Description:
     tasks = tuple(path for item in patterns for path in _matches(item))
     documents = found.documents.model_copy(update={"decontaminate": tasks})
     return found.model_copy(update={"sources": sources, "documents": documents}).sorted()
+
+
+def _check_keys(path: Path, node: yaml.Node | None, seen: set[int]) -> None:
+    """Raise CorpusError for a key that is given twice: PyYAML would silently use the last one. seen: ids of nodes,
+    which aliases may repeat."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    for part in node.value:
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            line = key.start_mark.line + 1
+            if (first := lines.get(key.value)) is not None:
+                raise CorpusError(f"{path}:{line}: key {key.value} is given twice, first in line {first}. Remove one")
+            lines[key.value] = line
+        _check_keys(path, value, seen)
 
 
 def _below(base: Path, item: str) -> str:

@@ -144,9 +144,11 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[Path] = (), kin
             matches = [match for match in globbed if not _is_excluded(Path(match), item, excluded)]
         if not matches:
             raise CorpusError(f"{item}: no such file or folder, and no file matches it")
+        # "**" matches folders and also what is in them.
+        listed = {path for path in map(Path, matches) if not path.is_dir()}
         for match in map(Path, matches):
             if match.is_dir():
-                paths += _walk(match, excluded, "" if kind else SUFFIXES, others)
+                paths += _walk(match, excluded, "" if kind else SUFFIXES, others, listed)
             elif kind or match.name.lower().endswith((*SUFFIXES, *NAMED_SUFFIXES)):
                 paths.append(match)
             else:
@@ -233,17 +235,22 @@ def _is_excluded(match: Path, pattern: str, excluded: set[str]) -> bool:
     return any(os.path.realpath(folder) in excluded for folder in folders)
 
 
-def _walk(folder: Path, exclude: set[str], suffixes: str | tuple[str, ...], others: Counter[str]) -> Iterator[Path]:
-    """Files below a folder; counts the suffixes of skipped files, except hidden ones, in `others`."""
+def _walk(
+    folder: Path, exclude: set[str], suffixes: str | tuple[str, ...], others: Counter[str], listed: set[Path]
+) -> Iterator[Path]:
+    """Files below a folder that are not in `listed`, and are added to it; counts the suffixes of skipped files, except
+    hidden ones, in `others`."""
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [
             name for name in folders if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in exclude
         ]
         for name in names:
-            if name.startswith("."):
+            path = Path(parent, name)
+            if name.startswith(".") or path in listed:
                 continue
+            listed.add(path)
             if name.lower().endswith(suffixes):
-                yield Path(parent, name)
+                yield path
             else:
                 others[ascii(Path(name).suffix.lower())[1:-1] or "without suffix"] += 1
 

@@ -16,6 +16,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.shards import read_manifest
+from data_pipeline.sources.description import read_description
 from data_pipeline.sources.documents import read_documents
 from data_pipeline.sources.inputs import Piece, find_sources
 from data_pipeline.tokenization.tokenizer import copy_tokenizer
@@ -82,6 +83,29 @@ def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
     fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
     (tmp_path / "corpus.yaml").write_text("- a")
     fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: the key sources is required")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "documents: {duplicates: exact}\ndocuments: {shingle: 3}",
+            r"yaml:3: key documents is given twice, first in line 2",
+        ),
+        ("documents: {shingle: 3, shingle: 3}", r"yaml:2: key shingle is given twice, first in line 2\. Remove one"),
+        ("documents: {shingle: 2020-13-45}", r"cannot be read as YAML \(month must be in 1\.\.12\)"),
+    ],
+)
+def test_values_that_yaml_would_lose(text: str, message: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.yaml").write_text(f"sources: [{{name: a, inputs: [a.txt]}}]\n{text}\n")
+    fault(folder, tmp_path / "corpus.yaml", message)
+
+
+def test_aliases_and_merges_are_no_repeated_keys(tmp_path: Path) -> None:
+    text = "sources:\n- &a {name: a, inputs: &in [a.txt], weight: 2}\n- {<<: *a, name: b}\n- {name: c, inputs: *in}\n"
+    (tmp_path / "corpus.yaml").write_text(text)
+    found = read_description(tmp_path / "corpus.yaml").sources
+    assert [(source.name, source.weight) for source in found] == [("a", 2), ("b", 2), ("c", 1)]
 
 
 def test_bad_datasets(folder: Path, tmp_path: Path) -> None:

@@ -126,6 +126,17 @@ def test_a_refused_build_changes_nothing(tmp_path: Path) -> None:
     assert sorted(tree(finished)) == [BUILD, MANIFEST], "the work folder is gone"
 
 
+def test_other_inputs_are_found_in_linear_time(tmp_path: Path) -> None:
+    inputs = [[f"{number}.txt", 10] for number in range(30_000)]
+    outputs.claim_arguments(tmp_path, {"sources": inputs})
+    begin = time.process_time()
+    with pytest.raises(
+        CorpusError, match=r"sources was \[\['0.txt', 10\]\], is now \[\['a.txt', 1\], \['b.txt', 2\]\]"
+    ):
+        outputs.claim_arguments(tmp_path, {"sources": [*inputs[1:], ["a.txt", 1], ["b.txt", 2]]})
+    assert time.process_time() - begin < 3
+
+
 def test_a_lock_of_a_deleted_file_excludes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the opening and the locking the former holder deletes the file and another process makes a new one."""
     path, flock, first = tmp_path / "lock", files.fcntl.flock, [True]

@@ -13,6 +13,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.manifest import MANIFEST
+from data_pipeline.tokenization import token_shards
 from tests.support.documents import make_documents, tree, write_text, write_tokenizer
 
 SIZES: dict[str, Any] = {"work_size": 0.006, "progress": False}
@@ -123,6 +124,20 @@ def test_verify_names_every_bad_file_of_token_shards(
     (tokens / "tokenizer/tokenizer.json").unlink()
     assert main(["verify", str(tokens)]) == 1
     assert f"{tokens}/tokenizer/tokenizer.json: file missing. Copy it again" in capsys.readouterr().err
+
+
+def test_packing_asks_once_for_each_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in each of the processes of a job: these may be thousands, on a network file system."""
+    asked: list[Path] = []
+
+    def ask(path: Path, file: token_shards.TokenFile) -> str | None:
+        asked.append(path)
+        return original(path, file)
+
+    original = token_shards._size_fault
+    monkeypatch.setattr(token_shards, "_size_fault", ask)
+    pack(folder / "tokens", 16, tmp_path / "out", progress=False)
+    assert sorted(asked) == sorted((folder / "tokens").glob("tokens-*"))
 
 
 # Where a build is killed, and the file that is damaged then.

@@ -176,6 +176,22 @@ def test_names_and_order_do_not_depend_on_the_arguments(tmp_path: Path) -> None:
     assert deep == ["a/z.txt.gz", "b/x.txt"]
 
 
+def test_recursive_globs_list_every_file_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They match folders too, which would list what is in them again."""
+    for name in ("x.txt", "a/y.txt", "a/b/z.txt", "a/b/c/.hidden/t.txt"):
+        write_text(tmp_path / "in" / name, ["text"])
+    expected = ["a/b/z.txt", "a/y.txt", "x.txt"]
+    for pattern in ("*", "**", "**/", "**/*", "**/*.txt"):
+        assert [source.name for source in find_sources([f"{tmp_path}/in/{pattern}"])] == expected, pattern
+    (tmp_path / "in/a/b/notes.md").write_text("text")
+    assert len(find_sources([f"{tmp_path}/in/**/*"])) == 4
+    assert not caplog.text
+    assert len(find_sources([f"{tmp_path}/in/**/"])) == 3
+    assert "skipped 1 files: .md 1" in caplog.text
+    with pytest.raises(CorpusError, match="listed twice"):
+        find_sources([f"{tmp_path}/in/**", f"{tmp_path}/in/a/*.txt"])
+
+
 def test_faulty_inputs(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["text"])
     (tmp_path / "b.rst").write_text("text")

@@ -86,6 +86,23 @@ def test_folder_is_durable_before_its_name(tmp_path: Path, fsyncs: list[str]) ->
     assert sorted(p.name for p in (tmp_path / "new").rglob("*")) == ["a", "b", "folder"]
 
 
+@pytest.mark.parametrize("other", ["folder", "file"])
+def test_a_folder_that_another_command_writes_meanwhile_is_kept(tmp_path: Path, other: str) -> None:
+    path = tmp_path / "folder"
+    theirs = path if other == "file" else path / "a"
+
+    def write() -> None:
+        with atomic_folder(path) as folder:
+            (folder / "a").write_text("mine")
+            theirs.parent.mkdir(exist_ok=True)
+            theirs.write_text("theirs")
+
+    with pytest.raises(CorpusError, match="folder: another command has written it meanwhile"):
+        write()
+    assert theirs.read_text() == "theirs"
+    assert [item.name for item in tmp_path.iterdir()] == ["folder"]
+
+
 def test_json(tmp_path: Path) -> None:
     write_json(tmp_path / "json", {"a": [1, 0.5]})
     text = (tmp_path / "json").read_text()

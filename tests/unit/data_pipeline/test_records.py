@@ -16,6 +16,9 @@ from data_pipeline.build import build, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.reports.scan import verify
 from data_pipeline.shards import read_manifest
+from data_pipeline.sources.documents import read_documents
+from data_pipeline.sources.inputs import Piece, find_sources
+from data_pipeline.sources.reading import Limits, Reading
 from data_pipeline.tokenization.tokenizer import copy_tokenizer
 from tests.support.documents import describe_in, make_documents, run_command, write_tokenizer
 
@@ -65,6 +68,24 @@ def test_rules_of_records(case: str, tmp_path: Path, tokenizer: Path, capsys: py
     assert (tmp_path / "named" / shard).read_bytes() == (tmp_path / "out" / shard).read_bytes()
     with pytest.raises(CorpusError, match=rf"{rule} 'skip': is not for a description. Set {rule} in its section"):
         build(None, tokenizer, 16, tmp_path / "x", description=about, progress=False, **{rule: "skip"})
+
+
+def test_rows_are_counted_with_those_without_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [None, None, "long text"]}), path)
+    (source,) = find_sources([path])
+
+    def read(reading: Reading) -> list[str]:
+        return [text for text, _ in read_documents(source, Piece(0, 0, 1), "line", "text", lambda *_: None, reading)]
+
+    with pytest.raises(CorpusError, match="row 2 of row group 0: a record of more than"):
+        read(Reading(no_text="skip", limits=Limits(record=5)))
+    pq.write_table(pa.table({"text": pa.array([None, b"\xff", b"good"], pa.binary()).view(pa.string())}), path)
+    with pytest.raises(CorpusError, match=r"rows 0 to 2 of row group 0: 'text' is not UTF-8 .*index 1\)"):
+        read(Reading(no_text="skip"))
+    reading = Reading(no_text="skip", lenient=True)
+    assert read(reading) == ["\udcff", "good"]
+    assert reading.skipped == {"no_text": 1}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dictionary", "dataset", "builder:csv", "builder:json"])

@@ -72,6 +72,15 @@ def test_a_tsv_has_no_quotes(tmp_path: Path) -> None:
     assert read(tmp_path / "a.tsv") == ['say "hi', "NA", '"x" y']
 
 
+@given(CELLS.map(lambda cells: [cell.replace("\n", "\r").replace("\t", "\0") for cell in cells]))
+def test_a_line_of_tsv_is_a_row(tmp_path_factory: pytest.TempPathFactory, cells: list[str]) -> None:
+    """Also one with a carriage return within a cell."""
+    path = tmp_path_factory.getbasetemp() / "cells.tsv"
+    path.write_text("".join(f"{line}\n" for line in ["body\tn", *(f"{cell}\t1" for cell in cells)]), encoding="utf-8")
+    found = read(path, "body", Reading(no_text="skip"))
+    assert found == [cell.strip() for cell in cells if cell.strip()]
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)), st.booleans())
 def test_json_arrays(tmp_path_factory: pytest.TempPathFactory, texts: list[str], plain: bool) -> None:
     path = tmp_path_factory.getbasetemp() / "array.json"
@@ -102,6 +111,7 @@ def test_a_json_object_and_markdown(tmp_path: Path) -> None:
         ("a.csv", 'text\n"a\n', "not a table"),
         ("a.csv", 'text\n"a" b\n', "a.csv:2: not a table"),
         ("a.csv", "text\n" + "x" * 2000, "a record of more than"),
+        ("a.tsv", "text\n" + "x" * 2000 + "\n", "a.tsv:2: a record of more than"),
         ("a.json", json.dumps(["x" * 2000]), "use JSON lines"),
     ],
 )
