@@ -11,7 +11,8 @@ rows are read, so that workers, ranks, accumulation and a resumed Trainer do not
 
 The epoch is a number in shared memory, which EpochCallback sets before the rows of an epoch are read. `set_epoch` alone
 is not enough: accelerate calls it on a sampler that has one instead of on the dataset (several ranks, and a resumed
-epoch), and workers that persist have a copy of the dataset. Until it is set, reading a row is an error.
+epoch), and on the dataset with 0 when it is evaluated; workers that persist have a copy of the dataset. Until it is
+set, reading a row is an error.
 
 Strategies that need gradients of the run (mapnet, auto) and `same_batch` of fully_explored, which needs a row several
 times in a batch, are for `maskvr train` only.
@@ -119,11 +120,21 @@ class EpochDataset(Dataset):
         # In shared memory: workers that persist across epochs see changes.
         self._epoch = torch.tensor([-1 if epoch is None else epoch]).share_memory_()
         self._fixed = epoch is not None
+        self._followed = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the rows that are read from now on; ignored if it is fixed."""
-        if not self._fixed:
+        """Set the epoch of the rows that are read from now on; ignored if it is fixed, or if EpochCallback sets it.
+
+        accelerate calls this too, with 0 when Trainer evaluates on the dataset that it trains on.
+        """
+        if not self._fixed and not self._followed:
             self._epoch[0] = epoch
+
+    def follow(self, epoch: int) -> None:
+        """As `set_epoch`, which is ignored from now on: for callbacks of a trainer."""
+        self._followed = False
+        self.set_epoch(epoch)
+        self._followed = True
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple_of) * self.multiple_of
@@ -162,7 +173,7 @@ class EpochCallback(TrainerCallback):
                 f"train_dataset is {type(dataset).__name__}: wrap it in EpochDataset, or drop EpochCallback"
             )
         updates = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-        dataset.set_epoch(state.global_step // max(updates, 1))
+        dataset.follow(state.global_step // max(updates, 1))
 
 
 class MaskingCollator:

@@ -62,7 +62,8 @@ def check_loaded(optimizer: str, state_dict: dict[str, Any], settings: Iterable[
     another optimizer."""
     for number, group in enumerate(state_dict["param_groups"]):
         check_switches(group)
-        if missing := sorted(set(settings) - set(group)):
+        # torch adds `differentiable` to the defaults of an optimizer that loads a state.
+        if missing := sorted(set(settings) - set(group) - {"differentiable"}):
             raise ValueError(
                 f"parameter group {number} of the state dict has no {', '.join(missing)}: it is that of another "
                 f"optimizer than {optimizer}. Load the state of the same class, or start with new moments"

@@ -3,14 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from maskvr_ds.integrations.trainer import FILLER, IGNORED, EpochDataset, MaskingCollator, Row
+from maskvr_ds.integrations.trainer import FILLER, IGNORED, EpochCallback, EpochDataset, MaskingCollator, Row
 from tests.support.corpora import make_corpus
 
 ITEM = {"input_ids": [2, 7, 8, 9, 10, 3]}
@@ -54,6 +56,20 @@ def test_epochs_that_are_none() -> None:
         EpochDataset([ITEM], epoch=1.5)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="group_by_length and batch_rebalance read rows before any epoch"):
         EpochDataset([ITEM])[0]
+
+
+def test_an_evaluation_does_not_change_the_epoch_of_training() -> None:
+    """accelerate calls set_epoch(0) on a dataset that is evaluated in the middle of an epoch."""
+    rows = EpochDataset([ITEM] * 10)
+    rows.set_epoch(1)
+    assert rows[0].epoch == 1
+    updates = DataLoader(rows, 2)  # type: ignore[var-annotated]
+    arguments, state = SimpleNamespace(gradient_accumulation_steps=1), SimpleNamespace(global_step=10)
+    for step, epoch in ((10, 2), (15, 3)):
+        state.global_step = step
+        EpochCallback().on_epoch_begin(arguments, state, None, train_dataloader=updates)
+        rows.set_epoch(0)
+        assert rows[0].epoch == epoch
 
 
 def test_pairs_keep_their_token_types(folder: Path) -> None:

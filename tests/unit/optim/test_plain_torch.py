@@ -170,6 +170,17 @@ def test_state_survives_a_file_of_weights_only(make: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@every
+def test_states_load_one_after_another(make: Any) -> None:
+    """accelerate loads an optimizer's own state when it wraps it, whereupon torch adds to the defaults."""
+    weights = model()
+    state = make(parameter_groups(weights)).state_dict()
+    optimizer = make(parameter_groups(weights))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    copy.deepcopy(optimizer).load_state_dict(state)
+
+
 @pytest.mark.parametrize("make", [Lamb, StableAdamW])
 def test_moments_of_torch_adamw(make: Any) -> None:
     """They are continued, with the step as an int as documented."""
