@@ -381,10 +381,10 @@ def newest(folder: Path) -> Path:
         return folder
     if complete := complete_checkpoints(folder):
         return complete[-1]
-    what = f"contains no complete checkpoint (nor does its {CHECKPOINTS}/)" if folder.exists() else "no such folder"
-    named = folder.name == CHECKPOINTS and complete_checkpoints(folder.parent)
-    hint = f"; name its run, {folder.parent}" if named else ""
-    raise CheckpointError(f"{folder}: {what}{hint}")
+    hint = (
+        f"; name its run, {folder.parent}" if folder.name == CHECKPOINTS and complete_checkpoints(folder.parent) else ""
+    )
+    raise CheckpointError(f"{folder}: contains no complete checkpoint (nor does its {CHECKPOINTS}/){hint}")
 
 
 def size(folder: Path) -> int:

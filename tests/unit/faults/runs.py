@@ -124,7 +124,7 @@ FAULTS = [
     Fault(
         "resume of nothing",
         f"{TRAIN} --set output_dir=new --resume nowhere",
-        "nowhere: no such folder",
+        "nowhere: contains no complete checkpoint (nor does its checkpoints/)",
         own_process=True,
     ),
     Fault(
