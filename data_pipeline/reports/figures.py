@@ -11,6 +11,9 @@ from data_pipeline.reports.scan import Scan
 from data_pipeline.shards import Corpus
 from data_pipeline.tokenization.tokenizer import Encoder
 
+# Bars that fill the height of a panel, at least.
+_THICKNESS = 8
+
 
 def plot(folder: str | Path, found: Scan, top: int, path: Path) -> None:
     """Plot document lengths, the `top` most frequent tokens, and tokens per source to a PNG file.
@@ -51,5 +54,8 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[int], title: str, un
     # Escape "$", which starts a formula in matplotlib.
     labels = [name.replace("$", r"\$") for name in names]
     axes.barh(range(len(names)), list(values), tick_label=labels)
-    axes.invert_yaxis()
+    # Of a few sources, as thick as of many.
+    axes.set_ylim(max(len(names), _THICKNESS) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=4)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(title=title, xlabel=unit)
