@@ -38,6 +38,8 @@ _UNLOADABLE = (RuntimeError, ValueError, LookupError, AssertionError, AttributeE
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
 # Their values in such checkpoints, where they are known.
 _EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none", "data.attention": "rows"}
+# Of the key "shards", whose values say nothing to a reader.
+_OTHER_SHARDS = "the corpus has other shards (data.path, data.mixture)"
 
 
 class ContentError(CheckpointError):
