@@ -369,22 +369,22 @@ def is_started(run: Path) -> bool:
     if not run.exists():
         return False
     early = (CHECKPOINTS, OWNER, JOBS, LOGS, STOP_REQUEST, LOCK)
-    if any(not p.name.endswith(PARTIAL) and p.name not in early for p in run.iterdir()):
-        return True
-    return (run / CHECKPOINTS).exists() and any(not p.name.startswith(".") for p in (run / CHECKPOINTS).iterdir())
+    later = any(not p.name.endswith(PARTIAL) and p.name not in early for p in run.iterdir())
+    return later or any((run / CHECKPOINTS).glob("[!.]*"))
 
 
 def newest(folder: Path) -> Path:
-    """The folder itself if it is a checkpoint, otherwise a run's newest complete one. Raises CheckpointError if there
-    is none."""
+    """The folder itself if it is a checkpoint, otherwise a run's newest complete one. Raises CheckpointError."""
     if _is_complete(folder):
         return folder
     if complete := complete_checkpoints(folder):
         return complete[-1]
-    hint = (
-        f"; name its run, {folder.parent}" if folder.name == CHECKPOINTS and complete_checkpoints(folder.parent) else ""
-    )
-    raise CheckpointError(f"{folder}: contains no complete checkpoint (nor does its {CHECKPOINTS}/){hint}")
+    what = f"contains no complete checkpoint (nor does its {CHECKPOINTS}/)"
+    if not folder.is_dir():
+        what = "a file, not a checkpoint or a run" if folder.exists() else "no such folder"
+    elif folder.name == CHECKPOINTS and complete_checkpoints(folder.parent):
+        what += f"; name its run, {folder.parent}"
+    raise CheckpointError(f"{folder}: {what}")
 
 
 def size(folder: Path) -> int:

@@ -142,7 +142,7 @@ def test_where_an_export_must_not_go(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(ExportError, match=message):
             export(tmp_path / "nothing", output)
     assert not list(here.iterdir())
-    with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="nothing: no such folder"):
         export(tmp_path / "nothing", "new")
     assert not list(here.iterdir())
 
