@@ -124,7 +124,7 @@ FAULTS = [
     Fault(
         "resume of nothing",
         f"{TRAIN} --set output_dir=new --resume nowhere",
-        "nowhere: contains no complete checkpoint (nor does its checkpoints/)",
+        "nowhere: no such folder",
         own_process=True,
     ),
     Fault(
