@@ -12,6 +12,9 @@ from data_pipeline.reports.scan import Scan
 from data_pipeline.shards import Corpus
 from data_pipeline.tokenization.tokenizer import Encoder
 
+# Bars that fill the height of a panel, at least.
+_THICKNESS = 8
+
 
 def check_plot(path: Path) -> None:
     """Raise CorpusError if matplotlib is missing, or if `path` cannot be written: before a scan that takes hours."""
@@ -59,5 +62,8 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[int], title: str, un
     # Escape "$", which starts a formula in matplotlib.
     labels = [name.replace("$", r"\$") for name in names]
     axes.barh(range(len(names)), list(values), tick_label=labels)
-    axes.invert_yaxis()
+    # Of a few sources, as thick as of many.
+    axes.set_ylim(max(len(names), _THICKNESS) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=4)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(title=title, xlabel=unit)

@@ -18,13 +18,13 @@ _logger = logging.getLogger(__name__)
 
 
 def describe_documents(tokens: TokenManifest) -> str:
-    """Documents, tokens per document and files: "from 3 files, 120 documents of 85 tokens on average read"."""
+    """Documents, tokens per document and files: "read 120 documents of 85 tokens on average from 3 files"."""
     documents, length = _counts(tokens, None)
     each = f" of {counted(round(length / documents), 'token')} on average" if documents else ""
     files = len(tokens.sources)
     held_out = sum(shard.sides["held_out"].documents for shard in tokens.shards if "held_out" in shard.sides)
     split = f", {held_out:,} of them held out" if held_out else ""
-    return f"from {counted(files, 'file')}, {counted(documents, 'document')}{each} read{split}"
+    return f"read {counted(documents, 'document')}{each} from {counted(files, 'file')}{split}"
 
 
 def warn_of_paragraphs(

@@ -22,6 +22,7 @@ from data_pipeline.filters.minhash import PLACES, MappedParts, check_library, ex
 from data_pipeline.filters.ngrams import task_ngrams
 from data_pipeline.filters.rules import DIGEST
 from data_pipeline.manifest import SourceEntry
+from data_pipeline.numbers import counted
 from data_pipeline.sources.cuts import cut_units
 from data_pipeline.sources.description import Description, find_files
 from data_pipeline.sources.inputs import Piece, Progress, Source, where_text_may_be
@@ -349,8 +350,10 @@ def _check_not_empty(
             why += "" if dropped else f"{', '.join(s.path for s in sources[:3])}. Add text{where_text_may_be(sources)}"
             raise CorpusError(f"the corpus is empty: {why}")
         total = sum(shard.sides[name].documents for shard in manifest.shards for name in job.sides)
+        split = "held-out split" if side == "held_out" else "training split"
         raise CorpusError(
-            f"held-out share {job.held_out}: side {side} gets no documents of {total:,}. {_better_share(job, total)}"
+            f"held-out share {job.held_out}: the {split} gets none of {counted(total, 'document')}. "
+            f"{_better_share(job, total)}"
         )
 
 
@@ -361,7 +364,10 @@ def _better_share(job: Job, documents: int) -> str:
     # With five expected documents, fewer than one corpus in a hundred has none.
     share = 5 / max(documents, 1)
     if share > 0.25:
-        return "These are too few documents: add text, split it into more documents (--documents), or use --held-out 0"
+        return (
+            "These are too few documents: add text, split it into more documents (--documents), of several files "
+            "hold out a complete one (--held-out-by file), or use --held-out 0"
+        )
     return f"Use --held-out {math.ceil(share * 100) / 100:g}, or add text"
 
 

@@ -123,8 +123,7 @@ def _show(figures: Mapping[str, Any]) -> None:
     for number, name in enumerate(spread):
         if number == 0:
             print(" " * width + "".join(f"{column:>14}" for column in _SPREAD))
-        cells = (_figure(name, figures[f"{name}_{column}"]) for column in _SPREAD)
-        print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{_figure(name, figures[f'{name}_{column}']):>14}" for column in _SPREAD))
     if any(name.endswith("_adds") for name in spread):
         print("adds: to the time of a step with uniform masks; share: time of masking ÷ that of the rest of the step")
 

@@ -38,6 +38,8 @@ _UNLOADABLE = (RuntimeError, ValueError, LookupError, AssertionError, AttributeE
 _NEWER_IDENTITY = ("special_tokens", "vocab_size")
 # Their values in such checkpoints, where they are known.
 _EARLIER_IDENTITY = {"objectives": {"mlm": 1.0}, "training.compile": "none", "data.attention": "rows"}
+# Of the key "shards", whose values say nothing to a reader.
+_OTHER_SHARDS = "the corpus has other shards (data.path, data.mixture)"
 
 
 class ContentError(CheckpointError):
@@ -161,7 +163,9 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
     """Raise CheckpointError naming every difference from the present run."""
     state = checkpoint.state
     found = [
-        "the corpus has other shards (data.path)" if name == "shards" else f"{name} was {was!r}, is {now!r}"
+        "the corpus has other shards (data.path, data.mixture)"
+        if name == "shards"
+        else f"{name} was {was!r}, is {now!r}"
         for key, value in expected.identity.items()
         if key not in may_differ and (key in state.identity or key not in _NEWER_IDENTITY)
         for name, was, now in differences(key, state.identity.get(key, _EARLIER_IDENTITY.get(key)), value)

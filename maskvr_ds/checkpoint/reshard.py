@@ -63,7 +63,7 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     source = files.sha256(folder / MANIFEST)
     target = run / CHECKPOINTS / UNIVERSAL
     if not checkpoints.faults(target) and checkpoints.read_manifest(target)["source"] == source:
-        logger.info("conversion of %s found in %s", folder, target)
+        logger.info("the conversion of %s in %s is reused", folder, target)
         return target
     logger.info(
         "converting %s: written by %d ranks at ZeRO stage %d, read by %d at stage %d",

@@ -59,9 +59,7 @@ def add_attention(commands: Commands) -> None:
         metavar="N",
         help=f"default: {_ROWS} of a corpus, all examples of a task's evaluation set",
     )
-    parser.add_argument(
-        "--classifier", choices=["rule", "network"], help="what names the class of a map (default: rule)"
-    )
+    parser.add_argument("--classifier", choices=["rule", "network"], help="how maps are classified (default: rule)")
     parser.add_argument(
         "--words",
         action="append",
@@ -71,10 +69,15 @@ def add_attention(commands: Commands) -> None:
     )
     names = [name for name in tasks.NAMES if name not in tasks.GROUPS]
     parser.add_argument("--task", choices=names, metavar="TASK", help="judge the heads of fine-tuned models by a task")
-    parser.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="of --task classification and regression")
-    parser.add_argument("--label-column", metavar="COLUMN", help="of --task classification and regression")
+    own = "with --task classification or regression: column"
+    parser.add_argument("--text-columns", nargs="+", metavar="COLUMN", help=f"{own} of the text, or of two texts")
+    parser.add_argument("--label-column", metavar="COLUMN", help=f"{own} of the label")
     parser.add_argument("--max-length", type=integer(1, 2**20), metavar="N", help="tokens per example of --task")
-    parser.add_argument("--off", choices=["zero", "uniform"], help="what a head gives that is off: nothing, or a mean")
+    parser.add_argument(
+        "--off",
+        choices=["zero", "uniform"],
+        help="output of a head that is switched off: zero, or that of uniform attention",
+    )
     parser.add_argument("--prune", type=integer(1, 100_000), default=0, metavar="N", help="heads to switch off in turn")
     parser.add_argument("--export-pruned", metavar="DIR", help="save the pruned model there (zeroed columns)")
     parser.add_argument("--json", action="store_true", help="print JSON, with all figures by layer and head")

@@ -68,7 +68,12 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
         default="bert-base",
         help="training-speed, optimizer-step-time, strategy-cost: model size (default: bert-base)",
     )
-    parser.add_argument("--deepspeed", default="zero1_bf16", help="the same: DeepSpeed config (default: zero1_bf16)")
+    parser.add_argument(
+        "--deepspeed",
+        default="zero1_bf16",
+        metavar="NAME",
+        help="the same: DeepSpeed config, a name or a JSON file (default: zero1_bf16)",
+    )
     parser.add_argument(
         "--micro-size",
         type=integer(1, MAX_MICRO_SIZE),
@@ -78,21 +83,25 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
         help="training-speed, strategy-cost: sequences per forward pass (default: 128); training-speed measures "
         "several in turn",
     )
-    parser.add_argument("--steps", type=_COUNT, default=100, help="training-speed: optimizer steps (default: 100)")
+    parser.add_argument(
+        "--steps", type=_COUNT, default=100, metavar="N", help="training-speed: optimizer steps (default: 100)"
+    )
     _training_options(parser)
     parser.add_argument(
-        "--sequence-length", type=integer(8, 2**20), default=128, help="tokens per sequence (default: 128)"
+        "--sequence-length", type=integer(8, 2**20), default=128, metavar="L", help="tokens per sequence (default: 128)"
     )
     parser.add_argument("--strategy", default="uniform", help="masking-speed: masking.strategy (default: uniform)")
     parser.add_argument(
         "--rounds",
         type=_COUNT,
         default=15,
+        metavar="N",
         help="optimizer-step-time, strategy-cost: timed steps of each optimizer or strategy (default: 15)",
     )
     parser.add_argument(
         "--threads",
         type=integer(1, 4096),
+        metavar="N",
         help="optimizer-step-time, strategy-cost: CPU threads per rank (default: PyTorch's, all cores)",
     )
     parser.add_argument(

@@ -1,12 +1,17 @@
 """`maskvr recipes` and `maskvr config`."""
 
 import argparse
+import itertools
+import re
 import sys
+import textwrap
 
 from maskvr_ds.cli.options import Commands, add_command
 from maskvr_ds.runtime.hostfile import read_hostfile
 from maskvr_ds.runtime.numbers import MAX_NODES, MAX_SLOTS, integer
 
+# Characters of a line of the list of recipes.
+_LINE = 120
 _RECIPES_EXAMPLES = """\
 maskvr recipes
 maskvr recipes bert_base_4k > run.yaml"""
@@ -25,12 +30,21 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from maskvr_ds.config import recipe_parts, recipe_text, recipes
 
     if arguments.name:
-        print(recipe_text(arguments.name))
-    else:
-        print("\n".join(recipes()))
-        print("\nparts of recipes, to be combined in base: [...]")
-        print("\n".join(recipe_parts()))
+        print(recipe_text(arguments.name), end="")
+        return 0
+    names, parts = recipes(), recipe_parts()
+    width = max(map(len, (*names, *parts)))
+    lines = [f"{name:{width}}  {_first_sentence(recipe_text(name), _LINE - width - 2)}" for name in (*names, *parts)]
+    print(*lines[: len(names)], "", "parts of recipes, to be combined in base: [...]", *lines[len(names) :], sep="\n")
     return 0
+
+
+def _first_sentence(recipe: str, width: int) -> str:
+    """Of the comment at the top of a recipe, at most `width` characters of it."""
+    comment = itertools.takewhile(lambda line: line.startswith("# ") and "Source" not in line, recipe.splitlines())
+    text = " ".join(line.removeprefix("# ") for line in comment)
+    # A sentence ends before a capital: not at "et al. 2018".
+    return textwrap.shorten(re.split(r"\.(?= [A-Z]|$)", text)[0], width, placeholder=" …")
 
 
 _CONFIG_DESCRIPTION = """\

@@ -19,7 +19,7 @@ not judged. Thresholds and their sources: docs/how-to/judge-a-run.md.
 
   maskvr health RUN             from its records: loss spikes, trend of the gradient norm, trust
                                 ratios at their bounds, updates held back, fp16 scale, throughput
-  maskvr health A B             two runs, compared in what compares
+  maskvr health A B             two runs, compared where they are comparable
   maskvr health RUN --at STEP   also at a checkpoint, on a few rows of its corpus: activations,
                                 gradients and updates by layer, singular values, attention,
                                 embeddings, sharpness, gradient noise scale

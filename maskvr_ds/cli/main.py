@@ -17,6 +17,7 @@ from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
 from maskvr_ds.cli.downstream import add_evaluate, add_finetune
 from maskvr_ds.cli.health import add_health
+from maskvr_ds.cli.options import CommandParser
 from maskvr_ds.cli.plan import add_plan
 from maskvr_ds.cli.token_scores import add_token_scores
 from maskvr_ds.cli.train import add_train
@@ -47,7 +48,7 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in _COMMANDS:
         add(commands)
     return parser

@@ -4,6 +4,7 @@ Every number is finite and bounded by its type: an infinite or huge value would 
 or make each of its resumes fail. The bounds are far above everything in use.
 """
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,7 +143,8 @@ def describe(fault: Any, model: type[BaseModel]) -> str:
     """One fault found by pydantic in validating `model`, as a line: location, rule, value."""
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; known keys are {', '.join(_known_keys(model, fault['loc'][:-1]))}"
+        known = _known_keys(model, fault["loc"][:-1])
+        return f"{where}: unknown key; known keys are {', '.join(known)}{_meant(model, fault['loc'], known)}"
     if fault["type"] == "missing":
         return f"{where}: required, but not given"
     message = fault["msg"].removeprefix("Value error, ")
@@ -154,6 +156,20 @@ def describe(fault: Any, model: type[BaseModel]) -> str:
 
 def _quoted(value: Any) -> str:
     return repr(shown(value)) if isinstance(value, str) else shown(value)
+
+
+def _meant(model: type[BaseModel], location: Sequence[str | int], known: Sequence[str]) -> str:
+    """A key that is written similarly or, of a run, a section that has the key; empty if there is none."""
+    name = str(location[-1])
+    meant = difflib.get_close_matches(name, known, n=1)
+    if not meant and len(location) == 1:
+        fields = {section: field.annotation for section, field in model.model_fields.items()}
+        meant = [
+            f"{section}.{name}"
+            for section, kind in fields.items()
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields
+        ]
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
 def _known_keys(model: Any, location: Sequence[str | int]) -> list[str]:

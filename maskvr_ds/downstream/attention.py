@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from maskvr_ds.analysis.attention.heads import Heads, How, rank_correlation
+from maskvr_ds.analysis.attention.heads import Heads, How, listed_heads, rank_correlation
 from maskvr_ds.analysis.attention.measure import (
     Rows,
     choose_rows,
@@ -161,7 +161,8 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", f"heads off ({heads['how']}): loss with all heads {heads['loss']:.4f} nats per masked token"]
     if "increase" in heads:
         order = sorted((x, n, h) for n, layer in enumerate(heads["increase"]) for h, x in enumerate(layer))
-        for label, chosen in (("least", order[:3]), ("most", order[::-1][:3])):
+        few = listed_heads(len(order))
+        for label, chosen in (("least", order[:few]), ("most", order[::-1][:few])):
             lines.append(f"missed {label}: " + ", ".join(f"layer {n} head {h} {x:+.4f}" for x, n, h in chosen))
         each = ", ".join(f"layer {n} {x:+.4f}" for n, x in enumerate(heads["increase_without_layer"]))
         lines.append(f"without all heads of a layer: {each}")

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
-from maskvr_ds.analysis.attention.heads import How, Switches, maps_of, prune, rank_correlation
+from maskvr_ds.analysis.attention.heads import How, Switches, listed_heads, maps_of, prune, rank_correlation
 from maskvr_ds.analysis.attention.picture import draw_changes
 from maskvr_ds.analysis.health.probe import use_eager_attention
 from maskvr_ds.config import ConfigError
@@ -245,11 +245,12 @@ def table(result: dict[str, Any]) -> str:
             f"{key} {'–' if value is None else f'{value:.2f}'}" for key, value in found["rank_correlation"].items()
         )
         lines.append(f"{name}: {metric} {found['score']:.4f}, loss {found['loss']:.4f}")
-        lines.append(f"  rank correlation of importance by gradient with the loss of {cheap}")
+        lines.append(f"  rank correlation of importance by gradient with the effect of a head on the {cheap}")
     of = f" (mean of {len(result['models'])} models)" if len(result["models"]) > 1 else ""
     lines += ["", f"change of {metric} without a head{of}, with its 95% interval"]
     order = sorted(((*c, n, h) for n, layer in enumerate(without) for h, c in enumerate(layer)), reverse=True)
-    for label, chosen in (("missed least", order[:3]), ("missed most", order[:-4:-1])):
+    few = listed_heads(len(order))
+    for label, chosen in (("missed least", order[:few]), ("missed most", order[::-1][:few])):
         lines += [f"  {label}: layer {n} head {h}  {_change(change)}" for *change, n, h in chosen]
     better, worse = sum(low > 0 for _, low, *_ in order), sum(high < 0 for _, _, high, *_ in order)
     lines.append(

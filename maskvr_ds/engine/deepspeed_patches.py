@@ -63,7 +63,7 @@ def check_deepspeed() -> None:
 @contextmanager
 def quiet_memory() -> Iterator[None]:
     """Within it, BF16_Optimizer does not print memory statistics, fifteen lines of every start, past all loggers."""
-    module = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    module: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
     check_part("quiet_memory", module, "see_memory_usage", "message", "force")
     report, module.see_memory_usage = module.see_memory_usage, lambda *_, **__: None
     try:

@@ -23,6 +23,6 @@ def held_out_sentence(line: dict[str, Any]) -> str:
         text += f"; {abs(gain):.3f} {'below' if gain >= 0 else 'above'} the unigram entropy, {entropy:.3f}"
         if gain <= 0:
             text += (
-                ": the model predicts no better than token frequencies, it needs more steps or another learning rate"
+                ": the model predicts no better than token frequencies; it needs more steps or another learning rate"
             )
     return text

@@ -112,13 +112,13 @@ def remarks(config: RunConfig, corpus: Corpus) -> list[str]:
     if size > samples:
         found.append(
             f"batch.global_size {size:,}: larger than an epoch of {corpus.folder}, {samples:,} sequences: a step reads "
-            "rows more than once; a smaller batch makes more of this corpus"
+            "rows more than once; a smaller batch makes better use of this corpus"
         )
     epochs = config.training.known_steps * size / samples
     if epochs >= MANY_EPOCHS:
         found.append(
             f"training.steps {config.training.known_steps:,}: {epochs:,.0f} epochs of {corpus.folder}; a model "
-            "overfits long before, compare the held-out loss with the training loss"
+            "overfits long before; compare the held-out loss with the training loss"
         )
     if (fewer := fewer_predictions(config.masking, corpus)) is not None:
         found.append(fewer)

@@ -219,6 +219,11 @@ class _Uniform(TorchFunctionMode):
         return result
 
 
+def listed_heads(heads: int) -> int:
+    """How many of them are named as missed least, and as missed most: three, or half of fewer than six."""
+    return max(1, min(3, heads // 2))
+
+
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
     """Spearman's correlation of two tensors of one shape, ties at their mean rank; None if it is undefined: fewer than
     three values, or all of one tensor equal."""

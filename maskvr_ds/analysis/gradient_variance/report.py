@@ -60,7 +60,9 @@ def _progress_table(report: dict[str, Any]) -> list[str]:
     ]
     for name, result in _with_progress(report).items():
         found = result["progress"]
-        value, ratio, per_cost = (_interval(found[key]) for key in ("value", "ratio", "per_cost"))
+        # Without an interval the value is noise, too, and may be above 1.
+        cells = (found[key] for key in ("value", "ratio", "per_cost"))
+        value, ratio, per_cost = ("–" if None in cell else _interval(cell) for cell in cells)
         lines.append((name, f"{result['rate']:g}", value, ratio, _number(result["cost"]), per_cost))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

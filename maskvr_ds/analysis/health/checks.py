@@ -91,7 +91,7 @@ _OF_RECORDS = (
     ),
     Check(
         "context is used",
-        "held-out loss at the end, against the unigram entropy of the held-out text",
+        "held-out loss behind [MASK] at the end, against the unigram entropy of the held-out text",
         {"below_entropy": 0.05, "fewest_steps": 200},
         "the unigram entropy is the lowest loss without using context",
         "if the run is not just short: more schedule.warmup_steps, a lower or higher optimizer.lr, fewer layers; "

@@ -206,9 +206,15 @@ def _context(records: Records) -> Finding:
     if not held_out:
         return Finding(name, "not judged", "no held-out loss with an entropy is recorded")
     last = held_out[-1]
-    gain = last["held_out_unigram_entropy"] - last["held_out_loss"]
+    # Over all predictions a model may gain by copying the tokens that are left as they are. Earlier versions lack it.
+    behind_mask = last.get("held_out_loss_mask")
+    loss, where = (last["held_out_loss"], "") if behind_mask is None else (behind_mask, " behind [MASK]")
     step, entropy = last["step"], last["held_out_unigram_entropy"]
-    text = f"held-out {last['held_out_loss']:.3f} nats at step {step:,}, unigram entropy {entropy:.3f}"
+    gain = entropy - loss
+    text = (
+        f"held-out {loss:.3f} nats{where} at step {step:,}, unigram entropy {entropy:.3f}; should be at least "
+        f"{limits['below_entropy']:g} below it"
+    )
     if step < limits["fewest_steps"]:
         return Finding(name, "not judged", f"{text}; fewer than {limits['fewest_steps']:g} steps")
     status: Status = "finding" if gain < limits["below_entropy"] else "ok"

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from cluster.__main__ import command_parser as cluster_parser
-from maskvr_ds.cli.main import command_parser
+from maskvr_ds.cli.main import command_parser, main
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
@@ -82,3 +82,34 @@ def test_ranks_are_given_once(command: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         command_parser().parse_args([command, "--config", "demo_cpu", "--num-gpus", "2", "--hostfile", "hosts"])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ["config", "--config", "a", "--set", "seed", "3"],
+            "unrecognized arguments: 3; --set takes one word, SECTION.",
+        ),
+        (["config", "--config", "a", "--set", "seed=3", "4"], "unrecognized arguments: 4\n"),
+        (["evaluate", "a", "--data", "b", "--tasks", "sst3"], "argument --tasks: invalid choice: 'sst3'"),
+    ],
+)
+def test_errors_of_usage_name_the_command_and_are_short(
+    words: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_parser().parse_args(words)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert f"maskvr {words[0]}: error: {error}" in shown
+    assert len(shown.splitlines()) <= 4
+
+
+def test_the_list_of_recipes_says_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    (large,) = [line for line in lines if line.startswith("model_bert_large ")]
+    assert large.endswith("BERT-large of Devlin et al. 2018 (arXiv 1810.04805): 24 layers, hidden size 1024, 16 heads")
+    assert all(len(line.split()) > 2 for line in lines if line and not line.startswith("parts of"))

@@ -146,7 +146,9 @@ def test_assignments_override_and_make_sections(tmp_path: Path) -> None:
     ("assignment", "message"),
     [
         ("optimizer.lrr=1", "optimizer.lrr: unknown key; known keys are name, lr, betas"),
-        ("optimiser.lr=1", "optimiser: unknown key; known keys are output_dir"),
+        ("optimiser.lr=1", r"optimiser: unknown key; known keys are output_dir.*\(did you mean optimizer\?\)"),
+        ("global_size=8", r"global_size: unknown key; .*phases \(did you mean batch.global_size\?\)"),
+        ("data.pth=x", r"data.pth: unknown key; .*prefetch \(did you mean path\?\)"),
         ("monitor.wandb={project: p, teem: x}", "monitor.wandb.teem: unknown key; known keys are project, group, team"),
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0 .given: 0."),
         ("optimizer={min_ratio: 2, max_ratio: 1}", "optimizer: min_ratio 2, max_ratio 1: expected 0 ≤ min ≤ max"),

@@ -133,7 +133,7 @@ def test_parquet_without_the_column(tmp_path: Path, tokenizer: Path, capsys: pyt
         (["--sequence-length", 10**18], "sequence length 1000000000000000000: must be from 8"),
         (["--sequence-length", 16, "--workers", 10**18], "workers 1000000000000000000: must be from 1"),
         (["--sequence-length", 16, "--held-out", 1], r"held-out share 1\.0: must be from 0 to below 1"),
-        (["--sequence-length", 16, "--held-out", 1e-12], "side held_out gets no documents"),
+        (["--sequence-length", 16, "--held-out", 1e-12], "the held-out split gets none of"),
         (["--sequence-length", 16, "--seed", -1], "seed -1: must be from 0"),
         (["--sequence-length", 16, "--shard-size", 0], r"shard size 0\.0: must be above 0"),
     ],

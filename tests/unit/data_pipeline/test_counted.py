@@ -29,6 +29,6 @@ def test_a_corpus_of_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "OK, 1 shard and 1 shard of its held-out split checked" in out
     assert ": 1 document, " in out
-    assert "1 row of 16, 1 shard, from 1 file, 1 document of 5 tokens on average read, " in out
+    assert "1 row of 16, 1 shard, read 1 document of 5 tokens on average from 1 file, " in out
     assert "OK, 1 shard checked" in out
     assert not re.findall(r"\b1 [a-z]+s\b(?! in\b)", out), out

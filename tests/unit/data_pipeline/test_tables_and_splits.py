@@ -220,7 +220,7 @@ def test_the_remedy_for_an_empty_held_out_split_works(
     out = ["--output", str(tmp_path / "out")]
     assert main([*base, *out, "--held-out", "0.00001"]) == 1
     error = capsys.readouterr().err
-    assert f"side held_out gets no documents of {count}. " in error
+    assert f"the held-out split gets none of {count} documents. " in error
     assert remedy in error
     if "Use" in remedy:
         assert main([*base, *out, "--held-out", remedy.split()[-1]]) == 0
@@ -267,7 +267,7 @@ def test_paragraphs_are_warned_of(
         assert f"{shape[0]} text files were split at blank lines into {shape[0] * shape[1]} documents" in found[0]
         assert ("--held-out-by" in found[0]) == (options[:2] == ("--held-out", "0.2"))
     out = capsys.readouterr().out
-    assert re.search(rf"from {shape[0]} files, {shape[0] * shape[1]} documents of \d+ tokens on average read", out)
+    assert re.search(rf"read {shape[0] * shape[1]} documents of \d+ tokens on average from {shape[0]} files", out)
 
 
 def test_a_tokenizer_from_a_description(tmp_path: Path) -> None:

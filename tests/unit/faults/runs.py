@@ -139,8 +139,8 @@ FAULTS = [
         "resume with another corpus",
         f"{TRAIN} --resume auto --set training.steps=6 --set data.path=other",
         "run/checkpoints/step-00000004: belongs to another run: the corpus has other shards "
-        "(data.path). Restore these settings to resume, or start a new run in another output_dir, without --resume; "
-        "from these weights if you export them (`maskvr export`, model.initialize_from)",
+        "(data.path, data.mixture). Restore these settings to resume, or start a new run in another output_dir, "
+        "without --resume; from these weights if you export them (`maskvr export`, model.initialize_from)",
         may_change=OWNER,
         own_process=True,
     ),

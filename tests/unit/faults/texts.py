@@ -253,8 +253,9 @@ FAULTS = [
     Fault(
         "a held-out share without documents",
         BUILD + " --held-out 1e-9",
-        "held-out share 1e-09: side held_out gets no documents of 1. These are too few documents: add text, "
-        "split it into more documents (--documents), or use --held-out 0",
+        "held-out share 1e-09: the held-out split gets none of 1 document. These are too few documents: add "
+        "text, split it into more documents (--documents), of several files hold out a complete one (--held-out-by "
+        "file), or use --held-out 0",
         prepare=writes("in/a.txt", TEXT),
     ),
     Fault(

@@ -17,7 +17,7 @@ ALL = {"step": 1200, "held_out_loss": 5.0, "held_out_accuracy": 0.25, "held_out_
             {"held_out_loss_mask": 6.25, "held_out_accuracy_mask": 0.125},
             "loss 6.250 nats behind [MASK] (5.000 over all predictions) at step 1,200, "
             "accuracy 12.5%; 0.250 above the unigram entropy, 6.000: the model "
-            "predicts no better than token frequencies, it needs more steps or another learning rate",
+            "predicts no better than token frequencies; it needs more steps or another learning rate",
         ),
         (
             {"held_out_loss_mask": 5.5, "held_out_accuracy_mask": 0.125},

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from maskvr_ds.analysis.attention.heads import Heads, attention_maps, output_projections, rank_correlation
+from maskvr_ds.analysis.attention.heads import Heads, attention_maps, listed_heads, output_projections, rank_correlation
 from maskvr_ds.analysis.health.probe import mean_loss
 from tests.support.architectures import INSTALLED
 from tests.unit.analysis.health.test_probe import B, L, masked, model_of
@@ -120,3 +120,7 @@ def test_a_model_without_an_output_projection() -> None:
         layer.attention.output.dense = torch.nn.Identity()
     with pytest.raises(ValueError, match="output projection of its attention is not found"):
         output_projections(model.mlm)
+
+
+def test_no_head_is_listed_as_missed_least_and_most() -> None:
+    assert [listed_heads(heads) for heads in (1, 2, 4, 5, 6, 144)] == [1, 1, 2, 2, 3, 3]

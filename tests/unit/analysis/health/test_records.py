@@ -88,6 +88,17 @@ def test_a_fault_is_named(tmp_path: Path, name: str) -> None:
     assert text in findings[check]
 
 
+def test_context_is_judged_behind_mask_tokens(tmp_path: Path) -> None:
+    """A loss below the entropy over all predictions may be copying of the tokens that are left as they are."""
+    lines = healthy()
+    for line in lines:
+        if "held_out_loss" in line:
+            line |= {"held_out_loss": 6.3, "held_out_loss_mask": 6.48}
+    text = found(write_run(tmp_path / "run", lines))["context is used"]
+    assert "held-out 6.480 nats behind [MASK]" in text
+    assert "unigram entropy 6.500; should be at least 0.05 below it" in text
+
+
 def test_a_spike_that_does_not_recover(tmp_path: Path) -> None:
     lines = healthy()
     at(400, 600, loss=lambda loss: loss + 2.0)(lines)
