@@ -35,11 +35,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_pipeline.files import CorpusError
 from data_pipeline.filters.rules import DocumentRules
 from data_pipeline.sources.inputs import BUILDER, Source, find_sources
+from data_pipeline.yaml_values import YamlError, parse_yaml
 
 FORMATS = ("auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "wikiextractor", "dataset")
 # "auto" goes by the suffix of each file; the other formats accept any file name.
 _KINDS = {name: f".{name}" for name in FORMATS} | {"auto": "", "text": ".txt", "wikiextractor": ".wiki"}
 MAX_WEIGHT = 1000
+# Of the limits of a config: inputs may be a list of files.
+_TIMES = 10
 
 
 class _Section(BaseModel):
@@ -99,14 +102,11 @@ def read_description(path: str | Path) -> Description:
     """Read and validate a YAML file; its paths are made absolute. Raises CorpusError naming the key and the rule."""
     path = Path(path)
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        _check_keys(path, node, set())
-        raw = None if node is None else yaml.SafeLoader("").construct_document(node)
-    except CorpusError:
-        raise
-    # ValueError: a date that does not exist, an integer of thousands of digits.
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}: cannot be read as YAML ({error})") from None
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path), times=_TIMES)
+    except YamlError as error:
+        raise CorpusError(str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: cannot be read ({error})") from None
     if not isinstance(raw, dict):
         raise CorpusError(f"{path}: the key sources is required: a list, such as [{{name: a, inputs: [texts/]}}]")
     try:
@@ -130,23 +130,6 @@ def read_description(path: str | Path) -> Description:
     tasks = tuple(path for item in patterns for path in _matches(item))
     documents = found.documents.model_copy(update={"decontaminate": tasks})
     return found.model_copy(update={"sources": sources, "documents": documents}).sorted()
-
-
-def _check_keys(path: Path, node: yaml.Node | None, seen: set[int]) -> None:
-    """Raise CorpusError for a key that is given twice: PyYAML would silently use the last one. seen: ids of nodes,
-    which aliases may repeat."""
-    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-        return
-    seen.add(id(node))
-    lines: dict[str, int] = {}
-    for part in node.value:
-        key, value = part if isinstance(part, tuple) else (None, part)
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            line = key.start_mark.line + 1
-            if (first := lines.get(key.value)) is not None:
-                raise CorpusError(f"{path}:{line}: key {key.value} is given twice, first in line {first}. Remove one")
-            lines[key.value] = line
-        _check_keys(path, value, seen)
 
 
 def _below(base: Path, item: str) -> str:

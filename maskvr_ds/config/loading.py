@@ -4,9 +4,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.yaml_values import MAX_CHARACTERS, YamlError, parse_yaml
 from maskvr_ds.config.base import ConfigError, shown
 from maskvr_ds.config.masking import without_foreign
-from maskvr_ds.config.yaml_values import MAX_CHARACTERS, parse_yaml
 from maskvr_ds.run_folder.layout import CHECKPOINTS, CONFIG, JOBS, METRICS, OWNER
 from maskvr_ds.run_folder.migration import SCHEMA, migrate_config, raise_keep_last
 
@@ -107,7 +107,7 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
         text = recipe_text(str(config))
     else:
         raise ConfigError(f"config {str(config)!r}: neither a file nor a recipe ({', '.join(recipes())})")
-    values = parse_yaml(text, f"config {config}")
+    values = _parsed(text, f"config {config}")
     if not isinstance(values, dict):
         raise ConfigError(f"config {config}: a mapping of sections expected, found {type(values).__name__}")
     stored = _stored_by_run(path)
@@ -117,6 +117,13 @@ def _read_mapping(config: str | Path) -> dict[str, Any]:
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise ConfigError(f"config {config}: schema {schema!r}; this version reads 1 to {SCHEMA}, update maskvr_ds")
     return values if schema == SCHEMA else migrate_config(values)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return parse_yaml(text, where)
+    except YamlError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _stored_by_run(path: Path) -> bool:
@@ -144,7 +151,7 @@ def assign(values: dict[str, Any], assignment: str) -> None:
             raise ConfigError(f"--set {assignment}: {section} is a value, not a section")
     if isinstance(place, list):
         raise ConfigError(f"--set {assignment}: {sections[-1]} is a list; name the field of one entry")
-    place[field] = parse_yaml(text, f"--set {shown(assignment)}: the value")
+    place[field] = _parsed(text, f"--set {shown(assignment)}: the value")
     if sections[-1:] == ["masking"] and field == "strategy" and isinstance(place[field], str):
         own = without_foreign(place, place[field])
         place.clear()

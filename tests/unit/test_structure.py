@@ -38,7 +38,7 @@ ROWS = {
         {"shard_files"},
         {"hub", "manifest"},
         {"checksums"},
-        {"console", "files", "numbers"},
+        {"console", "files", "numbers", "yaml_values"},
     ],
     "cluster": [{"__main__"}, {"hosts", "slurm", "status"}, {"phases"}],
 }
@@ -146,7 +146,9 @@ def test_every_folder_is_a_package() -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("maskvr_ds.")])
 def test_training_needs_little_of_the_other_packages(module: str) -> None:
     others = {other for other in own_modules(imports(MODULES[module])) if not other.startswith("maskvr_ds")}
-    assert others <= {f"data_pipeline.{name}" for name in ("shards", "manifest", "files", "hub", "console")}
+    assert others <= {
+        f"data_pipeline.{name}" for name in ("shards", "manifest", "files", "hub", "console", "yaml_values")
+    }
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("maskvr_ds")])

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.yaml_values import MAX_VALUES, YamlError, parse_yaml
 from maskvr_ds.config import ConfigError, load_config
-from maskvr_ds.config.yaml_values import MAX_VALUES, parse_yaml
 
 HEAD = "output_dir: x\ntraining: {steps: 1}\ndata: {path: y}\n"
 
@@ -58,7 +58,7 @@ def bomb(levels: int, width: int = 10) -> str:
     ids=lambda text: text[:25],
 )
 def test_yaml_that_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(YamlError, match=message) as caught:
         parse_yaml(text, "here")
     assert str(caught.value).startswith("here")
     (tmp_path / "run.yaml").write_text(text)
@@ -104,7 +104,7 @@ def test_yaml_is_read_as_by_safe_load(value: object) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         value = parse_yaml(text, "here")
-    except ConfigError:
+    except YamlError:
         return
     # NaN is not in the alphabet.
     assert value == yaml.safe_load(text)

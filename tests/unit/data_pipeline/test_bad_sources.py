@@ -80,7 +80,7 @@ def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
         r"no\.tsv: decontamination needs",
     )
     (tmp_path / "corpus.yaml").write_text("[")
-    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: cannot be read as YAML")
+    fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: not YAML")
     (tmp_path / "corpus.yaml").write_text("- a")
     fault(folder, tmp_path / "corpus.yaml", r"corpus\.yaml: the key sources is required")
 
@@ -90,10 +90,13 @@ def test_bad_descriptions(folder: Path, tmp_path: Path) -> None:
     [
         (
             "documents: {duplicates: exact}\ndocuments: {shingle: 3}",
-            r"yaml:3: key documents is given twice, first in line 2",
+            r"yaml, line 3: key documents is given twice, first in line 2",
         ),
-        ("documents: {shingle: 3, shingle: 3}", r"yaml:2: key shingle is given twice, first in line 2\. Remove one"),
-        ("documents: {shingle: 2020-13-45}", r"cannot be read as YAML \(month must be in 1\.\.12\)"),
+        (
+            "documents: {shingle: 3, shingle: 3}",
+            r"yaml, line 2: key shingle is given twice, first in line 2; remove one",
+        ),
+        ("documents: {shingle: 2020-13-45}", r"not YAML: month must be in 1\.\.12"),
     ],
 )
 def test_values_that_yaml_would_lose(text: str, message: str, folder: Path, tmp_path: Path) -> None:

@@ -200,5 +200,5 @@ def test_globs_of_datasets(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_deep_description(tmp_path: Path) -> None:
     (tmp_path / "corpus.yaml").write_text("[" * 20_000, encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"corpus\.yaml: cannot be read as YAML"):
+    with pytest.raises(CorpusError, match=r"corpus\.yaml: not YAML"):
         read_description(tmp_path / "corpus.yaml")

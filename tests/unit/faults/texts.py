@@ -307,7 +307,7 @@ FAULTS = [
     Fault(
         "a description that is no YAML",
         DESCRIBED,
-        "d.yaml: cannot be read as YAML (while parsing a flow node",
+        "d.yaml: not YAML: while parsing a flow node",
         prepare=writes("d.yaml", "sources: ["),
     ),
     Fault(
