@@ -50,7 +50,7 @@ from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.mask_costs import machine, resolve_costs, write_costs
 from maskvr_ds.training.phases import RunPhase, tokens_done
-from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
+from maskvr_ds.training.resume import ResumePoint, restore_engine, restore_proposer
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
 from maskvr_ds.training.step_shapes import StepShapes, late_in_stage
@@ -132,7 +132,7 @@ def setup_phase(
     table_rows = point.table_rows if initial is None or initial.rows is None else initial.rows.rows
     make_run_folder(run.output_dir, fence)
 
-    manifest, pairs = corpus.manifest, config.pair_objective is not None
+    pairs = config.pair_objective is not None
     encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
     costs, measuring = None, 0.0
     if config.masking.strategy == "auto":
@@ -149,7 +149,7 @@ def setup_phase(
         except ContentError:
             engine.destroy()  # another one may be made for an earlier checkpoint
             raise
-    proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
+    proposer = restore_proposer(config, corpus, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
     if costs is not None:
         distributed.run_on_rank0(partial(write_costs, config.output_dir, phase.index, costs, measuring))
