@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ from maskvr_ds.models.losses import objective_losses
 from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE
-
-if TYPE_CHECKING:
-    from maskvr_ds.training.resume import ResumePoint
+from maskvr_ds.training.resume import ResumePoint
+from maskvr_ds.training.setup import encoder_config, late_masks
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 _USABLE = 0.92
 
 
-def resolve_micro_sizes(config: RunConfig, point: "ResumePoint") -> RunConfig:
+def resolve_micro_sizes(config: RunConfig, point: ResumePoint) -> RunConfig:
     """The configuration with a number for every batch.micro_size that is auto. Collective: call on all ranks.
 
     point: where the run resumes; the run that its checkpoint is of has found its numbers already. With another number
@@ -253,8 +252,6 @@ class _Trial:
         return to_device(batch, distributed.device())
 
     def _make_engine(self) -> Any:
-        from maskvr_ds.training.setup import encoder_config, late_masks
-
         config = self._config
         encoder = encoder_config(config.model, self.corpus, None, pair_head=config.pair_objective is not None)
         engine = create_engine(

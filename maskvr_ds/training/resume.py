@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import deepspeed
 
 from data_pipeline.shards import Corpus
 from maskvr_ds.checkpoint import load
@@ -26,9 +28,6 @@ from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import parse_json, sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
-
-if TYPE_CHECKING:
-    import deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ def resolve_model_config(
 def restore_engine(
     run: Path,
     checkpoint: Checkpoint,
-    engine: "deepspeed.DeepSpeedEngine",
+    engine: deepspeed.DeepSpeedEngine,
     phase: RunPhase,
     state: CheckpointState,
 ) -> CheckpointState:
@@ -255,7 +254,7 @@ def _copies(masking: dict[str, Any]) -> int | str:
 
 
 def restore_proposer(
-    config: RunConfig, corpus: Corpus, engine: "deepspeed.DeepSpeedEngine", point: ResumePoint, seed: int
+    config: RunConfig, corpus: Corpus, engine: deepspeed.DeepSpeedEngine, point: ResumePoint, seed: int
 ) -> Proposer | None:
     """The mask proposal network in the checkpoint's state, or new if the checkpoint has none (an earlier phase trained
     without it). None if the strategy does not use one. Collective: call on all ranks."""
