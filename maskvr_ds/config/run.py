@@ -5,7 +5,7 @@ and single ones from `--set section.field=value` (loading.py). ds_configs/*.json
 communication, offload.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError, model_validator
 
-from maskvr_ds.config.base import ConfigError, PathSetting, Section, Seed, describe
+from maskvr_ds.config.base import ConfigError, PathSetting, Section, Seed, faults_of
 from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.config.loading import assign, read_yaml
@@ -171,10 +171,9 @@ class RunConfig(Section):
         values = resolve(self.model_dump(exclude={"phases"}), self.phases, index)
         values["model"] = self.model  # not dumped: it knows which sizes were set explicitly
         try:
-            return RunConfig.model_validate(values)
-        except ValidationError as error:
-            faults = "; ".join(describe(fault, RunConfig) for fault in error.errors(include_url=False))
-            raise ValueError(f"phases.{self.phases[index].name}: {faults}") from None
+            return validated(values)
+        except ConfigError as error:
+            raise ValueError(f"phases.{self.phases[index].name}: {error}") from None
 
     @property
     def pair_objective(self) -> str | None:
@@ -280,20 +279,38 @@ def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfi
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
-        raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults)) from None
+        raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults_of(error, RunConfig))) from None
+
+
+def validated(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of these raw values. Raises ConfigError with all faults on one line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(faults_of(error, RunConfig))) from None
+
+
+def raw_values(config: RunConfig) -> dict[str, Any]:
+    """Values from which `validated` makes an equal RunConfig, to change some of them."""
+    # The model is not dumped: it knows which sizes were set explicitly.
+    return {**_dumped(config), "model": config.model}
 
 
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back as an equal RunConfig, with the number of its schema."""
-    values = {"schema": SCHEMA, **config.model_dump(mode="json"), "masking": config.masking.dump()}
+    return yaml.safe_dump({"schema": SCHEMA, **_dumped(config)}, sort_keys=False, allow_unicode=True)
+
+
+def _dumped(config: RunConfig) -> dict[str, Any]:
+    """In JSON types."""
+    values = {**config.model_dump(mode="json"), "masking": config.masking.dump()}
     if config.model.initialize_from is not None:  # explicit defaults would contradict the folder's sizes
         values["model"] = config.model.model_dump(mode="json", exclude_unset=True)
     if config.phases:  # belong to the phases, and are taken from them on reading
         values["training"] = {"compile": config.training.compile}
         values["data"] = {key: value for key, value in values["data"].items() if key not in OF_PHASES}
         values["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in config.phases]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
 
 
 def deepspeed_config_path(name: str) -> Path:

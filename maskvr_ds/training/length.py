@@ -15,12 +15,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig, dump_config
-from maskvr_ds.config.base import describe
+from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config.run import raw_values, validated
 from maskvr_ds.data.mixture import open_mixture, shares
 from maskvr_ds.masking.checks import fewer_predictions, sequence_copies
 from maskvr_ds.runtime.numbers import MAX_STEPS
@@ -67,8 +64,7 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
     """
     if config.is_resolved:
         return config
-    values = yaml.safe_load(dump_config(config))
-    del values["schema"]
+    values = raw_values(config)
     sections = values["phases"] if config.phases else [values]
     for index, section in enumerate(sections):
         phase = config.phase(index)
@@ -88,12 +84,7 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
                 logger.info("%sfinished, with %s steps; its corpus is gone, and not needed", where, f"{steps:,}")
         kept = {key: value for key, value in section["training"].items() if key not in ("epochs", "tokens")}
         section["training"] = {**kept, "steps": steps}
-    values["model"] = config.model  # not dumped: it knows which sizes were set explicitly
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
-        raise ConfigError("; ".join(faults)) from None
+    return validated(values)
 
 
 def _open(phase: RunConfig) -> Corpus:

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config, run_deepspeed_config
+from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_config
 from maskvr_ds.config.deepspeed import zero_stage
+from maskvr_ds.config.run import raw_values, validated
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
 from maskvr_ds.data.mixture import open_mixture
@@ -117,9 +117,7 @@ def _stored(checkpoint: Path | None, phases: int) -> dict[int, int]:
 
 def _with_numbers(config: RunConfig, found: dict[int, int]) -> RunConfig:
     """found: phase → batch.micro_size."""
-    values = yaml.safe_load(dump_config(config))
-    del values["schema"]
-    values["model"] = config.model  # not dumped: it knows which sizes were set explicitly
+    values = raw_values(config)
     if not config.phases:
         values["batch"]["micro_size"] = found[0]
     for index, number in found.items() if config.phases else ():
@@ -127,7 +125,7 @@ def _with_numbers(config: RunConfig, found: dict[int, int]) -> RunConfig:
     # The run's own value is that of no phase, but is read.
     if values["batch"]["micro_size"] == "auto":
         values["batch"]["micro_size"] = min(found.values())
-    return RunConfig.model_validate(values)
+    return validated(values)
 
 
 def _search(config: RunConfig, candidates: list[int]) -> int:
