@@ -38,7 +38,7 @@ from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE
 from maskvr_ds.training.resume import ResumePoint
-from maskvr_ds.training.setup import encoder_config, late_masks
+from maskvr_ds.training.setup import encoder_config, late_masks, separator_of
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class _Trial:
             accumulation=2,
             seed=0,
             row_length=self.corpus.sequence_length,
-            separator=self.corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+            separator=separator_of(config, self.corpus),
             late=late_masks(config, self.corpus),
         )
         engine.train()

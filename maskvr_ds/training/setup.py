@@ -136,8 +136,7 @@ def setup_phase(
     encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
     costs, measuring = None, 0.0
     if config.masking.strategy == "auto":
-        separator = corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
-        distributed.run_on_rank0(lambda: _check_auto(config, encoder, separator, corpus))
+        distributed.run_on_rank0(lambda: _check_auto(config, encoder, corpus))
         here = machine(config, corpus, deepspeed_config)
         trial = partial(trial_engine, phase, corpus, encoder, deepspeed_config)
         costs, measuring = resolve_costs(phase, corpus, here, point, trial)
@@ -232,6 +231,11 @@ def encoder_config(
     return transformers_config(model, vocab_size=rows, pad_id=special.pad, token_ids=token_ids, pair_head=pair_head)
 
 
+def separator_of(config: RunConfig, corpus: Corpus) -> int | None:
+    """Id of the token that ends a document, for attention within documents; None for attention over rows."""
+    return corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
+
+
 def late_masks(config: RunConfig, corpus: Corpus) -> LateMasks | None:
     """Where [MASK] enters the model, for the corpus' rows; None: at the first layer."""
     if not config.masking.late_layer:
@@ -261,7 +265,7 @@ def _make_engine(
         accumulation=config.accumulation_steps(distributed.world_size()),
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
-        separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+        separator=separator_of(config, corpus),
         late=late,
         initial=initial,
     )
@@ -373,11 +377,11 @@ def _make_log(
     )
 
 
-def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | None, corpus: Corpus) -> None:
+def _check_auto(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus) -> None:
     """Raise ConfigError if auto could not measure the architecture or the corpus, which would show after hours."""
     check_rows(shares(corpus), config.masking.auto.rows)
     with torch.random.fork_rng(devices=[]):
-        module = MaskedLanguageModel(encoder, separator=separator)
+        module = MaskedLanguageModel(encoder, separator=separator_of(config, corpus))
     try:
         check_sketchable(module)
     except ValueError as error:
