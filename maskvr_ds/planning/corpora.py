@@ -7,7 +7,7 @@ from data_pipeline.manifest import Manifest, read_manifest
 from maskvr_ds.config import ConfigError, RunConfig
 from maskvr_ds.config.data import DataConfig
 from maskvr_ds.data.documents import check_borders, document_lengths
-from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.data.mixture import open_training_corpus
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _pairs(data: DataConfig) -> float | None:
     """Pairs of positions within documents per row, of a sample of rows; None for attention over rows."""
     if data.attention == "rows":
         return None
-    corpus = open_mixture([(one.path, one.weight) for one in data.corpora])
+    corpus = open_training_corpus(data)
     check_borders(corpus)
     lengths, rows = document_lengths(corpus)
     return int((lengths**2).sum()) / rows

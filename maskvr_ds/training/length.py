@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline.shards import Corpus
 from maskvr_ds.config import ConfigError, RunConfig
 from maskvr_ds.config.run import raw_values, validated
-from maskvr_ds.data.mixture import open_mixture, shares
+from maskvr_ds.data.mixture import open_training_corpus, shares
 from maskvr_ds.masking.checks import fewer_predictions, sequence_copies
 from maskvr_ds.runtime.numbers import MAX_STEPS
 
@@ -76,7 +76,7 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
             where = f"phase {config.phases[index].name!r}: " if config.phases else ""
             gone = finished and index == len(history) - 1 < len(sections) - 1 and not _are_there(phase)
             try:
-                steps = history[index]["steps"] if gone else steps_of(phase, _open(phase))
+                steps = history[index]["steps"] if gone else steps_of(phase, open_training_corpus(phase.data))
             except ValueError as error:
                 error.args = (f"{where}{error}",)
                 raise
@@ -85,10 +85,6 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
         kept = {key: value for key, value in section["training"].items() if key not in ("epochs", "tokens")}
         section["training"] = {**kept, "steps": steps}
     return validated(values)
-
-
-def _open(phase: RunConfig) -> Corpus:
-    return open_mixture([(entry.path, entry.weight) for entry in phase.data.corpora])
 
 
 def _are_there(phase: RunConfig) -> bool:

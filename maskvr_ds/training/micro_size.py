@@ -28,7 +28,7 @@ from maskvr_ds.config.deepspeed import zero_stage
 from maskvr_ds.config.run import raw_values, validated
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
-from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.data.mixture import open_training_corpus
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.engine import create_engine, loss_scale, step_and_norm
 from maskvr_ds.engine.silent import without_communication
@@ -194,9 +194,7 @@ class _Trial:
 
     def __init__(self, config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
         self._config, self._deepspeed = config, deepspeed_config
-        self.corpus: Corpus = distributed.run_collectively(
-            lambda: open_mixture([(entry.path, entry.weight) for entry in config.data.corpora])
-        )
+        self.corpus: Corpus = distributed.run_collectively(lambda: open_training_corpus(config.data))
         self._masker = create_masker(config.masking, self.corpus, seed=0, device=distributed.device())
         self._engine: Any = None
 

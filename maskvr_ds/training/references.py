@@ -18,7 +18,7 @@ from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_
 from maskvr_ds.config.deepspeed import enabled
 from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.documents import remarks as document_remarks
-from maskvr_ds.data.mixture import members, open_mixture
+from maskvr_ds.data.mixture import members, open_mixture, open_training_corpus
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
@@ -160,7 +160,7 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
 
     open_files: see `Corpus`. Raises ConfigError and CorpusError.
     """
-    corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
+    corpus = open_training_corpus(config.data, open_files)
     if fault := config.model.row_fault(corpus.sequence_length, corpus.manifest.special_tokens.pad):
         raise ConfigError(f"{corpus.folder}: {fault}")
     check_masking(config, corpus)
