@@ -175,6 +175,13 @@ class RunConfig(Section):
         except ConfigError as error:
             raise ValueError(f"phases.{self.phases[index].name}: {error}") from None
 
+    def named_phases(self) -> list[tuple[str, "RunConfig"]]:
+        """The phases in order, resolved, each after the start of a message that names it; of a run without phases
+        itself, after no text."""
+        if not self.phases:
+            return [("", self)]
+        return [(f"phase {phase.name!r}: ", self.phase(index)) for index, phase in enumerate(self.phases)]
+
     @property
     def pair_objective(self) -> str | None:
         """Objective trained on sentence pairs: nsp, sop or None."""

@@ -30,12 +30,14 @@ def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int
     A length from the command line describes a corpus that may be another one: nothing is read of its rows then.
     Raises ConfigError if a manifest is missing and the command line does not say what it would.
     """
-    count = len(config.phases) or 1
-    if lengths is not None and len(lengths) not in (1, count):
-        raise ConfigError(f"--sequence-length: {len(lengths)} values for {count} phases; give one, or one per phase")
+    phases = config.named_phases()
+    if lengths is not None and len(lengths) not in (1, len(phases)):
+        raise ConfigError(
+            f"--sequence-length: {len(lengths)} values for {len(phases)} phases; give one, or one per phase"
+        )
     found = []
-    for index in range(count):
-        data, size = config.phase(index).data, vocabulary
+    for index, (_, phase) in enumerate(phases):
+        data, size = phase.data, vocabulary
         length = None if lengths is None else lengths[index % len(lengths)]
         padding = pairs = pad = None
         if length is None or size is None:

@@ -66,14 +66,12 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
         return config
     values = raw_values(config)
     sections = values["phases"] if config.phases else [values]
-    for index, section in enumerate(sections):
-        phase = config.phase(index)
+    for index, (section, (where, phase)) in enumerate(zip(sections, config.named_phases(), strict=True)):
         if phase.is_resolved:
             continue
         if index < len(history) - 1:
             steps = history[index]["steps"]
         else:
-            where = f"phase {config.phases[index].name!r}: " if config.phases else ""
             gone = finished and index == len(history) - 1 < len(sections) - 1 and not _are_there(phase)
             try:
                 steps = history[index]["steps"] if gone else steps_of(phase, open_training_corpus(phase.data))

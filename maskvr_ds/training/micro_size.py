@@ -54,12 +54,12 @@ def resolve_micro_sizes(config: RunConfig, point: ResumePoint) -> RunConfig:
     of ranks, the largest divisor of their share up to that number is taken. Raises ConfigError on all ranks if there
     are no GPUs, or unequal ones, or a setting that the trials do not cover, or if a single sequence does not fit.
     """
-    phases = [config.phase(index) for index in range(len(config.phases) or 1)]
-    if not any(phase.batch.is_auto for phase in phases):
+    phases = config.named_phases()
+    if not any(phase.batch.is_auto for _, phase in phases):
         return config
     stored = distributed.run_on_rank0(lambda: _stored(point.folder, len(phases)))
     found: dict[int, int] = {}
-    for index, phase in enumerate(phases):
+    for index, (where, phase) in enumerate(phases):
         if not phase.batch.is_auto:
             continue
         share = distributed.run_collectively(partial(phase.accumulation_steps, distributed.world_size()))
@@ -68,7 +68,6 @@ def resolve_micro_sizes(config: RunConfig, point: ResumePoint) -> RunConfig:
             found[index] = max(n for n in candidates if n <= stored[index])
         else:
             found[index] = _search(phase, candidates)
-        where = f"phase {config.phases[index].name!r}: " if config.phases else ""
         logger.info("%sbatch.micro_size auto: %d", where, found[index])
     return _with_numbers(config, found)
 
@@ -106,12 +105,11 @@ def _stored(checkpoint: Path | None, phases: int) -> dict[int, int]:
     if checkpoint is None:
         return {}
     try:
-        config = load_config(checkpoint.parents[1] / CONFIG)
+        batches = [phase.batch for _, phase in load_config(checkpoint.parents[1] / CONFIG).named_phases()]
     except (ValueError, OSError):
         return {}
-    if (len(config.phases) or 1) != phases:
+    if len(batches) != phases:
         return {}
-    batches = [config.phase(index).batch for index in range(phases)]
     return {index: batch.micro_size for index, batch in enumerate(batches) if not batch.is_auto}
 
 

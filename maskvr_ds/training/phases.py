@@ -80,12 +80,12 @@ class RunPhase:
 
 def plan(config: RunConfig) -> list[RunPhase]:
     """The phases of a run in order. config: resolved, its steps are known (length.py)."""
-    resolved = [config.phase(index) for index in range(max(1, len(config.phases)))]
+    resolved = [phase for _, phase in config.named_phases()]
     steps = [phase.training.known_steps for phase in resolved]
     phases = []
     for index, phase in enumerate(resolved):
         declared = config.phases[index] if config.phases else None
-        first_of_schedule, _ = schedule_span(config.phases, index) if config.phases else (0, 1)
+        first_of_schedule, _ = schedule_span(config.phases, index)
         phases.append(
             RunPhase(
                 index=index,
