@@ -124,7 +124,12 @@ def _report(config: RunConfig, phase: RunPhase, step: int, checkpoint: Path | No
         plot_loss(config.output_dir / METRICS, config.output_dir / LOSS_PLOT)
     except Exception as error:  # of matplotlib, or of a full disk
         logger.warning("%s could not be plotted (%s); try `maskvr plot` later", config.output_dir / LOSS_PLOT, error)
-    for line in end_lines(config, phase, step, checkpoint) if checkpoint is not None else ():
+    try:
+        lines = [] if checkpoint is None else end_lines(config, phase, step, checkpoint)
+    except OSError as error:
+        lines = []
+        logger.warning("step %d is complete; its figures cannot be read now: %s", step, error)
+    for line in lines:
         logger.info("%s", line)
 
 
