@@ -69,10 +69,10 @@ def train(
     fence = Fence(config.output_dir, token)
     point = distributed.run_on_rank0(lambda: find_resume_point(config, resume, fence))
     config = config.model_copy(update={"model": point.model})
-    if not config.is_resolved:
-        unresolved, state = config, None if point.checkpoint is None else point.checkpoint.state
+    if not config.training.is_resolved:
+        state = None if point.checkpoint is None else point.checkpoint.state
         history, finished = ([], False) if state is None else (state.phases, ends_phase(state))
-        config = distributed.run_on_rank0(lambda: with_steps(unresolved, history, finished=finished))
+        config = distributed.run_on_rank0(lambda: with_steps(config, history, finished=finished))
     distributed.run_on_rank0(lambda: check_monitors(config.monitor))
     config = resolve_micro_sizes(config, point)
     phases = plan(config)

@@ -32,7 +32,7 @@ class AsyncCheckpointWriter:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def add_pause(self, seconds: float) -> None:
+    def record_pause(self, seconds: float) -> None:
         """Record how long training was paused for the checkpoint in flight."""
         self._paused = seconds
 

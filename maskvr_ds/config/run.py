@@ -97,9 +97,9 @@ class RunConfig(Section):
                 "model.activation_checkpointing; set it to layers"
             )
         if late := self.masking.late_layer:
-            check_late_layer(late, self.model, self.training.compile)
+            _check_late_layer(late, self.model, self.training.compile)
         if self.masking.auto.late_layers:
-            check_late_layers(self.masking.auto.late_layers, self.model, self.training.compile)
+            _check_late_layers(self.masking.auto.late_layers, self.model, self.training.compile)
         if self.model.uses_statistics:
             self._check_statistics()
         if (pair := self.pair_objective) is not None:
@@ -188,18 +188,8 @@ class RunConfig(Section):
         return None if self.objectives is None else self.objectives.pair
 
     @property
-    def learns_proposal(self) -> bool:
-        """Whether MAPNet is trained next to the model."""
-        return self.masking.learns_proposal
-
-    @property
     def schedule_steps(self) -> int:
         return self.training.schedule_steps or self.training.known_steps
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether the number of steps is known; otherwise see training/length.py."""
-        return self.training.is_resolved
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per step and rank; with micro_size auto, at most. Raises ConfigError if the global batch is not
@@ -227,17 +217,17 @@ def _multiples(size: int, of: int) -> str:
     return " or ".join(map(str, sorted({max(1, size // of) * of, (size // of + 1) * of})))
 
 
-def check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:
+def _check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:
     """Raise ValueError if strategy auto could not let [MASK] enter at one of `layers`. how: training.compile."""
     if how != "none":
         raise ValueError(
             f"training.compile {how}: compiled layers have rows of fixed lengths, which change with "
             "masking.auto.late_layers; set it to none, or fix the layer by masking.late_layer"
         )
-    check_late_layer(max(layers), model, how, "masking.auto.late_layers")
+    _check_late_layer(max(layers), model, how, "masking.auto.late_layers")
 
 
-def check_late_layer(late: int, model: ModelConfig, how: str, name: str = "masking.late_layer") -> None:
+def _check_late_layer(late: int, model: ModelConfig, how: str, name: str = "masking.late_layer") -> None:
     """Raise ValueError if [MASK] cannot enter at layer `late`. Of other architectures than BERT, the model itself knows
     (models/late_masks.py). how: training.compile. name: of the setting."""
     if how == "model":

@@ -62,12 +62,12 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
     the phase may have been made longer. Raises ConfigError and CorpusError, naming the phase, also if the steps do not
     fit other settings.
     """
-    if config.is_resolved:
+    if config.training.is_resolved:
         return config
     values = raw_values(config)
     sections = values["phases"] if config.phases else [values]
     for index, (section, (where, phase)) in enumerate(zip(sections, config.named_phases(), strict=True)):
-        if phase.is_resolved:
+        if phase.training.is_resolved:
             continue
         if index < len(history) - 1:
             steps = history[index]["steps"]

@@ -258,7 +258,7 @@ def restore_proposer(
 ) -> Proposer | None:
     """The mask proposal network in the checkpoint's state, or new if the checkpoint has none (an earlier phase trained
     without it). None if the strategy does not use one. Collective: call on all ranks."""
-    if not config.learns_proposal:
+    if not config.masking.learns_proposal:
         return None
     proposer = create_proposer(config.masking.mapnet, corpus, engine.module.mlm.config, seed=seed)
     proposer.attach(engine.module)
