@@ -116,8 +116,11 @@ def ends_phase(state: CheckpointState) -> bool:
     return bool(state.phases) and state.phases[-1].get("steps") == state.settings.get("training.steps")
 
 
-def tokens_done(history: list[dict[str, Any]]) -> int:
-    return sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in history)
+def tokens_after(phase: RunPhase, samples: int, history: list[dict[str, Any]], sequence_length: int) -> int:
+    """Tokens in the first `samples` sequences of the run, the last of which `phase` has read. history:
+    `CheckpointState.phases`, which has the lengths of the earlier phases' rows. sequence_length: of this phase's."""
+    before = sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in history[: phase.index])
+    return int(before) + (samples - phase.first_sample) * sequence_length
 
 
 def next_phase(phases: list[RunPhase], state: CheckpointState) -> int:

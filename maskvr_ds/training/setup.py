@@ -49,7 +49,7 @@ from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.mask_costs import machine, resolve_costs, write_costs
-from maskvr_ds.training.phases import RunPhase, tokens_done
+from maskvr_ds.training.phases import RunPhase, tokens_after
 from maskvr_ds.training.resume import ResumePoint, restore_engine, restore_proposer
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
@@ -66,8 +66,7 @@ class PhaseContext:
     """State and components that the training loop of a phase uses.
 
     verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto. state: where the
-    phase starts or continues. tokens_before: tokens trained in earlier phases. probe: a few fixed masked rows, on which
-    an export's logits are compared.
+    phase starts or continues. probe: a few fixed masked rows, on which an export's logits are compared.
     """
 
     corpus: Corpus
@@ -79,7 +78,6 @@ class PhaseContext:
     evaluation: HeldOut | None
     probe: MaskedBatch
     state: CheckpointState
-    tokens_before: int
     rollbacks: list[dict[str, Any]]
     log: MetricsLog
     guard: Guard
@@ -187,7 +185,6 @@ def setup_phase(
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
         probe=(probe := masker(next(_probe_rows(held_out or corpus, pairs).batches()))),
         state=state,
-        tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
         guard=guard,
@@ -355,19 +352,15 @@ def _make_guard(phase: RunPhase, state: CheckpointState, rollbacks: list[dict[st
 
 
 def _make_log(
-    phase: RunPhase,
-    corpus: Corpus,
-    engine: Any,
-    state: CheckpointState,
-    rollbacks: list[dict[str, Any]],
+    phase: RunPhase, corpus: Corpus, engine: Any, state: CheckpointState, rollbacks: list[dict[str, Any]]
 ) -> MetricsLog:
     """Rank 0 alone writes it: the others must not wait for a rank that cannot."""
-    tokens_before, optimizer = tokens_done(state.phases[: phase.index]), engine.basic_optimizer
+    optimizer = engine.basic_optimizer
     return MetricsLog(
         phase.config.output_dir,
         rank=distributed.rank(),
         resume_step=state.step,
-        resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
+        resume_tokens=tokens_after(phase, state.samples, state.phases, corpus.sequence_length),
         total_steps=phase.run_steps,
         monitor=phase.config.monitor,
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
