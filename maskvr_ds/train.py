@@ -38,7 +38,7 @@ from maskvr_ds.telemetry.plots import plot_loss
 from maskvr_ds.training.corpora import check_corpora
 from maskvr_ds.training.length import remarks, with_steps
 from maskvr_ds.training.micro_size import resolve_micro_sizes
-from maskvr_ds.training.phases import RunPhase, ends_phase, plan
+from maskvr_ds.training.phases import RunPhase, ends_phase, plan, tokens_after
 from maskvr_ds.training.report import end_lines, start_lines
 from maskvr_ds.training.resume import ResumePoint, find_resume_point, pass_by
 from maskvr_ds.training.rollback import batches, roll_back, windows_of
@@ -69,10 +69,10 @@ def train(
     fence = Fence(config.output_dir, token)
     point = distributed.run_on_rank0(lambda: find_resume_point(config, resume, fence))
     config = config.model_copy(update={"model": point.model})
-    if not config.is_resolved:
-        unresolved, state = config, None if point.checkpoint is None else point.checkpoint.state
+    if not config.training.is_resolved:
+        state = None if point.checkpoint is None else point.checkpoint.state
         history, finished = ([], False) if state is None else (state.phases, ends_phase(state))
-        config = distributed.run_on_rank0(lambda: with_steps(unresolved, history, finished=finished))
+        config = distributed.run_on_rank0(lambda: with_steps(config, history, finished=finished))
     distributed.run_on_rank0(lambda: check_monitors(config.monitor))
     config = resolve_micro_sizes(config, point)
     phases = plan(config)
@@ -250,7 +250,7 @@ def _record(
     return StepRecord(
         step=step,
         samples=samples,
-        tokens=context.tokens_before + (samples - phase.first_sample) * context.corpus.sequence_length,
+        tokens=tokens_after(phase, samples, context.state.phases, context.corpus.sequence_length),
         lr=lr,
         counters=DeferredTensor(result.counters),
         loss_sum=DeferredTensor(result.loss_sum),

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig, deepspeed_config_path
-from maskvr_ds.config.base import describe
+from maskvr_ds.config.base import faults_of
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.config.loading import assign
 from maskvr_ds.engine.engine import create_engine
@@ -143,8 +143,7 @@ def _optimizer_config(assignments: Sequence[str]) -> OptimizerConfig:
     try:
         config = OptimizerConfig.model_validate({**values["optimizer"], "lr": _LR})
     except ValidationError as error:
-        faults = [describe(fault, OptimizerConfig) for fault in error.errors(include_url=False)]
-        raise ConfigError(f"--set: optimizer: {'; '.join(faults)}") from None
+        raise ConfigError(f"--set: optimizer: {'; '.join(faults_of(error, OptimizerConfig))}") from None
     if config.name != "lamb":
         raise ConfigError(f"--set optimizer.name={config.name}: optimizer-step-time compares LAMB with others")
     return config

@@ -23,9 +23,8 @@ def run_costs(config: str, assignments: Sequence[str], rounds: int) -> dict[str,
     """
     distributed.initialize()
     run = distributed.run_collectively(lambda: load_config(config, assignments))
-    if not run.is_resolved:
-        unresolved = run
-        run = distributed.run_on_rank0(lambda: with_steps(unresolved, []))
+    if not run.training.is_resolved:
+        run = distributed.run_on_rank0(lambda: with_steps(run))
     phase = plan(run)[0]
     if (strategy := phase.config.masking.strategy) != "auto":
         raise ConfigError(

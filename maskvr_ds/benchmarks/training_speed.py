@@ -14,16 +14,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pydantic import ValidationError
 
 from maskvr_ds import train
 from maskvr_ds.benchmarks.corpus import make_corpus
 from maskvr_ds.benchmarks.device_kernels import kernel_figures
 from maskvr_ds.benchmarks.step_parts import PARTS, Kernels, StepParts, Traffic, recording, spread
 from maskvr_ds.config import ConfigError, RunConfig, deepspeed_config_path
-from maskvr_ds.config.base import describe
 from maskvr_ds.config.deepspeed import read_deepspeed_config, zero_stage
 from maskvr_ds.config.loading import assign
+from maskvr_ds.config.run import validated
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.run_folder.layout import METRICS
@@ -237,10 +236,7 @@ def _configuration(values: dict[str, Any], assignments: Sequence[str]) -> RunCon
         if name in _OWNED:
             raise ConfigError(f"--set {assignment}: {name} is set by the benchmark and its options")
         assign(values, assignment)
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(describe(fault, RunConfig) for fault in error.errors(include_url=False))) from None
+    return validated(values)
 
 
 def _speed(

@@ -10,10 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from maskvr_ds.runtime.deferred import DeferredTensor
+from maskvr_ds.runtime.deferred import DeferredTensor
 
 
 class AsyncCheckpointWriter:
@@ -33,7 +32,7 @@ class AsyncCheckpointWriter:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def add_pause(self, seconds: float) -> None:
+    def record_pause(self, seconds: float) -> None:
         """Record how long training was paused for the checkpoint in flight."""
         self._paused = seconds
 
@@ -42,7 +41,7 @@ class AsyncCheckpointWriter:
         """Whether this rank is still writing files."""
         return self._thread is not None and self._thread.is_alive()
 
-    def all_written(self, flag: "DeferredTensor") -> bool:
+    def all_written(self, flag: DeferredTensor) -> bool:
         """Whether all ranks have written their files, so that `finish` will not wait; identical on all ranks.
 
         Call once per step on all ranks. flag: int64 [1], all-reduced in this step: the number of ranks that are

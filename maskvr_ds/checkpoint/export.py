@@ -115,7 +115,7 @@ def _target(output: Path) -> Path:
     target = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"{output} exists and is not an empty folder; choose another --output")
-    if (parent := next(path for path in target.parents if path.exists())) and not parent.is_dir():
+    if not (parent := next(path for path in target.parents if path.exists())).is_dir():
         raise ExportError(f"{output}: {parent} is a file, a folder expected; choose another --output")
     # It will be replaced by another folder of the same name, and this process, or a shell, would be in none.
     if Path.cwd().is_relative_to(target):
@@ -191,7 +191,10 @@ def _write_tokenizer(source: Path, output: Path) -> list[str]:
         _write_settings(config, {**changed, "tokenizer_class": "PreTrainedTokenizerFast"})
         if (difference := _difference(output, expected)) is None:
             return remarks
-    shutil.copyfile(source / config.name, config) if (source / config.name).is_file() else config.unlink()
+    if (source / config.name).is_file():
+        shutil.copyfile(source / config.name, config)
+    else:
+        config.unlink()
     return [
         *remarks,
         f"{difference}; use tokenizers.Tokenizer.from_file on the folder's tokenizer.json, which is exact",

@@ -80,8 +80,11 @@ def convert(run: Path, folder: Path, was: CheckpointState, now: CheckpointState)
     # DeepSpeed's converter writes every tensor twice: as fragments and assembled.
     try:
         checkpoints.check_space(temporary, 3 * checkpoints.size(folder), "converting a checkpoint")
-        tensors, content = (_from_partitions if was.zero_stage else _from_full)(folder, temporary / "pieces")
-        shutil.rmtree(temporary / "pieces", ignore_errors=True)
+        if was.zero_stage:
+            tensors, content = _from_partitions(folder, temporary / "pieces")
+            shutil.rmtree(temporary / "pieces", ignore_errors=True)
+        else:
+            tensors, content = _from_full(folder)
         _check_shapes(folder, tensors)
         save_file(tensors, temporary / TENSORS)
         checkpoints.write_manifest(temporary, {"source": source, **content})
@@ -142,7 +145,7 @@ def _from_partitions(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor],
     return tensors, _content(inner, model, {} if scaler is None else vars(scaler))
 
 
-def _from_full(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _from_full(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Convert stage 0, where every rank holds everything: in fp32 the model's weights are the masters, in bf16
     DeepSpeed stores the masters tensor by tensor in addition."""
     model = _unpickle(folder / "mp_rank_00_model_states.pt")

@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+)
 
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE, MAX_SECONDS, MAX_SEED, MAX_STEPS, MAX_TOKENS
 
@@ -139,8 +148,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def describe(fault: Any, model: type[BaseModel]) -> str:
-    """One fault found by pydantic in validating `model`, as a line: location, rule, value."""
+def faults_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What pydantic found wrong in validating `model`, one line per fault: location, rule, value."""
+    return [_described(fault, model) for fault in error.errors(include_url=False)]
+
+
+def _described(fault: Any, model: type[BaseModel]) -> str:
     where = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         known = _known_keys(model, fault["loc"][:-1])

@@ -137,7 +137,7 @@ def _unsupported(config: dict[str, Any]) -> str | None:
     if zero.get("offload_param"):
         return "offload_param is not supported; use offload_optimizer"
     offload = zero.get("offload_optimizer") or {}
-    device = offload.get("device", "none")
+    device = offload_device(config)
     if device not in ("none", "cpu"):
         return f"offload_optimizer.device {device!r}; supported are 'none' and 'cpu'"
     if device == "cpu" and stage == 0:
@@ -156,3 +156,9 @@ def enabled(config: dict[str, Any], precision: str) -> bool:
 def zero_stage(config: dict[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed configuration; 0 if absent."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offload_device(config: dict[str, Any]) -> str:
+    """Where a DeepSpeed configuration keeps the optimizer's state: "cpu", or "none" for the device that trains."""
+    device: str = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    return device

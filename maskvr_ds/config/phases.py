@@ -137,9 +137,9 @@ def check_phases(phases: Phases) -> None:
 
 
 def schedule_span(phases: Phases, index: int) -> tuple[int, int]:
-    """Phases [first, end) that share one schedule with phase `index`."""
+    """Phases [first, end) that share one schedule with phase `index`; (0, 1) for a run without phases."""
     first, end = index, index + 1
-    while phases[first].continues_schedule:
+    while phases and phases[first].continues_schedule:
         first -= 1
     while end < len(phases) and phases[end].continues_schedule:
         end += 1

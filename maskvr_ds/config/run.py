@@ -5,7 +5,7 @@ and single ones from `--set section.field=value` (loading.py). ds_configs/*.json
 communication, offload.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError, model_validator
 
-from maskvr_ds.config.base import ConfigError, PathSetting, Section, Seed, describe
+from maskvr_ds.config.base import ConfigError, PathSetting, Section, Seed, faults_of
 from maskvr_ds.config.data import DataConfig
 from maskvr_ds.config.deepspeed import read_deepspeed_config
 from maskvr_ds.config.loading import assign, read_yaml
@@ -97,9 +97,9 @@ class RunConfig(Section):
                 "model.activation_checkpointing; set it to layers"
             )
         if late := self.masking.late_layer:
-            check_late_layer(late, self.model, self.training.compile)
+            _check_late_layer(late, self.model, self.training.compile)
         if self.masking.auto.late_layers:
-            check_late_layers(self.masking.auto.late_layers, self.model, self.training.compile)
+            _check_late_layers(self.masking.auto.late_layers, self.model, self.training.compile)
         if self.model.uses_statistics:
             self._check_statistics()
         if (pair := self.pair_objective) is not None:
@@ -171,10 +171,16 @@ class RunConfig(Section):
         values = resolve(self.model_dump(exclude={"phases"}), self.phases, index)
         values["model"] = self.model  # not dumped: it knows which sizes were set explicitly
         try:
-            return RunConfig.model_validate(values)
-        except ValidationError as error:
-            faults = "; ".join(describe(fault, RunConfig) for fault in error.errors(include_url=False))
-            raise ValueError(f"phases.{self.phases[index].name}: {faults}") from None
+            return validated(values)
+        except ConfigError as error:
+            raise ValueError(f"phases.{self.phases[index].name}: {error}") from None
+
+    def named_phases(self) -> list[tuple[str, "RunConfig"]]:
+        """The phases in order, resolved, each after the start of a message that names it; of a run without phases
+        itself, after no text."""
+        if not self.phases:
+            return [("", self)]
+        return [(f"phase {phase.name!r}: ", self.phase(index)) for index, phase in enumerate(self.phases)]
 
     @property
     def pair_objective(self) -> str | None:
@@ -182,18 +188,8 @@ class RunConfig(Section):
         return None if self.objectives is None else self.objectives.pair
 
     @property
-    def learns_proposal(self) -> bool:
-        """Whether MAPNet is trained next to the model."""
-        return self.masking.learns_proposal
-
-    @property
     def schedule_steps(self) -> int:
         return self.training.schedule_steps or self.training.known_steps
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether the number of steps is known; otherwise see training/length.py."""
-        return self.training.is_resolved
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per step and rank; with micro_size auto, at most. Raises ConfigError if the global batch is not
@@ -221,17 +217,17 @@ def _multiples(size: int, of: int) -> str:
     return " or ".join(map(str, sorted({max(1, size // of) * of, (size // of + 1) * of})))
 
 
-def check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:
+def _check_late_layers(layers: tuple[int, ...], model: ModelConfig, how: str) -> None:
     """Raise ValueError if strategy auto could not let [MASK] enter at one of `layers`. how: training.compile."""
     if how != "none":
         raise ValueError(
             f"training.compile {how}: compiled layers have rows of fixed lengths, which change with "
             "masking.auto.late_layers; set it to none, or fix the layer by masking.late_layer"
         )
-    check_late_layer(max(layers), model, how, "masking.auto.late_layers")
+    _check_late_layer(max(layers), model, how, "masking.auto.late_layers")
 
 
-def check_late_layer(late: int, model: ModelConfig, how: str, name: str = "masking.late_layer") -> None:
+def _check_late_layer(late: int, model: ModelConfig, how: str, name: str = "masking.late_layer") -> None:
     """Raise ValueError if [MASK] cannot enter at layer `late`. Of other architectures than BERT, the model itself knows
     (models/late_masks.py). how: training.compile. name: of the setting."""
     if how == "model":
@@ -283,20 +279,38 @@ def load_config(config: str | Path, assignments: Sequence[str] = ()) -> RunConfi
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
-        raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults)) from None
+        raise ConfigError(f"config {config}:\n  " + "\n  ".join(faults_of(error, RunConfig))) from None
+
+
+def validated(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of these raw values. Raises ConfigError with all faults on one line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(faults_of(error, RunConfig))) from None
+
+
+def raw_values(config: RunConfig) -> dict[str, Any]:
+    """Values from which `validated` makes an equal RunConfig, to change some of them."""
+    # The model is not dumped: it knows which sizes were set explicitly.
+    return {**_dumped(config), "model": config.model}
 
 
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back as an equal RunConfig, with the number of its schema."""
-    values = {"schema": SCHEMA, **config.model_dump(mode="json"), "masking": config.masking.dump()}
+    return yaml.safe_dump({"schema": SCHEMA, **_dumped(config)}, sort_keys=False, allow_unicode=True)
+
+
+def _dumped(config: RunConfig) -> dict[str, Any]:
+    """In JSON types."""
+    values = {**config.model_dump(mode="json"), "masking": config.masking.dump()}
     if config.model.initialize_from is not None:  # explicit defaults would contradict the folder's sizes
         values["model"] = config.model.model_dump(mode="json", exclude_unset=True)
     if config.phases:  # belong to the phases, and are taken from them on reading
         values["training"] = {"compile": config.training.compile}
         values["data"] = {key: value for key, value in values["data"].items() if key not in OF_PHASES}
         values["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in config.phases]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
 
 
 def deepspeed_config_path(name: str) -> Path:

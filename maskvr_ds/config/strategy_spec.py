@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from maskvr_ds.config.base import ConfigError, describe
+from maskvr_ds.config.base import ConfigError, faults_of
 from maskvr_ds.config.loading import assign
 from maskvr_ds.config.masking import SUBSECTIONS, MapNetConfig, MaskingConfig
 from maskvr_ds.run_folder.migration import renamed
@@ -78,8 +78,7 @@ class StrategySpec:
         try:
             return MaskingConfig.model_validate(values)
         except ValidationError as error:
-            faults = "; ".join(describe(fault, MaskingConfig) for fault in error.errors(include_url=False))
-            raise ConfigError(f"{self.text}: {faults}") from None
+            raise ConfigError(f"{self.text}: {'; '.join(faults_of(error, MaskingConfig))}") from None
 
 
 def parse_strategy(text: str) -> StrategySpec:

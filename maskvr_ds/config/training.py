@@ -207,7 +207,7 @@ class TrainingConfig(Section):
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the number of steps is known."""
+        """Whether the number of steps is known; otherwise see training/length.py."""
         return self.steps is not None
 
     @property

@@ -5,19 +5,18 @@ B sequences, L positions, K predictions per sequence at most (`maximum_predictio
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 class _Rows:
     """Dataclass of tensors with a common first axis B; None for tensors that are not needed."""
 
-    def _columns(self) -> "dict[str, torch.Tensor | None]":
+    def _columns(self) -> dict[str, torch.Tensor | None]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
-    def map(self, function: "Callable[[torch.Tensor], torch.Tensor]") -> Self:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply `function` to every tensor."""
         return type(self)(**{n: c if c is None else function(c) for n, c in self._columns().items()})
 
@@ -44,13 +43,13 @@ class TokenBatch(_Rows):
         unless pairs are trained.
     """
 
-    input_ids: "torch.Tensor"
-    sample_ids: "torch.Tensor"
-    epochs: "torch.Tensor"
-    attention_mask: "torch.Tensor | None" = None
-    row_digests: "torch.Tensor | None" = None
-    segment_starts: "torch.Tensor | None" = None
-    pair_labels: "torch.Tensor | None" = None
+    input_ids: torch.Tensor
+    sample_ids: torch.Tensor
+    epochs: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    row_digests: torch.Tensor | None = None
+    segment_starts: torch.Tensor | None = None
+    pair_labels: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ class MaskedBatch(_Rows):
     segment_starts, pair_labels: as in TokenBatch.
     """
 
-    input_ids: "torch.Tensor"
-    positions: "torch.Tensor"
-    labels: "torch.Tensor"
-    weights: "torch.Tensor"
-    attention_mask: "torch.Tensor | None" = None
-    sampling_weights: "torch.Tensor | None" = None
-    segment_starts: "torch.Tensor | None" = None
-    pair_labels: "torch.Tensor | None" = None
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    sampling_weights: torch.Tensor | None = None
+    segment_starts: torch.Tensor | None = None
+    pair_labels: torch.Tensor | None = None

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_pipeline.shards import Corpus, OpenFiles, open_here
 from maskvr_ds import hashing
-from maskvr_ds.config.base import ConfigError
+from maskvr_ds.config import ConfigError, DataConfig
 
 # Manifest fields that the corpora of a mixture must share.
 _COMMON = ("tokenizer_sha256", "vocab_size", "special_tokens", "sequence_length")
@@ -82,6 +82,11 @@ def open_mixture(corpora: Sequence[tuple[Path, float]], open_files: OpenFiles = 
     opened = [Corpus(path, open_files) for path, _ in corpora]
     weights = [weight for _, weight in corpora]
     return opened[0] if weights == [1.0] else Mixture(opened, weights)
+
+
+def open_training_corpus(data: DataConfig, open_files: OpenFiles = open_here) -> Corpus:
+    """The corpora of a configuration as one. Raises ConfigError and CorpusError."""
+    return open_mixture([(entry.path, entry.weight) for entry in data.corpora], open_files)
 
 
 def members(corpus: Corpus) -> tuple[Corpus, ...]:

@@ -8,9 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-
-from maskvr_ds.data.vocabulary import byte_alphabet, pre_tokenizer_steps
+from maskvr_ds.data.vocabulary import byte_alphabet, pre_tokenizer_steps, read_tokenizer
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 _ROLES = ("cls", "sep", "pad", "mask", "unk")
@@ -38,11 +36,8 @@ class Pieces:
                 f"{path}: missing, needed for model.vocabulary; load the tokenizer with transformers' AutoTokenizer "
                 "and save it there with save_pretrained"
             )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises no narrower class
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
+        self._tokenizer = read_tokenizer(folder)
+        content = json.loads(path.read_text(encoding="utf-8"))
         self.ids: dict[str, int] = dict(self._tokenizer.get_vocab(with_added_tokens=True))
         self.roles = _roles(folder)
         model = content["model"]

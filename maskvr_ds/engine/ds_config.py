@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from maskvr_ds.config import BatchConfig, ConfigError, OptimizerConfig
-from maskvr_ds.config.deepspeed import OWNED, enabled
+from maskvr_ds.config.deepspeed import OWNED, enabled, offload_device
 from maskvr_ds.runtime import distributed
 
 
@@ -33,8 +33,7 @@ def check_device(config: dict[str, Any]) -> None:
 
 def check_fused(config: dict[str, Any]) -> None:
     """Raise ConfigError if LAMB's Triton kernels cannot run on this machine with this configuration."""
-    offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
-    if offload != "none":
+    if (offload := offload_device(config)) != "none":
         raise ConfigError(
             f"optimizer.fused is true, but offload_optimizer.device is {offload!r}: the kernels run on GPUs; "
             "set one of them differently"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from maskvr_ds import hashing
 from maskvr_ds.config import BatchConfig, ConfigError, ModelConfig, OptimizerConfig
-from maskvr_ds.config.deepspeed import zero_stage
+from maskvr_ds.config.deepspeed import offload_device, zero_stage
 from maskvr_ds.engine.deepspeed_patches import (
     check_deepspeed,
     hold_loss_scale,
@@ -128,8 +128,7 @@ def _check_build_locks(config: dict[str, Any]) -> None:
     """Raise BuildLockError if DeepSpeed would wait for ever for its Adam, which it compiles at first use."""
     if not (own := config.get("optimizer")) or own["params"]["torch_adam"]:
         return
-    offload = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
-    check_build_lock("fused_adam" if offload == "none" else "cpu_adam")
+    check_build_lock("fused_adam" if offload_device(config) == "none" else "cpu_adam")
 
 
 def _freeze(module: MaskedLanguageModel, names: list[str]) -> None:

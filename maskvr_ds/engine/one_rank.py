@@ -61,10 +61,10 @@ def skip_reduction(engine: Any) -> None:
     engine.buffered_allreduce_fallback = fill
 
 
-def hold_gradients(optimizer: Any) -> bool:
-    """Keep the gradients of a DeepSpeedZeroOptimizer on one rank in flat buffers; returns whether it did."""
+def hold_gradients(optimizer: Any) -> None:
+    """Keep the gradients of a DeepSpeedZeroOptimizer on one rank in flat buffers, unless a special case is used."""
     if not _is_plain(optimizer):
-        return False
+        return
     for attribute in _STATE:
         check_part("one_rank", optimizer, attribute)
     gradients = _FlatGradients(optimizer)
@@ -74,7 +74,6 @@ def hold_gradients(optimizer: Any) -> bool:
     optimizer.zero_grad = gradients.zero
     optimizer.held_gradients = gradients
     optimizer.step = MethodType(_step, optimizer)
-    return True
 
 
 def _is_plain(optimizer: Any) -> bool:

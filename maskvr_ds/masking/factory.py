@@ -1,15 +1,17 @@
-"""Construction of a Masker from the configuration."""
+"""Construction of a Masker, and of the network that may propose its masks, from the configuration."""
 
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import MaskingConfig
+from maskvr_ds.config import MapNetConfig, MaskingConfig
 from maskvr_ds.data.token_scores import read_token_scores
 from maskvr_ds.data.vocabulary import token_counts
 from maskvr_ds.masking.masker import Corruption, Masker
 from maskvr_ds.masking.parameters import counts_passages, strategy_parameters, token_scores
+from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import Proposal
 from maskvr_ds.runtime import distributed
 
@@ -48,4 +50,16 @@ def create_masker(
             corruption=Corruption(masking.mask_probability, masking.random_probability),
             device=device,
         )
+    )
+
+
+def create_proposer(mapnet: MapNetConfig, corpus: Corpus, encoder: PreTrainedConfig, *, seed: int) -> Proposer:
+    """A new mask proposal network, on this rank's device, with as many positions as the encoder: it fits the rows of
+    all phases."""
+    return Proposer(
+        mapnet,
+        vocab_size=corpus.manifest.vocab_size,
+        max_length=encoder.max_position_embeddings,
+        seed=seed,
+        device=distributed.device(),
     )

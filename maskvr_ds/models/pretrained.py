@@ -33,7 +33,6 @@ _OF_PAIRS = ("pooler.", "seq_relationship.", "sop_classifier.")
 _RTD = ("mask_predictions.", "discriminator_predictions.")
 # Of tensors that masked-LM training ignores: those, a buffer of old versions, heads of replaced-token detection.
 _UNUSED = (*_OF_PAIRS, "position_ids", *_RTD)
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_NAMES = ("F64", "F32", "BF16", "F16")
 
 

@@ -7,7 +7,7 @@ from data_pipeline.manifest import Manifest, read_manifest
 from maskvr_ds.config import ConfigError, RunConfig
 from maskvr_ds.config.data import DataConfig
 from maskvr_ds.data.documents import check_borders, document_lengths
-from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.data.mixture import open_training_corpus
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ def corpora_of(config: RunConfig, lengths: Sequence[int] | None, vocabulary: int
     A length from the command line describes a corpus that may be another one: nothing is read of its rows then.
     Raises ConfigError if a manifest is missing and the command line does not say what it would.
     """
-    count = len(config.phases) or 1
-    if lengths is not None and len(lengths) not in (1, count):
-        raise ConfigError(f"--sequence-length: {len(lengths)} values for {count} phases; give one, or one per phase")
+    phases = config.named_phases()
+    if lengths is not None and len(lengths) not in (1, len(phases)):
+        raise ConfigError(
+            f"--sequence-length: {len(lengths)} values for {len(phases)} phases; give one, or one per phase"
+        )
     found = []
-    for index in range(count):
-        data, size = config.phase(index).data, vocabulary
+    for index, (_, phase) in enumerate(phases):
+        data, size = phase.data, vocabulary
         length = None if lengths is None else lengths[index % len(lengths)]
         padding = pairs = pad = None
         if length is None or size is None:
@@ -66,7 +68,7 @@ def _pairs(data: DataConfig) -> float | None:
     """Pairs of positions within documents per row, of a sample of rows; None for attention over rows."""
     if data.attention == "rows":
         return None
-    corpus = open_mixture([(one.path, one.weight) for one in data.corpora])
+    corpus = open_training_corpus(data)
     check_borders(corpus)
     lengths, rows = document_lengths(corpus)
     return int((lengths**2).sum()) / rows

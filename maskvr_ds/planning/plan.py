@@ -237,7 +237,7 @@ def make_plan(config: RunConfig, corpora: Sequence[Corpus], cluster: Cluster, ca
     phases = []
     for index, corpus in enumerate(corpora):
         name = config.phases[index].name if config.phases else ""
-        first = schedule_span(config.phases, index)[0] if config.phases else 0
+        first, _ = schedule_span(config.phases, index)
         begin = sum(_steps(config.phase(i), corpora[i].length) for i in range(first, index))
         phase = _Phase(config.phase(index), corpus, name, cluster, calibration, begin)
         phases.append(_plan_phase(phase, zero, _alternatives(zero, precision)))

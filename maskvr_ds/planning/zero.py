@@ -10,7 +10,7 @@ from typing import Any
 
 from maskvr_ds.config import ConfigError
 from maskvr_ds.config.base import shown
-from maskvr_ds.config.deepspeed import enabled, zero_stage
+from maskvr_ds.config.deepspeed import enabled, offload_device, zero_stage
 
 # DeepSpeed's defaults for keys that a file may lack.
 _BUCKET, _LIVE = 500_000_000, 1_000_000_000
@@ -74,7 +74,7 @@ def zero_settings(config: dict[str, Any]) -> Zero:
         overlap=bool(zero.get("overlap_comm", stage == 3)) and stage > 1,
         to_owner=not zero.get("use_multi_rank_bucket_allreduce", True),
         live=_elements(zero, "stage3_max_live_parameters", _LIVE),
-        offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        offload=offload_device(config) != "none",
         flat_gradients=stage == 1 and enabled(config, "bf16") and accumulated == 4,
     )
 

@@ -15,13 +15,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig, dump_config
-from maskvr_ds.config.base import describe
-from maskvr_ds.data.mixture import open_mixture, shares
+from maskvr_ds.config import ConfigError, RunConfig
+from maskvr_ds.config.run import raw_values, validated
+from maskvr_ds.data.mixture import open_training_corpus, shares
 from maskvr_ds.masking.checks import fewer_predictions, sequence_copies
 from maskvr_ds.runtime.numbers import MAX_STEPS
 
@@ -65,22 +62,19 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
     the phase may have been made longer. Raises ConfigError and CorpusError, naming the phase, also if the steps do not
     fit other settings.
     """
-    if config.is_resolved:
+    if config.training.is_resolved:
         return config
-    values = yaml.safe_load(dump_config(config))
-    del values["schema"]
+    values = raw_values(config)
     sections = values["phases"] if config.phases else [values]
-    for index, section in enumerate(sections):
-        phase = config.phase(index)
-        if phase.is_resolved:
+    for index, (section, (where, phase)) in enumerate(zip(sections, config.named_phases(), strict=True)):
+        if phase.training.is_resolved:
             continue
         if index < len(history) - 1:
             steps = history[index]["steps"]
         else:
-            where = f"phase {config.phases[index].name!r}: " if config.phases else ""
             gone = finished and index == len(history) - 1 < len(sections) - 1 and not _are_there(phase)
             try:
-                steps = history[index]["steps"] if gone else steps_of(phase, _open(phase))
+                steps = history[index]["steps"] if gone else steps_of(phase, open_training_corpus(phase.data))
             except ValueError as error:
                 error.args = (f"{where}{error}",)
                 raise
@@ -88,16 +82,7 @@ def with_steps(config: RunConfig, history: Sequence[Mapping[str, Any]] = (), *, 
                 logger.info("%sfinished, with %s steps; its corpus is gone, and not needed", where, f"{steps:,}")
         kept = {key: value for key, value in section["training"].items() if key not in ("epochs", "tokens")}
         section["training"] = {**kept, "steps": steps}
-    values["model"] = config.model  # not dumped: it knows which sizes were set explicitly
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        faults = [describe(fault, RunConfig) for fault in error.errors(include_url=False)]
-        raise ConfigError("; ".join(faults)) from None
-
-
-def _open(phase: RunConfig) -> Corpus:
-    return open_mixture([(entry.path, entry.weight) for entry in phase.data.corpora])
+    return validated(values)
 
 
 def _are_there(phase: RunConfig) -> bool:

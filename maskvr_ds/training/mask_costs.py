@@ -40,7 +40,7 @@ from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.ds_config import model_dtype
 from maskvr_ds.engine.engine import set_learning_rate
 from maskvr_ds.masking.checks import maskable_counts
-from maskvr_ds.masking.factory import create_masker
+from maskvr_ds.masking.factory import create_masker, create_proposer
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.strategies import STRATEGIES
@@ -335,13 +335,7 @@ def measure_costs(
 
 
 def _proposer(config: RunConfig, corpus: Corpus, engine: Any) -> Proposer:
-    proposer = Proposer(
-        config.masking.mapnet,
-        vocab_size=corpus.manifest.vocab_size,
-        max_length=engine.module.mlm.config.max_position_embeddings,
-        seed=0,
-        device=distributed.device(),
-    )
+    proposer = create_proposer(config.masking.mapnet, corpus, engine.module.mlm.config, seed=0)
     proposer.gate = "always"
     return proposer
 

@@ -17,18 +17,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from data_pipeline.shards import Corpus
-from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config, run_deepspeed_config
+from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_config
 from maskvr_ds.config.deepspeed import zero_stage
+from maskvr_ds.config.run import raw_values, validated
 from maskvr_ds.data.batch import TokenBatch
 from maskvr_ds.data.loader import read_rows, to_device
-from maskvr_ds.data.mixture import open_mixture
+from maskvr_ds.data.mixture import open_training_corpus
 from maskvr_ds.engine.deepspeed_patches import free_memory
 from maskvr_ds.engine.engine import create_engine, loss_scale, step_and_norm
 from maskvr_ds.engine.silent import without_communication
@@ -37,9 +37,8 @@ from maskvr_ds.models.losses import objective_losses
 from maskvr_ds.run_folder.layout import CONFIG
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.numbers import MAX_MICRO_SIZE
-
-if TYPE_CHECKING:
-    from maskvr_ds.training.resume import ResumePoint
+from maskvr_ds.training.resume import ResumePoint
+from maskvr_ds.training.setup import encoder_config, late_masks, separator_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +47,19 @@ logger = logging.getLogger(__name__)
 _USABLE = 0.92
 
 
-def resolve_micro_sizes(config: RunConfig, point: "ResumePoint") -> RunConfig:
+def resolve_micro_sizes(config: RunConfig, point: ResumePoint) -> RunConfig:
     """The configuration with a number for every batch.micro_size that is auto. Collective: call on all ranks.
 
     point: where the run resumes; the run that its checkpoint is of has found its numbers already. With another number
     of ranks, the largest divisor of their share up to that number is taken. Raises ConfigError on all ranks if there
     are no GPUs, or unequal ones, or a setting that the trials do not cover, or if a single sequence does not fit.
     """
-    phases = [config.phase(index) for index in range(len(config.phases) or 1)]
-    if not any(phase.batch.is_auto for phase in phases):
+    phases = config.named_phases()
+    if not any(phase.batch.is_auto for _, phase in phases):
         return config
     stored = distributed.run_on_rank0(lambda: _stored(point.folder, len(phases)))
     found: dict[int, int] = {}
-    for index, phase in enumerate(phases):
+    for index, (where, phase) in enumerate(phases):
         if not phase.batch.is_auto:
             continue
         share = distributed.run_collectively(partial(phase.accumulation_steps, distributed.world_size()))
@@ -69,7 +68,6 @@ def resolve_micro_sizes(config: RunConfig, point: "ResumePoint") -> RunConfig:
             found[index] = max(n for n in candidates if n <= stored[index])
         else:
             found[index] = _search(phase, candidates)
-        where = f"phase {config.phases[index].name!r}: " if config.phases else ""
         logger.info("%sbatch.micro_size auto: %d", where, found[index])
     return _with_numbers(config, found)
 
@@ -107,20 +105,17 @@ def _stored(checkpoint: Path | None, phases: int) -> dict[int, int]:
     if checkpoint is None:
         return {}
     try:
-        config = load_config(checkpoint.parents[1] / CONFIG)
+        batches = [phase.batch for _, phase in load_config(checkpoint.parents[1] / CONFIG).named_phases()]
     except (ValueError, OSError):
         return {}
-    if (len(config.phases) or 1) != phases:
+    if len(batches) != phases:
         return {}
-    batches = [config.phase(index).batch for index in range(phases)]
     return {index: batch.micro_size for index, batch in enumerate(batches) if not batch.is_auto}
 
 
 def _with_numbers(config: RunConfig, found: dict[int, int]) -> RunConfig:
     """found: phase → batch.micro_size."""
-    values = yaml.safe_load(dump_config(config))
-    del values["schema"]
-    values["model"] = config.model  # not dumped: it knows which sizes were set explicitly
+    values = raw_values(config)
     if not config.phases:
         values["batch"]["micro_size"] = found[0]
     for index, number in found.items() if config.phases else ():
@@ -128,7 +123,7 @@ def _with_numbers(config: RunConfig, found: dict[int, int]) -> RunConfig:
     # The run's own value is that of no phase, but is read.
     if values["batch"]["micro_size"] == "auto":
         values["batch"]["micro_size"] = min(found.values())
-    return RunConfig.model_validate(values)
+    return validated(values)
 
 
 def _search(config: RunConfig, candidates: list[int]) -> int:
@@ -197,9 +192,7 @@ class _Trial:
 
     def __init__(self, config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
         self._config, self._deepspeed = config, deepspeed_config
-        self.corpus: Corpus = distributed.run_collectively(
-            lambda: open_mixture([(entry.path, entry.weight) for entry in config.data.corpora])
-        )
+        self.corpus: Corpus = distributed.run_collectively(lambda: open_training_corpus(config.data))
         self._masker = create_masker(config.masking, self.corpus, seed=0, device=distributed.device())
         self._engine: Any = None
 
@@ -253,8 +246,6 @@ class _Trial:
         return to_device(batch, distributed.device())
 
     def _make_engine(self) -> Any:
-        from maskvr_ds.training.setup import encoder_config, late_masks
-
         config = self._config
         encoder = encoder_config(config.model, self.corpus, None, pair_head=config.pair_objective is not None)
         engine = create_engine(
@@ -266,7 +257,7 @@ class _Trial:
             accumulation=2,
             seed=0,
             row_length=self.corpus.sequence_length,
-            separator=self.corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+            separator=separator_of(config, self.corpus),
             late=late_masks(config, self.corpus),
         )
         engine.train()

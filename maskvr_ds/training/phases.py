@@ -80,12 +80,12 @@ class RunPhase:
 
 def plan(config: RunConfig) -> list[RunPhase]:
     """The phases of a run in order. config: resolved, its steps are known (length.py)."""
-    resolved = [config.phase(index) for index in range(max(1, len(config.phases)))]
+    resolved = [phase for _, phase in config.named_phases()]
     steps = [phase.training.known_steps for phase in resolved]
     phases = []
     for index, phase in enumerate(resolved):
         declared = config.phases[index] if config.phases else None
-        first_of_schedule, _ = schedule_span(config.phases, index) if config.phases else (0, 1)
+        first_of_schedule, _ = schedule_span(config.phases, index)
         phases.append(
             RunPhase(
                 index=index,
@@ -116,8 +116,11 @@ def ends_phase(state: CheckpointState) -> bool:
     return bool(state.phases) and state.phases[-1].get("steps") == state.settings.get("training.steps")
 
 
-def tokens_done(history: list[dict[str, Any]]) -> int:
-    return sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in history)
+def tokens_after(phase: RunPhase, samples: int, history: list[dict[str, Any]], sequence_length: int) -> int:
+    """Tokens in the first `samples` sequences of the run, the last of which `phase` has read. history:
+    `CheckpointState.phases`, which has the lengths of the earlier phases' rows. sequence_length: of this phase's."""
+    before = sum(entry["steps"] * entry["global_size"] * entry["sequence_length"] for entry in history[: phase.index])
+    return int(before) + (samples - phase.first_sample) * sequence_length
 
 
 def next_phase(phases: list[RunPhase], state: CheckpointState) -> int:

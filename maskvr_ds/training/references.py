@@ -18,7 +18,7 @@ from maskvr_ds.config import ConfigError, RunConfig, load_config, run_deepspeed_
 from maskvr_ds.config.deepspeed import enabled
 from maskvr_ds.data.documents import check_borders
 from maskvr_ds.data.documents import remarks as document_remarks
-from maskvr_ds.data.mixture import members, open_mixture
+from maskvr_ds.data.mixture import members, open_mixture, open_training_corpus
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.data.vocabulary import tokenizer_remarks
 from maskvr_ds.masking.checks import check_maskable, check_masking
@@ -79,7 +79,7 @@ def settings_faults(config: RunConfig, ranks: int | None) -> list[str]:
         run_deepspeed_config(config)
     with _collected(faults):
         _check_architecture(config)
-    for where, phase in _phases(config):
+    for where, phase in config.named_phases():
         with _collected(faults, where):
             phase.accumulation_steps(ranks or 1)
     return faults
@@ -110,7 +110,7 @@ def file_faults(config: RunConfig, *, monitors: bool = True) -> tuple[list[str],
     if monitors:
         with _collected(faults):
             check_monitors(config.monitor)
-    for where, phase in _phases(resolved or config):
+    for where, phase in (resolved or config).named_phases():
         with _collected(faults, where):
             corpus, held_out = open_corpora(phase)
             first = first or corpus
@@ -127,11 +127,11 @@ def _check_architecture(config: RunConfig) -> None:
     """Raise ConfigError if transformers refuses the section, attention within documents, or late mask tokens. BERT's
     own fields are checked without it; a login node may lack it, or torch, and the ranks check again."""
     model, pair_head = config.model, config.pair_objective is not None
-    documents = any(phase.data.attention == "documents" for _, phase in _phases(config))
-    phases = [phase.masking for _, phase in _phases(config)]
+    phases = [phase for _, phase in config.named_phases()]
+    documents = any(phase.data.attention == "documents" for phase in phases)
     late_layer, setting = max(
-        *((masking.late_layer, "masking.late_layer") for masking in phases),
-        *((layer, "masking.auto.late_layers") for masking in phases for layer in masking.auto.late_layers),
+        *((phase.masking.late_layer, "masking.late_layer") for phase in phases),
+        *((layer, "masking.auto.late_layers") for phase in phases for layer in phase.masking.auto.late_layers),
         (0, ""),
     )
     missing = any(find_spec(package) is None for package in ("transformers", "torch"))
@@ -140,11 +140,6 @@ def _check_architecture(config: RunConfig) -> None:
     from maskvr_ds.models.architectures import check_settings
 
     check_settings(model, pair_head=pair_head, documents=documents, late_layer=late_layer, late_setting=setting)
-
-
-def _phases(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    for index in range(len(config.phases) or 1):
-        yield f"phase {config.phases[index].name!r}: " if config.phases else "", config.phase(index)
 
 
 @contextmanager
@@ -160,7 +155,7 @@ def open_corpora(config: RunConfig, open_files: OpenFiles = open_here) -> tuple[
 
     open_files: see `Corpus`. Raises ConfigError and CorpusError.
     """
-    corpus = open_mixture([(entry.path, entry.weight) for entry in config.data.corpora], open_files)
+    corpus = open_training_corpus(config.data, open_files)
     if fault := config.model.row_fault(corpus.sequence_length, corpus.manifest.special_tokens.pad):
         raise ConfigError(f"{corpus.folder}: {fault}")
     check_masking(config, corpus)

@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import deepspeed
+
+from data_pipeline.shards import Corpus
 from maskvr_ds.checkpoint import load
 from maskvr_ds.config import ConfigError, ModelConfig, RunConfig
+from maskvr_ds.masking.factory import create_proposer
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.models.initial_folder import InitialWeights, table_rows, weights_digest
 from maskvr_ds.run_folder import checkpoints
@@ -24,9 +28,6 @@ from maskvr_ds.run_folder.marks import output_fault
 from maskvr_ds.runtime import distributed
 from maskvr_ds.runtime.files import parse_json, sha256
 from maskvr_ds.training.phases import RunPhase, apply_start, next_phase, run_wide
-
-if TYPE_CHECKING:
-    import deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def resolve_model_config(
 def restore_engine(
     run: Path,
     checkpoint: Checkpoint,
-    engine: "deepspeed.DeepSpeedEngine",
+    engine: deepspeed.DeepSpeedEngine,
     phase: RunPhase,
     state: CheckpointState,
 ) -> CheckpointState:
@@ -252,20 +253,14 @@ def _copies(masking: dict[str, Any]) -> int | str:
     return section["segments_per_sequence"] or f"all at rate {masking['rate']:g}"
 
 
-def make_proposer(
-    config: RunConfig, vocab_size: int, engine: "deepspeed.DeepSpeedEngine", point: ResumePoint, seed: int
+def restore_proposer(
+    config: RunConfig, corpus: Corpus, engine: deepspeed.DeepSpeedEngine, point: ResumePoint, seed: int
 ) -> Proposer | None:
     """The mask proposal network in the checkpoint's state, or new if the checkpoint has none (an earlier phase trained
     without it). None if the strategy does not use one. Collective: call on all ranks."""
-    if not config.learns_proposal:
+    if not config.masking.learns_proposal:
         return None
-    proposer = Proposer(
-        config.masking.mapnet,
-        vocab_size=vocab_size,
-        max_length=engine.module.mlm.config.max_position_embeddings,
-        seed=seed,
-        device=distributed.device(),
-    )
+    proposer = create_proposer(config.masking.mapnet, corpus, engine.module.mlm.config, seed=seed)
     proposer.attach(engine.module)
     proposer.run_step = point.step
     if point.checkpoint is not None and point.has_proposal:

@@ -102,7 +102,7 @@ def write_run_status(run: Path, name: str, step: int, fence: Fence) -> None:
 def run_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that affect training and may change on resume, flat: name -> value."""
     dump = config.model_dump(mode="json", include={"optimizer", "schedule", "training", "batch", "deepspeed"})
-    if config.learns_proposal:
+    if config.masking.learns_proposal:
         dump["masking.mapnet"] = config.masking.mapnet.model_dump(include=MAPNET_MAY_CHANGE)
     del dump["training"]["compile"]  # of the identity
     nested = {f"{s}.{k}": v for s, fields in dump.items() if isinstance(fields, dict) for k, v in fields.items()}

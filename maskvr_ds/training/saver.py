@@ -115,7 +115,7 @@ class Saver:
             self.latest = saved
             context.log.event(event="checkpoint", step=step, seconds=seconds)
             return
-        self._background.add_pause(seconds)
+        self._background.record_pause(seconds)
         if wait:
             self.finish()
 

@@ -49,8 +49,8 @@ from maskvr_ds.training.corpora import check_same_corpora, open_and_verify
 from maskvr_ds.training.health import HealthMonitor
 from maskvr_ds.training.held_out import HeldOut
 from maskvr_ds.training.mask_costs import machine, resolve_costs, write_costs
-from maskvr_ds.training.phases import RunPhase, tokens_done
-from maskvr_ds.training.resume import ResumePoint, make_proposer, restore_engine
+from maskvr_ds.training.phases import RunPhase, tokens_after
+from maskvr_ds.training.resume import ResumePoint, restore_engine, restore_proposer
 from maskvr_ds.training.rollback import read_rollbacks
 from maskvr_ds.training.run import make_run_folder, mark_running, record_launch, run_identity, run_settings
 from maskvr_ds.training.step_shapes import StepShapes, late_in_stage
@@ -66,8 +66,7 @@ class PhaseContext:
     """State and components that the training loop of a phase uses.
 
     verification: of shards in the background. chooser: chooses the masks if masking.strategy is auto. state: where the
-    phase starts or continues. tokens_before: tokens trained in earlier phases. probe: a few fixed masked rows, on which
-    an export's logits are compared.
+    phase starts or continues. probe: a few fixed masked rows, on which an export's logits are compared.
     """
 
     corpus: Corpus
@@ -79,7 +78,6 @@ class PhaseContext:
     evaluation: HeldOut | None
     probe: MaskedBatch
     state: CheckpointState
-    tokens_before: int
     rollbacks: list[dict[str, Any]]
     log: MetricsLog
     guard: Guard
@@ -132,12 +130,11 @@ def setup_phase(
     table_rows = point.table_rows if initial is None or initial.rows is None else initial.rows.rows
     make_run_folder(run.output_dir, fence)
 
-    manifest, pairs = corpus.manifest, config.pair_objective is not None
+    pairs = config.pair_objective is not None
     encoder = distributed.run_collectively(lambda: encoder_config(config.model, corpus, table_rows, pair_head=pairs))
     costs, measuring = None, 0.0
     if config.masking.strategy == "auto":
-        separator = corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
-        distributed.run_on_rank0(lambda: _check_auto(config, encoder, separator, corpus))
+        distributed.run_on_rank0(lambda: _check_auto(config, encoder, corpus))
         here = machine(config, corpus, deepspeed_config)
         trial = partial(trial_engine, phase, corpus, encoder, deepspeed_config)
         costs, measuring = resolve_costs(phase, corpus, here, point, trial)
@@ -149,7 +146,7 @@ def setup_phase(
         except ContentError:
             engine.destroy()  # another one may be made for an earlier checkpoint
             raise
-    proposer = make_proposer(config, manifest.vocab_size, engine, point, hashing.fold(config.seed, MAPNET))
+    proposer = restore_proposer(config, corpus, engine, point, hashing.fold(config.seed, MAPNET))
     distributed.run_on_rank0(lambda: mark_running(run, fence, point.folder))
     if costs is not None:
         distributed.run_on_rank0(partial(write_costs, config.output_dir, phase.index, costs, measuring))
@@ -188,7 +185,6 @@ def setup_phase(
         evaluation=None if held_out is None else _make_evaluation(phase, held_out),
         probe=(probe := masker(next(_probe_rows(held_out or corpus, pairs).batches()))),
         state=state,
-        tokens_before=tokens_done(state.phases[: phase.index]),
         rollbacks=rollbacks,
         log=log,
         guard=guard,
@@ -232,6 +228,11 @@ def encoder_config(
     return transformers_config(model, vocab_size=rows, pad_id=special.pad, token_ids=token_ids, pair_head=pair_head)
 
 
+def separator_of(config: RunConfig, corpus: Corpus) -> int | None:
+    """Id of the token that ends a document, for attention within documents; None for attention over rows."""
+    return corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None
+
+
 def late_masks(config: RunConfig, corpus: Corpus) -> LateMasks | None:
     """Where [MASK] enters the model, for the corpus' rows; None: at the first layer."""
     if not config.masking.late_layer:
@@ -261,7 +262,7 @@ def _make_engine(
         accumulation=config.accumulation_steps(distributed.world_size()),
         seed=hashing.fold(config.seed, WEIGHTS),
         row_length=corpus.sequence_length,
-        separator=corpus.manifest.special_tokens.sep if config.data.attention == "documents" else None,
+        separator=separator_of(config, corpus),
         late=late,
         initial=initial,
     )
@@ -351,19 +352,15 @@ def _make_guard(phase: RunPhase, state: CheckpointState, rollbacks: list[dict[st
 
 
 def _make_log(
-    phase: RunPhase,
-    corpus: Corpus,
-    engine: Any,
-    state: CheckpointState,
-    rollbacks: list[dict[str, Any]],
+    phase: RunPhase, corpus: Corpus, engine: Any, state: CheckpointState, rollbacks: list[dict[str, Any]]
 ) -> MetricsLog:
     """Rank 0 alone writes it: the others must not wait for a rank that cannot."""
-    tokens_before, optimizer = tokens_done(state.phases[: phase.index]), engine.basic_optimizer
+    optimizer = engine.basic_optimizer
     return MetricsLog(
         phase.config.output_dir,
         rank=distributed.rank(),
         resume_step=state.step,
-        resume_tokens=tokens_before + (state.samples - phase.first_sample) * corpus.sequence_length,
+        resume_tokens=tokens_after(phase, state.samples, state.phases, corpus.sequence_length),
         total_steps=phase.run_steps,
         monitor=phase.config.monitor,
         peak_tflops=device_peak_tflops(distributed.device(), next(engine.module.parameters()).dtype),
@@ -373,11 +370,11 @@ def _make_log(
     )
 
 
-def _check_auto(config: RunConfig, encoder: PreTrainedConfig, separator: int | None, corpus: Corpus) -> None:
+def _check_auto(config: RunConfig, encoder: PreTrainedConfig, corpus: Corpus) -> None:
     """Raise ConfigError if auto could not measure the architecture or the corpus, which would show after hours."""
     check_rows(shares(corpus), config.masking.auto.rows)
     with torch.random.fork_rng(devices=[]):
-        module = MaskedLanguageModel(encoder, separator=separator)
+        module = MaskedLanguageModel(encoder, separator=separator_of(config, corpus))
     try:
         check_sketchable(module)
     except ValueError as error:

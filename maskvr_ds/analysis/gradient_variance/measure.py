@@ -50,7 +50,7 @@ from maskvr_ds.config.strategy_spec import HEAD_ORACLE, MASK_ORACLE, TOKEN_ORACL
 from maskvr_ds.data.documents import check_borders, document_lengths
 from maskvr_ds.data.permutation import KeyedPermutation
 from maskvr_ds.masking.checks import hidden_positions, segments, sequence_copies
-from maskvr_ds.masking.factory import create_masker
+from maskvr_ds.masking.factory import create_masker, create_proposer
 from maskvr_ds.masking.masker import Masker
 from maskvr_ds.masking.proposer import Proposer
 from maskvr_ds.masking.rates import maximum_predictions
@@ -209,13 +209,8 @@ class Measurement:
         trained, tensors = distributed.run_collectively(self._mapnet)
         assert tensors is not None
         floor = spec.masking(self.common, trained).mapnet.floor
-        proposer = Proposer(
-            trained.model_copy(update={"floor": floor, "gate": "always"}),
-            vocab_size=self.sample.corpus.manifest.vocab_size,
-            max_length=self.model.mlm.config.max_position_embeddings,
-            seed=0,
-            device=self.sample.device,
-        )
+        mapnet = trained.model_copy(update={"floor": floor, "gate": "always"})
+        proposer = create_proposer(mapnet, self.sample.corpus, self.model.mlm.config, seed=0)
         proposer.learning = False
         distributed.run_collectively(lambda: proposer.load(tensors))
         return proposer

@@ -13,7 +13,7 @@ from maskvr_ds.config import ConfigError, RunConfig, dump_config, load_config
 from maskvr_ds.config.masking import SUBSECTIONS, MaskingConfig
 from maskvr_ds.config.phases import PhaseStart
 from maskvr_ds.run_folder.checkpoints import CheckpointError, CheckpointState
-from maskvr_ds.training.phases import apply_start, done, ends_phase, next_phase, plan, tokens_done
+from maskvr_ds.training.phases import apply_start, done, ends_phase, next_phase, plan, tokens_after
 from maskvr_ds.training.schedule import learning_rate
 
 RESTART = {"moments": "keep", "step_counter": "zero", "schedule": "restart"}
@@ -197,7 +197,9 @@ def test_counting() -> None:
     assert (short.first_sample, long.first_sample) == (0, 160)
     assert long.run_steps == 14
     assert len({phase.key(use) for phase in (short, long) for use in (1, 2)}) == 4
-    assert tokens_done([done(short, 10, 32), done(long, 1, 64)]) == 10 * 16 * 32 + 8 * 64
+    history = [done(short, 10, 32), done(long, 1, 64)]
+    assert tokens_after(long, long.first_sample + 2 * 8, history, 64) == 10 * 16 * 32 + 2 * 8 * 64
+    assert tokens_after(short, 3 * 16, history[:1], 32) == 3 * 16 * 32
 
 
 def test_a_schedule_restarts_or_continues() -> None:
