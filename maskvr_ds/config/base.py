@@ -1,7 +1,7 @@
 """Base class of configuration sections, types of their fields, pydantic's errors in plain words. Loads no torch.
 
-Every number is finite (`Section`) and bounded by its type: an infinite or huge value would be accepted here and end the run later,
-or make each of its resumes fail. The bounds are far above everything in use.
+Every number is finite (`Section`) and bounded by its type: an infinite or huge value would be accepted here and end the
+run later, or make each of its resumes fail. The bounds are far above everything in use.
 """
 
 from collections.abc import Callable, Mapping, Sequence
