@@ -1,7 +1,7 @@
 """Base class of configuration sections, types of their fields, pydantic's errors in plain words. Loads no torch.
 
-Every number is finite and bounded by its type: an infinite or huge value would be accepted here and end the run later,
-or make each of its resumes fail. The bounds are far above everything in use.
+Every number is finite (`Section`) and bounded by its type: an infinite or huge value would be accepted here and end the
+run later, or make each of its resumes fail. The bounds are far above everything in use.
 """
 
 import difflib
@@ -120,23 +120,23 @@ Count = Annotated[int, _Number, Field(ge=0, le=10_000)]
 Width = Annotated[int, _Number, Field(ge=1, le=2**20)]
 
 # Numbers
-Share = Annotated[float, _Number, Field(ge=0, le=1, allow_inf_nan=False)]
-PositiveShare = Annotated[float, _Number, Field(gt=0, le=1, allow_inf_nan=False)]
-OpenShare = Annotated[float, _Number, Field(gt=0, lt=1, allow_inf_nan=False)]
-Decay = Annotated[float, _Number, Field(ge=0, lt=1, allow_inf_nan=False)]
-LearningRate = Annotated[float, _Number, Field(gt=0, le=1e6, allow_inf_nan=False)]
-LearningRateOrZero = Annotated[float, _Number, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Exponent = Annotated[float, _Number, Field(gt=0, le=100, allow_inf_nan=False)]
-SignedExponent = Annotated[float, _Number, Field(ge=-2, le=2, allow_inf_nan=False)]
+Share = Annotated[float, _Number, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, _Number, Field(gt=0, le=1)]
+OpenShare = Annotated[float, _Number, Field(gt=0, lt=1)]
+Decay = Annotated[float, _Number, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, _Number, Field(gt=0, le=1e6)]
+LearningRateOrZero = Annotated[float, _Number, Field(ge=0, le=1e6)]
+Exponent = Annotated[float, _Number, Field(gt=0, le=100)]
+SignedExponent = Annotated[float, _Number, Field(ge=-2, le=2)]
 # ε of a division.
-Epsilon = Annotated[float, _Number, Field(gt=0, le=1, allow_inf_nan=False)]
+Epsilon = Annotated[float, _Number, Field(gt=0, le=1)]
 # Passes over a corpus.
-Epochs = Annotated[float, _Number, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Epochs = Annotated[float, _Number, Field(gt=0, le=1e6)]
 # A multiple of something measured.
-Factor = Annotated[float, _Number, Field(gt=1, le=1e9, allow_inf_nan=False)]
-PositiveRatio = Annotated[float, _Number, Field(gt=0, le=1e9, allow_inf_nan=False)]
-Ratio = Annotated[float, _Number, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Timeout = Annotated[float, _Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), AfterValidator(_zero_or_a_second)]
+Factor = Annotated[float, _Number, Field(gt=1, le=1e9)]
+PositiveRatio = Annotated[float, _Number, Field(gt=0, le=1e9)]
+Ratio = Annotated[float, _Number, Field(ge=0, le=1e9)]
+Timeout = Annotated[float, _Number, Field(ge=0, le=MAX_SECONDS), AfterValidator(_zero_or_a_second)]
 
 
 def shown(value: Any) -> str:

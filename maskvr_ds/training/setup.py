@@ -1,6 +1,6 @@
 """Phase set-up: everything that is opened, created or restored before the first step of a phase.
 
-Collectives: those of corpora.py, checkpoint/load.py, resume.py and masking/factory.py.
+Collectives: those of corpora.py, run.py, mask_costs.py, resume.py, engine/engine.py and masking/factory.py.
 """
 
 import logging
