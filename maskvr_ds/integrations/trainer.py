@@ -123,18 +123,26 @@ class EpochDataset(Dataset):
         self._followed = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the rows that are read from now on; ignored if it is fixed, or if EpochCallback sets it.
+        """Set the epoch of the rows that are read from now on; ignored if it is fixed, or after `follow`.
 
-        accelerate calls this too, with 0 when Trainer evaluates on the dataset that it trains on.
+        accelerate calls this with the number of times that a process has read the dataset before. Raises ValueError for
+        an earlier epoch than before, which accelerate's are in a resumed training.
         """
-        if not self._fixed and not self._followed:
-            self._epoch[0] = epoch
+        if self._fixed or self._followed:
+            return
+        if epoch < (before := int(self._epoch)):
+            raise ValueError(
+                f"epoch {epoch} after {before}: accelerate counts epochs from 0 in every process; set them by "
+                "follow(epoch), which it does not overrule"
+            )
+        self._epoch[0] = epoch
 
     def follow(self, epoch: int) -> None:
-        """As `set_epoch`, which is ignored from now on: for callbacks of a trainer."""
-        self._followed = False
-        self.set_epoch(epoch)
+        """Set the epoch of the rows that are read from now on, and ignore `set_epoch` from now on: for callbacks and
+        loops of your own, before each epoch. Ignored if the epoch is fixed."""
         self._followed = True
+        if not self._fixed:
+            self._epoch[0] = epoch
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple_of) * self.multiple_of
@@ -143,7 +151,7 @@ class EpochDataset(Dataset):
         epoch = int(self._epoch)
         if epoch < 0:
             raise RuntimeError(
-                "the epoch is not known: add EpochCallback() to Trainer's callbacks, or call set_epoch. Trainer's "
+                "the epoch is not known: add EpochCallback() to Trainer's callbacks, or call follow(epoch). Trainer's "
                 "train_sampling_strategy group_by_length and batch_rebalance read rows before any epoch: not supported"
             )
         index = operator.index(index)

@@ -1,6 +1,7 @@
 """Checks of what an optimizer is given: settings of parameter groups, tensors, gradients, and state to load."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -8,20 +9,25 @@ from torch import Tensor
 
 
 def check_number(name: str, value: Any, rule: str = "must be at least 0", *, below: float = float("inf")) -> None:
-    """Raise ValueError unless `value` is a number, or a tensor of one, in [0, below); NaN is not."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return  # may be on a device, for which the host would wait
-    if not isinstance(value, (int, float)) or not 0.0 <= value < below:
-        raise ValueError(f"{name} = {value!r}: {rule}" + ("" if isinstance(value, (int, float)) else " and a number"))
+    """Raise ValueError unless `value` is a number in [0, below), also of NumPy; NaN is not."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} = {value!r}: {rule}, and a number")
+    if not 0.0 <= float(value) < below:
+        raise ValueError(f"{name} = {value}: {rule}")
+
+
+def check_rate(value: Any) -> None:
+    """Raise ValueError for a negative learning rate; one in a tensor, for which the host would wait, passes."""
+    if not isinstance(value, Tensor):
+        check_number("lr", value, "the learning rate must be at least 0")
 
 
 def check_betas(value: Any) -> None:
     """Raise ValueError unless `value` is a pair of numbers in [0, 1)."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    if isinstance(value, (str, Real, Tensor)) or len(value) != 2:
         raise ValueError(f"betas = {value!r}: must be two numbers, each in [0, 1)")
-    for beta in value:
-        if not isinstance(beta, (int, float)) or not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas = {value!r}: each must be in [0, 1)")
+    for number, beta in enumerate(value):
+        check_number(f"betas[{number}]", beta, "must be in [0, 1)", below=1.0)
 
 
 def check_switches(settings: dict[str, Any]) -> None:

@@ -158,7 +158,10 @@ def check_tensors(tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError for tensors that the kernels do not take."""
     for tensor in tensors:
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise RuntimeError(f"fused LAMB needs contiguous fp32 tensors, found {tensor.dtype}; set fused=False")
+            found = (
+                tensor.dtype if tensor.is_contiguous() else f"strides {tensor.stride()} of shape {tuple(tensor.shape)}"
+            )
+            raise RuntimeError(f"fused LAMB needs contiguous fp32 tensors, found {found}; set fused=False")
         if tensor.device.type != "cuda" and not INTERPRETED:
             raise RuntimeError(f"fused LAMB needs tensors on a GPU, found {tensor.device}; set fused=False")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import Tensor
 
-from maskvr_ds.optim.checks import check_gradients, check_loaded, check_number, check_switches, check_tensors
+from maskvr_ds.optim import checks
 from maskvr_ds.optim.partitions import Fragment, Partition, trainable, whole_tensors
 from maskvr_ds.optim.variants import Variant
 
@@ -76,9 +76,9 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Raise ValueError if a setting of a parameter group is out of range."""
-        check_number("lr", settings["lr"], "the learning rate must be at least 0")
-        check_number("weight_decay", settings["weight_decay"])
-        check_switches(settings)
+        checks.check_rate(settings["lr"])
+        checks.check_number("weight_decay", settings["weight_decay"])
+        checks.check_switches(settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises ValueError for settings out of range, TypeError for complex tensors and shards of FSDP."""
@@ -88,11 +88,11 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
         self._given.append({k: v for k, v in self.param_groups[-1].items() if k not in ("params", "param_names")})
         self._layout = whole_tensors(self.param_groups)
-        check_tensors(type(self).__name__, self._layout.tensors, self._layout.names)
+        checks.check_tensors(type(self).__name__, self._layout.tensors, self._layout.names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the state of torch's AdamW fits Lamb and StableAdamW. Raises ValueError for that of others."""
-        check_loaded(type(self).__name__, state_dict, self.defaults)
+        checks.check_loaded(type(self).__name__, state_dict, self.defaults)
         super().load_state_dict(state_dict)
         self._pending = []  # of a step that was interrupted
         for state in self.state.values():
@@ -197,7 +197,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
                 loss = closure()
         if not self._layout_matches():
             return loss
-        check_gradients(type(self).__name__, self.param_groups)
+        checks.check_gradients(type(self).__name__, self.param_groups)
         self._restore_groups()
         earlier_calls = len(self._pending)
         scale = self._gradient_scale()
@@ -272,7 +272,7 @@ class LayerwiseAdaptive(torch.optim.Optimizer, ABC):
         if any(p is pending for u in self._pending for pending in u.partitions for p in partitions):
             raise RuntimeError(
                 f"{type(self).__name__}.step was called twice for one partition before all others: an earlier step was "
-                "interrupted half-way; load a checkpoint"
+                "interrupted half-way; restart from a checkpoint"
             )
         # Usually a single group; tensors without a gradient in some step lag behind.
         steps = {p: self._state_of(p)["step"] + 1 for p in partitions}

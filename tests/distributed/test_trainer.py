@@ -148,7 +148,7 @@ def test_fully_explored_covers_every_token_once_a_round(corpus: Path, tmp_path: 
     collator = trainer.MaskingCollator.for_corpus(corpus, seed=SEED, **masking)
     predicted: Counter[tuple[int, int]] = Counter()
     for row, epoch, _ in read:
-        rows.set_epoch(epoch)
+        rows.follow(epoch)
         for position in (collator([rows[row]])["labels"][0] != trainer.IGNORED).nonzero().flatten().tolist():
             predicted[row, position] += 1
     maskable = sum(int((torch.tensor(rows[i].input_ids) > 4).sum()) for i in range(ROWS))

@@ -72,6 +72,22 @@ def test_an_evaluation_does_not_change_the_epoch_of_training() -> None:
         assert rows[0].epoch == epoch
 
 
+def test_loaders_of_accelerate_do_not_overrule_a_resumed_epoch() -> None:
+    """They call set_epoch(0) in a new process: an error instead of the masks of another epoch."""
+    rows = EpochDataset([ITEM] * 4)
+    rows.set_epoch(3)
+    with pytest.raises(ValueError, match=r"epoch 0 after 3: accelerate counts .* set them by follow\(epoch\)"):
+        rows.set_epoch(0)
+    assert rows[0].epoch == 3
+    for epoch in (5, 2):
+        rows.follow(epoch)
+        rows.set_epoch(0)
+        assert rows[0].epoch == epoch
+    fixed = EpochDataset([ITEM], epoch=1)
+    fixed.follow(4)
+    assert fixed[0].epoch == 1
+
+
 def test_pairs_keep_their_token_types(folder: Path) -> None:
     pair = {"input_ids": [2, 7, 8, 3, 9, 10, 11, 3], "token_type_ids": [0, 0, 0, 0, 1, 1, 1, 1]}
     rows = EpochDataset([ITEM, pair], epoch=0)

@@ -130,6 +130,10 @@ def test_other_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight.grad = torch.ones_like(weight)
     with pytest.raises(RuntimeError, match=r"contiguous fp32 tensors, found torch\.bfloat16; set fused=False"):
         Lamb([weight], fused=True).step()
+    weight = nn.Parameter(torch.ones(4, 3).t())
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(RuntimeError, match=r"found strides \(1, 3\) of shape \(3, 4\); set fused=False"):
+        Lamb([weight], fused=True).step()
     monkeypatch.setattr(fused, "INTERPRETED", False)
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)

@@ -4,6 +4,7 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,10 +56,25 @@ def test_settings_of_groups_are_checked(make: Any, group: dict[str, Any], rule: 
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, float("nan")), ("0.9", "0.99")])
+@pytest.mark.parametrize(
+    "betas", [0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, float("nan")), ("0.9", "0.99"), torch.ones(2) / 2]
+)
 def test_betas_are_two_numbers(betas: Any) -> None:
-    with pytest.raises(ValueError, match="betas = "):
+    with pytest.raises(ValueError, match=r"betas( =|\[[01]\] =) "):
         Lamb([nn.Parameter(torch.ones(1))], betas=betas)
+
+
+@every
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor])
+def test_numbers_of_numpy_and_rates_in_tensors(make: Any, number: Any) -> None:
+    ours, theirs = model(), model()
+    betas = {} if make is Lars or number is torch.tensor else {"betas": (number(0.5), number(0.75))}
+    first = make(ours.parameters(), lr=number(0.125), weight_decay=0.25, **betas)
+    second = make(theirs.parameters(), lr=0.125, weight_decay=0.25, **({"betas": (0.5, 0.75)} if betas else {}))
+    step(first, 2)
+    step(second, 2)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_no_variant() -> None:
