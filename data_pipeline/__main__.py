@@ -316,7 +316,7 @@ def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> N
 
         tokens = tokenize(options.pop("input"), team=team, **options)
         ids = sum(shard.sides[side].length for shard in tokens.shards for side in tokens.sides)
-        facts = f"{ids:,} ids in {len(tokens.shards):,} token shards, {describe_unknown(tokens)}"
+        facts = f"{ids:,} ids in {counted(len(tokens.shards), 'token shard')}, {describe_unknown(tokens)}"
         print(f"{output}: {facts}{_dropped(tokens.dropped)}")
     else:
         from data_pipeline.build import build, pack

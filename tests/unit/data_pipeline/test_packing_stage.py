@@ -266,6 +266,9 @@ def test_inspect_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert tokens.strip() == ("[CLS] ¶·the ·of ·q ##u ##u ##x ·. ¶·and ·to [SEP]")
     assert main(["inspect", str(tmp_path / "out"), "--first", "99"]) == 1
     assert "rows 99 to 103" in capsys.readouterr().err
+    for option, value, least in (("--rows", "0", 1), ("--rows", "-3", 1), ("--first", "-1", 0)):
+        assert main(["inspect", str(tmp_path / "out"), option, value]) == 1
+        assert capsys.readouterr().err == f"error: {option} {value}: must be at least {least}\n"
     picture = tmp_path / "stats.png"
     assert main(["stats", str(tmp_path / "out"), "--png", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
