@@ -18,9 +18,9 @@ from data_pipeline.arguments import Safeguards
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.reports.describe import describe
-from data_pipeline.reports.scan import verify
+from data_pipeline.reports.scan import verify, verify_tokens
 from data_pipeline.sources.sentences import sentence_starts
-from data_pipeline.tokenization.token_shards import SideReader, read_tokens, verify_tokens
+from data_pipeline.tokenization.token_shards import SideReader, read_tokens
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 from tests.support.documents import (
     CLS,
