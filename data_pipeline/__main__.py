@@ -246,9 +246,9 @@ def _run_command(command: str, options: dict[str, Any], arguments: argparse.Name
     else:
         from data_pipeline.execution.progress import ProgressBar
         from data_pipeline.reports.describe import describe
-        from data_pipeline.reports.scan import shards_of, verify
+        from data_pipeline.reports.scan import shards_of, verify, verify_tokens
         from data_pipeline.shards import HELD_OUT, read_manifest
-        from data_pipeline.tokenization.token_shards import is_tokens, read_tokens, verify_tokens
+        from data_pipeline.tokenization.token_shards import is_tokens, read_tokens
 
         if command == "verify" and is_tokens(arguments.folder):
             tokens = read_tokens(arguments.folder, sizes=False)
@@ -316,7 +316,7 @@ def _run_parallel(command: str, options: dict[str, Any], team: Team | None) -> N
 
         tokens = tokenize(options.pop("input"), team=team, **options)
         ids = sum(shard.sides[side].length for shard in tokens.shards for side in tokens.sides)
-        facts = f"{ids:,} ids in {len(tokens.shards):,} token shards, {describe_unknown(tokens)}"
+        facts = f"{ids:,} ids in {counted(len(tokens.shards), 'token shard')}, {describe_unknown(tokens)}"
         print(f"{output}: {facts}{_dropped(tokens.dropped)}")
     else:
         from data_pipeline.build import build, pack

@@ -28,8 +28,9 @@ _WORK, _RESULTS, _LOCK = ".build", "results", "lock"
 _ARGUMENTS = "build.json"
 # Recorded only if they have another value.
 _DEFAULTS = {"held_out_by": "document"}
+_TASKS = "decontaminate"
 # Arguments that earlier versions did not record.
-_NEWER_ARGUMENTS = ("decontaminate",)
+_NEWER_ARGUMENTS = (_TASKS,)
 
 
 @contextmanager
@@ -151,12 +152,23 @@ def claim_arguments(output: Path, arguments: dict[str, Any]) -> None:
         now: Any = arguments.get(key, _DEFAULTS.get(key))
         if then == now or (key in _NEWER_ARGUMENTS and key not in before):
             continue
+        if _TASKS in before and _TASKS in arguments and _without_task_paths(key, then) == _without_task_paths(key, now):
+            continue
         if key == "sources":
             then, now = _only_in(then, now), _only_in(now, then)
         raise CorpusError(
             f"{output}: output folder holds a build with other arguments: {key} was {then}, is now {now}. "
             "Use the same arguments and inputs to resume, choose another folder, or remove this one first"
         )
+
+
+def _without_task_paths(key: str, value: Any) -> Any:
+    """The value of an argument, with task files by their SHA-256: like inputs, they may be moved between runs."""
+    if key == _TASKS and isinstance(value, dict):
+        return sorted(value.values())
+    if key == "description" and isinstance(value, dict) and isinstance(value.get("documents"), dict):
+        return value | {"documents": value["documents"] | {_TASKS: None}}
+    return value
 
 
 def _only_in(mine: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:

@@ -17,8 +17,11 @@ def decoded_rows(folder: str | Path, first: int, count: int) -> str:
 
     Raises CorpusError if the range is empty or starts outside the corpus.
     """
+    if count < 1 or first < 0:
+        fault = f"--rows {count:,}: must be at least 1" if count < 1 else f"--first {first:,}: must be at least 0"
+        raise CorpusError(fault)
     corpus = Corpus(folder)
-    if not 0 <= first < corpus.rows or count < 1:
+    if first >= corpus.rows:
         raise CorpusError(f"rows {first:,} to {first + count - 1:,}: {folder} has the rows 0 to {corpus.rows - 1:,}")
     rows = np.arange(first, min(first + count, corpus.rows))
     ids = np.empty((len(rows), corpus.sequence_length), corpus.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.checksums import is_hashed
-from data_pipeline.files import CorpusError
+from data_pipeline.files import CorpusError, sha256_file
 from data_pipeline.numbers import counted
 from data_pipeline.packing.source_counts import sample_modulus
 from data_pipeline.shards import (
@@ -25,6 +25,7 @@ from data_pipeline.shards import (
     read_manifest,
     verify_shards,
 )
+from data_pipeline.tokenization.token_shards import TOKENS_REMEDY, TokenManifest, size_fault, token_files
 from data_pipeline.tokenization.tokenizer import Encoder
 
 _ROWS = 1 << 14
@@ -169,6 +170,30 @@ def verify(folder: str | Path, progress: Callable[[int], object] | None = None) 
     if faults:
         raise CorpusError("\n".join(faults))
     return manifests
+
+
+def verify_tokens(folder: str | Path, manifest: TokenManifest, progress: Callable[[int], object] | None = None) -> None:
+    """Check size and SHA-256 of every file, and the SHA-256 of the tokenizer. progress: called with the bytes read.
+
+    Raises one CorpusError with one line per bad file.
+    """
+    tokenizer = Path(folder) / TOKENIZER / "tokenizer.json"
+    if tokenizer.is_file():
+        found = [_hash_fault(tokenizer, manifest.tokenizer_sha256, None)]
+    else:
+        found = [f"{tokenizer}: file missing. {TOKENS_REMEDY}"]
+    found += [
+        size_fault(path, file) or _hash_fault(path, file.sha256, progress)
+        for path, file in token_files(folder, manifest)
+    ]
+    if faults := [fault for fault in found if fault]:
+        raise CorpusError("\n".join(faults))
+
+
+def _hash_fault(path: Path, expected: str, progress: Callable[[int], object] | None) -> str | None:
+    """One sentence if a file differs from its SHA-256."""
+    found = sha256_file(path, progress)
+    return None if found == expected else f"{path}: sha256 {expected} expected, {found} found. {TOKENS_REMEDY}"
 
 
 def shards_of(manifests: list[Manifest]) -> str:

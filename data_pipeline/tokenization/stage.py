@@ -335,21 +335,21 @@ def find_drops(job: Job, counts: Sequence[Sequence[int]], progress: Progress) ->
 def _check_not_empty(
     job: Job, work: Path, sources: Sequence[Source], manifest: TokenManifest, dropped_of_side: dict[str, int]
 ) -> None:
+    documents = {side: sum(shard.sides[side].documents for shard in manifest.shards) for side in job.sides}
     for side in job.sides:
-        documents = sum(shard.sides[side].documents for shard in manifest.shards)
-        if documents > dropped_of_side[side]:
+        if documents[side] > dropped_of_side[side]:
             continue
         # Nothing can be resumed: leave the folder free for the next attempt.
         shutil.rmtree(work / "results")
         (work / "results").mkdir()
         for path in Path(job.work).glob("tokens-*"):
             path.unlink()
-        if job.held_out == 0:
+        if sum(documents.values()) == sum(dropped_of_side.values()):
             dropped = ", ".join(f"{reason} {count:,}" for reason, count in manifest.dropped.items())
             why = f"every document was dropped ({dropped}). Relax the rules" if dropped else "no text in "
             why += "" if dropped else f"{', '.join(s.path for s in sources[:3])}. Add text{where_text_may_be(sources)}"
             raise CorpusError(f"the corpus is empty: {why}")
-        total = sum(shard.sides[name].documents for shard in manifest.shards for name in job.sides)
+        total = sum(documents.values())
         split = "held-out split" if side == "held_out" else "training split"
         raise CorpusError(
             f"held-out share {job.held_out}: the {split} gets none of {counted(total, 'document')}. "

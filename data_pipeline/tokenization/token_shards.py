@@ -20,18 +20,18 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from data_pipeline.checksums import with_checksum, without_checksum
 from data_pipeline.files import CorpusError, HashingFile, atomic_file, write_json
-from data_pipeline.shards import MANIFEST, TOKENIZER, Sha256, SourceEntry, SpecialTokens, id_dtype, sha256_file
+from data_pipeline.shards import MANIFEST, Sha256, SourceEntry, SpecialTokens, id_dtype
 
 TOKENS_VERSION: Literal[1] = 1
 SIDES = ("train", "held_out")
@@ -83,11 +83,33 @@ class TokenManifest(_Frozen):
     held_out: Annotated[float, Field(ge=0, lt=1)]
     planes: tuple[Annotated[str, Field(pattern="^(word_start|sentence_start)$")], ...]
     names: tuple[str, ...]
-    weights: tuple[Annotated[float, Field(gt=0)], ...]
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     dropped: dict[str, NonNegativeInt]
     replaced: NonNegativeInt
     sources: tuple[SourceEntry, ...]
     shards: tuple[TokenShard, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenManifest:
+        special = self.special_tokens
+        if max(special.cls, special.sep, special.pad, special.mask, *special.all) >= self.vocab_size:
+            raise ValueError(f"special token ids must be below vocab_size {self.vocab_size}")
+        if len(self.weights) != len(self.names):
+            raise ValueError(f"{len(self.names)} names, but {len(self.weights)} weights")
+        for i, shard in enumerate(self.shards):
+            if shard.source >= len(self.names) or set(shard.sides) != set(self.sides):
+                raise ValueError(f"shard {i} has source {shard.source} and sides {', '.join(shard.sides)}")
+            for side in shard.sides.values():
+                bits, counted = -(-side.length // 8), {"keys": 8 * side.documents, "drop": side.documents}
+                sizes = {"ids": side.length * self.dtype.itemsize, "ends": 8 * side.documents}
+                sizes |= dict.fromkeys(self.planes, bits) | {
+                    name: counted[name] for name in counted if name in side.files
+                }
+                if {name: file.bytes for name, file in side.files.items()} != sizes:
+                    raise ValueError(
+                        f"shard {i}: sizes {sizes} expected, for {side.documents} documents of {side.length} ids"
+                    )
+        return self
 
     @property
     def dtype(self) -> np.dtype:
@@ -136,22 +158,24 @@ def read_tokens(folder: str | Path, sizes: bool = True) -> TokenManifest:
     try:
         manifest = TokenManifest.model_validate(raw)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        places = [(".".join(map(str, e["loc"])) or "manifest", e["msg"]) for e in error.errors(include_url=False)]
+        faults = "; ".join(f"{place}: {message}" for place, message in places)
         raise CorpusError(f"{path}: {faults}. Tokenise again") from None
-    files = _files(folder, manifest) if sizes else ()
-    if wrong := [fault for part, file in files if (fault := _size_fault(part, file))]:
+    files = token_files(folder, manifest) if sizes else ()
+    if wrong := [fault for part, file in files if (fault := size_fault(part, file))]:
         raise CorpusError("\n".join(wrong))
     return manifest
 
 
-def _files(folder: str | Path, manifest: TokenManifest) -> Iterator[tuple[Path, TokenFile]]:
+def token_files(folder: str | Path, manifest: TokenManifest) -> Iterator[tuple[Path, TokenFile]]:
+    """Path and entry of each file of the token shards."""
     for i, shard in enumerate(manifest.shards):
         for side, entry in shard.sides.items():
             for suffix, file in entry.files.items():
                 yield token_path(folder, i, side, suffix), file
 
 
-def _size_fault(path: Path, file: TokenFile) -> str | None:
+def size_fault(path: Path, file: TokenFile) -> str | None:
     """One sentence if a file is missing or has another size."""
     size = path.stat().st_size if path.is_file() else None
     if size == file.bytes:
@@ -170,29 +194,6 @@ def token_hashes(folder: str | Path, shards: Sequence[Mapping[str, TokenSide]]) 
         }
         for i, sides in enumerate(shards)
     ]
-
-
-def verify_tokens(folder: str | Path, manifest: TokenManifest, progress: Callable[[int], object] | None = None) -> None:
-    """Check size and SHA-256 of every file, and the SHA-256 of the tokenizer. progress: called with the bytes read.
-
-    Raises one CorpusError with one line per bad file.
-    """
-    tokenizer = Path(folder) / TOKENIZER / "tokenizer.json"
-    if tokenizer.is_file():
-        found = [_hash_fault(tokenizer, manifest.tokenizer_sha256, None)]
-    else:
-        found = [f"{tokenizer}: file missing. {TOKENS_REMEDY}"]
-    found += [
-        _size_fault(path, file) or _hash_fault(path, file.sha256, progress) for path, file in _files(folder, manifest)
-    ]
-    if faults := [fault for fault in found if fault]:
-        raise CorpusError("\n".join(faults))
-
-
-def _hash_fault(path: Path, expected: str, progress: Callable[[int], object] | None) -> str | None:
-    """One sentence if a file differs from its SHA-256."""
-    found = sha256_file(path, progress)
-    return None if found == expected else f"{path}: sha256 {expected} expected, {found} found. {TOKENS_REMEDY}"
 
 
 def write_tokens(folder: str | Path, manifest: TokenManifest) -> None:

@@ -275,6 +275,22 @@ def test_source_that_disappears(kind: str, folder: Path, tmp_path: Path, monkeyp
     assert read_manifest(tmp_path / "out").documents == 60
 
 
+@pytest.mark.parametrize("how", ["no text", "dropped", "duplicate of a task"])
+def test_an_empty_corpus_is_no_matter_of_the_held_out_share(how: str, folder: Path, tmp_path: Path) -> None:
+    documents = [] if how == "no text" else make_documents(60)
+    write_text(tmp_path / "a.txt", documents)
+    write_text(tmp_path / "task.txt", documents or ["the of and"])
+    rules: dict[str, Any] = {"min_characters": 1 << 20} if how == "dropped" else {}
+    if how == "duplicate of a task":
+        rules = {"min_characters": 30, "decontaminate": ["task.txt"], "decontaminate_words": 1}
+    path = describe_in(tmp_path, [{"name": "a", "inputs": ["a.txt"]}], documents=rules)
+    messages = {"no text": "no text in .*a.txt. Add text", "dropped": r"\(too_short 60\). Relax the rules"}
+    for share in (0.0, 0.2):
+        with pytest.raises(CorpusError, match=f"the corpus is empty: .*{messages.get(how, 'contaminated 5')}"):
+            build(None, folder / "tok", 16, tmp_path / "out", description=path, held_out=share, progress=False)
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("own_folder", [False, True])
 def test_stage_that_fails_can_be_rerun(
     own_folder: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

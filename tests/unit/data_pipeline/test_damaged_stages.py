@@ -134,10 +134,37 @@ def test_packing_asks_once_for_each_file(folder: Path, tmp_path: Path, monkeypat
         asked.append(path)
         return original(path, file)
 
-    original = token_shards._size_fault
-    monkeypatch.setattr(token_shards, "_size_fault", ask)
+    original = token_shards.size_fault
+    monkeypatch.setattr(token_shards, "size_fault", ask)
     pack(folder / "tokens", 16, tmp_path / "out", progress=False)
     assert sorted(asked) == sorted((folder / "tokens").glob("tokens-*"))
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "source": (lambda m: m["shards"][0].update(source=1), "shard 0 has source 1 and sides"),
+    "side": (lambda m: m["shards"][1]["sides"].pop("held_out"), "shard 1 has source 0 and sides train"),
+    "weights": (lambda m: m.update(weights=[]), "1 names, but 0 weights"),
+    "infinite": (lambda m: m.update(weights=[float("inf")]), "weights.0: Input should be a finite number"),
+    "documents": (lambda m: m["shards"][0]["sides"]["train"].update(documents=900), "expected, for 900 documents"),
+    "length": (lambda m: m["shards"][0]["sides"]["train"].update(length=7), "expected, for .* documents of 7 ids"),
+    "ids": (lambda m: m["shards"][0]["sides"]["train"]["files"].pop("ids"), "shard 0: sizes {'ids': "),
+    "vocabulary": (lambda m: m.update(vocab_size=70_000), "shard 0: sizes {'ids': "),
+    "special": (lambda m: m["special_tokens"].update(mask=5000), "special token ids must be below vocab_size"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_that_contradicts_itself_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    """Without a hash, as of an earlier version."""
+    change, message = CHANGES[name]
+    tokens = shutil.copytree(folder / "tokens", tmp_path / "tokens")
+    content = json.loads((tokens / MANIFEST).read_text())
+    del content["sha256"]
+    change(content)
+    (tokens / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CorpusError, match=message):
+        pack(tokens, 16, tmp_path / "out", progress=False)
+    assert main(["verify", str(tokens)]) == 1
 
 
 # Where a build is killed, and the file that is damaged then.

@@ -18,9 +18,9 @@ from data_pipeline.arguments import Safeguards
 from data_pipeline.build import build, pack, tokenize
 from data_pipeline.files import CorpusError
 from data_pipeline.reports.describe import describe
-from data_pipeline.reports.scan import verify
+from data_pipeline.reports.scan import verify, verify_tokens
 from data_pipeline.sources.sentences import sentence_starts
-from data_pipeline.tokenization.token_shards import SideReader, read_tokens, verify_tokens
+from data_pipeline.tokenization.token_shards import SideReader, read_tokens
 from data_pipeline.tokenization.tokenizer import Encoder, copy_tokenizer
 from tests.support.documents import (
     CLS,
@@ -266,6 +266,9 @@ def test_inspect_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert tokens.strip() == ("[CLS] ¶·the ·of ·q ##u ##u ##x ·. ¶·and ·to [SEP]")
     assert main(["inspect", str(tmp_path / "out"), "--first", "99"]) == 1
     assert "rows 99 to 103" in capsys.readouterr().err
+    for option, value, least in (("--rows", "0", 1), ("--rows", "-3", 1), ("--first", "-1", 0)):
+        assert main(["inspect", str(tmp_path / "out"), option, value]) == 1
+        assert capsys.readouterr().err == f"error: {option} {value}: must be at least {least}\n"
     picture = tmp_path / "stats.png"
     assert main(["stats", str(tmp_path / "out"), "--png", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -82,6 +82,31 @@ def test_changed_task_file_is_refused(finished: bool, tmp_path: Path, tokenizer:
     run()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_inputs_and_task_files_may_be_moved(finished: bool, tmp_path: Path, tokenizer: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    write_text(before / "a.txt", make_documents(50))
+    for name in ("task.txt", "other.txt"):
+        write_text(before / name, [f"one two three four five six seven {name}"])
+
+    def run(folder: Path, *tasks: str) -> object:
+        rules = {"decontaminate": tasks, "decontaminate_words": 8}
+        about = describe_in(folder, [{"name": "a", "inputs": ["a.txt"]}], documents=rules)
+        return build(None, tokenizer, 16, tmp_path / "out", description=about, **SIZES)
+
+    if finished:
+        run(before, "task.txt")
+    else:
+        stopped_before_packing(lambda: run(before, "task.txt"))
+    before.rename(after)
+    for tasks in ((), ("other.txt",), ("task.txt", "other.txt")):
+        with pytest.raises(CorpusError, match="holds a build with other arguments"):
+            run(after, *tasks)
+    (after / "task.txt").rename(after / "renamed.txt")
+    run(after, "renamed.txt")
+    assert (tmp_path / "out/manifest.json").exists()
+
+
 @pytest.mark.parametrize("keep_time", [False, True])
 @pytest.mark.parametrize("make", ["build", "tokenize"])
 def test_changed_input_of_a_finished_folder_is_refused(
