@@ -8,7 +8,7 @@ from functools import partial
 from cluster import status
 from cluster.hosts import hostfile, launch, preflight
 from cluster.slurm import command
-from data_pipeline.console import run_into_pipe
+from data_pipeline.console import CommandParser, run_into_pipe
 
 EXAMPLES = """examples:
   python -m cluster slurm --config run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --submit
@@ -29,7 +29,7 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in COMMANDS:
         add(commands)
     return parser

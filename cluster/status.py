@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from maskvr_ds.config.yaml_values import parse_yaml
 from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.layout import (
     ATTEMPT,
@@ -57,6 +58,7 @@ class Status:
     ranks: int | None
     host: str | None
     step: int | None
+    steps: int | None  # of the configuration, all phases
     loss: float | None
     tokens_per_second: float | None
     metrics_age: float | None
@@ -133,6 +135,7 @@ def read_status(run: Path) -> Status:
         ranks=owner.ranks if owner else None,
         host=owner.host if owner else None,
         step=line.get("step"),
+        steps=_steps(run / CONFIG),
         loss=line.get("loss"),
         tokens_per_second=line.get("tokens_per_second"),
         metrics_age=_age(run / METRICS) if line else None,
@@ -196,6 +199,16 @@ def last_step(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _steps(path: Path) -> int | None:
+    """The steps of all phases that a run's config.yaml asks for; None if it does not say."""
+    try:
+        config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        parts = [phase["training"]["steps"] for phase in config.get("phases") or [config]]
+        return sum(parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _job_in(path: Path) -> str | None:
     """The id of a Slurm job that a file starts with; None if there is no such file."""
     try:
@@ -225,7 +238,8 @@ def describe(status: Status) -> str:
     if status.step is not None:
         loss = "not finite" if status.loss is None else f"{status.loss:.4f}"
         speed = f"{status.tokens_per_second or 0:,.0f} tokens/s"
-        lines.append(f"  step {status.step}, loss {loss}, {speed}, {_ago(status.metrics_age)}")
+        of = "" if status.steps is None else f" of {status.steps}"
+        lines.append(f"  step {status.step}{of}, loss {loss}, {speed}, {_ago(status.metrics_age)}")
     lines.append(
         f"  checkpoint {status.checkpoint}, {_ago(status.checkpoint_age)}" if status.checkpoint else "  no checkpoint"
     )

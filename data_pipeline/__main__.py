@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from data_pipeline.console import run_into_pipe
+from data_pipeline.console import CommandParser, run_into_pipe
 from data_pipeline.numbers import counted, integer
 from data_pipeline.options import (
     INPUT,
@@ -34,7 +34,7 @@ _EPILOG = """\
 Exit codes: 0 success, 1 failure, 2 usage error, 130 Ctrl-C.
 """
 _OUTPUT = "to write: new, empty, or of the same command stopped before"
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     _add_tokenizer(commands)
     _add_build(commands)
     _add_tokenize(commands)

@@ -1,12 +1,35 @@
-"""Standard output whose reader goes away, as in `… | head`."""
+"""Parsers of subcommands with short errors; standard output whose reader goes away, as in `… | head`."""
 
+import argparse
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
+# A usage of more lines hides the error below it.
+_USAGE_LINES = 6
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a subcommand, whose errors name the subcommand and are not hidden below a usage of many lines."""
+
+    # The types are those of argparse, which has overloads for them.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            words = any("=" not in word for word in getattr(found, "assignments", None) or ())
+            hint = "; --set takes one word, SECTION.FIELD=VALUE" if words else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        usage = self.format_usage()
+        if usage.count("\n") <= _USAGE_LINES:
+            super().error(message)
+        self.exit(2, f"`{self.prog} --help` shows the options\n{self.prog}: error: {message}\n")
 
 
 def run_into_pipe(run: Callable[[], int | None]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
+        if not os.path.lexists(folder):
+            raise CorpusError(f"{folder}: no such folder. Correct the path, or build the corpus first") from None
         raise CorpusError(
             f"{path}: not found. This is not a corpus, or its build has not finished: rerun the build command"
         ) from None

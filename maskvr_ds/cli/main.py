@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from data_pipeline.console import run_into_pipe
+from data_pipeline.console import CommandParser, run_into_pipe
 from maskvr_ds.cli.analysis import add_compare, add_plot, add_variance
 from maskvr_ds.cli.attention import add_attention
 from maskvr_ds.cli.benchmark import add_benchmark, add_demo
@@ -17,7 +17,6 @@ from maskvr_ds.cli.checkpoint import add_checkpoint, add_export
 from maskvr_ds.cli.configuration import add_config, add_recipes
 from maskvr_ds.cli.downstream import add_evaluate, add_finetune
 from maskvr_ds.cli.health import add_health
-from maskvr_ds.cli.options import CommandParser
 from maskvr_ds.cli.plan import add_plan
 from maskvr_ds.cli.token_scores import add_token_scores
 from maskvr_ds.cli.train import add_train

@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from maskvr_ds.runtime.numbers import MAX_STEPS, integer
 
@@ -12,29 +12,8 @@ if TYPE_CHECKING:
 
 # More would only wait for each other, and take about half a GB each.
 _RANKS_PER_CORE = 8
-# A usage of more lines hides the error below it.
-_USAGE_LINES = 6
 # The object that `add_subparsers` returns.
 Commands = argparse._SubParsersAction
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Parser of a subcommand, whose errors name the subcommand and are not hidden below a usage of many lines."""
-
-    # The types are those of argparse, which has overloads for them.
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            words = any("=" not in word for word in getattr(found, "assignments", None) or ())
-            hint = "; --set takes one word, SECTION.FIELD=VALUE" if words else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return found, unknown
-
-    def error(self, message: str) -> NoReturn:
-        usage = self.format_usage()
-        if usage.count("\n") <= _USAGE_LINES:
-            super().error(message)
-        self.exit(2, f"`{self.prog} --help` shows the options\n{self.prog}: error: {message}\n")
 
 
 def add_command(

@@ -100,7 +100,14 @@ def _plan(arguments: argparse.Namespace) -> int:
         json.dump({"config": arguments.config, "measured": measured, **plan.dump()}, sys.stdout, indent=1)
         print()
     else:
-        print(report.text(plan, source=arguments.config, measured=measured))
+        found = dict.fromkeys(
+            str(one.path) for index in range(len(config.phases) or 1) for one in config.phase(index).data.corpora
+        )
+        given = {"--sequence-length": arguments.sequence_length, "--vocab-size": arguments.vocab_size}
+        options = [name for name, value in given.items() if value is not None]
+        read = "not read" if len(options) == len(given) else ", ".join(found)
+        sizes = f"{read}; {' and '.join(options)}" if options else read
+        print(report.text(plan, source=arguments.config, measured=measured, corpora=sizes))
     if arguments.plot:
         report.plot(plan, Path(arguments.plot))
     return 0

@@ -11,6 +11,7 @@ well.
 
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -31,6 +32,7 @@ from maskvr_ds.downstream.protocol import Protocol
 from maskvr_ds.downstream.store import Content, RunStore
 from maskvr_ds.downstream.tasks import LEARNING_TO_WEIGHT, WEIGHTED_ROWS, Kind, TaskError
 from maskvr_ds.downstream.weighted_words import weighted_bag
+from maskvr_ds.run_folder.layout import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,11 @@ class Run:
     seed: int
 
     def label(self, encoder: Encoder) -> str:
-        return f"{Path(encoder.name).name}-{self.purpose}-{self.learning_rate:g}-seed{self.seed}"
+        *folders, name = (part for part in Path(encoder.name).parts if part != CHECKPOINTS)
+        # Several runs have a seed or a step of this name.
+        if folders and re.fullmatch(r"(seed|step)-\d+", name):
+            name = f"{folders[-1]}/{name}"
+        return f"{name}-{self.purpose}-{self.learning_rate:g}-seed{self.seed}"
 
 
 class Evaluator:

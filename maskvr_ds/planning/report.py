@@ -13,8 +13,9 @@ _LABEL = 14
 _NO_PADDING = 0.005
 
 
-def text(plan: Plan, *, source: str, measured: Sequence[str]) -> str:
-    """The plan for a terminal. source: the configuration; measured: files that it was calibrated with."""
+def text(plan: Plan, *, source: str, measured: Sequence[str], corpora: str = "") -> str:
+    """The plan for a terminal. source: the configuration; measured: files that it was calibrated with; corpora: where
+    the sizes of rows and vocabulary are from."""
     cluster = plan.cluster
     link = "" if cluster.link is None else f", {cluster.link * 8 / 1e9:,.0f} Gbit/s per node"
     total = sum(plan.parameters.values())
@@ -28,6 +29,7 @@ def text(plan: Plan, *, source: str, measured: Sequence[str]) -> str:
     lines = [
         _line("run", f"{source}, {plan.deepspeed} (ZeRO stage {plan.stage})"),
         _line("cluster", f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}{link}"),
+        *([_line("corpora", corpora)] if corpora else []),
         _line("parameters", f"{total / 1e6:.1f} million ({groups})"),
         _line("calibration", basis),
     ]

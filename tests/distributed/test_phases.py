@@ -285,7 +285,7 @@ def test_a_phase_starts_under_other_stages_and_optimizers(runs: Runs) -> None:
 EXPECTED = {
     "other tokenizer": "ConfigError: phase 'long': .*tokenizer .* differs from .*build the corpora of all phases",
     "long sequences": "ConfigError: phase 'long': .*sequences of 64 tokens exceed model.max_position_embeddings 48",
-    "no corpus": "CorpusError: phase 'long': .*manifest.json: not found",
+    "no corpus": "CorpusError: phase 'long': .*nothing: no such folder",
     "no held-out": "ConfigError: phase 'long': .*no held-out corpus",
     "does not divide": "ConfigError: phase 'long': batch.global_size 6 is not a multiple of batch.micro_size 2 ×",
     "changed steps": "CheckpointError: phase 'short' is finished: 8 steps of 12 sequences were trained, .* has 7 of 12",

@@ -54,7 +54,9 @@ def compare(runs: Sequence[Records]) -> tuple[str, dict[str, Any]]:
     figures = [_figures(records) for records in runs]
     reasons = {name: reason for name, needs in _NEEDS.items() if (reason := _reason(runs, needs))}
     widths = [max(len(name) for name in _NEEDS) + 2, *(max(14, len(str(r.folder)) + 2) for r in runs)]
-    lines = ["".join(f"{cell:<{w}}" for cell, w in zip(("", *(str(r.folder) for r in runs)), widths, strict=True))]
+    lines = [
+        "".join(f"{cell:<{w}}" for cell, w in zip(("", *(str(r.folder) for r in runs)), widths, strict=True)).rstrip()
+    ]
     compared: dict[str, Any] = {}
     for name in _NEEDS:
         if name in reasons:
@@ -70,17 +72,19 @@ def compare(runs: Sequence[Records]) -> tuple[str, dict[str, Any]]:
 def _shown(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if (float(value).is_integer() and abs(value) >= 10) or value == 0 else f"{value:,.4g}"
+    whole = value == 0 or abs(value) >= 10_000 or (abs(value) >= 10 and float(value).is_integer())
+    return f"{value:,.0f}" if whole else f"{value:,.4g}"
 
 
+_HELD_OUT = "held-out text"
 # Figure -> what must be equal for it to compare.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "steps": (),
     "tokens": (),
     "updates skipped (share)": (),
     "last training loss": ("tokenizer", "masking"),
-    "last held-out loss": ("tokenizer",),
-    "lowest held-out loss": ("tokenizer",),
+    "last held-out loss": ("tokenizer", _HELD_OUT),
+    "lowest held-out loss": ("tokenizer", _HELD_OUT),
     "median gradient norm": ("tokenizer", "model"),
     "median trust ratio": ("model", "optimizer"),
     "tokens per second": ("model", "device", "sequence length"),
@@ -114,6 +118,8 @@ def _reason(runs: Sequence[Records], needs: tuple[str, ...]) -> str | None:
     """Why a figure does not compare: something that must be equal differs, or is not recorded."""
     for need in needs:
         values = [_condition(records, need) for records in runs]
+        if need == _HELD_OUT and None in values:
+            continue  # of an earlier version, or without a held-out loss
         if None in values:
             return f"the {need} of {runs[values.index(None)].folder} is not recorded"
         if values[0] != values[1]:
@@ -123,6 +129,9 @@ def _reason(runs: Sequence[Records], needs: tuple[str, ...]) -> str | None:
 
 def _condition(records: Records, need: str) -> Any:
     config, launch = records.config, records.launches[-1] if records.launches else None
+    if need == _HELD_OUT:
+        entropies = [x for line in records.lines if (x := line.get("held_out_unigram_entropy")) is not None]
+        return round(entropies[-1], 6) if entropies else None
     corpus = launch["corpora"][0] if launch and launch["corpora"] else None
     if need == "tokenizer":
         return None if corpus is None else corpus["tokenizer_sha256"]

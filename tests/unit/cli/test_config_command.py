@@ -169,7 +169,7 @@ FAULTS: dict[str, tuple[Case, str]] = {
     "a batch of the hostfile": (hostfile, "× 7 ranks"),
     "another mask id": (other_mask("."), "copy/manifest.json: sha256 "),
     "another mask id of the held-out corpus": (other_mask("held_out"), "copy/held_out/manifest.json: sha256 "),
-    "no corpus": (settings(data={"path": "nowhere"}), "nowhere/manifest.json: not found"),
+    "no corpus": (settings(data={"path": "nowhere"}), "nowhere: no such folder"),
     "a folder": (no_manifest, "manifest.json: not found. This is not a corpus"),
     "no held-out corpus": (no_held_out, "no held-out corpus; build with --held-out"),
     "a missing shard": (missing_shard, "shard-00000.arrow: shard is missing"),

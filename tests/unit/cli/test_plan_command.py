@@ -261,3 +261,10 @@ def test_faults_of_the_command_line(words: list[str], capsys: pytest.CaptureFixt
         run(*words)
     assert stopped.value.code == 2
     assert "error: argument --" in capsys.readouterr().err
+
+
+def test_the_corpora_of_the_sizes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", "bert_base_4k", *("--nodes", "1", "--gpus-per-node", "8", "--gpu", "h100")]
+    sizes = ["--sequence-length", "128", "--vocab-size", "30522"]
+    assert main([*words, *sizes]) == 0
+    assert "\ncorpora       not read; --sequence-length and --vocab-size\n" in capsys.readouterr().out

@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[Callable[[Hosts], None], list[str], str]] = {
         "b: /c/shard-0.arrow: Permission denied and 1 more; copy the corpus again",
     ),
     "batch": (lambda h: None, ["batch.global_size=63"], "batch.global_size 63 is not a multiple of"),
-    "files": (lambda h: None, ["data.path=nowhere"], "nowhere/manifest.json: not found"),
+    "files": (lambda h: None, ["data.path=nowhere"], "nowhere: no such folder"),
     "hub": (
         lambda h: None,
         ["model={initialize_from: lab/no-model}"],

@@ -144,6 +144,22 @@ def test_runs_of_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.count("not started") == 2
 
 
+@pytest.mark.parametrize(
+    ("config", "of"),
+    [
+        ("training: {steps: 40}", " of 40"),
+        ("phases: [{training: {steps: 30}}, {training: {steps: 20}}]", " of 50"),
+        ("phases: [{training: {steps: 30}}, {training: {epochs: 2}}]", ""),
+        ("training: {steps: null}", ""),
+        ("training: [", ""),
+    ],
+)
+def test_steps_of_the_configuration(run: Path, config: str, of: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / layout.CONFIG).write_text(config, encoding="utf-8")
+    assert main(["status", str(run)]) == 0
+    assert f"step 22{of}, loss 2.5000" in capsys.readouterr().out
+
+
 def test_ages_have_readable_units() -> None:
     assert [_ago(age) for age in (None, 5, 119, 1192, 7300, 400_000)] == [
         "",

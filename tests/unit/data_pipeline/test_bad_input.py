@@ -151,7 +151,10 @@ def test_usage_error_has_exit_code_2(tmp_path: Path) -> None:
     for arguments in (["build", "--input", "x"], ["bild"], [], ["build", "--documents", "page"]):
         found = run_command(*arguments)
         assert found.returncode == 2
-        assert "usage: python -m data_pipeline" in found.stderr
+        *_, usage, error = found.stderr.splitlines()
+        assert "python -m data_pipeline" in usage
+        assert error.startswith("python -m data_pipeline")
+        assert len(found.stderr.splitlines()) < 8, "the error is not below a long usage"
     found = run_command("build", "--input", "x", "--tokenizer", tmp_path, "--sequence-length", 16, "--output", "y")
     assert (found.returncode, found.stderr) == (
         1,

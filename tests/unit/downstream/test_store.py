@@ -1,5 +1,6 @@
 """Output folders: whose they are, and one command at a time."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,3 +81,17 @@ def test_long_names_of_models(letter: str, tmp_path: Path) -> None:
     (path,) = (tmp_path / "o" / "runs" / "sst2").iterdir()
     assert "-final-1e-05-seed0-" in path.name
     assert store.get(label, identity, dict)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("models/bert", "bert-final-1e-05-seed0"),
+        ("out/runs/uniform/seed-1", "uniform/seed-1-final-1e-05-seed0"),
+        ("runs/a/checkpoints/step-00000100", "a/step-00000100-final-1e-05-seed0"),
+        ("seed-1", "seed-1-final-1e-05-seed0"),
+    ],
+)
+def test_labels_tell_runs_of_several_strategies_apart(name: str, label: str) -> None:
+    found = evaluation.Run("final", 1e-5, 0).label(dataclasses.replace(encoder(), name=name))
+    assert found == label

@@ -181,8 +181,7 @@ FAULTS = [
     sets(
         "no corpus there",
         "data.path=nowhere",
-        "nowhere/manifest.json: not found. This is not a corpus, or its build has not finished: rerun the"
-        " build command",
+        "nowhere: no such folder. Correct the path, or build the corpus first",
     ),
     sets(
         "a folder that is no corpus",

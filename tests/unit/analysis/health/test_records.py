@@ -232,6 +232,11 @@ def test_runs_that_differ_are_compared_in_what_compares(tmp_path: Path) -> None:
     _, of_tokenizer = compare([a, c])
     assert "last held-out loss" in of_tokenizer["not_compared"]
     assert "tokens per second" in of_tokenizer["compared"]
+    other = [{**x, "held_out_unigram_entropy": 6.4} if "held_out_loss" in x else x for x in healthy()]
+    text, of_text = compare([a, read_records(write_run(tmp_path / "d", other))])
+    assert set(of_text["not_compared"]) == {"last held-out loss", "lowest held-out loss"}
+    assert "not compared: the held-out text differs" in text
+    assert "e+0" not in text, "speeds are not powers of ten"
 
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
