@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskvr_ds.config.yaml_values import parse_yaml
+from data_pipeline.yaml_values import parse_yaml
 from maskvr_ds.run_folder import fence
 from maskvr_ds.run_folder.layout import (
     ATTEMPT,

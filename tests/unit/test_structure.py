@@ -162,7 +162,7 @@ def test_pipeline_and_cluster_need_little_of_the_training(module: str) -> None:
     assert all(any(other == f or other.startswith(f"{f}.") for f in free) for other in training), training
     if module.startswith("cluster"):
         pipeline = {room(other)[1] for other in others if other.startswith("data_pipeline")}
-        assert pipeline <= (PIPELINE_OF_SLURM if module.startswith("cluster.slurm") else {"console"})
+        assert pipeline <= (PIPELINE_OF_SLURM if module.startswith("cluster.slurm") else {"console", "yaml_values"})
 
 
 @pytest.mark.parametrize(
