@@ -297,11 +297,6 @@ def _arrow(source: Source, piece: Piece, column: str, progress: Progress, readin
 
 def _column(source: Source, values: Any, column: str, first: int, where: str, reading: Reading) -> Iterator[Text]:
     """The documents of an Arrow string array whose first row is row `first` of `where`."""
-    if values.null_count:
-        row = first + values.is_null().index(True).as_py()
-        fault = f"{source.path}: row {row:,} of {where} has no {column!r} (null). "
-        reading.no_text_at(f"{fault}Remove such rows or replace null by an empty string", values.null_count)
-        values = values.drop_null()
     try:
         values.validate(full=True)
         texts = (value.as_py() for value in values)
@@ -315,12 +310,13 @@ def _column(source: Source, values: Any, column: str, first: int, where: str, re
         # A string view array cannot be reinterpreted as another type without a copy.
         values = values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values
         values = values.view(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
-        texts = (value.as_py().decode("utf-8", "surrogateescape") for value in values)
+        raw = (value.as_py() for value in values)
+        texts = (None if text is None else text.decode("utf-8", "surrogateescape") for text in raw)
     # One value at a time: the texts of equal values of a dictionary would not fit into memory together.
     for row, text in enumerate(texts, first):
         place = f"{source.path}: row {row:,} of {where}"
         if text is None:
-            reading.no_text_at(f"{place} has no {column!r} (null)")
+            reading.no_text_at(f"{place} has no {column!r} (null). Remove such rows or replace null by an empty string")
             continue
         reading.check_length(text, place)
         yield from _pieces(text)

@@ -51,32 +51,44 @@ def json_texts(source: Source, blocks: Iterator[str], field: str, reading: Readi
 
 def table_texts(source: Source, blocks: Iterator[str], column: str, reading: Reading) -> Iterator[str]:
     """The cells of a column. Raises CorpusError, also for what `reading` does not skip."""
+    rows = _rows(source, _lines(source, blocks, reading), reading)
+    number, header = next(rows, (0, []))
+    if not number:
+        return
+    header = [name.strip() for name in header]
+    if header.count(column) != 1:
+        what = f"has no column {column!r}" if column not in header else f"has column {column!r} more than once"
+        raise CorpusError(
+            f"{source.path}: {what}; its first line has {', '.join(map(repr, header))}. Set --text-field to the "
+            "column that holds the text; the first line must name the columns"
+        )
+    index = header.index(column)
+    for number, row in rows:
+        if not row:
+            continue
+        place = f"{source.path}:{number}"
+        if len(row) != len(header):
+            reading.bad_record_at(f"{place}: has {len(row)} cells, the header {len(header)}")
+        elif not row[index]:
+            reading.no_text_at(f"{place}: cell {column!r} is empty")
+        else:
+            reading.check_length(row[index], place)
+            yield row[index]
+
+
+def _rows(source: Source, lines: Iterator[str], reading: Reading) -> Iterator[tuple[int, list[str]]]:
+    """Number of the last line of each row, and its cells; none for an empty line. Raises CorpusError."""
+    if source.format == ".tsv":
+        for number, line in enumerate(lines, 1):
+            line = line.removesuffix("\n").removesuffix("\r")
+            yield number, line.split("\t") if line else []
+        return
     # The limit is global in the csv module.
     csv.field_size_limit(reading.limits.record)
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.format == ".tsv" else {}
-    rows = csv.reader(_lines(source, blocks, reading), strict=True, **options)
+    rows = csv.reader(lines, strict=True)
     try:
-        header = next(rows, None)
-        if header is None:
-            return
-        header = [name.strip() for name in header]
-        if header.count(column) != 1:
-            what = f"has no column {column!r}" if column not in header else f"has column {column!r} more than once"
-            raise CorpusError(
-                f"{source.path}: {what}; its first line has {', '.join(map(repr, header))}. Set --text-field to the "
-                "column that holds the text; the first line must name the columns"
-            )
-        index = header.index(column)
         for row in rows:
-            if not row:
-                continue
-            place = f"{source.path}:{rows.line_num}"
-            if len(row) != len(header):
-                reading.bad_record_at(f"{place}: has {len(row)} cells, the header {len(header)}")
-            elif not row[index]:
-                reading.no_text_at(f"{place}: cell {column!r} is empty")
-            else:
-                yield row[index]
+            yield rows.line_num, row
     except csv.Error as error:
         raise CorpusError(f"{source.path}:{rows.line_num}: not a table ({error}). Correct the file") from None
 
