@@ -91,7 +91,7 @@ def test_looking_at_it(folder: Path) -> None:
         *shell_lines(block_of(DOCS / "how-to" / "resume-and-recover.md", "Checkpoints", "bash")),
         *shell_lines(block_of(DOCS / "how-to" / "train.md", "Watch it", "bash")),
     ]
-    assert len(looking) == 7
+    assert len(looking) == 8
     for command in looking:
         run(folder, command.replace("runs/mine", "runs/bert_base_4k"))
 
