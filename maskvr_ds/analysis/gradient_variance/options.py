@@ -15,7 +15,9 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or run folder (its newest checkpoint)"
     )
-    parser.add_argument("--corpus", required=True, metavar="DIR", help="corpus from which rows are sampled")
+    parser.add_argument(
+        *("--corpus", "--data"), dest="corpus", required=True, metavar="DIR", help="corpus from which rows are sampled"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for variance.json and variance.png")
     parser.add_argument(
         "--strategies",
@@ -80,6 +82,7 @@ def add_variance_options(parser: argparse.ArgumentParser) -> None:
         "--micro-size",
         type=integer(0, MAX_MICRO_SIZE),
         default=32,
+        metavar="N",
         help="masked rows per forward pass (default: 32)",
     )
     parser.add_argument(

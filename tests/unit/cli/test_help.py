@@ -113,3 +113,9 @@ def test_the_list_of_recipes_says_what_they_are(capsys: pytest.CaptureFixture[st
     (large,) = [line for line in lines if line.startswith("model_bert_large ")]
     assert large.endswith("BERT-large of Devlin et al. 2018 (arXiv 1810.04805): 24 layers, hidden size 1024, 16 heads")
     assert all(len(line.split()) > 2 for line in lines if line and not line.startswith("parts of"))
+
+
+def test_a_corpus_is_data_for_every_command_that_measures_a_model() -> None:
+    words = ["variance", "--checkpoint", "a", "--output", "b"]
+    for option in ("--corpus", "--data"):
+        assert command_parser().parse_args([*words, option, "c"]).corpus == "c"
