@@ -100,9 +100,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         json.dump({"config": arguments.config, "measured": measured, **plan.dump()}, sys.stdout, indent=1)
         print()
     else:
-        found = dict.fromkeys(
-            str(one.path) for index in range(len(config.phases) or 1) for one in config.phase(index).data.corpora
-        )
+        found = dict.fromkeys(str(one.path) for _, phase in config.named_phases() for one in phase.data.corpora)
         given = {"--sequence-length": arguments.sequence_length, "--vocab-size": arguments.vocab_size}
         options = [name for name, value in given.items() if value is not None]
         read = "not read" if len(options) == len(given) else ", ".join(found)

@@ -322,6 +322,29 @@ class MaskingConfig(Section):
         return self.strategy == "mapnet" or (self.strategy == "auto" and self.auto.proposal)
 
     @property
+    def unread(self) -> list[str]:
+        """Settings that others make ineffective, a line each. Not errors: runs that were started with them resume."""
+        sections = {"auto": self.auto, "mapnet": self.mapnet}
+        given = {f"{n}.{key}" for n, part in sections.items() for key in part.model_dump(exclude_defaults=True)}
+        found = {}
+        if self.auto.max_share is None:
+            found["auto.max_share is null"] = {"auto.max_rows"}
+        if self.final_rate is None and not self.auto.late_layers:
+            found["neither final_rate nor auto.late_layers is set"] = {"auto.final_share"}
+        if self.strategy == "auto":
+            found["strategy is auto"] = {"mapnet.mask_share"}
+            if not self.auto.proposal:
+                found["auto.proposal is false"] = {
+                    "auto.proposal_saves",
+                    *(n for n in given if n.startswith("mapnet.")),
+                }
+        elif self.mapnet.gate != "auto":
+            found[f"mapnet.gate is {self.mapnet.gate}"] = {"mapnet.cost", "mapnet.mask_share"}
+        return [
+            f"masking.{name}: not read ({reason})" for reason, names in found.items() for name in sorted(names & given)
+        ]
+
+    @property
     def weighted(self) -> WeightedSampling:
         """Sampler and estimator of the strategy; defaults for strategies without weights."""
         return self.frequency if self.strategy == "frequency" else self.mapnet

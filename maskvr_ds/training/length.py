@@ -90,7 +90,7 @@ def _are_there(phase: RunConfig) -> bool:
 
 
 def remarks(config: RunConfig, corpus: Corpus) -> list[str]:
-    """What is probably a mistake in the length or the rate of a resolved configuration without phases, one sentence
+    """What is probably a mistake in the length or the masks of a resolved configuration without phases, one line
     each."""
     size, samples = config.batch.global_size, epoch_samples(config, corpus)
     found = []
@@ -107,4 +107,4 @@ def remarks(config: RunConfig, corpus: Corpus) -> list[str]:
         )
     if (fewer := fewer_predictions(config.masking, corpus)) is not None:
         found.append(fewer)
-    return found
+    return found + config.masking.unread

@@ -170,3 +170,33 @@ def test_remarks(folder: Path) -> None:
     (text,) = remarks(large, corpus)
     assert text.startswith("batch.global_size 92: larger than an epoch of ")
     assert remarks(large, corpus) == file_faults(large)[1]
+
+
+@pytest.mark.parametrize(
+    ("masking", "unread"),
+    [
+        (
+            {"strategy": "auto", "auto": {"max_share": None, "max_rows": 99}},
+            ["auto.max_rows: not read (auto.max_share"],
+        ),
+        (
+            {"strategy": "auto", "auto": {"final_share": 0.2}},
+            ["auto.final_share: not read (neither final_rate nor auto"],
+        ),
+        ({"strategy": "auto", "auto": {"final_share": 0.2}, "rate": 0.3, "final_rate": 0.15}, []),
+        ({"strategy": "auto", "auto": {"max_rows": 99}, "mapnet": {"lr": 0.1, "cost": 0.1}}, []),
+        (
+            {"strategy": "auto", "auto": {"proposal": False, "proposal_saves": 0.1}, "mapnet": {"lr": 0.1}},
+            ["auto.proposal_saves: not read (auto.proposal is false)", "mapnet.lr: not read (auto.proposal is false)"],
+        ),
+        ({"strategy": "mapnet", "mapnet": {"cost": 0.1}}, ["mapnet.cost: not read (mapnet.gate is always)"]),
+        ({"strategy": "mapnet", "mapnet": {"cost": 0.1, "mask_share": 0.5, "gate": "auto"}}, []),
+        ({}, []),
+    ],
+)
+def test_settings_that_nothing_reads_are_remarked(folder: Path, masking: dict[str, Any], unread: list[str]) -> None:
+    found = config(folder, training={"steps": 5}, masking=masking)
+    assert len(found.masking.unread) == len(unread)
+    for line, expected in zip(found.masking.unread, unread, strict=True):
+        assert line.startswith(f"masking.{expected}")
+    assert set(found.masking.unread) <= set(file_faults(found)[1])
