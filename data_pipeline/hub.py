@@ -29,6 +29,9 @@ MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.j
 _NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
 
+# Folders that a message lists.
+_SHOWN = 8
+
 _logger = logging.getLogger(__name__)
 
 
@@ -93,6 +96,19 @@ def _say_that_it_is_a_folder(text: str | Path, what: str, log: logging.Logger) -
     log.log(level, "%s %s: the folder of this name is used%s", what, text, note)
 
 
+def _why_no_folder(name: str) -> str | None:
+    """Of a name that is probably a mistyped path, as its first part is a folder here: what that folder has."""
+    parent = Path(name).parent
+    if parent == Path() or not parent.is_dir():
+        return None
+    there = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    shown = ", ".join(there[:_SHOWN]) + (", …" if len(there) > _SHOWN else "")
+    return (
+        f"no such folder; {parent} has {shown or 'none'}. Correct the path, or rename "
+        f"{parent} if this is a model on the hub, which could not be fetched"
+    )
+
+
 def _why(error: Exception, name: str, revision: str | None, files: tuple[str, ...]) -> str:
     """Reason and remedy, as the end of a message."""
     from huggingface_hub import constants, errors
@@ -100,13 +116,15 @@ def _why(error: Exception, name: str, revision: str | None, files: tuple[str, ..
     endpoint = constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return f"access is restricted. Accept its conditions at {endpoint}/{name}, then run: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision}. Use a branch, a tag or a commit that {endpoint}/{name} has"
+    if (mistyped := _why_no_folder(name)) is not None:
+        return mistyped
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"neither a folder here nor a model at {endpoint}. Correct the name or path; if the model is private, run: "
             "hf auth login"
         )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {revision}. Use a branch, a tag or a commit that {endpoint}/{name} has"
     reason = str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__
     fetch = f"hf download {name}{f' --revision {revision}' if revision else ''} --include {' '.join(map(repr, files))}"
     offline = "offline mode is set (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint}: {reason}"

@@ -104,6 +104,20 @@ def test_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_HOME on a shared file system" in str(caught.value)
 
 
+def test_a_mistyped_path_is_none_of_a_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lab").mkdir()
+    with pytest.raises(HubError, match=r"lab/bart: no such folder; lab has none\. Correct the path, or rename lab if"):
+        resolve("lab/bart")
+    (tmp_path / "lab" / "base").mkdir()
+    with pytest.raises(HubError, match=r"lab/bart: no such folder; lab has base\. Correct the path"):
+        resolve("lab/bart")
+    hub.add("lab/bert", model())
+    assert snapshot_name(resolve("lab/bert")) is not None
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="lab has base"):
+        resolve("lab/bart")
+
+
 def test_a_folder_comes_first_and_is_said(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     (tmp_path / "lab" / "bert").mkdir(parents=True)
