@@ -190,11 +190,15 @@ def locked_folder(folder: Path) -> Iterator[bool]:
     deadline = time.monotonic() + _LOCK_SECONDS
     new = not folder.exists()
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = lock_file(folder / LOCK)
             break
         except FileNotFoundError:  # another command has removed the folder that it had created
+            continue
+        except FileExistsError:  # the same, while mkdir looked whether what exists is a folder
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
             continue
         except BlockingIOError:
             if time.monotonic() > deadline:

@@ -85,6 +85,6 @@ def test_warnings(folder: Path, tmp_path: Path) -> None:
     assert "warning: batch.global_size 100: larger than an epoch of" in large.stderr
     both = run_command(*words[:3], "--set", "training.steps=3")
     assert both.returncode == 1
-    assert "training.steps 3 and training.epochs 2 all set the length of the training" in both.stderr
+    assert "training.steps 3 and training.epochs 2 both set the length of the training" in both.stderr
     resolved = run_command(*words[:3])
     assert yaml.safe_load(resolved.stdout)["training"]["steps"] == STEPS

@@ -178,7 +178,7 @@ def test_faults(run: Path, corpus: Path, tmp_path: Path) -> None:
             ["--checkpoint", str(run), "--corpus", str(longer), *output, "--sequences", "5"],
             "rows of 80 tokens exceed max_position_embeddings 64 of bert",
         ),
-        (["--checkpoint", str(tmp_path / "nothing"), "--corpus", str(corpus), *output], "no complete checkpoint"),
+        (["--checkpoint", str(tmp_path / "nothing"), "--corpus", str(corpus), *output], "no such folder"),
         (
             ["--checkpoint", str(tmp_path / "plain"), "--corpus", str(corpus), *output, "--strategies", "mapnet"],
             "has no mapnet.safetensors; train with masking.strategy=mapnet",

@@ -69,6 +69,26 @@ def test_one_of_two_builds_has_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
         assert not (output / LOCK).exists()
 
 
+def test_a_folder_that_is_removed_while_it_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mkdir finds it, and then that it is no folder."""
+    make, folder, calls = Path.mkdir, tmp_path / "out", []
+
+    def vanishing(path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError(path)
+        make(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", vanishing)
+    with locked_folder(folder) as new:
+        assert new
+    assert calls == [folder, folder]
+    (tmp_path / "link").symlink_to("nowhere")
+    for taken in (tmp_path / "link", Path(__file__)):
+        with pytest.raises(OSError, match=r"File exists"), locked_folder(taken):
+            pass
+
+
 def test_a_build_that_fails_takes_nothing_of_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It removes what it made while the next one waits, which then has the folder to itself."""
     output, removing = tmp_path / "out", threading.Event()
