@@ -239,9 +239,7 @@ def render_scripts(arguments: argparse.Namespace, config: RunConfig) -> dict[str
     build = None if arguments.build_data is None else parse_build(arguments.build_data)
     runs = [config.output_dir / f"seed-{seed}" for seed in arguments.seeds] or [config.output_dir]
     check_corpora(config, build, runs)
-    resume = (
-        None if arguments.resume in (None, "auto") else checkpoint_to_resume(arguments.resume, run, arguments.seeds)
-    )
+    resume = checkpoint_to_resume(arguments.resume, run, arguments.seeds)
     _check_start(config, build, runs, resume)
     check_options(arguments)
     evaluation = None if arguments.evaluate is None else parse_evaluation(arguments.evaluate, run)

@@ -163,9 +163,7 @@ def check_compatible(checkpoint: Checkpoint, expected: CheckpointState, may_diff
     """Raise CheckpointError naming every difference from the present run."""
     state = checkpoint.state
     found = [
-        "the corpus has other shards (data.path, data.mixture)"
-        if name == "shards"
-        else f"{name} was {was!r}, is {now!r}"
+        _OTHER_SHARDS if name == "shards" else f"{name} was {was!r}, is {now!r}"
         for key, value in expected.identity.items()
         if key not in may_differ and (key in state.identity or key not in _NEWER_IDENTITY)
         for name, was, now in differences(key, state.identity.get(key, _EARLIER_IDENTITY.get(key)), value)
