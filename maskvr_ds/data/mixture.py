@@ -51,7 +51,7 @@ class Mixture(Corpus):
                         f"{corpus.folder}: {key} {theirs} differs from {ours} of {first.folder}; "
                         "build the corpora of a mixture with one tokenizer and one sequence length"
                     )
-        self.corpora = tuple(corpora)
+        self.corpora, self._weights = tuple(corpora), tuple(weights)
         self.shares = tuple(Share(c.rows, max(1, round(w * c.rows))) for c, w in zip(corpora, weights, strict=True))
         manifests = [corpus.manifest for corpus in corpora]
         self.folder, self.tokenizer_folder = first.folder, first.tokenizer_folder
@@ -69,6 +69,9 @@ class Mixture(Corpus):
         self._batches = [batch for corpus in corpora for batch in corpus._batches]
         self._views = [view for corpus in corpora for view in corpus._views]
         self._bounds = np.cumsum([0, *(len(view) for view in self._views)], dtype=np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.corpora, self._weights)
 
     def _path(self, i: int) -> Path:
         return self._paths[i]

@@ -1,5 +1,7 @@
 """Mixtures of corpora: weights hold exactly, for any number of ranks and from any sample on."""
 
+import copy
+import pickle
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,18 @@ def test_ranks_share_a_mixture(three: list[Corpus]) -> None:
         assert [sorted(pair for part in parts for pair in identities(part[step])) for step in range(33)] == full[7:]
         for batch in parts[0]:
             assert np.array_equal(batch.input_ids.numpy(), table[batch.sample_ids.numpy()])
+
+
+def test_a_copy_is_the_same_mixture(three: list[Corpus]) -> None:
+    mixture = Mixture(three, [1.5, 0.37, 2.0])
+    for copied in (pickle.loads(pickle.dumps(mixture)), copy.deepcopy(mixture)):
+        assert copied.shares == mixture.shares
+        assert corpora_identity(copied) == corpora_identity(mixture)
+        rows = np.arange(mixture.rows)
+        buffers = [np.empty((mixture.rows, mixture.sequence_length), mixture.dtype) for _ in range(2)]
+        for corpus, buffer in zip((mixture, copied), buffers, strict=True):
+            corpus.take(rows, buffer)
+        assert np.array_equal(*buffers)
 
 
 def test_incompatible_corpora_are_refused(three: list[Corpus], tmp_path: Path) -> None:
