@@ -166,8 +166,8 @@ def _from_full(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def failure(folder: Path, action: str, error: Exception, versions: str = "") -> CheckpointError:
-    """The error for what DeepSpeed raises on verified files: they may be of another form, or memory may be short, so
-    that no one is told to delete them. versions: what has changed since, for the message."""
+    """The error for what DeepSpeed raises on verified files. It does not advise to delete them: memory may have been
+    short, or they are of another version's form. versions: what has changed since, for the message."""
     reason = " ".join(str(error).split())[:200]
     return CheckpointError(
         f"{folder}: DeepSpeed cannot {action} its files (*.pt), although they are those that {MANIFEST} lists "

@@ -100,12 +100,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         json.dump({"config": arguments.config, "measured": measured, **plan.dump()}, sys.stdout, indent=1)
         print()
     else:
-        found = dict.fromkeys(str(one.path) for _, phase in config.named_phases() for one in phase.data.corpora)
         given = {"--sequence-length": arguments.sequence_length, "--vocab-size": arguments.vocab_size}
         options = [name for name, value in given.items() if value is not None]
-        read = "not read" if len(options) == len(given) else ", ".join(found)
-        sizes = f"{read}; {' and '.join(options)}" if options else read
-        print(report.text(plan, source=arguments.config, measured=measured, corpora=sizes))
+        paths = dict.fromkeys(str(one.path) for _, phase in config.named_phases() for one in phase.data.corpora)
+        read = "not read" if len(options) == len(given) else ", ".join(paths)
+        sources = f"{read}; {' and '.join(options)}" if options else read
+        print(report.text(plan, source=arguments.config, measured=measured, corpora=sources))
     if arguments.plot:
         report.plot(plan, Path(arguments.plot))
     return 0
